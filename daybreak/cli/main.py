@@ -1,0 +1,100 @@
+"""The command `daybreak`: its verbs, its log on stderr, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from daybreak import __version__
+from daybreak.cli.plan import plan
+from daybreak.cli.prepare import prepare
+from daybreak.cli.sample import sample
+from daybreak.cli.train import train
+from daybreak.config import nearest
+from daybreak.errors import ConfigError, Error
+
+INTERRUPTED = 130  # 128 + SIGINT, the shells' convention; training itself saves and exits 75
+
+
+class Verbs(click.Group):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            raise ConfigError(f"unknown verb {args[0]!r}; did you mean {nearest(args[0], self.commands)!r}?")
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="daybreak", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Pretrain GPT-2 from scratch.
+
+    \b
+    Examples:
+      daybreak train tiny                  train a small model on the CPU, in two minutes
+      daybreak sample runs/tiny            read what it writes
+      daybreak prepare book.txt            your own text, as token shards in data/book
+      daybreak plan gpt2-124M              what a run needs, before it starts
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+for verb in (prepare, plan, train, sample):
+    cli.add_command(verb)
+
+
+class _Stderr(logging.Handler):
+    """Writes to whatever sys.stderr is at that moment, so that a live display may redirect it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def _log_to_stderr() -> None:
+    log = logging.getLogger("daybreak")
+    log.handlers = [_Stderr()]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _sentence(error: click.ClickException) -> str:
+    """A usage error in our form: an unknown flag gets the nearest one, everything else the way to the help."""
+    command = error.ctx if isinstance(error, click.UsageError) else None
+    if isinstance(error, click.NoSuchOption) and command is not None:
+        known = [flag for p in command.command.get_params(command) for flag in p.opts]
+        # Compare without dashes: --lr means --optim.lr.
+        near = nearest(error.option_name.lstrip("-"), [flag.lstrip("-") for flag in known if flag.startswith("--")])
+        return f"unknown flag {error.option_name}; did you mean --{near}?"
+    path = command.command_path if command is not None else "daybreak"
+    return f"{error.format_message().rstrip('.')}; see {path} --help."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (default: the process's own) and return the exit code (README, 'Exit codes')."""
+    _log_to_stderr()
+    try:
+        return cli.main(argv, prog_name="daybreak", standalone_mode=False) or 0
+    except Error as e:
+        return _fail(str(e), e.exit_code)
+    except click.ClickException as e:
+        return _fail(_sentence(e), ConfigError.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted.", INTERRUPTED)
+    except Exception as e:
+        traceback.print_exc()
+        return _fail(f"unexpected {type(e).__name__}: {e}; a bug in daybreak, please report the lines above.", 1)
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"daybreak: {sentence}", file=sys.stderr)
+    return code

@@ -1,0 +1,128 @@
+"""`daybreak train`: from what the user typed to one call of `train`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from daybreak.cli.options import config_options, overrides_of
+from daybreak.config import Config, Resume, check_resume, resolve
+from daybreak.errors import ConfigError
+
+if TYPE_CHECKING:
+    from daybreak.state.run import Run
+
+
+@click.command()
+@click.argument("target", required=False)
+@config_options
+@click.option("--fork", metavar="NAME", help="Start the new run NAME from the checkpoint of the run TARGET.")
+@click.option("--init-from", metavar="SOURCE", help="Start at step 0 with the weights of a run's folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option("--quiet", is_flag=True, help="Only warnings and the result.")
+@click.option("--verbose", is_flag=True, help="Every detail.")
+@click.option("--print-config", is_flag=True, help="Print the complete configuration as TOML, commented, and exit.")
+@click.pass_context
+def train(
+    ctx: click.Context,
+    /,
+    target: str | None,
+    fork: str | None,
+    init_from: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    print_config: bool,
+    **flags: Any,
+) -> None:
+    """Train a model, or resume a run.
+
+    \b
+    TARGET is decided by its form:
+      tiny, gpt2-124M, gpt3-125M ...    a recipe shipped with daybreak
+      d12, gpt3:c768 ...                a shape
+      my.toml                           your own recipe
+      runs/NAME                         an existing run: resume it
+    Every key of the configuration is a flag, --section.key VALUE; --print-config lists them.
+
+    \b
+    First commands:
+      daybreak train tiny
+      daybreak sample runs/tiny
+      daybreak train tiny --name longer --steps 2000 --optim.lr 1e-3
+    """
+    overrides = overrides_of(flags)
+    if target is None and not print_config:
+        if overrides or fork or init_from:
+            raise ConfigError("train needs a TARGET: a recipe (tiny), a shape (d12), a recipe.toml or a run's folder.")
+        click.echo(ctx.get_help())
+        return
+    if fork is not None:
+        overrides.append(("run.name", fork))
+    config, resume = resolve(target, overrides)
+    _check_start(target, config, resume, fork, init_from)
+    if print_config:
+        click.echo(config.to_toml(), nl=False)
+        return
+    if quiet or verbose:
+        logging.getLogger("daybreak").setLevel(logging.WARNING if quiet else logging.DEBUG)
+
+    from daybreak.train.stop import Stop
+
+    with Stop().handling_signals() as stop:
+        from daybreak.train.loop import train as run_training  # torch; a signal may already be waiting
+
+        where = resume.run if resume is not None else None
+        run = run_training(
+            config,
+            resume=where if fork is None else None,
+            fork_from=where if fork is not None else None,
+            init_from=init_from,
+            stop=stop,
+        )
+    _print_result(run, as_json)
+
+
+def _check_start(
+    target: str | None, config: Config, resume: Resume | None, fork: str | None, init_from: str | None
+) -> None:
+    """Raise ConfigError unless target, --fork, --init-from and --name go together."""
+    if resume is None:
+        if fork is not None:
+            raise ConfigError(
+                f"--fork {fork} needs an existing run to start from, which {target} is not; give runs/NAME."
+            )
+        return
+    if init_from is not None:
+        raise ConfigError(f"--init-from starts at step 0, but {target} is an existing run; give a recipe or a shape.")
+    if fork is None and config.run.name != resume.saved.run.name:
+        raise ConfigError(
+            f"--name {config.run.name} cannot rename {target}, an existing run; leave it out, or start a new run from "
+            f"its checkpoint with --fork {config.run.name}."
+        )
+    check_resume(resume.saved, config, fork=fork is not None)
+
+
+def _print_result(run: Run, as_json: bool) -> None:
+    """Where the run is and how good it is, on stdout; a JSON object for programs, else the last sample too."""
+    step, val, sample = ((run.metrics(kind) or [{}])[-1] for kind in ("step", "val", "sample"))
+    result = {
+        "run": str(run.path),
+        "step": val.get("step"),
+        "tokens": val.get("tokens"),
+        "loss": step.get("loss"),
+        "val_loss": val.get("loss"),
+        "val_bpb": val.get("bpb"),
+    }
+    if as_json:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
+        click.echo(json.dumps(finite))  # JSON has no NaN
+        return
+    if sample:
+        click.echo(f"---\n{sample['text']}\n---")
+    shown = (f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in result.items())
+    click.echo(", ".join(shown))

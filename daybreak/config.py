@@ -1,0 +1,389 @@
+"""The configuration of a run: `Config`, its checks, and where its values come from.
+
+Precedence: defaults < shape < recipe < saved run < command line. `Config` is immutable: `override` returns a changed
+copy, `check` raises ConfigError with one sentence that names key, value, rule and fix, `to_toml` writes the complete,
+re-runnable file. `resolve` turns what the user typed into a Config; `check_resume` says what a resumed run may change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from daybreak.config_keys import (
+    BatchConfig,
+    CheckpointConfig,
+    CostConfig,
+    DataConfig,
+    EvalConfig,
+    GuardConfig,
+    LogConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    Rule,
+    RunConfig,
+    ScheduleConfig,
+)
+from daybreak.errors import ConfigError
+from daybreak.shapes import GPT2Config, is_shape, model_config, parse_shape, shape_names
+
+SCHEMA = 1
+RECIPES = Path(__file__).parent / "recipes"
+
+MODEL_DOCS = {
+    "model.arch": "architecture",
+    "model.L": "layers",
+    "model.C": "channels",
+    "model.NH": "attention heads",
+    "model.max_T": "longest sequence in tokens",
+    "model.V": "vocabulary in tokens",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a training run. Sections in the order of config.toml."""
+
+    model: GPT2Config = field(default_factory=GPT2Config)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def from_target(cls, target: str) -> Config:
+        """The configuration of a recipe, TOML file, shape or existing run, as `daybreak train TARGET` reads it."""
+        return resolve(target)[0]
+
+    @property
+    def T(self) -> int:
+        """Sequence length in tokens, with batch.T = 0 filled in."""
+        return self.batch.T or self.model.max_T
+
+    def tokens_at(self, step: int, ranks: int = 1) -> int:
+        """Tokens of the (0-based) step `step` over all ranks, batch.ramp and total_tokens = 0 filled in."""
+        total = self.batch.total_tokens or self.batch.B * self.T * ranks
+        for start, tokens in self.batch.ramp:
+            if step >= start:
+                total = tokens
+        return total
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """(dotted name, value) of every key, in the order of config.toml."""
+        for section in fields(self):
+            values = getattr(self, section.name)
+            for f in fields(values):
+                yield f"{section.name}.{f.name}", getattr(values, f.name)
+
+    def override(self, values: Mapping[str, Any]) -> Config:
+        """A copy with dotted keys replaced: `config.override({"optim.lr": 1e-3, "batch.B": 8})`.
+
+        Raises ConfigError for an unknown key (with the nearest one) or a value of the wrong type; ranges are
+        checked by `check`.
+        """
+        changed: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            if name not in KINDS:
+                raise unknown_key(name)
+            section, leaf = name.split(".")
+            changed.setdefault(section, {})[leaf] = _typed(name, value)
+        made: dict[str, Any] = {s: replace(getattr(self, s), **v) for s, v in changed.items() if s != "model"}
+        if "model" in changed:
+            made["model"] = model_config(changed["model"], self.model)
+        return replace(self, **made)
+
+    def concrete(self, epoch_steps: int, *, ranks: int = 1) -> Config:
+        """A checked copy with the defaults that depend on others worked out: T, total_tokens, steps, horizon, warmup.
+
+        This is what a new run stores, so that a later `--steps` leaves its learning-rate schedule alone.
+        epoch_steps: steps in one pass over the training data at this batch size.
+        """
+        steps = self.run.steps or epoch_steps
+        if steps < 1:
+            raise ConfigError(
+                f"one step takes {self.tokens_at(0, ranks)} tokens, more than all of data.name = {self.data.name!r}; "
+                "lower batch.total_tokens or batch.B, or prepare more data."
+            )
+        horizon = self.optim.horizon or steps
+        warmup = self.schedule.warmup if self.schedule.warmup >= 0 else min(700, horizon // 20)
+        total = self.batch.total_tokens or self.batch.B * self.T * ranks
+        made = self.override(
+            {
+                "batch.T": self.T,
+                "batch.total_tokens": total,
+                "run.steps": steps,
+                "optim.horizon": horizon,
+                "schedule.warmup": warmup,
+            }
+        )
+        made.check(ranks=ranks)
+        return made
+
+    def check(self, *, ranks: int = 1) -> None:
+        """Raise ConfigError for the first key, in file order, whose type or value is wrong, then for conflicts."""
+        for name, value in self.items():
+            _typed(name, value)
+            rule = RULES.get(name)
+            if rule is not None and not rule.holds(value):
+                raise ConfigError(f"{name} = {_toml(value)} {rule.text}; the default is {_toml(DEFAULTS[name])}.")
+        self.model.check()
+        self._check_data()
+        self._check_batch(ranks)
+        horizon = self.optim.horizon or self.run.steps
+        if horizon and self.schedule.warmup > horizon:
+            raise ConfigError(
+                f"schedule.warmup = {self.schedule.warmup} must be at most the learning-rate horizon of {horizon} "
+                "steps; lower it, or set it to -1 for min(700, horizon // 20)."
+            )
+
+    def _check_data(self) -> None:
+        data = self.data
+        if bool(data.train) != bool(data.val):
+            given, missing = ("train", "val") if data.train else ("val", "train")
+            raise ConfigError(
+                f"data.{missing} is empty but data.{given} = {_toml(getattr(data, given))} is given; "
+                "give both globs, or neither and data.name."
+            )
+        if not data.name and not data.train:
+            raise ConfigError('data.name = "" must name a dataset; give one, or data.train and data.val.')
+
+    def _check_batch(self, ranks: int) -> None:
+        batch = self.batch
+        if self.model.max_T < batch.T:
+            raise ConfigError(
+                f"batch.T = {batch.T} must be at most model.max_T = {self.model.max_T}; lower it or raise model.max_T."
+            )
+        if batch.total_tokens:
+            self._check_multiple("batch.total_tokens", batch.total_tokens, ranks)
+        before = 0
+        for step, tokens in batch.ramp:
+            if step <= before or tokens < 1:
+                raise ConfigError(
+                    f"batch.ramp = {_toml(batch.ramp)} must be [step, total_tokens] pairs with steps above 0 and "
+                    f"ascending and tokens above 0; [{step}, {tokens}] is not."
+                )
+            before = step
+            self._check_multiple(f"batch.ramp at step {step}: total_tokens", tokens, ranks)
+
+    def _check_multiple(self, name: str, total: int, ranks: int) -> None:
+        micro = self.batch.B * self.T * ranks
+        if total % micro == 0:
+            return
+        low, high = total // micro * micro, -(-total // micro) * micro
+        fix = f"use {low} or {high}" if low else f"use {high} or a smaller batch.B"
+        product = f"batch.B * T = {self.batch.B} * {self.T}"
+        if ranks > 1:
+            product = f"batch.B * T * ranks = {self.batch.B} * {self.T} * {ranks}"
+        raise ConfigError(f"{name} = {total} must be a multiple of {product} = {micro}; {fix}.")
+
+    def to_toml(self) -> str:
+        """The complete file, `schema` first, each key with its meaning. Reading it back gives an equal Config."""
+        lines = [f"schema = {SCHEMA}"]
+        for name, value in self.items():
+            section, leaf = name.split(".")
+            if f"[{section}]" not in lines:
+                lines += ["", f"[{section}]"]
+            lines.append(f"{leaf} = {_toml(value)}  # {DOCS[name]}")
+        return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A TOML value. json's escapes are TOML's, but for DEL, which TOML wants escaped too."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return repr(value)
+
+
+SECTIONS = [section.name for section in fields(Config)]
+DEFAULTS: dict[str, Any] = dict(Config().items())
+KINDS: dict[str, type] = {name: type(value) for name, value in DEFAULTS.items()}
+_METADATA = {f"{s.name}.{f.name}": f.metadata for s in fields(Config) for f in fields(getattr(Config(), s.name))}
+RULES: dict[str, Rule | None] = {name: metadata.get("rule") for name, metadata in _METADATA.items()}
+DOCS: dict[str, str] = {name: m.get("doc", MODEL_DOCS.get(name, "")) for name, m in _METADATA.items()}
+_KIND_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "a list of [step, tokens] pairs",
+}
+
+
+def _typed(name: str, value: Any) -> Any:
+    """`value` as the type of key `name` (a whole number may stand for a float). ConfigError if it is another type."""
+    kind = KINDS[name]
+    right = type(value) is kind and not (isinstance(value, int) and abs(value) >= 2**63)
+    if kind is float and type(value) is int:
+        right, value = True, float(value)
+    if kind is float and right and not math.isfinite(value):
+        raise ConfigError(f"{name} = {value} must be finite; the default is {_toml(DEFAULTS[name])}.")
+    if kind is tuple and isinstance(value, list | tuple):  # batch.ramp; TOML and JSON have lists
+        right = all(isinstance(e, list | tuple) and len(e) == 2 and all(type(x) is int for x in e) for e in value)
+        value = tuple(map(tuple, value)) if right else value
+    if kind is str and right:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{name} = {value!r} must be valid UTF-8 text.") from None
+    if not right:
+        default = _toml(DEFAULTS[name])
+        raise ConfigError(f"{name} = {value!r} must be {_KIND_WORDS[kind]}; the default is {default}.")
+    return value
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The name a user most likely meant: of the same last word (optim.warmup -> schedule.warmup), longer, or similar."""
+    names = list(known)
+    leaf = name.rpartition(".")[2].lower()
+    likely = [n for n in names if n.rpartition(".")[2].lower() == leaf] or [n for n in names if n.startswith(name)]
+    return max(likely or names, key=lambda n: difflib.SequenceMatcher(None, name, n).ratio())  # the first of equals
+
+
+def unknown_key(name: str) -> ConfigError:
+    return ConfigError(f"unknown key {name!r}; did you mean {nearest(name, KINDS)!r}?")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """An existing run that `resolve` was pointed at: its folder and the configuration it was saved with."""
+
+    run: Path
+    saved: Config
+
+
+def recipe_names() -> list[str]:
+    """The recipes shipped with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def resolve(target: str | None, overrides: Iterable[tuple[str, str]] = ()) -> tuple[Config, Resume | None]:
+    """The checked Config that `target` and the command line's (dotted key, text) pairs mean.
+
+    The form of `target` decides: a .toml file, an existing run directory (then a Resume comes back too), a shipped
+    recipe, a shape; None stands for the defaults. Raises ConfigError for anything else, with the nearest name.
+    """
+    config, resume = _base(target)
+    given = dict(overrides)
+    values = {name: parse_value(name, text) for name, text in given.items()}
+    if "data.name" in values:  # a dataset named now replaces globs that a recipe named
+        values = {"data.train": "", "data.val": ""} | values
+    config = config.override(values)
+    if not config.run.name and target is not None:
+        path = Path(target)
+        config = config.override({"run.name": path.stem if path.suffix == ".toml" else target.replace(":", "-")})
+    config.check()
+    return config, resume
+
+
+def _base(target: str | None) -> tuple[Config, Resume | None]:
+    if target is None:
+        return Config(), None
+    path = Path(target)
+    if path.suffix == ".toml":
+        return read_toml(path), None
+    if (path / "config.toml").is_file():
+        path = path if path.name not in ("", "..") else path.resolve()
+        # The folder may have been moved or renamed since: it is where it is now.
+        saved = read_toml(path / "config.toml").override({"run.dir": str(path.parent), "run.name": path.name})
+        return saved, Resume(path, saved)
+    if target in recipe_names():
+        return read_toml(RECIPES / f"{target}.toml"), None
+    if is_shape(target):
+        return Config(model=parse_shape(target)), None
+    if path.is_dir():
+        raise ConfigError(f"{target} is not a run: it has no config.toml; give a folder that daybreak train made.")
+    if (Path(RunConfig().dir) / path / "config.toml").is_file():
+        raise ConfigError(
+            f"unknown target {target!r}; to resume the run of that name give its folder: {RunConfig().dir}/{target}."
+        )
+    known = recipe_names() + shape_names()
+    raise ConfigError(
+        f"unknown target {target!r}; did you mean {nearest(target, known)!r}? "
+        f"Recipes: {', '.join(recipe_names())}; or a shape such as d12, a recipe.toml, or a run's folder."
+    )
+
+
+def read_toml(path: Path) -> Config:
+    """Read a recipe or a run's config.toml over the defaults. ConfigError names the file for whatever is wrong."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist; recipes shipped with daybreak: {', '.join(recipe_names())}."
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise ConfigError(f"{path} cannot be read as TOML: {e}.") from None
+    schema = tables.pop("schema", SCHEMA)
+    if type(schema) is not int or schema < 1:
+        raise ConfigError(f"{path}: schema = {schema!r} must be a whole number, at least 1; write schema = {SCHEMA}.")
+    if schema > SCHEMA:
+        raise ConfigError(
+            f"{path}: schema = {schema} was written by a newer daybreak (this one reads {SCHEMA}); upgrade."
+        )
+    values: dict[str, Any] = {}
+    for section, table in tables.items():
+        if isinstance(table, dict) and (table or section in SECTIONS):
+            values |= {f"{section}.{leaf}": value for leaf, value in table.items()}
+        else:
+            values[section] = table
+    try:
+        return Config().override(values)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from None
+
+
+def parse_value(name: str, text: str) -> Any:
+    """A command line value as the type of key `name`. ConfigError for an unknown key or anything but that type."""
+    kind = KINDS.get(name)
+    if kind is None:
+        raise unknown_key(name)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind is tuple:
+            return _typed(name, tomllib.loads(f"x = {text}")["x"])
+        return _typed(name, kind(text))
+    except (ValueError, KeyError):  # TOMLDecodeError is a ValueError
+        default = _toml(DEFAULTS[name])
+        raise ConfigError(f"{name} = {text!r} must be {_KIND_WORDS[kind]}; the default is {default}.") from None
+
+
+MAY_CHANGE_SECTIONS = ("parallel", "eval", "checkpoint", "guard", "log", "cost")
+MAY_CHANGE_KEYS = ("batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon", "run.name",
+                   "run.dir", "run.steps", "run.max_hours", "run.device", "run.profile")  # fmt: skip
+
+
+def check_resume(saved: Config, new: Config, *, fork: bool = False) -> None:
+    """Raise ConfigError if `new` changes what a resumed run may not: what its weights and its data order rest on.
+
+    A run's name and folder may differ from the saved ones: people move and rename runs.
+    With fork=True (a new run from the checkpoint) only the model has to stay.
+    """
+    was = dict(saved.items())
+    for name, value in new.items():
+        section = name.partition(".")[0]
+        allowed = section != "model" if fork else section in MAY_CHANGE_SECTIONS or name in MAY_CHANGE_KEYS
+        if value != was[name] and not allowed:
+            fix = "leave it out, or start a new run from the checkpoint with --fork NAME"
+            if fork:
+                fix = "a new shape is trained from the start, without --fork"
+            raise ConfigError(f"{name} is {_toml(was[name])} in the saved run and cannot become {_toml(value)}; {fix}.")

@@ -1,0 +1,160 @@
+"""The keys of a configuration: one dataclass per section, every key with its default, meaning and allowed values.
+
+The meanings are the comments of config.toml and of `--print-config`: this file is their only documentation.
+`Config`, which joins the sections, is in config.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must satisfy, and the words for it ('must be at least 1')."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low: int) -> Rule:
+    return Rule(f"must be at least {low}", lambda x: bool(x >= low))
+
+
+def one_of(*choices: object) -> Rule:
+    return Rule(f"must be {' or '.join(map(str, choices))}", lambda x: x in choices)
+
+
+POSITIVE = Rule("must be greater than 0", lambda x: bool(x > 0))
+FRACTION = Rule("must be between 0 and 1", lambda x: bool(0 <= x <= 1))
+BETA = Rule("must be at least 0 and below 1", lambda x: bool(0 <= x < 1))
+FOLDER_NAME = Rule(
+    "must be a plain folder name, without '/' and not starting with '.' or '-'",
+    lambda s: s == "" or (s.isprintable() and "/" not in s and s[0] not in ".-"),
+)
+TOKENIZER = Rule("must be gpt2, bytes or gpt2-N", lambda s: bool(re.fullmatch(r"(gpt2(-[0-9]+)?|bytes)?", s)))
+DEVICE = Rule(
+    "is not supported: daybreak trains on the CPU and on NVIDIA GPUs (auto, cpu, cuda or cuda:N)",
+    lambda s: bool(re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", s)),
+)
+
+
+def _is_step_range(text: str) -> bool:
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    return match is not None and int(match[1]) < int(match[2])
+
+
+STEP_RANGE = Rule("must be A:B, two step numbers with A below B", lambda s: s == "" or _is_step_range(s))
+
+
+def key(default: Any, doc: str, rule: Rule | None = None) -> Any:
+    """A configuration key: its default, its meaning with unit (the comment in TOML), its allowed values."""
+    return field(default=default, metadata={"doc": doc, "rule": rule})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str = key("stdlib", "prepared dataset (a folder of data.dir), or a folder of token shards")
+    train: str = key("", "glob of training shards; with data.val it takes the place of data.name")
+    val: str = key("", "glob of validation shards")
+    tokenizer: str = key("", "gpt2, bytes or gpt2-N; empty = the data's own, else gpt2", TOKENIZER)
+    dir: str = key("data", "folder that holds the prepared datasets")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    B: int = key(4, "rows per micro-step and rank", at_least(1))
+    T: int = key(0, "sequence length in tokens; 0 = model.max_T", at_least(0))
+    total_tokens: int = key(
+        0, "tokens per step over all ranks; 0 = one micro-step per rank (B * T * ranks)", at_least(0)
+    )
+    ramp: tuple[tuple[int, int], ...] = key(
+        (), "batch growth: [[step, total_tokens], ...], each valid from that step on"
+    )
+    recompute: int = key(0, "activations recomputed in backward: 0 none, 1 gelu, 2 gelu + layernorm", one_of(0, 1, 2))
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = key(6e-4, "peak learning rate", at_least(0))
+    beta1: float = key(0.9, "AdamW decay of the first moment", BETA)
+    beta2: float = key(0.95, "AdamW decay of the second moment", BETA)
+    eps: float = key(1e-8, "AdamW denominator offset", POSITIVE)
+    weight_decay: float = key(0.1, "decoupled weight decay, on matrices only", at_least(0))
+    clip: float = key(1.0, "largest global gradient norm; 0 = no clipping", at_least(0))
+    horizon: int = key(0, "steps the learning-rate schedule spans; 0 = run.steps", at_least(0))
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    name: str = key("cosine", "cosine, linear, constant or wsd", one_of("cosine", "linear", "constant", "wsd"))
+    warmup: int = key(-1, "steps of linear warmup; -1 = min(700, horizon // 20)", at_least(-1))
+    final_frac: float = key(0.0, "learning rate at the end, as a fraction of the peak", FRACTION)
+    wsd_frac: float = key(0.8, "wsd only: fraction of the horizon before the decay starts", FRACTION)
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    compute: str = key(
+        "auto", "auto, fp32, bf16 or fp64; auto = bf16 on CUDA, fp32 on CPU", one_of("auto", "fp32", "bf16", "fp64")
+    )
+    tf32: bool = key(True, "fp32 matrix products may use TF32 on CUDA")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    zero: int = key(0, "ZeRO stage; 0 = every rank holds all optimizer state", one_of(0))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = key(250, "steps between validations; 0 = only at the end", at_least(0))
+    tokens: int = key(1048576, "validation budget in tokens, in whole batches and at most the split", at_least(1))
+    sample_every: int = key(0, "steps between text samples; 0 = only at the end", at_least(0))
+    sample_tokens: int = key(128, "tokens per sample", at_least(1))
+    prompt: str = key("", "text the samples continue; empty = start of a document")
+    temperature: float = key(1.0, "sampling temperature; 0 = always the likeliest token", at_least(0))
+    top_k: int = key(0, "sample from the k likeliest tokens; 0 = from all", at_least(0))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = key(1000, "steps between checkpoints; 0 = only at the end", at_least(0))
+    keep: int = key(3, "newest checkpoints to keep; 0 = all", at_least(0))
+    major: int = key(0, "checkpoints at multiples of this step are kept for good; 0 = none", at_least(0))
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    loss_z: float = key(0.0, "skip updates whose loss z-score exceeds this; 0 = off", at_least(0))
+    norm_z: float = key(0.0, "skip updates whose gradient-norm z-score exceeds this; 0 = off", at_least(0))
+    max_skips: int = key(10, "skipped updates in a row that end the run (exit 3)", at_least(1))
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = key(1, "steps between console lines", at_least(1))
+    norms_every: int = key(0, "steps between per-tensor norms in metrics.jsonl; 0 = never", at_least(0))
+    display: str = key(
+        "auto", "auto, live, plain or none; auto = live on a terminal", one_of("auto", "live", "plain", "none")
+    )
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    price: float = key(0.0, "price of the machine per hour, in your currency; 0 = unknown", at_least(0))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = key("", "folder of the run inside run.dir; empty = named after the target", FOLDER_NAME)
+    dir: str = key("runs", "folder that holds the runs")
+    steps: int = key(0, "optimizer steps; 0 = one epoch", at_least(0))
+    max_hours: float = key(0.0, "save and stop (exit 75) after this many hours; 0 = no limit", at_least(0))
+    seed: int = key(42, "seed of initialisation and data order", at_least(0))
+    device: str = key("auto", "auto, cpu, cuda or cuda:N", DEVICE)
+    overfit: bool = key(False, "train on the first batch over and over (a debugging aid)")
+    profile: str = key("", "A:B = profile steps A to B; empty = off", STEP_RANGE)

@@ -1,0 +1,208 @@
+"""A prepared dataset on disk: its manifest, and how a name, a folder or globs become checked shards."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daybreak.data.shards import ShardInfo, open_shard, read_header, resolve_shards
+from daybreak.data.sources import CATALOGUE
+from daybreak.data.tokenizer import get_tokenizer
+from daybreak.errors import ConfigError, DataError
+
+log = logging.getLogger("daybreak")
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_COUNT_BLOCK = 1 << 24  # tokens
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest knows of one shard: file name, tokens, size in bytes, sha256 (hex) of the whole file."""
+
+    file: str
+    tokens: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """One split. `bytes` counts the documents' UTF-8 text: bits per byte = loss * tokens / bytes / ln 2."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    shards: tuple[ShardRecord, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json` of a dataset. `tokenizer_fingerprint`: see `Tokenizer.fingerprint`."""
+
+    name: str
+    tokenizer: str
+    tokenizer_fingerprint: str
+    source: str
+    revision: str
+    licence: str
+    train: SplitRecord
+    val: SplitRecord
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read a manifest. DataError if it is damaged or of a newer format."""
+        try:
+            values: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            if (format_ := values.pop("format")) > FORMAT:
+                raise DataError(
+                    f"{path} has format {format_}, newer than this daybreak reads ({FORMAT}); update daybreak."
+                )
+            for split in ("train", "val"):
+                shards = tuple(ShardRecord(**shard) for shard in values[split].pop("shards"))
+                values[split] = SplitRecord(**values[split], shards=shards)
+            return cls(**values)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}.") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{path} is not a dataset manifest ({error!r}); delete the folder and prepare it again."
+            ) from None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Checked shards of both splits. `manifest` is None for shards that other programs wrote."""
+
+    name: str
+    train: list[ShardInfo]
+    val: list[ShardInfo]
+    tokenizer_name: str
+    manifest: Manifest | None
+
+
+def dataset_name(name: str, tokenizer: str) -> str:
+    """The folder of a dataset under the data directory: `NAME` for GPT-2's tokenizer, `NAME-TOKENIZER` for another."""
+    return name if tokenizer in ("", "gpt2") else f"{name}-{tokenizer}"
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless `name` can be a dataset's folder name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ConfigError(
+            f"dataset name {name!r} must start with a letter or digit and hold only those, '.', '_' and '-'."
+        )
+
+
+def open_dataset(
+    name: str, data_dir: str | Path = "data", train_glob: str = "", val_glob: str = "", tokenizer: str = ""
+) -> Dataset:
+    """Open prepared data, every shard's header and size checked.
+
+    In this order: the two globs (files, folders or patterns), if given; `name` as a glob or a folder of shards, split
+    by *train*.bin and *val*.bin in the file names (llm.c, modded-nanogpt) unless it has a manifest; `data_dir/NAME`,
+    or `data_dir/NAME-TOKENIZER` (see `dataset_name`). `tokenizer`: "" = the manifest's, or gpt2 where there is none.
+    Raises DataError: nothing of that name (nearest match, prepare command), a split missing, a damaged shard, or data
+    that was made with another tokenizer.
+    """
+    if train_glob or val_glob:
+        if not (train_glob and val_glob):
+            raise ConfigError("data.train and data.val must be given together: a glob, folder or file for each split.")
+        return _foreign(train_glob, resolve_shards(train_glob), resolve_shards(val_glob), tokenizer)
+    path = Path(name)
+    if any(c in name for c in "*?["):
+        return _by_file_name(name, resolve_shards(name), tokenizer)
+    if path.is_dir() and ((path / MANIFEST).is_file() or any(path.glob("*.bin"))):
+        if any((Path(data_dir) / n / MANIFEST).is_file() for n in (name, dataset_name(name, tokenizer))):
+            log.warning("%r is a folder of shards here and a dataset in %s; using the one here.", name, data_dir)
+        if not (path / MANIFEST).is_file():
+            return _by_file_name(name, resolve_shards(path), tokenizer)
+        return _with_manifest(path, tokenizer)
+    return _with_manifest(_find(name, Path(data_dir), tokenizer), tokenizer)
+
+
+def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
+    folders = [data_dir / dataset_name(name, tokenizer), data_dir / name]
+    for folder in folders:
+        if (folder / MANIFEST).is_file():
+            return folder
+    have = sorted(path.parent.name for path in data_dir.glob(f"[!.]*/{MANIFEST}"))
+    near = difflib.get_close_matches(folders[0].name, have, 1)
+    hint = f"; did you mean {near[0]!r}? If not," if near else f" (it has {', '.join(have) or 'none'});"
+    made = f"FILE --name {name}"
+    for known in CATALOGUE:
+        if name == known or (name.startswith(f"{known}-") and not tokenizer):
+            made, tokenizer = known, tokenizer or name[len(known) + 1 :]
+    made += f" --tokenizer {tokenizer}" if tokenizer else ""
+    raise DataError(f"no dataset {name!r} in {data_dir}{hint} make it with: daybreak prepare {made}")
+
+
+def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
+    manifest = Manifest.load(folder / MANIFEST)
+    if tokenizer and tokenizer != manifest.tokenizer:
+        raise DataError(
+            f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}; prepare it again under "
+            f"another --name with --tokenizer {tokenizer}."
+        )
+    if get_tokenizer(manifest.tokenizer).fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(f"{folder} was made with another tokenizer called {manifest.tokenizer!r}; prepare it again.")
+    splits = []
+    for record in (manifest.train, manifest.val):
+        shards = [read_header(folder / shard.file) for shard in record.shards]
+        for shard, info in zip(record.shards, shards, strict=True):
+            if (info.tokens, info.size) != (shard.tokens, shard.size):
+                raise DataError(
+                    f"{info.path} has {info.tokens} tokens in {info.size} bytes, its manifest says {shard.tokens} in "
+                    f"{shard.size}; prepare the dataset again."
+                )
+        splits.append(shards)
+    return Dataset(manifest.name, splits[0], splits[1], manifest.tokenizer, manifest)
+
+
+def _by_file_name(name: str, paths: Sequence[Path], tokenizer: str) -> Dataset:
+    train = [path for path in paths if "train" in path.name]
+    val = [path for path in paths if "val" in path.name and "train" not in path.name]
+    for split, found in (("train", train), ("val", val)):
+        if not found:
+            raise DataError(f"{name} has no *{split}*.bin file; name both splits with data.train and data.val.")
+    return _foreign(name, train, val, tokenizer)
+
+
+def _foreign(name: str, train: Sequence[Path], val: Sequence[Path], tokenizer: str) -> Dataset:
+    return Dataset(name, [read_header(p) for p in train], [read_header(p) for p in val], tokenizer or "gpt2", None)
+
+
+def _counts(shards: Sequence[ShardInfo], V: int) -> NDArray[np.int64]:
+    counts = np.zeros(V, np.int64)
+    for shard in shards:
+        tokens = open_shard(shard)
+        for start in range(0, shard.tokens, _COUNT_BLOCK):
+            block = np.bincount(tokens[start : start + _COUNT_BLOCK], minlength=V)
+            if block.size > V:
+                raise DataError(f"{shard.path} has token {block.size - 1}, outside the tokenizer's {V} ids.")
+            counts += block
+    return counts
+
+
+def unigram_entropy(dataset: Dataset) -> float:
+    """Cross entropy, in nats per token, of the val split under the train split's token frequencies plus one.
+
+    The loss of a model that ignores context: what training has to beat to have learnt more than how often tokens occur.
+    """
+    V = get_tokenizer(dataset.tokenizer_name).V
+    train, val = _counts(dataset.train, V) + 1, _counts(dataset.val, V)
+    return float(-(val * np.log(train / train.sum())).sum() / val.sum())

@@ -1,0 +1,161 @@
+"""Batches as a pure function: sample i of one infinite order over the shards, permuted anew in every epoch.
+
+A sample is T + 1 tokens inside one shard (inputs and targets overlap by T); a shard of n tokens has (n - 1) // T of
+them, at fixed places. Epoch e visits sample `permutation(seed, e, n)(i)` at its i-th place. Nothing is remembered
+between calls, so ranks, micro-batches and resumed runs only choose which part of the order they read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daybreak.data.shards import ShardInfo, fingerprint_shards, open_shard
+from daybreak.errors import DataError
+
+Item = TypeVar("Item")
+
+_ROUNDS = 8
+_MASK64 = (1 << 64) - 1
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finalizer (Steele, Lea & Flood 2014), element-wise."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permutation(seed: int, epoch: int, n: int) -> Callable[[NDArray[np.int64] | int], NDArray[np.int64]]:
+    """A bijection on [0, n) keyed by (seed, epoch), as a function on an int or an int64 array of any shape.
+
+    A Feistel network over the next even power of two, walked along its cycles until the value is below n
+    (Black & Rogaway 2002): constant memory, any element in a few steps, no state. O(1) a value.
+    """
+    assert n >= 1
+    half = np.uint64(max(3, -(-(n - 1).bit_length() // 2)))  # with 2-bit halves, 8 rounds favour some orders
+    low = np.uint64((1 << int(half)) - 1)
+    key = _mix(_mix(np.array([seed & _MASK64], np.uint64)) + np.uint64(epoch))
+    keys = _mix(key + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+    def encrypt(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = x >> half, x & low
+        for k in keys:
+            left, right = right, left ^ (_mix(right + k) & low)
+        return (left << half) | right
+
+    def permute(i: NDArray[np.int64] | int) -> NDArray[np.int64]:
+        x = encrypt(np.atleast_1d(np.asarray(i, np.uint64)))
+        while (outside := x >= n).any():
+            x[outside] = encrypt(x[outside])
+        return x.astype(np.int64).reshape(np.shape(i))
+
+    return permute
+
+
+class Loader:
+    """The samples of `shards` in the order of (seed, epoch); `shuffle=False` reads them in file order (validation).
+
+    T: tokens a sample predicts. V: ids at or above it are a DataError. DataError too when no shard holds T + 1 tokens.
+    `samples_per_epoch`: the number of samples. `dropped_tokens`: those at the shards' ends that no sample contains.
+    """
+
+    def __init__(self, shards: Sequence[ShardInfo], T: int, seed: int = 0, shuffle: bool = True, *, V: int) -> None:
+        self.shards, self.T, self.V, self.seed, self.shuffle = list(shards), T, V, seed, shuffle
+        counts = [(shard.tokens - 1) // T for shard in self.shards]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self.samples_per_epoch = sum(counts)
+        self.dropped_tokens = sum(s.tokens - (c * T + 1 if c else 0) for s, c in zip(self.shards, counts, strict=True))
+        if not self.samples_per_epoch:
+            largest = max((shard.tokens for shard in self.shards), default=0)
+            where = f" in {self.shards[0].path.parent}" if self.shards else ""
+            raise DataError(
+                f"the data{where} is too small: a sample needs T + 1 = {T + 1} tokens inside one shard, the largest "
+                f"shard has {largest}; use a smaller batch.T or more data."
+            )
+        # Mapped on demand and not all at once: a map holds a file descriptor, and 1,000 shards exceed the usual limit.
+        # One that is dropped stays valid for the thread that is reading it.
+        self._open = lru_cache(maxsize=256)(open_shard)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`fingerprint_shards` of the shards, in order."""
+        return fingerprint_shards(shard.path for shard in self.shards)
+
+    def batch(self, first_sample: int, count: int) -> NDArray[np.uint16]:
+        """Samples first_sample .. first_sample + count - 1 of the infinite order, shape (count, T + 1). Thread-safe."""
+        epochs, places = np.divmod(np.arange(first_sample, first_sample + count), self.samples_per_epoch)
+        if self.shuffle:
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                places[here] = permutation(self.seed, int(epoch), self.samples_per_epoch)(places[here])
+        out = np.empty((count, self.T + 1), np.uint16)
+        shard_of = np.searchsorted(self._ends, places, side="right")
+        for row, (place, s) in enumerate(zip(places.tolist(), shard_of.tolist(), strict=True)):
+            start = self._start(place, s)
+            out[row] = self._open(self.shards[s])[start : start + self.T + 1]
+        if out.size and out.max() >= self.V:
+            row, column = (int(k[0]) for k in np.nonzero(out >= self.V))
+            path, at = self.shards[shard_of[row]].path, self._start(int(places[row]), int(shard_of[row])) + column
+            raise DataError(
+                f"{path} has token {out[row, column]} at position {at}, outside the vocabulary of {self.V}; "
+                "the data was made with another tokenizer."
+            )
+        return out
+
+    def _start(self, place: int, s: int) -> int:
+        return (place - (int(self._ends[s - 1]) if s else 0)) * self.T
+
+
+class Prefetcher(Generic[Item]):
+    """Iterates over fn(start), fn(start + 1), ..., computed up to `depth` items ahead in a background thread.
+
+    What fn raises is raised by `next` in its turn and ends the iteration. `close` (or a `with` block) stops the thread.
+    """
+
+    def __init__(self, fn: Callable[[int], Item], start: int = 0, depth: int = 2) -> None:
+        self._ready: SimpleQueue[tuple[Item | None, BaseException | None]] = SimpleQueue()
+        self._slots = threading.Semaphore(depth)
+        self._stop = False
+        self._end: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(fn, start), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _run(self, fn: Callable[[int], Item], index: int) -> None:
+        try:
+            while self._slots.acquire() and not self._stop:
+                self._ready.put((fn(index), None))
+                index += 1
+            raise StopIteration
+        except BaseException as error:  # the consumer's to handle, whatever it is
+            self._ready.put((None, error))
+
+    def __iter__(self) -> Prefetcher[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        if self._end is None:
+            item, self._end = self._ready.get()
+        if self._end is not None:
+            raise self._end
+        self._slots.release()
+        return item  # type: ignore[return-value]  # None only beside an error
+
+    def close(self) -> None:
+        """Stop and join the thread; the iteration is over. May be called again."""
+        self._stop = True
+        self._end = self._end or StopIteration()
+        self._slots.release()
+        self._thread.join()
+
+    def __enter__(self) -> Prefetcher[Item]:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,121 @@
+"""Tokenizers: GPT-2's byte-pair encoding from the ranks shipped with the package, its truncations, and plain bytes.
+
+A tokenizer is a list of byte strings (token id = position), a splitting pattern and one end-of-text id after the last
+of them. Text is always encoded as ordinary text: `<|endoftext|>` inside a document does not become the EOT token.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import hashlib
+import re
+import struct
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
+
+from daybreak.errors import ConfigError, DataError
+
+RANKS_FILE = Path(__file__).with_name("gpt2.tiktoken")
+RANKS_SHA256 = (
+    "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # the hash tiktoken pins for r50k_base
+)
+RANKS = 50256
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+EOT_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """Text <-> token ids. `V` ids, the last of which, `eot`, starts every document and is never produced by `encode`.
+
+    `pattern` splits text before byte-pair merging, which follows the order of `vocabulary`; an empty pattern means
+    one token per byte. Instances are immutable and may be shared between threads.
+    """
+
+    def __init__(self, name: str, vocabulary: Sequence[bytes], pattern: str) -> None:
+        self.name = name
+        self.eot = len(vocabulary)
+        self.V = self.eot + 1
+        self._bytes = [*vocabulary, EOT_TEXT.encode()]
+        self._bpe = None
+        if pattern:
+            ranks = {token: rank for rank, token in enumerate(vocabulary)}
+            self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        digest = hashlib.sha256()
+        for token in (pattern.encode(), *vocabulary):
+            digest.update(struct.pack("<I", len(token)) + token)
+        digest.update(struct.pack("<I", self.eot))
+        self.fingerprint = digest.hexdigest()
+
+    def encode(self, text: str) -> NDArray[np.uint16]:
+        """Token ids of `text`, shape (n,). Special tokens in it are plain text; a lone surrogate becomes U+FFFD."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if self._bpe is None:
+            return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+        # Not encode_ordinary: building its list holds the GIL for a fifth of the time, so threads stop helping at five.
+        return self._bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[NDArray[np.uint16]]:
+        """`encode` of each text, in order, on `threads` threads (tiktoken releases the GIL)."""
+        if threads <= 1:
+            return [self.encode(text) for text in texts]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. DataError for an id outside [0, V)."""
+        return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token; EOT is spelled `<|endoftext|>`. DataError for an id outside [0, V)."""
+        if not 0 <= token < self.V:
+            raise DataError(f"token id {token} is outside the {self.V} ids of tokenizer {self.name!r}.")
+        return self._bytes[token]
+
+
+def load_ranks(path: Path) -> list[bytes]:
+    """GPT-2's 50,256 byte strings by rank from a tiktoken file, whose sha256 is checked (DataError)."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the GPT-2 vocabulary {path}: {error.strerror}; reinstall daybreak.") from None
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != RANKS_SHA256:
+        raise DataError(f"{path} is damaged: sha256 {digest} instead of {RANKS_SHA256}; reinstall daybreak.")
+    return [base64.b64decode(line.split()[0]) for line in data.splitlines()]  # the file is sorted by rank
+
+
+@cache
+def _gpt2_vocabulary() -> list[bytes]:
+    return load_ranks(RANKS_FILE)
+
+
+@cache
+def get_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`: `gpt2`; `bytes` (256 byte values); or `gpt2-N`, GPT-2's N lowest ranks.
+
+    A truncation is a valid BPE because every merge has a higher rank than its parts. Its ids below N are GPT-2's,
+    EOT = N and V = N + 1, with N from 256 (bytes in GPT-2's order) to 50256 (GPT-2 itself).
+    Raises ConfigError for another name, with the nearest match.
+    """
+    if name == "bytes":
+        return Tokenizer(name, [bytes([value]) for value in range(256)], "")
+    if name == "gpt2":
+        return Tokenizer(name, _gpt2_vocabulary(), GPT2_PATTERN)
+    if match := re.fullmatch(r"gpt2-([0-9]+)", name):
+        if not 256 <= (N := int(match[1])) <= RANKS:
+            raise ConfigError(f"tokenizer {name!r}: N of gpt2-N must be from 256 to {RANKS}.")
+        return Tokenizer(name, _gpt2_vocabulary()[:N], GPT2_PATTERN)
+    near = difflib.get_close_matches(name, ["gpt2", "bytes", "gpt2-1024"], 1, 0.0)[0]
+    raise ConfigError(
+        f"unknown tokenizer {name!r}; did you mean {near!r}? Known: gpt2, bytes, gpt2-N (N lowest ranks)."
+    )

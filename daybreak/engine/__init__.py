@@ -1,0 +1,5 @@
+"""The training engine: a parameter table, an arena, a hand-written schedule, and the step that runs it."""
+
+from daybreak.engine.step import DTYPES, Engine, plan_engine
+
+__all__ = ["DTYPES", "Engine", "plan_engine"]

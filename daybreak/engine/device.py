@@ -1,0 +1,89 @@
+"""Which device and precision a run uses, and what there is to say about the device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from daybreak.engine.arena import Arena
+from daybreak.errors import ConfigError, OutOfMemory
+
+
+def pick_device(name: str) -> torch.device:
+    """run.device -> a device that exists here. Raises ConfigError otherwise."""
+    if torch.version.hip is not None:
+        raise ConfigError("this torch is a ROCm build, which daybreak does not support; use an NVIDIA or CPU build.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError(f"run.device = {name!r} does not exist here ({count} CUDA devices); use --run.device cpu.")
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def pick_compute(name: str, device: torch.device) -> str:
+    """precision.compute -> fp32, bf16 or fp64; auto is bf16 where the GPU computes in it (sm_80 and newer)."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware; elsewhere bf16 is slower than fp32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def used_mib(device: torch.device) -> int:
+    """Memory in use: the device's total minus free as the driver says, or this process's resident memory on a CPU."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return (total - free) >> 20
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free memory of the device, or of the machine for a CPU; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+    return free if (limit := _cgroup_limit()) is None or free is None else min(free, limit)
+
+
+def _cgroup_limit() -> int | None:
+    """Bytes this process's container may still take, if it is limited."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (root / "memory.max").read_text().strip(), (root / "memory.current").read_text().strip()
+    except OSError:
+        return None
+    return int(limit) - int(used) if limit.isdigit() else None
+
+
+def check_fits(arena: Arena, device: torch.device, B: int, recompute: int) -> None:
+    """Raise OutOfMemory, with the plan and the flag that helps, if the arena does not fit the device's free memory."""
+    free = available_bytes(device)
+    if free is None or arena.nbytes <= free:
+        return
+    parts = ", ".join(f"{name} {size >> 20} MiB" for name, size in arena.sizes().items() if size >> 20)
+    if B > 1:
+        fix = f"--batch.B {B // 2}"
+    elif recompute < 2:
+        fix = "--batch.recompute 2"
+    else:
+        fix = "a shorter --batch.T or a smaller model"
+    raise OutOfMemory(
+        f"the run needs {arena.nbytes >> 20} MiB ({parts}) and {device} has {free >> 20} MiB free; try {fix}."
+    )

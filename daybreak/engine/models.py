@@ -1,0 +1,48 @@
+"""The registry of architectures. Everything outside `engine` reaches a model through it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from daybreak.engine.arena import Frame
+from daybreak.engine.gpt2 import GPT2
+from daybreak.engine.params import Row
+from daybreak.shapes import GPT2Config
+
+
+class Model(Protocol):
+    """What a model file provides: its parameters, its schedule in both directions, and its cost."""
+
+    def rows(self) -> list[Row]:
+        """Parameters in forward order."""
+
+    def flops_per_token(self, T: int, num_parameters: int) -> int:
+        """Training FLOPs per token."""
+
+    def forward(self, f: Frame, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> hidden (n, C)."""
+
+    def head_rows(self, n: int, dtype: torch.dtype) -> int:
+        """Rows per chunk of logits."""
+
+    def head_loss(
+        self, f: Frame, hidden: Tensor, targets: Tensor, losses: Tensor, scale: Tensor, *, backward: bool, first: bool
+    ) -> None:
+        """Per-token losses, and the head's backward."""
+
+    def head_logits(self, f: Frame, hidden: Tensor) -> Tensor:
+        """Logits (r, Vp) of r rows."""
+
+    def backward(self, f: Frame, tokens: Tensor, *, first: bool) -> None:
+        """All gradients."""
+
+
+MODELS = {"gpt2": GPT2}
+
+
+def build_model(cfg: GPT2Config, recompute: int = 0) -> Model:
+    """The schedule of an architecture by its config's `arch`."""
+    return MODELS[cfg.arch](cfg, recompute)

@@ -1,0 +1,292 @@
+"""One optimizer step: micro-steps of the schedule, then norm, guard and update; and the engine that owns the memory.
+
+    engine = Engine(parse_shape("d12"), B=4, T=1024)
+    engine.train_step(tokens, targets, lr=6e-4, step=0)
+    engine.stats()["loss"]
+
+The functions at the top are what runs; the planner records the very same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daybreak.config_keys import GuardConfig, OptimConfig
+from daybreak.engine.arena import Arena, Entry, Frame, LiveFrame, plan_arena
+from daybreak.engine.device import check_fits
+from daybreak.engine.models import Model, build_model
+from daybreak.engine.params import ParamTable, init_parameters
+from daybreak.kernels import acc_dtype
+from daybreak.kernels.guard import STATS, WINDOW
+from daybreak.shapes import GPT2Config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+HYPER = ("lr", "t", "inv_valid")  # the layout of `hyper`: device scalars that change from step to step
+State = dict[str, Tensor]
+
+
+def micro_step(model: Model, f: Frame, s: State, *, first: bool) -> None:
+    """Forward and backward of the batch in s["tokens"], s["targets"]: gradients and the step's loss so far."""
+    scale = s["hyper"][2]
+    hidden = model.forward(f, s["tokens"])
+    model.head_loss(f, hidden, s["targets"].view(-1), s["losses"], scale, backward=True, first=first)
+    f.k.loss_sum(s["loss"], s["losses"], scale, accumulate=not first)
+    model.backward(f, s["tokens"], first=first)
+
+
+def update(table: ParamTable, f: Frame, s: State, optim: OptimConfig, guard: GuardConfig) -> None:
+    """Gradient norm, the guard's decision, and one AdamW launch per parameter group."""
+    f.k.global_norm(s["norm"], s["grads"])
+    f.k.step_guard(
+        s["stats"], s["windows"], s["counts"], s["loss"], s["norm"],
+        clip=optim.clip, max_loss_z=guard.loss_z, max_norm_z=guard.norm_z,
+    )  # fmt: skip
+    for group in table.groups:
+        part = slice(group.start, group.stop)
+        weights = s["weights"][part]
+        masters = s["masters"][part] if "masters" in s else weights
+        f.k.adamw_update(
+            weights, masters, s["m"][part], s["v"][part], s["grads"][part], s["stats"], s["hyper"],
+            beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
+            weight_decay=optim.weight_decay if group.decay else 0.0,
+        )  # fmt: skip
+
+
+def evaluate(model: Model, f: Frame, s: State, B: int, T: int) -> None:
+    """Per-token losses of the first B rows and T columns of the input buffers, without gradients."""
+    hidden = model.forward(f, s["tokens"][:B, :T])
+    n = B * T
+    targets, losses = s["targets"].view(-1)[:n], s["losses"][:n]
+    model.head_loss(f, hidden, targets, losses, s["hyper"][2], backward=False, first=True)
+
+
+def state_entries(
+    table: ParamTable, B: int, T: int, dtype: torch.dtype, train: bool
+) -> list[Entry]:
+    """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars."""
+    N, acc, f64, i64 = table.numel, acc_dtype(dtype), torch.float64, torch.int64
+    entries = [Entry("weights", "weights", (N,), dtype)]
+    if train:
+        entries += [Entry("masters", "masters", (N,), acc)] if dtype != acc else []
+        entries += [Entry("grads", "grads", (N,), dtype)]
+        entries += [Entry(name, name, (N,), acc) for name in ("m", "v")]
+    small = [
+        ("tokens", (B, T), i64), ("targets", (B, T), i64), ("losses", (B * T,), acc), ("hyper", (len(HYPER),), f64),
+        ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
+        ("counts", (2,), i64),
+    ]  # fmt: skip
+    return entries + [Entry(name, "state", shape, kind) for name, shape, kind in small]
+
+
+def plan_engine(
+    cfg: GPT2Config, *, B: int, T: int, compute: str = "fp32", recompute: int = 0, train: bool = True
+) -> tuple[Model, ParamTable, Arena]:
+    """The model, its parameter table and the complete memory list; no device is touched.
+
+    Raises ConfigError for a shape that cannot exist.
+    """
+    cfg.check()
+    model = build_model(cfg, recompute)
+    table = ParamTable(model.rows())
+    dtype = DTYPES[compute]
+    optim, guard = OptimConfig(), GuardConfig()
+
+    def training(f: Any) -> None:
+        micro_step(model, f, f.state, first=True)
+        update(table, f, f.state, optim, guard)
+
+    def accumulating(f: Any) -> None:
+        micro_step(model, f, f.state, first=False)
+
+    def evaluation(f: Any) -> None:
+        evaluate(model, f, f.state, B, T)
+
+    schedules = [training, accumulating, evaluation] if train else [evaluation]
+    return model, table, plan_arena(table, dtype, state_entries(table, B, T, dtype, train), schedules)
+
+
+class Engine:
+    """A model and its optimizer in memory that was allocated once. Knows no files, loggers or flags.
+
+    B rows of T tokens are one micro-step. `compute` is fp32, bf16 or fp64; in bf16 fp32 masters are kept and start
+    from the rounded weights. With `train=False` only what evaluation and sampling need is allocated. Raises OutOfMemory
+    before anything is allocated if the device's free memory is too small.
+    """
+
+    def __init__(
+        self,
+        cfg: GPT2Config,
+        *,
+        B: int,
+        T: int,
+        compute: str = "fp32",
+        recompute: int = 0,
+        device: str | torch.device = "cpu",
+        seed: int | None = 42,
+        optim: OptimConfig | None = None,
+        guard: GuardConfig | None = None,
+        train: bool = True,
+    ) -> None:
+        self.cfg, self.B, self.T, self.compute, self.train = cfg, B, T, compute, train
+        self.device = torch.device(device)
+        self.optim, self.guard = optim or OptimConfig(), guard or GuardConfig()
+        self.model, self.table, self.arena = plan_engine(
+            cfg, B=B, T=T, compute=compute, recompute=recompute, train=train
+        )
+        check_fits(self.arena, self.device, B, recompute)
+        self.frame = LiveFrame(self.arena, self.table, DTYPES[compute], self.device)
+        self.state: State = self.frame.state
+        self._hyper = torch.zeros(len(HYPER), dtype=torch.float64)
+        if seed is not None:
+            self.init(seed)
+
+    # ------------------------------------------------------------------------------------------------- weights
+
+    def init(self, seed: int) -> None:
+        """Fresh weights from `seed`, always drawn on the CPU; optimizer state and windows zeroed."""
+        for name in ("m", "v", "windows", "counts"):
+            if name in self.state:
+                self.state[name].zero_()
+        weights = self.state["weights"]
+        direct = weights.device.type == "cpu" and weights.dtype == torch.float32
+        drawn = weights if direct else torch.zeros(self.table.numel, dtype=torch.float32)
+        init_parameters(self.table, drawn, seed)
+        if drawn is not weights:
+            weights.copy_(drawn)
+        self._sync_masters()
+
+    def _sync_masters(self) -> None:
+        """Masters start from the (rounded) compute weights."""
+        if "masters" in self.state:
+            self.state["masters"].copy_(self.state["weights"])
+
+    def names(self) -> list[str]:
+        """Parameter names in forward order."""
+        return list(self.table.rows)
+
+    def param(self, name: str) -> Tensor:
+        """A weight in compute dtype, a view."""
+        return self.frame.w(name)
+
+    def master(self, name: str) -> Tensor:
+        """A weight as the optimizer keeps it (fp32, or fp64), a view."""
+        return self.table.view(self.masters, name)
+
+    def grad(self, name: str) -> Tensor:
+        """A gradient, a view."""
+        return self.frame.g(name)
+
+    @property
+    def masters(self) -> Tensor:
+        """The flat weights that are exact: fp32 masters in bf16, else the weights themselves."""
+        return self.state.get("masters", self.state["weights"])
+
+    @property
+    def num_parameters(self) -> int:
+        return self.table.num_parameters
+
+    @property
+    def flops_per_token(self) -> int:
+        return self.model.flops_per_token(self.T, self.num_parameters)
+
+    def load_params(self, params: dict[str, Tensor]) -> None:
+        """Set weights (and masters) from tensors of the table's names and shapes."""
+        assert set(params) == set(self.table.rows), "load_params takes every parameter exactly once"
+        for name, value in params.items():
+            self.master(name).copy_(value)
+        self.masters_changed()
+
+    def masters_changed(self) -> None:
+        """Round the masters into the compute weights, after writing to them."""
+        if "masters" in self.state:
+            self.state["weights"].copy_(self.state["masters"])
+
+    # ------------------------------------------------------------------------------------------------- training
+
+    def begin_step(self, *, lr: float, step: int, valid: int) -> None:
+        """Set a step's device scalars: learning rate, update number, and how many targets count in the whole step."""
+        for i, value in enumerate((lr, step + 1, 1.0 / max(valid, 1))):
+            self._hyper[i] = value
+        self.state["hyper"].copy_(self._hyper)
+
+    def micro_step(self, tokens: Tensor, targets: Tensor, *, first: bool) -> None:
+        """Gradients of one micro-batch, tokens and targets (B, T) of any integer dtype; later ones add to the first."""
+        self.state["tokens"].copy_(tokens)
+        self.state["targets"].copy_(targets)
+        micro_step(self.model, self.frame, self.state, first=first)
+
+    def update(self) -> None:
+        """Apply the accumulated gradient, unless the guard says no."""
+        update(self.table, self.frame, self.state, self.optim, self.guard)
+
+    def forward_backward(self, tokens: Tensor, targets: Tensor) -> None:
+        """Gradients of the mean loss over all valid targets of tokens, targets (A, B, T): A micro-steps."""
+        self._hyper[2] = 1.0 / max(int((targets >= 0).sum()), 1)
+        self.state["hyper"].copy_(self._hyper)
+        for i in range(tokens.shape[0]):
+            self.micro_step(tokens[i], targets[i], first=i == 0)
+
+    def train_step(self, tokens: Tensor, targets: Tensor, *, lr: float, step: int) -> None:
+        """A whole step: tokens, targets (A, B, T); `step` counts from 0."""
+        self.begin_step(lr=lr, step=step, valid=int((targets >= 0).sum()))
+        for i in range(tokens.shape[0]):
+            self.micro_step(tokens[i], targets[i], first=i == 0)
+        self.update()
+
+    def stats(self) -> dict[str, float]:
+        """The last update's loss, norm, clip_scale, skip (0 or 1), loss_z, norm_z."""
+        return dict(zip(STATS, self.state["stats"].tolist(), strict=True))
+
+    # ----------------------------------------------------------------------------------------------- evaluation
+
+    def eval_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Per-token losses (b, t) for tokens, targets (b, t), b <= B and t <= T; a view that the next call overwrites."""
+        b, t = tokens.shape
+        # The front of the flat buffers, so that a smaller batch is contiguous too.
+        self._front("tokens", b, t).copy_(tokens)
+        self._front("targets", b, t).copy_(targets)
+        inputs = {**self.state, "tokens": self._front("tokens", b, t), "targets": self._front("targets", b, t)}
+        evaluate(self.model, self.frame, inputs, b, t)
+        return self.state["losses"][: b * t].view(b, t)
+
+    def _front(self, name: str, b: int, t: int) -> Tensor:
+        return self.state[name].view(-1)[: b * t].view(b, t)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The final layernorm's output (b, t, C) for tokens (b, t); a view that the next call overwrites."""
+        b, t = tokens.shape
+        inputs = self._front("tokens", b, t)
+        inputs.copy_(tokens)
+        return self.model.forward(self.frame, inputs).view(b, t, -1)
+
+    def logits(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits (b, t, V) in compute dtype at every position of tokens (b, t), into `out` or a new tensor."""
+        hidden = self.hidden(tokens).view(-1, self.cfg.C)
+        n, V = hidden.shape[0], self.cfg.V
+        result = torch.empty(n, V, dtype=hidden.dtype, device=self.device) if out is None else out.view(n, V)
+        step = self.model.head_rows(self.B * self.T, hidden.dtype)
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            result[rows].copy_(self.model.head_logits(self.frame, hidden[rows])[:, :V])
+        return result.view(*tokens.shape, V)
+
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Logits (b, V) that follow the last position of tokens (b, t); a view that the next call overwrites."""
+        last = self.hidden(tokens)[:, -1].contiguous() if tokens.shape[0] > 1 else self.hidden(tokens)[0, -1:]
+        return self.model.head_logits(self.frame, last)[:, : self.cfg.V]
+
+    # ------------------------------------------------------------------------------------------------- looking in
+
+    def call_list(self) -> list[str]:
+        """Names of the kernel calls of one micro-step and update, in order."""
+        return [call.name for call in self.arena.calls]
+
+    def norms(self) -> Iterator[tuple[str, float, float]]:
+        """(name, weight norm, gradient norm) of every parameter; costs a pass over both."""
+        for name in self.table.rows:
+            weight, grad = torch.linalg.vector_norm(self.master(name)), torch.linalg.vector_norm(self.grad(name))
+            yield name, weight.item(), grad.item()

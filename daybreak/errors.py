@@ -1,0 +1,49 @@
+"""Everything that can go wrong for a reason the user can act on, with its exit code.
+
+A `daybreak.Error` carries one clear sentence (field, value, rule, fix) and the documented exit code; the command
+line prints the sentence and exits, the Python API raises it. `assert` is kept for our own bugs.
+"""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """A failure with a reason and a documented exit code (README, 'Exit codes')."""
+
+    exit_code: int = 1
+
+
+class ConfigError(Error):
+    """Configuration or usage: unknown key, value out of range, run name taken."""
+
+    exit_code = 2
+
+
+class TooManySkips(Error):
+    """`guard.max_skips` updates in a row were skipped (non-finite or outlier)."""
+
+    exit_code = 3
+
+
+class DataError(Error):
+    """Data that is missing, malformed, or not what the checkpoint was trained on."""
+
+    exit_code = 4
+
+
+class CheckpointError(Error):
+    """A checkpoint that is corrupt, incomplete, foreign, or written by a newer version."""
+
+    exit_code = 5
+
+
+class OutOfMemory(Error):
+    """The plan does not fit the device; the message holds the plan and the flag that helps."""
+
+    exit_code = 6
+
+
+class Stopped(Error):
+    """Stopped by a signal or by --max-hours, after a complete checkpoint was saved."""
+
+    exit_code = 75

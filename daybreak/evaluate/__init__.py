@@ -1,0 +1,1 @@
+"""Measuring a model: validation loss and bits per byte."""

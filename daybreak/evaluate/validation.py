@@ -1,0 +1,58 @@
+"""Validation loss over a fixed budget of tokens, the same ones each time whatever the batch size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from daybreak.data.loader import Loader
+from daybreak.data.tokenizer import Tokenizer
+from daybreak.engine import Engine
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean loss in nats per token, and in bits per UTF-8 byte (which does not depend on the tokenizer)."""
+
+    loss: float
+    tokens: int
+    bits_per_byte: float
+
+
+def token_lengths(tokenizer: Tokenizer, V: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """UTF-8 bytes of each token id below V; 0 for the end-of-text token and ids beyond the tokenizer's."""
+    lengths = np.zeros(V, np.int64)
+    for token in range(tokenizer.V):
+        if token != tokenizer.eot:
+            lengths[token] = len(tokenizer.token_bytes(token))
+    return lengths
+
+
+def validate(
+    engine: Engine,
+    loader: Loader,
+    lengths: np.ndarray[tuple[int], np.dtype[np.int64]],
+    budget: int,
+    check: Callable[[], None] = lambda: None,
+) -> Validation:
+    """Loss of the first budget // T samples of `loader` (at least one, at most all). `check` runs before each batch.
+
+    Bits per byte leave out tokens without bytes (end of text) on both sides.
+    """
+    samples = max(1, min(budget // engine.T, loader.samples_per_epoch))
+    total = text_total = 0.0
+    tokens = size = 0
+    for first in range(0, samples, engine.B):
+        check()
+        batch = torch.from_numpy(loader.batch(first, min(engine.B, samples - first)))
+        losses = engine.eval_losses(batch[:, :-1], batch[:, 1:]).cpu().numpy()
+        length = lengths[batch[:, 1:].numpy()]
+        total += losses.sum(dtype=np.float64)
+        text_total += losses.sum(dtype=np.float64, where=length > 0)
+        tokens += losses.size
+        size += int(length.sum())
+    return Validation(total / tokens, tokens, text_total / math.log(2) / size if size else math.nan)

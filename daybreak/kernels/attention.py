@@ -1,0 +1,146 @@
+"""Causal self-attention without ever storing a T x T matrix in DRAM.
+
+softmax(q k^T / sqrt(HS)) v over keys at or before each query. A block of queries sees all its keys at once, so the
+softmax is exact and only its log-sum-exp is kept (as in FlashAttention, Dao et al. 2022, section 3.1). Backward
+recomputes P = exp(S - lse) block by block:
+
+dv += P^T do,   dP = do v^T,   dS = P (dP - sum(do * o)) * scale,   dq = dS k,   dk += dS^T q
+
+q, k, v, out and their gradients are strided views (B, T, heads, HS): slices of a packed qkv are one case. All
+arithmetic is in fp32 (fp64 for fp64), on copies with the heads in front.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from daybreak.kernels import Scratch, Temps, acc_dtype, op
+
+QUERY_BLOCK = 128  # queries per block: keys beyond a block's last query are not touched
+SCORES = 1 << 21  # elements of scores held at once; the batch is cut to fit
+
+
+def _sizes(q: Tensor) -> tuple[int, int]:
+    """Queries per block, batch rows per group."""
+    B, T, NH, _ = q.shape
+    block = min(QUERY_BLOCK, T)
+    return block, max(1, min(B, SCORES // (NH * block * T)))
+
+
+def forward_temps(out: Tensor, lse: Tensor, q: Tensor, *_: object, **__: object) -> Temps:
+    B, T, NH, HS = q.shape
+    block, group = _sizes(q)
+    acc, heads = acc_dtype(q.dtype), group * NH
+    return [
+        *[((heads * T * HS,), acc)] * 3,
+        ((heads * block * T,), acc),
+        ((heads * block * HS,), acc),
+        *[((heads * block,), acc)] * 2,
+        ((block, block), torch.bool),
+    ]
+
+
+def _heads_first(x: Tensor, buffer: Tensor) -> Tensor:
+    """Copy x (b, T, NH, HS) into `buffer` as a contiguous (b * NH, T, HS)."""
+    b, T, NH, HS = x.shape
+    view = buffer[: x.numel()].view(b, NH, T, HS)
+    view.copy_(x.transpose(1, 2))
+    return view.view(b * NH, T, HS)
+
+
+def _scores(buffer: Tensor, q: Tensor, k: Tensor, start: int, stop: int, scale: float, mask: Tensor) -> Tensor:
+    """Scaled, masked scores of queries [start, stop) against keys [0, stop)."""
+    r = stop - start
+    S = buffer[: q.shape[0] * r * stop].view(q.shape[0], r, stop)
+    torch.baddbmm(S, q[:, start:stop], k[:, :stop].transpose(1, 2), beta=0, alpha=scale, out=S)
+    S[:, :, start:].masked_fill_(mask[:r, :r], -math.inf)
+    return S
+
+
+@op("out", "lse", temps=forward_temps)
+def attention_forward(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, scratch: Scratch
+) -> None:
+    """out (B, T, NH, HS) = causal attention; lse (B, NH, T) in fp32 or wider is kept for backward."""
+    B, T, NH, HS = q.shape
+    block, group = _sizes(q)
+    qh_, kh_, vh_, s_, o_, m_, l_, mask = scratch(forward_temps(out, lse, q))
+    mask.fill_(True).triu_(1)
+    for b in range(0, B, group):
+        rows = slice(b, min(b + group, B))
+        qh, kh, vh = _heads_first(q[rows], qh_), _heads_first(k[rows], kh_), _heads_first(v[rows], vh_)
+        H = qh.shape[0]
+        for start in range(0, T, block):
+            stop = min(start + block, T)
+            r = stop - start
+            S = _scores(s_, qh, kh, start, stop, scale, mask)
+            m, total, o = m_[: H * r].view(H, r, 1), l_[: H * r].view(H, r, 1), o_[: H * r * HS].view(H, r, HS)
+            torch.amax(S, 2, keepdim=True, out=m)
+            torch.sum(S.sub_(m).exp_(), 2, keepdim=True, out=total)
+            torch.bmm(S, vh[:, :stop], out=o)
+            o.div_(total)
+            out[rows, start:stop].copy_(o.view(-1, NH, r, HS).transpose(1, 2))
+            lse[rows, :, start:stop].copy_(m.add_(total.log_()).view(-1, NH, r))
+
+
+def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, *_: object, **__: object) -> Temps:
+    B, T, NH, HS = q.shape
+    block, group = _sizes(q)
+    acc, heads = acc_dtype(q.dtype), group * NH
+    return [
+        *[((heads * T * HS,), acc)] * 8,
+        *[((heads * block * T,), acc)] * 2,
+        *[((heads * T,), acc)] * 2,
+        ((block, block), torch.bool),
+    ]
+
+
+@op("dq", "dk", "dv", temps=backward_temps)
+def attention_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    scratch: Scratch,
+) -> None:
+    """dq, dk, dv (B, T, NH, HS) from dout and what forward kept."""
+    B, T, NH, HS = q.shape
+    block, group = _sizes(q)
+    qh_, kh_, vh_, gh_, oh_, dqh_, dkh_, dvh_, s_, ds_, delta_, lse_, mask = scratch(backward_temps(dq, dk, dv, dout, q))
+    mask.fill_(True).triu_(1)
+    for b in range(0, B, group):
+        rows = slice(b, min(b + group, B))
+        qh, kh, vh = _heads_first(q[rows], qh_), _heads_first(k[rows], kh_), _heads_first(v[rows], vh_)
+        gh, oh = _heads_first(dout[rows], gh_), _heads_first(out[rows], oh_)
+        H = qh.shape[0]
+        dqh, dkh, dvh = (x[: H * T * HS].view(H, T, HS) for x in (dqh_, dkh_, dvh_))
+        delta, L = delta_[: H * T].view(H, T, 1), lse_[: H * T].view(H, T, 1)
+        torch.sum(oh.mul_(gh), 2, keepdim=True, out=delta)
+        L.view(-1, NH, T).copy_(lse[rows])
+        # Last block first: it covers all keys, so it writes dk and dv (beta = 0) and the others add.
+        for start in reversed(range(0, T, block)):
+            stop = min(start + block, T)
+            beta = 0 if stop == T else 1
+            P = _scores(s_, qh, kh, start, stop, scale, mask)
+            P.sub_(L[:, start:stop]).exp_()
+            g = gh[:, start:stop]
+            torch.baddbmm(dvh[:, :stop], P.transpose(1, 2), g, beta=beta, out=dvh[:, :stop])
+            dS = ds_[: P.numel()].view(P.shape)
+            torch.bmm(g, vh[:, :stop].transpose(1, 2), out=dS)
+            dS.sub_(delta[:, start:stop]).mul_(P)
+            torch.baddbmm(dqh[:, start:stop], dS, kh[:, :stop], beta=0, alpha=scale, out=dqh[:, start:stop])
+            torch.baddbmm(
+                dkh[:, :stop], dS.transpose(1, 2), qh[:, start:stop], beta=beta, alpha=scale, out=dkh[:, :stop]
+            )
+        for grad, heads in ((dq, dqh), (dk, dkh), (dv, dvh)):
+            grad[rows].copy_(heads.view(-1, NH, T, HS).transpose(1, 2))

@@ -1,0 +1,68 @@
+"""Softmax cross-entropy over the vocabulary, with the gradient written over the logits.
+
+loss = logsumexp(z) - z[t];  dz = (softmax(z) - onehot(t)) * scale. Rows whose target is -1 count nothing. Columns
+V..Vp are padding: they take no part in the softmax and get gradient zero. fp32 (or fp64) whatever the logits are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from daybreak.kernels import Scratch, Temps, acc_dtype, chunk_rows, op, row_chunks
+
+IGNORE = -1
+
+
+def classifier_temps(losses: Tensor, logits: Tensor, *_: object, V: int, **__: object) -> Temps:
+    rows, acc = chunk_rows(*logits.shape), acc_dtype(logits.dtype)
+    wide = [] if logits.dtype == acc else [((rows, V), acc)]
+    return [*[((rows, 1), acc)] * 3, ((rows, 1), torch.int64), ((rows, 1), torch.bool), *wide]
+
+
+@op("losses", "logits", temps=classifier_temps)
+def classifier(
+    losses: Tensor, logits: Tensor, targets: Tensor, scale: Tensor, *, V: int, backward: bool, scratch: Scratch
+) -> None:
+    """losses (n) of logits (n, Vp) for targets (n) int64; with `backward`, logits become d_logits.
+
+    scale is a device scalar, 1 / valid targets of the whole step, so that summing over micro-steps gives the mean.
+    Without `backward` the logits are left in an unspecified state.
+    """
+    m_, total_, picked_, index_, ignored_, *wide_ = scratch(classifier_temps(losses, logits, V=V))
+    for rows in row_chunks(*logits.shape):
+        n = logits[rows].shape[0]
+        m, total, picked, index, ignored = m_[:n], total_[:n], picked_[:n], index_[:n], ignored_[:n]
+        z = logits[rows, :V] if not wide_ else wide_[0][:n].copy_(logits[rows, :V])
+        torch.eq(targets[rows, None], IGNORE, out=ignored)
+        torch.clamp(targets[rows, None], min=0, out=index)
+        torch.amax(z, 1, keepdim=True, out=m)
+        z.sub_(m)
+        torch.gather(z, 1, index, out=picked)
+        torch.sum(z.exp_(), 1, keepdim=True, out=total)
+        torch.log(total, out=m)
+        losses[rows, None].copy_(m.sub_(picked).masked_fill_(ignored, 0.0))
+        if not backward:
+            continue
+        torch.div(scale, total, out=total)
+        z.mul_(total.masked_fill_(ignored, 0.0))
+        picked.copy_(scale.expand_as(picked)).neg_().masked_fill_(ignored, 0.0)
+        z.scatter_add_(1, index, picked)  # one index a row, so the order does not matter
+        if wide_:
+            logits[rows, :V].copy_(z)
+        logits[rows, V:].zero_()
+
+
+def sum_temps(total: Tensor, losses: Tensor, *_: object, **__: object) -> Temps:
+    return [(tuple(losses.shape), total.dtype), ((), total.dtype)]
+
+
+@op("total", temps=sum_temps)
+def loss_sum(total: Tensor, losses: Tensor, scale: Tensor, *, accumulate: bool, scratch: Scratch) -> None:
+    """total (scalar, fp64) = sum(losses) * scale, added to it if `accumulate`: the step's mean loss so far."""
+    wide, part = scratch(sum_temps(total, losses))
+    torch.sum(wide.copy_(losses), 0, out=part).mul_(scale)
+    if accumulate:
+        total.add_(part)
+    else:
+        total.copy_(part)

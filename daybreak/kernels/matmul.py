@@ -1,0 +1,50 @@
+"""Linear layers: out = x w^T + b with w stored (out, in), and the three products of its backward.
+
+With y = x w^T + b and gradient dy:  dx = dy w,  dw = dy^T x,  db = sum over rows of dy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from daybreak.kernels import Scratch, Temps, op
+
+
+@op("out")
+def matmul_forward(out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None) -> None:
+    """out (n, O) = x (n, I) @ w (O, I)^T + b (O)."""
+    if b is None:
+        torch.mm(x, w.t(), out=out)
+    else:
+        torch.addmm(b, x, w.t(), out=out)
+
+
+@op("dx")
+def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor) -> None:
+    """dx (n, I) = dout (n, O) @ w (O, I)."""
+    torch.mm(dout, w, out=dx)
+
+
+@op("dw")
+def matmul_backward_weight(dw: Tensor, dout: Tensor, x: Tensor, *, accumulate: bool) -> None:
+    """dw (O, I) = dout (n, O)^T @ x (n, I), added to dw if `accumulate`."""
+    if accumulate:
+        dw.addmm_(dout.t(), x)
+    else:
+        torch.mm(dout.t(), x, out=dw)
+
+
+def bias_temps(db: Tensor, dout: Tensor, **_: object) -> Temps:
+    return [((dout.shape[1],), dout.dtype)]
+
+
+@op("db", temps=bias_temps)
+def bias_backward(db: Tensor, dout: Tensor, *, accumulate: bool, scratch: Scratch) -> None:
+    """db (O) = column sums of dout (n, O), added to db if `accumulate`. torch sums bf16 columns in fp32."""
+    if accumulate:
+        (total,) = scratch(bias_temps(db, dout))
+        torch.sum(dout, 0, out=total)
+        db.add_(total)
+    else:
+        torch.sum(dout, 0, out=db)

@@ -1,0 +1,113 @@
+"""LayerNorm (Ba, Kiros, Hinton 2016), alone and fused with the residual addition before it.
+
+For a row x of C values:  xhat = (x - mean) rstd,  rstd = 1 / sqrt(var + 1e-5),  y = xhat w + b.
+Backward, with g = dy w:  dx = rstd (g - mean(g) - xhat mean(g xhat)),  dw = sum dy xhat,  db = sum dy.
+Statistics are two-pass and kept in fp32 (fp64 for fp64), whatever the dtype of x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from daybreak.kernels import Scratch, Temps, acc_dtype, chunk_rows, op, row_chunks, widen
+
+EPS = 1e-5
+
+
+def forward_temps(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, *_: object) -> Temps:
+    n, C = x.shape
+    rows, acc = chunk_rows(n, C), acc_dtype(x.dtype)
+    return [((rows, C), acc), ((rows, C), acc), ((rows, 1), acc)]
+
+
+@op("out", "mean", "rstd", temps=forward_temps)
+def layernorm_forward(
+    out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Tensor, b: Tensor, *, scratch: Scratch
+) -> None:
+    """out (n, C) = layernorm(x (n, C)) * w (C) + b (C); mean, rstd (n) in fp32 or wider are kept for backward."""
+    centred, square, var = scratch(forward_temps(out, mean, rstd, x))
+    for rows in row_chunks(*x.shape):
+        m, r = mean[rows, None], rstd[rows, None]
+        n = m.shape[0]
+        xc, sq, v = centred[:n], square[:n], var[:n]
+        xc.copy_(x[rows])
+        torch.mean(xc, 1, keepdim=True, out=m)
+        xc.sub_(m)
+        torch.mul(xc, xc, out=sq)
+        torch.mean(sq, 1, keepdim=True, out=v)
+        torch.rsqrt(v.add_(EPS), out=r)
+        out[rows].copy_(xc.mul_(r).mul_(w).add_(b))
+
+
+def residual_temps(residual: Tensor, out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, *_: object) -> Temps:
+    return forward_temps(out, mean, rstd, x)
+
+
+@op("residual", "out", "mean", "rstd", temps=residual_temps)
+def residual_layernorm_forward(
+    residual: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    w: Tensor,
+    b: Tensor,
+    *,
+    scratch: Scratch,
+) -> None:
+    """residual (n, C) = x + delta, then out, mean, rstd = layernorm_forward(residual)."""
+    torch.add(x, delta, out=residual)
+    layernorm_forward(out, mean, rstd, residual, w, b, scratch=scratch)
+
+
+def backward_temps(dx: Tensor, dw: Tensor, db: Tensor, dout: Tensor, *_: object, **__: object) -> Temps:
+    n, C = dout.shape
+    rows, acc = chunk_rows(n, C), acc_dtype(dout.dtype)
+    return [*[((rows, C), acc)] * 3, *[((rows, 1), acc)] * 2, *[((C,), acc)] * 3]
+
+
+@op("dx", "dw", "db", temps=backward_temps)
+def layernorm_backward(
+    dx: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    dout: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    w: Tensor,
+    *,
+    accumulate_dx: bool,
+    accumulate: bool,
+    scratch: Scratch,
+) -> None:
+    """Gradients of layernorm: dx (n, C), dw (C), db (C) from dout (n, C).
+
+    `accumulate_dx` adds into dx (the residual stream's gradient), `accumulate` adds into dw and db (micro-steps).
+    """
+    xhat_, g_, tmp_, c1_, c2_, dw_acc, db_acc, part = scratch(backward_temps(dx, dw, db, dout))
+    dw_acc.zero_()
+    db_acc.zero_()
+    for rows in row_chunks(*x.shape):
+        n = x[rows].shape[0]
+        xhat, g, tmp, c1, c2 = xhat_[:n], g_[:n], tmp_[:n], c1_[:n], c2_[:n]
+        r = rstd[rows, None]
+        xhat.copy_(x[rows]).sub_(mean[rows, None]).mul_(r)
+        g.copy_(dout[rows])
+        db_acc.add_(torch.sum(g, 0, out=part))
+        torch.mul(g, xhat, out=tmp)
+        dw_acc.add_(torch.sum(tmp, 0, out=part))
+        g.mul_(w)
+        torch.mean(g, 1, keepdim=True, out=c1)
+        torch.mul(g, xhat, out=tmp)
+        torch.mean(tmp, 1, keepdim=True, out=c2)
+        g.sub_(c1).sub_(xhat.mul_(c2)).mul_(r)
+        if accumulate_dx:
+            g.add_(widen(dx[rows], tmp))
+        dx[rows].copy_(g)
+    for grad, total in ((dw, dw_acc), (db, db_acc)):
+        if accumulate:
+            total.add_(widen(grad, part))
+        grad.copy_(total)

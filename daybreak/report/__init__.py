@@ -1,0 +1,1 @@
+"""What people read before and after a run."""

@@ -1,0 +1,407 @@
+"""Checkpoints: written so that a listed one is complete, read so that a damaged one is never used.
+
+    step-00001000/model.safetensors                    canonical names, whole tensors
+                  optimizer-00000-of-00001.safetensors  a rank's ranges of the flat buffers (where: in its metadata)
+                  manifest.json                         written last: everything else, and every file's size and sha256
+
+The publishing step is a rename. Beside the published directories there may be, after a crash,
+`.tmp-step-N-PID` (half written, ignored) and `.old-step-N-PID` (complete, on its way to being replaced; it counts while
+`step-N` is missing). Only JSON and safetensors are read, so loading never executes code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+
+from daybreak.errors import CheckpointError, Error
+from daybreak.state.run_folder import fsync_directory
+from daybreak.state.safetensors_io import SafetensorsFile, Written, write_safetensors
+
+log = logging.getLogger("daybreak")
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MODEL = "model.safetensors"
+RESERVED = ("format", "step", "world", "flat_numel", "layout", "files", "checksum")  # manifest keys of our own
+MAX_MANIFEST = 64 << 20
+
+Verify = Literal["full", "size", "off"]
+
+
+class NewerFormat(CheckpointError):
+    """Written by a newer daybreak. Falling back to an older checkpoint would discard good work, so nothing does."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds. The tensors are not copied: they must not change until the save returns.
+
+    optimizer: key ("m", "v") -> this rank's ranges of that flat buffer as (first element, contiguous 1-D tensor).
+    flat_numel: elements of a whole flat buffer. layout: (name, first element, shape) of each tensor in it.
+    extra: small tensors kept by rank 0. manifest: JSON-able, keys other than RESERVED, no non-finite floats.
+    """
+
+    step: int
+    model: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, list[tuple[int, torch.Tensor]]]
+    flat_numel: int
+    layout: list[tuple[str, int, tuple[int, ...]]]
+    extra: Mapping[str, torch.Tensor]
+    manifest: Mapping[str, Any]
+
+
+def _directory(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _optimizer_file(rank: int, world: int) -> str:
+    return f"optimizer-{rank:05d}-of-{world:05d}.safetensors"
+
+
+# ---- saving
+
+
+def save_checkpoint(root: Path, snap: Snapshot, *, rank: int = 0, world: int = 1) -> Path:
+    """Write `root/step-%08d`, durably, and return it; an existing one of this step is replaced.
+
+    At every instant either the old or the new one is complete on disk. Raises Error when the disk refuses.
+    """
+    assert rank == 0 and world == 1, "saving from several ranks needs their agreement on when all files are written"
+    final = root / _directory(snap.step)
+    temporary = root / f".tmp-{final.name}-{os.getpid()}"
+    try:
+        if not root.exists():
+            root.mkdir(parents=True)
+            fsync_directory(root.parent)
+        _remove(temporary)
+        temporary.mkdir()
+        optimizer = _optimizer_file(rank, world)
+        files = {
+            MODEL: write_safetensors(temporary / MODEL, snap.model),
+            optimizer: _write_optimizer(temporary / optimizer, snap, rank),
+        }
+        _write_manifest(temporary / MANIFEST, snap, world, files)
+        fsync_directory(temporary)
+        _publish(temporary, final)
+    except OSError as error:
+        raise Error(
+            f"checkpoint {final} could not be written ({error.strerror}): free space on its disk, lower "
+            "checkpoint.keep, or move the run."
+        ) from error
+    finally:
+        _remove(temporary)
+    return final
+
+
+def _write_optimizer(path: Path, snap: Snapshot, rank: int) -> Written:
+    tensors: dict[str, torch.Tensor] = {}
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for key, owned in snap.optimizer.items():
+        ranges[key] = []
+        for start, tensor in owned:
+            stop = start + tensor.numel()
+            assert tensor.dim() == 1
+            assert start >= 0
+            assert stop <= snap.flat_numel
+            ranges[key].append((start, stop))
+            tensors[_range_name(key, start, stop)] = tensor
+    if rank == 0:
+        tensors |= {_extra_name(name): tensor for name, tensor in snap.extra.items()}
+    return write_safetensors(path, tensors, {"ranges": json.dumps(ranges)})
+
+
+def _range_name(key: str, start: int, stop: int) -> str:
+    return f"{key}[{start}:{stop}]"
+
+
+def _extra_name(name: str) -> str:
+    return f"extra.{name}"
+
+
+def _write_manifest(path: Path, snap: Snapshot, world: int, files: Mapping[str, Written]) -> None:
+    assert not set(RESERVED) & snap.manifest.keys()
+    manifest = {
+        "format": FORMAT,
+        "step": snap.step,
+        **snap.manifest,
+        "world": world,
+        "flat_numel": snap.flat_numel,
+        "layout": snap.layout,
+        "files": {name: {"size": w.size, "sha256": w.sha256} for name, w in files.items()},
+    }
+    manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as a reader will see it: lists, string keys
+    manifest["checksum"] = _checksum(manifest)
+    with open(path, "x", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    """The manifest vouches for the other files; this is what vouches for it."""
+    text = json.dumps({k: v for k, v in manifest.items() if k != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    replaced = final.with_name(f".old-{final.name}-{os.getpid()}")
+    if final.exists():
+        _remove(replaced)
+        final.rename(replaced)
+    temporary.rename(final)
+    fsync_directory(final.parent)
+    _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory that no reader counts (never a published one: half removed, it would still be listed)."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- listing and retention
+
+
+def _published(root: Path) -> list[Path]:
+    """Directories that should hold a checkpoint, newest step first."""
+    found: dict[int, Path] = {}
+    for path in sorted(root.iterdir()) if root.is_dir() else []:  # '.old-' sorts before 'step-', which so wins
+        match = re.fullmatch(r"step-(\d{8,})|\.old-step-(\d{8,})-\d+", path.name)
+        if match and path.is_dir():
+            found[int(match[1] or match[2])] = path
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step of a directory that `list_checkpoints` gave (its name may be the one of a crashed replacement)."""
+    return int(path.name.removeprefix(".old-").split("-")[1])
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints below `root` (none if it does not exist), newest step first."""
+    return [path for path in _published(root) if (path / MANIFEST).is_file()]
+
+
+def prune_checkpoints(root: Path, keep: int, major: int, verify: Verify = "full") -> list[Path]:
+    """Remove all but the `keep` newest (0: keep all) and those whose step is a multiple of `major` (0: none is).
+
+    Whatever `keep` says, two more stay: the newest that proves good when read back (when none does, nothing is
+    removed), and the one written last, which after a fall-back is not the newest. What dead saves left behind is
+    cleaned up. Not to be called while this process is saving. Returns what was removed, oldest first.
+    """
+    assert keep >= 0
+    assert major >= 0
+    _clean(root)
+    found = list_checkpoints(root)
+    doomed = [path for path in found[keep:] if keep and not (major and checkpoint_step(path) % major == 0)]
+    if not doomed:
+        return []
+    good = next((path for path in found if _is_good(path, verify)), None)
+    if good is None:
+        log.warning("No checkpoint below %s is intact, so none is removed.", root)
+        return []
+    last = max(found, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
+    doomed = [path for path in reversed(doomed) if path not in (good, last)]
+    for path in doomed:
+        leaving = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        _remove(leaving)
+        path.rename(leaving)
+        _remove(leaving)
+    return doomed
+
+
+def _clean(root: Path) -> None:
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        match = re.fullmatch(r"\.(tmp|old)-(step-\d{8,})-(\d{1,9})", path.name)
+        if not match or _alive(int(match[3])):
+            continue
+        final = root / match[2]
+        if match[1] == "old" and not final.exists():
+            path.rename(final)  # its replacement never arrived
+        else:
+            _remove(path)
+
+
+def _alive(pid: int) -> bool:
+    """Whether another live process has this id. Our own id on a leftover: a container that restarts reuses ids."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_good(path: Path, verify: Verify) -> bool:
+    try:
+        load_checkpoint(path, verify)
+    except CheckpointError as error:
+        log.warning("Checkpoint %s is damaged: %s", path.name, error)
+        return False
+    return True
+
+
+# ---- loading
+
+
+class Checkpoint:
+    """An opened checkpoint; made by `load_checkpoint`. Every read copies into a tensor of the caller's."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.step: int = manifest["step"]
+        self.flat_numel: int = manifest["flat_numel"]
+        self.layout = [(name, start, tuple(shape)) for name, start, shape in manifest["layout"]]
+        self._model = SafetensorsFile(path / MODEL)
+        ranks = [SafetensorsFile(path / _optimizer_file(rank, manifest["world"])) for rank in range(manifest["world"])]
+        self._first_rank = ranks[0]
+        self._ranges: dict[str, list[tuple[int, int, SafetensorsFile]]] = {}
+        for file in ranks:
+            for key, start, stop in _owned_ranges(file):
+                self._ranges.setdefault(key, []).append((start, stop, file))
+        for owned in self._ranges.values():
+            owned.sort(key=lambda r: r[:2])
+
+    def names(self) -> list[str]:
+        """Names of the model's tensors."""
+        return list(self._model.entries)
+
+    def read_model(self, name: str, out: torch.Tensor) -> None:
+        """Copy a model tensor into contiguous `out` of the same shape, any float dtype, any device."""
+        self._read(self._model, name, out)
+
+    def read_extra(self, name: str, out: torch.Tensor) -> None:
+        """Copy an extra tensor into contiguous `out` of the same shape."""
+        self._read(self._first_rank, _extra_name(name), out)
+
+    def read_optimizer(self, key: str, start: int, out: torch.Tensor) -> None:
+        """Copy elements start .. start + out.numel() of a flat buffer into 1-D `out`, whichever ranks wrote them."""
+        at, stop = start, start + out.numel()
+        for begin, end, file in self._ranges.get(key, []):
+            if begin <= at < end and at < stop:
+                n = min(end, stop) - at
+                file.read(_range_name(key, begin, end), out[at - start : at - start + n], at - begin)
+                at += n
+        if at < stop:
+            raise CheckpointError(f"{self.path} holds no element {at} of optimizer buffer {key!r}.")
+
+    def _read(self, file: SafetensorsFile, name: str, out: torch.Tensor) -> None:
+        entry = file.entries.get(name)
+        if entry is not None and entry.shape != tuple(out.shape):
+            raise CheckpointError(f"{file.path}: {name!r} has shape {entry.shape}, not {tuple(out.shape)}.")
+        file.read(name, out)
+
+
+def _owned_ranges(file: SafetensorsFile) -> Iterator[tuple[str, int, int]]:
+    try:
+        for key, spans in json.loads(file.metadata["ranges"]).items():
+            for start, stop in spans:
+                if file.entries[_range_name(key, start, stop)].shape != (stop - start,):
+                    raise ValueError
+                yield key, start, stop
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{file.path}: its 'ranges' do not match its tensors; restore or remove it.") from None
+
+
+def load_checkpoint(path: Path, verify: Verify = "full") -> Checkpoint:
+    """Open a checkpoint after checking it: manifest and headers always, every file's size, every file's sha256.
+
+    Raises CheckpointError naming the file and what is wrong with it.
+    """
+    manifest = _read_manifest(path)
+    if verify != "off":
+        _verify_files(path, manifest["files"], verify)
+    for name in sorted(p.name for p in path.iterdir()):
+        if name not in manifest["files"] and name != MANIFEST:
+            log.warning("%s is not part of the checkpoint; it is ignored.", path / name)
+    return Checkpoint(path, manifest)
+
+
+def _refuse(path: Path, reason: str) -> NoReturn:
+    raise CheckpointError(f"{path} {reason}; restore it, or remove {path.parent.name} to use an older checkpoint.")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        with open(file, "rb") as stream:
+            manifest: Any = json.loads(stream.read(MAX_MANIFEST))
+    except OSError as error:
+        _refuse(file, f"cannot be read ({error.strerror})")
+    except (ValueError, RecursionError) as error:
+        _refuse(file, f"is not JSON ({error})")
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(version) is int and version > FORMAT:
+        raise NewerFormat(f"{path} was written by a newer daybreak (format {version}, known: {FORMAT}); upgrade.")
+    if version != FORMAT or manifest.get("checksum") != _checksum(manifest):
+        _refuse(file, "was altered or is not a daybreak manifest (its checksum does not match)")
+    if not _is_well_formed(manifest):
+        _refuse(file, "lacks a field of format 1, or holds one of the wrong type")
+    return dict(manifest)
+
+
+def _is_well_formed(m: dict[str, Any]) -> bool:
+    def natural(*values: Any) -> bool:
+        return all(type(v) is int and v >= 0 for v in values)
+
+    try:
+        ranks = range(len(m["files"]) - 1)
+        return (
+            natural(m["step"], m["flat_numel"], m["world"])
+            and m["world"] == len(ranks) > 0
+            and all(isinstance(name, str) and natural(at, *shape) for name, at, shape in m["layout"])
+            and m["files"].keys() == {MODEL, *(_optimizer_file(rank, len(ranks)) for rank in ranks)}
+            and all(natural(f["size"]) and isinstance(f["sha256"], str) for f in m["files"].values())
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def _verify_files(path: Path, files: Mapping[str, Any], verify: Verify) -> None:
+    try:
+        for name, known in files.items():
+            size = (path / name).stat().st_size
+            if size != known["size"]:
+                _refuse(path / name, f"has {size} bytes instead of {known['size']}")
+        for name, known in files.items() if verify == "full" else ():
+            with open(path / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:
+                    _refuse(path / name, "is damaged (its sha256 does not match)")
+    except OSError as error:
+        _refuse(path / name, f"cannot be read ({error.strerror})")
+
+
+def newest_good(root: Path, verify: Verify = "full") -> Checkpoint | None:
+    """The newest intact checkpoint below `root`; None when there is no checkpoint at all.
+
+    Each damaged one that is passed over is named in a warning. Raises CheckpointError when all are damaged, or when
+    a newer daybreak wrote one that would have to be passed over.
+    """
+    candidates = _published(root)
+    for path in candidates:
+        try:
+            return load_checkpoint(path, verify)
+        except NewerFormat:
+            raise
+        except CheckpointError as error:
+            log.warning("Falling back to an older checkpoint: %s", error)
+    if candidates:
+        raise CheckpointError(
+            f"none of the {len(candidates)} checkpoints below {root} is intact (each is named above); restore one, or "
+            "start anew under another --name."
+        )
+    return None

@@ -1,0 +1,188 @@
+"""What a run tells: metrics.jsonl for programs, main.log in llm.c's format, the console's line for people."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from daybreak.errors import Error
+
+log = logging.getLogger("daybreak")
+
+VERSION = 1
+COMMON: dict[str, Any] = {"v": int, "kind": str, "step": int, "tokens": int, "t": float}
+# kind -> its own fields, a contract with other programs. step: updates done; tokens: trained on; t: unix seconds.
+FIELDS: dict[str, dict[str, Any]] = {
+    "run": {"name": str, "config_hash": str, "device": str, "parameters": int, "flops_per_token": float},
+    "step": {
+        "loss": float,
+        "norm": float,
+        "lr": float,
+        "ms": float,
+        "tok_s": float,  # smoothed
+        "mfu": float | None,  # 0 to 1; null: peak of the card unknown
+        "loss_z": float | None,  # null until the window is full
+        "norm_z": float | None,
+        "skipped": bool,
+        "mem_mib": int,
+        "eta_s": float | None,
+        "epoch": int,
+    },
+    "val": {"loss": float, "tokens_evaluated": int, "bpb": float | None},  # bpb: bits per byte, null: bytes unknown
+    "eval": {"task": str, "accuracy": float, "examples": int},
+    "sample": {"text": str},
+    "checkpoint": {"path": str, "seconds": float, "bytes": int},
+    "event": {"what": str, "detail": str},
+}
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsWriter:
+    """Appends one JSON object a line. JSON has no NaN or infinity: they are the strings of NON_FINITE."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self._fd).st_size
+        # A line cut short by a crash must not swallow the next one.
+        self._prefix = b"\n" if size and os.pread(self._fd, 1, size - 1) != b"\n" else b""
+
+    def write(self, kind: str, step: int, tokens: int, **fields: Any) -> None:
+        """Append a record with exactly the fields of FIELDS[kind], in one write() so that lines never interleave."""
+        record = {"v": VERSION, "kind": kind, "step": step, "tokens": tokens, "t": float(self._clock()), **fields}
+        _check(kind, record)
+        encoded = {k: _encode(v) for k, v in record.items()}
+        line = self._prefix + json.dumps(encoded, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        self._prefix = b"\n"  # until the whole line is known to be there
+        try:
+            if os.write(self._fd, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise Error(f"{self._path} cannot be written ({error.strerror}): mend that and resume the run.") from error
+        self._prefix = b""
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _check(kind: str, record: dict[str, Any]) -> None:
+    expected = COMMON | FIELDS[kind]
+    assert record.keys() == expected.keys(), f"{kind}: {record.keys() ^ expected.keys()}"
+    for name, value in record.items():
+        # bool is an int to isinstance; a whole number is a fine float.
+        fits = isinstance(value, expected[name]) and isinstance(value, bool) == (expected[name] is bool)
+        assert fits or (type(value) is int and _is_float(expected[name])), f"{kind}.{name} = {value!r}"
+
+
+def _is_float(spec: Any) -> bool:
+    return spec is float or spec == float | None
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records in step order, non-finite floats restored.
+
+    A resumed run repeats steps: of each (kind, step, task) the last record counts; events are also told apart by
+    `what`. Lines that are not JSON objects (cut short by a crash) are left out, with a warning unless it is the last.
+    """
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            key = (record["kind"], int(record["step"]), record.get("task", record.get("what")))
+            latest.pop(key, None)  # so that the order within a step is the order of the last records
+            latest[key] = _decode(record)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if number < len(lines):
+                log.warning("%s line %d is not a metrics record; it is left out.", path, number)
+    return sorted(latest.values(), key=lambda record: record["step"])
+
+
+def _decode(record: dict[str, Any]) -> dict[str, Any]:
+    spec = COMMON | FIELDS.get(record["kind"], {})
+    return {k: NON_FINITE.get(v, v) if isinstance(v, str) and _is_float(spec.get(k)) else v for k, v in record.items()}
+
+
+class MainLog:
+    """llm.c's main.log, byte for byte: its plotting tools read it. Opened and closed for each line, as there."""
+
+    def __init__(self, path: Path, fresh: bool) -> None:
+        """Truncate on a fresh start, append on a resume."""
+        self._path = path
+        if fresh:
+            path.write_bytes(b"")
+
+    def _append(self, line: str) -> None:
+        with open(self._path, "ab") as file:
+            file.write(line.encode() + b"\n")
+
+    def val(self, step: int, loss: float) -> None:
+        """Validation loss after `step` updates."""
+        self._append(f"s:{step} tel:{loss:.4f}")
+
+    def eval(self, step: int, accuracy: float) -> None:
+        """HellaSwag accuracy (a fraction) after `step` updates."""
+        self._append(f"s:{step} eval:{accuracy:.4f}")
+
+    def train(self, step: int, loss: float, lr: float, norm: float) -> None:
+        """The update number step + 1: llm.c counts it from 0 here."""
+        self._append(f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}")
+
+
+def step_line(
+    step: int,
+    steps: int,
+    *,
+    loss: float,
+    loss_z: float | None,
+    norm: float,
+    norm_z: float | None,
+    lr: float,
+    ms: float,
+    mfu: float | None,
+    tok_s: float,
+    mem_mib: int,
+    eta_s: float | None,
+    precision: str = "bf16",
+) -> str:
+    """llm.c's console line plus memory and time left. `step` counts from 1; z is +nan until its window is full."""
+    z_loss, z_norm = (math.nan if z is None else z for z in (loss_z, norm_z))
+    used = "n/a" if mfu is None else f"{100 * mfu:.1f}% {precision}"
+    return (
+        f"step {step:4d}/{steps} | loss {loss:7.6f} ({z_loss:+.2f}z)| norm {norm:6.4f} ({z_norm:+.2f}z)| "
+        f"lr {lr:.2e} | {ms:.2f} ms | {used} MFU | {tok_s:.0f} tok/s | {mem_mib} MiB | ETA {format_duration(eta_s)}"
+    )
+
+
+def format_duration(seconds: float | None) -> str:
+    """Seconds for people, in the two largest units: 42s, 3m05s, 2h07m, 1d03h; n/a for None."""
+    if seconds is None:
+        return "n/a"
+    s = round(seconds)
+    for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if s >= size:
+            return f"{s // size}{unit}{s % size // part:02d}{below}"
+    return f"{s}s"

@@ -1,0 +1,47 @@
+"""Between an engine in memory and a checkpoint on disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from daybreak.engine import Engine
+from daybreak.errors import CheckpointError
+from daybreak.state.checkpoint import Checkpoint, Snapshot
+
+WINDOWS = ("windows", "counts")  # the guard's outlier windows
+
+
+def snapshot(engine: Engine, step: int, manifest: dict[str, Any]) -> Snapshot:
+    """Everything of `engine` that the next step depends on, as views: save it before the next step."""
+    ranges = list(engine.table.owned_ranges())
+    return Snapshot(
+        step=step,
+        model={name: engine.master(name) for name in engine.names()},
+        optimizer={key: [(start, engine.state[key][start:stop]) for start, stop in ranges] for key in ("m", "v")},
+        flat_numel=engine.table.numel,
+        layout=engine.table.layout(),
+        extra={name: engine.state[name] for name in WINDOWS},
+        manifest=manifest,
+    )
+
+
+def restore_weights(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Load the model's weights. Raises CheckpointError if the checkpoint is of another model."""
+    if set(checkpoint.names()) != set(engine.names()):
+        other = sorted(set(checkpoint.names()) ^ set(engine.names()))
+        raise CheckpointError(f"{checkpoint.path} is of another model: tensors differ, {other[0]!r} first.")
+    for name in engine.names():
+        checkpoint.read_model(name, engine.master(name))
+    engine.masters_changed()
+
+
+def restore(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Load weights, optimizer state and outlier windows: the engine continues as if it had never stopped."""
+    restore_weights(engine, checkpoint)
+    for key in ("m", "v"):
+        # By name: the flat buffers may have been ordered otherwise when this was written.
+        for name, offset, _ in checkpoint.manifest["layout"]:
+            view = engine.table.view(engine.state[key], name)
+            checkpoint.read_optimizer(key, offset, view.view(-1))
+    for name in WINDOWS:
+        checkpoint.read_extra(name, engine.state[name])

@@ -1,0 +1,78 @@
+"""An existing run: its folder as an object. What `daybreak.load` returns and what verbs after training start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from daybreak.config import Config, read_toml
+from daybreak.data.tokenizer import Tokenizer, get_tokenizer
+from daybreak.engine import Engine
+from daybreak.engine.device import pick_compute, pick_device
+from daybreak.errors import CheckpointError, ConfigError, DataError
+from daybreak.state.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_good
+from daybreak.state.metrics import read_metrics
+from daybreak.state.restore import restore_weights
+from daybreak.state.run_folder import RunFolder
+
+
+class Run:
+    """A run's folder: configuration, metrics, checkpoints, weights. Raises ConfigError if `path` is none."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.folder = RunFolder(self.path)
+        if not self.folder.config.is_file():
+            raise ConfigError(
+                f"{self.path} is not a run: it has no config.toml; give a folder that daybreak train made."
+            )
+
+    @property
+    def config(self) -> Config:
+        """The complete configuration the run was started with."""
+        return read_toml(self.folder.config)
+
+    def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl in step order, or those of one kind (step, val, sample, ...)."""
+        if not self.folder.metrics.is_file():
+            return []
+        return [r for r in read_metrics(self.folder.metrics) if kind is None or r["kind"] == kind]
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, newest first."""
+        return list_checkpoints(self.folder.checkpoints)
+
+    def checkpoint(self, step: int | None = None) -> Checkpoint:
+        """The newest good checkpoint, or the one of `step`. Raises CheckpointError."""
+        if step is None:
+            found = newest_good(self.folder.checkpoints)
+            if found is None:
+                raise CheckpointError(f"{self.path} has no checkpoint yet; train it first: daybreak train {self.path}")
+            return found
+        path = self.folder.checkpoints / f"step-{step:08d}"
+        if path not in self.checkpoints:
+            have = ", ".join(str(int(p.name[5:])) for p in self.checkpoints) or "none"
+            raise CheckpointError(f"{self.path} has no checkpoint of step {step}; there are: {have}.")
+        return load_checkpoint(path)
+
+    def load_engine(
+        self, step: int | None = None, *, B: int = 1, device: str | None = None
+    ) -> tuple[Engine, Tokenizer]:
+        """A checkpoint's weights in an engine that evaluates and samples (no optimizer state), and its tokenizer.
+
+        Raises CheckpointError, DataError (this daybreak's tokenizer differs), OutOfMemory.
+        """
+        config, checkpoint = self.config, self.checkpoint(step)
+        made = checkpoint.manifest["tokenizer"]
+        tokenizer = get_tokenizer(made["name"])
+        if tokenizer.fingerprint != made["fingerprint"]:
+            raise DataError(
+                f"{self.path} was trained with tokenizer {made['name']} {made['fingerprint'][:16]}, "
+                f"this daybreak has {tokenizer.fingerprint[:16]}; use the version that trained it."
+            )
+        where = pick_device(device or config.run.device)
+        compute = pick_compute(config.precision.compute, where)
+        engine = Engine(config.model, B=B, T=config.T, compute=compute, device=where, seed=None, train=False)
+        restore_weights(engine, checkpoint)
+        return engine, tokenizer

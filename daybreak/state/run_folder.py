@@ -1,0 +1,159 @@
+"""A run's folder, `runs/NAME/`: where everything the run leaves behind lies. Later verbs take just this folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from daybreak import __version__
+from daybreak.errors import ConfigError
+
+PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "triton")
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the directory's entries (creations, renames) survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small file: readers, and a crash at any moment, see the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The names inside `path` (a public contract). Creating and writing is rank 0's business."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def env(self) -> Path:
+        return self.path / "env.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def main_log(self) -> Path:
+        return self.path / "main.log"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def exit(self) -> Path:
+        return self.path / "exit.json"
+
+    @property
+    def crash(self) -> Path:
+        return self.path / "crash.txt"
+
+    def create(self) -> None:
+        """Make the folder. Raises ConfigError when the run exists: nothing is ever written over."""
+        try:
+            self.path.mkdir(parents=True)
+        except FileExistsError:
+            raise ConfigError(
+                f"run.name = {self.path.name!r} is taken: {self.path} exists; continue it with "
+                f"`daybreak train {self.path}` or choose another --name."
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"the run folder {self.path} cannot be created: {error.strerror}; set run.dir."
+            ) from error
+
+    def write_env(self) -> None:
+        """Write env.json: what a reader needs to judge figures and repeat the run, nothing about who ran it."""
+        write_atomic(self.env, json.dumps(describe_environment(), indent=2) + "\n")
+
+    def write_exit(self, code: int, reason: str) -> None:
+        """Write exit.json, which schedulers and restart loops read: torchrun reports 1 for any failed worker."""
+        write_atomic(self.exit, json.dumps({"code": code, "reason": reason, "t": time.time()}) + "\n")
+
+    def append_sample(self, step: int, text: str) -> None:
+        """Append one generated text to samples.txt under a heading with its step."""
+        with open(self.samples, "a", encoding="utf-8") as file:
+            file.write(f"--- step {step} ---\n{text}\n")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, system, processor and cards; no user or host name, no path, no environment variable, no serial."""
+    import torch  # here, so that looking into a run folder does not cost importing torch
+
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "daybreak": __version__,
+        "commit": package_commit(Path(__file__).resolve().parents[2]),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cpus": os.cpu_count(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "cards": [
+            {"name": c.name, "memory_mib": c.total_memory >> 20, "capability": f"{c.major}.{c.minor}"} for c in cards
+        ],
+    }
+
+
+def _versions() -> Mapping[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def package_commit(root: Path) -> str | None:
+    """The git commit of the checkout at `root`, '-dirty' appended where tracked files differ; None elsewhere."""
+    if not (root / ".git").exists():  # an installed package may lie inside somebody else's repository
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it; the architecture where it gives none."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

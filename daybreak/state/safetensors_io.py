@@ -1,0 +1,188 @@
+"""safetensors files, streamed: writing hashes and fsyncs in one pass, reading copies any element range.
+
+The `safetensors` package clones every tensor to save it and can neither hash nor fsync; a checkpoint of 20 GB needs
+both, in bounded memory. Format: u64 little-endian header length, JSON header, then the tensors' bytes back to back
+(https://huggingface.co/docs/safetensors; the header limit and the no-holes rule are that library's).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from daybreak.errors import CheckpointError
+
+CHUNK = 16 << 20  # bytes staged at a time, on the way out and in
+MAX_HEADER = 100_000_000
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the file's size in bytes and the sha256 of all of them, in hex."""
+
+    size: int
+    sha256: str
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Written:
+    """Write contiguous tensors of any device to a new file, fsynced. The tensors must not change meanwhile.
+
+    Raises OSError (FileExistsError: the file is there already).
+    """
+    # Largest items first, as the library itself does: every tensor then starts at a multiple of its item size.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    digest = hashlib.sha256()
+    with open(path, "xb") as file, ThreadPoolExecutor(1) as hasher:
+        header = _header(ordered, metadata or {})
+        file.write(header)
+        digest.update(header)
+        for _, tensor in ordered:
+            for chunk in _chunks(tensor):
+                # hashlib and write both release the GIL: the slower of the two sets the pace.
+                hashing = hasher.submit(digest.update, chunk)
+                file.write(chunk)
+                hashing.result()
+        file.flush()
+        os.fsync(file.fileno())
+        return Written(file.tell(), digest.hexdigest())
+
+
+def _header(tensors: list[tuple[str, torch.Tensor]], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, tensor in tensors:
+        assert name != "__metadata__"
+        end = offset + tensor.numel() * tensor.element_size()
+        table[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The tensor's bytes: views of its own memory, or of one pinned buffer that the next chunk overwrites."""
+    assert tensor.is_contiguous()
+    parts = _split(tensor.detach().view(-1).view(torch.uint8), CHUNK)
+    if tensor.device.type == "cpu":
+        yield from (part.numpy().data for part in parts)
+    else:
+        staging = torch.empty(min(CHUNK, tensor.nbytes), dtype=torch.uint8, pin_memory=True)
+        yield from (staging[: part.numel()].copy_(part).numpy().data for part in parts)
+
+
+def _split(flat: torch.Tensor, n: int) -> Iterator[torch.Tensor]:
+    return (flat[at : at + n] for at in range(0, flat.numel(), n))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: where its bytes start (from the file's beginning) and how to read them."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class SafetensorsFile:
+    """The checked header of a safetensors file; `read` fetches values. Holds no open file.
+
+    Raises CheckpointError when the header is malformed, out of bounds, or does not describe every byte of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self.entries: dict[str, Entry] = {}
+        try:
+            size = path.stat().st_size
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > min(size - 8, MAX_HEADER):
+                    self._refuse(f"a header of {length} bytes does not fit a file of {size} bytes")
+                table = json.loads(file.read(length))
+        except OSError as error:
+            self._refuse(error.strerror or str(error))
+        except (ValueError, RecursionError) as error:
+            self._refuse(f"the header is not JSON ({error})")
+        self._parse(table, 8 + length, size)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise CheckpointError(f"{self.path} is not a readable safetensors file: {reason}; restore or remove it.")
+
+    def _parse(self, table: Any, start: int, size: int) -> None:
+        if not isinstance(table, dict):
+            self._refuse("the header is not a JSON object")
+        metadata = table.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            self._refuse("__metadata__ must map strings to strings")
+        self.metadata = metadata
+        spans = []
+        for name, row in table.items():
+            entry, end = self._entry(name, row, start)
+            self.entries[name] = entry
+            spans.append((entry.offset, end))
+        at = start
+        for begin, end in sorted(spans):
+            if begin != at:
+                self._refuse(f"tensor data must be back to back, but byte {at} is followed by byte {begin}")
+            at = end
+        if at != size:
+            self._refuse(f"the header describes {at} bytes, the file has {size}")
+
+    def _entry(self, name: str, row: Any, start: int) -> tuple[Entry, int]:
+        try:
+            dtype, shape, (begin, end) = DTYPES[row["dtype"]], tuple(row["shape"]), row["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            self._refuse(f"tensor {name!r} needs a known dtype, a shape and two data_offsets")
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            self._refuse(f"tensor {name!r} has a shape or offset that is not a natural number")
+        if end - begin != prod(shape) * dtype.itemsize:
+            self._refuse(f"tensor {name!r} of shape {list(shape)} does not take {end - begin} bytes")
+        return Entry(dtype, shape, start + begin), start + end
+
+    def read(self, name: str, out: torch.Tensor, start: int = 0) -> None:
+        """Copy elements start .. start + out.numel() of a tensor, in row-major order, into contiguous `out`.
+
+        `out` may be on any device and of another float dtype. Raises CheckpointError for a missing tensor, a range
+        outside it, an integer / float mix-up, or a file cut short since its header was read.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}.")
+        if start < 0 or start + out.numel() > prod(entry.shape):
+            raise CheckpointError(
+                f"{self.path}: elements {start} to {start + out.numel()} lie outside {name!r}, shape {entry.shape}."
+            )
+        if entry.dtype != out.dtype and not (entry.dtype.is_floating_point and out.is_floating_point()):
+            raise CheckpointError(f"{self.path}: {name!r} is {entry.dtype}, which does not convert to {out.dtype}.")
+        itemsize = entry.dtype.itemsize
+        staging = memoryview(bytearray(min(CHUNK, out.numel() * itemsize)))
+        with open(self.path, "rb") as file:
+            file.seek(entry.offset + start * itemsize)
+            for part in _split(out.detach().view(-1), CHUNK // itemsize):
+                chunk = staging[: part.numel() * itemsize]
+                if file.readinto(chunk) != len(chunk):
+                    self._refuse(f"it ends inside tensor {name!r}")
+                part.copy_(torch.frombuffer(chunk, dtype=entry.dtype))

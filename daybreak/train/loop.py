@@ -1,0 +1,298 @@
+"""The training loop: prepare, then step after step in llm.c's order - validate, sample, save, learn, log.
+
+`train` is what the command line and the Python API call. `Trainer` holds what a run needs; its methods are the parts
+of an iteration, in the order in which `run` calls them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from daybreak.config import Config, check_resume
+from daybreak.data.dataset import unigram_entropy
+from daybreak.data.loader import Prefetcher
+from daybreak.engine import Engine
+from daybreak.engine.device import used_mib
+from daybreak.errors import Error, Stopped, TooManySkips
+from daybreak.evaluate.validation import token_lengths, validate
+from daybreak.generate import sample_text
+from daybreak.state.checkpoint import Checkpoint, newest_good, prune_checkpoints, save_checkpoint
+from daybreak.state.metrics import MainLog, MetricsWriter
+from daybreak.state.restore import restore, restore_weights, snapshot
+from daybreak.state.run import Run
+from daybreak.state.throughput import Throughput
+from daybreak.train.display import Display, make_display
+from daybreak.train.profile import Profiler
+from daybreak.train.schedule import learning_rate
+from daybreak.train.setup import Setup, check_data, open_run
+from daybreak.train.stop import Interrupted, Stop
+
+log = logging.getLogger("daybreak")
+SAMPLE_SEED = 1337
+COUNTED_TOKENS = 100_000_000  # up to this much training data, the unigram entropy is worth computing
+
+
+def train(
+    config: Config,
+    *,
+    resume: Path | str | None = None,
+    fork_from: Path | str | None = None,
+    init_from: Path | str | None = None,
+    stop: Stop | None = None,
+) -> Run:
+    """Train to the end of `config` and return the run.
+
+    resume: an existing run's folder, continued from its newest good checkpoint (`config` may differ from the saved
+    one as `config.check_resume` allows). fork_from: start the new run `config.run.name` from that run's newest
+    checkpoint. init_from: start at step 0 with that run's weights. stop: flags set by signals (see train.stop).
+    Raises daybreak.Error with the documented exit code; whatever happens, exit.json in the run's folder says it.
+    """
+    if resume is not None:
+        check_resume(Run(resume).config, config)
+    stop = stop or Stop()
+    stop.limit_hours(config.run.max_hours)
+    setup = open_run(config, resume=Path(resume) if resume is not None else None, stop=stop)
+    folder = setup.run.folder
+    try:
+        trainer = Trainer(setup, stop)
+        trainer.load(resume=resume is not None, fork_from=fork_from, init_from=init_from)
+        trainer.run()
+        folder.write_exit(0, "done")
+    except Interrupted as reason:  # before the first update: there is nothing to save
+        folder.write_exit(Stopped.exit_code, str(reason))
+        raise Stopped(f"{reason} before the first update; continue with: daybreak train {setup.run.path}") from None
+    except Error as error:
+        folder.write_exit(error.exit_code, str(error))
+        raise
+    except Exception as error:
+        folder.crash.write_text(traceback.format_exc())
+        folder.write_exit(1, f"{type(error).__name__}: {error}")
+        raise
+    return setup.run
+
+
+class Trainer:
+    """One run in progress. `step` counts completed updates, `samples` the samples consumed by them."""
+
+    def __init__(self, setup: Setup, stop: Stop) -> None:
+        self.setup, self.config, self.run_folder, self.stop = setup, setup.config, setup.run.folder, stop
+        c = self.config
+        self.engine = Engine(
+            c.model, B=c.batch.B, T=c.T, compute=setup.compute, recompute=c.batch.recompute, device=setup.device,
+            seed=c.run.seed, optim=c.optim, guard=c.guard,
+        )  # fmt: skip
+        stop.check()
+        self.step = self.samples = self.skips_in_a_row = 0
+        self.saved_step = -1
+        self.lengths = token_lengths(setup.tokenizer, c.model.V)
+
+    # ------------------------------------------------------------------------------------------------- starting
+
+    def load(self, *, resume: bool, fork_from: Path | str | None, init_from: Path | str | None) -> None:
+        """Continue from a checkpoint, if one is asked for and there is one."""
+        if init_from is not None:
+            restore_weights(self.engine, Run(init_from).checkpoint())
+        elif fork_from is not None:
+            self._continue(Run(fork_from).checkpoint(), same_data=False)
+        elif resume and (found := newest_good(self.run_folder.checkpoints)) is not None:
+            self._continue(found, same_data=True)
+            self.saved_step = self.step
+        self.stop.check()
+
+    def _continue(self, checkpoint: Checkpoint, *, same_data: bool) -> None:
+        check_data(checkpoint, self.setup, same_data)
+        restore(self.engine, checkpoint)
+        self.step, self.samples = checkpoint.step, checkpoint.manifest["samples"]
+        self.skips_in_a_row = checkpoint.manifest["skips_in_a_row"]
+        log.info("continuing from %s", checkpoint.path)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.samples * self.config.T
+
+    def tokens_between(self, start: int, stop: int) -> int:
+        """Tokens of the updates after the first `start` up to the first `stop`, whatever the batch ramp does."""
+        edges = [start, *(s for s, _ in self.config.batch.ramp if start < s < stop), stop]
+        return sum((b - a) * self.config.tokens_at(a) for a, b in zip(edges, edges[1:], strict=False))
+
+    # ------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> None:
+        """Everything from here to the last step. Raises Stopped after saving, TooManySkips."""
+        c, engine = self.config, self.engine
+        self.clock = Throughput(engine.flops_per_token, self.setup.peak)
+        title = f"{c.run.name}: {engine.num_parameters:,} parameters on {self.setup.device_name}"
+        with MetricsWriter(self.run_folder.metrics) as self.metrics, Prefetcher(self._batches(), self.step) as batches:
+            self.main_log = MainLog(self.run_folder.main_log, fresh=self.step == 0)
+            self.display: Display = make_display(c.log.display, c.log.every, title)
+            self.profiler = Profiler(c.run.profile, self.run_folder.path)
+            try:
+                self._write_run_record()
+                self._loop(batches)
+            except Interrupted as reason:
+                self._save_and_stop(str(reason))
+            finally:
+                self.profiler.close()
+                self.display.close()
+
+    def _loop(self, batches: Prefetcher[np.ndarray[Any, Any]]) -> None:
+        c = self.config
+        resumed = self.step
+        self.clock.start()
+        while True:
+            last = self.step >= c.run.steps
+            with self.clock.pause():
+                if last or (c.eval.every and self.step % c.eval.every == 0):
+                    self._validate()
+                if last or (c.eval.sample_every and self.step and self.step % c.eval.sample_every == 0):
+                    self._sample()
+                due = bool(c.checkpoint.every) and self.step % c.checkpoint.every == 0 and self.step != resumed
+                if last or due or self.stop.take_save_request():
+                    self._save()
+            if last:
+                return
+            self.profiler.before(self.step)
+            lr = learning_rate(self.step, c.optim, c.schedule)
+            self._update(next(batches), lr)
+            self._log(lr)
+
+    def _batches(self) -> Callable[[int], np.ndarray[Any, Any]]:
+        """The batch of each later step, as a pure function of the step: computed ahead in a thread."""
+        c, step, samples = self.config, self.step, self.samples
+
+        def batch(at: int) -> np.ndarray[Any, Any]:
+            first = 0 if c.run.overfit else samples + self.tokens_between(step, at) // c.T
+            return self.setup.train_loader.batch(first, c.tokens_at(at) // c.T)
+
+        return batch
+
+    def _update(self, batch: np.ndarray[Any, Any], lr: float) -> None:
+        """One update from `batch` (samples, T + 1). Between micro-steps a stop abandons it without a trace."""
+        B, rows = self.config.batch.B, torch.from_numpy(batch)
+        self.engine.begin_step(lr=lr, step=self.step, valid=rows.shape[0] * self.config.T)
+        for start in range(0, rows.shape[0], B):
+            self.stop.check()
+            part = rows[start : start + B]
+            self.engine.micro_step(part[:, :-1], part[:, 1:], first=start == 0)
+        self.stop.check()
+        self.engine.update()
+        self.step += 1
+        self.samples += rows.shape[0]
+
+    # ------------------------------------------------------------------------------------- the parts of an iteration
+
+    def _validate(self) -> None:
+        result = validate(
+            self.engine, self.setup.val_loader, self.lengths, self.config.eval.tokens, self.stop.check
+        )
+        self.metrics.write(
+            "val", self.step, self.tokens, loss=result.loss, tokens_evaluated=result.tokens, bpb=result.bits_per_byte
+        )
+        self.main_log.val(self.step, result.loss)
+        self.display.note(f"step {self.step}: val loss {result.loss:.6f} ({result.bits_per_byte:.4f} bits per byte)")
+
+    def _sample(self) -> None:
+        e = self.config.eval
+        pieces = sample_text(
+            self.engine, self.setup.tokenizer, e.prompt, e.sample_tokens, temperature=e.temperature, top_k=e.top_k,
+            seed=SAMPLE_SEED, check=self.stop.check,
+        )  # fmt: skip
+        text = e.prompt + "".join(pieces)
+        self.run_folder.append_sample(self.step, text)
+        self.metrics.write("sample", self.step, self.tokens, text=text)
+        if self.step < self.config.run.steps:  # the summary shows the last one
+            self.display.sample(text)
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        began, c = time.perf_counter(), self.config
+        manifest = {
+            "config": dict(c.items()),
+            "samples": self.samples,
+            "skips_in_a_row": self.skips_in_a_row,
+            "tokenizer": {"name": self.setup.tokenizer.name, "fingerprint": self.setup.tokenizer.fingerprint},
+            "data": {"fingerprint": self.setup.train_loader.fingerprint},
+            "seed": c.run.seed,
+            "compute": self.setup.compute,
+            "kernels": self.engine.frame.k.choices,
+        }
+        path = save_checkpoint(self.run_folder.checkpoints, snapshot(self.engine, self.step, manifest))
+        prune_checkpoints(self.run_folder.checkpoints, c.checkpoint.keep, c.checkpoint.major, verify="size")
+        self.saved_step = self.step
+        size = sum(f.stat().st_size for f in path.iterdir())
+        relative = str(path.relative_to(self.run_folder.path))
+        seconds = time.perf_counter() - began
+        self.metrics.write("checkpoint", self.step, self.tokens, path=relative, seconds=seconds, bytes=size)
+        self.display.note(f"step {self.step}: saved {path}")
+
+    def _log(self, lr: float) -> None:
+        """Report the update just done, and end the run if too many in a row were skipped."""
+        stats, c = self.engine.stats(), self.config
+        timing = self.clock.lap(c.tokens_at(self.step - 1))
+        skipped = stats["skip"] != 0.0
+        values = {
+            "loss": stats["loss"], "norm": stats["norm"], "lr": lr, "ms": 1000 * timing.seconds,
+            "tok_s": timing.tok_s, "mfu": timing.mfu, "loss_z": _or_none(stats["loss_z"]),
+            "norm_z": _or_none(stats["norm_z"]), "mem_mib": used_mib(self.setup.device),
+            "eta_s": self.clock.eta(self.tokens_between(self.step, c.run.steps)),
+        }  # fmt: skip
+        epoch = (self.samples - 1) // self.setup.train_loader.samples_per_epoch
+        self.metrics.write("step", self.step, self.tokens, **values, skipped=skipped, epoch=epoch)
+        self.main_log.train(self.step - 1, stats["loss"], lr, stats["norm"])
+        self.display.step(self.step, c.run.steps, {**values, "precision": self.setup.compute})
+        if c.log.norms_every and self.step % c.log.norms_every == 0:
+            norms = {name: {"weight": weight, "grad": grad} for name, weight, grad in self.engine.norms()}
+            self.metrics.write("event", self.step, self.tokens, what="norms", detail=json.dumps(norms))
+        self._count_skips(skipped, stats)
+
+    def _count_skips(self, skipped: bool, stats: dict[str, float]) -> None:
+        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
+        if not skipped:
+            return
+        why = f"loss {stats['loss']:.4g} (z {stats['loss_z']:.1f}), norm {stats['norm']:.4g} (z {stats['norm_z']:.1f})"
+        self.metrics.write("event", self.step, self.tokens, what="skip", detail=why)
+        self.display.note(f"step {self.step}: update skipped, weights untouched: {why}")
+        if self.skips_in_a_row >= self.config.guard.max_skips:
+            self._save()
+            raise TooManySkips(
+                f"{self.skips_in_a_row} updates in a row were skipped (guard.max_skips), the last with {why}; lower "
+                f"optim.lr or raise the guard's limits. The weights before them are saved in {self.run_folder.path}."
+            )
+
+    def _save_and_stop(self, reason: str) -> None:
+        """Save the state after the last completed update, and leave."""
+        if self.step == 0:
+            raise Interrupted(reason)
+        self._save()
+        self.metrics.write("event", self.step, self.tokens, what="stopped", detail=reason)
+        raise Stopped(f"{reason} after step {self.step}, saved; continue with: daybreak train {self.run_folder.path}")
+
+    def _write_run_record(self) -> None:
+        c = self.config
+        self.display.note(f"{self.run_folder.path}: {c.run.steps} steps of {c.tokens_at(self.step):,} tokens")
+        if sum(shard.tokens for shard in self.setup.dataset.train) <= COUNTED_TOKENS:
+            entropy = unigram_entropy(self.setup.dataset)
+            self.metrics.write("event", self.step, self.tokens, what="unigram_entropy", detail=repr(entropy))
+            self.display.note(f"unigram entropy of the validation text {entropy:.4f}: the loss of knowing no context")
+        config_hash = hashlib.sha256(c.to_toml().encode()).hexdigest()
+        self.metrics.write(
+            "run", self.step, self.tokens, name=c.run.name, config_hash=config_hash, device=self.setup.device_name,
+            parameters=self.engine.num_parameters, flops_per_token=float(self.engine.flops_per_token),
+        )  # fmt: skip
+
+
+def _or_none(x: float) -> float | None:
+    return None if math.isnan(x) else x

@@ -1,0 +1,36 @@
+"""Learning-rate schedules: llm.c's four, as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from daybreak.config_keys import OptimConfig, ScheduleConfig
+
+
+def learning_rate(step: int, optim: OptimConfig, schedule: ScheduleConfig) -> float:
+    """Learning rate of update number step + 1. Beyond the horizon it stays at its end value.
+
+    Linear warmup over `schedule.warmup` steps (all but `constant`), then: cosine and linear fall to
+    final_frac * lr at `optim.horizon`; wsd (warmup, stable, decay; Hu et al. 2024, with the 1 - sqrt decay of
+    Hägele et al. 2024) stays at lr until wsd_frac of the horizon; constant never changes.
+    """
+    peak, low, W, N = optim.lr, schedule.final_frac * optim.lr, schedule.warmup, optim.horizon
+    if schedule.name == "constant":
+        return peak
+    if step < W:
+        return peak * (step + 1) / W
+    if schedule.name == "wsd":
+        start = int(schedule.wsd_frac * N)
+        if step < start:
+            return peak
+        return low + (1.0 - math.sqrt(_progress(step, start, N))) * (peak - low)
+    done = _progress(step, W, N)
+    if schedule.name == "linear":
+        return peak - done * (peak - low)
+    assert schedule.name == "cosine", schedule.name
+    return low + 0.5 * (1.0 + math.cos(math.pi * done)) * (peak - low)
+
+
+def _progress(step: int, start: int, stop: int) -> float:
+    """How far `step` is from `start` to `stop`, in [0, 1]."""
+    return min(1.0, (step - start) / (stop - start)) if stop > start else 1.0

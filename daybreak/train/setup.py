@@ -1,0 +1,115 @@
+"""What must be true before the first step: device, data, tokenizer, a concrete configuration, a run folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from daybreak.config import Config
+from daybreak.data.dataset import Dataset, dataset_name, open_dataset
+from daybreak.data.loader import Loader
+from daybreak.data.prepare import prepare
+from daybreak.data.tokenizer import Tokenizer, get_tokenizer
+from daybreak.engine.device import cpu_has_bf16, pick_compute, pick_device
+from daybreak.errors import ConfigError, DataError
+from daybreak.state.checkpoint import Checkpoint
+from daybreak.state.run import Run
+from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
+from daybreak.state.throughput import peak_flops
+from daybreak.train.stop import Stop
+
+log = logging.getLogger("daybreak")
+EMBEDDED = "stdlib"  # prepared on first use
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to start."""
+
+    config: Config
+    run: Run
+    dataset: Dataset
+    train_loader: Loader
+    val_loader: Loader
+    tokenizer: Tokenizer
+    device: torch.device
+    compute: str
+    device_name: str
+    peak: float | None
+
+
+def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
+    """Check everything that can be wrong, then create the run's folder (or open it, for `resume`).
+
+    Raises ConfigError, DataError; a new run leaves no folder behind when it does.
+    """
+    config.check()
+    folder = RunFolder(resume or Path(config.run.dir) / (config.run.name or config.model.arch))
+    if resume is None and folder.path.exists():
+        folder.create()  # raises: the name is taken
+    device = pick_device(config.run.device)
+    compute = pick_compute(config.precision.compute, device)
+    _set_precision(config, device, compute)
+    dataset = open_data(config, stop.check)
+    tokenizer = get_tokenizer(dataset.tokenizer_name)
+    if tokenizer.V > config.model.V:
+        raise ConfigError(
+            f"model.V = {config.model.V} is smaller than the {tokenizer.V} ids of tokenizer {tokenizer.name!r} that "
+            f"{dataset.name!r} was made with; use --model.V {tokenizer.V}."
+        )
+    V = config.model.V
+    train_loader = Loader(dataset.train, config.T, config.run.seed, V=V)
+    val_loader = Loader(dataset.val, config.T, shuffle=False, V=V)
+    epoch_steps = train_loader.samples_per_epoch * config.T // config.tokens_at(0)
+    config = config.concrete(epoch_steps)
+    if resume is None:
+        folder.create()
+        write_atomic(folder.config, config.to_toml())
+        folder.write_env()
+    return Setup(
+        config, Run(folder.path), dataset, train_loader, val_loader, tokenizer, device, compute,
+        *_describe(device, compute),
+    )  # fmt: skip
+
+
+def _set_precision(config: Config, device: torch.device, compute: str) -> None:
+    torch.set_float32_matmul_precision("high" if config.precision.tf32 and device.type == "cuda" else "highest")
+    if device.type == "cpu" and compute == "bf16" and not cpu_has_bf16():
+        log.warning("this CPU has no bf16 instructions: precision.compute = bf16 will be slower than fp32 here.")
+
+
+def _describe(device: torch.device, compute: str) -> tuple[str, float | None]:
+    """Name of the device, and its peak FLOP/s where one is known for this precision."""
+    if device.type == "cpu":
+        return cpu_model(), None
+    name = torch.cuda.get_device_name(device)
+    return name, peak_flops(name) if compute == "bf16" else None
+
+
+def open_data(config: Config, check: Callable[[], None] = lambda: None) -> Dataset:
+    """The configured dataset. The embedded one is prepared on first use; `check` may stop that."""
+    d = config.data
+    if d.name == EMBEDDED and not d.train:
+        folder = Path(d.dir) / dataset_name(d.name, d.tokenizer)
+        if not Path(d.name).is_dir() and not (folder / "manifest.json").is_file():
+            log.info("preparing %s: the Python standard library on this machine, as text", folder)
+            prepare([d.name], data_dir=d.dir, tokenizer=d.tokenizer or "gpt2", progress=lambda *_: check())
+    return open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer)
+
+
+def check_data(checkpoint: Checkpoint, setup: Setup, same_data: bool) -> None:
+    """Raise DataError (exit 4) unless the tokenizer, and with `same_data` the data, are those it was trained on."""
+    saved = checkpoint.manifest
+    checks = [("tokenizer", saved["tokenizer"]["fingerprint"], setup.tokenizer.fingerprint)]
+    if same_data:
+        checks.append(("training data", saved["data"]["fingerprint"], setup.train_loader.fingerprint))
+    for what, was, now in checks:
+        if was != now:
+            raise DataError(
+                f"the {what} changed since {checkpoint.path} was saved: its fingerprint was {was}, it is {now} now; "
+                "bring the old one back, or start a new run."
+            )

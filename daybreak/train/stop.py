@@ -1,0 +1,65 @@
+"""Stopping safely. A signal or the clock only raises a flag; the loop looks at it where nothing can be lost.
+
+SIGTERM and SIGINT: save the state after the last completed update and leave with 75; a second one leaves at once.
+SIGUSR1: save after the current update and go on. Only the command line installs handlers, never a library call.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """Raised by `Stop.check` between micro-steps, batches and sampled tokens. The loop turns it into exit 75."""
+
+
+class Stop:
+    """The flags of one run. `max_hours` counts from here; 0 = no limit."""
+
+    def __init__(self, max_hours: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.reason = ""
+        self.save_requested = False
+        self._clock = clock
+        self._deadline = clock() + 3600 * max_hours if max_hours else float("inf")
+        self._max_hours = max_hours
+
+    def limit_hours(self, max_hours: float) -> None:
+        """Set the limit, counted from now."""
+        self._deadline = self._clock() + 3600 * max_hours if max_hours else float("inf")
+        self._max_hours = max_hours
+
+    def check(self) -> None:
+        """Raise Interrupted if the run should stop."""
+        if not self.reason and self._clock() >= self._deadline:
+            self.reason = f"--max-hours {self._max_hours:g} is over"
+        if self.reason:
+            raise Interrupted(self.reason)
+
+    def take_save_request(self) -> bool:
+        """Whether a save was asked for since the last call."""
+        requested, self.save_requested = self.save_requested, False
+        return requested
+
+    @contextmanager
+    def handling_signals(self) -> Iterator[Stop]:
+        """Install the handlers for the `with` block; main thread only."""
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        previous = {number: signal.signal(number, self._handle) for number in signals}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self.save_requested = True
+        elif self.reason:
+            os._exit(128 + number)  # asked twice: leave at once; checkpoints are atomic, so nothing breaks
+        else:
+            self.reason = f"stopped by {signal.Signals(number).name}"

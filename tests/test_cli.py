@@ -1,0 +1,359 @@
+"""The command line: what it says on stdout and stderr, its exit codes, and how fast it answers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+import daybreak
+from daybreak.cli.main import cli, main
+from daybreak.config import KINDS, Config, resolve
+
+ROOT = Path(__file__).parents[1]
+VERBS = ["prepare", "plan", "train", "sample"]
+SMALL = ["--model.L", "1", "--model.C", "16", "--model.NH", "2", "--model.max_T", "16", "--model.V", "257",
+         "--data", "book", "--data.tokenizer", "bytes", "--batch.B", "2", "--eval.tokens", "64",
+         "--eval.sample_tokens", "8", "--run.device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def leave_no_handler() -> Iterator[None]:
+    """`main` sets up the log of the process: put it back."""
+    log = logging.getLogger("daybreak")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.level, log.propagate = before
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a dataset `book` and a run `small` of four steps, made by real processes."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "book.txt").write_text("".join(f"{i} men went to mow a meadow.\n" for i in range(400)))
+    run_process(folder, "prepare", "book.txt", "--name", "book", "--tokenizer", "bytes")
+    run_process(folder, "train", "d12", "--name", "small", "--steps", "4", *SMALL)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def run_process(folder: Path, *argv: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "daybreak", *argv]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+def _errors_folder(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    config = Config().override({"run.name": "old", "run.steps": 10}).concrete(10)
+    (folder / "runs/old").mkdir(parents=True)
+    (folder / "runs/old/config.toml").write_text(config.to_toml())
+    (folder / "new.toml").write_text("schema = 2\n")
+    (folder / "typo.toml").write_text("[optim]\nlearningrate = 1e-3\nlr = 1e-3\n")
+    (folder / "broken.toml").write_text("[optim\n")
+    (folder / "latin1.txt").write_bytes("first\nna\xefve\n".encode("latin-1"))
+    (folder / "good.txt").write_text("a b c\n" * 100)
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+
+
+RECIPES = "Recipes: gpt2-124M, gpt2-1558M, gpt2-350M, gpt2-774M, gpt3-125M, tiny; or a shape such as d12, a " \
+          "recipe.toml, or a run's folder."  # fmt: skip
+FORK = "leave it out, or start a new run from the checkpoint with --fork NAME."
+ERRORS: list[tuple[str, int, str]] = [
+    ("trian", 2, "unknown verb 'trian'; did you mean 'train'?"),
+    ("d12", 2, "unknown verb 'd12'; did you mean "),
+    ("--versio", 2, "unknown flag --versio; did you mean --version?"),
+    ("train tini", 2, f"unknown target 'tini'; did you mean 'tiny'? {RECIPES}"),
+    ("train d13", 2, f"unknown target 'd13'; did you mean 'd12'? {RECIPES}"),
+    ("train none.toml", 2, "none.toml does not exist; recipes shipped with daybreak: gpt2-124M, gpt2-1558M, gpt2-350M, "
+                           "gpt2-774M, gpt3-125M, tiny."),
+    ("train new.toml", 2, "new.toml: schema = 2 was written by a newer daybreak (this one reads 1); upgrade."),
+    ("train typo.toml", 2, "typo.toml: unknown key 'optim.learningrate'; did you mean "),
+    ("train broken.toml", 2, "broken.toml cannot be read as TOML: "),
+    ("train empty", 2, "empty is not a run: it has no config.toml; give a folder that daybreak train made."),
+    ("train old", 2, "unknown target 'old'; to resume the run of that name give its folder: runs/old."),
+    ("train d12 extra", 2, "Got unexpected extra argument (extra); see daybreak train --help."),
+    ("train --steps 5", 2, "train needs a TARGET: a recipe (tiny), a shape (d12), a recipe.toml or a run's folder."),
+    ("train d12 --lr 1", 2, "unknown flag --lr; did you mean --optim.lr?"),
+    ("train d12 --optim.warmup 1", 2, "unknown flag --optim.warmup; did you mean --schedule.warmup?"),
+    ("train d12 --max-hour 1", 2, "unknown flag --max-hour; did you mean --max-hours?"),
+    ("train d12 --steps", 2, "Option '--steps' requires an argument; see daybreak "),
+    ("train d12 --steps 1e3", 2, "run.steps = '1e3' must be a whole number; the default is 0."),
+    ("train d12 --steps=-5", 2, "run.steps = -5 must be at least 0; the default is 0."),
+    ("train d12 --optim.lr fast", 2, "optim.lr = 'fast' must be a number; the default is 0.0006."),
+    ("train d12 --optim.lr nan", 2, "optim.lr = nan must be finite; the default is 0.0006."),
+    ("train d12 --precision.tf32 1", 2, "precision.tf32 = '1' must be true or false; the default is true."),
+    ("train d12 --batch.T 2048", 2,
+     "batch.T = 2048 must be at most model.max_T = 1024; lower it or raise model.max_T."),
+    ("train d12 --batch.total_tokens 5000", 2,
+     "batch.total_tokens = 5000 must be a multiple of batch.B * T = 4 * 1024 = 4096; use 4096 or 8192."),
+    ("train d12 --profile 9", 2,
+     'run.profile = "9" must be A:B, two step numbers with A below B; the default is "".'),
+    ("train d12 --name a/b", 2,
+     'run.name = "a/b" must be a plain folder name, without \'/\' and not starting with \'.\' or \'-\'; '
+     'the default is "".'),
+    ("train d12 --run.device mps", 2,
+     'run.device = "mps" is not supported: daybreak trains on the CPU and on NVIDIA GPUs (auto, cpu, cuda or cuda:N); '
+     'the default is "auto".'),
+    ("train d12 --fork other", 2,
+     "--fork other needs an existing run to start from, which d12 is not; give runs/NAME."),
+    ("train runs/old --init-from runs/old", 2,
+     "--init-from starts at step 0, but runs/old is an existing run; give a recipe or a shape."),
+    ("train runs/old --name other", 2,
+     "--name other cannot rename runs/old, an existing run; leave it out, or start a new run from its checkpoint with "
+     "--fork other."),
+    ("train runs/old --batch.T 512", 2, f"batch.T is 1024 in the saved run and cannot become 512; {FORK}"),
+    ("train runs/old --run.seed 7", 2, f"run.seed is 42 in the saved run and cannot become 7; {FORK}"),
+    ("train runs/old --data other", 2, f'data.name is "stdlib" in the saved run and cannot become "other"; {FORK}'),
+    ("train runs/old --fork x --model.L 3", 2, "model.L is 12 in the saved run and cannot become 3; a new shape is "
+                                               "trained from the start, without --fork."),
+    ("train d12 --name old", 2,
+     "run.name = 'old' is taken: runs/old exists; continue it with `daybreak train runs/old` or choose another "
+     "--name."),
+    ("train d12 --data nothere", 4, "no dataset 'nothere' in data"),
+    ("plan", 2, "Missing argument 'TARGET'; see daybreak plan --help."),
+    ("plan d12 --batch.b 2", 2, "unknown flag --batch.b; did you mean --batch.B?"),
+    ("plan d12 --model.C 100", 2, "model.C = 100 must be a multiple of model.NH = 12."),
+    ("prepare", 2, "Missing argument 'NAME|FILE...'; see daybreak prepare --help."),
+    ("prepare nothere.txt", 4, ""),
+    ("prepare latin1.txt", 4, ""),
+    ("prepare bad.jsonl", 4, ""),
+    ("prepare good.txt --shard-tokens 0", 2, "shard-tokens = 0 must be from 1 to "),
+    ("prepare good.txt --workers x", 2,
+     "Invalid value for '--workers': 'x' is not a valid integer; see daybreak prepare --help."),
+    ("sample", 2, "Missing argument 'RUN'; see daybreak sample --help."),
+    ("sample empty", 2, "empty is not a run: it has no config.toml; give a folder that daybreak train made."),
+    ("sample runs/old", 5, "runs/old has no checkpoint yet; train it first: daybreak train runs/old"),
+    ("sample runs/old --tokens 0", 2,
+     "Invalid value for '--tokens': 0 is not in the range x>=1; see daybreak sample --help."),
+    ("sample runs/old --temp 1", 2, "unknown flag --temp; did you mean --temperature?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "code", "sentence"), ERRORS, ids=[line for line, _, _ in ERRORS])
+def test_a_user_error_is_one_sentence_and_a_documented_exit_code(
+    line: str, code: int, sentence: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _errors_folder(here)
+    before = sorted(here.rglob("*"))
+    assert main(line.split()) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    said = err.removeprefix("daybreak: ").removesuffix("\n")
+    assert err == f"daybreak: {said}\n"
+    assert "\n" not in said
+    if sentence.endswith("."):
+        assert said == sentence
+    else:
+        assert said.startswith(sentence)
+    if code == 4 and line.startswith("prepare"):
+        assert line.split()[1] in said
+    assert [p for p in sorted(here.rglob("*")) if p.name != "data"] == before  # no half-made run or dataset
+
+
+def test_an_unexpected_exception_is_exit_1_with_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.add_command(click.Command("explode", callback=lambda: [][1]))
+    try:
+        assert main(["explode"]) == 1
+    finally:
+        del cli.commands["explode"]
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert err.endswith("daybreak: unexpected IndexError: list index out of range; a bug in daybreak, please report "
+                        "the lines above.\n")  # fmt: skip
+
+
+def test_ctrl_c_is_exit_130_and_leaves_nothing(here: Path) -> None:
+    (here / "big.txt").write_text("how much wood would a woodchuck chuck\n" * 1_500_000)
+    argv = [sys.executable, "-m", "daybreak", "prepare", "big.txt", "--workers", "1"]
+    process = subprocess.Popen(argv, cwd=here, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not list(here.glob("data/.*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (130, "daybreak: interrupted.")
+    assert not (here / "data/big").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ help
+
+
+def test_help_is_fast_and_imports_nothing_heavy(here: Path) -> None:
+    heavy = ("torch", "numpy", "rich", "tiktoken", "safetensors")
+    code = "import sys; from daybreak.cli.main import main; assert main(sys.argv[1:]) == 0; print(*sys.modules)"
+    for argv in (["--help"], *([verb, "--help"] for verb in VERBS)):
+        seconds = []
+        for _ in range(5):  # the fastest counts: the machine may be busy
+            start = time.perf_counter()
+            command = [sys.executable, "-c", code, *argv]
+            done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+            seconds.append(time.perf_counter() - start)
+            if seconds[-1] < 0.3:
+                break
+        assert min(seconds) < 0.3, argv
+        assert not {m.partition(".")[0] for m in done.stdout.splitlines()[-1].split()} & set(heavy)
+        assert "Examples:" in done.stdout or "First commands:" in done.stdout
+
+
+def test_help_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    group = capsys.readouterr().out
+    assert [line.split()[0] for line in group.partition("Commands:\n")[2].splitlines()] == VERBS
+    assert main(["train"]) == 0
+    text = capsys.readouterr().out
+    first = text.partition("First commands:\n")[2].splitlines()[:3]
+    assert [line.strip().partition(" --")[0] for line in first] == [
+        "daybreak train tiny",
+        "daybreak sample runs/tiny",
+        "daybreak train tiny",
+    ]
+
+
+def test_the_undotted_flags_of_train_are_the_agreed_ones() -> None:
+    flags = {opt for p in cli.commands["train"].params for opt in p.opts if opt.startswith("--")}
+    assert flags - {f"--{name}" for name in KINDS} == {
+        "--name", "--data", "--steps", "--max-hours", "--fork", "--init-from", "--profile", "--json", "--quiet",
+        "--verbose", "--print-config",
+    }  # fmt: skip
+    assert {f"--{name}" for name in KINDS} < flags
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"daybreak {daybreak.__version__}\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- config
+
+
+def test_print_config_is_the_whole_configuration(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "train gpt2-124M --name n --steps=30 --optim.lr=1e-3 --schedule.warmup -1 --eval.prompt --x --data a/b"
+    assert main([*line.split(), "--print-config"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    config, _ = resolve("gpt2-124M", [("run.name", "n"), ("run.steps", "30"), ("optim.lr", "1e-3"),
+                                      ("eval.prompt", "--x"), ("data.name", "a/b")])  # fmt: skip
+    assert out == config.to_toml()
+    Path("again.toml").write_text(out)
+    assert resolve("again.toml")[0] == config
+    assert main(["train", "--print-config"]) == 0
+    assert capsys.readouterr().out == Config().to_toml()
+    assert list(here.iterdir()) == [here / "again.toml"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_key_is_a_flag_of_train_and_plan(name: str) -> None:
+    for verb in ("train", "plan"):
+        assert any(f"--{name}" in p.opts for p in cli.commands[verb].params)
+
+
+# -------------------------------------------------------------------------------------------------- the verbs at work
+
+
+def test_prepare_prints_what_it_made(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pages.jsonl").write_text("".join(json.dumps({"body": f"page {i} " * 20}) + "\n" for i in range(200)))
+    line = "prepare pages.jsonl --name p --tokenizer bytes --text-field body --shard-tokens 8000 --data-dir d"
+    assert main(line.split()) == 0
+    out, err = capsys.readouterr()
+    manifest = json.loads(Path("d/p/manifest.json").read_text())
+    train, val = manifest["train"], manifest["val"]
+    assert train["documents"] + val["documents"] == 200
+    assert train["tokens"] + val["tokens"] == train["bytes"] + val["bytes"] + 200  # one EOT a document
+    assert out == (
+        f"d/p: {train['tokens']:,} training and {val['tokens']:,} validation tokens (bytes) of 200 documents in "
+        f"{len(train['shards']) + len(val['shards'])} shards\n"
+    )
+    assert err == ""  # no bar where stderr is no terminal
+
+
+def test_train_resume_fork_and_sample(trained: Path) -> None:
+    first = json.loads((trained / "runs/small/metrics.jsonl").read_text().splitlines()[-1])
+    assert first["step"] == 4
+    done = run_process(trained, "train", "runs/small", "--steps", "6", "--json")
+    result = json.loads(done.stdout)
+    assert list(result) == ["run", "step", "tokens", "loss", "val_loss", "val_bpb"]
+    assert (result["run"], result["step"], result["tokens"]) == ("runs/small", 6, 6 * 2 * 16)
+    assert 0 < result["val_loss"] < 6
+    assert "step    5/6 | loss " in done.stderr
+    assert "\x1b" not in done.stderr
+    saved = resolve(str(trained / "runs/small"))[0]
+    assert saved.optim.horizon == 4  # --steps on resume leaves the schedule alone
+
+    quiet = run_process(
+        trained, "train", "runs/small", "--fork", "other", "--optim.lr", "1e-5", "--steps", "8", "--quiet"
+    )
+    assert quiet.stderr == ""
+    assert quiet.stdout.splitlines()[-1].startswith("run runs/other, step 8, tokens 256, loss ")
+    assert resolve(str(trained / "runs/other"))[0].optim.lr == 1e-5
+
+    one = run_process(trained, "sample", "runs/small", "--tokens", "12", "--prompt", "men", "-n", "2", "--seed", "7")
+    assert one.stdout.startswith("---\n")
+    assert one.stdout.count("---\n") == 2
+    two = run_process(trained, "sample", "runs/small", "--tokens", "12", "--prompt", "men", "--seed", "8")
+    assert one.stdout.endswith("---\n" + two.stdout)  # sample i has seed + i
+
+
+def test_sigterm_saves_and_is_exit_75(trained: Path) -> None:
+    argv = [sys.executable, "-m", "daybreak", "train", "d12", "--name", "long", "--steps", "1000000", *SMALL]
+    process = subprocess.Popen(argv, cwd=trained, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step    3/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert err.splitlines()[-1].startswith("daybreak: stopped by SIGTERM after step ")
+    assert err.endswith("saved; continue with: daybreak train runs/long\n")
+    assert len(list((trained / "runs/long/checkpoints").glob("step-*"))) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- Python API
+
+
+def test_the_package_is_lazy_and_complete() -> None:
+    code = """
+import sys, daybreak
+assert daybreak.Config().optim.lr == 6e-4 and daybreak.Error.exit_code == 1
+assert "torch" not in sys.modules
+import daybreak.train.loop
+assert callable(daybreak.train) and daybreak.train is sys.modules["daybreak.train.loop"].train
+from daybreak import train, load, Run
+try:
+    load("nowhere")
+except daybreak.Error as e:
+    assert e.exit_code == 2
+try:
+    daybreak.nothing
+except AttributeError as e:
+    assert str(e) == "module 'daybreak' has no attribute 'nothing'"
+else:
+    raise SystemExit("no AttributeError")
+"""
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+    assert daybreak.__all__ == sorted(["Config", "Error", "Run", "__version__", "load", "plan", "train"])
+    assert dir(daybreak) == daybreak.__all__

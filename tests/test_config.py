@@ -1,0 +1,465 @@
+"""Configuration: every key, every rule, where values come from, what a resumed run may change."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daybreak.config import (
+    DOCS,
+    KINDS,
+    RECIPES,
+    Config,
+    check_resume,
+    nearest,
+    parse_value,
+    read_toml,
+    recipe_names,
+    resolve,
+)
+from daybreak.errors import ConfigError
+
+# key: (default, text on the command line, the value it means, values out of range)
+KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
+    "model.L": (12, "3", 3, (0, -1)),
+    "model.C": (768, "1_536", 1536, (0, 100)),
+    "model.NH": (12, "6", 6, (0,)),
+    "model.max_T": (1024, "2048", 2048, (0,)),
+    "model.V": (50257, "257", 257, (0,)),
+    "model.arch": ("gpt2", "gpt2", "gpt2", ()),
+    "data.name": ("stdlib", "book", "book", ("",)),
+    "data.train": ("", "a_*.bin", "a_*.bin", ()),
+    "data.val": ("", "b_*.bin", "b_*.bin", ()),
+    "data.tokenizer": ("", "gpt2-1024", "gpt2-1024", ("llama", "gpt2-", "gpt2-x")),
+    "data.dir": ("data", "/tmp/x y", "/tmp/x y", ()),
+    "batch.B": (4, "8", 8, (0, -4)),
+    "batch.T": (0, "512", 512, (-1, 1025)),
+    "batch.total_tokens": (0, "8192", 8192, (-1, 4097)),
+    "batch.ramp": ((), "[[10, 4096], [20, 8192]]", ((10, 4096), (20, 8192)), (((0, 4096),), ((2, 4096), (2, 4096)))),
+    "batch.recompute": (0, "2", 2, (-1, 3)),
+    "optim.lr": (6e-4, "1e-3", 1e-3, (-1e-3,)),
+    "optim.beta1": (0.9, "0", 0.0, (1.0, -0.1)),
+    "optim.beta2": (0.95, "0.99", 0.99, (1.0, -0.1)),
+    "optim.eps": (1e-8, "1e-10", 1e-10, (0.0, -1.0)),
+    "optim.weight_decay": (0.1, "0", 0.0, (-0.1,)),
+    "optim.clip": (1.0, "0.5", 0.5, (-1.0,)),
+    "optim.horizon": (0, "100", 100, (-1,)),
+    "schedule.name": ("cosine", "wsd", "wsd", ("cos", "")),
+    "schedule.warmup": (-1, "10", 10, (-2,)),
+    "schedule.final_frac": (0.0, "0.1", 0.1, (1.1, -0.1)),
+    "schedule.wsd_frac": (0.8, "1", 1.0, (1.1, -0.1)),
+    "precision.compute": ("auto", "fp64", "fp64", ("fp16",)),
+    "precision.tf32": (True, "false", False, ()),
+    "parallel.zero": (0, "0", 0, (1, -1)),
+    "eval.every": (250, "0", 0, (-1,)),
+    "eval.tokens": (1048576, "1000", 1000, (0,)),
+    "eval.sample_every": (0, "5", 5, (-1,)),
+    "eval.sample_tokens": (128, "1", 1, (0,)),
+    "eval.prompt": ("", "-- Hi", "-- Hi", ()),
+    "eval.temperature": (1.0, "0", 0.0, (-0.5,)),
+    "eval.top_k": (0, "40", 40, (-1,)),
+    "checkpoint.every": (1000, "0", 0, (-1,)),
+    "checkpoint.keep": (3, "0", 0, (-1,)),
+    "checkpoint.major": (0, "5000", 5000, (-1,)),
+    "guard.loss_z": (0.0, "7", 7.0, (-1.0,)),
+    "guard.norm_z": (0.0, "7.5", 7.5, (-1.0,)),
+    "guard.max_skips": (10, "3", 3, (0,)),
+    "log.every": (1, "10", 10, (0,)),
+    "log.norms_every": (0, "100", 100, (-1,)),
+    "log.display": ("auto", "plain", "plain", ("fancy",)),
+    "cost.price": (0.0, "23.5", 23.5, (-1.0,)),
+    "run.name": ("", "my run.2", "my run.2", ("a/b", "..", ".x", "-x", "a\nb")),
+    "run.dir": ("runs", "elsewhere", "elsewhere", ()),
+    "run.steps": (0, "20_000", 20000, (-1,)),
+    "run.max_hours": (0.0, "1.5", 1.5, (-1.0,)),
+    "run.seed": (42, "0", 0, (-1,)),
+    "run.device": ("auto", "cuda:1", "cuda:1", ("mps", "cuda:", "cuda:-1", "")),
+    "run.overfit": (False, "TRUE", True, ()),
+    "run.profile": ("", "10:20", "10:20", ("10", "20:10", "5:5", "a:b", ":3")),
+}
+WRONG_TYPE = {int: ("5", 5.0, True, None, 2**63), float: ("0.5", True, None, [0.5]), bool: (1, "true", None),
+              str: (5, None, ["x"]), tuple: (3, "x", [1, 2], [[1]], [[1, 2, 3]], [[1, "2"]], [[1, True]])}  # fmt: skip
+WRONG_TEXT = {int: ("", "x", "5x", "5.0", "1e6", "0x10"), float: ("", "x", "1e-3x", "1,5", "1 2"),
+              bool: ("", "yes", "1", "truee"), tuple: ("", "x", "[", "[[1, 2]] x", "[1, 2]", "[[1]]", "5")}  # fmt: skip
+
+
+def test_the_table_has_every_key_with_its_default() -> None:
+    assert [(name, default) for name, (default, *_) in KEYS.items()] == list(Config().items())
+    assert all(type(value) is KINDS[name] for name, (_, _, value, _) in KEYS.items())
+    assert all(len(DOCS[name]) > 3 for name in KEYS)
+    Config().check()
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_is_parsed_replaced_and_round_trips(name: str, tmp_path: Path) -> None:
+    _, text, value, _ = KEYS[name]
+    assert parse_value(name, text) == value
+    assert type(parse_value(name, text)) is type(value)
+    config = Config().override({name: parse_value(name, text)})
+    assert dict(config.items()) == dict(Config().items()) | {name: value}
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert read_toml(path) == config
+    assert f"{name.split('.')[1]} = " in config.to_toml()
+    assert f"  # {DOCS[name]}\n" in config.to_toml()
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_another_type_is_an_error_that_names_key_value_and_default(name: str) -> None:
+    default = KEYS[name][0]
+    for value in WRONG_TYPE[KINDS[name]]:
+        with pytest.raises(ConfigError, match=rf"^{re.escape(f'{name} = {value!r} must be ')}.*; the default is "):
+            Config().override({name: value})
+    for text in WRONG_TEXT.get(KINDS[name], ()):
+        with pytest.raises(
+            ConfigError, match=rf"^{re.escape(name)} = '?{re.escape(text)}'? must be .*; the default is "
+        ) as e:
+            parse_value(name, text)
+        if KINDS[name] is int:
+            assert str(e.value) == f"{name} = {text!r} must be a whole number; the default is {default}."
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name, row in KEYS.items() for v in row[3]])
+def test_a_value_out_of_range_is_an_error_that_names_the_key(name: str, value: Any) -> None:
+    config = Config().override({name: value})
+    with pytest.raises(ConfigError, match=rf"^{re.escape(name)} .*(must|is not supported)") as e:
+        config.check()
+    assert e.value.exit_code == 2
+    assert str(e.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+def test_floats_are_finite(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^optim\.lr = .* must be finite; the default is 0\.0006\.$"):
+        parse_value("optim.lr", text)
+
+
+def test_text_that_is_not_unicode_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^eval\.prompt = '\\udcff' must be valid UTF-8 text\.$"):
+        Config().override({"eval.prompt": "\udcff"})
+
+
+CONFLICTS: list[tuple[dict[str, Any], int, str]] = [
+    ({"batch.T": 2048}, 1, "batch.T = 2048 must be at most model.max_T = 1024; lower it or raise model.max_T."),
+    ({"batch.total_tokens": 10000}, 1,
+     "batch.total_tokens = 10000 must be a multiple of batch.B * T = 4 * 1024 = 4096; use 8192 or 12288."),
+    ({"batch.total_tokens": 100}, 1,
+     "batch.total_tokens = 100 must be a multiple of batch.B * T = 4 * 1024 = 4096; use 4096 or a smaller batch.B."),
+    ({"batch.total_tokens": 12288}, 2,
+     "batch.total_tokens = 12288 must be a multiple of batch.B * T * ranks = 4 * 1024 * 2 = 8192; use 8192 or 16384."),
+    ({"batch.ramp": [[5, 5000]]}, 1,
+     "batch.ramp at step 5: total_tokens = 5000 must be a multiple of batch.B * T = 4 * 1024 = 4096; "
+     "use 4096 or 8192."),
+    ({"batch.ramp": [[5, 4096], [4, 8192]]}, 1,
+     "batch.ramp = [[5, 4096], [4, 8192]] must be [step, total_tokens] pairs with steps above 0 and ascending and "
+     "tokens above 0; [4, 8192] is not."),
+    ({"schedule.warmup": 101, "run.steps": 100}, 1,
+     "schedule.warmup = 101 must be at most the learning-rate horizon of 100 steps; lower it, or set it to -1 for "
+     "min(700, horizon // 20)."),
+    ({"schedule.warmup": 51, "run.steps": 100, "optim.horizon": 50}, 1,
+     "schedule.warmup = 51 must be at most the learning-rate horizon of 50 steps; lower it, or set it to -1 for "
+     "min(700, horizon // 20)."),
+    ({"data.train": "a.bin"}, 1,
+     'data.val is empty but data.train = "a.bin" is given; give both globs, or neither and data.name.'),
+    ({"data.val": "a.bin"}, 1,
+     'data.train is empty but data.val = "a.bin" is given; give both globs, or neither and data.name.'),
+    ({"data.name": ""}, 1, 'data.name = "" must name a dataset; give one, or data.train and data.val.'),
+    ({"model.NH": 7}, 1, "model.C = 768 must be a multiple of model.NH = 7."),
+    ({"run.device": "mps"}, 1,
+     'run.device = "mps" is not supported: daybreak trains on the CPU and on NVIDIA GPUs (auto, cpu, cuda or cuda:N); '
+     'the default is "auto".'),
+    ({"schedule.name": "cos"}, 1,
+     'schedule.name = "cos" must be cosine or linear or constant or wsd; the default is "cosine".'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "ranks", "sentence"), CONFLICTS)
+def test_conflicts_between_keys(values: dict[str, Any], ranks: int, sentence: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        Config().override(values).check(ranks=ranks)
+    assert str(e.value) == sentence
+
+
+def test_what_is_allowed_at_the_edge() -> None:
+    for values in (
+        {"batch.T": 1024},
+        {"batch.total_tokens": 8192, "batch.ramp": [[1, 4096], [2, 12288]]},
+        {"schedule.warmup": 100, "run.steps": 100},
+        {"data.name": "", "data.train": "a", "data.val": "b"},
+    ):
+        Config().override(values).check()
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("optim.warmup", "schedule.warmup"),
+        ("optimizer.lr", "optim.lr"),
+        ("lr", "optim.lr"),
+        ("batch.b", "batch.B"),
+        ("model.T", "batch.T"),
+        ("run.step", "run.steps"),
+        ("eval.evry", "eval.every"),
+        ("data.tokeniser", "data.tokenizer"),
+        ("seed", "run.seed"),
+        ("train.max_hours", "run.max_hours"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(typed: str, meant: str) -> None:
+    assert nearest(typed, KINDS) == meant
+    with pytest.raises(ConfigError) as e:
+        Config().override({typed: 1})
+    assert str(e.value) == f"unknown key {typed!r}; did you mean {meant!r}?"
+
+
+@pytest.mark.parametrize("text", ['say "hi"\\', "two\nlines\ttab\r", "\x00\x1f\x7f", "день 日 🌅", "'''", "# no", ""])
+def test_any_text_round_trips(text: str, tmp_path: Path) -> None:
+    config = Config().override({"eval.prompt": text})
+    path = tmp_path / "c.toml"
+    path.write_bytes(config.to_toml().encode())
+    assert read_toml(path).eval.prompt == text
+
+
+@pytest.mark.parametrize("value", [0.1 + 0.2, 1e-300, 5e-324, 1e22, 123456789.0, 2.5e-4])
+def test_floats_round_trip_exactly(value: float) -> None:
+    text = Config().override({"optim.lr": value}).to_toml()
+    assert tomllib.loads(text)["optim"]["lr"] == value
+
+
+def test_to_toml_starts_with_the_schema_and_comments_every_key() -> None:
+    lines = Config().to_toml().splitlines()
+    assert lines[:2] == ["schema = 1", ""]
+    keys = [line for line in lines[1:] if "=" in line.partition("#")[0]]
+    assert len(keys) == len(KEYS)
+    assert all("  # " in line for line in keys)
+    assert "total_tokens = 0  # tokens per step over all ranks; 0 = one micro-step per rank (B * T * ranks)" in lines
+
+
+BAD_FILES = [
+    ("schema = 2\n", "schema = 2 was written by a newer daybreak (this one reads 1); upgrade."),
+    ('schema = "1"\n', "schema = '1' must be a whole number, at least 1; write schema = 1."),
+    ("[optim]\nlearning = 1\n", "unknown key 'optim.learning'; did you mean 'eval.tokens'?"),
+    ("[optimizer]\nlr = 1.0\n", "unknown key 'optimizer.lr'; did you mean 'optim.lr'?"),
+    ("[optimizer]\n", "unknown key 'optimizer'; did you mean "),
+    ("lr = 1.0\n", "unknown key 'lr'; did you mean 'optim.lr'?"),
+    ("optim = 3\n", "unknown key 'optim'; did you mean "),
+    ("[optim]\nlr = true\n", "optim.lr = True must be a number; the default is 0.0006."),
+    ("[optim.lr]\nx = 1\n", "optim.lr = {'x': 1} must be a number; the default is 0.0006."),
+    ("[batch]\nB = 4.0\n", "batch.B = 4.0 must be a whole number; the default is 4."),
+]
+
+
+@pytest.mark.parametrize(("text", "sentence"), BAD_FILES)
+def test_a_bad_file_is_named(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as e:
+        read_toml(path)
+    if sentence.endswith("mean "):
+        assert str(e.value).startswith(f"{path}: {sentence}")
+    elif "'eval.tokens'" in sentence:
+        assert re.fullmatch(re.escape(f"{path}: {sentence}").replace("eval\\.tokens", r"\w+\.\w+"), str(e.value))
+    else:
+        assert str(e.value) == f"{path}: {sentence}"
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    for content in (b"[optim\n", b"\xff\xfe", b"a = 1\na = 2\n"):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"^{re.escape(str(path))} cannot be read as TOML: "):
+            read_toml(path)
+
+
+def _saved_run(folder: Path, **values: Any) -> Config:
+    folder.mkdir(parents=True)
+    config = Config().override({"run.name": folder.name, "run.dir": str(folder.parent)} | values).concrete(500)
+    (folder / "config.toml").write_text(config.to_toml())
+    return config
+
+
+def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve(None)[0] == Config()
+    shape, _ = resolve("d24")
+    assert (shape.model.L, shape.model.C, shape.optim.lr, shape.run.name) == (24, 1024, 6e-4, "d24")
+    Path("mine.toml").write_text("[model]\nL = 2\n[optim]\nlr = 0.5\nclip = 2\n[data]\ntrain = 'a'\nval = 'b'\n")
+    recipe, resume = resolve("mine.toml", [("optim.lr", "0.25")])
+    assert (recipe.model.L, recipe.model.C, recipe.optim.lr, recipe.optim.clip) == (2, 768, 0.25, 2.0)
+    assert recipe.run.name == "mine"
+    assert resume is None
+    assert resolve("mine.toml", [("data.name", "book")])[0].data.train == ""
+    assert resolve("mine.toml", [("optim.lr", "1"), ("optim.lr", "2")])[0].optim.lr == 2.0
+    saved = _saved_run(Path("runs/old"), **{"optim.lr": 0.125, "eval.every": 7})
+    config, resume = resolve("runs/old", [("eval.every", "9")])
+    assert (config.optim.lr, config.eval.every, config.run.steps) == (0.125, 9, 500)
+    assert resume is not None
+    assert (resume.run, resume.saved) == (Path("runs/old"), saved)
+
+
+def test_the_form_of_the_target_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve("gpt2-124M")[0].data.name == "fineweb-10B"  # the recipe, not only the shape of that name
+    assert resolve("gpt3:c768")[0].model.max_T == 2048
+    assert resolve("gpt3:c768")[0].run.name == "gpt3-c768"
+    _saved_run(Path("tiny"), **{"optim.lr": 0.125})
+    config, resume = resolve("tiny")  # an existing run comes first
+    assert config.optim.lr == 0.125
+    assert resume is not None
+    Path("tiny/config.toml").rename("other.toml")
+    assert resolve("tiny")[0].model.C == 128  # a folder that is no run does not hide the recipe
+    assert Config.from_target("tiny") == resolve("tiny")[0]
+
+
+def test_a_run_is_where_it_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved = _saved_run(Path("runs/old"))
+    Path("runs").rename("moved")
+    config, resume = resolve("moved/old/")
+    assert (config.run.dir, config.run.name) == ("moved", "old")
+    assert resume is not None
+    check_resume(saved, config)
+    monkeypatch.chdir("moved/old")
+    assert resolve(".")[0].run.name == "old"
+
+
+UNKNOWN_TARGETS = [
+    ("tini", "unknown target 'tini'; did you mean 'tiny'? "),
+    ("gpt2-124m", "unknown target 'gpt2-124m'; did you mean 'gpt2-124M'? "),
+    ("d13", "unknown target 'd13'; did you mean 'd12'? "),
+    ("gpt3:c769", "unknown target 'gpt3:c769'; did you mean 'gpt3:c768'? "),
+    ("none.toml", "none.toml does not exist; recipes shipped with daybreak: "),
+    ("empty", "empty is not a run: it has no config.toml; give a folder that daybreak train made."),
+    ("old", "unknown target 'old'; to resume the run of that name give its folder: runs/old."),
+]
+
+
+@pytest.mark.parametrize(("target", "sentence"), UNKNOWN_TARGETS)
+def test_an_unknown_target(target: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    _saved_run(Path("runs/old"))
+    with pytest.raises(ConfigError) as e:
+        resolve(target)
+    assert str(e.value).startswith(sentence)
+    if "did you mean" in sentence:
+        assert str(e.value).endswith(
+            "Recipes: gpt2-124M, gpt2-1558M, gpt2-350M, gpt2-774M, gpt3-125M, tiny; or a shape such as d12, a "
+            "recipe.toml, or a run's folder."
+        )
+
+
+# The contract: run, log, eval, checkpoint, guard, cost, parallel, batch sizes, recompute, horizon; but not the seed.
+MAY_CHANGE = {
+    *(name for name in KEYS if name.split(".")[0] in ("eval", "checkpoint", "guard", "log", "cost", "parallel")),
+    "batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon", "run.name", "run.dir",
+    "run.steps", "run.max_hours", "run.device", "run.profile",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n, (default, _, value, _) in KEYS.items() if default != value])
+def test_what_may_change_on_resume(name: str) -> None:
+    default, _, value, _ = KEYS[name]
+    saved, new = Config(), Config().override({name: value})
+    if name in MAY_CHANGE:
+        check_resume(saved, new)
+    else:
+        with pytest.raises(ConfigError, match=r"; leave it out, or start a new run .* with --fork NAME\.$") as e:
+            check_resume(saved, new)
+        assert str(e.value).startswith(f"{name} is ")
+        for shown in (default, value):
+            text = str(shown).lower() if isinstance(shown, bool) else f'"{shown}"' if isinstance(shown, str) else shown
+            assert f" {text}" in str(e.value)
+    if name.startswith("model."):
+        with pytest.raises(ConfigError, match=r"cannot become .*; a new shape is trained from the start"):
+            check_resume(saved, new, fork=True)
+    else:
+        check_resume(saved, new, fork=True)
+
+
+def test_concrete_fills_what_depends_on_the_data() -> None:
+    made = Config().concrete(epoch_steps=30_000)
+    changed = {k: v for k, v in made.items() if v != dict(Config().items())[k]}
+    assert changed == {
+        "batch.T": 1024,
+        "batch.total_tokens": 4096,
+        "optim.horizon": 30_000,
+        "schedule.warmup": 700,
+        "run.steps": 30_000,
+    }
+    assert made.concrete(epoch_steps=7) == made
+    assert Config().concrete(100, ranks=8).batch.total_tokens == 32768
+    assert Config().override({"run.steps": 100}).concrete(30_000).schedule.warmup == 5
+    given = {"run.steps": 9, "optim.horizon": 90, "schedule.warmup": 0, "batch.T": 64, "batch.total_tokens": 512}
+    assert Config().override(given).concrete(1) == Config().override(given)
+
+
+def test_more_steps_on_resume_leave_the_schedule_alone() -> None:
+    longer = Config().concrete(1000).override({"run.steps": 5000}).concrete(1000)
+    assert (longer.run.steps, longer.optim.horizon, longer.schedule.warmup) == (5000, 1000, 50)
+
+
+def test_data_smaller_than_a_step() -> None:
+    with pytest.raises(ConfigError) as e:
+        Config().concrete(0)
+    assert str(e.value) == (
+        "one step takes 4096 tokens, more than all of data.name = 'stdlib'; lower batch.total_tokens or batch.B, or "
+        "prepare more data."
+    )
+
+
+def test_tokens_at_follows_the_ramp() -> None:
+    config = Config().override({"batch.ramp": [[2, 8192], [5, 16384]]})
+    assert [config.tokens_at(s) for s in range(7)] == [4096, 4096, 8192, 8192, 8192, 16384, 16384]
+    assert Config().tokens_at(0, ranks=8) == 4 * 1024 * 8
+    assert Config().override({"batch.total_tokens": 8192}).tokens_at(3, ranks=8) == 8192
+
+
+# The original runs: L, C, NH, T, data, B, tokens a step, learning rate, final fraction, steps, checkpoint.every.
+PUBLISHED = {
+    "gpt2-124M": (12, 768, 12, 1024, "fineweb-10B", 64, 524288, 6e-4, 0.0, 18865, 5000),
+    "gpt2-350M": (24, 1024, 16, 1024, "fineweb-100B", 64, 524288, 3e-4, 0.0, 60000, 2000),
+    "gpt2-774M": (36, 1280, 20, 1024, "fineweb-100B", 32, 524288, 2.5e-4, 0.0, 286102, 4000),
+    "gpt2-1558M": (48, 1600, 25, 1024, "fineweb-edu-100B", 16, 1048576, 6e-4, 0.1, 32000, 2000),
+    "gpt3-125M": (12, 768, 12, 2048, "fineweb-100B", 32, 524288, 6e-4, 0.1, 572204, 10000),
+}
+
+
+def test_recipes_are_the_published_ones() -> None:
+    assert recipe_names() == sorted([*PUBLISHED, "tiny"])
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "tiny"])
+def test_a_recipe_is_valid_and_states_its_cost(name: str) -> None:
+    config, _ = resolve(name)
+    made = config.concrete(1)
+    text = (RECIPES / f"{name}.toml").read_text()
+    assert "\nschema = 1\n" in text
+    m, steps = made.model, made.run.steps
+    parameters = (m.Vp + m.max_T) * m.C + m.L * (12 * m.C * m.C + 13 * m.C) + 2 * m.C
+    flops = (6 * parameters + 6 * m.L * m.C * made.T) * made.tokens_at(0) * steps
+    stated = re.search(r"(\d\.\de\d+) FLOPs", text)
+    assert stated is not None
+    assert float(stated[1]) == pytest.approx(flops, rel=0.05)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_runs_what_was_published(name: str) -> None:
+    made = resolve(name)[0].concrete(1)
+    m = made.model
+    assert (
+        m.L, m.C, m.NH, made.T, made.data.name, made.batch.B, made.batch.total_tokens, made.optim.lr,
+        made.schedule.final_frac, made.run.steps, made.checkpoint.every,
+    ) == PUBLISHED[name]  # fmt: skip
+    assert (made.schedule.name, made.schedule.warmup, made.optim.weight_decay) == ("cosine", 700, 0.1)
+    assert (made.eval.every, made.data.tokenizer, m.V) == (250, "gpt2", 50257)
+    text = (RECIPES / f"{name}.toml").read_text()
+    assert "# published (llm.c): " in text
+    assert "# Expected" in text
+    if name == "gpt3-125M":
+        assert (made.guard.loss_z, made.guard.norm_z) == (7.0, 7.0)
+        assert (made.checkpoint.keep, made.checkpoint.major) == (5, 50000)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from eager_gpt2 import BETAS, CLIP, EPS, LR, SHAPES, WEIGHT_DECAY, GPT2, problem, serve, training_step
+from eager_gpt2 import BETAS, CLIP, EPS, GPT2, LR, SHAPES, WEIGHT_DECAY, problem, serve, training_step
 from torch import Tensor
 
 from daybreak.config_keys import OptimConfig
@@ -43,19 +43,18 @@ AGREEMENT = {"fp32": 1e-4, "bf16": 1e-2}
 WARMUP = 2
 
 
-def engine_step(module: GPT2, tokens: Tensor, targets: Tensor, compute: str) -> Callable[[], float]:
+def engine_step(model: str, module: GPT2, tokens: Tensor, targets: Tensor, compute: str) -> Callable[[], float]:
     """daybreak's step from the eager module's weights, with the same optimizer settings."""
-    L, C, NH, max_T, V = next(s for s in SHAPES.values() if s.V == module.wte.num_embeddings)
     optim = OptimConfig(lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY, clip=CLIP)
     B, T = tokens.shape
-    engine = Engine(GPT2Config(L, C, NH, max_T, V), B=B, T=T, compute=compute, seed=None, optim=optim)
+    engine = Engine(GPT2Config(**SHAPES[model]._asdict()), B=B, T=T, compute=compute, seed=None, optim=optim)
     ours = {"weight": "w", "bias": "b"}
     params = {}
     for name, p in module.named_parameters():  # h.0.fc.weight -> h.0.fcw, wte.weight -> wte
         layer, _, kind = name.rpartition(".")
         params[layer if layer in ("wte", "wpe") else layer + ours[kind]] = p.detach()
     engine.load_params(params)
-    step = iter(range(1 << 30))
+    step = itertools.count()
 
     def run() -> float:
         engine.train_step(tokens[None], targets[None], lr=LR, step=next(step))
@@ -88,7 +87,7 @@ def work(contender: str, model: str, B: int, T: int) -> None:
     kind, dtype = contender.split()
     module, tokens, targets = problem(model, B, T)
     if kind == "engine":
-        step = engine_step(module, tokens, targets, dtype)
+        step = engine_step(model, module, tokens, targets, dtype)
     elif kind == "gemm":
         step = gemm_step(module, tokens, torch.float32 if dtype == "fp32" else torch.bfloat16)
     else:
@@ -193,7 +192,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SHAPES, default="124M")
     parser.add_argument("--B", type=int, default=4)
     parser.add_argument("--T", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: every core")
     parser.add_argument("--rounds", type=int, default=9, help="measured steps of each contender, at least 7")
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} in bench/results, for the 124M model only")
     parser.add_argument("--work", metavar="CONTENDER", help=argparse.SUPPRESS)
@@ -202,7 +201,8 @@ def main() -> None:
         parser.error(f"--rounds {args.rounds} is too few for quartiles; use at least 7")
     torch.set_num_threads(args.threads)
     if args.work:
-        return work(args.work, args.model, args.B, args.T)
+        work(args.work, args.model, args.B, args.T)
+        return
 
     setting = {
         "date": datetime.now(UTC).date().isoformat(), "commit": commit(), "cpu": cpu_name(), "threads": args.threads,

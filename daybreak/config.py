@@ -251,7 +251,7 @@ def _typed(name: str, value: Any) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The name a user most likely meant: of the same last word (optim.warmup -> schedule.warmup), longer, or similar."""
+    """The name most likely meant: one of the same last word (optim.warmup -> schedule.warmup), longer, or similar."""
     names = list(known)
     leaf = name.rpartition(".")[2].lower()
     likely = [n for n in names if n.rpartition(".")[2].lower() == leaf] or [n for n in names if n.startswith(name)]

@@ -1,7 +1,7 @@
 """An independent GPT-2: a plain autograd module, an optimizer and learning-rate schedules to hold the engine against.
 
 Written from the GPT-2 / GPT-3 papers and llm.c's documented behaviour. It imports nothing from daybreak, so that a
-mistake there cannot hide here, and prefers the formula to speed: softmax attention is spelled out, and nothing is fused.
+mistake there cannot hide here, and prefers the formula to speed: attention is spelled out, and nothing is fused.
 
 Letters: L layers, C channels, NH heads, HS = C / NH, V vocabulary, Vp padded vocabulary, B rows, T positions.
 Run in fp64 it is the truth; run in bf16 (statistics, softmax, GELU and loss in fp32, every stored value rounded to

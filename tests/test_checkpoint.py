@@ -1,90 +1,28 @@
-"""Checkpoints: values survive, damage is noticed, a kill at any moment loses nothing that was saved."""
+"""Checkpoints: values survive, damage is noticed, foreign files are never opened."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import pickle
 import random
-import resource
-import shutil
-import signal
-import struct
 import sys
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from snapshots import damage, exit_of, fork, hidden, model_value, snapshot
 
-from daybreak.errors import CheckpointError, Error
-from daybreak.state.checkpoint import (
-    Snapshot,
-    checkpoint_step,
-    list_checkpoints,
-    load_checkpoint,
-    newest_good,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from daybreak.errors import CheckpointError
+from daybreak.state.checkpoint import list_checkpoints, load_checkpoint, newest_good, save_checkpoint
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 FILES = ("model.safetensors", "optimizer-00000-of-00001.safetensors", "manifest.json")
-
-
-def snapshot(step: int, value: float | None = None, numel: int = 96) -> Snapshot:
-    """Every number in it follows from `value` (default: the step)."""
-    base = torch.arange(numel, dtype=torch.float32) + (step if value is None else value)
-    return Snapshot(
-        step=step,
-        model={"wte": base[:60].view(12, 5), "lnfw": base[64:69]},
-        optimizer={"m": [(0, base * 2)], "v": [(0, base * 3)]},
-        flat_numel=numel,
-        layout=[("wte", 0, (12, 5)), ("lnfw", 64, (5,))],
-        extra={"loss_window": torch.full((4,), float(base[0]), dtype=torch.float64), "filled": torch.tensor([step])},
-        manifest={"samples": 7 * step, "config": {"optim": {"lr": 0.0006}}, "rng": [1, 2**63]},
-    )
-
-
-def model_value(path: Path) -> float:
-    out = torch.empty(12, 5)
-    load_checkpoint(path).read_model("wte", out)
-    assert torch.equal(out, torch.arange(60, dtype=torch.float32).view(12, 5) + out[0, 0])
-    return out[0, 0].item()
-
-
-def contents(root: Path) -> dict[int, float]:
-    """Step -> value of every listed checkpoint, each read and verified in full."""
-    return {load_checkpoint(path).step: model_value(path) for path in list_checkpoints(root)}
-
-
-def hidden(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.name.startswith("."))
-
-
-def fork(body: Callable[[], None]) -> int:
-    """A real process that runs `body` and exits 0, or 1 on an exception. Returns its id."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            body()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    return pid
-
-
-def exit_of(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 # ---- save and load
@@ -233,12 +171,6 @@ def test_verify_levels_differ(tmp_path):
         load_checkpoint(path, "full")
 
 
-def damage(path: Path) -> None:
-    data = bytearray((path / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (path / "model.safetensors").write_bytes(data)
-
-
 def test_falls_back_to_the_newest_good_one(tmp_path, caplog):
     assert newest_good(tmp_path / "none") is None
     assert newest_good(tmp_path) is None
@@ -308,173 +240,3 @@ def test_planted_files_are_named_and_never_opened(tmp_path, caplog):
     assert [r.getMessage().split(" is not part")[0] for r in caplog.records] == [str(path / n) for n in planted]
     pickle.loads((path / "data.pkl").read_bytes())
     assert (tmp_path / "boom").exists()  # the bomb was live
-
-
-# ---- retention
-
-
-@pytest.mark.parametrize(
-    ("steps", "keep", "major", "left"),
-    [
-        ([1, 2, 3], 0, 0, [1, 2, 3]),
-        ([1, 2, 3], 0, 2, [1, 2, 3]),
-        ([1, 2, 3], 1, 0, [3]),
-        ([1, 2, 3], 2, 0, [2, 3]),
-        ([1, 2, 3], 3, 0, [1, 2, 3]),
-        ([1, 2, 3], 9, 0, [1, 2, 3]),
-        ([100, 200, 300, 400, 450], 1, 200, [200, 400, 450]),
-        ([100, 200, 300, 400, 450], 2, 200, [200, 400, 450]),
-        ([100, 200, 300, 400, 450], 3, 200, [200, 300, 400, 450]),
-        ([0, 7, 14], 1, 5, [0, 14]),
-        ([5], 1, 0, [5]),
-        ([], 1, 0, []),
-        ([99999999, 100000000], 1, 0, [100000000]),
-    ],
-)
-def test_retention(tmp_path, steps, keep, major, left):
-    for step in steps:
-        save_checkpoint(tmp_path, snapshot(step))
-    removed = prune_checkpoints(tmp_path, keep, major)
-    kept = [tmp_path / f"step-{s:08d}" for s in sorted(left, reverse=True)]
-    assert list_checkpoints(tmp_path) == kept
-    assert sorted(p.name for p in removed) == [f"step-{s:08d}" for s in sorted(set(steps) - set(left))]
-    assert sorted(tmp_path.iterdir()) == sorted(kept)
-
-
-def test_retention_never_removes_the_newest_good_one(tmp_path, caplog):
-    paths = [save_checkpoint(tmp_path, snapshot(s)) for s in (1, 2, 3)]
-    damage(paths[2])
-    assert prune_checkpoints(tmp_path, keep=1, major=0) == [paths[0]]
-    assert "step-00000003 is damaged" in caplog.text
-    damage(paths[1])
-    assert prune_checkpoints(tmp_path, keep=1, major=0) == []
-    assert list_checkpoints(tmp_path) == [paths[2], paths[1]]
-
-
-@pytest.mark.parametrize("verify", ["full", "size", "off"])
-def test_retention_after_a_fall_back_spares_what_was_just_saved(tmp_path, verify):
-    paths = [save_checkpoint(tmp_path, snapshot(s)) for s in (100, 200, 300)]
-    damage(paths[2])
-    assert newest_good(tmp_path).step == 200
-    mended = save_checkpoint(tmp_path, snapshot(250))
-    assert prune_checkpoints(tmp_path, keep=1, major=0, verify=verify) == paths[:2]
-    assert newest_good(tmp_path).path == mended
-
-
-def test_leftovers_of_dead_saves_are_cleaned_and_those_of_live_ones_kept(tmp_path):
-    dead = fork(lambda: None)
-    assert exit_of(dead) == 0
-    sleeper = fork(signal.pause)
-    save_checkpoint(tmp_path, snapshot(8))
-    save_checkpoint(tmp_path, snapshot(9, value=1.0)).rename(tmp_path / f".old-step-00000009-{dead}")
-    for name in (f".tmp-step-00000007-{dead}", f".tmp-step-00000007-{sleeper}", f".old-step-00000008-{dead}"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"half")
-    (tmp_path / ".tmp-mine").mkdir()
-
-    assert [p.name for p in list_checkpoints(tmp_path)] == [f".old-step-00000009-{dead}", "step-00000008"]
-    assert newest_good(tmp_path).step == 9
-    assert [checkpoint_step(p) for p in list_checkpoints(tmp_path)] == [9, 8]
-    assert prune_checkpoints(tmp_path, keep=0, major=0) == []
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000009", "step-00000008"]
-    assert hidden(tmp_path) == sorted([".tmp-mine", f".tmp-step-00000007-{sleeper}"])
-    os.kill(sleeper, signal.SIGKILL)
-    assert exit_of(sleeper) == -signal.SIGKILL
-
-
-# ---- crashes
-
-
-def test_saving_a_step_again_replaces_it(tmp_path):
-    save_checkpoint(tmp_path, snapshot(5))
-    path = save_checkpoint(tmp_path, snapshot(5, value=50.0))
-    assert model_value(path) == 50.0
-    assert hidden(tmp_path) == []
-    assert list_checkpoints(tmp_path) == [path]
-
-
-def test_a_full_disk_is_one_sentence_and_leaves_no_trace(tmp_path):
-    save_checkpoint(tmp_path, snapshot(1))
-
-    def body() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        with pytest.raises(Error, match=f"step-00000002 could not be written .{os.strerror(errno.EFBIG)}.: free") as e:
-            save_checkpoint(tmp_path, snapshot(2, numel=4096))
-        assert e.value.exit_code == 1
-
-    assert exit_of(fork(body)) == 0
-    assert hidden(tmp_path) == []
-    assert newest_good(tmp_path).step == 1
-
-
-FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
-
-
-def test_a_kill_before_any_file_operation_loses_nothing(tmp_path):
-    """The same save, re-save and pruning, killed before its 1st, 2nd, ... file operation until it gets through."""
-
-    def scenario(root: Path, fatal: int) -> None:
-        count = 0
-
-        def hook(event: str, args: object) -> None:
-            nonlocal count
-            count += event in FILE_EVENTS
-            if event in FILE_EVENTS and count == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        save_checkpoint(root, snapshot(2, value=22.0))
-        save_checkpoint(root, snapshot(3))
-        prune_checkpoints(root, keep=1, major=0)
-
-    start = tmp_path / "start"
-    for step in (1, 2):
-        save_checkpoint(start, snapshot(step))
-    outcomes: list[dict[int, float]] = []
-    status, fatal = -signal.SIGKILL, 0
-    while status == -signal.SIGKILL:
-        fatal += 1
-        root = tmp_path / str(fatal)
-        shutil.copytree(start, root)
-        status = exit_of(fork(lambda root=root, fatal=fatal: scenario(root, fatal)))
-        found = contents(root)
-        prune_checkpoints(root, keep=0, major=0)
-        assert contents(root) == found
-        assert hidden(root) == []
-        if found not in outcomes:
-            outcomes.append(found)
-    assert status == 0
-    assert fatal > 30
-    old, new = {1: 1.0, 2: 2.0}, {1: 1.0, 2: 22.0}
-    assert outcomes == [old, new, new | {3: 3.0}, {2: 22.0, 3: 3.0}, {3: 3.0}]
-
-
-def test_ten_kills_at_random_moments(tmp_path):
-    rng = random.Random(4)
-    leftovers = 0
-    for round_ in range(10):
-        read, write = os.pipe()
-        first = 100 * round_
-
-        def saves(write: int = write, first: int = first) -> None:
-            for step in range(first, first + 100):
-                save_checkpoint(tmp_path, snapshot(step, numel=1 << 20))
-                os.write(write, struct.pack("<q", step))
-                prune_checkpoints(tmp_path, keep=2, major=0)
-
-        pid = fork(saves)
-        time.sleep(rng.uniform(0.02, 0.25))
-        os.kill(pid, signal.SIGKILL)
-        assert exit_of(pid) == -signal.SIGKILL
-        os.close(write)
-        acknowledged = [s for (s,) in struct.iter_unpack("<q", os.read(read, 1 << 16))]
-        os.close(read)
-        leftovers += bool(hidden(tmp_path)) if tmp_path.exists() else 0
-        assert all(step == value for step, value in contents(tmp_path).items())
-        if acknowledged:
-            assert newest_good(tmp_path).step >= acknowledged[-1]
-    assert leftovers >= 3  # the kills did land inside saves
-    prune_checkpoints(tmp_path, keep=1, major=0)
-    assert hidden(tmp_path) == []
-    assert len(list_checkpoints(tmp_path)) == 1

@@ -32,7 +32,7 @@ CASES = [
     (Shape(2, 24, 3, 8, 127), 1, 3, 7),
     (Shape(1, 48, 6, 9, 129), 4, 2, 5),
 ]
-each_case = pytest.mark.parametrize("shape,A,B,T", CASES, ids=["small", "one-row", "odd", "accumulate"])
+each_case = pytest.mark.parametrize(("shape", "A", "B", "T"), CASES, ids=["small", "one-row", "odd", "accumulate"])
 
 
 def build(shape: Shape, B: int, T: int, **options) -> Engine:
@@ -108,7 +108,7 @@ def step_loss(engine: Engine) -> float:
 
 @each_case
 @pytest.mark.parametrize("recompute", [0, 1, 2])
-@pytest.mark.parametrize("compute,by_norm,by_element", [("fp32", 1e-5, 1e-4), ("fp64", 1e-12, 1e-11)])
+@pytest.mark.parametrize(("compute", "by_norm", "by_element"), [("fp32", 1e-5, 1e-4), ("fp64", 1e-12, 1e-11)])
 @pytest.mark.parametrize("ignored", [False, True], ids=["all targets", "some ignored"])
 def test_loss_and_every_gradient(shape, A, B, T, recompute, compute, by_norm, by_element, ignored):
     engine, oracle = pair(shape, B, T, compute=compute, recompute=recompute)
@@ -120,7 +120,7 @@ def test_loss_and_every_gradient(shape, A, B, T, recompute, compute, by_norm, by
 
 
 @each_case
-@pytest.mark.parametrize("compute,limit", [("fp32", 1e-5), ("fp64", 1e-12)])
+@pytest.mark.parametrize(("compute", "limit"), [("fp32", 1e-5), ("fp64", 1e-12)])
 def test_logits_and_token_losses(shape, A, B, T, compute, limit):
     engine, oracle = pair(shape, B, T, compute=compute)
     tokens, targets = (x[0] for x in batch(shape, A, B, T, ignored=True))
@@ -174,8 +174,8 @@ def test_bf16_is_as_exact_as_bf16_autograd():
     assert max(theirs.values()) < 0.01, theirs  # the budget itself is a small one
 
 
-@pytest.mark.parametrize("clip,clipped", [(0.5, True), (100.0, False)])
-@pytest.mark.parametrize("compute,limit", [("fp32", 2e-4), ("fp64", 1e-11)])
+@pytest.mark.parametrize(("clip", "clipped"), [(0.5, True), (100.0, False)])
+@pytest.mark.parametrize(("compute", "limit"), [("fp32", 2e-4), ("fp64", 1e-11)])
 def test_ten_optimizer_steps(clip, clipped, compute, limit):
     engine, oracle = pair(SMALL, 2, 16, compute=compute, optim=OptimConfig(clip=clip))
     start = {name: x.clone() for name, x in weights(engine).items()}
@@ -188,7 +188,8 @@ def test_ten_optimizer_steps(clip, clipped, compute, limit):
         norm = optimizer.step(grads, lr, step)
         engine.train_step(tokens, targets, lr=lr, step=step)
         stats = engine.stats()
-        assert (norm > clip) is clipped and stats["skip"] == 0
+        assert (norm > clip) is clipped
+        assert stats["skip"] == 0
         assert stats["loss"] == pytest.approx(loss, rel=limit / 10)
         assert stats["norm"] == pytest.approx(norm, rel=limit)
     change = pieces({name: x - start[name] for name, x in weights(engine).items()})
@@ -265,7 +266,8 @@ def test_vocabulary_padding_stays_zero(compute):
     moments = [engine.table.view(engine.state[name], "wte") for name in ("m", "v")]
     for x in (engine.param("wte"), engine.master("wte"), engine.grad("wte"), *moments):
         assert x.shape == (128, SMALL.C)
-        assert x[: SMALL.V].any(1).all() and not x[SMALL.V :].any()
+        assert x[: SMALL.V].any(1).all()
+        assert not x[SMALL.V :].any()
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
@@ -418,7 +420,8 @@ def test_loss_curve():
     if golden["recorded_on"] == platform():
         assert got == golden["losses"]
     assert got == pytest.approx(golden["losses"], rel=1e-4)
-    assert got[0] == pytest.approx(math.log(SMALL.V), rel=0.05) and got[-1] < 2.0
+    assert got[0] == pytest.approx(math.log(SMALL.V), rel=0.05)
+    assert got[-1] < 2.0
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ F64 = torch.float64
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 ROWS = [(1, 63), (3, 1000), (5, 1023), (300, 1023)]  # the last is cut into chunks
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp64"])
-each_shape = pytest.mark.parametrize("rows,columns", ROWS)
+each_shape = pytest.mark.parametrize(("rows", "columns"), ROWS)
 either = pytest.mark.parametrize("accumulate", [False, True], ids=["write", "accumulate"])
 
 
@@ -64,7 +64,8 @@ def close(got: Tensor, want: Tensor, also_rounded: Tensor | None = None) -> None
 
     `also_rounded`: an addend that was itself rounded to that dtype before it was added.
     """
-    assert got.shape == want.shape and torch.isfinite(got).all()
+    assert got.shape == want.shape
+    assert torch.isfinite(got).all()
     arithmetic = {F64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-5}[got.dtype]
     half_ulp = 2.0**-8 if got.dtype == torch.bfloat16 else 0.0
     rounded = want.abs() if also_rounded is None else want.abs() + also_rounded.abs()
@@ -87,7 +88,7 @@ def test_every_operation_is_tested():
 
 
 @each_dtype
-@pytest.mark.parametrize("n,I,O", [(1, 63, 1), (5, 1000, 63), (7, 63, 1023)])
+@pytest.mark.parametrize(("n", "I", "O"), [(1, 63, 1), (5, 1000, 63), (7, 63, 1023)])
 def test_matmul(dtype, n, I, O):
     x, w, dout = draw(n, I, dtype=dtype), draw(O, I, dtype=dtype), draw(n, O, dtype=dtype)
     b = draw(O, dtype=dtype)
@@ -104,7 +105,7 @@ def test_matmul(dtype, n, I, O):
 
 @each_dtype
 @either
-@pytest.mark.parametrize("n,I,O", [(1, 63, 1), (63, 1000, 5), (1023, 63, 7)])
+@pytest.mark.parametrize(("n", "I", "O"), [(1, 63, 1), (63, 1000, 5), (1023, 63, 7)])
 def test_weight_and_bias_gradients(dtype, accumulate, n, I, O):
     x, dout = draw(n, I, dtype=dtype), draw(n, O, dtype=dtype)
     dw, dw0 = output(O, I, dtype=dtype, accumulate=accumulate)
@@ -201,7 +202,7 @@ def attention_formulas(qkv: Tensor, out: Tensor, dout: Tensor, NH: int) -> tuple
 
 
 @each_dtype
-@pytest.mark.parametrize("B,T,NH,HS", [(1, 1, 1, 8), (3, 7, 3, 5), (2, 128, 1, 16), (3, 300, 2, 8)])
+@pytest.mark.parametrize(("B", "T", "NH", "HS"), [(1, 1, 1, 8), (3, 7, 3, 5), (2, 128, 1, 16), (3, 300, 2, 8)])
 @pytest.mark.parametrize("scores", [1 << 21, 100_000], ids=["whole batch", "batch cut"])
 def test_attention(monkeypatch, dtype, B, T, NH, HS, scores):
     monkeypatch.setattr(attention_file, "SCORES", scores)
@@ -226,7 +227,7 @@ def test_attention(monkeypatch, dtype, B, T, NH, HS, scores):
 
 
 @each_dtype
-@pytest.mark.parametrize("n,V", [(1, 1), (3, 63), (5, 1000), (150, 1023)])
+@pytest.mark.parametrize(("n", "V"), [(1, 1), (3, 63), (5, 1000), (150, 1023)])
 @pytest.mark.parametrize("backward", [False, True])
 def test_classifier(dtype, n, V, backward):
     Vp = (V + 127) // 128 * 128
@@ -244,7 +245,8 @@ def test_classifier(dtype, n, V, backward):
     assert losses[n // 2] == 0
     if backward:
         close(logits[:, :V], torch.autograd.grad(want.sum() * f64(scale), X)[0])
-        assert (logits[n // 2] == 0).all() and (logits[:, V:] == 0).all()
+        assert (logits[n // 2] == 0).all()
+        assert (logits[:, V:] == 0).all()
 
 
 @either
@@ -261,7 +263,7 @@ def test_loss_sum(accumulate, dtype):
 
 @each_dtype
 @either
-@pytest.mark.parametrize("B,T,C,V", [(1, 1, 63, 1), (3, 7, 1000, 5), (4, 33, 63, 40)])
+@pytest.mark.parametrize(("B", "T", "C", "V"), [(1, 1, 63, 1), (3, 7, 1000, 5), (4, 33, 63, 40)])
 def test_embedding(dtype, accumulate, B, T, C, V):
     wte, wpe = draw(V, C, dtype=dtype), draw(T + 2, C, dtype=dtype)
     tokens = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(T))
@@ -354,14 +356,15 @@ def test_guard_z_scores_match_llmc():
     assert [constant(5.0, 5.0)[4:] for _ in range(WINDOW + 1)][-1] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("loss,norm", [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, -math.inf)])
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, -math.inf)])
 def test_guard_skips_what_is_not_finite_and_forgets_it(loss, norm):
     guard = Guard(max_loss_z=5, max_norm_z=5)
     for i in range(WINDOW):
         guard(-((-1.0) ** i), -((-1.0) ** i))
     before = guard.windows.clone(), guard.counts.clone()
     assert guard(loss, norm)[3] == 1.0
-    assert torch.equal(guard.windows, before[0]) and torch.equal(guard.counts, before[1])
+    assert torch.equal(guard.windows, before[0])
+    assert torch.equal(guard.counts, before[1])
     assert guard(10.0, 0.0)[4] == pytest.approx(7.460189833266, rel=1e-12)
 
 

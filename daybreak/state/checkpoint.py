@@ -77,7 +77,7 @@ def save_checkpoint(root: Path, snap: Snapshot, *, rank: int = 0, world: int = 1
 
     At every instant either the old or the new one is complete on disk. Raises Error when the disk refuses.
     """
-    assert rank == 0 and world == 1, "saving from several ranks needs their agreement on when all files are written"
+    assert (rank, world) == (0, 1), "saving from several ranks needs their agreement on when all files are written"
     final = root / _directory(snap.step)
     temporary = root / f".tmp-{final.name}-{os.getpid()}"
     try:

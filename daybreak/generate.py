@@ -81,6 +81,4 @@ class Sampler:
             raise ConfigError(
                 f"tokens = {tokens} must be at least 1, temperature = {temperature:g} and top_k = {top_k} at least 0."
             )
-        return sample_text(
-            self.engine, self.tokenizer, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed
-        )
+        return sample_text(self.engine, self.tokenizer, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)

@@ -8,7 +8,7 @@ touches a device: `plan` prints the list, training allocates exactly it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -140,7 +140,7 @@ class Arena:
 
 
 def plan_arena(
-    table: ParamTable, dtype: torch.dtype, state: list[Entry], schedules: list[Callable[[PlanFrame], None]]
+    table: ParamTable, dtype: torch.dtype, state: list[Entry], schedules: Sequence[Callable[[PlanFrame], None]]
 ) -> Arena:
     """Record the schedules and place every tensor. The first schedule gives lifetimes; the others must fit them."""
     placed, ends = [], dict[str, int]()

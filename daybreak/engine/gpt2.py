@@ -89,9 +89,7 @@ class GPT2:
             # residual + layernorm in one pass
             residual2, ln2 = f.a(h + "residual2", n, C), f.a(h + "ln2", n, C)
             mean, rstd = self._stats(f, h + "ln2", n)
-            k.residual_layernorm_forward(
-                residual2, ln2, mean, rstd, residual, proj, f.w(h + "ln2w"), f.w(h + "ln2b")
-            )
+            k.residual_layernorm_forward(residual2, ln2, mean, rstd, residual, proj, f.w(h + "ln2w"), f.w(h + "ln2b"))
 
             fc, gelu = f.a(h + "fc", n, 4 * C), f.a(h + "gelu", n, 4 * C)
             k.matmul_forward(fc, ln2, f.w(h + "fcw"), f.w(h + "fcb"))
@@ -103,9 +101,7 @@ class GPT2:
             name = self.ln_name(l + 1)
             residual, ln = f.a(h + "residual3", n, C), f.a(name, n, C)
             mean, rstd = self._stats(f, name, n)
-            k.residual_layernorm_forward(
-                residual, ln, mean, rstd, residual2, proj, f.w(name + "w"), f.w(name + "b")
-            )
+            k.residual_layernorm_forward(residual, ln, mean, rstd, residual2, proj, f.w(name + "w"), f.w(name + "b"))
         return ln
 
     # ---------------------------------------------------------------------------------------- head and classifier

@@ -9,7 +9,7 @@ The functions at the top are what runs; the planner records the very same ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,9 +64,7 @@ def evaluate(model: Model, f: Frame, s: State, B: int, T: int) -> None:
     model.head_loss(f, hidden, targets, losses, s["hyper"][2], backward=False, first=True)
 
 
-def state_entries(
-    table: ParamTable, B: int, T: int, dtype: torch.dtype, train: bool
-) -> list[Entry]:
+def state_entries(table: ParamTable, B: int, T: int, dtype: torch.dtype, train: bool) -> list[Entry]:
     """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars."""
     N, acc, f64, i64 = table.numel, acc_dtype(dtype), torch.float64, torch.int64
     entries = [Entry("weights", "weights", (N,), dtype)]

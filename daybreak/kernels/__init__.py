@@ -138,7 +138,7 @@ class Call:
 
 def storage_key(x: Tensor) -> int:
     """Identifies the storage under a tensor and all its views."""
-    return x.untyped_storage()._cdata
+    return int(x.untyped_storage()._cdata)
 
 
 class Recorder:

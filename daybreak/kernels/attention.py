@@ -116,7 +116,9 @@ def attention_backward(
     """dq, dk, dv (B, T, NH, HS) from dout and what forward kept."""
     B, T, NH, HS = q.shape
     block, group = _sizes(q)
-    qh_, kh_, vh_, gh_, oh_, dqh_, dkh_, dvh_, s_, ds_, delta_, lse_, mask = scratch(backward_temps(dq, dk, dv, dout, q))
+    qh_, kh_, vh_, gh_, oh_, dqh_, dkh_, dvh_, s_, ds_, delta_, lse_, mask = scratch(
+        backward_temps(dq, dk, dv, dout, q)
+    )
     mask.fill_(True).triu_(1)
     for b in range(0, B, group):
         rows = slice(b, min(b + group, B))

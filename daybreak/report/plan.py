@@ -77,7 +77,7 @@ def print_plan(p: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     c, mib = p.config, 1 << 20
     console.print(
         f"{p.parameters:,} parameters: L {c.model.L}, C {c.model.C}, NH {c.model.NH}, vocabulary {c.model.V} "

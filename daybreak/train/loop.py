@@ -13,6 +13,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class Trainer:
     def tokens_between(self, start: int, stop: int) -> int:
         """Tokens of the updates after the first `start` up to the first `stop`, whatever the batch ramp does."""
         edges = [start, *(s for s, _ in self.config.batch.ramp if start < s < stop), stop]
-        return sum((b - a) * self.config.tokens_at(a) for a, b in zip(edges, edges[1:], strict=False))
+        return sum((b - a) * self.config.tokens_at(a) for a, b in pairwise(edges))
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -194,9 +195,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------- the parts of an iteration
 
     def _validate(self) -> None:
-        result = validate(
-            self.engine, self.setup.val_loader, self.lengths, self.config.eval.tokens, self.stop.check
-        )
+        result = validate(self.engine, self.setup.val_loader, self.lengths, self.config.eval.tokens, self.stop.check)
         self.metrics.write(
             "val", self.step, self.tokens, loss=result.loss, tokens_evaluated=result.tokens, bpb=result.bits_per_byte
         )

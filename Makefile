@@ -1,0 +1,40 @@
+# make demo: train a small GPT-2 on this machine in about two minutes.   make test: what CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= tiny
+
+.PHONY: demo test test-all check bench clean install
+
+install: $(VENV)/.installed
+test-install: $(VENV)/.installed-dev
+
+# A CPU build of torch is enough here; where torch finds CUDA, daybreak uses it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	@run=$(RUN); n=2; while [ -e runs/$$run ]; do run=$(RUN)-$$n; n=$$((n+1)); done; \
+	$(BIN)/daybreak train tiny --name $$run
+
+test: test-install check
+	$(BIN)/python -m pytest
+
+check: test-install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.13
+
+bench: test-install
+	$(BIN)/python bench/cpu_step.py
+
+# Never touches data/ and runs/.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

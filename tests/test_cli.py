@@ -290,6 +290,17 @@ def test_prepare_prints_what_it_made(here: Path, capsys: pytest.CaptureFixture[s
     assert err == ""  # no bar where stderr is no terminal
 
 
+def test_plan_prints_the_run_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny", "--batch.B", "8", "--batch.total_tokens", "4096", "--run.device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    C, L = 128, 4
+    assert out.startswith(f"{(384 + 128) * C + L * (12 * C * C + 13 * C) + 2 * C:,} parameters")
+    assert "4,096 tokens" in out
+    assert "B 8 x T 128" in out
+    assert list(here.iterdir()) == []
+
+
 def test_train_resume_fork_and_sample(trained: Path) -> None:
     first = json.loads((trained / "runs/small/metrics.jsonl").read_text().splitlines()[-1])
     assert first["step"] == 4

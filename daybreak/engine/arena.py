@@ -78,7 +78,8 @@ class PlanFrame:
         if name not in self.activations:
             self.activations[name] = (torch.empty(shape, dtype=dtype, device="meta"), dtype)
         tensor = self.activations[name][0]
-        assert self.activations[name][1] == dtype and math.prod(shape) <= tensor.numel(), f"{name}: {shape} {dtype}"
+        assert self.activations[name][1] == dtype, f"{name} is asked for as {dtype}"
+        assert math.prod(shape) <= tensor.numel(), f"{name} is asked for as {shape}, larger than declared"
         return tensor.view(-1)[: math.prod(shape)].view(shape)
 
 

@@ -21,9 +21,7 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise ConfigError(
-                f"run.device = {name!r} does not exist here ({count} CUDA devices); use --run.device cpu."
-            )
+            raise ConfigError(f"run.device = {name!r} does not exist here ({count} CUDA devices); use cpu.")
         device = torch.device("cuda", device.index or 0)
     return device
 

@@ -135,7 +135,7 @@ class GPT2:
     # ------------------------------------------------------------------------------------------------- backward
 
     def backward(self, f: Frame, tokens: Tensor, *, first: bool) -> None:
-        """The mirror image of forward, from d_lnf (n, C) to every gradient. `first` overwrites, later micro-steps add."""
+        """The mirror image of forward, from d_lnf (n, C) to every gradient. `first` overwrites, others add."""
         c, k, B, T = self.cfg, f.k, tokens.shape[0], tokens.shape[1]
         n, C, acc = B * T, c.C, not first
         d_res = f.a("d_residual", n, C)  # gradient of the residual stream, updated in place all the way down

@@ -242,7 +242,7 @@ class Engine:
     # ----------------------------------------------------------------------------------------------- evaluation
 
     def eval_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Per-token losses (b, t) for tokens, targets (b, t), b <= B and t <= T; a view that the next call overwrites."""
+        """Per-token losses (b, t) for tokens, targets (b, t), b <= B, t <= T; the next call overwrites the view."""
         b, t = tokens.shape
         # The front of the flat buffers, so that a smaller batch is contiguous too.
         self._front("tokens", b, t).copy_(tokens)

@@ -6,9 +6,7 @@ The public API is what `__all__` lists; torch is imported when `train`, `load` o
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from daybreak.errors import Error
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
     from daybreak.config import Config as Config
     from daybreak.report.plan import plan as plan
     from daybreak.state.run import Run as Run
-    from daybreak.train.loop import train as train
+    from daybreak.training.loop import train as train
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Error", "Run", "__version__", "load", "plan", "train"]
@@ -26,19 +24,8 @@ _HOME = {
     "Config": "daybreak.config",
     "Run": "daybreak.state.run",
     "plan": "daybreak.report.plan",
-    "train": "daybreak.train.loop",
+    "train": "daybreak.training.loop",
 }
-
-
-class _Package(ModuleType):
-    """Keeps `daybreak.train` the function: importing the folder train/ would otherwise replace it by the module."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def load(path: Path | str) -> Run:

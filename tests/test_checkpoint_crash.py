@@ -81,10 +81,18 @@ def test_retention_after_a_fall_back_spares_what_was_just_saved(tmp_path, verify
     assert newest_good(tmp_path).path == mended
 
 
-def test_leftovers_of_dead_saves_are_cleaned_and_those_of_live_ones_kept(tmp_path):
+@pytest.fixture
+def sleeper():
+    """The id of a live process that is not ours to judge."""
+    pid = fork(signal.pause)
+    yield pid
+    os.kill(pid, signal.SIGKILL)
+    assert exit_of(pid) == -signal.SIGKILL
+
+
+def test_leftovers_of_dead_saves_are_cleaned_and_those_of_live_ones_kept(tmp_path, sleeper):
     dead = fork(lambda: None)
     assert exit_of(dead) == 0
-    sleeper = fork(signal.pause)
     save_checkpoint(tmp_path, snapshot(8))
     save_checkpoint(tmp_path, snapshot(9, value=1.0)).rename(tmp_path / f".old-step-00000009-{dead}")
     for name in (f".tmp-step-00000007-{dead}", f".tmp-step-00000007-{sleeper}", f".old-step-00000008-{dead}"):
@@ -98,8 +106,6 @@ def test_leftovers_of_dead_saves_are_cleaned_and_those_of_live_ones_kept(tmp_pat
     assert prune_checkpoints(tmp_path, keep=0, major=0) == []
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000009", "step-00000008"]
     assert hidden(tmp_path) == sorted([".tmp-mine", f".tmp-step-00000007-{sleeper}"])
-    os.kill(sleeper, signal.SIGKILL)
-    assert exit_of(sleeper) == -signal.SIGKILL
 
 
 # ---- crashes

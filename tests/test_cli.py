@@ -351,8 +351,8 @@ def test_the_package_is_lazy_and_complete() -> None:
 import sys, daybreak
 assert daybreak.Config().optim.lr == 6e-4 and daybreak.Error.exit_code == 1
 assert "torch" not in sys.modules
-import daybreak.train.loop
-assert callable(daybreak.train) and daybreak.train is sys.modules["daybreak.train.loop"].train
+import daybreak.training.loop
+assert daybreak.train is daybreak.training.loop.train
 from daybreak import train, load, Run
 try:
     load("nowhere")

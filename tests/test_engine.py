@@ -175,7 +175,7 @@ def test_bf16_is_as_exact_as_bf16_autograd():
 
 
 @pytest.mark.parametrize(("clip", "clipped"), [(0.5, True), (100.0, False)])
-@pytest.mark.parametrize(("compute", "limit"), [("fp32", 2e-4), ("fp64", 1e-11)])
+@pytest.mark.parametrize(("compute", "limit"), [("fp32", 5e-5), ("fp64", 1e-12)])
 def test_ten_optimizer_steps(clip, clipped, compute, limit):
     engine, oracle = pair(SMALL, 2, 16, compute=compute, optim=OptimConfig(clip=clip))
     start = {name: x.clone() for name, x in weights(engine).items()}
@@ -190,8 +190,8 @@ def test_ten_optimizer_steps(clip, clipped, compute, limit):
         stats = engine.stats()
         assert (norm > clip) is clipped
         assert stats["skip"] == 0
-        assert stats["loss"] == pytest.approx(loss, rel=limit / 10)
-        assert stats["norm"] == pytest.approx(norm, rel=limit)
+        assert stats["loss"] == pytest.approx(loss, rel=limit / 50)
+        assert stats["norm"] == pytest.approx(norm, rel=limit / 10)
     change = pieces({name: x - start[name] for name, x in weights(engine).items()})
     wanted = pieces({name: x - start[name] for name, x in params.items()})
     for name, x in change.items():

@@ -71,10 +71,10 @@ def train(
     if quiet or verbose:
         logging.getLogger("daybreak").setLevel(logging.WARNING if quiet else logging.DEBUG)
 
-    from daybreak.train.stop import Stop
+    from daybreak.training.stop import Stop
 
     with Stop().handling_signals() as stop:
-        from daybreak.train.loop import train as run_training  # torch; a signal may already be waiting
+        from daybreak.training.loop import train as run_training  # torch; a signal may already be waiting
 
         where = resume.run if resume is not None else None
         run = run_training(

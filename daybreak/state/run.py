@@ -10,7 +10,7 @@ from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine
 from daybreak.engine.device import pick_compute, pick_device
 from daybreak.errors import CheckpointError, ConfigError, DataError
-from daybreak.state.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, newest_good
+from daybreak.state.checkpoint import Checkpoint, checkpoint_step, list_checkpoints, load_checkpoint, newest_good
 from daybreak.state.metrics import read_metrics
 from daybreak.state.restore import restore_weights
 from daybreak.state.run_folder import RunFolder
@@ -50,11 +50,11 @@ class Run:
             if found is None:
                 raise CheckpointError(f"{self.path} has no checkpoint yet; train it first: daybreak train {self.path}")
             return found
-        path = self.folder.checkpoints / f"step-{step:08d}"
-        if path not in self.checkpoints:
-            have = ", ".join(str(int(p.name[5:])) for p in self.checkpoints) or "none"
+        by_step = {checkpoint_step(path): path for path in self.checkpoints}
+        if step not in by_step:
+            have = ", ".join(map(str, sorted(by_step))) or "none"
             raise CheckpointError(f"{self.path} has no checkpoint of step {step}; there are: {have}.")
-        return load_checkpoint(path)
+        return load_checkpoint(by_step[step])
 
     def load_engine(
         self, step: int | None = None, *, B: int = 1, device: str | None = None

@@ -20,7 +20,7 @@ from daybreak.state.checkpoint import Checkpoint
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
 from daybreak.state.throughput import peak_flops
-from daybreak.train.stop import Stop
+from daybreak.training.stop import Stop
 
 log = logging.getLogger("daybreak")
 EMBEDDED = "stdlib"  # prepared on first use

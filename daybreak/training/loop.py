@@ -33,11 +33,11 @@ from daybreak.state.metrics import MainLog, MetricsWriter
 from daybreak.state.restore import restore, restore_weights, snapshot
 from daybreak.state.run import Run
 from daybreak.state.throughput import Throughput
-from daybreak.train.display import Display, make_display
-from daybreak.train.profile import Profiler
-from daybreak.train.schedule import learning_rate
-from daybreak.train.setup import Setup, check_data, open_run
-from daybreak.train.stop import Interrupted, Stop
+from daybreak.training.display import Display, make_display
+from daybreak.training.profile import Profiler
+from daybreak.training.schedule import learning_rate
+from daybreak.training.setup import Setup, check_data, open_run
+from daybreak.training.stop import Interrupted, Stop
 
 log = logging.getLogger("daybreak")
 SAMPLE_SEED = 1337
@@ -56,7 +56,7 @@ def train(
 
     resume: an existing run's folder, continued from its newest good checkpoint (`config` may differ from the saved
     one as `config.check_resume` allows). fork_from: start the new run `config.run.name` from that run's newest
-    checkpoint. init_from: start at step 0 with that run's weights. stop: flags set by signals (see train.stop).
+    checkpoint. init_from: start at step 0 with that run's weights. stop: flags set by signals (see training.stop).
     Raises daybreak.Error with the documented exit code; whatever happens, exit.json in the run's folder says it.
     """
     if resume is not None:

@@ -1,0 +1,98 @@
+"""The house rules that a machine can check: which way imports go, sizes, types, text that does not belong."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "daybreak"
+# A module imports only from rooms at or before its own in this list.
+ROOMS = ["errors", "shapes", "config_keys", "config", "data", "kernels", "engine", "state", "evaluate", "generate",
+         "training", "report", "cli"]  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+LONGEST_FUNCTION = 100
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, at module level or inside functions (type-only ones too)."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("daybreak.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    if room(path) in ("__init__", "__main__"):
+        return
+    for name in imports(path):
+        target = name.split(".")[1]
+        if target in ROOMS:
+            assert ROOMS.index(target) <= ROOMS.index(room(path)), f"{room(path)} must not import {name}"
+
+
+def test_every_room_is_in_the_list() -> None:
+    rooms = {room(p) for p in FILES} - {"__init__", "__main__"}
+    assert rooms == set(ROOMS)
+
+
+def test_only_the_registry_knows_a_model() -> None:
+    users = {p.relative_to(PACKAGE).as_posix() for p in FILES if any(".gpt2" in n for n in imports(p))}
+    assert users == {"engine/models.py"}
+
+
+def test_no_autograd_and_no_compiler_in_the_training_path() -> None:
+    banned = re.compile(r"torch\.(autograd|compile|nn)\b|\.backward\(\)|requires_grad|torch\.optim")
+    for path in FILES:
+        code = ast.unparse(ast.parse(path.read_text()))
+        code = re.sub(r'""".*?"""', "", code, flags=re.S)
+        found = banned.search(code)
+        assert found is None, f"{path.name}: {found}"
+
+
+def test_sizes() -> None:
+    total = 0
+    for path in FILES:
+        lines = len(path.read_text().splitlines())
+        total += lines
+        assert lines <= 500, f"{path.name} has {lines} lines"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "kernels" not in path.parts and path.name != "gpt2.py":
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= LONGEST_FUNCTION, f"{path.name}:{node.name} has {length} lines"
+    assert total <= 9000
+    assert not list(PACKAGE.rglob("utils*.py"))
+
+
+def test_public_functions_are_described() -> None:
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree) or path.stat().st_size == 0, f"{path.name} has no docstring"
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                trivial = isinstance(node, ast.FunctionDef) and (node.name.endswith("_temps") or len(node.body) == 1)
+                assert ast.get_docstring(node) or trivial, f"{path.name}: {node.name} has no docstring"
+
+
+def test_no_machine_path_in_tracked_text() -> None:
+    try:
+        files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    here = str(ROOT) + "/"
+    for name in files.splitlines():
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".csv", "") and path.is_file():
+            assert here not in path.read_text(errors="ignore"), name

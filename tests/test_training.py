@@ -1,0 +1,267 @@
+"""Whole runs: what they write, that resuming changes nothing, that stopping loses nothing. Real files and processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import daybreak
+from daybreak.config import Config
+from daybreak.training.stop import Stop
+
+V = 97
+
+
+def write_shard(path: Path, tokens: np.ndarray[Any, Any]) -> None:
+    """A token shard by hand, from the format's description: 256 little-endian int32, then uint16 tokens."""
+    header = struct.pack("<256i", 20240520, 1, tokens.size, *[0] * 253)
+    path.write_bytes(header + tokens.astype("<u2").tobytes())
+
+
+def markov(count: int, seed: int) -> np.ndarray[Any, Any]:
+    """Tokens in which each is mostly its predecessor's fixed successor: learnable, and not by frequency alone."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    successor = np.random.Generator(np.random.PCG64(0)).permutation(V)
+    jump, noise = rng.random(count) < 0.2, rng.integers(0, V, count)
+    out = np.empty(count, np.int64)
+    token = 0
+    for i in range(count):
+        token = int(noise[i]) if jump[i] else int(successor[token])
+        out[i] = token
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "x_train_000000.bin", markov(3000, 1))
+    write_shard(folder / "x_train_000001.bin", markov(1500, 2))
+    write_shard(folder / "x_val_000000.bin", markov(1200, 3))
+    return folder
+
+
+def config(shards: Path, runs: Path, name: str, **values: Any) -> Config:
+    """A tiny model; 4 samples of 16 tokens a micro-step, 2 micro-steps: an epoch is 280 samples, 35 steps."""
+    keys = {
+        "model.L": 2, "model.C": 32, "model.NH": 2, "model.max_T": 16, "model.V": V, "data.train": str(shards / "*train*"),
+        "data.val": str(shards / "*val*"), "data.tokenizer": "bytes", "batch.B": 4, "batch.total_tokens": 128,
+        "optim.lr": 3e-3, "schedule.warmup": 2, "eval.every": 10, "eval.tokens": 512, "eval.sample_tokens": 8,
+        "checkpoint.every": 0, "run.dir": str(runs), "run.name": name, "run.steps": 20, "run.device": "cpu",
+    }  # fmt: skip
+    dotted = {k.replace("__", "."): v for k, v in values.items()}
+    return Config().override(keys | {"model.V": 257} | dotted)
+
+
+def losses(run: daybreak.Run) -> list[tuple[int, float, float, float]]:
+    return [(r["step"], r["loss"], r["norm"], r["lr"]) for r in run.metrics("step")]
+
+
+def weights(run: daybreak.Run) -> dict[str, torch.Tensor]:
+    newest = run.checkpoints[0]
+    optimizer = load_file(newest / "optimizer-00000-of-00001.safetensors")
+    return load_file(newest / "model.safetensors") | {f"optimizer.{k}": v for k, v in optimizer.items()}
+
+
+def assert_same(a: daybreak.Run, b: daybreak.Run) -> None:
+    assert losses(a) == losses(b)
+    assert [r["loss"] for r in a.metrics("val")] == [r["loss"] for r in b.metrics("val")]
+    wa, wb = weights(a), weights(b)
+    assert wa.keys() == wb.keys()
+    for name in wa:
+        assert torch.equal(wa[name], wb[name]), name
+
+
+@pytest.mark.parametrize(
+    ("compute", "first", "total"), [("fp32", 7, 20), ("fp32", 33, 40), ("bf16", 7, 20), ("fp64", 7, 12)]
+)
+def test_resuming_is_bit_identical_to_never_having_stopped(
+    shards: Path, tmp_path: Path, compute: str, first: int, total: int
+) -> None:
+    """20 = 7 + 13; 40 = 33 + 7 crosses the end of the epoch after step 35."""
+    make = {"precision__compute": compute, "guard__loss_z": 3.0}
+    straight = daybreak.train(config(shards, tmp_path, "straight", run__steps=total, **make))
+    part = config(shards, tmp_path, "parts", run__steps=first, optim__horizon=total, **make)
+    run = daybreak.train(part)
+    assert run.config.run.steps == first
+    resumed = daybreak.train(run.config.override({"run.steps": total}), resume=run.path)
+    wanted = [r for r in straight.metrics("val") if r["step"] != first]
+    assert [r["loss"] for r in resumed.metrics("val") if r["step"] != first] == [r["loss"] for r in wanted]
+    assert losses(resumed) == losses(straight)
+    a, b = weights(straight), weights(resumed)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert a.keys() == b.keys()
+    assert len(losses(straight)) == total
+
+
+def test_it_learns(shards: Path, tmp_path: Path) -> None:
+    """The best possible loss is that of knowing the successor: about 1.7 nats; frequencies alone give ln 97 = 4.6."""
+    run = daybreak.train(config(shards, tmp_path, "learn", run__steps=250, optim__lr=1e-2, eval__every=250))
+    assert run.metrics("val")[0]["loss"] > 5.4
+    assert run.metrics("val")[-1]["loss"] < 2.6
+
+
+def test_the_run_folder(shards: Path, tmp_path: Path) -> None:
+    run = daybreak.train(config(shards, tmp_path, "a", eval__sample_every=10, checkpoint__every=5, checkpoint__keep=2))
+    assert json.loads((run.path / "exit.json").read_text())["code"] == 0
+    assert [int(p.name[5:]) for p in run.checkpoints] == [20, 15]
+    log = (run.path / "main.log").read_text().splitlines()
+    assert [line.split()[0] for line in log if "tel" in line] == ["s:0", "s:10", "s:20"]
+    assert [line.split()[0] for line in log if "trl" in line] == [f"s:{s}" for s in range(20)]
+    for step, line in zip(run.metrics("step"), [line for line in log if "trl" in line], strict=True):
+        assert line.endswith(f"trl:{step['loss']:.4f} lr:{step['lr']:.6f} norm:{step['norm']:.2f}")
+    assert (run.path / "samples.txt").read_text().count("--- step") == 2
+    steps = run.metrics("step")
+    assert [s["tokens"] for s in steps] == [128 * (i + 1) for i in range(20)]
+    assert {s["epoch"] for s in steps} == {0}
+    assert run.config == daybreak.Run(run.path).config
+    assert run.metrics("val")[-1]["tokens_evaluated"] == 512
+
+
+def test_validation_does_not_depend_on_the_batch(shards: Path, tmp_path: Path) -> None:
+    a = daybreak.train(config(shards, tmp_path, "b4", run__steps=1))
+    b = daybreak.train(config(shards, tmp_path, "b8", run__steps=1, batch__B=8))
+    c = daybreak.train(config(shards, tmp_path, "b1", run__steps=1, batch__B=1, batch__recompute=2))
+    first = [run.metrics("val")[0]["loss"] for run in (a, b, c)]
+    assert first[1] == pytest.approx(first[0], rel=1e-6)
+    assert first[2] == pytest.approx(first[0], rel=1e-6)
+    # and the micro-batch only cuts the same step's samples
+    steps = [run.metrics("step")[0]["loss"] for run in (a, b, c)]
+    assert steps[1] == pytest.approx(steps[0], rel=1e-6)
+    assert steps[2] == pytest.approx(steps[0], rel=1e-6)
+
+
+def test_a_batch_ramp_counts_tokens_and_data_once(shards: Path, tmp_path: Path) -> None:
+    ramp = config(shards, tmp_path, "ramp", run__steps=6, batch__total_tokens=64, batch__ramp=[[2, 128], [4, 256]])
+    run = daybreak.train(ramp)
+    assert [r["tokens"] for r in run.metrics("step")] == [64, 128, 256, 384, 640, 896]
+    part = daybreak.train(ramp.override({"run.name": "ramp2", "run.steps": 3, "optim.horizon": 6}))
+    resumed = daybreak.train(part.config.override({"run.steps": 6}), resume=part.path)
+    assert losses(resumed) == losses(run)
+
+
+def test_overfitting_one_batch(shards: Path, tmp_path: Path) -> None:
+    run = daybreak.train(config(shards, tmp_path, "o", run__steps=150, run__overfit=True, optim__lr=1e-2))
+    assert run.metrics("step")[-1]["loss"] < 0.1
+
+
+def test_fork_and_init_from(shards: Path, tmp_path: Path) -> None:
+    first = daybreak.train(config(shards, tmp_path, "first", run__steps=5, optim__horizon=10))
+    straight = daybreak.train(config(shards, tmp_path, "straight", run__steps=10, optim__horizon=10))
+    fork = daybreak.train(first.config.override({"run.name": "fork", "run.steps": 10}), fork_from=first.path)
+    assert losses(fork) == losses(straight)[5:]
+    assert losses(first) == losses(straight)[:5]
+    init = daybreak.train(config(shards, tmp_path, "init", run__steps=3), init_from=first.path)
+    assert init.metrics("val")[0]["loss"] == first.metrics("val")[-1]["loss"]
+    assert [r["step"] for r in init.metrics("step")] == [1, 2, 3]
+
+
+def test_norms_and_profile(shards: Path, tmp_path: Path) -> None:
+    run = daybreak.train(config(shards, tmp_path, "p", run__steps=4, log__norms_every=2, run__profile="1:2"))
+    events = [r for r in run.metrics("event") if r["what"] == "norms"]
+    assert [e["step"] for e in events] == [2, 4]
+    norms, step = json.loads(events[-1]["detail"]), run.metrics("step")[-1]
+    total = math.sqrt(sum(n["grad"] ** 2 for n in norms.values()))
+    assert total == pytest.approx(step["norm"], rel=1e-5)
+    assert norms["h.1.ln1w"]["weight"] == pytest.approx(float(weights(run)["h.1.ln1w"].norm()), rel=1e-6)
+    assert "traceEvents" in json.loads((run.path / "profile-1-2.json").read_text())
+
+
+def test_max_hours_saves_and_leaves_with_75(shards: Path, tmp_path: Path) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 10.0
+        return now
+
+    with pytest.raises(daybreak.Error, match="--max-hours 0.1 is over after step") as error:
+        daybreak.train(config(shards, tmp_path, "h", run__steps=1000, run__max_hours=0.1), stop=Stop(clock=clock))
+    assert error.value.exit_code == 75
+    run = daybreak.load(tmp_path / "h")
+    assert json.loads((run.path / "exit.json").read_text())["code"] == 75
+    last = run.metrics("step")[-1]["step"]
+    assert [int(p.name[5:]) for p in run.checkpoints] == [last]
+    assert 0 < last < 40
+
+
+def test_diverging_ends_with_3_and_keeps_the_last_weights(shards: Path, tmp_path: Path) -> None:
+    """A learning rate of 1e30 makes the second loss non-finite: the update before it is what stays."""
+    bad = config(shards, tmp_path, "bad", optim__lr=1e30, schedule__warmup=0, guard__max_skips=3)
+    with pytest.raises(daybreak.Error, match="3 updates in a row were skipped") as error:
+        daybreak.train(bad)
+    assert error.value.exit_code == 3
+    run = daybreak.load(tmp_path / "bad")
+    skipped = [r["step"] for r in run.metrics("step") if r["skipped"]]
+    assert skipped == list(range(skipped[0], skipped[0] + 3))
+    assert run.checkpoints
+    assert [e["step"] for e in run.metrics("event") if e["what"] == "skip"] == skipped
+
+
+def test_changed_data_is_refused_with_4(shards: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    for path in shards.iterdir():
+        (own / path.name).write_bytes(path.read_bytes())
+    run = daybreak.train(config(own, tmp_path, "d", run__steps=2))
+    tokens = markov(3000, 1)
+    tokens[1500] = (tokens[1500] + 1) % V
+    write_shard(own / "x_train_000000.bin", tokens)
+    with pytest.raises(daybreak.Error, match="the training data changed since .* its fingerprint was [0-9a-f]+, it is") as e:
+        daybreak.train(run.config.override({"run.steps": 4}), resume=run.path)
+    assert e.value.exit_code == 4
+
+
+def test_kill_and_signals_in_a_real_process(shards: Path, tmp_path: Path) -> None:
+    """SIGKILL in mid-run, USR1, TERM: each time `train RUN` goes on, and the end equals an undisturbed run's."""
+    straight = daybreak.train(config(shards, tmp_path, "straight", run__steps=300, checkpoint__every=20))
+    target = tmp_path / "recipe.toml"
+    target.write_text(config(shards, tmp_path, "killed", run__steps=300, checkpoint__every=20).to_toml())
+    folder = tmp_path / "killed"
+    args: list[str | Path] = [target]
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 75)):
+        process = start(args)
+        args = [folder]
+        wait_for_steps(folder, process, 25)
+        process.send_signal(number)
+        assert process.wait(60) == code
+    process = start(args)
+    wait_for_steps(folder, process, 5)
+    before = {p.name for p in daybreak.load(folder).checkpoints}
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 0
+    assert before
+    assert_same(straight, daybreak.load(folder))
+
+
+def start(args: list[str | Path]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "daybreak", "train", *map(str, args), "--quiet"]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
+                            stdout=subprocess.DEVNULL)  # fmt: skip
+
+
+def wait_for_steps(folder: Path, process: subprocess.Popen[bytes], steps: int) -> None:
+    """Until the run has written `steps` more step records."""
+    def count() -> int:
+        try:
+            return (folder / "metrics.jsonl").read_bytes().count(b'"kind":"step"')
+        except FileNotFoundError:
+            return 0
+
+    goal, deadline = count() + steps, time.monotonic() + 60
+    while count() < goal:
+        assert process.poll() is None, "the run ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

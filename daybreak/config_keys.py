@@ -57,6 +57,8 @@ def key(default: Any, doc: str, rule: Rule | None = None) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Which tokens to train and validate on."""
+
     name: str = key("stdlib", "prepared dataset (a folder of data.dir), or a folder of token shards")
     train: str = key("", "glob of training shards; with data.val it takes the place of data.name")
     val: str = key("", "glob of validation shards")
@@ -66,6 +68,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
+    """How many tokens a step takes, and what of it is in memory at once."""
+
     B: int = key(4, "rows per micro-step and rank", at_least(1))
     T: int = key(0, "sequence length in tokens; 0 = model.max_T", at_least(0))
     total_tokens: int = key(
@@ -79,6 +83,8 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """AdamW and gradient clipping."""
+
     lr: float = key(6e-4, "peak learning rate", at_least(0))
     beta1: float = key(0.9, "AdamW decay of the first moment", BETA)
     beta2: float = key(0.95, "AdamW decay of the second moment", BETA)
@@ -90,6 +96,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
+    """How the learning rate moves."""
+
     name: str = key("cosine", "cosine, linear, constant or wsd", one_of("cosine", "linear", "constant", "wsd"))
     warmup: int = key(-1, "steps of linear warmup; -1 = min(700, horizon // 20)", at_least(-1))
     final_frac: float = key(0.0, "learning rate at the end, as a fraction of the peak", FRACTION)
@@ -98,6 +106,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
+    """The number formats of arithmetic."""
+
     compute: str = key(
         "auto", "auto, fp32, bf16 or fp64; auto = bf16 on CUDA, fp32 on CPU", one_of("auto", "fp32", "bf16", "fp64")
     )
@@ -106,11 +116,15 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
+    """How state is divided over processes."""
+
     zero: int = key(0, "ZeRO stage; 0 = every rank holds all optimizer state", one_of(0))
 
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """Validation and samples during training."""
+
     every: int = key(250, "steps between validations; 0 = only at the end", at_least(0))
     tokens: int = key(1048576, "validation budget in tokens, in whole batches and at most the split", at_least(1))
     sample_every: int = key(0, "steps between text samples; 0 = only at the end", at_least(0))
@@ -122,6 +136,8 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When to save and what to keep."""
+
     every: int = key(1000, "steps between checkpoints; 0 = only at the end", at_least(0))
     keep: int = key(3, "newest checkpoints to keep; 0 = all", at_least(0))
     major: int = key(0, "checkpoints at multiples of this step are kept for good; 0 = none", at_least(0))
@@ -129,6 +145,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
+    """Which updates are skipped."""
+
     loss_z: float = key(0.0, "skip updates whose loss z-score exceeds this; 0 = off", at_least(0))
     norm_z: float = key(0.0, "skip updates whose gradient-norm z-score exceeds this; 0 = off", at_least(0))
     max_skips: int = key(10, "skipped updates in a row that end the run (exit 3)", at_least(1))
@@ -136,6 +154,8 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
+    """What is shown and recorded."""
+
     every: int = key(1, "steps between console lines", at_least(1))
     norms_every: int = key(0, "steps between per-tensor norms in metrics.jsonl; 0 = never", at_least(0))
     display: str = key(
@@ -145,11 +165,15 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class CostConfig:
+    """What the machine costs."""
+
     price: float = key(0.0, "price of the machine per hour, in your currency; 0 = unknown", at_least(0))
 
 
 @dataclass(frozen=True)
 class RunConfig:
+    """The run itself: where, how long, on what."""
+
     name: str = key("", "folder of the run inside run.dir; empty = named after the target", FOLDER_NAME)
     dir: str = key("runs", "folder that holds the runs")
     steps: int = key(0, "optimizer steps; 0 = one epoch", at_least(0))

@@ -58,7 +58,7 @@ def config(shards: Path, runs: Path, name: str, **values: Any) -> Config:
     keys = {
         "model.L": 2, "model.C": 32, "model.NH": 2, "model.max_T": 16, "model.V": V, "data.train": str(shards / "*train*"),
         "data.val": str(shards / "*val*"), "data.tokenizer": "bytes", "batch.B": 4, "batch.total_tokens": 128,
-        "optim.lr": 3e-3, "schedule.warmup": 2, "eval.every": 10, "eval.tokens": 512, "eval.sample_tokens": 8,
+        "optim.lr": 3e-3, "schedule.warmup": 1, "eval.every": 10, "eval.tokens": 512, "eval.sample_tokens": 8,
         "checkpoint.every": 0, "run.dir": str(runs), "run.name": name, "run.steps": 20, "run.device": "cpu",
     }  # fmt: skip
     dotted = {k.replace("__", "."): v for k, v in values.items()}

@@ -21,6 +21,8 @@ INTERRUPTED = 130  # 128 + SIGINT, the shells' convention; training itself saves
 
 
 class Verbs(click.Group):
+    """The verbs in the order of use; an unknown one gets the nearest."""
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:

@@ -213,6 +213,7 @@ class Engine:
 
     def micro_step(self, tokens: Tensor, targets: Tensor, *, first: bool) -> None:
         """Gradients of one micro-batch, tokens and targets (B, T) of any integer dtype; later ones add to the first."""
+        assert tokens.shape == targets.shape == (self.B, self.T), "a micro-batch is (B, T); copy_ would broadcast"
         self.state["tokens"].copy_(tokens)
         self.state["targets"].copy_(targets)
         micro_step(self.model, self.frame, self.state, first=first)

@@ -1,6 +1,6 @@
 """Softmax cross-entropy over the vocabulary, with the gradient written over the logits.
 
-loss = logsumexp(z) - z[t];  dz = (softmax(z) - onehot(t)) * scale. Rows whose target is -1 count nothing. Columns
+loss = logsumexp(z) - z[t];  dz = (softmax(z) - onehot(t)) * scale. Rows with a negative target (-1) count nothing. Columns
 V..Vp are padding: they take no part in the softmax and get gradient zero. fp32 (or fp64) whatever the logits are.
 """
 
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, acc_dtype, chunk_rows, op, row_chunks
-
-IGNORE = -1
 
 
 def classifier_temps(losses: Tensor, logits: Tensor, *_: object, V: int, **__: object) -> Temps:
@@ -34,7 +32,7 @@ def classifier(
         n = logits[rows].shape[0]
         m, total, picked, index, ignored = m_[:n], total_[:n], picked_[:n], index_[:n], ignored_[:n]
         z = logits[rows, :V] if not wide_ else wide_[0][:n].copy_(logits[rows, :V])
-        torch.eq(targets[rows, None], IGNORE, out=ignored)
+        torch.lt(targets[rows, None], 0, out=ignored)
         torch.clamp(targets[rows, None], min=0, out=index)
         torch.amax(z, 1, keepdim=True, out=m)
         z.sub_(m)

@@ -1,0 +1,110 @@
+"""Memory is planned, exact, and all of it: nothing is allocated after the first step."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from daybreak.config_keys import GuardConfig
+from daybreak.data.loader import Loader
+from daybreak.data.shards import read_header
+from daybreak.data.tokenizer import get_tokenizer
+from daybreak.engine import Engine, plan_engine
+from daybreak.evaluate.validation import token_lengths, validate
+from daybreak.generate import sample_tokens
+from daybreak.shapes import GPT2Config, parse_shape
+from daybreak.state.checkpoint import save_checkpoint
+from daybreak.state.restore import snapshot
+
+SHAPE = GPT2Config(L=3, C=64, NH=4, max_T=64, V=257)
+SCALAR = 64  # bytes: torch wraps Python numbers in tensors of a few bytes for the length of one call
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+@pytest.mark.parametrize("train", [True, False])
+def test_training_allocates_exactly_the_plan(compute: str, recompute: int, train: bool) -> None:
+    _, table, arena = plan_engine(SHAPE, B=4, T=48, compute=compute, recompute=recompute, train=train)
+    engine = Engine(SHAPE, B=4, T=48, compute=compute, recompute=recompute, train=train)
+    assert engine.arena.entries == arena.entries
+    allocated = {name: buffer.untyped_storage().nbytes() for name, buffer in engine.frame.buffers.items()}
+    assert allocated == arena.sizes()
+    assert sum(allocated.values()) == arena.nbytes
+    # by hand: what the flat buffers must hold
+    width = {"fp32": 4, "bf16": 2, "fp64": 8}[compute]
+    assert arena.sizes()["weights"] == table.numel * width
+    assert arena.sizes().get("masters", 0) == (table.numel * 4 if compute == "bf16" and train else 0)
+    assert arena.sizes().get("v", 0) == (table.numel * max(width, 4) if train else 0)
+
+
+def test_tensors_alive_together_never_overlap() -> None:
+    for recompute in (0, 1, 2):
+        _, _, arena = plan_engine(SHAPE, B=4, T=48, recompute=recompute)
+        sizes = arena.sizes()
+        for e in arena.entries:
+            assert e.offset % 256 == 0
+            assert e.offset + e.nbytes <= sizes[e.buffer]
+        for a, b in combinations(arena.entries, 2):
+            if a.buffer == b.buffer and a.first <= b.last and b.first <= a.last:
+                assert a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset, (a, b)
+
+
+def test_recompute_and_sharing_save_what_they_should() -> None:
+    """d12, B=4 T=1024 in bf16 against llm.c's formula (spec of its activations), which shares nothing by lifetime."""
+    llmc = {0: 1590, 1: 1326, 2: 1182}
+    for level, mib in llmc.items():
+        _, _, arena = plan_engine(parse_shape("d12"), B=4, T=1024, compute="bf16", recompute=level)
+        assert arena.sizes()["activations"] / 2**20 < mib
+
+
+def allocations(path: Path, run: Any) -> list[int]:
+    """Bytes of every allocation of tensor memory while `run()` runs, those inside torch's own operators too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    profiler.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    return [e["args"]["Bytes"] for e in events if e.get("name") == "[memory]" and e["args"]["Bytes"] > 0]
+
+
+def test_the_meter_sees_temporaries(tmp_path: Path) -> None:
+    x = torch.ones(1000)
+    assert 4000 in allocations(tmp_path / "trace", lambda: torch.logsumexp(x + 1, 0))
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("compute", ["fp32", "fp64", "bf16"])
+def test_nothing_is_allocated_after_the_first_step(tmp_path: Path, compute: str, recompute: int) -> None:
+    """Steps with accumulation, validation, sampling and saving: no allocation larger than a wrapped number."""
+    rng = np.random.Generator(np.random.PCG64(1))
+    shard = tmp_path / "x.bin"
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 5000
+    shard.write_bytes(header.tobytes() + rng.integers(0, 257, 5000).astype("<u2").tobytes())
+    loader = Loader([read_header(shard)], 48, V=257)
+    engine = Engine(SHAPE, B=4, T=48, compute=compute, recompute=recompute, guard=GuardConfig(loss_z=3.0))
+    lengths = token_lengths(get_tokenizer("bytes"), 257)
+
+    def everything(step: int) -> None:
+        batch = torch.from_numpy(loader.batch(8 * step, 8))
+        engine.begin_step(lr=1e-3, step=step, valid=8 * 48)
+        for start in (0, 4):
+            engine.micro_step(batch[start : start + 4, :-1], batch[start : start + 4, 1:], first=start == 0)
+        engine.update()
+        engine.stats()
+        validate(engine, loader, lengths, 48 * 6)  # the last batch is a partial one
+        list(sample_tokens(engine, [256], 5, temperature=0.8, top_k=20))
+        save_checkpoint(tmp_path / "checkpoints", snapshot(engine, step, {}))
+
+    pointers = {name: buffer.data_ptr() for name, buffer in engine.frame.buffers.items()}
+    everything(0)
+    for step in (1, 2):
+        made = allocations(tmp_path / "trace", lambda step=step: everything(step))  # type: ignore[misc]
+        assert max(made, default=0) <= SCALAR, sorted(made)[-10:]
+    assert pointers == {name: buffer.data_ptr() for name, buffer in engine.frame.buffers.items()}

@@ -9,7 +9,9 @@ import codecs
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
@@ -33,21 +35,27 @@ def sample_tokens(
     temperature 0 always takes the likeliest token; top_k > 0 samples among the k likeliest. The model sees at most the
     last T tokens. `check` runs before each token.
     """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    window = list(prompt)[-engine.T :]
+    rng = np.random.default_rng(seed)
+    window = np.array(prompt[-engine.T :], np.int64)
     for _ in range(count):
         check()
-        logits = engine.next_logits(torch.tensor([window]))[0].float().cpu()
-        if temperature == 0.0:
-            token = int(logits.argmax())
-        else:
-            if 0 < top_k < logits.numel():
-                logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
-            token = int(torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=generator))
+        logits = engine.next_logits(torch.from_numpy(window)).cpu().numpy()
+        token = pick(logits, temperature, top_k, rng)
         if token == stop:
             return
         yield token
-        window = [*window, token][-engine.T :]
+        window = np.append(window, token)[-engine.T :]
+
+
+def pick(logits: NDArray[np.float32], temperature: float, top_k: int, rng: np.random.Generator) -> int:
+    """One token id from logits (V): a draw from softmax(logits / temperature) over the top_k likeliest (0: all)."""
+    if temperature == 0.0:
+        return int(logits.argmax())
+    z = logits.astype(np.float64) / temperature
+    if 0 < top_k < z.size:
+        z[z < np.partition(z, -top_k)[-top_k]] = -np.inf
+    cumulative = np.exp(z - z.max()).cumsum()
+    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 
 def sample_text(

@@ -56,13 +56,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(shards: Path, runs: Path, name: str, **values: Any) -> Config:
     """A tiny model; 4 samples of 16 tokens a micro-step, 2 micro-steps: an epoch is 280 samples, 35 steps."""
     keys = {
-        "model.L": 2, "model.C": 32, "model.NH": 2, "model.max_T": 16, "model.V": V, "data.train": str(shards / "*train*"),
+        "model.L": 2, "model.C": 32, "model.NH": 2, "model.max_T": 16, "model.V": 257,
+        "data.train": str(shards / "*train*"),
         "data.val": str(shards / "*val*"), "data.tokenizer": "bytes", "batch.B": 4, "batch.total_tokens": 128,
         "optim.lr": 3e-3, "schedule.warmup": 1, "eval.every": 10, "eval.tokens": 512, "eval.sample_tokens": 8,
         "checkpoint.every": 0, "run.dir": str(runs), "run.name": name, "run.steps": 20, "run.device": "cpu",
     }  # fmt: skip
     dotted = {k.replace("__", "."): v for k, v in values.items()}
-    return Config().override(keys | {"model.V": 257} | dotted)
+    return Config().override(keys | dotted)
 
 
 def losses(run: daybreak.Run) -> list[tuple[int, float, float, float]]:
@@ -187,7 +188,7 @@ def test_max_hours_saves_and_leaves_with_75(shards: Path, tmp_path: Path) -> Non
         now += 10.0
         return now
 
-    with pytest.raises(daybreak.Error, match="--max-hours 0.1 is over after step") as error:
+    with pytest.raises(daybreak.Error, match=r"--max-hours 0\.1 is over after step") as error:
         daybreak.train(config(shards, tmp_path, "h", run__steps=1000, run__max_hours=0.1), stop=Stop(clock=clock))
     assert error.value.exit_code == 75
     run = daybreak.load(tmp_path / "h")
@@ -219,7 +220,9 @@ def test_changed_data_is_refused_with_4(shards: Path, tmp_path: Path) -> None:
     tokens = markov(3000, 1)
     tokens[1500] = (tokens[1500] + 1) % V
     write_shard(own / "x_train_000000.bin", tokens)
-    with pytest.raises(daybreak.Error, match="the training data changed since .* its fingerprint was [0-9a-f]+, it is") as e:
+    with pytest.raises(
+        daybreak.Error, match=r"the training data changed since .* its fingerprint was [0-9a-f]+, it is"
+    ) as e:
         daybreak.train(run.config.override({"run.steps": 4}), resume=run.path)
     assert e.value.exit_code == 4
 
@@ -254,6 +257,7 @@ def start(args: list[str | Path]) -> subprocess.Popen[bytes]:
 
 def wait_for_steps(folder: Path, process: subprocess.Popen[bytes], steps: int) -> None:
     """Until the run has written `steps` more step records."""
+
     def count() -> int:
         try:
             return (folder / "metrics.jsonl").read_bytes().count(b'"kind":"step"')

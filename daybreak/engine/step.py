@@ -64,7 +64,7 @@ def evaluate(model: Model, f: Frame, s: State, B: int, T: int) -> None:
     model.head_loss(f, hidden, targets, losses, s["hyper"][2], backward=False, first=True)
 
 
-def state_entries(table: ParamTable, B: int, T: int, dtype: torch.dtype, train: bool) -> list[Entry]:
+def state_entries(table: ParamTable, V: int, B: int, T: int, dtype: torch.dtype, train: bool) -> list[Entry]:
     """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars."""
     N, acc, f64, i64 = table.numel, acc_dtype(dtype), torch.float64, torch.int64
     entries = [Entry("weights", "weights", (N,), dtype)]
@@ -75,7 +75,7 @@ def state_entries(table: ParamTable, B: int, T: int, dtype: torch.dtype, train: 
     small = [
         ("tokens", (B, T), i64), ("targets", (B, T), i64), ("losses", (B * T,), acc), ("hyper", (len(HYPER),), f64),
         ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
-        ("counts", (2,), i64),
+        ("counts", (2,), i64), ("next_logits", (V,), torch.float32),
     ]  # fmt: skip
     return entries + [Entry(name, "state", shape, kind) for name, shape, kind in small]
 
@@ -104,7 +104,7 @@ def plan_engine(
         evaluate(model, f, f.state, B, T)
 
     schedules = [training, accumulating, evaluation] if train else [evaluation]
-    return model, table, plan_arena(table, dtype, state_entries(table, B, T, dtype, train), schedules)
+    return model, table, plan_arena(table, dtype, state_entries(table, cfg.V, B, T, dtype, train), schedules)
 
 
 class Engine:
@@ -274,9 +274,9 @@ class Engine:
         return result.view(*tokens.shape, V)
 
     def next_logits(self, tokens: Tensor) -> Tensor:
-        """Logits (b, V) that follow the last position of tokens (b, t); a view that the next call overwrites."""
-        last = self.hidden(tokens)[:, -1].contiguous() if tokens.shape[0] > 1 else self.hidden(tokens)[0, -1:]
-        return self.model.head_logits(self.frame, last)[:, : self.cfg.V]
+        """Logits (V) in fp32 that follow tokens (t); a view that the next call overwrites."""
+        last = self.hidden(tokens[None])[0, -1:]
+        return self.state["next_logits"].copy_(self.model.head_logits(self.frame, last)[0, : self.cfg.V])
 
     # ------------------------------------------------------------------------------------------------- looking in
 

@@ -31,7 +31,7 @@ def _sizes(q: Tensor) -> tuple[int, int]:
 
 
 def forward_temps(out: Tensor, lse: Tensor, q: Tensor, *_: object, **__: object) -> Temps:
-    _, T, NH, HS = q.shape
+    T, NH, HS = q.shape[1:]
     block, group = _sizes(q)
     acc, heads = acc_dtype(q.dtype), group * NH
     return [
@@ -87,7 +87,7 @@ def attention_forward(
 
 
 def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, *_: object, **__: object) -> Temps:
-    _, T, NH, HS = q.shape
+    T, NH, HS = q.shape[1:]
     block, group = _sizes(q)
     acc, heads = acc_dtype(q.dtype), group * NH
     return [

@@ -1,6 +1,6 @@
 """Softmax cross-entropy over the vocabulary, with the gradient written over the logits.
 
-loss = logsumexp(z) - z[t];  dz = (softmax(z) - onehot(t)) * scale. Rows with a negative target (-1) count nothing. Columns
+loss = logsumexp(z) - z[t];  dz = (softmax(z) - onehot(t)) * scale. A negative target (-1) counts nothing. Columns
 V..Vp are padding: they take no part in the softmax and get gradient zero. fp32 (or fp64) whatever the logits are.
 """
 

@@ -1,7 +1,7 @@
 """Token and position embedding: a gather forward, a scatter-add backward whose order is fixed.
 
 Backward for fp32 and fp64 adds rows in token order. In bf16 a frequent token would be rounded once per occurrence, so
-occurrences are sorted and summed in fp32 first, and the gradient is rounded once.
+its occurrences are summed in fp32 first and the gradient is rounded once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from daybreak.kernels import Scratch, Temps, acc_dtype, op, widen
+from daybreak.kernels import Scratch, Temps, acc_dtype, op
 
 
 @op("out")
@@ -26,7 +26,7 @@ def backward_temps(dwte: Tensor, dwpe: Tensor, dout: Tensor, tokens: Tensor, **_
     wide = [((tokens.shape[1], C), dout.dtype)]
     if dout.dtype == acc:
         return wide
-    return [*wide, *[((n, C), acc)] * 2, ((n, C), dout.dtype), *[((n,), ids)] * 4, ((n,), torch.bool)]
+    return [*wide, *[((n, C), acc)] * 2, ((n, C), dout.dtype), *[((n,), ids)] * 2, *[((dwte.shape[0],), ids)] * 2]
 
 
 @op("dwte", "dwpe", temps=backward_temps)
@@ -61,17 +61,14 @@ def _scatter_add(dst: Tensor, index: Tensor, src: Tensor) -> None:
 
 def _scatter_add_rounded_once(dst: Tensor, index: Tensor, src: Tensor, temps: list[Tensor]) -> None:
     """Sum the rows of each distinct index in fp32, then add once: at most one rounding per row of dst."""
-    sums, wide, rows, sorted_ids, order, segment, ids, new = temps
-    torch.sort(index, stable=True, out=(sorted_ids, order))
-    new[0] = False
-    torch.ne(sorted_ids[1:], sorted_ids[:-1], out=new[1:])
-    torch.cumsum(new, 0, out=segment)
-    ids.zero_()
-    ids.scatter_(0, segment, sorted_ids)  # the distinct ids, in front
-    torch.index_select(src, 0, order, out=rows)
+    sums, wide, rows, segment, ids, seen, rank = temps
+    seen.zero_().index_fill_(0, index, 1)
+    torch.cumsum(seen, 0, out=rank)
+    torch.index_select(rank.sub_(1), 0, index, out=segment)  # which of the distinct indices a row belongs to
+    ids.zero_().scatter_(0, segment, index)  # the distinct indices, in front; padded with row 0
     sums.zero_()
-    _scatter_add(sums, segment, widen(rows, wide))
+    _scatter_add(sums, segment, wide.copy_(src))
     torch.index_select(dst, 0, ids, out=rows)
-    sums.add_(rows)
-    count = int(segment[-1]) + 1  # rows behind the distinct ids are padding
-    dst.index_copy_(0, ids[:count], rows.copy_(sums)[:count])
+    rows.copy_(sums.add_(wide.copy_(rows)))
+    count = int(rank[-1]) + 1
+    dst.index_copy_(0, ids[:count], rows[:count])

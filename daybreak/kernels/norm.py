@@ -18,7 +18,7 @@ EPS = 1e-5
 def forward_temps(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, *_: object) -> Temps:
     n, C = x.shape
     rows, acc = chunk_rows(n, C), acc_dtype(x.dtype)
-    return [((rows, C), acc), ((rows, C), acc), ((rows, 1), acc)]
+    return [((rows, C), acc), ((rows, C), acc), ((rows, 1), acc), ((C,), acc), ((C,), acc)]
 
 
 @op("out", "mean", "rstd", temps=forward_temps)
@@ -26,7 +26,8 @@ def layernorm_forward(
     out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Tensor, b: Tensor, *, scratch: Scratch
 ) -> None:
     """out (n, C) = layernorm(x (n, C)) * w (C) + b (C); mean, rstd (n) in fp32 or wider are kept for backward."""
-    centred, square, var = scratch(forward_temps(out, mean, rstd, x))
+    centred, square, var, w_, b_ = scratch(forward_temps(out, mean, rstd, x))
+    w, b = widen(w, w_), widen(b, b_)
     for rows in row_chunks(*x.shape):
         m, r = mean[rows, None], rstd[rows, None]
         n = m.shape[0]
@@ -65,7 +66,7 @@ def residual_layernorm_forward(
 def backward_temps(dx: Tensor, dw: Tensor, db: Tensor, dout: Tensor, *_: object, **__: object) -> Temps:
     n, C = dout.shape
     rows, acc = chunk_rows(n, C), acc_dtype(dout.dtype)
-    return [*[((rows, C), acc)] * 3, *[((rows, 1), acc)] * 2, *[((C,), acc)] * 3]
+    return [*[((rows, C), acc)] * 3, *[((rows, 1), acc)] * 2, *[((C,), acc)] * 4]
 
 
 @op("dx", "dw", "db", temps=backward_temps)
@@ -87,7 +88,8 @@ def layernorm_backward(
 
     `accumulate_dx` adds into dx (the residual stream's gradient), `accumulate` adds into dw and db (micro-steps).
     """
-    xhat_, g_, tmp_, c1_, c2_, dw_acc, db_acc, part = scratch(backward_temps(dx, dw, db, dout))
+    xhat_, g_, tmp_, c1_, c2_, dw_acc, db_acc, part, w_ = scratch(backward_temps(dx, dw, db, dout))
+    w = widen(w, w_)
     dw_acc.zero_()
     db_acc.zero_()
     for rows in row_chunks(*x.shape):

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= tiny
 
-.PHONY: demo test test-all check bench clean install
+.PHONY: demo test check bench clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev

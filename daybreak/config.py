@@ -13,6 +13,7 @@ import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,22 @@ class Config:
                 total = tokens
         return total
 
+    def tokens_between(self, start: int, stop: int, ranks: int = 1) -> int:
+        """Tokens of the updates after the first `start` up to the first `stop`, whatever batch.ramp does."""
+        edges = [start, *(s for s, _ in self.batch.ramp if start < s < stop), stop]
+        return sum((b - a) * self.tokens_at(a, ranks) for a, b in pairwise(edges))
+
+    def steps_in(self, tokens: int, ranks: int = 1) -> int:
+        """The most steps that take no more than `tokens` tokens in all."""
+        steps = 0
+        for edge in (*(s for s, _ in self.batch.ramp), None):
+            size = self.tokens_at(steps, ranks)
+            fitting = (tokens - self.tokens_between(0, steps, ranks)) // size
+            if edge is None or fitting < edge - steps:
+                return steps + fitting
+            steps = edge
+        raise AssertionError
+
     def items(self) -> Iterator[tuple[str, Any]]:
         """(dotted name, value) of every key, in the order of config.toml."""
         for section in fields(self):
@@ -107,14 +124,15 @@ class Config:
             made["model"] = model_config(changed["model"], self.model)
         return replace(self, **made)
 
-    def concrete(self, epoch_steps: int, *, ranks: int = 1) -> Config:
+    def concrete(self, epoch_tokens: int, *, ranks: int = 1) -> Config:
         """A checked copy with the defaults that depend on others worked out: T, total_tokens, steps, horizon, warmup.
 
         This is what a new run stores, so that a later `--steps` leaves its learning-rate schedule alone.
-        epoch_steps: steps in one pass over the training data at this batch size.
+        epoch_tokens: tokens in one pass over the training data. Raises ConfigError if one batch takes more than that.
         """
+        epoch_steps = self.steps_in(epoch_tokens, ranks)
         steps = self.run.steps or epoch_steps
-        if steps < 1:
+        if epoch_steps < 1 and not self.run.overfit:
             raise ConfigError(
                 f"one step takes {self.tokens_at(0, ranks)} tokens, more than all of data.name = {self.data.name!r}; "
                 "lower batch.total_tokens or batch.B, or prepare more data."

@@ -158,9 +158,7 @@ class LogConfig:
 
     every: int = key(1, "steps between console lines", at_least(1))
     norms_every: int = key(0, "steps between per-tensor norms in metrics.jsonl; 0 = never", at_least(0))
-    display: str = key(
-        "auto", "auto, live, plain or none; auto = live on a terminal", one_of("auto", "live", "plain", "none")
-    )
+    display: str = key("auto", "auto, live or plain; auto = live on a terminal", one_of("auto", "live", "plain"))
 
 
 @dataclass(frozen=True)

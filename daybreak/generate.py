@@ -6,6 +6,7 @@ Sampling has its own generator, seeded per text, so it never disturbs training a
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -51,10 +52,10 @@ def pick(logits: NDArray[np.float32], temperature: float, top_k: int, rng: np.ra
     """One token id from logits (V): a draw from softmax(logits / temperature) over the top_k likeliest (0: all)."""
     if temperature == 0.0:
         return int(logits.argmax())
-    z = logits.astype(np.float64) / temperature
+    z = (logits - logits.max()).astype(np.float64) / temperature
     if 0 < top_k < z.size:
         z[z < np.partition(z, -top_k)[-top_k]] = -np.inf
-    cumulative = np.exp(z - z.max()).cumsum()
+    cumulative = np.exp(z).cumsum()
     return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 
@@ -85,8 +86,9 @@ class Sampler:
         self, prompt: str = "", tokens: int = 128, *, temperature: float = 1.0, top_k: int = 0, seed: int = 1337
     ) -> Iterator[str]:
         """Pieces of a text of up to `tokens` tokens that follows `prompt`."""
-        if tokens < 1 or temperature < 0 or top_k < 0:
+        if tokens < 1 or not 0 <= temperature < math.inf or top_k < 0:
             raise ConfigError(
-                f"tokens = {tokens} must be at least 1, temperature = {temperature:g} and top_k = {top_k} at least 0."
+                f"tokens = {tokens} must be at least 1, temperature = {temperature:g} finite and at least 0, "
+                f"top_k = {top_k} at least 0."
             )
         return sample_text(self.engine, self.tokenizer, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)

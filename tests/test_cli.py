@@ -68,7 +68,7 @@ def run_process(folder: Path, *argv: str, code: int = 0) -> subprocess.Completed
 
 def _errors_folder(folder: Path) -> None:
     (folder / "empty").mkdir()
-    config = Config().override({"run.name": "old", "run.steps": 10}).concrete(10)
+    config = Config().override({"run.name": "old", "run.steps": 10}).concrete(10 * 4096)
     (folder / "runs/old").mkdir(parents=True)
     (folder / "runs/old/config.toml").write_text(config.to_toml())
     (folder / "new.toml").write_text("schema = 2\n")

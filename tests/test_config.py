@@ -277,7 +277,7 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
 
 def _saved_run(folder: Path, **values: Any) -> Config:
     folder.mkdir(parents=True)
-    config = Config().override({"run.name": folder.name, "run.dir": str(folder.parent)} | values).concrete(500)
+    config = Config().override({"run.name": folder.name, "run.dir": str(folder.parent)} | values).concrete(500 * 4096)
     (folder / "config.toml").write_text(config.to_toml())
     return config
 
@@ -382,7 +382,7 @@ def test_what_may_change_on_resume(name: str) -> None:
 
 
 def test_concrete_fills_what_depends_on_the_data() -> None:
-    made = Config().concrete(epoch_steps=30_000)
+    made = Config().concrete(epoch_tokens=30_000 * 4096)
     changed = {k: v for k, v in made.items() if v != dict(Config().items())[k]}
     assert changed == {
         "batch.T": 1024,
@@ -391,21 +391,31 @@ def test_concrete_fills_what_depends_on_the_data() -> None:
         "schedule.warmup": 700,
         "run.steps": 30_000,
     }
-    assert made.concrete(epoch_steps=7) == made
-    assert Config().concrete(100, ranks=8).batch.total_tokens == 32768
-    assert Config().override({"run.steps": 100}).concrete(30_000).schedule.warmup == 5
+    assert made.concrete(epoch_tokens=7 * 4096) == made
+    assert Config().concrete(10**7, ranks=8).batch.total_tokens == 32768
+    assert Config().override({"run.steps": 100}).concrete(30_000 * 4096).schedule.warmup == 5
     given = {"run.steps": 9, "optim.horizon": 90, "schedule.warmup": 0, "batch.T": 64, "batch.total_tokens": 512}
-    assert Config().override(given).concrete(1) == Config().override(given)
+    assert Config().override(given).concrete(512) == Config().override(given)
 
 
 def test_more_steps_on_resume_leave_the_schedule_alone() -> None:
-    longer = Config().concrete(1000).override({"run.steps": 5000}).concrete(1000)
+    longer = Config().concrete(1000 * 4096).override({"run.steps": 5000}).concrete(1000 * 4096)
     assert (longer.run.steps, longer.optim.horizon, longer.schedule.warmup) == (5000, 1000, 50)
+
+
+def test_an_epoch_with_a_batch_ramp() -> None:
+    """T = 8, B = 1: steps of 8 tokens, of 16 from step 5, of 64 from step 10: 40, then 80, then 64 each."""
+    ramp = Config().override({"batch.B": 1, "batch.T": 8, "batch.ramp": [[5, 16], [10, 64]]})
+    assert [ramp.steps_in(n) for n in (7, 8, 39, 40, 55, 56, 119, 120, 183, 184, 120 + 640)] == [
+        0, 1, 4, 5, 5, 6, 9, 10, 10, 11, 20
+    ]  # fmt: skip
+    assert [ramp.tokens_between(a, b) for a, b in ((0, 5), (4, 6), (0, 12), (10, 10), (3, 11))] == [40, 24, 248, 0, 160]
+    assert ramp.concrete(184).run.steps == 11
 
 
 def test_data_smaller_than_a_step() -> None:
     with pytest.raises(ConfigError) as e:
-        Config().concrete(0)
+        Config().concrete(4095)
     assert str(e.value) == (
         "one step takes 4096 tokens, more than all of data.name = 'stdlib'; lower batch.total_tokens or batch.B, or "
         "prepare more data."
@@ -436,7 +446,7 @@ def test_recipes_are_the_published_ones() -> None:
 @pytest.mark.parametrize("name", [*PUBLISHED, "tiny"])
 def test_a_recipe_is_valid_and_states_its_cost(name: str) -> None:
     config, _ = resolve(name)
-    made = config.concrete(1)
+    made = config.concrete(10**12)
     text = (RECIPES / f"{name}.toml").read_text()
     assert "\nschema = 1\n" in text
     m, steps = made.model, made.run.steps
@@ -449,7 +459,7 @@ def test_a_recipe_is_valid_and_states_its_cost(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_runs_what_was_published(name: str) -> None:
-    made = resolve(name)[0].concrete(1)
+    made = resolve(name)[0].concrete(10**12)
     m = made.model
     assert (
         m.L, m.C, m.NH, made.T, made.data.name, made.batch.B, made.batch.total_tokens, made.optim.lr,

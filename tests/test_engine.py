@@ -430,3 +430,12 @@ if __name__ == "__main__":
     (GOLDEN / "call_list.txt").write_text("\n".join(recorded_calls()) + "\n")
     curve = {"recorded_on": platform(), "losses": recorded_curve()}
     (GOLDEN / "cpu_fp32_curve.json").write_text(json.dumps(curve, indent=1) + "\n")
+
+
+def test_evaluation_of_any_smaller_batch_fits_the_plan():
+    """What is planned for (B, T) is enough for every b <= B, t <= T, without the reserves that training brings."""
+    engine = Engine(GPT2Config(L=1, C=48, NH=12, max_T=200, V=200), B=3, T=200, train=False)
+    for b in (1, 2, 3):
+        for t in (1, 2, 67, 100, 101, 128, 129, 199, 200):
+            tokens = torch.arange(b * t).view(b, t) % 200
+            assert torch.isfinite(engine.eval_losses(tokens, tokens)).all()

@@ -291,6 +291,8 @@ def test_run_folder_names_and_creation(tmp_path):
     ]
     found = [run.config, run.env, run.metrics, run.main_log, run.samples, run.checkpoints, run.exit, run.crash]
     assert found == [tmp_path / "runs" / "first" / name for name in names]
+    run.create()  # still empty: an attempt that crashed here is taken over
+    run.config.touch()
     with pytest.raises(ConfigError, match=f"`daybreak train {run.path}` or choose another --name") as e:
         run.create()
     assert e.value.exit_code == 2

@@ -102,7 +102,6 @@ class LiveFrame:
         self.weights = {name: table.view(self.state["weights"], name) for name in table.rows}
         grads = self.state.get("grads")
         self.grads = {} if grads is None else {name: table.view(grads, name) for name in table.rows}
-        self.views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def _view(self, e: Entry) -> Tensor:
         return self.buffers[e.buffer][e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape)

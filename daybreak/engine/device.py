@@ -66,10 +66,12 @@ def _cgroup_limit() -> int | None:
     """Bytes this process's container may still take, if it is limited."""
     root = Path("/sys/fs/cgroup")
     try:
-        limit, used = (root / "memory.max").read_text().strip(), (root / "memory.current").read_text().strip()
+        limit, used = (root / "memory.max").read_text().strip(), int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
     except OSError:
         return None
-    return int(limit) - int(used) if limit.isdigit() else None
+    cache = int(stat["active_file"]) + int(stat["inactive_file"])  # counted as used, given back on demand
+    return int(limit) - used + cache if limit.isdigit() else None
 
 
 def check_fits(arena: Arena, device: torch.device, B: int, recompute: int) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from daybreak.config_keys import GuardConfig, OptimConfig
 from daybreak.engine.arena import Arena, Entry, Frame, LiveFrame, plan_arena
-from daybreak.engine.device import check_fits
 from daybreak.engine.models import Model, build_model
 from daybreak.engine.params import ParamTable, init_parameters
 from daybreak.kernels import acc_dtype
@@ -111,8 +110,7 @@ class Engine:
     """A model and its optimizer in memory that was allocated once. Knows no files, loggers or flags.
 
     B rows of T tokens are one micro-step. `compute` is fp32, bf16 or fp64; in bf16 fp32 masters are kept and start
-    from the rounded weights. With `train=False` only what evaluation and sampling need is allocated. Raises OutOfMemory
-    before anything is allocated if the device's free memory is too small.
+    from the rounded weights. With `train=False` only what evaluation and sampling need is allocated.
     """
 
     def __init__(
@@ -135,7 +133,6 @@ class Engine:
         self.model, self.table, self.arena = plan_engine(
             cfg, B=B, T=T, compute=compute, recompute=recompute, train=train
         )
-        check_fits(self.arena, self.device, B, recompute)
         self.frame = LiveFrame(self.arena, self.table, DTYPES[compute], self.device)
         self.state: State = self.frame.state
         self._hyper = torch.zeros(len(HYPER), dtype=torch.float64)
@@ -155,11 +152,7 @@ class Engine:
         init_parameters(self.table, drawn, seed)
         if drawn is not weights:
             weights.copy_(drawn)
-        self._sync_masters()
-
-    def _sync_masters(self) -> None:
-        """Masters start from the (rounded) compute weights."""
-        if "masters" in self.state:
+        if "masters" in self.state:  # they start from the rounded weights
             self.state["masters"].copy_(self.state["weights"])
 
     def names(self) -> list[str]:

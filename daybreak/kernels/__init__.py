@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 Temps = Sequence[tuple[tuple[int, ...], torch.dtype]]
+MAX_VIEWS = 64
 CHUNK = 1 << 17  # elements per chunk of a row-wise torch kernel: a few chunks stay in a core's L2 cache
 FILES = ("attention", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer")
 
@@ -93,6 +94,8 @@ class Scratch:
         """Uninitialised views of the given shapes and dtypes."""
         key = tuple(temps)
         if key not in self.views:
+            if len(self.views) >= MAX_VIEWS:  # sampling asks for every length once
+                self.views.clear()
             assert temps_bytes(temps) <= self.buffer.numel(), "scratch is smaller than the plan said"
             offset, out = 0, []
             for shape, dtype in temps:

@@ -20,14 +20,14 @@ from torch import Tensor
 from daybreak.kernels import Scratch, Temps, acc_dtype, op
 
 QUERY_BLOCK = 128  # queries per block: keys beyond a block's last query are not touched
-SCORES = 1 << 21  # elements of scores held at once; the batch is cut to fit
+ROWS = 1 << 12  # (head, query) rows of scores held at once, at most: the batch is cut to fit
 
 
 def _sizes(q: Tensor) -> tuple[int, int]:
     """Queries per block, batch rows per group."""
     B, T, NH, _ = q.shape
-    block = min(QUERY_BLOCK, T)
-    return block, max(1, min(B, SCORES // (NH * block * T)))
+    block = min(QUERY_BLOCK, T)  # the group does not depend on T, so a shorter T never needs more scratch
+    return block, max(1, min(B, ROWS // (NH * QUERY_BLOCK)))
 
 
 def forward_temps(out: Tensor, lse: Tensor, q: Tensor, *_: object, **__: object) -> Temps:

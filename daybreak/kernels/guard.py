@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from daybreak.kernels import op
@@ -59,11 +58,3 @@ def step_guard(
     scale = clip / values[1] if 0 < clip < values[1] else 1.0
     for i, x in enumerate((*values, scale, float(skip), *z)):
         stats[i].fill_(x)
-
-
-def new_windows(device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Empty windows and counts."""
-    return (
-        torch.zeros(2, WINDOW, dtype=torch.float64, device=device),
-        torch.zeros(2, dtype=torch.int64, device=device),
-    )

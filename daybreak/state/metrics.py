@@ -102,8 +102,9 @@ def _encode(value: Any) -> Any:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records in step order, non-finite floats restored.
 
-    A resumed run repeats steps: of each (kind, step, task) the last record counts; events are also told apart by
-    `what`. Lines that are not JSON objects (cut short by a crash) are left out, with a warning unless it is the last.
+    A resumed run repeats steps: of each (kind, step, task) the last record counts, and nothing beyond the step at
+    which a later attempt started; events are also told apart by `what`. Lines that are not JSON objects (cut short
+    by a crash) are left out, with a warning unless it is the last.
     """
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     lines = path.read_bytes().split(b"\n")
@@ -113,6 +114,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             key = (record["kind"], int(record["step"]), record.get("task", record.get("what")))
+            if record["kind"] == "run":  # a start from this step: what an abandoned attempt said beyond it is void
+                latest = {k: r for k, r in latest.items() if r["step"] <= key[1]}
             latest.pop(key, None)  # so that the order within a step is the order of the last records
             latest[key] = _decode(record)
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 from daybreak import __version__
 from daybreak.errors import ConfigError
 
+log = logging.getLogger("daybreak")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "triton")
 
 
@@ -78,18 +82,25 @@ class RunFolder:
         return self.path / "crash.txt"
 
     def create(self) -> None:
-        """Make the folder. Raises ConfigError when the run exists: nothing is ever written over."""
+        """Make the folder. Raises ConfigError when the run exists (nothing is ever written over) or the disk refuses.
+
+        An empty folder is not a run yet: one that a crash left at its very start is taken over.
+        """
+        self.check_free()
         try:
-            self.path.mkdir(parents=True)
-        except FileExistsError:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the run's folder {self.path} cannot be created: {error.strerror}; choose another --run.dir."
+            ) from None
+
+    def check_free(self) -> None:
+        """Raise ConfigError, with the command that continues it, if there is a run of this name."""
+        if self.path.is_dir() and any(self.path.iterdir()):
             raise ConfigError(
                 f"run.name = {self.path.name!r} is taken: {self.path} exists; continue it with "
                 f"`daybreak train {self.path}` or choose another --name."
-            ) from None
-        except OSError as error:
-            raise ConfigError(
-                f"the run folder {self.path} cannot be created: {error.strerror}; set run.dir."
-            ) from error
+            )
 
     def write_env(self) -> None:
         """Write env.json: what a reader needs to judge figures and repeat the run, nothing about who ran it."""
@@ -97,7 +108,35 @@ class RunFolder:
 
     def write_exit(self, code: int, reason: str) -> None:
         """Write exit.json, which schedulers and restart loops read: torchrun reports 1 for any failed worker."""
-        write_atomic(self.exit, json.dumps({"code": code, "reason": reason, "t": time.time()}) + "\n")
+        try:
+            write_atomic(self.exit, json.dumps({"code": code, "reason": reason, "t": time.time()}) + "\n")
+        except OSError as error:  # never in place of the reason itself
+            log.warning("%s could not be written (%s).", self.exit, error.strerror)
+
+    def forget_exit(self) -> None:
+        """Remove what an earlier attempt said at its end: from here on a missing exit.json means killed or running."""
+        self.exit.unlink(missing_ok=True)
+        self.crash.unlink(missing_ok=True)
+
+    def write_crash(self, text: str) -> None:
+        """Write crash.txt, if the disk lets us."""
+        try:
+            self.crash.write_text(text)
+        except OSError as error:
+            log.warning("%s could not be written (%s).", self.crash, error.strerror)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process, until it ends however it ends. ConfigError if another holds it."""
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{self.path} is being trained by another process; wait or stop it.") from None
+            yield
+        finally:
+            os.close(fd)
 
     def append_sample(self, step: int, text: str) -> None:
         """Append one generated text to samples.txt under a heading with its step."""
@@ -115,7 +154,7 @@ def describe_environment() -> dict[str, Any]:
         "daybreak": __version__,
         "commit": package_commit(Path(__file__).resolve().parents[2]),
         "python": platform.python_version(),
-        "packages": _versions(),
+        "packages": {**_versions(), "torch": torch.__version__},  # with its build, as in 2.11.0+cu130
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),

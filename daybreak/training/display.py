@@ -110,4 +110,4 @@ def make_display(kind: str, every: int, title: str) -> Display:
     """The display that log.display names; auto is live where stderr is a terminal."""
     if kind == "live" or (kind == "auto" and sys.stderr.isatty() and log.isEnabledFor(logging.INFO)):
         return LiveDisplay(title)
-    return PlainDisplay(every if kind != "none" else sys.maxsize)
+    return PlainDisplay(every)

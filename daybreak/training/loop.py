@@ -13,7 +13,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable
-from itertools import pairwise
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from daybreak.state.checkpoint import Checkpoint, newest_good, prune_checkpoints
 from daybreak.state.metrics import MainLog, MetricsWriter
 from daybreak.state.restore import restore, restore_weights, snapshot
 from daybreak.state.run import Run
+from daybreak.state.run_folder import RunFolder
 from daybreak.state.throughput import Throughput
 from daybreak.training.display import Display, make_display
 from daybreak.training.profile import Profiler
@@ -59,28 +60,51 @@ def train(
     checkpoint. init_from: start at step 0 with that run's weights. stop: flags set by signals (see training.stop).
     Raises daybreak.Error with the documented exit code; whatever happens, exit.json in the run's folder says it.
     """
-    if resume is not None:
-        check_resume(Run(resume).config, config)
     stop = stop or Stop()
     stop.limit_hours(config.run.max_hours)
-    setup = open_run(config, resume=Path(resume) if resume is not None else None, stop=stop)
-    folder = setup.run.folder
+    origin = next((Run(path) for path in (resume, fork_from) if path is not None), None)
+    if origin is not None:
+        check_resume(origin.config, config, fork=resume is None)
+    with RunFolder(Path(resume)).locked() if resume is not None else nullcontext():
+        return _train(config, resume, fork_from, init_from, stop)
+
+
+def _train(
+    config: Config, resume: Path | str | None, fork_from: Path | str | None, init_from: Path | str | None, stop: Stop
+) -> Run:
+    """`train` with its exits: every way out leaves its code and reason in exit.json once there is a folder for it."""
+    folder = RunFolder(Path(resume)) if resume is not None else None
+    if folder is not None:
+        folder.forget_exit()  # an earlier attempt's verdict is not this one's
+    code, reason = 1, "unknown"
     try:
-        trainer = Trainer(setup, stop)
-        trainer.load(resume=resume is not None, fork_from=fork_from, init_from=init_from)
-        trainer.run()
-        folder.write_exit(0, "done")
-    except Interrupted as reason:  # before the first update: there is nothing to save
-        folder.write_exit(Stopped.exit_code, str(reason))
-        raise Stopped(f"{reason} before the first update; continue with: daybreak train {setup.run.path}") from None
+        setup = open_run(config, resume=Path(resume) if resume is not None else None, stop=stop)
+        folder = setup.run.folder
+        with folder.locked() if resume is None else nullcontext():
+            trainer = Trainer(setup, stop)
+            trainer.load(resume=resume is not None, fork_from=fork_from, init_from=init_from)
+            trainer.run()
+        code, reason = 0, "done"
+        return setup.run
+    except Interrupted as stopped:  # before the first update: there is nothing to save
+        code, reason = Stopped.exit_code, str(stopped)
+        again = f"; continue with: daybreak train {folder.path}" if folder is not None else ""
+        raise Stopped(f"{reason} before the first update{again}.") from None
+    except OSError as error:
+        code, reason = 1, f"{error.filename or 'a file'} failed ({error.strerror})"
+        raise Error(f"{reason}; free space or mend the disk, then train the run's folder again.") from error
     except Error as error:
-        folder.write_exit(error.exit_code, str(error))
+        code, reason = error.exit_code, str(error)
         raise
-    except Exception as error:
-        folder.crash.write_text(traceback.format_exc())
-        folder.write_exit(1, f"{type(error).__name__}: {error}")
+    except BaseException as error:
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        reason = f"{type(error).__name__}: {error}"
+        if folder is not None and code == 1:
+            folder.write_crash(traceback.format_exc())
         raise
-    return setup.run
+    finally:
+        if folder is not None:
+            folder.write_exit(code, reason)
 
 
 class Trainer:
@@ -91,22 +115,28 @@ class Trainer:
         c = self.config
         self.engine = Engine(
             c.model, B=c.batch.B, T=c.T, compute=setup.compute, recompute=c.batch.recompute, device=setup.device,
-            seed=c.run.seed, optim=c.optim, guard=c.guard,
+            seed=None if setup.continues else c.run.seed, optim=c.optim, guard=c.guard,
         )  # fmt: skip
         stop.check()
         self.step = self.samples = self.skips_in_a_row = 0
         self.saved_step = -1
+        self.given_weights = False
         self.lengths = token_lengths(setup.tokenizer, c.model.V)
 
     # ------------------------------------------------------------------------------------------------- starting
 
     def load(self, *, resume: bool, fork_from: Path | str | None, init_from: Path | str | None) -> None:
         """Continue from a checkpoint, if one is asked for and there is one."""
+        self.given_weights = init_from is not None or fork_from is not None
         if init_from is not None:
-            restore_weights(self.engine, Run(init_from).checkpoint())
+            checkpoint = Run(init_from).checkpoint()
+            check_data(checkpoint, self.setup, same_data=False)
+            restore_weights(self.engine, checkpoint)
         elif fork_from is not None:
             self._continue(Run(fork_from).checkpoint(), same_data=False)
-        elif resume and (found := newest_good(self.run_folder.checkpoints)) is not None:
+        elif resume and self.setup.continues:
+            found = newest_good(self.run_folder.checkpoints)
+            assert found is not None, "a listed checkpoint vanished"
             self._continue(found, same_data=True)
             self.saved_step = self.step
         self.stop.check()
@@ -123,11 +153,6 @@ class Trainer:
         """Tokens trained on."""
         return self.samples * self.config.T
 
-    def tokens_between(self, start: int, stop: int) -> int:
-        """Tokens of the updates after the first `start` up to the first `stop`, whatever the batch ramp does."""
-        edges = [start, *(s for s, _ in self.config.batch.ramp if start < s < stop), stop]
-        return sum((b - a) * self.config.tokens_at(a) for a, b in pairwise(edges))
-
     # ------------------------------------------------------------------------------------------------- the loop
 
     def run(self) -> None:
@@ -141,6 +166,8 @@ class Trainer:
             self.profiler = Profiler(c.run.profile, self.run_folder.path)
             try:
                 self._write_run_record()
+                if self.given_weights:
+                    self._save()  # nothing else in the folder says where they came from
                 self._loop(batches)
             except Interrupted as reason:
                 self._save_and_stop(str(reason))
@@ -160,7 +187,8 @@ class Trainer:
                 if last or (c.eval.sample_every and self.step and self.step % c.eval.sample_every == 0):
                     self._sample()
                 due = bool(c.checkpoint.every) and self.step % c.checkpoint.every == 0 and self.step != resumed
-                if last or due or self.stop.take_save_request():
+                asked = self.stop.take_save_request()
+                if last or due or asked:
                     self._save()
             if last:
                 return
@@ -174,7 +202,7 @@ class Trainer:
         c, step, samples = self.config, self.step, self.samples
 
         def batch(at: int) -> np.ndarray[Any, Any]:
-            first = 0 if c.run.overfit else samples + self.tokens_between(step, at) // c.T
+            first = 0 if c.run.overfit else samples + c.tokens_between(step, at) // c.T
             return self.setup.train_loader.batch(first, c.tokens_at(at) // c.T)
 
         return batch
@@ -246,7 +274,7 @@ class Trainer:
             "loss": stats["loss"], "norm": stats["norm"], "lr": lr, "ms": 1000 * timing.seconds,
             "tok_s": timing.tok_s, "mfu": timing.mfu, "loss_z": _or_none(stats["loss_z"]),
             "norm_z": _or_none(stats["norm_z"]), "mem_mib": used_mib(self.setup.device),
-            "eta_s": self.clock.eta(self.tokens_between(self.step, c.run.steps)),
+            "eta_s": self.clock.eta(c.tokens_between(self.step, c.run.steps)),
         }  # fmt: skip
         epoch = (self.samples - 1) // self.setup.train_loader.samples_per_epoch
         self.metrics.write("step", self.step, self.tokens, **values, skipped=skipped, epoch=epoch)
@@ -281,16 +309,16 @@ class Trainer:
 
     def _write_run_record(self) -> None:
         c = self.config
-        self.display.note(f"{self.run_folder.path}: {c.run.steps} steps of {c.tokens_at(self.step):,} tokens")
-        if sum(shard.tokens for shard in self.setup.dataset.train) <= COUNTED_TOKENS:
-            entropy = unigram_entropy(self.setup.dataset)
-            self.metrics.write("event", self.step, self.tokens, what="unigram_entropy", detail=repr(entropy))
-            self.display.note(f"unigram entropy of the validation text {entropy:.4f}: the loss of knowing no context")
         config_hash = hashlib.sha256(c.to_toml().encode()).hexdigest()
         self.metrics.write(
             "run", self.step, self.tokens, name=c.run.name, config_hash=config_hash, device=self.setup.device_name,
             parameters=self.engine.num_parameters, flops_per_token=float(self.engine.flops_per_token),
         )  # fmt: skip
+        self.display.note(f"{self.run_folder.path}: {c.run.steps} steps of {c.tokens_at(self.step):,} tokens")
+        if sum(shard.tokens for shard in self.setup.dataset.train) <= COUNTED_TOKENS:
+            entropy = unigram_entropy(self.setup.dataset)
+            self.metrics.write("event", self.step, self.tokens, what="unigram_entropy", detail=repr(entropy))
+            self.display.note(f"unigram entropy of the validation text {entropy:.4f}: the loss of knowing no context")
 
 
 def _or_none(x: float) -> float | None:

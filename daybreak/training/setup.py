@@ -14,9 +14,10 @@ from daybreak.data.dataset import Dataset, dataset_name, open_dataset
 from daybreak.data.loader import Loader
 from daybreak.data.prepare import prepare
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
-from daybreak.engine.device import cpu_has_bf16, pick_compute, pick_device
+from daybreak.engine import plan_engine
+from daybreak.engine.device import check_fits, cpu_has_bf16, pick_compute, pick_device
 from daybreak.errors import ConfigError, DataError
-from daybreak.state.checkpoint import Checkpoint
+from daybreak.state.checkpoint import Checkpoint, list_checkpoints
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
 from daybreak.state.throughput import peak_flops
@@ -40,6 +41,7 @@ class Setup:
     compute: str
     device_name: str
     peak: float | None
+    continues: bool  # a checkpoint will be loaded
 
 
 def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
@@ -49,8 +51,8 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     """
     config.check()
     folder = RunFolder(resume or Path(config.run.dir) / (config.run.name or config.model.arch))
-    if resume is None and folder.path.exists():
-        folder.create()  # raises: the name is taken
+    if resume is None:
+        folder.check_free()
     device = pick_device(config.run.device)
     compute = pick_compute(config.precision.compute, device)
     _set_precision(config, device, compute)
@@ -64,15 +66,22 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     V = config.model.V
     train_loader = Loader(dataset.train, config.T, config.run.seed, V=V)
     val_loader = Loader(dataset.val, config.T, shuffle=False, V=V)
-    epoch_steps = train_loader.samples_per_epoch * config.T // config.tokens_at(0)
-    config = config.concrete(epoch_steps)
+    config = config.concrete(train_loader.samples_per_epoch * config.T)
+    b = config.batch
+    arena = plan_engine(config.model, B=b.B, T=config.T, compute=compute, recompute=b.recompute)[2]
+    check_fits(arena, device, b.B, b.recompute)
+    log.info(
+        "%s: %d samples of %d tokens an epoch, %d tokens at the shards' ends unused; fingerprint %s",
+        dataset.name, train_loader.samples_per_epoch, config.T, train_loader.dropped_tokens,
+        train_loader.fingerprint[:16],
+    )  # fmt: skip
     if resume is None:
         folder.create()
-        write_atomic(folder.config, config.to_toml())
-        folder.write_env()
+    write_atomic(folder.config, config.to_toml())  # on resume too: what was changed now holds from now on
+    folder.write_env()
     return Setup(
         config, Run(folder.path), dataset, train_loader, val_loader, tokenizer, device, compute,
-        *_describe(device, compute),
+        *_describe(device, compute), bool(list_checkpoints(folder.checkpoints)),
     )  # fmt: skip
 
 

@@ -19,17 +19,16 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """The flags of one run. `max_hours` counts from here; 0 = no limit."""
+    """The flags of one run."""
 
-    def __init__(self, max_hours: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.reason = ""
         self.save_requested = False
         self._clock = clock
-        self._deadline = clock() + 3600 * max_hours if max_hours else float("inf")
-        self._max_hours = max_hours
+        self._deadline = float("inf")
 
     def limit_hours(self, max_hours: float) -> None:
-        """Set the limit, counted from now."""
+        """Stop `max_hours` from now; 0 = never."""
         self._deadline = self._clock() + 3600 * max_hours if max_hours else float("inf")
         self._max_hours = max_hours
 
@@ -62,4 +61,5 @@ class Stop:
         elif self.reason:
             os._exit(128 + number)  # asked twice: leave at once; checkpoints are atomic, so nothing breaks
         else:
+            os.write(2, b"\ndaybreak: saving what the last completed step made; a second signal leaves at once\n")
             self.reason = f"stopped by {signal.Signals(number).name}"

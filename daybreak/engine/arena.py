@@ -8,6 +8,7 @@ touches a device: `plan` prints the list, training allocates exactly it.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -88,13 +89,7 @@ class LiveFrame:
 
     def __init__(self, arena: Arena, table: ParamTable, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
-        # Weights and optimizer state start from zero (the padding between rows stays zero); the rest is written first.
-        self.buffers = {
-            name: (torch.empty if name in ("activations", "scratch") else torch.zeros)(
-                size, dtype=torch.uint8, device=device
-            )
-            for name, size in arena.sizes().items()
-        }
+        self.buffers = {name: _zeros(size, device) for name, size in arena.sizes().items()}
         tensors = {e.name: self._view(e) for e in arena.entries}
         self.state = {e.name: tensors[e.name] for e in arena.entries if e.buffer != "activations"}
         self.activations = {e.name: tensors[e.name] for e in arena.entries if e.buffer == "activations"}
@@ -117,6 +112,16 @@ class LiveFrame:
         if tensor.shape == shape:
             return tensor
         return tensor.view(-1)[: math.prod(shape)].view(shape)  # a smaller batch uses the front
+
+
+def _zeros(size: int, device: torch.device) -> Tensor:
+    """`size` zero bytes. On the CPU fresh pages of the system, in huge ones where it has them: zero when first touched."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,14 @@ def adamw_update(
     lr, t = hyper[0].item(), hyper[1:2].to(torch.float32)
     for start in range(0, m.numel(), FLAT_CHUNK):
         part = slice(start, min(start + FLAT_CHUNK, m.numel()))
-        g = wide[: part.stop - start].copy_(grads[part]).mul_(stats[2])
+        g = wide[: part.stop - start]
+        if grads.dtype == g.dtype:
+            torch.mul(grads[part], stats[2], out=g)
+        else:  # widen first: the product of a narrow tensor would be rounded
+            g.copy_(grads[part]).mul_(stats[2])
         torch._fused_adamw_(
             [masters[part]], [g], [m[part]], [v[part]], [], [t], lr=lr, beta1=beta1, beta2=beta2, eps=eps,
             weight_decay=weight_decay, amsgrad=False, maximize=False,
         )  # fmt: skip
-    if weights is not masters:
-        weights.copy_(masters)
+        if weights is not masters:
+            weights[part].copy_(masters[part])

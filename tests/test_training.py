@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -249,9 +250,121 @@ def test_kill_and_signals_in_a_real_process(shards: Path, tmp_path: Path) -> Non
     assert_same(straight, daybreak.load(folder))
 
 
-def start(args: list[str | Path]) -> subprocess.Popen[bytes]:
+def train_quietly(folder: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "daybreak", "train", *map(str, args), "--quiet", "--json"]
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+
+
+def test_exit_json_never_speaks_for_another_attempt(shards: Path, tmp_path: Path) -> None:
+    """A finished run, resumed and killed, must not still say 0; nor may a refused start leave the old verdict."""
+    run = daybreak.train(config(shards, tmp_path, "a", run__steps=5))
+    assert json.loads(run.folder.exit.read_text())["code"] == 0
+    process = start([run.path, "--steps", "100000"])
+    wait_for_steps(run.path, process, 5)
+    process.kill()
+    assert process.wait(60) == -9
+    assert not run.folder.exit.exists()
+    assert daybreak.load(run.path).config.run.steps == 100000  # what was asked for holds from then on
+    refused = train_quietly(tmp_path, run.path, "--run.device", "cuda:77")
+    assert refused.returncode == 2
+    assert json.loads(run.folder.exit.read_text())["code"] == 2
+
+
+def test_one_process_at_a_time(shards: Path, tmp_path: Path) -> None:
+    run = daybreak.train(config(shards, tmp_path, "a", run__steps=2))
+    process = start([run.path, "--steps", "100000"])
+    wait_for_steps(run.path, process, 3)
+    second = train_quietly(tmp_path, run.path, "--steps", "100000")
+    assert second.returncode == 2
+    assert second.stderr == f"daybreak: {run.path} is being trained by another process; wait or stop it.\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert json.loads(run.folder.exit.read_text())["code"] == 75
+
+
+def test_given_weights_survive_an_early_kill(shards: Path, tmp_path: Path) -> None:
+    """--init-from and --fork save before their first step: nothing else says where the weights came from."""
+    first = daybreak.train(config(shards, tmp_path, "first", run__steps=30))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(config(shards, tmp_path, "second", run__steps=100000).to_toml())
+    process = start([recipe, "--init-from", first.path])
+    wait_for_steps(tmp_path / "second", process, 1)
+    process.kill()
+    process.wait(60)
+    resumed = daybreak.load(tmp_path / "second")
+    run = daybreak.train(resumed.config.override({"run.steps": 3}), resume=resumed.path)
+    assert run.metrics("val")[0]["loss"] == first.metrics("val")[-1]["loss"]
+
+
+def test_a_save_request_is_taken_once(shards: Path, tmp_path: Path) -> None:
+    """Asked for (as SIGUSR1 does) in a step whose save is due anyway, and in one whose save is not."""
+
+    class Asks(Stop):
+        checks = 0
+
+        def check(self) -> None:
+            self.checks += 1
+            self.save_requested |= self.checks in wanted
+
+    wanted: set[int] = set()
+    make = config(shards, tmp_path, "u", run__steps=9, checkpoint__every=3, checkpoint__keep=0, eval__every=0)
+    counter = Asks()
+    daybreak.train(make.override({"run.name": "plain", "run.steps": 2}), stop=counter)
+    per_step, before = 3, 2  # two micro-steps and the update; engine and loading
+    assert counter.checks > before + 2 * per_step
+    wanted = {before + 3 * per_step, before + 5 * per_step}  # the last checks of steps 3 and 5
+    run = daybreak.train(make, stop=Asks())
+    assert [int(p.name[5:]) for p in run.checkpoints][::-1] == [3, 5, 6, 9]
+
+
+def test_a_rewound_run_forgets_the_abandoned_steps(shards: Path, tmp_path: Path) -> None:
+    run = daybreak.train(config(shards, tmp_path, "a", run__steps=20, checkpoint__every=10))
+    shutil.rmtree(run.checkpoints[0])  # back to step 10
+    again = daybreak.train(run.config.override({"run.steps": 12}), resume=run.path)
+    assert [r["step"] for r in again.metrics("step")] == list(range(1, 13))
+    assert again.metrics("val")[-1]["step"] == 12
+
+
+def test_data_too_small_for_one_batch(shards: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "tiny_train.bin", markov(40, 1))
+    small = config(shards, tmp_path, "s", data__train=str(tmp_path / "tiny_train.bin"), run__steps=3)
+    with pytest.raises(daybreak.Error, match="one step takes 128 tokens, more than all of") as error:
+        daybreak.train(small)
+    assert error.value.exit_code == 2
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_refused_start_leaves_no_folder(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(daybreak.Error, match="is not a run") as error:
+        daybreak.train(config(shards, tmp_path, "a"), init_from=tmp_path / "nowhere")
+    assert error.value.exit_code == 2
+    huge = config(shards, tmp_path, "a", model__max_T=65536, batch__T=65536, batch__B=64, batch__total_tokens=0,
+                  data__train=str(tmp_path / "long_train.bin"), data__val=str(tmp_path / "long_train.bin"), run__overfit=True)  # fmt: skip
+    write_shard(tmp_path / "long_train.bin", np.zeros(70000, np.int64))
+    with pytest.raises(daybreak.Error, match=r"the run needs \d+ MiB .* try --batch\.B 32") as error:
+        daybreak.train(huge)
+    assert error.value.exit_code == 6
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_signal_while_the_corpus_is_prepared(tmp_path: Path) -> None:
+    process = start(["d12", "--data", "stdlib"], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("data/.*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("data/*/*"))
+
+
+def start(args: list[Any], cwd: Path | None = None) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "daybreak", "train", *map(str, args), "--quiet"]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
                             stdout=subprocess.DEVNULL)  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -51,6 +53,7 @@ def prepare(
     """
     from daybreak.data.prepare import prepare as prepare_dataset
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written stays
     with _progress() as progress:
         manifest = prepare_dataset(
             sources,

@@ -113,20 +113,21 @@ def _check_start(
 
 def _print_result(run: Run, as_json: bool) -> None:
     """Where the run is and how good it is, on stdout; a JSON object for programs, else the last sample too."""
-    step, val, sample = ((run.metrics(kind) or [{}])[-1] for kind in ("step", "val", "sample"))
-    result = {
-        "run": str(run.path),
-        "step": val.get("step"),
-        "tokens": val.get("tokens"),
-        "loss": step.get("loss"),
-        "val_loss": val.get("loss"),
-        "val_bpb": val.get("bpb"),
-    }
+    records = run.metrics()
+    vals = [r for r in records if r["kind"] == "val"]
+    last = {r["kind"]: r for r in records} | {r["what"]: r for r in records if r["kind"] == "event"}
+    step, val = last.get("step", {}), vals[-1]
+    unigram = float(last["unigram_entropy"]["detail"]) if "unigram_entropy" in last else None
     if as_json:
+        result = {
+            "run": str(run.path), "step": val["step"], "tokens": val["tokens"], "loss": step.get("loss"),
+            "val_loss": val["loss"], "val_bpb": val["bpb"], "unigram_entropy": unigram,
+        }  # fmt: skip
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
         click.echo(json.dumps(finite))  # JSON has no NaN
         return
-    if sample:
-        click.echo(f"---\n{sample['text']}\n---")
-    shown = (f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in result.items())
-    click.echo(", ".join(shown))
+    if "sample" in last:
+        click.echo(f"--- sample ---\n{last['sample']['text']}\n--------------")
+    ignorant = "" if unigram is None else f" (the unigram entropy, of knowing no context, is {unigram:.4f})"
+    click.echo(f"validation loss {vals[0]['loss']:.4f} -> {val['loss']:.4f}{ignorant}, {val['bpb']:.4f} bits per byte")
+    click.echo(f"{run.path}: step {val['step']}, {val['tokens']:,} tokens; more text: daybreak sample {run.path}")

@@ -30,6 +30,14 @@ class Display(Protocol):
         """The end, however it came."""
 
 
+def _say(text: str) -> None:
+    """Through the log; straight to stderr where nobody set one up, as in a notebook."""
+    if log.hasHandlers():
+        log.info("%s", text)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
 class PlainDisplay:
     """llm.c's line every `every` steps."""
 
@@ -38,13 +46,13 @@ class PlainDisplay:
 
     def step(self, step: int, steps: int, values: dict[str, Any]) -> None:
         if step % self.every == 0 or step == steps:
-            log.info("%s", step_line(step, steps, **values))
+            _say(step_line(step, steps, **values))
 
     def note(self, text: str) -> None:
-        log.info("%s", text)
+        _say(text)
 
     def sample(self, text: str) -> None:
-        log.info("generating:\n---\n%s\n---", text)
+        _say(f"generating:\n---\n{text}\n---")
 
     def close(self) -> None:
         pass

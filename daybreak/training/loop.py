@@ -62,27 +62,26 @@ def train(
     """
     stop = stop or Stop()
     stop.limit_hours(config.run.max_hours)
-    origin = next((Run(path) for path in (resume, fork_from) if path is not None), None)
-    if origin is not None:
-        check_resume(origin.config, config, fork=resume is None)
+    for path in (resume, fork_from):
+        if path is not None:
+            check_resume(Run(path).config, config, fork=path is fork_from)
+    fork, init = (Run(path).checkpoint() if path is not None else None for path in (fork_from, init_from))
     with RunFolder(Path(resume)).locked() if resume is not None else nullcontext():
-        return _train(config, resume, fork_from, init_from, stop)
+        return _train(config, Path(resume) if resume is not None else None, fork, init, stop)
 
 
-def _train(
-    config: Config, resume: Path | str | None, fork_from: Path | str | None, init_from: Path | str | None, stop: Stop
-) -> Run:
+def _train(config: Config, resume: Path | None, fork: Checkpoint | None, init: Checkpoint | None, stop: Stop) -> Run:
     """`train` with its exits: every way out leaves its code and reason in exit.json once there is a folder for it."""
-    folder = RunFolder(Path(resume)) if resume is not None else None
+    folder = RunFolder(resume) if resume is not None else None
     if folder is not None:
         folder.forget_exit()  # an earlier attempt's verdict is not this one's
     code, reason = 1, "unknown"
     try:
-        setup = open_run(config, resume=Path(resume) if resume is not None else None, stop=stop)
+        setup = open_run(config, resume=resume, stop=stop)
         folder = setup.run.folder
         with folder.locked() if resume is None else nullcontext():
             trainer = Trainer(setup, stop)
-            trainer.load(resume=resume is not None, fork_from=fork_from, init_from=init_from)
+            trainer.load(fork, init)
             trainer.run()
         code, reason = 0, "done"
         return setup.run
@@ -125,20 +124,19 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- starting
 
-    def load(self, *, resume: bool, fork_from: Path | str | None, init_from: Path | str | None) -> None:
-        """Continue from a checkpoint, if one is asked for and there is one."""
-        self.given_weights = init_from is not None or fork_from is not None
-        if init_from is not None:
-            checkpoint = Run(init_from).checkpoint()
-            check_data(checkpoint, self.setup, same_data=False)
-            restore_weights(self.engine, checkpoint)
-        elif fork_from is not None:
-            self._continue(Run(fork_from).checkpoint(), same_data=False)
-        elif resume and self.setup.continues:
+    def load(self, fork: Checkpoint | None, init: Checkpoint | None) -> None:
+        """Continue from this run's newest checkpoint, or start from another run's."""
+        self.given_weights = fork is not None or init is not None
+        if self.setup.continues:
             found = newest_good(self.run_folder.checkpoints)
             assert found is not None, "a listed checkpoint vanished"
             self._continue(found, same_data=True)
             self.saved_step = self.step
+        elif fork is not None:
+            self._continue(fork, same_data=False)
+        elif init is not None:
+            check_data(init, self.setup, same_data=False)
+            restore_weights(self.engine, init)
         self.stop.check()
 
     def _continue(self, checkpoint: Checkpoint, *, same_data: bool) -> None:

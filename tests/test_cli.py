@@ -306,7 +306,8 @@ def test_train_resume_fork_and_sample(trained: Path) -> None:
     assert first["step"] == 4
     done = run_process(trained, "train", "runs/small", "--steps", "6", "--json")
     result = json.loads(done.stdout)
-    assert list(result) == ["run", "step", "tokens", "loss", "val_loss", "val_bpb"]
+    assert list(result) == ["run", "step", "tokens", "loss", "val_loss", "val_bpb", "unigram_entropy"]
+    assert 0 < result["unigram_entropy"] < 6
     assert (result["run"], result["step"], result["tokens"]) == ("runs/small", 6, 6 * 2 * 16)
     assert 0 < result["val_loss"] < 6
     assert "step    5/6 | loss " in done.stderr
@@ -318,7 +319,7 @@ def test_train_resume_fork_and_sample(trained: Path) -> None:
         trained, "train", "runs/small", "--fork", "other", "--optim.lr", "1e-5", "--steps", "8", "--quiet"
     )
     assert quiet.stderr == ""
-    assert quiet.stdout.splitlines()[-1].startswith("run runs/other, step 8, tokens 256, loss ")
+    assert quiet.stdout.splitlines()[-1].startswith("runs/other: step 8, 256 tokens; more text: ")
     assert resolve(str(trained / "runs/other"))[0].optim.lr == 1e-5
 
     one = run_process(trained, "sample", "runs/small", "--tokens", "12", "--prompt", "men", "-n", "2", "--seed", "7")

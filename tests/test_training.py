@@ -340,10 +340,13 @@ def test_a_refused_start_leaves_no_folder(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(daybreak.Error, match="is not a run") as error:
         daybreak.train(config(shards, tmp_path, "a"), init_from=tmp_path / "nowhere")
     assert error.value.exit_code == 2
-    huge = config(shards, tmp_path, "a", model__max_T=65536, batch__T=65536, batch__B=64, batch__total_tokens=0,
-                  data__train=str(tmp_path / "long_train.bin"), data__val=str(tmp_path / "long_train.bin"), run__overfit=True)  # fmt: skip
+    long = str(tmp_path / "long_train.bin")
+    huge = config(
+        shards, tmp_path, "a", model__max_T=65536, batch__T=65536, batch__B=65536, batch__total_tokens=0,
+        data__train=long, data__val=long, run__overfit=True,
+    )  # fmt: skip
     write_shard(tmp_path / "long_train.bin", np.zeros(70000, np.int64))
-    with pytest.raises(daybreak.Error, match=r"the run needs \d+ MiB .* try --batch\.B 32") as error:
+    with pytest.raises(daybreak.Error, match=r"the run needs \d+ MiB .* try --batch\.B 32768") as error:
         daybreak.train(huge)
     assert error.value.exit_code == 6
     assert not (tmp_path / "a").exists()

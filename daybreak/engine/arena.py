@@ -115,7 +115,7 @@ class LiveFrame:
 
 
 def _zeros(size: int, device: torch.device) -> Tensor:
-    """`size` zero bytes. On the CPU fresh pages of the system, in huge ones where it has them: zero when first touched."""
+    """`size` zero bytes. On the CPU fresh pages of the system, huge ones where it can: zeroed when first touched."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=torch.uint8, device=device)
     pages = mmap.mmap(-1, size)

@@ -7,3 +7,19 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 import torch
 
 torch.set_num_threads(1)
+
+# Minutes that a group of tests may take on 2 cores. A file belongs to the group whose list names it, else foundation.
+BUDGETS = {"foundation": 4.0}
+GROUPS: dict[str, str] = {}
+spent = dict.fromkeys(BUDGETS, 0.0)
+
+
+def pytest_runtest_logreport(report):
+    spent[GROUPS.get(report.nodeid.split("::")[0], "foundation")] += report.duration
+
+
+def pytest_sessionfinish(session, exitstatus):
+    over = [f"{g}: {s / 60:.1f} of {BUDGETS[g]} minutes" for g, s in spent.items() if s > 60 * BUDGETS[g]]
+    if over and exitstatus == 0 and os.environ.get("CI"):
+        print("\ntest groups over their budget: " + ", ".join(over))
+        session.exitstatus = 1

@@ -294,8 +294,8 @@ def test_plan_prints_the_run_and_writes_nothing(here: Path, capsys: pytest.Captu
     assert main(["plan", "tiny", "--batch.B", "8", "--batch.total_tokens", "4096", "--run.device", "cpu"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    C, L = 128, 4
-    assert out.startswith(f"{(384 + 128) * C + L * (12 * C * C + 13 * C) + 2 * C:,} parameters")
+    Vp, T, C, L = 1152, 128, 128, 2
+    assert out.startswith(f"{(Vp + T) * C + L * (12 * C * C + 13 * C) + 2 * C:,} parameters")
     assert "4,096 tokens" in out
     assert "B 8 x T 128" in out
     assert list(here.iterdir()) == []

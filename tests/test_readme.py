@@ -1,4 +1,4 @@
-"""README's examples run as they stand: fences labelled `ci`, in order, in one empty folder. Its tree is the real one."""
+"""README's examples run as they stand: fences labelled `ci`, in order, in one empty folder. Its tree is real."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     python bench/cpu_step.py
 
 Every contender is a process of its own with the same thread count, weights and batch. They take turns: while one steps
-the others are blocked on their pipes. Prints medians, quartiles and ratios, and writes bench/results/cpu_step.csv. It
+the others are blocked on their pipes. Prints medians, quartiles and ratios, and writes bench/results/cpu_step_CPU.csv. It
 refuses to print a figure unless daybreak's losses equal the eager module's.
 """
 
@@ -13,6 +13,7 @@ import argparse
 import csv
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from daybreak.config_keys import OptimConfig
 from daybreak.engine import Engine
 from daybreak.shapes import GPT2Config
 
-RESULTS = Path(__file__).parent / "results" / "cpu_step.csv"
+RESULTS = Path(__file__).parent / "results"  # cpu_step_MODEL-OF-THE-CPU.csv
 CONTENDERS = {
     "fp32": {"daybreak": "engine fp32", "eager": "eager fp32", "matrix products alone": "gemm fp32"},
     "bf16": {
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--T", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: every core")
     parser.add_argument("--rounds", type=int, default=9, help="measured steps of each contender, at least 7")
-    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} in bench/results, for the 124M model only")
+    parser.add_argument("--out", type=Path, help="default: bench/results/cpu_step_CPU.csv, for the 124M model only")
     parser.add_argument("--work", metavar="CONTENDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 7:
@@ -217,7 +218,8 @@ def main() -> None:
         report("bf16", results["bf16"])
     else:
         print("\nbf16: n/a, this CPU has no bf16 instructions that torch can use (AVX-512 BF16 or AMX)")
-    out = args.out or (RESULTS if args.model == "124M" else None)
+    cpu = re.sub(r"\(\w+\)|processor", "", cpu_name().lower()).split()
+    out = args.out or (RESULTS / f"cpu_step_{'_'.join(cpu)}.csv" if args.model == "124M" else None)
     if out:
         write(out, setting, results)
 

@@ -24,8 +24,8 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from daybreak.data.shards import fsync_folder
 from daybreak.errors import CheckpointError, Error
-from daybreak.state.run_folder import fsync_directory
 from daybreak.state.safetensors_io import SafetensorsFile, Written, write_safetensors
 
 log = logging.getLogger("daybreak")
@@ -83,7 +83,7 @@ def save_checkpoint(root: Path, snap: Snapshot, *, rank: int = 0, world: int = 1
     try:
         if not root.exists():
             root.mkdir(parents=True)
-            fsync_directory(root.parent)
+            fsync_folder(root.parent)
         _remove(temporary)
         temporary.mkdir()
         optimizer = _optimizer_file(rank, world)
@@ -92,7 +92,7 @@ def save_checkpoint(root: Path, snap: Snapshot, *, rank: int = 0, world: int = 1
             optimizer: _write_optimizer(temporary / optimizer, snap, rank),
         }
         _write_manifest(temporary / MANIFEST, snap, world, files)
-        fsync_directory(temporary)
+        fsync_folder(temporary)
         _publish(temporary, final)
     except OSError as error:
         raise Error(
@@ -160,7 +160,7 @@ def _publish(temporary: Path, final: Path) -> None:
         _remove(replaced)
         final.rename(replaced)
     temporary.rename(final)
-    fsync_directory(final.parent)
+    fsync_folder(final.parent)
     _remove(replaced)
 
 

@@ -17,19 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from daybreak import __version__
+from daybreak.data.shards import fsync_folder
 from daybreak.errors import ConfigError
 
 log = logging.getLogger("daybreak")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "triton")
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the directory's entries (creations, renames) survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -40,7 +32,7 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    fsync_directory(path.parent)
+    fsync_folder(path.parent)
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,7 @@ class Trainer:
             "data": {"fingerprint": self.setup.train_loader.fingerprint},
             "seed": c.run.seed,
             "compute": self.setup.compute,
-            "kernels": self.engine.frame.k.choices,
+            "kernels": self.engine.frame.k.choices,  # what bits depend on
         }
         path = save_checkpoint(self.run_folder.checkpoints, snapshot(self.engine, self.step, manifest))
         prune_checkpoints(self.run_folder.checkpoints, c.checkpoint.keep, c.checkpoint.major, verify="size")

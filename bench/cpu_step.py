@@ -3,8 +3,8 @@
     python bench/cpu_step.py
 
 Every contender is a process of its own with the same thread count, weights and batch. They take turns: while one steps
-the others are blocked on their pipes. Prints medians, quartiles and ratios, and writes bench/results/cpu_step_CPU.csv. It
-refuses to print a figure unless daybreak's losses equal the eager module's.
+the others are blocked on their pipes. Prints medians, quartiles and ratios, and writes them to bench/results,
+cpu_step_CPU.csv. It refuses to print a figure unless daybreak's losses equal the eager module's.
 """
 
 from __future__ import annotations

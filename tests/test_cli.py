@@ -186,6 +186,19 @@ def test_an_unexpected_exception_is_exit_1_with_its_traceback(capsys: pytest.Cap
                         "the lines above.\n")  # fmt: skip
 
 
+def test_ctrl_c_is_exit_130_and_leaves_nothing(here: Path) -> None:
+    (here / "big.txt").write_text("how much wood would a woodchuck chuck\n" * 1_500_000)
+    argv = [sys.executable, "-m", "daybreak", "prepare", "big.txt", "--workers", "1"]
+    process = subprocess.Popen(argv, cwd=here, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not list(here.glob("data/.*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (130, "daybreak: interrupted.")
+    assert not (here / "data/big").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ help
 
 

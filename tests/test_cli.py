@@ -189,7 +189,11 @@ def test_an_unexpected_exception_is_exit_1_with_its_traceback(capsys: pytest.Cap
 def test_ctrl_c_is_exit_130_and_leaves_nothing(here: Path) -> None:
     (here / "big.txt").write_text("how much wood would a woodchuck chuck\n" * 1_500_000)
     argv = [sys.executable, "-m", "daybreak", "prepare", "big.txt", "--workers", "1"]
-    process = subprocess.Popen(argv, cwd=here, env=environment(), stderr=subprocess.PIPE, text=True)
+    # A shell's background job, which a test run may be, starts with SIGINT ignored, and its children inherit that.
+    process = subprocess.Popen(
+        argv, cwd=here, env=environment(), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 30
     while not list(here.glob("data/.*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What a run needs, from the same arena that training allocates: no GPU, no data, under a second.
+"""What a run needs, from the same arena that training allocates: no GPU, no data.
 
 `plan` works on any machine. Every figure is exact (counted from the shapes) or says on what it rests.
 """

@@ -48,7 +48,7 @@ def engine_step(model: str, module: GPT2, tokens: Tensor, targets: Tensor, compu
     """daybreak's step from the eager module's weights, with the same optimizer settings."""
     optim = OptimConfig(lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY, clip=CLIP)
     B, T = tokens.shape
-    engine = Engine(GPT2Config(**SHAPES[model]._asdict()), B=B, T=T, compute=compute, seed=None, optim=optim)
+    engine = Engine(GPT2Config(**SHAPES[model]._asdict()), B=B, T=T, compute=compute, init=False, optim=optim)
     ours = {"weight": "w", "bias": "b"}
     params = {}
     for name, p in module.named_parameters():  # h.0.fc.weight -> h.0.fcw, wte.weight -> wte

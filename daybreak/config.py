@@ -24,6 +24,7 @@ from daybreak.config_keys import (
     DataConfig,
     EvalConfig,
     GuardConfig,
+    KernelsConfig,
     LogConfig,
     OptimConfig,
     ParallelConfig,
@@ -58,6 +59,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -385,8 +387,9 @@ def parse_value(name: str, text: str) -> Any:
         raise ConfigError(f"{name} = {text!r} must be {_KIND_WORDS[kind]}; the default is {default}.") from None
 
 
-MAY_CHANGE_SECTIONS = ("parallel", "eval", "checkpoint", "guard", "log", "cost")
-MAY_CHANGE_KEYS = ("batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon", "run.name",
+MAY_CHANGE_SECTIONS = ("parallel", "kernels", "eval", "checkpoint", "guard", "log", "cost")
+MAY_CHANGE_KEYS = ("batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon",
+                   "precision.masters", "run.name",
                    "run.dir", "run.steps", "run.max_hours", "run.device", "run.profile")  # fmt: skip
 
 

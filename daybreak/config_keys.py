@@ -78,7 +78,9 @@ class BatchConfig:
     ramp: tuple[tuple[int, int], ...] = key(
         (), "batch growth: [[step, total_tokens], ...], each valid from that step on"
     )
-    recompute: int = key(0, "activations recomputed in backward: 0 none, 1 gelu, 2 gelu + layernorm", one_of(0, 1, 2))
+    recompute: int = key(
+        0, "computed again in backward: 0 nothing, 1 gelu, 2 gelu + layernorm, 3 the whole block", one_of(0, 1, 2, 3)
+    )
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,26 @@ class PrecisionConfig:
         "auto", "auto, fp32, bf16 or fp64; auto = bf16 on CUDA, fp32 on CPU", one_of("auto", "fp32", "bf16", "fp64")
     )
     tf32: bool = key(True, "fp32 matrix products may use TF32 on CUDA")
+    masters: str = key(
+        "auto",
+        "exact weights beside bf16 ones: fp32, split (bf16 + 16 more bits = fp32, 2 bytes less), none (stochastic "
+        "rounding); auto = split on CUDA, fp32 on CPU",
+        one_of("auto", "fp32", "split", "none"),
+    )
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation computes an operation; auto = the best that is there. Others are fallbacks, for comparing."""
+
+    matmul: str = key("auto", "matrix products", one_of("auto", "cublaslt", "triton", "torch"))
+    attention: str = key("auto", "attention", one_of("auto", "fa4", "cudnn", "triton", "torch"))
+    norm: str = key("auto", "layernorm", one_of("auto", "triton", "torch"))
+    gelu: str = key("auto", "gelu alone (recomputed)", one_of("auto", "triton", "torch"))
+    embedding: str = key("auto", "token and position embedding", one_of("auto", "triton", "torch"))
+    classifier: str = key("auto", "softmax cross-entropy", one_of("auto", "triton", "torch"))
+    guard: str = key("auto", "the decision to clip or skip", one_of("auto", "triton", "torch"))
+    optimizer: str = key("auto", "AdamW and the gradient norm", one_of("auto", "triton", "torch"))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # Triton's kernels run under its interpreter; to be said before it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Minutes that a group of tests may take on 2 cores. A file belongs to the group whose list names it, else foundation.
-BUDGETS = {"foundation": 4.0}
-GROUPS: dict[str, str] = {}
+BUDGETS = {"foundation": 4.0, "kernels": 3.0}
+KERNELS = ("attention", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer")
+GROUPS = {f"tests/test_kernel_{name}.py": "kernels" for name in KERNELS} | {"tests/test_aot.py": "kernels"}
 spent = dict.fromkeys(BUDGETS, 0.0)
 
 

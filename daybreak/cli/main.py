@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import click
 
 from daybreak import __version__
+from daybreak.cli.bench import bench
+from daybreak.cli.doctor import doctor
 from daybreak.cli.plan import plan
 from daybreak.cli.prepare import prepare
 from daybreak.cli.sample import sample
@@ -46,12 +48,14 @@ def cli(ctx: click.Context) -> None:
       daybreak sample runs/tiny            read what it writes
       daybreak prepare book.txt            your own text, as token shards in data/book
       daybreak plan gpt2-124M              what a run needs, before it starts
+      daybreak doctor                      what this machine has, and what of it is used
+      daybreak bench d12 --batch.B 4       how fast a step is here, and where its time goes
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-for verb in (prepare, plan, train, sample):
+for verb in (prepare, plan, train, sample, doctor, bench):
     cli.add_command(verb)
 
 

@@ -1,5 +1,5 @@
 """The training engine: a parameter table, an arena, a hand-written schedule, and the step that runs it."""
 
-from daybreak.engine.step import DTYPES, Engine, plan_engine
+from daybreak.engine.step import DTYPES, Engine, named_stats, plan_engine
 
-__all__ = ["DTYPES", "Engine", "plan_engine"]
+__all__ = ["DTYPES", "Engine", "named_stats", "plan_engine"]

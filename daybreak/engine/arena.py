@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -61,12 +61,15 @@ class Frame(Protocol):
 class PlanFrame:
     """Hands out storage-less tensors and remembers what was asked for."""
 
-    def __init__(self, table: ParamTable, dtype: torch.dtype, state: list[Entry]) -> None:
+    def __init__(
+        self, table: ParamTable, dtype: torch.dtype, state: list[Entry], choices: Mapping[str, str] | None = None
+    ) -> None:
         self.table, self.dtype = table, dtype
-        self.recorder = Recorder()
+        self.recorder = Recorder(choices)
         self.k: Kernels = self.recorder  # type: ignore[assignment]  # same attributes, by construction
         self.activations: dict[str, tuple[Tensor, torch.dtype]] = {}
         self.state = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in state}
+        self.state["tokens"], self.state["targets"] = self.state["batch"]
 
     def w(self, name: str) -> Tensor:
         return self.table.view(self.state["weights"], name)
@@ -93,7 +96,7 @@ class LiveFrame:
         tensors = {e.name: self._view(e) for e in arena.entries}
         self.state = {e.name: tensors[e.name] for e in arena.entries if e.buffer != "activations"}
         self.activations = {e.name: tensors[e.name] for e in arena.entries if e.buffer == "activations"}
-        self.k = Kernels(self.state["scratch"])
+        self.k = Kernels(self.state["scratch"], arena.choices)
         self.weights = {name: table.view(self.state["weights"], name) for name in table.rows}
         grads = self.state.get("grads")
         self.grads = {} if grads is None else {name: table.view(grads, name) for name in table.rows}
@@ -126,10 +129,11 @@ def _zeros(size: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Arena:
-    """The complete list, and the calls of one micro-step and update that it was derived from."""
+    """The complete list, the calls of one micro-step and update that it was derived from, and who serves them."""
 
     entries: list[Entry]
     calls: list[Call]
+    choices: Mapping[str, str]  # operation -> backend
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each flat buffer."""
@@ -145,14 +149,18 @@ class Arena:
 
 
 def plan_arena(
-    table: ParamTable, dtype: torch.dtype, state: list[Entry], schedules: Sequence[Callable[[PlanFrame], None]]
+    table: ParamTable,
+    dtype: torch.dtype,
+    state: list[Entry],
+    schedules: Sequence[Callable[[PlanFrame], None]],
+    choices: Mapping[str, str],
 ) -> Arena:
     """Record the schedules and place every tensor. The first schedule gives lifetimes; the others must fit them."""
     placed, ends = [], dict[str, int]()
     for e in state:
         placed.append(replace(e, offset=ends.get(e.buffer, 0)))
         ends[e.buffer] = ends.get(e.buffer, 0) + e.padded
-    frame = PlanFrame(table, dtype, state)
+    frame = PlanFrame(table, dtype, state, choices)
     calls: list[Call] = []
     known: set[str] = set()
     for schedule in schedules:
@@ -165,7 +173,7 @@ def plan_arena(
         ends["scratch"] = max(ends.get("scratch", 0), scratch)
     scratch_entry = Entry("scratch", "scratch", (max(ends["scratch"], 64),), torch.uint8, last=len(calls))
     activations = _place(_lifetimes(frame, calls))
-    return Arena([*(replace(e, last=len(calls)) for e in placed), scratch_entry, *activations], calls)
+    return Arena([*(replace(e, last=len(calls)) for e in placed), scratch_entry, *activations], calls, choices)
 
 
 def _lifetimes(frame: PlanFrame, calls: list[Call]) -> list[Entry]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from daybreak.config import Config
 from daybreak.engine.arena import Arena
 from daybreak.errors import ConfigError, OutOfMemory
 
@@ -31,6 +35,25 @@ def pick_compute(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+
+
+def engine_options(config: Config, device: torch.device, *, train: bool = True) -> dict[str, Any]:
+    """What of a configuration the engine and its plan are built from, for a device."""
+    kernels = {key.name: getattr(config.kernels, key.name) for key in fields(config.kernels)}
+    return {
+        "T": config.T, "compute": pick_compute(config.precision.compute, device), "train": train, "kernels": kernels,
+        "recompute": config.batch.recompute, "masters": config.precision.masters,
+    }  # fmt: skip
+
+
+@cache
+def missing_on(device: torch.device) -> dict[str, str]:
+    """Kernel backends that cannot be used on this device, each with the reason. Nothing is missing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    from daybreak.kernels.cuda import missing_backends
+
+    return missing_backends(torch.cuda.get_device_capability(device))
 
 
 def cpu_has_bf16() -> bool:

@@ -43,6 +43,6 @@ class Model(Protocol):
 MODELS = {"gpt2": GPT2}
 
 
-def build_model(cfg: GPT2Config, recompute: int = 0) -> Model:
+def build_model(cfg: GPT2Config, recompute: int = 0, device_type: str = "cpu") -> Model:
     """The schedule of an architecture by its config's `arch`."""
-    return MODELS[cfg.arch](cfg, recompute)
+    return MODELS[cfg.arch](cfg, recompute, device_type)

@@ -8,7 +8,8 @@ contiguous memory can be reduced while backward still runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -81,19 +82,37 @@ class ParamTable:
 
 
 @torch.no_grad()
-def init_parameters(table: ParamTable, flat: Tensor, seed: int) -> None:
-    """Draw initial weights into `flat` (N, fp32 or wider, CPU), in forward order from one generator.
+def init_parameters(table: ParamTable, seed: int, store: Callable[[str, Tensor], None], workers: int = 1) -> None:
+    """Draw initial weights and hand each to store(name, fp32 CPU tensor), from up to `workers` threads.
 
-    Equal to llm.c's and PyTorch's: torch.nn.init.normal_ with a CPU generator, tensor after tensor.
+    Equal to llm.c's and PyTorch's, whatever `workers` is: torch.nn.init.normal_ with one CPU generator, tensor after
+    tensor in forward order. Turning the generator's numbers into normal ones is the slow part; the generator runs
+    ahead to the beginning of each tensor, so that several can be drawn at once.
     """
-    generator = torch.Generator().manual_seed(seed)
-    flat.zero_()
-    for name, row in table.rows.items():
-        view = table.view(flat, name)
-        if row.std is None:
-            view.fill_(row.fill)
-        elif flat.dtype == torch.float32:
-            view[: row.drawn_rows].normal_(0.0, row.std, generator=generator)
-        else:  # draw in fp32 so that every precision starts from the same numbers
-            shape = view[: row.drawn_rows].shape
-            view[: row.drawn_rows].copy_(torch.empty(shape).normal_(0.0, row.std, generator=generator))
+
+    def draw(row: Row, state: Tensor | None) -> None:
+        value = torch.full(row.shape, row.fill)
+        if row.std is not None and state is not None:
+            generator = torch.Generator()
+            generator.set_state(state)
+            value[: row.drawn_rows].normal_(0.0, row.std, generator=generator)
+        store(row.name, value)
+
+    ahead, skipped = torch.Generator().manual_seed(seed), torch.empty(1 << 20)
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = []
+        for row in table.rows.values():
+            jobs.append(pool.submit(draw, row, ahead.get_state() if row.std is not None else None))
+            if row.std is not None:
+                _skip(ahead, math.prod((row.drawn_rows or row.shape[0], *row.shape[1:])), skipped)
+        for job in jobs:
+            job.result()
+
+
+def _skip(generator: torch.Generator, numel: int, buffer: Tensor) -> None:
+    """Advance `generator` as a normal_ of `numel` fp32 elements does: one number each, if they are multiples of 16."""
+    if numel % 16:
+        torch.empty(numel).normal_(generator=generator)
+        return
+    for start in range(0, numel, buffer.numel()):
+        buffer[: numel - start].random_(generator=generator)

@@ -9,7 +9,9 @@ The functions at the top are what runs; the planner records the very same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -17,15 +19,24 @@ from torch import Tensor
 
 from daybreak.config_keys import GuardConfig, OptimConfig
 from daybreak.engine.arena import Arena, Entry, Frame, LiveFrame, plan_arena
+from daybreak.engine.capture import Graphs, Pending, Ring
+from daybreak.engine.device import missing_on
 from daybreak.engine.models import Model, build_model
 from daybreak.engine.params import ParamTable, init_parameters
-from daybreak.kernels import acc_dtype
+from daybreak.kernels import acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
+from daybreak.kernels.optimizer import join_masters, round_weights, split_masters
 from daybreak.shapes import GPT2Config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-HYPER = ("lr", "t", "inv_valid")  # the layout of `hyper`: device scalars that change from step to step
+# The layout of `hyper`: device scalars that change from step to step. bias1 = 1 - beta1^t, bias2 = 1 - beta2^t.
+HYPER = ("lr", "t", "inv_valid", "bias1", "bias2")
 State = dict[str, Tensor]
+
+
+def named_stats(pending: Pending) -> dict[str, float]:
+    """The stats that `Engine.update` returned, by name (kernels.guard.STATS)."""
+    return dict(zip(STATS, pending.values(), strict=True))
 
 
 def micro_step(model: Model, f: Frame, s: State, *, first: bool) -> None:
@@ -37,7 +48,7 @@ def micro_step(model: Model, f: Frame, s: State, *, first: bool) -> None:
     model.backward(f, s["tokens"], first=first)
 
 
-def update(table: ParamTable, f: Frame, s: State, optim: OptimConfig, guard: GuardConfig) -> None:
+def update(table: ParamTable, f: Frame, s: State, optim: OptimConfig, guard: GuardConfig, seed: int) -> None:
     """Gradient norm, the guard's decision, and one AdamW launch per parameter group."""
     f.k.global_norm(s["norm"], s["grads"])
     f.k.step_guard(
@@ -47,11 +58,11 @@ def update(table: ParamTable, f: Frame, s: State, optim: OptimConfig, guard: Gua
     for group in table.groups:
         part = slice(group.start, group.stop)
         weights = s["weights"][part]
-        masters = s["masters"][part] if "masters" in s else weights
+        exact = weights if weights.dtype == s["m"].dtype else None
         f.k.adamw_update(
-            weights, masters, s["m"][part], s["v"][part], s["grads"][part], s["stats"], s["hyper"],
-            beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
-            weight_decay=optim.weight_decay if group.decay else 0.0,
+            weights, s["masters"][part] if "masters" in s else exact, s["m"][part], s["v"][part], s["grads"][part],
+            s["stats"], s["hyper"], beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
+            weight_decay=optim.weight_decay if group.decay else 0.0, seed=seed, offset=group.start,
         )  # fmt: skip
 
 
@@ -63,16 +74,26 @@ def evaluate(model: Model, f: Frame, s: State, B: int, T: int) -> None:
     model.head_loss(f, hidden, targets, losses, s["hyper"][2], backward=False, first=True)
 
 
-def state_entries(table: ParamTable, V: int, B: int, T: int, dtype: torch.dtype, train: bool) -> list[Entry]:
+def pick_masters(name: str, dtype: torch.dtype, device_type: str) -> str:
+    """precision.masters -> fp32, split or none. Only bf16 weights need anything beside them."""
+    if dtype != torch.bfloat16:
+        return "none"
+    return name if name != "auto" else "split" if device_type == "cuda" else "fp32"
+
+
+def state_entries(
+    table: ParamTable, V: int, B: int, T: int, dtype: torch.dtype, train: bool, masters: str
+) -> list[Entry]:
     """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars."""
     N, acc, f64, i64 = table.numel, acc_dtype(dtype), torch.float64, torch.int64
     entries = [Entry("weights", "weights", (N,), dtype)]
     if train:
-        entries += [Entry("masters", "masters", (N,), acc)] if dtype != acc else []
+        if masters != "none":
+            entries += [Entry("masters", "masters", (N,), acc if masters == "fp32" else torch.int16)]
         entries += [Entry("grads", "grads", (N,), dtype)]
         entries += [Entry(name, name, (N,), acc) for name in ("m", "v")]
     small = [
-        ("tokens", (B, T), i64), ("targets", (B, T), i64), ("losses", (B * T,), acc), ("hyper", (len(HYPER),), f64),
+        ("batch", (2, B, T), i64), ("losses", (B * T,), acc), ("hyper", (len(HYPER),), f64),
         ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
         ("counts", (2,), i64), ("next_logits", (V,), torch.float32),
     ]  # fmt: skip
@@ -80,21 +101,32 @@ def state_entries(table: ParamTable, V: int, B: int, T: int, dtype: torch.dtype,
 
 
 def plan_engine(
-    cfg: GPT2Config, *, B: int, T: int, compute: str = "fp32", recompute: int = 0, train: bool = True
+    cfg: GPT2Config,
+    *,
+    B: int,
+    T: int,
+    compute: str = "fp32",
+    recompute: int = 0,
+    train: bool = True,
+    masters: str = "auto",
+    device_type: str = "cpu",
+    kernels: Mapping[str, str] | None = None,
+    missing: Collection[str] = (),
 ) -> tuple[Model, ParamTable, Arena]:
     """The model, its parameter table and the complete memory list; no device is touched.
 
-    Raises ConfigError for a shape that cannot exist.
+    kernels: group of operations -> backend, where not the best (see kernels.choose); missing: backends that are not
+    there. Raises ConfigError for a shape that cannot exist.
     """
     cfg.check()
-    model = build_model(cfg, recompute)
+    model = build_model(cfg, recompute, device_type)
     table = ParamTable(model.rows())
     dtype = DTYPES[compute]
     optim, guard = OptimConfig(), GuardConfig()
 
     def training(f: Any) -> None:
         micro_step(model, f, f.state, first=True)
-        update(table, f, f.state, optim, guard)
+        update(table, f, f.state, optim, guard, 0)
 
     def accumulating(f: Any) -> None:
         micro_step(model, f, f.state, first=False)
@@ -103,7 +135,9 @@ def plan_engine(
         evaluate(model, f, f.state, B, T)
 
     schedules = [training, accumulating, evaluation] if train else [evaluation]
-    return model, table, plan_arena(table, dtype, state_entries(table, cfg.V, B, T, dtype, train), schedules)
+    state = state_entries(table, cfg.V, B, T, dtype, train, pick_masters(masters, dtype, device_type))
+    choices = choose(device_type, dtype, kernels, missing)
+    return model, table, plan_arena(table, dtype, state, schedules, choices)
 
 
 class Engine:
@@ -122,38 +156,75 @@ class Engine:
         compute: str = "fp32",
         recompute: int = 0,
         device: str | torch.device = "cpu",
-        seed: int | None = 42,
+        seed: int = 42,
+        init: bool = True,
         optim: OptimConfig | None = None,
         guard: GuardConfig | None = None,
         train: bool = True,
+        masters: str = "auto",
+        kernels: Mapping[str, str] | None = None,
     ) -> None:
         self.cfg, self.B, self.T, self.compute, self.train = cfg, B, T, compute, train
         self.device = torch.device(device)
         self.optim, self.guard = optim or OptimConfig(), guard or GuardConfig()
+        self.seed = seed  # of the initial weights and of stochastic rounding
         self.model, self.table, self.arena = plan_engine(
-            cfg, B=B, T=T, compute=compute, recompute=recompute, train=train
-        )
+            cfg, B=B, T=T, compute=compute, recompute=recompute, train=train, masters=masters,
+            device_type=self.device.type, kernels=kernels, missing=missing_on(self.device),
+        )  # fmt: skip
         self.frame = LiveFrame(self.arena, self.table, DTYPES[compute], self.device)
         self.state: State = self.frame.state
-        self._hyper = torch.zeros(len(HYPER), dtype=torch.float64)
-        if seed is not None:
+        self.state["tokens"], self.state["targets"] = self.state["batch"]
+        self.graphs = Graphs(self.device)
+        self._hyper = Ring((len(HYPER),), torch.float64, self.device)
+        self._batch = Ring((2, B, T), torch.int64, self.device)
+        self._stats = Ring((len(STATS),), torch.float64, self.device)
+        self._last: Pending | None = None
+        if init:
             self.init(seed)
 
     # ------------------------------------------------------------------------------------------------- weights
 
     def init(self, seed: int) -> None:
-        """Fresh weights from `seed`, always drawn on the CPU; optimizer state and windows zeroed."""
-        for name in ("m", "v", "windows", "counts"):
+        """Fresh weights from `seed`, always drawn on the CPU; optimizer state and windows zeroed.
+
+        On CUDA the kernels are compiled and captured meanwhile: both take seconds and do not need each other.
+        """
+        for name in ("m", "v", "masters", "windows", "counts"):  # split masters of rounded weights are zero
             if name in self.state:
                 self.state[name].zero_()
-        weights = self.state["weights"]
-        direct = weights.device.type == "cpu" and weights.dtype == torch.float32
-        drawn = weights if direct else torch.zeros(self.table.numel, dtype=torch.float32)
-        init_parameters(self.table, drawn, seed)
-        if drawn is not weights:
-            weights.copy_(drawn)
-        if "masters" in self.state:  # they start from the rounded weights
-            self.state["masters"].copy_(self.state["weights"])
+
+        def store(name: str, value: Tensor) -> None:
+            self.frame.w(name).copy_(value.to(self.frame.dtype))
+
+        with ThreadPoolExecutor(1) as pool:
+            drawing = pool.submit(init_parameters, self.table, seed, store, torch.get_num_threads())
+            if self.train:
+                self.prepare()
+            drawing.result()
+        masters = self.state.get("masters")
+        if masters is not None and masters.dtype != torch.int16:  # they start from the rounded weights
+            masters.copy_(self.state["weights"])
+
+    def prepare(self) -> None:
+        """On CUDA: run the schedule once without effect, so that everything is compiled, and capture its graphs."""
+        if not self.graphs.enabled or self.graphs.captured:
+            return
+        self.state["tokens"].zero_()
+        self.state["targets"].fill_(-1)
+        for first in (False, True):
+            self._micro(first)()
+        self.state["loss"].fill_(math.nan)  # a step that the guard refuses: nothing is learned from it
+        self._update()
+        for first in (False, True):
+            self.graphs.capture(first, self._micro(first))
+        self.graphs.capture("update", self._update)
+
+    def _micro(self, first: bool) -> Callable[[], None]:
+        return lambda: micro_step(self.model, self.frame, self.state, first=first)
+
+    def _update(self) -> None:
+        update(self.table, self.frame, self.state, self.optim, self.guard, self.seed)
 
     def names(self) -> list[str]:
         """Parameter names in forward order."""
@@ -164,17 +235,28 @@ class Engine:
         return self.frame.w(name)
 
     def master(self, name: str) -> Tensor:
-        """A weight as the optimizer keeps it (fp32, or fp64), a view."""
-        return self.table.view(self.masters, name)
+        """A weight as exactly as the engine has it: fp32 (fp64; bf16 without masters). A view, or of split ones a copy.
+        Change it with `set_master`."""
+        masters = self.state.get("masters", self.state["weights"])
+        value = self.table.view(masters, name)
+        if masters.dtype != torch.int16:
+            return value
+        return join_masters(torch.empty(value.shape, device=self.device), self.param(name), value)
+
+    def set_master(self, name: str, value: Tensor) -> None:
+        """Set a weight and what belongs to it from a tensor of its shape, of any float dtype and device."""
+        masters = self.state.get("masters")
+        if masters is None:
+            self.param(name).copy_(value)
+        elif masters.dtype == torch.int16:
+            split_masters(self.param(name), self.table.view(masters, name), value.to(self.device, torch.float32))
+        else:
+            self.table.view(masters, name).copy_(value)
+            round_weights(self.param(name), self.table.view(masters, name))
 
     def grad(self, name: str) -> Tensor:
         """A gradient, a view."""
         return self.frame.g(name)
-
-    @property
-    def masters(self) -> Tensor:
-        """The flat weights that are exact: fp32 masters in bf16, else the weights themselves."""
-        return self.state.get("masters", self.state["weights"])
 
     @property
     def num_parameters(self) -> int:
@@ -185,40 +267,48 @@ class Engine:
         return self.model.flops_per_token(self.T, self.num_parameters)
 
     def load_params(self, params: dict[str, Tensor]) -> None:
-        """Set weights (and masters) from tensors of the table's names and shapes."""
+        """Set every weight from tensors of the table's names and shapes."""
         assert set(params) == set(self.table.rows), "load_params takes every parameter exactly once"
         for name, value in params.items():
-            self.master(name).copy_(value)
-        self.masters_changed()
-
-    def masters_changed(self) -> None:
-        """Round the masters into the compute weights, after writing to them."""
-        if "masters" in self.state:
-            self.state["weights"].copy_(self.state["masters"])
+            self.set_master(name, value)
 
     # ------------------------------------------------------------------------------------------------- training
 
     def begin_step(self, *, lr: float, step: int, valid: int) -> None:
         """Set a step's device scalars: learning rate, update number, and how many targets count in the whole step."""
-        for i, value in enumerate((lr, step + 1, 1.0 / max(valid, 1))):
-            self._hyper[i] = value
-        self.state["hyper"].copy_(self._hyper)
+        slot, t, betas = self._hyper.take(), step + 1, (self.optim.beta1, self.optim.beta2)
+        for i, value in enumerate((lr, t, 1.0 / max(valid, 1), *(1.0 - beta**t for beta in betas))):
+            self._hyper.slots[slot][i] = value
+        self._hyper.upload(slot, self.state["hyper"])
 
     def micro_step(self, tokens: Tensor, targets: Tensor, *, first: bool) -> None:
-        """Gradients of one micro-batch, tokens and targets (B, T) of any integer dtype; later ones add to the first."""
+        """Gradients of one micro-batch, tokens and targets (B, T) of any integer dtype; later ones add to the first.
+
+        On CUDA it returns once the work is queued."""
         assert tokens.shape == targets.shape == (self.B, self.T), "a micro-batch is (B, T); copy_ would broadcast"
+        self.prepare()
+        slot = self._batch.take()
+        self._batch.slots[slot][0].copy_(tokens)
+        self._batch.slots[slot][1].copy_(targets)
+        self._batch.upload(slot, self.state["batch"])
+        self.graphs.run(first, self._micro(first))
+
+    def update(self) -> Pending:
+        """Apply the accumulated gradient, unless the guard says no. Returns the step's stats, to be read later."""
+        self.graphs.run("update", self._update)
+        self._last = self._stats.download(self.state["stats"])
+        return self._last
+
+    def plain_step(self, tokens: Tensor, targets: Tensor) -> None:
+        """One micro-step and update without graphs: the same calls, for who looks at each (report.bench)."""
         self.state["tokens"].copy_(tokens)
         self.state["targets"].copy_(targets)
-        micro_step(self.model, self.frame, self.state, first=first)
-
-    def update(self) -> None:
-        """Apply the accumulated gradient, unless the guard says no."""
-        update(self.table, self.frame, self.state, self.optim, self.guard)
+        micro_step(self.model, self.frame, self.state, first=True)
+        update(self.table, self.frame, self.state, self.optim, self.guard, self.seed)
 
     def forward_backward(self, tokens: Tensor, targets: Tensor) -> None:
         """Gradients of the mean loss over all valid targets of tokens, targets (A, B, T): A micro-steps."""
-        self._hyper[2] = 1.0 / max(int((targets >= 0).sum()), 1)
-        self.state["hyper"].copy_(self._hyper)
+        self.begin_step(lr=0.0, step=0, valid=int((targets >= 0).sum()))
         for i in range(tokens.shape[0]):
             self.micro_step(tokens[i], targets[i], first=i == 0)
 
@@ -230,8 +320,9 @@ class Engine:
         self.update()
 
     def stats(self) -> dict[str, float]:
-        """The last update's loss, norm, clip_scale, skip (0 or 1), loss_z, norm_z."""
-        return dict(zip(STATS, self.state["stats"].tolist(), strict=True))
+        """The last update's loss, norm, clip_scale, skip (0 or 1), loss_z, norm_z, waiting for it."""
+        assert self._last is not None, "no update yet"
+        return named_stats(self._last)
 
     # ----------------------------------------------------------------------------------------------- evaluation
 

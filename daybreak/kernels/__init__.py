@@ -1,11 +1,13 @@
-"""One file per operation: plain-torch reference, dispatch, and (on CUDA) a fused kernel behind the same signature.
+"""One file per operation: plain-torch reference and signature here, the fused CUDA kernels in `kernels/cuda`.
 
 An operation is a function that writes into tensors it is given: outputs first, then inputs, then keywords. It never
 returns or allocates a tensor; temporaries come from `scratch`, whose size the planner knows from the same `temps`
 function that the kernel uses. Every row-wise loop is over bounded chunks, so scratch does not grow with the batch.
 
-`Kernels` binds the operations to one device. `Recorder` has the same attributes, runs nothing, and notes what each
-call reads and writes: from that list the arena takes lifetimes, and a test sees an unintended change of schedule.
+An operation has one implementation per backend. `choose` picks, for a device and dtype, the first backend of its
+group's order that exists; `Kernels` binds the picks to one device. `Recorder` has the same attributes, runs nothing,
+and notes what each call reads and writes: from that list the arena takes lifetimes, and a test sees an unintended
+change of schedule.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,16 +26,50 @@ Temps = Sequence[tuple[tuple[int, ...], torch.dtype]]
 MAX_VIEWS = 64
 CHUNK = 1 << 17  # elements per chunk of a row-wise torch kernel: a few chunks stay in a core's L2 cache
 FILES = ("attention", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer")
+# Backends on CUDA, best first; every group ends with the plain-torch reference. The CPU has only that.
+CUDA_ORDER = {
+    "matmul": ("cublaslt", "triton", "torch"),
+    "attention": ("fa4", "cudnn", "triton", "torch"),
+    **dict.fromkeys(("classifier", "embedding", "gelu", "guard", "norm", "optimizer"), ("triton", "torch")),
+}
+CUDA_FILES = (
+    "attention",
+    "bias",
+    "classifier",
+    "cublaslt",
+    "cudnn",
+    "embedding",
+    "fa4",
+    "gelu",
+    "guard",
+    "norm",
+    "optimizer",
+)
+CUDA_DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of an operation: the function, the scratch it needs, the compute dtypes it serves."""
+
+    fn: Callable[..., None]
+    temps: Callable[..., Temps] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
 
 
 @dataclass
 class Op:
-    """An operation: which arguments it writes, what scratch it needs, and its implementations by backend."""
+    """An operation: its group (the file it lives in), which arguments it writes, its implementations by backend."""
 
     name: str
+    group: str
     writes: tuple[str, ...]
-    temps: Callable[..., Temps] | None
-    impls: dict[str, Callable[..., None]] = field(default_factory=dict)
+    impls: dict[str, Impl] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the arguments, in order."""
+        return list(inspect.signature(self.impls["torch"].fn).parameters)
 
 
 OPS: dict[str, Op] = {}
@@ -43,17 +79,51 @@ def op(*writes: str, temps: Callable[..., Temps] | None = None) -> Callable[[Cal
     """Register a plain-torch kernel as an operation that writes the arguments named in `writes`."""
 
     def register(fn: Callable[..., None]) -> Callable[..., None]:
-        OPS[fn.__name__] = Op(fn.__name__, writes, temps, {"torch": fn})
+        group = fn.__module__.rsplit(".", 1)[1]
+        OPS[fn.__name__] = Op(fn.__name__, group, writes, {"torch": Impl(fn, temps)})
         return fn
 
     return register
 
 
-def all_ops() -> dict[str, Op]:
-    """Every operation, by name."""
+def backend(
+    name: str, *, temps: Callable[..., Temps] | None = None, dtypes: tuple[torch.dtype, ...] = CUDA_DTYPES
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register an implementation of the operation that bears the function's name, with the same signature."""
+
+    def register(fn: Callable[..., None]) -> Callable[..., None]:
+        OPS[fn.__name__].impls[name] = Impl(fn, temps, dtypes)
+        return fn
+
+    return register
+
+
+def all_ops(device_type: str = "cpu") -> dict[str, Op]:
+    """Every operation, by name; for "cuda" with the implementations of kernels/cuda."""
     for name in FILES:
         importlib.import_module(f"daybreak.kernels.{name}")
+    if device_type == "cuda":
+        for name in CUDA_FILES:
+            importlib.import_module(f"daybreak.kernels.cuda.{name}")
     return OPS
+
+
+def choose(
+    device_type: str, dtype: torch.dtype, forced: Mapping[str, str] | None = None, missing: Collection[str] = ()
+) -> dict[str, str]:
+    """The backend of every operation. `forced` (group -> backend) starts a group's order there instead of at its best;
+    backends in `missing` (kernels.cuda.missing_backends) are passed over."""
+    choices = {}
+    for name, operation in all_ops(device_type).items():
+        order = CUDA_ORDER[operation.group] if device_type == "cuda" else ("torch",)
+        first = (forced or {}).get(operation.group, "auto")
+        order = order[order.index(first) :] if first in order else order
+        for candidate in order:
+            impl = operation.impls.get(candidate)
+            if impl and candidate not in missing and (impl.dtypes is None or dtype in impl.dtypes):
+                choices[name] = candidate
+                break
+    return choices
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -109,19 +179,18 @@ class Scratch:
 class Kernels:
     """The operations as attributes, bound to the implementation chosen for a device and to one scratch buffer."""
 
-    def __init__(self, scratch: Tensor) -> None:
+    def __init__(self, scratch: Tensor, choices: Mapping[str, str] | None = None) -> None:
         self.scratch = Scratch(scratch)
-        self.choices: dict[str, str] = {}
-        for name, operation in all_ops().items():
-            self.choices[name] = "torch"
-            setattr(self, name, self._bind(operation, operation.impls["torch"]))
+        self.choices = dict(choices or choose("cpu", torch.float32))
+        for name, chosen in self.choices.items():
+            setattr(self, name, self._bind(OPS[name].impls[chosen]))
 
-    def _bind(self, operation: Op, fn: Callable[..., None]) -> Callable[..., None]:
-        if operation.temps is None:
-            return fn
+    def _bind(self, impl: Impl) -> Callable[..., None]:
+        if impl.temps is None:
+            return impl.fn
 
         def call(*args: Any, **kwargs: Any) -> None:
-            fn(*args, **kwargs, scratch=self.scratch)
+            impl.fn(*args, **kwargs, scratch=self.scratch)
 
         return call
 
@@ -147,20 +216,20 @@ def storage_key(x: Tensor) -> int:
 class Recorder:
     """Stands in for `Kernels` while planning: notes calls, computes nothing. Works on storage-less (meta) tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, choices: Mapping[str, str] | None = None) -> None:
         self.calls: list[Call] = []
-        for name, operation in all_ops().items():
-            setattr(self, name, self._recorder(operation))
+        for name, chosen in (choices or choose("cpu", torch.float32)).items():
+            setattr(self, name, self._recorder(OPS[name], OPS[name].impls[chosen]))
 
-    def _recorder(self, operation: Op) -> Callable[..., None]:
-        names = list(inspect.signature(operation.impls["torch"]).parameters)
+    def _recorder(self, operation: Op, impl: Impl) -> Callable[..., None]:
+        names = operation.parameters
 
         def record(*args: Any, **kwargs: Any) -> None:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             tensors = {k: storage_key(v) for k, v in given.items() if isinstance(v, Tensor)}
             writes = tuple(tensors[k] for k in operation.writes if k in tensors)
             reads = tuple(v for k, v in tensors.items() if k not in operation.writes)
-            scratch = temps_bytes(operation.temps(*args, **kwargs)) if operation.temps else 0
+            scratch = temps_bytes(impl.temps(*args, **kwargs)) if impl.temps else 0
             self.calls.append(Call(operation.name, reads, writes, scratch))
 
         return record

@@ -1,6 +1,9 @@
 """Linear layers: out = x w^T + b with w stored (out, in), and the three products of its backward.
 
 With y = x w^T + b and gradient dy:  dx = dy w,  dw = dy^T x,  db = sum over rows of dy.
+
+The products with something attached (an addend, GELU, GELU's derivative) are operations of their own because a GEMM
+library computes them in the epilogue, before its result goes to memory.
 """
 
 from __future__ import annotations
@@ -12,18 +15,34 @@ from daybreak.kernels import Scratch, Temps, op
 
 
 @op("out")
-def matmul_forward(out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None) -> None:
-    """out (n, O) = x (n, I) @ w (O, I)^T + b (O)."""
+def matmul_forward(out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = None) -> None:
+    """out (n, O) = x (n, I) @ w (O, I)^T + b (O) + add (n, O), which is not out itself."""
     if b is None:
         torch.mm(x, w.t(), out=out)
     else:
         torch.addmm(b, x, w.t(), out=out)
+    if add is not None:
+        out.add_(add)
+
+
+@op("out", "pre")
+def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tensor) -> None:
+    """pre (n, O) = x (n, I) @ w (O, I)^T + b (O), kept for backward; out (n, O) = gelu(pre)."""
+    torch.addmm(b, x, w.t(), out=pre)
+    torch.ops.aten.gelu.out(pre, approximate="tanh", out=out)
 
 
 @op("dx")
 def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor) -> None:
     """dx (n, I) = dout (n, O) @ w (O, I)."""
     torch.mm(dout, w, out=dx)
+
+
+@op("dpre")
+def matmul_gelu_backward_input(dpre: Tensor, dout: Tensor, w: Tensor, pre: Tensor) -> None:
+    """dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)): through a linear layer and the GELU before it."""
+    torch.mm(dout, w, out=dpre)
+    torch.ops.aten.gelu_backward.grad_input(dpre, pre, approximate="tanh", grad_input=dpre)
 
 
 @op("dw")

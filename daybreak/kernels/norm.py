@@ -1,4 +1,4 @@
-"""LayerNorm (Ba, Kiros, Hinton 2016), alone and fused with the residual addition before it.
+"""LayerNorm (Ba, Kiros, Hinton 2016).
 
 For a row x of C values:  xhat = (x - mean) rstd,  rstd = 1 / sqrt(var + 1e-5),  y = xhat w + b.
 Backward, with g = dy w:  dx = rstd (g - mean(g) - xhat mean(g xhat)),  dw = sum dy xhat,  db = sum dy.
@@ -41,62 +41,59 @@ def layernorm_forward(
         out[rows].copy_(xc.mul_(r).mul_(w).add_(b))
 
 
-def residual_temps(residual: Tensor, out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, *_: object) -> Temps:
-    return forward_temps(out, mean, rstd, x)
-
-
-@op("residual", "out", "mean", "rstd", temps=residual_temps)
-def residual_layernorm_forward(
-    residual: Tensor,
-    out: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    w: Tensor,
-    b: Tensor,
-    *,
-    scratch: Scratch,
-) -> None:
-    """residual (n, C) = x + delta, then out, mean, rstd = layernorm_forward(residual)."""
-    torch.add(x, delta, out=residual)
-    layernorm_forward(out, mean, rstd, residual, w, b, scratch=scratch)
-
-
-def backward_temps(dx: Tensor, dw: Tensor, db: Tensor, dout: Tensor, *_: object, **__: object) -> Temps:
+def backward_temps(
+    dx: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    dbias: Tensor | None,
+    again: Tensor | None,
+    dout: Tensor,
+    *_: object,
+    **__: object,
+) -> Temps:
     n, C = dout.shape
     rows, acc = chunk_rows(n, C), acc_dtype(dout.dtype)
-    return [*[((rows, C), acc)] * 3, *[((rows, 1), acc)] * 2, *[((C,), acc)] * 4]
+    return [*[((rows, C), acc)] * 3, *[((rows, 1), acc)] * 2, *[((C,), acc)] * 6]
 
 
-@op("dx", "dw", "db", temps=backward_temps)
+@op("dx", "dw", "db", "dbias", "again", temps=backward_temps)
 def layernorm_backward(
     dx: Tensor,
     dw: Tensor,
     db: Tensor,
+    dbias: Tensor | None,
+    again: Tensor | None,
     dout: Tensor,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
     w: Tensor,
+    b: Tensor,
     *,
     accumulate_dx: bool,
     accumulate: bool,
     scratch: Scratch,
 ) -> None:
-    """Gradients of layernorm: dx (n, C), dw (C), db (C) from dout (n, C).
+    """Gradients of layernorm: dx (n, C), dw (C), db (C) from dout (n, C), and what the same pass gets for free.
 
-    `accumulate_dx` adds into dx (the residual stream's gradient), `accumulate` adds into dw and db (micro-steps).
+    `accumulate_dx` adds into dx (the residual stream's gradient), `accumulate` adds into dw, db, dbias (micro-steps).
+    dbias (C) = column sums of the resulting dx before it is rounded: the bias gradient of the linear layer that was
+    added to the stream below this layernorm. again (n, C) = the layernorm's output once more (recomputation).
     """
-    xhat_, g_, tmp_, c1_, c2_, dw_acc, db_acc, part, w_ = scratch(backward_temps(dx, dw, db, dout))
-    w = widen(w, w_)
-    dw_acc.zero_()
-    db_acc.zero_()
+    xhat_, g_, tmp_, c1_, c2_, dw_acc, db_acc, dbias_acc, part, w_, b_ = scratch(
+        backward_temps(dx, dw, db, dbias, again, dout)
+    )
+    w, b = widen(w, w_), widen(b, b_)
+    totals = [(dw, dw_acc), (db, db_acc), (dbias, dbias_acc)]
+    for _, total in totals:
+        total.zero_()
     for rows in row_chunks(*x.shape):
         n = x[rows].shape[0]
         xhat, g, tmp, c1, c2 = xhat_[:n], g_[:n], tmp_[:n], c1_[:n], c2_[:n]
         r = rstd[rows, None]
         xhat.copy_(x[rows]).sub_(mean[rows, None]).mul_(r)
+        if again is not None:
+            again[rows].copy_(torch.mul(xhat, w, out=tmp).add_(b))
         g.copy_(dout[rows])
         db_acc.add_(torch.sum(g, 0, out=part))
         torch.mul(g, xhat, out=tmp)
@@ -108,8 +105,11 @@ def layernorm_backward(
         g.sub_(c1).sub_(xhat.mul_(c2)).mul_(r)
         if accumulate_dx:
             g.add_(widen(dx[rows], tmp))
+        if dbias is not None:
+            dbias_acc.add_(torch.sum(g, 0, out=part))
         dx[rows].copy_(g)
-    for grad, total in ((dw, dw_acc), (db, db_acc)):
-        if accumulate:
-            total.add_(widen(grad, part))
-        grad.copy_(total)
+    for grad, total in totals:
+        if grad is not None:
+            if accumulate:
+                total.add_(widen(grad, part))
+            grad.copy_(total)

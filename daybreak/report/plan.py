@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from daybreak.config import Config
 from daybreak.engine import plan_engine
 from daybreak.engine.arena import Arena
-from daybreak.engine.device import pick_compute, pick_device
+from daybreak.engine.device import engine_options, missing_on, pick_device
 
 BUFFERS = {
     "weights": "weights in compute dtype",
@@ -52,12 +52,12 @@ def plan(config: Config) -> Plan:
     """The plan of a checked configuration. Raises ConfigError for a shape or device that cannot be."""
     config.check()
     device = pick_device(config.run.device)
-    compute = pick_compute(config.precision.compute, device)
+    options = engine_options(config, device)
     model, table, arena = plan_engine(
-        config.model, B=config.batch.B, T=config.T, compute=compute, recompute=config.batch.recompute
+        config.model, B=config.batch.B, device_type=device.type, missing=missing_on(device), **options
     )
     flops = model.flops_per_token(config.T, table.num_parameters)
-    return Plan(config, device.type, compute, table.num_parameters, flops, arena)
+    return Plan(config, device.type, options["compute"], table.num_parameters, flops, arena)
 
 
 def grouped(arena: Arena) -> list[tuple[str, str, int, int]]:

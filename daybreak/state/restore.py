@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from daybreak.engine import Engine
 from daybreak.errors import CheckpointError
+from daybreak.kernels import acc_dtype
 from daybreak.state.checkpoint import Checkpoint, Snapshot
 
 WINDOWS = ("windows", "counts")  # the guard's outlier windows
 
 
 def snapshot(engine: Engine, step: int, manifest: dict[str, Any]) -> Snapshot:
-    """Everything of `engine` that the next step depends on, as views: save it before the next step."""
+    """Everything of `engine` that the next step depends on: save it before the next step, for parts are views."""
     ranges = list(engine.table.owned_ranges())
     return Snapshot(
         step=step,
-        model={name: engine.master(name) for name in engine.names()},
+        model={name: engine.master(name).cpu() for name in engine.names()},
         optimizer={key: [(start, engine.state[key][start:stop]) for start, stop in ranges] for key in ("m", "v")},
         flat_numel=engine.table.numel,
         layout=engine.table.layout(),
@@ -31,8 +34,9 @@ def restore_weights(engine: Engine, checkpoint: Checkpoint) -> None:
         other = sorted(set(checkpoint.names()) ^ set(engine.names()))
         raise CheckpointError(f"{checkpoint.path} is of another model: tensors differ, {other[0]!r} first.")
     for name in engine.names():
-        checkpoint.read_model(name, engine.master(name))
-    engine.masters_changed()
+        value = torch.empty(engine.param(name).shape, dtype=acc_dtype(engine.param(name).dtype))
+        checkpoint.read_model(name, value)
+        engine.set_master(name, value)
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:

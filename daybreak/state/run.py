@@ -8,7 +8,7 @@ from typing import Any
 from daybreak.config import Config, read_toml
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine, plan_engine
-from daybreak.engine.device import check_fits, pick_compute, pick_device
+from daybreak.engine.device import check_fits, engine_options, missing_on, pick_device
 from daybreak.errors import CheckpointError, ConfigError, DataError
 from daybreak.state.checkpoint import Checkpoint, checkpoint_step, list_checkpoints, load_checkpoint, newest_good
 from daybreak.state.metrics import read_metrics
@@ -72,8 +72,9 @@ class Run:
                 f"this daybreak has {tokenizer.fingerprint[:16]}; use the version that trained it."
             )
         where = pick_device(device or config.run.device)
-        compute = pick_compute(config.precision.compute, where)
-        check_fits(plan_engine(config.model, B=B, T=config.T, compute=compute, train=False)[2], where, B, 2)
-        engine = Engine(config.model, B=B, T=config.T, compute=compute, device=where, seed=None, train=False)
+        options = engine_options(config, where, train=False)
+        planned = plan_engine(config.model, B=B, device_type=where.type, missing=missing_on(where), **options)
+        check_fits(planned[2], where, B, 2)
+        engine = Engine(config.model, B=B, device=where, init=False, **options)
         restore_weights(engine, checkpoint)
         return engine, tokenizer

@@ -12,8 +12,10 @@ import logging
 import math
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ import torch
 from daybreak.config import Config, check_resume
 from daybreak.data.dataset import unigram_entropy
 from daybreak.data.loader import Prefetcher
-from daybreak.engine import Engine
-from daybreak.engine.device import used_mib
+from daybreak.engine import Engine, named_stats
+from daybreak.engine.capture import Pending
+from daybreak.engine.device import engine_options, used_mib
 from daybreak.errors import Error, Stopped, TooManySkips
 from daybreak.evaluate.validation import token_lengths, validate
 from daybreak.generate import sample_text
@@ -106,6 +109,16 @@ def _train(config: Config, resume: Path | None, fork: Checkpoint | None, init: C
             folder.write_exit(code, reason)
 
 
+@dataclass(frozen=True)
+class Update:
+    """An update on its way: the step and samples it completes, its learning rate, its results."""
+
+    step: int
+    samples: int
+    lr: float
+    results: Pending
+
+
 class Trainer:
     """One run in progress. `step` counts completed updates, `samples` the samples consumed by them."""
 
@@ -113,13 +126,15 @@ class Trainer:
         self.setup, self.config, self.run_folder, self.stop = setup, setup.config, setup.run.folder, stop
         c = self.config
         self.engine = Engine(
-            c.model, B=c.batch.B, T=c.T, compute=setup.compute, recompute=c.batch.recompute, device=setup.device,
-            seed=None if setup.continues else c.run.seed, optim=c.optim, guard=c.guard,
+            c.model, B=c.batch.B, device=setup.device, seed=c.run.seed, init=not setup.continues, optim=c.optim,
+            guard=c.guard, **engine_options(c, setup.device),
         )  # fmt: skip
         stop.check()
         self.step = self.samples = self.skips_in_a_row = 0
         self.saved_step = -1
         self.given_weights = False
+        self._unread: deque[Update] = deque()  # updates whose results the host has not looked at yet
+        self._late = 1 if setup.device.type == "cuda" else 0  # how many to leave so, for the device to stay busy
         self.lengths = token_lengths(setup.tokenizer, c.model.V)
 
     # ------------------------------------------------------------------------------------------------- starting
@@ -179,21 +194,26 @@ class Trainer:
         self.clock.start()
         while True:
             last = self.step >= c.run.steps
-            with self.clock.pause():
-                if last or (c.eval.every and self.step % c.eval.every == 0):
-                    self._validate()
-                if last or (c.eval.sample_every and self.step and self.step % c.eval.sample_every == 0):
-                    self._sample()
-                due = bool(c.checkpoint.every) and self.step % c.checkpoint.every == 0 and self.step != resumed
-                asked = self.stop.take_save_request()
-                if last or due or asked:
-                    self._save()
+            validate = last or (c.eval.every and self.step % c.eval.every == 0)
+            sample = last or (c.eval.sample_every and self.step and self.step % c.eval.sample_every == 0)
+            due = bool(c.checkpoint.every) and self.step % c.checkpoint.every == 0 and self.step != resumed
+            save = self.stop.take_save_request() or last or due  # whatever is due, a request is answered by it
+            if validate or sample or save:
+                self._read_results(0)
+                with self.clock.pause():
+                    if validate:
+                        self._validate()
+                    if sample:
+                        self._sample()
+                    if save:
+                        self._save()
             if last:
                 return
             self.profiler.before(self.step)
             lr = learning_rate(self.step, c.optim, c.schedule)
             self._update(next(batches), lr)
-            self._log(lr)
+            norms = c.log.norms_every and self.step % c.log.norms_every == 0  # they are of the gradients in memory
+            self._read_results(0 if norms else self._late)
 
     def _batches(self) -> Callable[[int], np.ndarray[Any, Any]]:
         """The batch of each later step, as a pure function of the step: computed ahead in a thread."""
@@ -214,9 +234,15 @@ class Trainer:
             part = rows[start : start + B]
             self.engine.micro_step(part[:, :-1], part[:, 1:], first=start == 0)
         self.stop.check()
-        self.engine.update()
+        results = self.engine.update()
         self.step += 1
         self.samples += rows.shape[0]
+        self._unread.append(Update(self.step, self.samples, lr, results))
+
+    def _read_results(self, leave: int) -> None:
+        """Look at the results of all updates but the last `leave`: log them, and end the run on too many skips."""
+        while len(self._unread) > leave:
+            self._log(self._unread.popleft())
 
     # ------------------------------------------------------------------------------------- the parts of an iteration
 
@@ -241,6 +267,7 @@ class Trainer:
             self.display.sample(text)
 
     def _save(self) -> None:
+        self._read_results(0)  # the count of skips belongs to the checkpoint
         if self.saved_step == self.step:
             return
         began, c = time.perf_counter(), self.config
@@ -263,33 +290,34 @@ class Trainer:
         self.metrics.write("checkpoint", self.step, self.tokens, path=relative, seconds=seconds, bytes=size)
         self.display.note(f"step {self.step}: saved {path}")
 
-    def _log(self, lr: float) -> None:
-        """Report the update just done, and end the run if too many in a row were skipped."""
-        stats, c = self.engine.stats(), self.config
-        timing = self.clock.lap(c.tokens_at(self.step - 1))
+    def _log(self, update: Update) -> None:
+        """Report an update, and end the run if too many in a row were skipped."""
+        stats, c, step = named_stats(update.results), self.config, update.step
+        tokens = update.samples * c.T
+        timing = self.clock.lap(c.tokens_at(step - 1))
         skipped = stats["skip"] != 0.0
         values = {
-            "loss": stats["loss"], "norm": stats["norm"], "lr": lr, "ms": 1000 * timing.seconds,
+            "loss": stats["loss"], "norm": stats["norm"], "lr": update.lr, "ms": 1000 * timing.seconds,
             "tok_s": timing.tok_s, "mfu": timing.mfu, "loss_z": _or_none(stats["loss_z"]),
             "norm_z": _or_none(stats["norm_z"]), "mem_mib": used_mib(self.setup.device),
-            "eta_s": self.clock.eta(c.tokens_between(self.step, c.run.steps)),
+            "eta_s": self.clock.eta(c.tokens_between(step, c.run.steps)),
         }  # fmt: skip
-        epoch = (self.samples - 1) // self.setup.train_loader.samples_per_epoch
-        self.metrics.write("step", self.step, self.tokens, **values, skipped=skipped, epoch=epoch)
-        self.main_log.train(self.step - 1, stats["loss"], lr, stats["norm"])
-        self.display.step(self.step, c.run.steps, {**values, "precision": self.setup.compute})
-        if c.log.norms_every and self.step % c.log.norms_every == 0:
+        epoch = (update.samples - 1) // self.setup.train_loader.samples_per_epoch
+        self.metrics.write("step", step, tokens, **values, skipped=skipped, epoch=epoch)
+        self.main_log.train(step - 1, stats["loss"], update.lr, stats["norm"])
+        self.display.step(step, c.run.steps, {**values, "precision": self.setup.compute})
+        if c.log.norms_every and step % c.log.norms_every == 0:
             norms = {name: {"weight": weight, "grad": grad} for name, weight, grad in self.engine.norms()}
-            self.metrics.write("event", self.step, self.tokens, what="norms", detail=json.dumps(norms))
-        self._count_skips(skipped, stats)
+            self.metrics.write("event", step, tokens, what="norms", detail=json.dumps(norms))
+        self._count_skips(skipped, stats, step, tokens)
 
-    def _count_skips(self, skipped: bool, stats: dict[str, float]) -> None:
+    def _count_skips(self, skipped: bool, stats: dict[str, float], step: int, tokens: int) -> None:
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
         if not skipped:
             return
         why = f"loss {stats['loss']:.4g} (z {stats['loss_z']:.1f}), norm {stats['norm']:.4g} (z {stats['norm_z']:.1f})"
-        self.metrics.write("event", self.step, self.tokens, what="skip", detail=why)
-        self.display.note(f"step {self.step}: update skipped, weights untouched: {why}")
+        self.metrics.write("event", step, tokens, what="skip", detail=why)
+        self.display.note(f"step {step}: update skipped, weights untouched: {why}")
         if self.skips_in_a_row >= self.config.guard.max_skips:
             self._save()
             raise TooManySkips(

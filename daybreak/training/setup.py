@@ -15,7 +15,7 @@ from daybreak.data.loader import Loader
 from daybreak.data.prepare import prepare
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import plan_engine
-from daybreak.engine.device import check_fits, cpu_has_bf16, pick_compute, pick_device
+from daybreak.engine.device import check_fits, cpu_has_bf16, engine_options, missing_on, pick_compute, pick_device
 from daybreak.errors import ConfigError, DataError
 from daybreak.state.checkpoint import Checkpoint, list_checkpoints
 from daybreak.state.run import Run
@@ -68,7 +68,8 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     val_loader = Loader(dataset.val, config.T, shuffle=False, V=V)
     config = config.concrete(train_loader.samples_per_epoch * config.T)
     b = config.batch
-    arena = plan_engine(config.model, B=b.B, T=config.T, compute=compute, recompute=b.recompute)[2]
+    options = engine_options(config, device)
+    arena = plan_engine(config.model, B=b.B, device_type=device.type, missing=missing_on(device), **options)[2]
     check_fits(arena, device, b.B, b.recompute)
     log.info(
         "%s: %d samples of %d tokens an epoch, %d tokens at the shards' ends unused; fingerprint %s",

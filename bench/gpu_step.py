@@ -1,0 +1,215 @@
+"""The whole training step on one GPU, beside its yardstick: the same products and attention calls through torch.
+
+    python bench/gpu_step.py d48 --B 16 --tokens 131072 --recompute 2 --out results.csv
+
+Blocks of steady steps alternate with blocks of the yardstick in one process (same card, same temperature, same power
+limit): every matrix product of one micro-step through torch.mm and every attention call through torch's cuDNN
+attention, in schedule order, on non-zero data. Medians, clock and watts are printed; a row is appended to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from daybreak.engine import Engine
+from daybreak.engine.device import missing_on, used_mib
+from daybreak.report.bench import PRODUCTS, Meter, batches, time_steps
+from daybreak.shapes import parse_shape
+from daybreak.state.throughput import peak_flops
+
+
+class Smi:
+    """Samples clock and power while a block runs."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, float]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+        while not self._stop.wait(1.0):
+            out = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].split(",")
+            if len(out) == 2:
+                self.samples.append((float(out[0]), float(out[1])))
+
+    def __enter__(self) -> Smi:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def medians(self) -> tuple[float, float]:
+        clocks, watts = zip(*self.samples, strict=True) if self.samples else ((0.0,), (0.0,))
+        return statistics.median(clocks), statistics.median(watts)
+
+
+class Shapes(Meter):
+    """Records the products and attention calls of a micro-step in order, running nothing else."""
+
+    def __init__(self, kernels: object, device: torch.device) -> None:
+        self.calls: list[tuple[str, tuple[int, ...]]] = []
+        super().__init__(kernels, device)
+
+    def _metered(self, name: str, backend: str, fn: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: object, **kwargs: object) -> None:
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            if name == "matmul_backward_weight":  # dw (O, I), dout (n, O)
+                self.calls.append(("wgrad", (tensors[1].shape[0], *tensors[0].shape)))
+            elif name in PRODUCTS:
+                w = tensors[3 if name == "matmul_gelu_forward" else 2]
+                self.calls.append(("dgrad" if "backward" in name else "forward", (tensors[0].shape[0], *w.shape)))
+            elif name.startswith("attention"):
+                q = tensors[2] if name == "attention_forward" else tensors[4]
+                self.calls.append((name, tuple(q.shape)))
+
+        return call
+
+
+def recorded(engine: Engine) -> list[tuple[str, tuple[int, ...]]]:
+    kernels = engine.frame.k
+    engine.frame.k = shapes = Shapes(kernels, engine.device)  # type: ignore[assignment]
+    tokens = batches(engine, 1)[0]
+    try:
+        engine.plain_step(tokens[:, :-1], tokens[:, 1:])
+    finally:
+        engine.frame.k = kernels
+    return shapes.calls
+
+
+def yardstick(calls: list[tuple[str, tuple[int, ...]]]) -> Callable[[], None]:
+    """A function that runs the calls through torch. Tensors are shared between calls of one shape."""
+    pool: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+
+    def tensor(role: str, *shape: int) -> torch.Tensor:
+        key = (role, shape)
+        if key not in pool:
+            pool[key] = 0.02 * torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        return pool[key]
+
+    todo: list[Callable[[], object]] = []
+    for kind, shape in calls:
+        if kind.startswith("attention"):
+            B, T, NH, HS = shape
+            qkv = tensor("qkv", B, T, 3, NH, HS).transpose(1, 3)  # (B, NH, 3, T, HS)
+            dout = tensor("dout", B, T, NH, HS).transpose(1, 2)
+            todo.append(attention_call(kind, *(qkv[:, :, i] for i in range(3)), dout))
+            continue
+        n, O, I = shape
+        x, w, y = tensor("x", n, I), tensor("w", O, I), tensor("y", n, O)
+        if kind == "forward":
+            todo.append(partial(torch.mm, x, w.t(), out=tensor("out", n, O)))
+        elif kind == "dgrad":
+            todo.append(partial(torch.mm, y, w, out=tensor("out", n, I)))
+        else:
+            todo.append(partial(torch.mm, y.t(), x, out=tensor("out", O, I)))
+
+    def run() -> None:
+        for call in todo:
+            call()
+
+    return run
+
+
+def attention_call(kind: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Callable:
+    """torch's cuDNN attention, causal, forward or backward, on (B, NH, T, HS) views."""
+    aten = torch.ops.aten
+    forward = partial(aten._scaled_dot_product_cudnn_attention, q, k, v, None, True, 0.0, True, False)
+    if kind == "attention_forward":
+        return forward
+    out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = forward()
+    return partial(
+        aten._scaled_dot_product_cudnn_attention_backward,
+        dout, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, True,
+    )  # fmt: skip
+
+
+def block(fn: Callable[[], None], seconds: float) -> float:
+    """Median seconds of fn over a block of `seconds`."""
+    times: list[float] = []
+    while sum(times) < seconds:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        fn()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def commit() -> str:
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--B", type=int, required=True)
+    parser.add_argument("--T", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, required=True, help="tokens a step")
+    parser.add_argument("--recompute", type=int, default=0)
+    parser.add_argument("--masters", default="auto")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of one block")
+    parser.add_argument("--no-yardstick", action="store_true")
+    parser.add_argument("--out", type=Path)
+    a = parser.parse_args()
+    began = time.perf_counter()
+    engine = Engine(parse_shape(a.model), B=a.B, T=a.T, compute="bf16", recompute=a.recompute, masters=a.masters,
+                    device="cuda")  # fmt: skip
+    torch.cuda.synchronize()
+    print(f"engine ready after {time.perf_counter() - began:.1f} s: {engine.num_parameters:,} parameters")
+    print("arena MiB:", {k: v >> 20 for k, v in engine.arena.sizes().items()}, "missing:", missing_on(engine.device))
+    micro = a.tokens // (a.B * a.T)
+    stick = None if a.no_yardstick else yardstick(recorded(engine))
+    steps: list[float] = []
+    memory, sticks, clocks = 0, [], []
+    time_steps(engine, micro, 1.0)  # warm
+    memory = used_mib(engine.device) if stick is None else 0
+    for _ in range(a.rounds):
+        with Smi() as smi:
+            steps += time_steps(engine, micro, a.seconds)
+        clocks.append(smi.medians())
+        if stick is not None:
+            with Smi() as smi:
+                sticks.append(block(stick, a.seconds))
+            clocks.append(smi.medians())
+    step = statistics.median(steps)
+    name = torch.cuda.get_device_name()
+    mfu = engine.flops_per_token * a.tokens / step / (peak_flops(name) or float("nan"))
+    ratio = step / (micro * statistics.median(sticks)) if sticks else float("nan")
+    row = {
+        "model": a.model, "B": a.B, "T": a.T, "tokens": a.tokens, "recompute": a.recompute, "masters": a.masters,
+        "ms": f"{1e3 * step:.2f}", "tok_s": f"{a.tokens / step:.0f}", "mfu": f"{mfu:.4f}",
+        "yardstick_ms": f"{1e3 * statistics.median(sticks):.2f}" if sticks else "", "ratio": f"{ratio:.4f}",
+        "steps": len(steps), "memory_mib": memory, "card": name, "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"), "commit": commit(),
+    }  # fmt: skip
+    print(", ".join(f"{key} {value}" for key, value in row.items()), f"loss {engine.stats()['loss']:.3f}")
+    print("clock MHz, watts by block (step, yardstick, ...):", clocks)
+    print("backends:", sorted(set(engine.frame.k.choices.items())))
+    if a.out:
+        fresh = not a.out.exists()
+        with a.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if fresh:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

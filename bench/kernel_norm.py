@@ -1,0 +1,113 @@
+"""Cases of the layernorm, GELU and bias-gradient kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from kernel_harness import Case, launch, rand
+from torch import Tensor
+
+BF16, F32 = torch.bfloat16, torch.float32
+GEMM = "includes torch's matrix product, which the 85 % rule does not cover"
+
+
+def _forward(n: int, C: int) -> Case:
+    def make() -> Callable[[], None]:
+        x, w, b, out = rand(n, C), rand(C), rand(C), rand(n, C)
+        return launch("layernorm_forward", "triton", out, rand(n, dtype=F32), rand(n, dtype=F32), x, w, b)
+
+    return Case("layernorm_forward", "triton", 2 * n * C * 2 + 2 * n * 4 + 2 * C * 2, 0, make)
+
+
+def _backward(n: int, C: int, *, accumulate_dx: bool, dbias: bool, again: bool, note: str) -> Case:
+    def make() -> Callable[[], None]:
+        dx, dout, x = rand(n, C), rand(n, C), rand(n, C)
+        mean, rstd = rand(n, dtype=F32, scale=0.01), torch.ones(n, dtype=F32, device=x.device)
+        dw, db, w, b = (rand(C) for _ in range(4))
+        below: Tensor | None = rand(C) if dbias else None
+        renewed: Tensor | None = rand(n, C) if again else None
+        return launch(
+            "layernorm_backward", "triton", dx, dw, db, below, renewed, dout, x, mean, rstd, w, b,
+            accumulate_dx=accumulate_dx, accumulate=True,
+        )  # fmt: skip
+
+    planes = 3 + accumulate_dx + again  # dout, x, dx
+    vectors = 1 + again + 2 * (2 + dbias)  # w and b; dw, db, dbias read and written
+    return Case("layernorm_backward", "triton", planes * n * C * 2 + 2 * n * 4 + vectors * C * 2, 0, make, note=note)
+
+
+def _gelu(n: int, C: int) -> Case:
+    def make() -> Callable[[], None]:
+        return launch("gelu_forward", "triton", rand(n, 4 * C), rand(n, 4 * C))
+
+    return Case("gelu_forward", "triton", 2 * n * 4 * C * 2, 0, make)
+
+
+def _matmul_gelu_forward(n: int, C: int) -> Case:
+    def make() -> Callable[[], None]:
+        out, pre = rand(n, 4 * C), rand(n, 4 * C)
+        return launch("matmul_gelu_forward", "triton", out, pre, rand(n, C), rand(4 * C, C, scale=0.02), rand(4 * C))
+
+    nbytes = 2 * (2 * n * 4 * C + n * C + 4 * C * C + 4 * C)
+    return Case("matmul_gelu_forward", "triton", nbytes, 2 * n * C * 4 * C, make, GEMM)
+
+
+def _matmul_gelu_backward(n: int, C: int) -> Case:
+    def make() -> Callable[[], None]:
+        dpre, pre = rand(n, 4 * C), rand(n, 4 * C)
+        return launch("matmul_gelu_backward_input", "triton", dpre, rand(n, C), rand(C, 4 * C, scale=0.02), pre)
+
+    nbytes = 2 * (2 * n * 4 * C + n * C + 4 * C * C)
+    return Case("matmul_gelu_backward_input", "triton", nbytes, 2 * n * C * 4 * C, make, GEMM)
+
+
+def _gelu_slope(n: int, C: int) -> Case:
+    """The kernel inside matmul_gelu_backward_input by itself: the operation has no name of its own."""
+
+    def make() -> Callable[[], None]:
+        from daybreak.kernels.cuda.gelu import multiply_by_slope
+
+        grad, pre = rand(n, 4 * C), rand(n, 4 * C)
+        return lambda: multiply_by_slope(grad, pre)
+
+    return Case("matmul_gelu_backward_input", "triton", 3 * n * 4 * C * 2, 0, make, note="slope alone")
+
+
+def _bias(n: int, O: int) -> Case:
+    def make() -> Callable[[], None]:
+        return launch("bias_backward", "triton", rand(O), rand(n, O), accumulate=True)
+
+    return Case("bias_backward", "triton", n * O * 2 + 2 * O * 2, 0, make, note=f"O={O}")
+
+
+def _sums(C: int) -> Case:
+    """Second stage of layernorm_backward by itself."""
+
+    def make() -> Callable[[], None]:
+        from daybreak.kernels.cuda.bias import column_sums
+        from daybreak.kernels.cuda.norm import _backward_launch
+
+        part = rand(3, _backward_launch(1 << 14, C)[0], C, dtype=F32)
+        outs = [rand(C) for _ in range(3)]
+        return lambda: column_sums(outs, part, True)
+
+    return Case("layernorm_backward", "triton", 3 * C * 4, 0, make, "second stage, under 10 us", "second stage")
+
+
+def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
+    """Every launch that a step of this shape makes of these kernels."""
+    n = B * T
+    return [
+        _forward(n, C),
+        _backward(n, C, accumulate_dx=True, dbias=True, again=False, note="accumulate dx, dbias"),
+        _backward(n, C, accumulate_dx=True, dbias=True, again=True, note="accumulate dx, dbias, again"),
+        _backward(n, C, accumulate_dx=False, dbias=True, again=False, note="write dx, dbias"),
+        _sums(C),
+        _gelu(n, C),
+        _gelu_slope(n, C),
+        _matmul_gelu_forward(n, C),
+        _matmul_gelu_backward(n, C),
+        _bias(n, 3 * C),
+        _bias(n, 4 * C),
+    ]

@@ -1,0 +1,39 @@
+"""`daybreak bench`: how fast a step is here, kernel group by kernel group, beside its floor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from daybreak.cli.options import config_options, overrides_of
+from daybreak.config import resolve
+
+
+@click.command()
+@click.argument("target")
+@click.option("--seconds", type=click.FloatRange(min=0.0), default=10.0, help="Time steps for this long (default 10).")
+@click.option(
+    "--tune", metavar="FOLDER", help="Search the fastest matrix products for this card; their table goes there."
+)
+@config_options
+def bench(target: str, seconds: float, tune: str | None, **flags: Any) -> None:
+    """Time a step on random tokens and say where the time goes.
+
+    TARGET and --section.key VALUE are those of `daybreak train`. No data is needed and nothing is written.
+
+    \b
+    Examples:
+      daybreak bench tiny
+      daybreak bench d48 --batch.B 16 --batch.total_tokens 131072 --batch.recompute 2
+      daybreak bench d48 --batch.B 16 --tune .
+    """
+    config, _ = resolve(target, overrides_of(flags))
+
+    from daybreak.report.bench import bench as measure
+    from daybreak.report.bench import print_bench, tune_products
+
+    if tune is not None:
+        tune_products(config, tune)
+    else:
+        print_bench(measure(config, seconds))

@@ -1,0 +1,30 @@
+"""`daybreak doctor`: what this machine has and what of it is used; with a run, whether its checkpoints are sound."""
+
+from __future__ import annotations
+
+import click
+
+from daybreak.errors import CheckpointError
+
+
+@click.command()
+@click.argument("run", required=False)
+def doctor(run: str | None) -> None:
+    """Look at this machine, or verify every checkpoint of RUN.
+
+    Exit code 5 if a checkpoint is bad.
+
+    \b
+    Examples:
+      daybreak doctor
+      daybreak doctor runs/tiny
+    """
+    from daybreak.report.doctor import check_run, machine, print_lines
+
+    if run is None:
+        print_lines(machine())
+        return
+    lines, good = check_run(run)
+    print_lines(lines)
+    if not good:
+        raise CheckpointError(f"a checkpoint of {run} is bad; training it again falls back to the newest good one.")

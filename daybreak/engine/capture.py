@@ -1,0 +1,93 @@
+"""CUDA graphs and what crosses between host and device: recorded launches, pinned input, results read late.
+
+On a CPU everything here is a plain call. On CUDA the schedule of a micro-step and of the update is captured once and
+replayed; the host only copies the batch in and reads a step's scalars when it wants them, so it never waits inside a
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+SLOTS = 4  # batches and results in flight, at most
+
+
+class Graphs:
+    """Runs functions by key. On CUDA the first call of `capture` records one; `run` replays it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.enabled = device.type == "cuda"
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+
+    @property
+    def captured(self) -> bool:
+        """Whether there is anything to replay."""
+        return bool(self._graphs)
+
+    def capture(self, key: Hashable, fn: Callable[[], None]) -> None:
+        """Record fn, which has run before (its kernels are compiled and its libraries loaded)."""
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        # thread_local: other threads (prefetching, drawing weights) may talk to the driver meanwhile
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            fn()
+        self._graphs[key] = graph
+
+    def run(self, key: Hashable, fn: Callable[[], None]) -> None:
+        """Replay what was captured under `key`, or call fn."""
+        if graph := self._graphs.get(key):
+            graph.replay()
+        else:
+            fn()
+
+
+class Ring:
+    """Pinned copies of a small tensor, so that transfers need no waiting. A slot is reused when its own is over."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self.slots = [torch.zeros(shape, dtype=dtype, pin_memory=cuda) for _ in range(SLOTS if cuda else 1)]
+        self.events = [torch.cuda.Event() for _ in self.slots] if cuda else []  # type: ignore[no-untyped-call]
+        self.next = 0
+
+    def take(self) -> int:
+        """The next slot, once nothing in flight uses it."""
+        slot, self.next = self.next, (self.next + 1) % len(self.slots)
+        if self.events:
+            self.events[slot].synchronize()
+        return slot
+
+    def upload(self, slot: int, target: Tensor) -> None:
+        """Copy the slot to the device, in stream order."""
+        target.copy_(self.slots[slot], non_blocking=True)
+        self._mark(slot)
+
+    def download(self, source: Tensor) -> Pending:
+        """Copy `source` to a slot, in stream order."""
+        slot = self.take()
+        self.slots[slot].copy_(source, non_blocking=True)
+        self._mark(slot)
+        return Pending(self, slot)
+
+    def _mark(self, slot: int) -> None:
+        if self.events:
+            self.events[slot].record()
+
+
+class Pending:
+    """Values on their way to the host."""
+
+    def __init__(self, ring: Ring, slot: int) -> None:
+        self._ring, self._slot = ring, slot
+        self._values: list[float] | None = None
+
+    def values(self) -> list[float]:
+        """The values, waiting for them if need be. Valid for SLOTS - 1 further downloads if not asked before."""
+        if self._values is None:
+            if self._ring.events:
+                self._ring.events[self._slot].synchronize()
+            self._values = self._ring.slots[self._slot].tolist()
+        return self._values

@@ -1,0 +1,62 @@
+"""What runs on CUDA: Triton kernels and the vendors' GEMM and attention, registered behind the operations' signatures.
+
+The files here import without a GPU and without Triton, so that a plan for a GPU can be made on any machine; what a
+backend lacks is told by `missing_backends`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, or a torch without it: the kernels are never launched, only their scratch is planned
+
+    class _Absent:
+        """Stands in for the names that kernels use at import time."""
+
+        constexpr = int
+
+        @staticmethod
+        def jit(fn: Any) -> Any:
+            return fn
+
+        @staticmethod
+        def cdiv(a: int, b: int) -> int:
+            return -(-a // b)
+
+    triton = tl = _Absent()
+
+NEEDS = {
+    "triton": ("triton",),
+    "cublaslt": (),
+    "cudnn": ("cudnn",),
+    "fa4": ("cudnn", "flash_attn.cute"),
+}
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+@cache
+def missing_backends(capability: tuple[int, int] | None = None) -> dict[str, str]:
+    """Backends that cannot be used, each with the reason; on a card of this compute capability, if given."""
+    missing = {
+        name: f"the package {absent[0]} is not installed"
+        for name, modules in NEEDS.items()
+        if (absent := [m for m in modules if not _has(m)])
+    }
+    if capability:
+        for name in ("cublaslt", "cudnn", "fa4"):
+            module = importlib.import_module(f"daybreak.kernels.cuda.{name}")
+            if name not in missing and (reason := module.usable(capability)):
+                missing[name] = reason
+    return missing

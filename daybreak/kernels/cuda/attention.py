@@ -1,0 +1,347 @@
+"""Causal attention in Triton: FlashAttention-2 (Dao 2023), forward and a deterministic backward.
+
+A program owns one block of rows of one head and walks the other sequence in order, so every sum has one fixed order and
+no atomics are needed. The backward takes two kernels for that: one owns queries (dq, and on the way the row sums
+delta = sum(do * o) that both need), one owns keys (dk, dv); S = q k^T and dP = do v^T are computed in both.
+
+Softmax is in base 2: S carries scale * log2(e). P and dS are rounded to the compute dtype before they meet v, do, k
+and q, sums are in fp32. Where T is no multiple of the blocks, rows beyond T are loaded as zeros and never stored;
+where HS is no power of two, it is padded with zeros. Block sizes depend on the dtype, HS and the family of the card,
+and are constants: they decide the order of the sums.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daybreak.kernels import Scratch, Temps, backend
+from daybreak.kernels import attention as _reference  # noqa: F401  registers the operations
+from daybreak.kernels.cuda import tl, triton
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+Config = tuple[int, int, int, int]  # rows owned, rows per step of the walk, warps, pipeline stages
+
+# By padded head size, for (forward, dq, dk and dv). A card of compute capability 9 or 10 has 227 KB of shared memory
+# per block; of the others some have 99. fp32 products without tensor cores hold their operands in registers: small
+# blocks, or they spill.
+LARGE: dict[int, tuple[Config, Config, Config]] = {
+    64: ((128, 64, 4, 3), (128, 32, 4, 4), (128, 32, 4, 4)),
+    128: ((128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3)),
+    256: ((128, 32, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+}
+SMALL: dict[int, tuple[Config, Config, Config]] = {
+    64: ((128, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),
+    128: ((128, 32, 4, 2), (64, 32, 4, 1), (64, 32, 4, 1)),
+    256: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+}
+FP32: dict[int, tuple[Config, Config, Config]] = {
+    64: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    128: ((32, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)),
+    256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+}
+FORWARD, QUERIES, KEYS = range(3)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a b in fp32. The interpreter multiplies bf16 wrongly, so there both are widened first (exactly)."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _load(base, start, rows, columns, stride, T, HS: tl.constexpr, EVEN: tl.constexpr):
+    """Rows start + rows of a head (zeros beyond T), padded to a power of two of columns (zeros beyond HS)."""
+    pointers = base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    D: tl.constexpr = columns.shape[0]
+    if EVEN:
+        if HS == D:
+            return tl.load(pointers)
+        return tl.load(pointers, mask=columns[None, :] < HS, other=0.0)
+    return tl.load(pointers, mask=(start + rows[:, None] < T) & (columns[None, :] < HS), other=0.0)
+
+
+@triton.jit
+def _store(base, start, rows, columns, stride, T, HS: tl.constexpr, x):
+    pointers = base + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    mask = (start + rows[:, None] < T) & (columns[None, :] < HS)
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _walk_keys(
+    acc, m, total, q, k_base, v_base, k_stride, v_stride, lo, hi, start_q, rows, columns, T, scale2,
+    HS: tl.constexpr, STEP: tl.constexpr, DIAGONAL: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of a block of queries over keys [lo, hi)."""
+    keys = tl.arange(0, STEP)
+    for start in range(lo, hi, STEP):
+        k = _load(k_base, start, keys, columns, k_stride, T, HS, EVEN)
+        S = _dot(q, tl.trans(k), tl.zeros((rows.shape[0], STEP), tl.float32), PRECISION, UPCAST) * scale2
+        if DIAGONAL:
+            S = tl.where(start_q + rows[:, None] >= start + keys[None, :], S, float("-inf"))
+        new_m = tl.maximum(m, tl.max(S, 1))
+        P = tl.exp2(S - new_m[:, None])
+        shrink = tl.exp2(m - new_m)
+        total = total * shrink + tl.sum(P, 1)
+        v = _load(v_base, start, keys, columns, v_stride, T, HS, EVEN)
+        acc = _dot(P.to(v.dtype), v, acc * shrink[:, None], PRECISION, UPCAST)
+        m = new_m
+    return acc, m, total
+
+
+@triton.jit
+def _forward_kernel(
+    out, lse, q, k, v, out_b, out_t, out_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, T, NH, scale2,
+    HS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    # The blocks of one head run next to each other, so its keys stay in L2; the longest walk first.
+    blocks = tl.cdiv(T, ROWS)
+    head = tl.program_id(0) // blocks
+    start_q = (blocks - 1 - tl.program_id(0) % blocks) * ROWS
+    b, h = (head // NH).to(tl.int64), (head % NH).to(tl.int64)
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, D)
+    k_base, v_base = k + b * k_b + h * k_h, v + b * v_b + h * v_h
+    Q = _load(q + b * q_b + h * q_h, start_q, rows, columns, q_t, T, HS, EVEN)
+    m = tl.full((ROWS,), float("-inf"), tl.float32)
+    total, acc = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, D), tl.float32)
+    acc, m, total = _walk_keys(
+        acc, m, total, Q, k_base, v_base, k_t, v_t, 0 * start_q, start_q, start_q, rows, columns, T, scale2,
+        HS, STEP, False, True, PRECISION, UPCAST,
+    )  # fmt: skip
+    acc, m, total = _walk_keys(
+        acc, m, total, Q, k_base, v_base, k_t, v_t, start_q, tl.minimum(start_q + ROWS, T), start_q, rows, columns, T,
+        scale2, HS, STEP, True, EVEN, PRECISION, UPCAST,
+    )  # fmt: skip
+    _store(out + b * out_b + h * out_h, start_q, rows, columns, out_t, T, HS, acc / total[:, None])
+    tl.store(lse + head.to(tl.int64) * T + start_q + rows, (m + tl.log2(total)) * LN2, mask=start_q + rows < T)
+
+
+@triton.jit
+def _walk_keys_again(
+    dq, q, do, lse2, delta, k_base, v_base, k_stride, v_stride, lo, hi, start_q, rows, columns, T, scale2,
+    HS: tl.constexpr, STEP: tl.constexpr, DIAGONAL: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dq / scale of a block of queries over keys [lo, hi)."""
+    keys = tl.arange(0, STEP)
+    zeros = tl.zeros((rows.shape[0], STEP), tl.float32)
+    for start in range(lo, hi, STEP):
+        k = _load(k_base, start, keys, columns, k_stride, T, HS, EVEN)
+        v = _load(v_base, start, keys, columns, v_stride, T, HS, EVEN)
+        P = tl.exp2(_dot(q, tl.trans(k), zeros, PRECISION, UPCAST) * scale2 - lse2[:, None])
+        if DIAGONAL:
+            P = tl.where(start_q + rows[:, None] >= start + keys[None, :], P, 0.0)
+        dS = P * (_dot(do, tl.trans(v), zeros, PRECISION, UPCAST) - delta[:, None])
+        dq = _dot(dS.to(k.dtype), k, dq, PRECISION, UPCAST)
+    return dq
+
+
+@triton.jit
+def _backward_queries_kernel(
+    dq, delta, dout, q, k, v, out, lse, dq_b, dq_t, dq_h, do_b, do_t, do_h, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    out_b, out_t, out_h, T, NH, scale, HS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(T, ROWS)
+    head = tl.program_id(0) // blocks
+    start_q = (blocks - 1 - tl.program_id(0) % blocks) * ROWS
+    b, h = (head // NH).to(tl.int64), (head % NH).to(tl.int64)
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, D)
+    here = start_q + rows < T
+    statistics = head.to(tl.int64) * T + start_q + rows
+    k_base, v_base = k + b * k_b + h * k_h, v + b * v_b + h * v_h
+    do = _load(dout + b * do_b + h * do_h, start_q, rows, columns, do_t, T, HS, EVEN)
+    o = _load(out + b * out_b + h * out_h, start_q, rows, columns, out_t, T, HS, EVEN)
+    sums = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta + statistics, sums, mask=here)
+    Q = _load(q + b * q_b + h * q_h, start_q, rows, columns, q_t, T, HS, EVEN)
+    lse2 = tl.load(lse + statistics, mask=here, other=float("inf")) * LOG2E  # inf: P is 0 in rows beyond T
+    scale2 = scale * LOG2E
+    acc = tl.zeros((ROWS, D), tl.float32)
+    acc = _walk_keys_again(
+        acc, Q, do, lse2, sums, k_base, v_base, k_t, v_t, 0 * start_q, start_q, start_q, rows, columns, T, scale2,
+        HS, STEP, False, True, PRECISION, UPCAST,
+    )  # fmt: skip
+    acc = _walk_keys_again(
+        acc, Q, do, lse2, sums, k_base, v_base, k_t, v_t, start_q, tl.minimum(start_q + ROWS, T), start_q, rows,
+        columns, T, scale2, HS, STEP, True, EVEN, PRECISION, UPCAST,
+    )  # fmt: skip
+    _store(dq + b * dq_b + h * dq_h, start_q, rows, columns, dq_t, T, HS, acc * scale)
+
+
+@triton.jit
+def _walk_queries(
+    dk, dv, k, v, q_base, do_base, lse, delta, q_stride, do_stride, lo, hi, start_k, keys, columns, T, scale2,
+    HS: tl.constexpr, STEP: tl.constexpr, DIAGONAL: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dk / scale and dv of a block of keys over queries [lo, hi); scores are held transposed, keys first."""
+    rows = tl.arange(0, STEP)
+    zeros = tl.zeros((keys.shape[0], STEP), tl.float32)
+    for start in range(lo, hi, STEP):
+        q = _load(q_base, start, rows, columns, q_stride, T, HS, EVEN)
+        do = _load(do_base, start, rows, columns, do_stride, T, HS, EVEN)
+        if EVEN:
+            lse2, sums = tl.load(lse + start + rows) * LOG2E, tl.load(delta + start + rows)
+        else:
+            here = start + rows < T
+            lse2 = tl.load(lse + start + rows, mask=here, other=float("inf")) * LOG2E
+            sums = tl.load(delta + start + rows, mask=here, other=0.0)
+        P = tl.exp2(_dot(k, tl.trans(q), zeros, PRECISION, UPCAST) * scale2 - lse2[None, :])
+        if DIAGONAL:
+            P = tl.where(start + rows[None, :] >= start_k + keys[:, None], P, 0.0)
+        dv = _dot(P.to(do.dtype), do, dv, PRECISION, UPCAST)
+        dS = P * (_dot(v, tl.trans(do), zeros, PRECISION, UPCAST) - sums[None, :])
+        dk = _dot(dS.to(q.dtype), q, dk, PRECISION, UPCAST)
+    return dk, dv
+
+
+@triton.jit
+def _backward_keys_kernel(
+    dk, dv, dout, q, k, v, lse, delta, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, do_b, do_t, do_h, q_b, q_t, q_h,
+    k_b, k_t, k_h, v_b, v_t, v_h, T, NH, scale, HS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(T, ROWS)
+    head = tl.program_id(0) // blocks
+    start_k = (tl.program_id(0) % blocks) * ROWS
+    b, h = (head // NH).to(tl.int64), (head % NH).to(tl.int64)
+    keys, columns = tl.arange(0, ROWS), tl.arange(0, D)
+    q_base, do_base = q + b * q_b + h * q_h, dout + b * do_b + h * do_h
+    lse_base, delta_base = lse + head.to(tl.int64) * T, delta + head.to(tl.int64) * T
+    K = _load(k + b * k_b + h * k_h, start_k, keys, columns, k_t, T, HS, EVEN)
+    V = _load(v + b * v_b + h * v_h, start_k, keys, columns, v_t, T, HS, EVEN)
+    scale2 = scale * LOG2E
+    acc_k, acc_v = tl.zeros((ROWS, D), tl.float32), tl.zeros((ROWS, D), tl.float32)
+    below = tl.minimum(start_k + ROWS, T)
+    acc_k, acc_v = _walk_queries(
+        acc_k, acc_v, K, V, q_base, do_base, lse_base, delta_base, q_t, do_t, start_k, below, start_k, keys, columns, T,
+        scale2, HS, STEP, True, EVEN, PRECISION, UPCAST,
+    )  # fmt: skip
+    acc_k, acc_v = _walk_queries(
+        acc_k, acc_v, K, V, q_base, do_base, lse_base, delta_base, q_t, do_t, below, T, start_k, keys, columns, T,
+        scale2, HS, STEP, False, EVEN, PRECISION, UPCAST,
+    )  # fmt: skip
+    _store(dk + b * dk_b + h * dk_h, start_k, keys, columns, dk_t, T, HS, acc_k * scale)
+    _store(dv + b * dv_b + h * dv_h, start_k, keys, columns, dv_t, T, HS, acc_v)
+
+
+@cache
+def _is_large(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+@cache
+def _configs(HS: int, wide: bool, large: bool) -> tuple[int, tuple[Config, Config, Config]]:
+    """Padded head size (a tensor core needs 16) and the blocks of the three kernels."""
+    D = max(16, 1 << (HS - 1).bit_length())
+    if D > 256:
+        raise ValueError(f"attention heads of {HS} elements: the Triton kernels take at most 256")
+    return D, (FP32 if wide else LARGE if large else SMALL)[max(64, D)]
+
+
+def _setting(q: Tensor, kernel: int) -> tuple[int, dict[str, Any]]:
+    """Blocks of rows per head, and the constants of a launch."""
+    T, HS = q.shape[1], q.shape[3]
+    wide = q.dtype == torch.float32
+    D, configs = _configs(HS, wide, _is_large(q.device))
+    rows, step, warps, stages = configs[kernel]
+    tf32 = wide and torch.backends.cuda.matmul.allow_tf32
+    return -(-T // rows), {
+        "HS": HS,
+        "D": D,
+        "ROWS": rows,
+        "STEP": step,
+        "EVEN": T % rows == 0,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "UPCAST": INTERPRET,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Strides over b, t and h of each (B, T, NH, HS) view, whose last dimension must be contiguous."""
+    assert all(x.stride(3) == 1 or x.shape[3] == 1 for x in tensors), "heads must be contiguous"
+    return [s for x in tensors for s in x.stride()[:3]]
+
+
+@backend("triton")
+def attention_forward(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> None:
+    """out (B, T, NH, HS) = causal attention of strided q, k, v; lse (B, NH, T) fp32, the natural log-sum-exp."""
+    B, T, NH, _ = q.shape
+    assert lse.is_contiguous()
+    blocks, setting = _setting(q, FORWARD)
+    strides = _strides(out, q, k, v)
+    _forward_kernel[(blocks * B * NH,)](out, lse, q, k, v, *strides, T, NH, scale * math.log2(math.e), **setting)
+
+
+def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, *_: object, **__: object) -> Temps:
+    """delta (B, NH, T), fp32."""
+    B, T, NH, _ = q.shape
+    return [((B, NH, T), torch.float32)]
+
+
+@backend("triton", temps=backward_temps)
+def attention_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    scratch: Scratch,
+) -> None:
+    """dq, dk, dv (B, T, NH, HS) from dout and what forward kept; all views strided."""
+    B, T, NH, _ = q.shape
+    assert lse.is_contiguous()
+    (delta,) = scratch(backward_temps(dq, dk, dv, dout, q))
+    blocks, setting = _setting(q, QUERIES)
+    _backward_queries_kernel[(blocks * B * NH,)](
+        dq, delta, dout, q, k, v, out, lse, *_strides(dq, dout, q, k, v, out), T, NH, scale, **setting
+    )
+    blocks, setting = _setting(q, KEYS)
+    _backward_keys_kernel[(blocks * B * NH,)](
+        dk, dv, dout, q, k, v, lse, delta, *_strides(dk, dv, dout, q, k, v), T, NH, scale, **setting
+    )
+
+
+def _aot(kernel: Any, index: int, HS: int, table: dict[int, tuple[Config, Config, Config]]) -> tuple[Any, ...]:
+    """A case for ahead-of-time compilation: contiguous T in whole blocks."""
+    rows, step, warps, stages = table[max(64, HS)][index]
+    kind = "*fp32" if table is FP32 else "*bf16"
+    constants = {"HS": HS, "D": HS, "ROWS": rows, "STEP": step, "EVEN": True, "PRECISION": "ieee", "UPCAST": False}
+    names = [name for name in getattr(kernel, "arg_names", ()) if name not in constants]
+    tensors = ("out", "dq", "dk", "dv", "dout", "q", "k", "v")
+    special = {"lse": "*fp32", "delta": "*fp32", "NH": "i32?", "scale": "fp32", "scale2": "fp32"}
+    types = {name: kind if name in tensors else special.get(name, "i32") for name in names}
+    return kernel, types, constants, warps, stages
+
+
+_KERNELS = (_forward_kernel, _backward_queries_kernel, _backward_keys_kernel)
+_TABLES = (
+    (64, SMALL),
+    (64, LARGE),
+    (64, FP32),
+    (128, LARGE),
+    (128, FP32),
+)  # the first of each kernel must fit every card
+AOT = [_aot(kernel, i, HS, table) for HS, table in _TABLES for i, kernel in enumerate(_KERNELS)]

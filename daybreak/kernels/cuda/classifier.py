@@ -1,0 +1,127 @@
+"""Softmax cross-entropy in place and the sum of the losses; formulas in kernels/classifier.py.
+
+A program takes whole rows, and a row twice: once for its largest logit and the sum of exponentials (online, Milakov and
+Gimelshein 2018), once for the gradient. The second reading comes from the cache, so memory sees one read and one write:
+PROGRAMS rows are under way at once, 26 MB at a vocabulary of 50304 in bf16. No result depends on PROGRAMS.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from daybreak.kernels import backend
+from daybreak.kernels import classifier as reference
+from daybreak.kernels.cuda import tl, triton
+
+PROGRAMS = 256  # about two for each of an H100's 132 multiprocessors; a power of two, as the chunks of logits are
+TILE, WARPS = 4096, 16  # columns at a time: 16 bytes of bf16 a thread, and as many again under way
+REVERSE = True  # from the last row to the first: the end of what the product wrote is still in the L2 cache
+SUM_BLOCK, SUM_WARPS = 8192, 32
+assert reference.classifier  # the operations that this file gives a backend to are registered first
+
+
+@triton.jit
+def _online(m, s, x):
+    """m, s (LANES): largest value and sum of exp(value - m) so far, continued by x (LANES, VEC)."""
+    largest = tl.maximum(m, tl.max(x, 1))
+    return largest, s * tl.exp(m - largest) + tl.sum(tl.exp(x - largest[:, None]), 1)
+
+
+@triton.jit
+def _classifier_kernel(
+    losses, logits, targets, scale, n, V, Vp,
+    BACKWARD: tl.constexpr, TILE: tl.constexpr, VEC: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """A tile is (TILE / VEC, VEC): a thread holds whole rows of it, so the running sums need no other thread.
+
+    Loads are masked by Vp, which is a multiple of 16, and not by V, which is not: else they would be of single values.
+    """
+    cols = tl.arange(0, TILE // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    factor = tl.load(scale).to(tl.float32)
+    for i in range(tl.program_id(0), n, tl.num_programs(0)):
+        row = i
+        if REVERSE:
+            row = n - 1 - i
+        target = tl.load(targets + row).to(tl.int32)
+        z = logits + row.to(tl.int64) * Vp
+        # A row without a target is one of no columns: nothing is read in the first pass, zeros are written in the second
+        columns = tl.where(target < 0, 0, V)
+        full = columns // TILE * TILE
+        picked = tl.load(z + tl.maximum(target, 0)).to(tl.float32)
+
+        m = tl.full((TILE // VEC,), -3.4e38, tl.float32)  # finite, so that m - m is 0
+        s = tl.zeros((TILE // VEC,), tl.float32)
+        following = tl.load(z + cols, mask=full > 0, other=0.0)
+        for start in range(0, full, TILE):
+            x = following.to(tl.float32)
+            following = tl.load(z + start + TILE + cols, mask=start + TILE < full, other=0.0)
+            m, s = _online(m, s, x)
+        for start in range(full, columns, TILE):
+            x = tl.load(z + start + cols, mask=start + cols < Vp, other=0.0).to(tl.float32)
+            m, s = _online(m, s, tl.where(start + cols < columns, x, float("-inf")))
+        largest = tl.max(m, 0)
+        total = tl.where(target < 0, 1.0, tl.sum(s * tl.exp(m - largest), 0))
+        tl.store(losses + row, tl.where(target < 0, 0.0, tl.log(total) - (picked - largest)))
+
+        if BACKWARD:  # backwards through the columns: those read last are the nearest
+            inverse = factor / total
+            for start in range(full, Vp, TILE):
+                at = start + cols
+                x = tl.load(z + at, mask=at < Vp, other=0.0).to(tl.float32)
+                x = tl.where(at < columns, x, float("-inf"))
+                d = tl.exp(x - largest) * inverse - tl.where(at == target, factor, 0.0)
+                tl.store(z + at, d.to(logits.dtype.element_ty), mask=at < Vp)
+            following = tl.load(z + full - TILE + cols, mask=full > 0, other=0.0)
+            for done in range(0, full, TILE):
+                at = full - TILE - done + cols
+                x = following.to(tl.float32)
+                following = tl.load(z + at - TILE, mask=done + TILE < full, other=0.0)
+                d = tl.exp(x - largest) * inverse - tl.where(at == target, factor, 0.0)
+                tl.store(z + at, d.to(logits.dtype.element_ty))
+
+
+@backend("triton")
+def classifier(losses: Tensor, logits: Tensor, targets: Tensor, scale: Tensor, *, V: int, backward: bool) -> None:
+    """losses (n) of logits (n, Vp) for targets (n) int64; with `backward`, logits become d_logits. scale is 0-d."""
+    n, Vp = logits.shape
+    _classifier_kernel[(min(n, PROGRAMS),)](
+        losses, logits, targets, scale, n, V, Vp,
+        BACKWARD=backward, TILE=TILE, VEC=16 // logits.element_size(), REVERSE=REVERSE, num_warps=WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _loss_sum_kernel(total, losses, scale, n, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
+    """All of it in one program and in fp64: n is small, and a second launch would cost more than it saves."""
+    lanes = tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, n, BLOCK):
+        acc += tl.load(losses + start + lanes, mask=start + lanes < n, other=0.0).to(tl.float64)
+    value = tl.sum(acc, 0) * tl.load(scale).to(tl.float64)
+    if ACCUMULATE:
+        value += tl.load(total)
+    tl.store(total, value)
+
+
+@backend("triton")
+def loss_sum(total: Tensor, losses: Tensor, scale: Tensor, *, accumulate: bool) -> None:
+    """total (0-d, fp64) = sum of losses (n) * scale (0-d), added to it if `accumulate`."""
+    _loss_sum_kernel[(1,)](
+        total, losses, scale, losses.numel(), ACCUMULATE=accumulate, BLOCK=SUM_BLOCK, num_warps=SUM_WARPS
+    )
+
+
+def _aot(dtype: str, vec: int, backward: bool) -> tuple[Any, dict[str, str], dict[str, Any], int]:
+    signature = {
+        "losses": "*fp32", "logits": dtype, "targets": "*i64", "scale": "*fp64", "n": "i32", "V": "i32", "Vp": "i32",
+    }  # fmt: skip
+    return _classifier_kernel, signature, {"BACKWARD": backward, "TILE": TILE, "VEC": vec, "REVERSE": REVERSE}, WARPS
+
+
+SUM_TYPES = {"total": "*fp64", "losses": "*fp32", "scale": "*fp64", "n": "i32"}
+AOT = [
+    *(_aot(dtype, vec, backward) for dtype, vec in (("*bf16", 8), ("*fp32", 4)) for backward in (True, False)),
+    (_loss_sum_kernel, SUM_TYPES, {"ACCUMULATE": True, "BLOCK": SUM_BLOCK}, SUM_WARPS),
+]

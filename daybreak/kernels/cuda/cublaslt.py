@@ -1,0 +1,493 @@
+"""Matrix products through cuBLASLt, with the epilogues that pay: bias, an addend, GELU, GELU's derivative.
+
+The library is the one that torch has loaded, called through ctypes. cuBLASLt sees matrices column by column, so a
+row-major tensor (r, s) is its matrix (s, r), and every product is computed transposed: D (m, n) = op(A) op(B) where m
+are the columns and n the rows of the row-major output. In this file m, n, k, A, B, C, D are the library's.
+
+A product is described by a `Key`; what was prepared for one (descriptors and algorithm) is a `Plan`, built at the first
+call and kept for the life of the process. The algorithm comes from a table measured for this card and exactly this
+version of the library (kernels/cuda/tables, written by kernels.cuda.tune), else it is the library's first heuristic.
+Timing never decides at run time: another algorithm may mean other bits. Where the library has no algorithm (odd row
+strides in bf16, say) the product goes through torch; `choices` tells what was used for every key.
+
+Only algorithms that add up in fp32 are asked for: a split over k that reduces in bf16 would round partial sums.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import hashlib
+import importlib.util
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from daybreak.kernels import Scratch, Temps, backend, matmul
+from daybreak.kernels.cuda import gelu, missing_backends
+
+WORKSPACE = 32 << 20  # bytes: what the library recommends on Hopper; algorithms that want more are not offered
+TABLES = Path(__file__).parent / "tables"
+_TEMPS = [((WORKSPACE,), torch.uint8)]
+
+# Numbers of the library's enumerations, the same in CUDA 11.4 to 13. Types: cudaDataType_t, cublasComputeType_t.
+R_32F, R_16BF = 0, 14
+COMPUTE_32F, COMPUTE_32F_FAST_TF32 = 68, 77
+TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD, AUX_TYPE, BIAS_TYPE = 3, 4, 7, 8, 11, 12, 22, 26
+EPILOGUES = {"plain": 1, "bias": 4, "gelu": 32 | 128 | 4, "dgelu": 64 | 128}  # default, bias, GELU_AUX_BIAS, DGELU
+PREF_WORKSPACE, PREF_REDUCTION, PREF_ALIGN_A = 1, 3, 5  # alignments of A, B, C, D are 5, 6, 7, 8
+REDUCE_IN_COMPUTE_TYPE = 2
+CAP_OUT_OF_PLACE, CAP_TILES = 4, 6
+CONFIG = {  # number and type of an algorithm's settings
+    "algo": (0, ctypes.c_int32),
+    "tile": (1, ctypes.c_uint32),
+    "stages": (6, ctypes.c_uint32),
+    "splitk": (2, ctypes.c_int32),
+    "reduction": (3, ctypes.c_uint32),
+    "swizzle": (4, ctypes.c_uint32),
+    "custom": (5, ctypes.c_uint32),
+    "inner": (7, ctypes.c_uint16),
+    "cluster": (8, ctypes.c_uint16),
+}
+STATUS = {
+    0: "SUCCESS", 1: "NOT_INITIALIZED", 3: "ALLOC_FAILED", 7: "INVALID_VALUE", 8: "ARCH_MISMATCH", 11: "MAPPING_ERROR",
+    13: "EXECUTION_FAILED", 14: "INTERNAL_ERROR", 15: "NOT_SUPPORTED", 16: "LICENSE_ERROR",
+}  # fmt: skip
+REFUSED = (7, 15)  # what the library answers to a product it cannot do
+DTYPES = {"bf16": (R_16BF, COMPUTE_32F), "fp32": (R_32F, COMPUTE_32F), "tf32": (R_32F, COMPUTE_32F_FAST_TF32)}
+
+
+class Algo(ctypes.Structure):
+    """cublasLtMatmulAlgo_t: opaque, valid for one version of the library."""
+
+    _fields_ = [("data", ctypes.c_uint64 * 8)]
+
+
+class Heuristic(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t."""
+
+    _fields_ = [
+        ("algo", Algo),
+        ("workspace", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    ]
+
+
+_VOID, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+_SET, _GET = [_VOID, _INT, _VOID, _SIZE], [_VOID, _INT, _VOID, _SIZE, _VOID]
+SIGNATURES: dict[str, list[Any]] = {  # all return a status
+    "cublasLtCreate": [_VOID],
+    "cublasLtMatmulDescCreate": [_VOID, _INT, _INT],
+    "cublasLtMatmulDescSetAttribute": _SET,
+    "cublasLtMatmulDescDestroy": [_VOID],
+    "cublasLtMatrixLayoutCreate": [_VOID, _INT, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64],
+    "cublasLtMatrixLayoutDestroy": [_VOID],
+    "cublasLtMatmulPreferenceCreate": [_VOID],
+    "cublasLtMatmulPreferenceSetAttribute": _SET,
+    "cublasLtMatmulPreferenceDestroy": [_VOID],
+    "cublasLtMatmulAlgoGetHeuristic": [_VOID] * 7 + [_INT, _VOID, _VOID],
+    "cublasLtMatmulAlgoCheck": [_VOID] * 8,
+    "cublasLtMatmulAlgoCapGetAttribute": _GET,
+    "cublasLtMatmulAlgoConfigGetAttribute": _GET,
+    "cublasLtMatmulAlgoConfigSetAttribute": _SET,
+    "cublasLtMatmul": [_VOID] * 14 + [_SIZE, _VOID],
+}
+
+
+class Key(NamedTuple):
+    """One kind of product. `trans`: n or t for A and B. `mode`: D alone (beta0), added to D (beta1), C added (add).
+    Leading dimensions are row strides; `ldaux` is that of GELU's input. `align`: bytes, at most 16."""
+
+    dtype: str
+    trans: str
+    m: int
+    n: int
+    k: int
+    epilogue: str
+    mode: str
+    lda: int
+    ldb: int
+    ldc: int
+    ldd: int
+    ldaux: int
+    align: int
+
+    def __str__(self) -> str:
+        """Readable and complete: leading dimensions and alignment are named where they are not the usual ones."""
+        usual = dense(*self[:7])
+        odd = "".join(f" {name}{value}" for name, value in self._asdict().items() if value != getattr(usual, name))
+        return f"{self.dtype} {self.trans} m{self.m} n{self.n} k{self.k} {self.epilogue} {self.mode}{odd}"
+
+
+def dense(dtype: str, trans: str, m: int, n: int, k: int, epilogue: str = "plain", mode: str = "beta0") -> Key:
+    """The key of a product of whole, aligned tensors."""
+    aux = m if "gelu" in epilogue else 0
+    return Key(
+        dtype, trans, m, n, k, epilogue, mode, k if trans[0] == "t" else m, k if trans[1] == "n" else n, m, m, aux, 16
+    )
+
+
+def parse(text: str) -> Key:
+    """The key that `str` wrote."""
+    dtype, trans, *words = text.split()
+    sizes = [int(words[i].removeprefix(letter)) for i, letter in enumerate("mnk")]
+    key = dense(dtype, trans, sizes[0], sizes[1], sizes[2], words[3], words[4])
+    if dtype not in DTYPES or key.epilogue not in EPILOGUES or key.mode not in ("beta0", "beta1", "add"):
+        raise ValueError(f"not a product: {text!r}")
+    odd = [re.fullmatch(r"(ld(?:[abcd]|aux)|align)(\d+)", word) for word in words[5:]]
+    return Key(**{**key._asdict(), **{match[1]: int(match[2]) for match in odd if match}})
+
+
+# ------------------------------------------------------------------------------------------------ the library
+
+
+def library_paths() -> list[str]:
+    """Where cuBLASLt may be, best first: what this process has loaded, beside torch, the system's."""
+    loaded: list[str] = []
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        loaded = [line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if "/libcublasLt.so" in line]
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    found = [str(p) for folder in folders for p in sorted(folder.glob("*/lib/libcublasLt.so.*"), reverse=True)]
+    found += [str(p) for p in sorted((Path(torch.__file__).parent / "lib").glob("libcublasLt.so.*"), reverse=True)]
+    system = ctypes.util.find_library("cublasLt")
+    return list(dict.fromkeys([*loaded, *found, *([system] if system else [])]))
+
+
+@cache
+def library() -> Any | None:
+    """The library with its signatures declared; None where there is none."""
+    for path in library_paths():
+        try:
+            lib = ctypes.CDLL(path)
+            for name, arguments in SIGNATURES.items():
+                getattr(lib, name).argtypes = arguments
+                getattr(lib, name).restype = _INT
+        except (OSError, AttributeError):  # no such file, or not what it is called
+            continue
+        lib.cublasLtGetVersion.argtypes, lib.cublasLtGetVersion.restype = [], _SIZE
+        return lib
+    return None
+
+
+def check(status: int, what: str) -> None:
+    """Raise if the library refused."""
+    if status:
+        raise RuntimeError(f"cuBLASLt: {what} answered {STATUS.get(status, status)}")
+
+
+_ONE, _ZERO = ctypes.c_float(1.0), ctypes.c_float(0.0)
+ONE, ZERO = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
+
+
+class Blas:
+    """The library on one device: its handle, the card's table, the plans made so far (None: torch does it)."""
+
+    def __init__(self, lib: Any, device: int) -> None:
+        self.lib, self.device = lib, device
+        self.version = int(lib.cublasLtGetVersion())
+        self.card = torch.cuda.get_device_name(device)
+        self.table = read_table(table_path(self.card, self.version), self.card, self.version)
+        self.plans: dict[tuple[Any, ...], Plan | None] = {}
+        self.used: dict[str, str] = {}
+        handle = _VOID()
+        with torch.cuda.device(device):
+            check(lib.cublasLtCreate(ctypes.byref(handle)), "cublasLtCreate")
+        self.handle = handle.value
+
+    def plan(self, key: Key) -> Plan | None:
+        """Prepare a product: the table's algorithm if it fits, else the first that the library offers."""
+        name = str(key)
+        entry = self.table.get(name, {})
+        if entry.get("separate"):
+            self.used[name] = "table: a product, then gelu"
+            return None
+        plan, source = Plan(self, key), "first heuristic"
+        if "algo" in entry:
+            algo = Algo.from_buffer_copy(bytes.fromhex(entry["algo"]))
+            if plan.checked(algo):
+                plan.algo, source = algo, "table"
+            else:
+                source = "the table's was refused, first heuristic"
+        if plan.algo is None:
+            offered = plan.offered(8)
+            if not offered:
+                self.used[name] = "torch: cuBLASLt has no algorithm"
+                plan.destroy()
+                return None
+            plan.algo = offered[0].algo
+        self.used[name] = f"{source}: {plan.config(plan.algo)}"
+        return plan
+
+
+class Plan:
+    """Descriptors of one product and the algorithm for it. Not for use by two threads at once: pointers are set in the
+    descriptor, then launched."""
+
+    def __init__(self, blas: Blas, key: Key) -> None:
+        self.blas, self.key = blas, key
+        self.algo: Algo | None = None
+        self.lib, dtype, compute = blas.lib, *DTYPES[key.dtype]
+        self.alpha, self.beta = ONE, ZERO if key.mode == "beta0" else ONE
+        self.pointer = ctypes.c_uint64()
+        self.pointer_at = ctypes.addressof(self.pointer)
+        made = _VOID()
+        check(self.lib.cublasLtMatmulDescCreate(ctypes.byref(made), compute, R_32F), "cublasLtMatmulDescCreate")
+        self.desc = made.value
+        for side, letter in zip((TRANSA, TRANSB), key.trans, strict=True):
+            self._set(side, ctypes.c_int32("nt".index(letter)))
+        self._set(EPILOGUE, ctypes.c_uint32(EPILOGUES[key.epilogue]))
+        # The heuristic reads a pointer's alignment and nothing else of it.
+        pointer = ctypes.c_uint64((1 << 28) + key.align)
+        if key.epilogue in ("bias", "gelu"):
+            self._set(BIAS_TYPE, ctypes.c_int32(dtype))
+            self._set(BIAS_POINTER, pointer)
+        if key.epilogue in ("gelu", "dgelu"):
+            self._set(AUX_TYPE, ctypes.c_int32(dtype))
+            self._set(AUX_LD, ctypes.c_int64(key.ldaux))
+            self._set(AUX_POINTER, pointer)
+        self.a = self._layout(dtype, *((key.k, key.m) if key.trans[0] == "t" else (key.m, key.k)), key.lda)
+        self.b = self._layout(dtype, *((key.k, key.n) if key.trans[1] == "n" else (key.n, key.k)), key.ldb)
+        self.d = self._layout(dtype, key.m, key.n, key.ldd)
+        self.c = self._layout(dtype, key.m, key.n, key.ldc) if key.mode == "add" else self.d
+
+    def _set(self, attribute: int, value: Any) -> None:
+        size = ctypes.sizeof(value)
+        status = self.lib.cublasLtMatmulDescSetAttribute(self.desc, attribute, ctypes.addressof(value), size)
+        check(status, f"cublasLtMatmulDescSetAttribute {attribute}")
+
+    def _layout(self, dtype: int, rows: int, columns: int, ld: int) -> Any:
+        made = _VOID()
+        check(self.lib.cublasLtMatrixLayoutCreate(ctypes.byref(made), dtype, rows, columns, ld), "a matrix layout")
+        return made.value
+
+    def destroy(self) -> None:
+        """Give the descriptors back; the plan is of no use afterwards."""
+        self.lib.cublasLtMatmulDescDestroy(self.desc)
+        for layout in {self.a, self.b, self.c, self.d}:
+            self.lib.cublasLtMatrixLayoutDestroy(layout)
+
+    def offered(self, count: int) -> list[Heuristic]:
+        """What the library's heuristic offers, best guess first: deterministic, fp32 sums, at most WORKSPACE bytes."""
+        key, preference, returned = self.key, _VOID(), ctypes.c_int()
+        if key.ldaux and (key.ldaux % 8 or key.align < 16):  # documented as unsupported
+            return []
+        check(self.lib.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)), "a preference")
+        wishes: list[tuple[int, Any]] = [(PREF_ALIGN_A + i, ctypes.c_uint32(key.align)) for i in range(4)]
+        wishes.append((PREF_WORKSPACE, ctypes.c_uint64(WORKSPACE)))
+        wishes.append((PREF_REDUCTION, ctypes.c_uint32(REDUCE_IN_COMPUTE_TYPE)))
+        for attribute, value in wishes:
+            at, size = ctypes.addressof(value), ctypes.sizeof(value)
+            check(self.lib.cublasLtMatmulPreferenceSetAttribute(preference, attribute, at, size), "a preference")
+        results = (Heuristic * count)()
+        status = self.lib.cublasLtMatmulAlgoGetHeuristic(
+            self.blas.handle, self.desc, self.a, self.b, self.c, self.d, preference, count,
+            ctypes.addressof(results), ctypes.addressof(returned),
+        )  # fmt: skip
+        self.lib.cublasLtMatmulPreferenceDestroy(preference)
+        if status in REFUSED:
+            return []
+        check(status, "cublasLtMatmulAlgoGetHeuristic")
+        found = results[: returned.value]
+        return [r for r in found if r.state == 0 and r.workspace <= WORKSPACE and self._fits(r.algo)]
+
+    def _fits(self, algo: Algo) -> bool:
+        """The heuristic is not told whether C is another matrix than D, so ask the algorithm."""
+        if self.key.mode != "add":
+            return True
+        value, written = ctypes.c_int32(1), ctypes.c_size_t()
+        at = (ctypes.addressof(value), 4, ctypes.addressof(written))
+        self.lib.cublasLtMatmulAlgoCapGetAttribute(ctypes.addressof(algo), CAP_OUT_OF_PLACE, *at)
+        return value.value != 0
+
+    def checked(self, algo: Algo) -> Heuristic | None:
+        """Whether the algorithm can do this product, within the workspace and with sums in fp32."""
+        result = Heuristic()
+        status = self.lib.cublasLtMatmulAlgoCheck(
+            self.blas.handle, self.desc, self.a, self.b, self.c, self.d, ctypes.addressof(algo),
+            ctypes.addressof(result),
+        )  # fmt: skip
+        if status or result.state or result.workspace > WORKSPACE or not self._fits(algo):
+            return None
+        return result if self.setting(algo, "reduction") & ~REDUCE_IN_COMPUTE_TYPE == 0 else None
+
+    def setting(self, algo: Algo, name: str) -> int:
+        """One setting of an algorithm; 0 where this algorithm has none."""
+        number, kind = CONFIG[name]
+        value, written = kind(), ctypes.c_size_t()
+        at = (ctypes.addressof(value), ctypes.sizeof(value), ctypes.addressof(written))
+        self.lib.cublasLtMatmulAlgoConfigGetAttribute(ctypes.addressof(algo), number, *at)
+        return int(value.value)
+
+    def config(self, algo: Algo) -> str:
+        """An algorithm's settings in words."""
+        return " ".join(f"{name}{self.setting(algo, name)}" for name in CONFIG)
+
+    def launch(self, algo: Algo, a: int, b: int, c: int, d: int, bias: int, aux: int, work: int, stream: int) -> int:
+        """Queue the product on the stream; every argument but the first is an address. Returns the status."""
+        if bias:
+            self.pointer.value = bias
+            self.lib.cublasLtMatmulDescSetAttribute(self.desc, BIAS_POINTER, self.pointer_at, 8)
+        if aux:
+            self.pointer.value = aux
+            self.lib.cublasLtMatmulDescSetAttribute(self.desc, AUX_POINTER, self.pointer_at, 8)
+        return int(self.lib.cublasLtMatmul(
+            self.blas.handle, self.desc, self.alpha, a, self.a, b, self.b, self.beta, c, self.c, d, self.d,
+            ctypes.addressof(algo), work, WORKSPACE, stream,
+        ))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ tables, choices
+
+
+def table_path(card: str, version: int) -> Path:
+    """The table of a card (torch's name for it) and a version of the library (as cublasLtGetVersion gives it)."""
+    return TABLES / f"{re.sub(r'[^a-z0-9]+', '-', card.lower())}-cublaslt-{version}.json"
+
+
+def read_table(path: Path, card: str, version: int) -> dict[str, dict[str, Any]]:
+    """The plans of a table file: key -> entry. Empty if there is none, or if it is for another card or version."""
+    if not path.exists():
+        return {}
+    table = json.loads(path.read_text())
+    plans: dict[str, dict[str, Any]] = table["plans"]
+    return plans if (table["card"], table["cublaslt"]) == (card, version) else {}
+
+
+def tables_digest() -> str:
+    """Fingerprint of the shipped tables: two installations with equal ones make equal choices."""
+    digest = hashlib.sha256()
+    for path in sorted(TABLES.glob("*.json")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def choices() -> dict[str, str]:
+    """What was used so far: key of a product -> the algorithm and where it came from, or why torch does it."""
+    return {key: used for blas in _devices.values() if blas for key, used in sorted(blas.used.items())}
+
+
+_devices: dict[int, Blas | None] = {}
+
+
+def blas_of(device: int) -> Blas | None:
+    """The library on a device; None where there is no library."""
+    if device not in _devices:
+        lib = library()
+        _devices[device] = Blas(lib, device) if lib else None
+    return _devices[device]
+
+
+# ------------------------------------------------------------------------------------------------ the operations
+
+
+def _gemm(
+    trans: str, epilogue: str, d: Tensor, a: Tensor, b: Tensor, scratch: Scratch,
+    bias: Tensor | None = None, aux: Tensor | None = None, c: Tensor | None = None,
+) -> bool:  # fmt: skip
+    """D = epilogue(op(A) op(B) + C): c None, d itself or another. False if the library cannot: nothing was queued."""
+    device = d.get_device()
+    blas = _devices[device] if device in _devices else blas_of(device)
+    if blas is None:
+        return False
+    n, m = d.shape
+    mode = "beta0" if c is None else "beta1" if c is d else "add"
+    k = a.shape[1] if trans[0] == "t" else a.shape[0]
+    name = "bf16" if d.dtype == torch.bfloat16 else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+    pa, pb, pd = a.data_ptr(), b.data_ptr(), d.data_ptr()
+    pc = pd if c is None else c.data_ptr()
+    pbias = 0 if bias is None else bias.data_ptr()
+    paux = 0 if aux is None else aux.data_ptr()
+    low = (pa | pb | pc | pd | pbias | paux) & 15
+    # A single row may carry any stride.
+    key = (
+        name, trans, m, n, k, epilogue, mode, max(a.stride(0), a.shape[1]), max(b.stride(0), b.shape[1]),
+        max(c.stride(0), m) if mode == "add" and c is not None else max(d.stride(0), m), max(d.stride(0), m),
+        0 if aux is None else max(aux.stride(0), m), low & -low or 16,
+    )  # fmt: skip
+    plans = blas.plans
+    if key not in plans:
+        plans[key] = blas.plan(Key(*key))
+    plan = plans[key]
+    if plan is None or plan.algo is None:
+        return False
+    (workspace,) = scratch(_TEMPS)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    status = plan.launch(plan.algo, pa, pb, pc, pd, pbias, paux, workspace.data_ptr(), stream)
+    if status in REFUSED:  # offered, but then refused: the refusal comes before anything is queued
+        plans[key], blas.used[str(plan.key)] = None, f"torch: cuBLASLt answered {STATUS[status]}"
+        return False
+    check(status, f"cublasLtMatmul {plan.key}")
+    return True
+
+
+def _temps(*_: object, **__: object) -> Temps:
+    return _TEMPS
+
+
+def gelu_pass(out: Tensor, x: Tensor) -> None:
+    """out = gelu(x) in a pass of its own."""
+    if "triton" not in missing_backends() and out.is_contiguous() and x.is_contiguous():
+        gelu.gelu_forward(out, x)
+    else:
+        torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+
+
+def slope_pass(grad: Tensor, pre: Tensor) -> None:
+    """grad *= gelu'(pre) in a pass of its own."""
+    if "triton" not in missing_backends() and grad.is_contiguous() and pre.is_contiguous():
+        gelu.multiply_by_slope(grad, pre)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(grad, pre, approximate="tanh", grad_input=grad)
+
+
+@backend("cublaslt", temps=_temps)
+def matmul_forward(
+    out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = None, *, scratch: Scratch
+) -> None:
+    """out (n, O) = x (n, I) @ w (O, I)^T + b (O) + add (n, O), rounded once."""
+    if not _gemm("tn", "plain" if b is None else "bias", out, w, x, scratch, bias=b, c=add):
+        matmul.matmul_forward(out, x, w, b, add)
+
+
+@backend("cublaslt", temps=_temps)
+def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tensor, *, scratch: Scratch) -> None:
+    """pre (n, O) = x (n, I) @ w (O, I)^T + b (O); out (n, O) = gelu of it, before or after its rounding, as the table
+    says which of an epilogue and a separate pass is faster. The epilogue's GELU is the tanh form too."""
+    if _gemm("tn", "gelu", out, w, x, scratch, bias=b, aux=pre):
+        return
+    if not _gemm("tn", "bias", pre, w, x, scratch, bias=b):
+        torch.addmm(b, x, w.t(), out=pre)
+    gelu_pass(out, pre)
+
+
+@backend("cublaslt", temps=_temps)
+def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor, *, scratch: Scratch) -> None:
+    """dx (n, I) = dout (n, O) @ w (O, I)."""
+    if not _gemm("nn", "plain", dx, w, dout, scratch):
+        torch.mm(dout, w, out=dx)
+
+
+@backend("cublaslt", temps=_temps)
+def matmul_gelu_backward_input(dpre: Tensor, dout: Tensor, w: Tensor, pre: Tensor, *, scratch: Scratch) -> None:
+    """dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)), the factor applied before rounding."""
+    if _gemm("nn", "dgelu", dpre, w, dout, scratch, aux=pre):
+        return
+    if not _gemm("nn", "plain", dpre, w, dout, scratch):
+        torch.mm(dout, w, out=dpre)
+    slope_pass(dpre, pre)
+
+
+@backend("cublaslt", temps=_temps)
+def matmul_backward_weight(dw: Tensor, dout: Tensor, x: Tensor, *, accumulate: bool, scratch: Scratch) -> None:
+    """dw (O, I) = dout (n, O)^T @ x (n, I), added to dw if `accumulate`, rounded once."""
+    if not _gemm("nt", "plain", dw, x, dout, scratch, c=dw if accumulate else None):
+        matmul.matmul_backward_weight(dw, dout, x, accumulate=accumulate)

@@ -1,0 +1,267 @@
+"""Embedding forward, and a backward without atomics whose order of summation the tokens alone decide.
+
+Backward sorts the positions of the batch by token (least significant digit first, stable) and cuts the sorted list
+into chunks of CHUNK. One program adds up the rows of a chunk in fp32, run by run of equal tokens. A run inside a chunk
+goes straight to its row of dwte; one that crosses chunks leaves a partial sum in each, and a second kernel adds those
+up, so a token that is every tenth of the batch keeps no program waiting. Every row of dwte is rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daybreak.kernels import Scratch, Temps, backend, embedding
+from daybreak.kernels.cuda import tl, triton
+
+GROUP, MAX_COLS = 4, 2048  # tile of forward: one position in 4 rows of the batch
+SORT_BLOCK, SORT_WARPS = 512, 8  # positions that one program of the sort takes
+DIGIT_BITS = 8
+CHUNK = 32  # sorted positions that one program adds up
+RUN_COLS = 256  # columns of one program of one warp: 16 bytes of bf16 a thread
+PARTS = 16  # partial sums that are read at a time
+POSITION_ROWS, POSITION_COLS = 8, 1024
+assert embedding.embedding_forward  # the operations that this file gives a backend to are registered first
+
+
+# ------------------------------------------------------------------------------------------------------------ forward
+
+
+@triton.jit
+def _forward_kernel(out, tokens, wte, wpe, B, T, C, GROUP: tl.constexpr, COLS: tl.constexpr):
+    t = tl.program_id(0)
+    b = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
+    row = b.to(tl.int64) * T + t
+    token = tl.load(tokens + row, mask=b < B, other=0)
+    mask = (b < B)[:, None] & (cols < C)[None, :]
+    x = tl.load(wte + token[:, None] * C + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    position = tl.load(wpe + t.to(tl.int64) * C + cols, mask=cols < C, other=0.0).to(tl.float32)
+    y = x + position[None, :]
+    tl.store(out + row[:, None] * C + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
+
+
+def _forward_launch(C: int) -> tuple[int, int]:
+    """Columns and warps of one program of forward: 32 values a thread at most."""
+    cols = min(1 << (C - 1).bit_length(), MAX_COLS)
+    return cols, min(max(GROUP * cols // 1024, 1), 8)
+
+
+@backend("triton")
+def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor) -> None:
+    """out (B*T, C) = wte[tokens] + wpe[:T] for tokens (B, T) int64; added in fp32, rounded once."""
+    (B, T), C = tokens.shape, out.shape[1]
+    cols, warps = _forward_launch(C)
+    _forward_kernel[(T, triton.cdiv(B, GROUP), triton.cdiv(C, cols))](
+        out, tokens, wte, wpe, B, T, C, GROUP=GROUP, COLS=cols, num_warps=warps
+    )
+
+
+# --------------------------------------------------------------------------------------------- backward: the positions
+
+
+@triton.jit
+def _positions_kernel(
+    dwpe, dout, B, T, C,
+    ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """dwpe[t] = or += sum over b of dout[b T + t]; zero from t = T on, where there is nothing to add up."""
+    t = tl.program_id(0)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    mask = cols < C
+    acc = tl.zeros((COLS,), tl.float32)
+    for start in range(0, tl.where(t < T, B, 0), ROWS):
+        b = start + tl.arange(0, ROWS)
+        at = (b.to(tl.int64) * T + t)[:, None] * C + cols[None, :]
+        acc += tl.sum(tl.load(dout + at, mask=(b < B)[:, None] & mask[None, :], other=0.0).to(tl.float32), 0)
+    here = dwpe + t.to(tl.int64) * C + cols
+    if ACCUMULATE:
+        acc += tl.load(here, mask=mask, other=0.0).to(tl.float32)
+    tl.store(here, acc.to(dwpe.dtype.element_ty), mask=mask)
+
+
+# -------------------------------------------------------------------------------------------------- backward: the sort
+
+
+@triton.jit
+def _digit_counts_kernel(table, keys, n, SHIFT: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
+    """table[block] (DIGITS) = how often each digit occurs among the keys of this block."""
+    block = tl.program_id(0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    digit = (tl.load(keys + at, mask=at < n, other=0).to(tl.int32) >> SHIFT) & (DIGITS - 1)
+    counts = tl.histogram(digit, DIGITS, mask=at < n)
+    tl.store(table + block * DIGITS + tl.arange(0, DIGITS), counts)
+
+
+@triton.jit
+def _scatter_kernel(
+    keys_out, rows_out, keys, rows, table, n, blocks,
+    FIRST: tl.constexpr, SHIFT: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr, TABLE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """One pass of the sort. A key goes behind all with smaller digits, those of its digit in earlier blocks, and those
+    of its digit before it in its own block."""
+    block = tl.program_id(0)
+    digits = tl.arange(0, DIGITS)
+    total = tl.zeros((DIGITS,), tl.int32)
+    before = tl.zeros((DIGITS,), tl.int32)
+    for start in range(0, blocks, TABLE_ROWS):
+        r = start + tl.arange(0, TABLE_ROWS)
+        counts = tl.load(table + r[:, None] * DIGITS + digits[None, :], mask=(r < blocks)[:, None], other=0)
+        total += tl.sum(counts, 0)
+        before += tl.sum(tl.where((r < block)[:, None], counts, 0), 0)
+    base = tl.cumsum(total, 0) - total + before
+    start = block * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    at = start + lanes
+    mask = at < n
+    key = tl.load(keys + at, mask=mask, other=0).to(tl.int32)
+    digit = (key >> SHIFT) & (DIGITS - 1)
+    rank = tl.zeros((BLOCK,), tl.int32)
+    for j in range(tl.minimum(BLOCK, n - start)):
+        other = (tl.load(keys + start + j).to(tl.int32) >> SHIFT) & (DIGITS - 1)
+        rank += ((digit == other) & (j < lanes)).to(tl.int32)
+    to = tl.gather(base, digit, 0) + rank
+    row = at
+    if not FIRST:
+        row = tl.load(rows + at, mask=mask, other=0)
+    tl.store(keys_out + to, key, mask=mask)
+    tl.store(rows_out + to, row, mask=mask)
+
+
+def _sort(tokens: Tensor, pairs: list[Tensor], table: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """The tokens (n) < V in ascending order, and for each its position in the batch; both are of `pairs`."""
+    n, blocks = tokens.numel(), table.shape[0]
+    keys, rows = tokens, pairs[0]
+    for turn, shift in enumerate(range(0, max(1, (V - 1).bit_length()), DIGIT_BITS)):
+        _digit_counts_kernel[(blocks,)](
+            table, keys, n, SHIFT=shift, DIGITS=1 << DIGIT_BITS, BLOCK=SORT_BLOCK, num_warps=SORT_WARPS
+        )
+        keys_out, rows_out = pairs[2 * (turn % 2)], pairs[2 * (turn % 2) + 1]
+        _scatter_kernel[(blocks,)](
+            keys_out, rows_out, keys, rows, table, n, blocks, FIRST=turn == 0,
+            SHIFT=shift, DIGITS=1 << DIGIT_BITS, BLOCK=SORT_BLOCK, TABLE_ROWS=PARTS, num_warps=SORT_WARPS,
+        )  # fmt: skip
+        keys, rows = keys_out, rows_out
+    return keys, rows
+
+
+# -------------------------------------------------------------------------------------------------- backward: the sums
+
+
+@triton.jit
+def _runs_kernel(dwte, part, keys, rows, dout, n, chunks, C, CHUNK: tl.constexpr, COLS: tl.constexpr):
+    """The sums of one chunk of the sorted list. part (2, chunks, C) in fp32: [0] of a run that came from the chunk
+    before, [1] of one that began here and goes on in the next."""
+    chunk = tl.program_id(0)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    mask = cols < C
+    first = chunk * CHUNK
+    last = tl.minimum(first + CHUNK, n)
+    head = part + chunk.to(tl.int64) * C + cols
+    tail = head + chunks.to(tl.int64) * C
+    key = tl.load(keys + first)
+    came = (tl.load(keys + first - 1, mask=first > 0, other=-1) == key).to(tl.int32)
+    acc = tl.zeros((COLS,), tl.float32)
+    following = tl.load(dout + tl.load(rows + first).to(tl.int64) * C + cols, mask=mask, other=0.0)
+    row = tl.load(rows + first + 1, mask=first + 1 < last, other=0)
+    for p in range(first, last):
+        acc += following.to(tl.float32)
+        following = tl.load(dout + row.to(tl.int64) * C + cols, mask=mask & (p + 1 < last), other=0.0)
+        row = tl.load(rows + p + 2, mask=p + 2 < last, other=0)
+        after = tl.load(keys + p + 1, mask=p + 1 < n, other=-1)
+        if after != key:
+            if came != 0:
+                tl.store(head, acc, mask=mask)
+            else:
+                here = dwte + key.to(tl.int64) * C + cols
+                old = tl.load(here, mask=mask, other=0.0).to(tl.float32)
+                tl.store(here, (old + acc).to(dwte.dtype.element_ty), mask=mask)
+        ended = after != key
+        acc = tl.where(ended, 0.0, acc)
+        came = tl.where(ended, 0, came)
+        key = after
+    if tl.load(keys + last, mask=last < n, other=-1) == tl.load(keys + last - 1):
+        if came != 0:
+            tl.store(head, acc, mask=mask)
+        else:
+            tl.store(tail, acc, mask=mask)
+
+
+@triton.jit
+def _long_runs_kernel(
+    dwte, part, keys, n, chunks, C,
+    CHUNK: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial sums of the run, if any, that begins in this chunk and ends in a later one."""
+    chunk = tl.program_id(0)
+    first, last = chunk * CHUNK, (chunk + 1) * CHUNK
+    key = tl.load(keys + last - 1, mask=last < n, other=-2)
+    goes_on = tl.load(keys + last, mask=last < n, other=-1) == key
+    begins = tl.load(keys + first - 1, mask=first > 0, other=-1) != key
+    if goes_on & begins:
+        cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+        mask = cols < C
+        acc = tl.zeros((PARTS, COLS), tl.float32)
+        start = chunk + 1
+        more = 1
+        while more > 0:
+            k = start + tl.arange(0, PARTS)
+            same = tl.load(keys + k * CHUNK, mask=k < chunks, other=-1) == key
+            at = k.to(tl.int64)[:, None] * C + cols[None, :]
+            acc += tl.load(part + at, mask=same[:, None] & mask[None, :], other=0.0)
+            more = tl.min(same.to(tl.int32), 0)
+            start += PARTS
+        total = tl.load(part + (chunks + chunk).to(tl.int64) * C + cols, mask=mask, other=0.0) + tl.sum(acc, 0)
+        here = dwte + key.to(tl.int64) * C + cols
+        old = tl.load(here, mask=mask, other=0.0).to(tl.float32)
+        tl.store(here, (old + total).to(dwte.dtype.element_ty), mask=mask)
+
+
+def backward_temps(dwte: Tensor, dwpe: Tensor, dout: Tensor, *_: object, **__: object) -> Temps:
+    """Sorted tokens and their positions, twice; the digits' counts; the partial sums of the chunks."""
+    n, C = dout.shape
+    table = ((triton.cdiv(n, SORT_BLOCK), 1 << DIGIT_BITS), torch.int32)
+    return [*[((n,), torch.int32)] * 4, table, ((2, triton.cdiv(n, CHUNK), C), torch.float32)]
+
+
+@backend("triton", temps=backward_temps)
+def embedding_backward(
+    dwte: Tensor, dwpe: Tensor, dout: Tensor, tokens: Tensor, *, accumulate: bool, scratch: Scratch
+) -> None:
+    """dwte (Vp, C) += the rows of dout (B*T, C) by `tokens` (B, T); dwpe[:T] = or += their sum over B."""
+    (B, T), (n, C) = tokens.shape, dout.shape
+    *pairs, table, part = scratch(backward_temps(dwte, dwpe, dout))
+    cols = min(1 << (C - 1).bit_length(), POSITION_COLS)
+    _positions_kernel[(T if accumulate else dwpe.shape[0], triton.cdiv(C, cols))](
+        dwpe, dout, B, T, C, ACCUMULATE=accumulate, ROWS=POSITION_ROWS, COLS=cols, num_warps=max(cols // 256, 1)
+    )
+    keys, rows = _sort(tokens, pairs, table, dwte.shape[0])
+    chunks = part.shape[1]
+    grid = (chunks, triton.cdiv(C, RUN_COLS))
+    _runs_kernel[grid](dwte, part, keys, rows, dout, n, chunks, C, CHUNK=CHUNK, COLS=RUN_COLS, num_warps=1)
+    _long_runs_kernel[grid](dwte, part, keys, n, chunks, C, CHUNK=CHUNK, PARTS=PARTS, COLS=RUN_COLS, num_warps=4)
+
+
+def _aot(C: int, dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
+    cols, warps = _forward_launch(C)
+    sizes = {"B": "i32", "T": "i32", "C": "i32"}
+    position = {"ACCUMULATE": True, "ROWS": POSITION_ROWS, "COLS": POSITION_COLS}
+    sort = {"SHIFT": 8, "DIGITS": 1 << DIGIT_BITS, "BLOCK": SORT_BLOCK}
+    lists = {"keys": "*i32", "rows": "*i32"}
+    runs = {"dwte": dtype, "part": "*fp32", "keys": "*i32", "n": "i32", "chunks": "i32", "C": "i32"}
+    forward = {"out": dtype, "tokens": "*i64", "wte": dtype, "wpe": dtype, **sizes}
+    scatter = {"keys_out": "*i32", "rows_out": "*i32", **lists, "table": "*i32", "n": "i32", "blocks": "i32"}
+    return [
+        (_forward_kernel, forward, {"GROUP": GROUP, "COLS": cols}, warps),
+        (_positions_kernel, {"dwpe": dtype, "dout": dtype, **sizes}, position, POSITION_COLS // 256),
+        (_digit_counts_kernel, {"table": "*i32", "keys": "*i32", "n": "i32"}, sort, SORT_WARPS),
+        (_scatter_kernel, scatter, {"FIRST": False, "TABLE_ROWS": PARTS, **sort}, SORT_WARPS),
+        (_scatter_kernel, {**scatter, "keys": "*i64"}, {"FIRST": True, "TABLE_ROWS": PARTS, **sort}, SORT_WARPS),
+        (_runs_kernel, {**runs, "rows": "*i32", "dout": dtype}, {"CHUNK": CHUNK, "COLS": RUN_COLS}, 1),
+        (_long_runs_kernel, runs, {"CHUNK": CHUNK, "PARTS": PARTS, "COLS": RUN_COLS}, 4),
+    ]
+
+
+AOT = [*_aot(1600, "*bf16"), *_aot(768, "*fp32")]

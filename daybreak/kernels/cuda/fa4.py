@@ -1,0 +1,91 @@
+"""FlashAttention-4's deterministic backward (the package flash-attn-4, CuTe DSL kernels), after cuDNN's forward.
+
+Its blocks of keys add to dq in fp32 in a fixed order, each waiting for its turn, so it needs no T x T workspace and
+repeats bit for bit. It is compiled on its first call, in some seconds, and kept in a cache folder for the next process.
+Its temporaries come from torch's allocator, inside a captured graph from that graph's pool: `workspace_bytes`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daybreak.kernels import Scratch, Temps, backend
+from daybreak.kernels.cuda import attention as flash
+from daybreak.kernels.cuda import cudnn
+
+BLOCK = 128  # its largest block of queries, to which it rounds T up
+
+
+def usable(capability: tuple[int, int]) -> str | None:
+    """Why these operations cannot run on a card of this compute capability, or None."""
+    if reason := cudnn.usable(capability):
+        return reason
+    try:
+        _interface()
+    except Exception as error:  # packages that do not fit each other raise anything
+        return f"the package flash_attn.cute does not work ({type(error).__name__}: {error})"
+    return None
+
+
+def workspace_bytes(B: int, T: int, NH: int, HS: int) -> int:
+    """Bytes that one backward takes from torch's allocator: dq in fp32, two fp32 rows of statistics, turn counters.
+
+    Each is rounded up to 2 MiB, the allocator's granularity for large blocks.
+    """
+    rows = B * NH * -(-T // BLOCK) * BLOCK
+    pieces = (rows * -(-HS // 64) * 64 * 4, rows * 4, rows * 4, rows // 64 * 2 * 4)
+    return sum(-(-size // (2 << 20)) * (2 << 20) for size in pieces)
+
+
+@backend("fa4", temps=cudnn.forward_temps, dtypes=(torch.bfloat16,))
+def attention_forward(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, scratch: Scratch
+) -> None:
+    """out (B, T, NH, HS) = causal attention of strided q, k, v; lse (B, NH, T) fp32: cuDNN's."""
+    cudnn.attention_forward(out, lse, q, k, v, scale=scale, scratch=scratch)
+
+
+def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, *_: object, **__: object) -> Temps:
+    """Nothing, but for a head size that only the Triton kernels take."""
+    return [] if cudnn.served(q) else flash.backward_temps(dq, dk, dv, dout, q)
+
+
+@backend("fa4", temps=backward_temps, dtypes=(torch.bfloat16,))
+def attention_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    scratch: Scratch,
+) -> None:
+    """dq, dk, dv (B, T, NH, HS) from dout and what forward kept; all views strided, on 16-byte boundaries."""
+    if not cudnn.served(q):
+        flash.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale=scale, scratch=scratch)
+        return
+    assert lse.is_contiguous()
+    _interface()._flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=scale, causal=True, deterministic=True, dq=dq, dk=dk, dv=dv
+    )
+
+
+@cache
+def _interface() -> Any:
+    """The package, told to keep what it compiles: it reads these variables when it is imported."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path(home) / "daybreak" / "fa4"))
+    return importlib.import_module("flash_attn.cute.interface")

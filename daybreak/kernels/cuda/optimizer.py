@@ -1,0 +1,195 @@
+"""The global norm and AdamW on a GPU. Formulas, layouts of the masters and random bits: kernels.optimizer.
+
+Both read flat buffers once and are bound by memory. A thread takes 4 neighbouring elements: 16 bytes of every fp32
+buffer, and no buffer needs another distribution over threads than the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daybreak.kernels import Scratch, Temps, backend
+from daybreak.kernels.cuda import tl, triton
+from daybreak.kernels.optimizer import stream_key
+
+ADAMW_BLOCK, ADAMW_WARPS = 1024, 8
+NORM_BLOCK, NORM_WARPS = 4096, 8
+NORM_PROGRAMS = 4096  # of any card; more of them than run at once, so that the last ones to finish are few
+
+
+# -------------------------------------------------------------------------------------------------------- global norm
+
+
+@triton.jit
+def _square_sums_kernel(partial, grads, n, stride, BLOCK: tl.constexpr):
+    """partial[program] (fp64) = the sum of squares of every `stride`-th block of BLOCK elements."""
+    program = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(program.to(tl.int64) * BLOCK, n, stride):
+        g = tl.load(grads + start + lanes, mask=start + lanes < n, other=0.0).to(tl.float32)
+        acc += g * g
+    tl.store(partial + program, tl.sum(acc.to(tl.float64), 0))
+
+
+@triton.jit
+def _norm_kernel(norm, partial, programs, BLOCK: tl.constexpr):
+    """norm (fp64) = the square root of the sum of `programs` <= BLOCK partial sums."""
+    lanes = tl.arange(0, BLOCK)
+    x = tl.load(partial + lanes, mask=lanes < programs, other=0.0)
+    tl.store(norm, tl.sqrt(tl.sum(x, 0)))
+
+
+def norm_temps(norm: Tensor, grads: Tensor) -> Temps:
+    return [((min(NORM_PROGRAMS, triton.cdiv(grads.numel(), NORM_BLOCK)),), torch.float64)]
+
+
+@backend("triton", temps=norm_temps)
+def global_norm(norm: Tensor, grads: Tensor, *, scratch: Scratch) -> None:
+    """Sums of a lane in fp32, of a program and of all programs in fp64. What is not finite stays so."""
+    (partial,) = scratch(norm_temps(norm, grads))
+    programs = partial.numel()
+    _square_sums_kernel[(programs,)](
+        partial, grads, grads.numel(), programs * NORM_BLOCK, BLOCK=NORM_BLOCK, num_warps=NORM_WARPS
+    )
+    _norm_kernel[(1,)](norm, partial, programs, BLOCK=NORM_PROGRAMS, num_warps=4)
+
+
+# -------------------------------------------------------------------------------------------------------------- AdamW
+
+
+@triton.jit
+def _mix(x):
+    """Murmur3's finaliser of 32-bit words (kernels.optimizer.mix)."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _adamw_kernel(
+    weights, masters, m, v, grads, stats, hyper, n, offset, key,
+    beta1, rest1, beta2, rest2, eps, weight_decay, LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of adamw_update. LAYOUT says where the parameter lies: "plain" in weights, "masters" in masters with
+    weights rounded from it, "split" in both, "none" in weights with random rounding. rest = 1 - beta; key: the seed's.
+
+    Every product that is added to something is written as a fused multiply-add and the compiler may fuse no other: the
+    bits must not depend on the layout.
+    """
+    if tl.load(stats + 3) == 0.0:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        lanes = tl.arange(0, BLOCK)
+        mask = start + lanes < n
+        weights += start
+        masters += start
+        m += start
+        v += start
+        # Every load before the first use: what a thread has under way is what hides the memory's latency.
+        g = tl.load(grads + start + lanes, mask=mask)
+        m1 = tl.load(m + lanes, mask=mask)
+        v1 = tl.load(v + lanes, mask=mask)
+        if LAYOUT == "split" or LAYOUT == "none":
+            high = tl.load(weights + lanes, mask=mask).to(tl.int16, bitcast=True).to(tl.int32) << 16
+            if LAYOUT == "split":
+                high += tl.load(masters + lanes, mask=mask).to(tl.int32)
+            p = high.to(tl.float32, bitcast=True)
+        else:
+            p = tl.load(masters + lanes, mask=mask)
+
+        scale = tl.load(stats + 2).to(tl.float32)
+        lr = tl.load(hyper).to(tl.float32)
+        unbias1 = tl.div_rn(1.0, tl.load(hyper + 3).to(tl.float32))
+        unbias2 = tl.div_rn(1.0, tl.load(hyper + 4).to(tl.float32))
+        g = g.to(tl.float32) * scale
+        m1 = tl.fma(m1, beta1, g * rest1)
+        v1 = tl.fma(v1, beta2, g * rest2 * g)
+        step = tl.div_rn(m1 * unbias1, tl.sqrt_rn(v1 * unbias2) + eps)
+        p = tl.fma(tl.fma(p, weight_decay, step), -lr, p)
+
+        tl.store(m + lanes, m1, mask=mask)
+        tl.store(v + lanes, v1, mask=mask)
+        if LAYOUT == "plain":
+            tl.store(weights + lanes, p, mask=mask)
+        elif LAYOUT == "masters" and weights.dtype.element_ty == tl.float32:
+            tl.store(masters + lanes, p, mask=mask)
+            tl.store(weights + lanes, p, mask=mask)
+        else:
+            is_nan = p != p
+            bits = tl.where(is_nan, 0x7FC00000, p.to(tl.int32, bitcast=True))
+            if LAYOUT == "none":
+                a = _mix((key ^ tl.load(hyper + 1).to(tl.int32)).to(tl.uint32))
+                b = _mix(a + 0x9E3779B9)
+                index = start + lanes + offset
+                word = _mix(index.to(tl.uint32) ^ a) + b + (index >> 32).to(tl.uint32) * 0x9E3779B9
+                rounded = (bits + (_mix(word) >> 16).to(tl.int32)) >> 16
+            else:
+                rounded = (bits + 0x8000) >> 16
+            tl.store(weights + lanes, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+            if LAYOUT == "masters":
+                tl.store(masters + lanes, p, mask=mask)
+            elif LAYOUT == "split":
+                tl.store(masters + lanes, tl.where(is_nan, 0, bits - (rounded << 16)).to(tl.int16), mask=mask)
+
+
+@backend("triton")
+def adamw_update(
+    weights: Tensor,
+    masters: Tensor | None,
+    m: Tensor,
+    v: Tensor,
+    grads: Tensor,
+    stats: Tensor,
+    hyper: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int,
+    offset: int,
+) -> None:
+    """One pass in fp32, scalars read on the device; gradients and weights in bf16 or fp32."""
+    if masters is None:
+        layout, exact = "plain" if weights.dtype == torch.float32 else "none", weights
+    else:
+        layout = "plain" if masters is weights else "split" if masters.dtype == torch.int16 else "masters"
+        exact = masters
+    n, key = m.numel(), stream_key(seed)
+    _adamw_kernel[(triton.cdiv(n, ADAMW_BLOCK),)](
+        weights, exact, m, v, grads, stats, hyper, n, offset, key - (key >> 31 << 32),
+        beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, weight_decay,
+        LAYOUT=layout, BLOCK=ADAMW_BLOCK, num_warps=ADAMW_WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _adamw_case(layout: str, weights: str, masters: str, grads: str) -> tuple[Any, dict[str, str], dict[str, Any], int]:
+    scalars = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "weight_decay"), "fp32")
+    signature = {
+        "weights": weights, "masters": masters, "m": "*fp32", "v": "*fp32", "grads": grads, "stats": "*fp64",
+        "hyper": "*fp64", "n": "i32", "offset": "i32", "key": "i32?", **scalars,
+    }  # fmt: skip
+    return _adamw_kernel, signature, {"LAYOUT": layout, "BLOCK": ADAMW_BLOCK}, ADAMW_WARPS
+
+
+# What to compile ahead of time: kernel, types of its arguments, constants, warps.
+AOT = [
+    *(
+        (
+            _square_sums_kernel,
+            {"partial": "*fp64", "grads": grads, "n": "i32", "stride": "i32"},
+            {"BLOCK": NORM_BLOCK},
+            8,
+        )
+        for grads in ("*bf16", "*fp32")
+    ),
+    (_norm_kernel, {"norm": "*fp64", "partial": "*fp64", "programs": "i32"}, {"BLOCK": NORM_PROGRAMS}, 4),
+    _adamw_case("plain", "*fp32", "*fp32", "*fp32"),
+    _adamw_case("masters", "*bf16", "*fp32", "*bf16"),
+    _adamw_case("split", "*bf16", "*i16", "*bf16"),
+    _adamw_case("split", "*bf16", "*i16", "*fp32"),
+    _adamw_case("none", "*bf16", "*bf16", "*bf16"),
+]

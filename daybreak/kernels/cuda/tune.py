@@ -1,0 +1,389 @@
+"""Searches cuBLASLt's algorithms for the products of a schedule and writes the table that kernels.cuda.cublaslt reads.
+
+    table = search(cublaslt.choices())      # the products a step has used, or any list of keys
+    write(table)
+
+A figure counts only as training sees it, so everything is timed at the power limit: the device is heated first and
+never idles, operands rotate through more memory than the L2 cache holds, candidates take turns in rounds, every other
+round backwards, and medians are compared. A candidate must agree with an fp32 product and give the same bits three
+times while another stream keeps the device busy. The library's first heuristic stays unless another is faster by more
+than GAIN: below that the search would pick noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import functools
+import itertools
+import json
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daybreak.kernels.cuda import cublaslt
+from daybreak.kernels.cuda.cublaslt import CAP_TILES, CONFIG, TABLES, WORKSPACE, Algo, Blas, Key, Plan, parse
+
+GAIN = 0.01
+HEAT_S, SHORT_S, ROUND_S, ROUNDS = 2.0, 0.004, 0.02, 5
+OFFERS, CANDIDATES, FINALISTS, PRUNE = 32, 96, 6, 1.15
+TANH = 2.0**-10.98  # relative error of tanh.approx.f32 (PTX ISA), which an epilogue may use
+ROTATE = 256 << 20  # bytes of operands that take turns
+TILES = (20, 23, 24, 31, 32)  # 128x128, 128x256, 256x128, 192x128, 128x192: tried beside those offered
+CLUSTERS = (2, 3, 4, 5, 6)  # 1x1, 2x1, 4x1, 1x2, 2x2
+Log = Callable[[str], None]
+
+
+@dataclass
+class Operands:
+    """One set of buffers for a product, row-major as the operations see them."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+    bias: Tensor | None
+    aux: Tensor | None
+
+    def addresses(self) -> tuple[int, ...]:
+        """In the order of `Plan.launch`."""
+        optional = (0 if x is None else x.data_ptr() for x in (self.bias, self.aux))
+        return (self.a.data_ptr(), self.b.data_ptr(), self.c.data_ptr(), self.d.data_ptr(), *optional)
+
+    def nbytes(self) -> int:
+        """Bytes of all buffers, each counted once."""
+        tensors = [x for x in (self.a, self.b, self.d, self.bias, self.aux) if x is not None]
+        return sum(x.nbytes for x in tensors) + (0 if self.c is self.d else self.c.nbytes)
+
+
+def operands(key: Key, device: torch.device) -> Operands:
+    """Random buffers with the key's row strides; the product's entries have a variance of about 1."""
+    dtype = torch.bfloat16 if key.dtype == "bf16" else torch.float32
+
+    def matrix(rows: int, columns: int, ld: int, scale: float = 1.0) -> Tensor:
+        whole = torch.empty(rows, ld, dtype=dtype, device=device).normal_(0, scale)
+        return whole[:, :columns]
+
+    a = matrix(*((key.m, key.k) if key.trans[0] == "t" else (key.k, key.m)), key.lda)
+    b = matrix(*((key.n, key.k) if key.trans[1] == "n" else (key.k, key.n)), key.ldb, key.k**-0.5)
+    d = matrix(key.n, key.m, key.ldd)
+    c = matrix(key.n, key.m, key.ldc) if key.mode == "add" else d
+    bias = matrix(1, key.m, key.m)[0] if key.epilogue in ("bias", "gelu") else None
+    aux = matrix(key.n, key.m, key.ldaux) if key.ldaux else None
+    return Operands(a, b, c, d, bias, aux)
+
+
+def product(key: Key, x: Operands, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product alone, with the addend and the bias, by torch in `dtype`."""
+    left = x.b if key.trans[1] == "n" else x.b.t()
+    right = x.a.t() if key.trans[0] == "t" else x.a
+    addend = x.bias if x.bias is not None else None if key.mode == "beta0" else x.c
+    if addend is None:
+        torch.mm(left.to(dtype), right.to(dtype), out=out)
+    else:
+        torch.addmm(addend.to(dtype), left.to(dtype), right.to(dtype), out=out)
+    if x.bias is not None and key.mode != "beta0":
+        out.add_(x.c)
+    return out
+
+
+def by_torch(key: Key, x: Operands) -> None:
+    """What torch makes of it, in as many passes as it needs."""
+    first = x.aux if key.epilogue == "gelu" and x.aux is not None else x.d
+    product(key, x, first, x.d.dtype)
+    if key.epilogue == "gelu":
+        torch.ops.aten.gelu.out(first, approximate="tanh", out=x.d)
+    elif key.epilogue == "dgelu" and x.aux is not None:
+        torch.ops.aten.gelu_backward.grad_input(x.d, x.aux, approximate="tanh", grad_input=x.d)
+
+
+def target(key: Key, x: Operands) -> tuple[Tensor, Tensor]:
+    """The result in fp32, and how far from it a sound one may be: the rounding of the result, the sum's own error, and
+    what the operands' rounding (TF32), the rounding of GELU's input and the hardware's tanh carry to the result."""
+    with precision("highest"):
+        first = product(key, x, torch.empty(x.d.shape, device=x.d.device), torch.float32)
+        want, half_ulp = first, 2.0**-8 if key.dtype == "bf16" else 0.0
+        carried = torch.zeros((), device=x.d.device)
+        if key.epilogue == "gelu":
+            want = torch.ops.aten.gelu(first, approximate="tanh")
+            carried = first.abs() * (1.13 * half_ulp + TANH / 2)  # GELU's slope is at most 1.129
+        elif key.epilogue == "dgelu" and x.aux is not None:
+            pre = x.aux.float()
+            want = torch.ops.aten.gelu_backward(first, pre, approximate="tanh")
+            carried = first.abs() * TANH * (0.5 + 0.8 * pre.abs() * (1 + 0.1342 * pre * pre))
+        if key.dtype == "tf32":  # 10 bits of each operand's fraction, rounded or cut
+            sizes = Operands(x.a.abs(), x.b.abs(), x.c.abs(), x.d, None if x.bias is None else x.bias.abs(), x.aux)
+            carried = carried + 2.0**-9 * 1.13 * product(key, sizes, torch.empty_like(first), torch.float32)
+        return want, half_ulp * want.abs() + 1e-5 * want.abs().amax() + carried
+
+
+@contextlib.contextmanager
+def precision(name: str) -> Iterator[None]:
+    """torch's fp32 products in this precision for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@dataclass
+class Candidate:
+    """A way to compute a product: launches on a set of operands and returns a status. Algorithm None: two passes."""
+
+    launch: Callable[[Operands], int]
+    algo: Algo | None
+    config: str
+    seconds: float = math.inf
+
+
+def tile_ids(plan: Plan, algo: Algo) -> list[int]:
+    """The tiles that an algorithm knows."""
+    at, written = ctypes.addressof(algo), ctypes.c_size_t()
+    get, size_at = plan.lib.cublasLtMatmulAlgoCapGetAttribute, ctypes.addressof(written)
+    if get(at, CAP_TILES, None, 0, size_at) or not written.value:
+        return []
+    known = (ctypes.c_uint32 * (written.value // 4))()
+    return list(known) if not get(at, CAP_TILES, ctypes.addressof(known), ctypes.sizeof(known), size_at) else []
+
+
+def varied(plan: Plan, base: Algo, **settings: int) -> Algo | None:
+    """A copy of an algorithm with other settings; None if this algorithm has no such setting."""
+    algo = Algo.from_buffer_copy(bytes(base))
+    for name, value in settings.items():
+        number, kind = CONFIG[name]
+        boxed = kind(value)
+        at = (ctypes.addressof(boxed), ctypes.sizeof(boxed))
+        if plan.lib.cublasLtMatmulAlgoConfigSetAttribute(ctypes.addressof(algo), number, *at):
+            return None
+    return algo
+
+
+def variations(plan: Plan, offered: list[Algo]) -> list[Algo]:
+    """Other tiles, clusters and block orders of the best offered algorithms, where the library accepts them."""
+    bases: dict[int, Algo] = {}
+    for algo in offered[:4]:
+        bases.setdefault(plan.setting(algo, "algo"), algo)
+    seen, found = {bytes(algo) for algo in offered}, []
+    wanted = {plan.setting(algo, "tile") for algo in offered} | set(TILES)
+    for base in bases.values():
+        tiles = [tile for tile in tile_ids(plan, base) if tile in wanted]
+        for cluster, swizzle, tile in itertools.product(CLUSTERS, (0, 1), tiles):
+            other = varied(plan, base, tile=tile, cluster=cluster, swizzle=swizzle)
+            if other is not None and bytes(other) not in seen and plan.checked(other):
+                seen.add(bytes(other))
+                found.append(other)
+    return found
+
+
+class Search:
+    """The tools of one search on the current device."""
+
+    def __init__(self, log: Log) -> None:
+        self.log, self.device = log, torch.device("cuda", torch.cuda.current_device())
+        blas = cublaslt.blas_of(self.device.index)
+        if blas is None:
+            raise RuntimeError("cuBLASLt was not found: there is nothing to tune")
+        self.blas: Blas = blas
+        self.workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=self.device)
+        self.noise: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.busy = torch.randn(4096, 4096, device=self.device).bfloat16()
+        self.noise_out = torch.empty_like(self.busy)
+
+    def stream(self) -> int:
+        """The current stream's address."""
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def heat(self, seconds: float) -> None:
+        """Large products back to back, so that the clock is what training will have."""
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for _ in range(50):
+                torch.mm(self.busy, self.busy, out=self.noise_out)
+            torch.cuda.synchronize()
+
+    def times(self, runs: list[Callable[[Operands], Any]], sets: list[Operands], s: float, rounds: int) -> list[float]:
+        """Median seconds of each function: `rounds` rounds of about `s` seconds each, without a pause in between."""
+        event: Callable[[], Any] = functools.partial(torch.cuda.Event, enable_timing=True)
+        events = [[(event(), event()) for _ in runs] for _ in range(rounds + 1)]
+        counts, turn = [2] * len(runs), 0
+        for number, row in enumerate(events):
+            order = range(len(runs)) if number % 2 else reversed(range(len(runs)))
+            for i in order:
+                row[i][0].record()
+                for _ in range(counts[i]):
+                    runs[i](sets[turn % len(sets)])
+                    turn += 1
+                row[i][1].record()
+            if number == 0:  # the first round only measures how often to call
+                torch.cuda.synchronize()
+                counts = [max(2, math.ceil(s / (max(a.elapsed_time(b), 1e-3) / 2e3))) for a, b in row]
+        torch.cuda.synchronize()
+        seconds = [[a.elapsed_time(b) / 1e3 / counts[i] for i, (a, b) in enumerate(row)] for row in events[1:]]
+        return [statistics.median(column) for column in zip(*seconds, strict=True)]
+
+    def candidates(self, plan: Plan, x: Operands) -> list[Candidate]:
+        """The library's offers, first heuristic first, and variations of them; each has run once."""
+        offered = [offer.algo for offer in plan.offered(OFFERS)]
+        algos, found = (offered + variations(plan, offered))[:CANDIDATES], []
+        for algo in algos:
+
+            def launch(x: Operands, algo: Algo = algo) -> int:
+                return plan.launch(algo, *x.addresses(), self.workspace.data_ptr(), self.stream())  # type: ignore[call-arg]
+
+            if launch(x) == 0:
+                found.append(Candidate(launch, algo, plan.config(algo)))
+        torch.cuda.synchronize()
+        return found
+
+    def two_passes(self, key: Key, entry: dict[str, Any] | None) -> Candidate | None:
+        """GELU as a pass of its own behind the table's product with bias."""
+        if not entry:
+            return None
+        plan = Plan(self.blas, key._replace(epilogue="bias", ldd=key.ldaux, ldc=key.ldaux, ldaux=0))
+        algo = Algo.from_buffer_copy(bytes.fromhex(entry["algo"]))
+
+        def launch(x: Operands) -> int:
+            a, b, _, _, bias, pre = x.addresses()
+            status = plan.launch(algo, a, b, pre, pre, bias, 0, self.workspace.data_ptr(), self.stream())
+            cublaslt.gelu_pass(x.d, x.aux)  # type: ignore[arg-type]
+            return status
+
+        return Candidate(launch, None, "a product, then gelu")
+
+    def sound(self, key: Key, candidate: Candidate, x: Operands, start: Tensor, wanted: tuple[Tensor, Tensor]) -> str:
+        """Why a candidate may not be used; empty if it may: right, and the same bits three times under load."""
+        results = []
+        for _ in range(3):
+            x.d.copy_(start) if key.mode == "beta1" else x.d.fill_(math.nan)
+            if key.epilogue == "gelu" and x.aux is not None:
+                x.aux.fill_(math.nan)
+            self.workspace.fill_(255)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(self.noise):
+                for _ in range(4):
+                    torch.mm(self.busy, self.busy, out=self.noise_out)
+            if status := candidate.launch(x):
+                return cublaslt.STATUS.get(status, str(status))
+            results.append(x.d.clone())
+            torch.cuda.synchronize()
+        if not all(torch.equal(results[0], other) for other in results[1:]):
+            return "its bits differ from run to run"
+        outputs = [results[0].float()]
+        if key.epilogue == "gelu" and x.aux is not None:
+            outputs.append(torch.ops.aten.gelu(x.aux.float(), approximate="tanh"))
+        excess = max(float(((out - wanted[0]).abs_() / wanted[1]).amax()) for out in outputs)
+        return "" if excess <= 1 else f"off by {excess:.1f} times the limit"
+
+    def finalists(self, key: Key, found: list[Candidate], x: Operands) -> list[Candidate]:
+        """The fast ones that are sound, the first heuristic in front if it is."""
+        start = x.d.normal_().clone()  # timing has added to it many times
+        wanted, best = target(key, x), min(c.seconds for c in found)
+        near = sorted((c for c in found[1:] if c.seconds <= PRUNE * best), key=lambda c: c.seconds)
+        kept: list[Candidate] = []
+        for candidate in [found[0], *near]:
+            if why := self.sound(key, candidate, x, start, wanted):
+                self.log(f"  refused: {candidate.config}: {why}")
+            else:
+                kept.append(candidate)
+            if len(kept) > FINALISTS:
+                break
+        x.d.copy_(start)
+        return kept
+
+    def tune(self, key: Key, bias_entry: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The table's entry for one product; None if the library has no sound algorithm for it."""
+        plan, sets = Plan(self.blas, key), [operands(key, self.device)]
+        while sum(x.nbytes() for x in sets) < ROTATE:
+            sets.append(operands(key, self.device))
+        found = self.candidates(plan, sets[0])
+        if not found:
+            return None
+        first, tried = found[0], len(found)
+        if key.epilogue == "gelu" and (separate := self.two_passes(key, bias_entry)):
+            found.append(separate)
+        for candidate, seconds in zip(found, self.times([c.launch for c in found], sets, SHORT_S, 2), strict=True):
+            candidate.seconds = seconds
+        finalists = self.finalists(key, found, sets[0])
+        if not finalists:
+            return None
+        self.heat(0.1)
+        with precision("high" if key.dtype == "tf32" else "highest"):
+            runs: list[Callable[[Operands], Any]] = [c.launch for c in finalists]
+            runs.append(lambda x: by_torch(key, x))
+            *medians, torch_s = self.times(runs, sets, ROUND_S, ROUNDS)
+        for candidate, seconds in zip(finalists, medians, strict=True):
+            candidate.seconds = seconds
+        winner = min(finalists, key=lambda c: c.seconds)
+        if finalists[0] is first and winner.seconds > (1 - GAIN) * first.seconds:
+            winner = first
+        tera = 2e-12 * key.m * key.n * key.k
+        entry: dict[str, Any] = {"config": winner.config, "candidates": tried, "us": round(1e6 * winner.seconds, 1)}
+        entry |= {"algo": bytes(winner.algo).hex()} if winner.algo is not None else {"separate": True}
+        for name, seconds in (("tflops", winner.seconds), ("first_tflops", first.seconds), ("torch_tflops", torch_s)):
+            entry[name] = round(tera / seconds, 1)
+        plan.destroy()
+        return entry
+
+
+def search(keys: Iterable[str | Key], *, budget_s: float = 300.0, log: Log = print) -> dict[str, Any]:
+    """A table for these products on the current device: the fastest sound algorithm of each. Products that the budget
+    no longer reaches are left out, which is logged."""
+    tools, start = Search(log), time.perf_counter()
+    wanted = {parse(key) if isinstance(key, str) else key for key in keys}
+    twins = {key: key._replace(epilogue="bias", ldd=key.ldaux, ldc=key.ldaux, ldaux=0) for key in wanted}
+    twins = {key: twin for key, twin in twins.items() if key.epilogue == "gelu"}
+    plans: dict[str, dict[str, Any]] = {}
+    tools.heat(HEAT_S)
+    # A product with bias comes before the same with GELU, which may use it.
+    for key in sorted(wanted | set(twins.values()), key=lambda key: (key.epilogue == "gelu", key)):
+        if time.perf_counter() - start > budget_s:
+            log(f"{key}: left out, the budget of {budget_s:.0f} s is spent")
+            continue
+        entry = tools.tune(key, plans.get(str(twins[key])) if key in twins else None)
+        if entry is None:
+            log(f"{key}: no algorithm")
+            continue
+        plans[str(key)] = entry
+        figures = " ".join(f"{name} {entry[name]}" for name in ("tflops", "first_tflops", "torch_tflops"))
+        log(f"{key}: {figures} of {entry['candidates']}: {entry['config']}")
+    log(f"{len(plans)} products in {time.perf_counter() - start:.0f} s")
+    return {
+        "schema": 1,
+        "card": tools.blas.card,
+        "cublaslt": tools.blas.version,
+        "torch": str(torch.__version__),
+        "machine": machine(),
+        "measured": datetime.date.today().isoformat(),
+        "plans": dict(sorted(plans.items())),
+    }
+
+
+def machine() -> str:
+    """Driver, power limit and clock as nvidia-smi tells them."""
+    query = "--query-gpu=driver_version,power.limit,power.draw,clocks.sm"
+    try:
+        run = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "n/a"
+    return run.stdout.strip().splitlines()[0] if run.returncode == 0 and run.stdout.strip() else "n/a"
+
+
+def write(table: dict[str, Any], folder: Path = TABLES) -> Path:
+    """Write a table to its file; products of an earlier search that this one lacks stay in it."""
+    path = folder / cublaslt.table_path(table["card"], table["cublaslt"]).name
+    before = cublaslt.read_table(path, table["card"], table["cublaslt"])
+    folder.mkdir(parents=True, exist_ok=True)
+    merged = {**table, "plans": dict(sorted({**before, **table["plans"]}.items()))}
+    path.write_text(json.dumps(merged, indent=1) + "\n")
+    return path

@@ -1,0 +1,254 @@
+"""How fast a configuration's step is, group by group, beside the least that its bytes and its arithmetic can take.
+
+The floor of a call is the larger of its bytes (each tensor it reads or writes, once) over the measured copy bandwidth
+and its multiplications over the measured rate of a large matrix product. The step is timed as training runs it; the
+groups are timed call by call in the same order, each call between two marks on the device's own clock.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daybreak.config import Config
+from daybreak.engine import Engine
+from daybreak.engine.capture import Pending
+from daybreak.engine.device import engine_options, missing_on, pick_device, used_mib
+from daybreak.errors import ConfigError
+from daybreak.kernels import OPS
+from daybreak.state.throughput import peak_flops
+
+WARM_STEPS = 5  # not counted
+PRODUCTS = ("matmul_forward", "matmul_gelu_forward", "matmul_backward_input", "matmul_gelu_backward_input",
+            "matmul_backward_weight")  # fmt: skip
+
+
+@dataclass
+class Cost:
+    """Calls of one operation: how many, seconds, bytes moved at least, floating-point operations."""
+
+    backend: str = ""
+    calls: int = 0
+    seconds: float = 0.0
+    nbytes: int = 0
+    flops: int = 0
+
+
+@dataclass
+class Bench:
+    """What was measured. `costs` is of one micro-step (and one update) by operation."""
+
+    device: str
+    tokens: int
+    micro_steps: int
+    seconds: list[float] = field(default_factory=list)
+    memory_mib: int = 0
+    bandwidth: float = 0.0
+    flop_rate: float = 0.0
+    mfu: float | None = None
+    costs: dict[str, Cost] = field(default_factory=dict)
+
+    @property
+    def step_seconds(self) -> float:
+        """The median step."""
+        return sorted(self.seconds)[len(self.seconds) // 2]
+
+
+def nbytes_of(args: dict[str, Any], writes: tuple[str, ...]) -> int:
+    """Bytes that a call moves at least: every tensor once, and twice where it adds to what is there."""
+    total = 0
+    for name, x in args.items():
+        if isinstance(x, Tensor):
+            adds = name in writes and bool(args.get("accumulate_dx" if name == "dx" else "accumulate"))
+            total += x.numel() * x.element_size() * (1 + adds)
+    return total
+
+
+def flops_of(name: str, args: dict[str, Any]) -> int:
+    """Floating-point operations of a matrix product or an attention call (causal: half the square); 0 for others."""
+    if name in PRODUCTS:
+        if name == "matmul_backward_weight":
+            return int(2 * args["dout"].shape[0] * args["dw"].numel())
+        return int(2 * args["x" if "x" in args else "dout"].shape[0] * args["w"].numel())
+    if name.startswith("attention"):
+        B, T, NH, HS = args["q"].shape
+        return int((2 if name == "attention_forward" else 5) * B * NH * HS * T * (T + 1))
+    return 0
+
+
+class Meter:
+    """Stands in for an engine's kernels: runs each call between two marks and keeps its cost."""
+
+    def __init__(self, kernels: Any, device: torch.device) -> None:
+        self.costs: dict[str, Cost] = defaultdict(Cost)
+        self._marks: list[tuple[str, Any, Any]] = []
+        self._cuda = device.type == "cuda"
+        for name, backend in kernels.choices.items():
+            setattr(self, name, self._metered(name, backend, getattr(kernels, name)))
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _metered(self, name: str, backend: str, fn: Callable[..., None]) -> Callable[..., None]:
+        parameters, writes = OPS[name].parameters, OPS[name].writes
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            cost = self.costs[name]
+            cost.backend, cost.calls = backend, cost.calls + 1
+            cost.nbytes += nbytes_of(given, writes)
+            cost.flops += flops_of(name, given)
+            start = self._mark()
+            fn(*args, **kwargs)
+            self._marks.append((name, start, self._mark()))
+
+        return call
+
+    def collect(self) -> dict[str, Cost]:
+        """The costs, once the device has finished."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        for name, start, stop in self._marks:
+            self.costs[name].seconds += start.elapsed_time(stop) / 1e3 if self._cuda else stop - start
+        return dict(self.costs)
+
+
+def limits(device: torch.device) -> tuple[float, float]:
+    """(bytes/s of a large copy, reads and writes counted; FLOP/s of a large product after two seconds of it)."""
+    cuda = device.type == "cuda"
+    n, size, dtype = (1 << 28, 8192, torch.bfloat16) if cuda else (1 << 24, 1024, torch.float32)
+    source, target = torch.randn(n, device=device, dtype=dtype), torch.empty(n, device=device, dtype=dtype)
+    copied = _seconds(lambda: target.copy_(source), 0.3, cuda)
+    a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    _seconds(lambda: torch.mm(a, b, out=out), 2.0 if cuda else 0.3, cuda)  # to the power limit
+    return 2 * n * dtype.itemsize / copied, 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=out), 0.5, cuda)
+
+
+def _seconds(fn: Callable[[], Any], duration: float, cuda: bool) -> float:
+    """Seconds of one call, over calls that fill `duration`."""
+    fn()
+    began, calls = time.perf_counter(), 0
+    while time.perf_counter() - began < duration:
+        for _ in range(10):
+            fn()
+        calls += 10
+        if cuda:
+            torch.cuda.synchronize()
+    return (time.perf_counter() - began) / calls
+
+
+def batches(engine: Engine, steps: int) -> Tensor:
+    """Random tokens, frequent ones first, as text has them: (steps, B, T + 1), the same in every run."""
+    generator = torch.Generator().manual_seed(7)
+    u = torch.rand(steps, engine.B, engine.T + 1, generator=generator)
+    return ((engine.cfg.V + 1) ** u - 1).long().clamp_(max=engine.cfg.V - 1)
+
+
+def time_steps(engine: Engine, micro_steps: int, seconds: float) -> list[float]:
+    """Seconds of each step over at least `seconds`, input copies and the late reading of results included."""
+    tokens, step = batches(engine, 8), 0
+    times: list[float] = []
+    pending: Pending | None = None
+    while len(times) < WARM_STEPS + 3 or sum(times[WARM_STEPS:]) < seconds:
+        began = time.perf_counter()
+        engine.begin_step(lr=1e-5, step=step, valid=micro_steps * engine.B * engine.T)
+        for i in range(micro_steps):
+            part = tokens[(step * micro_steps + i) % len(tokens)]
+            engine.micro_step(part[:, :-1], part[:, 1:], first=i == 0)
+        previous, pending = pending, engine.update()
+        if previous is not None:
+            previous.values()
+        times.append(time.perf_counter() - began)
+        step += 1
+    return times[WARM_STEPS:]
+
+
+def meter(engine: Engine) -> dict[str, Cost]:
+    """The costs of one micro-step and one update, call by call."""
+    kernels, tokens = engine.frame.k, batches(engine, 1)[0]
+    try:
+        for _ in range(2):
+            engine.frame.k = metered = Meter(kernels, engine.device)  # type: ignore[assignment]
+            if engine.device.type == "cuda":
+                torch.cuda._sleep(400_000_000)  # type: ignore[no-untyped-call]  # lets the host run ahead, so that no mark waits for a launch
+            engine.begin_step(lr=1e-5, step=0, valid=engine.B * engine.T)
+            engine.plain_step(tokens[:, :-1], tokens[:, 1:])
+            costs = metered.collect()
+        return costs
+    finally:
+        engine.frame.k = kernels
+
+
+def bench(config: Config, seconds: float = 10.0) -> Bench:
+    """Measure a configuration on its device, on random tokens. Raises ConfigError, OutOfMemory."""
+    config.check()
+    device = pick_device(config.run.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    B, tokens = config.batch.B, config.tokens_at(0)
+    engine = Engine(config.model, B=B, device=device, optim=config.optim, guard=config.guard,
+                    **engine_options(config, device))  # fmt: skip
+    result = Bench(name, tokens, tokens // (B * config.T))
+    result.seconds = time_steps(engine, result.micro_steps, seconds)
+    result.memory_mib = used_mib(device)
+    peak = peak_flops(name) if engine.compute == "bf16" else None
+    result.mfu = engine.flops_per_token * tokens / result.step_seconds / peak if peak else None
+    result.costs = meter(engine)
+    result.bandwidth, result.flop_rate = limits(device)
+    return result
+
+
+def tune_products(config: Config, folder: str) -> None:
+    """Search the fastest algorithm of every product of a configuration's step; the table goes to a file in `folder`."""
+    from daybreak.kernels.cuda import cublaslt, tune
+
+    config.check()
+    device = pick_device(config.run.device)
+    if device.type != "cuda" or "cublaslt" in missing_on(device):
+        raise ConfigError("run.device must be a CUDA device with cuBLASLt to tune its matrix products.")
+    engine = Engine(config.model, B=config.batch.B, device=device, **engine_options(config, device))
+    keys = list(cublaslt.choices())
+    del engine
+    torch.cuda.empty_cache()
+    print(tune.write(tune.search(keys), Path(folder)))
+
+
+def print_bench(b: Bench) -> None:
+    """The step and its groups as a table, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    mfu = "n/a" if b.mfu is None else f"{100 * b.mfu:.1f} %"
+    console.print(
+        f"{b.device}: {1e3 * b.step_seconds:.1f} ms a step of {b.tokens:,} tokens ({b.micro_steps} micro-steps), "
+        f"{b.tokens / b.step_seconds:,.0f} tok/s, MFU {mfu}, {b.memory_mib:,} MiB in use (median of {len(b.seconds)})"
+    )
+    console.print(f"measured limits: copy {b.bandwidth / 1e12:.3f} TB/s, product {b.flop_rate / 1e12:.1f} TFLOP/s")
+    table = Table("operation", "backend", "calls", "ms", "floor ms", "of floor", "TB/s", "TFLOP/s",
+                  title="One micro-step and one update", title_justify="left")  # fmt: skip
+    for column in table.columns[2:]:
+        column.justify = "right"
+    total = floor_total = 0.0
+    for name, c in sorted(b.costs.items(), key=lambda item: -item[1].seconds):
+        floor = max(c.nbytes / b.bandwidth, c.flops / b.flop_rate)
+        total, floor_total = total + c.seconds, floor_total + floor
+        table.add_row(
+            name, c.backend, str(c.calls), f"{1e3 * c.seconds:.2f}", f"{1e3 * floor:.2f}",
+            f"{c.seconds / floor:.2f}x" if floor else "", f"{c.nbytes / c.seconds / 1e12:.2f}",
+            f"{c.flops / c.seconds / 1e12:.0f}" if c.flops else "",
+        )  # fmt: skip
+    table.add_section()
+    table.add_row("all", "", "", f"{1e3 * total:.2f}", f"{1e3 * floor_total:.2f}", f"{total / floor_total:.2f}x")
+    console.print(table)

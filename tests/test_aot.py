@@ -1,0 +1,46 @@
+"""Every Triton kernel compiles for the architectures we name, fits their shared memory, and spills no register."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes that one program can have
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The lines of tests/aot.py, compiled anew."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    script = Path(__file__).with_name("aot.py")
+    env["PYTHONPATH"] = str(script.parents[1])
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_is_listed(rows):
+    defined = {(r["file"], k) for r in rows if "kernels" in r for k in r["kernels"]}
+    compiled = {arch: {(r["file"], r["kernel"]) for r in rows if r.get("arch") == arch} for arch in SHARED}
+    assert defined
+    assert {arch: defined - have for arch, have in compiled.items()} == {arch: set() for arch in SHARED}
+
+
+def test_every_case_compiles(rows):
+    assert not [r for r in rows if "error" in r]
+
+
+def test_shared_memory_fits(rows):
+    assert not [r for r in rows if "shared" in r and r["shared"] > SHARED[r["arch"]]]
+
+
+def test_nothing_spills(rows):
+    assert not [r for r in rows if r.get("arch") == 90 and (r.get("stack") or r.get("local"))]

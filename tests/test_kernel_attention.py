@@ -1,0 +1,193 @@
+"""Causal attention forward and backward in every backend, against formulas in fp64.
+
+The fused kernels round P and dS to bf16 before their products, the reference only its results: what that may move is
+bounded element by element with the products of absolute values, |P| |v| and so on, times bf16's rounding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import interpreter  # noqa: F401
+import pytest
+import torch
+from kernel_harness import DEVICE, close, draw, each_dtype, f64, poison, run, skip_unless_served
+from oracle import attention
+from torch import Tensor
+
+import daybreak.kernels.attention as attention_file
+from daybreak.kernels import Kernels, acc_dtype, all_ops, temps_bytes
+from daybreak.kernels.cuda import cudnn, fa4
+
+GPU = torch.cuda.is_available()
+ROUNDING = 2.0**-8  # of a number to bf16, relative
+
+
+def packed(x: Tensor, NH: int) -> list[Tensor]:
+    """Q, K and V as (B, T, NH, HS) views of packed (B, T, 3C)."""
+    B, T, C3 = x.shape
+    return [part.view(B, T, NH, C3 // 3 // NH) for part in x.split(C3 // 3, dim=2)]
+
+
+def formulas(qkv: Tensor, out: Tensor, dout: Tensor, NH: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """In fp64: y (B, T, NH, HS), lse (B, NH, T), d_qkv (B, T, 3C), the latter with the row sums of dout * out as given;
+    and, for y and d_qkv, the same sums over absolute values of what a fused kernel rounds."""
+    q, k, v = (x.transpose(1, 2) for x in packed(f64(qkv), NH))
+    g, o = (f64(x).transpose(1, 2) for x in (dout, out))
+    scale = q.shape[-1] ** -0.5
+    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    S = (scale * q @ k.transpose(2, 3)).masked_fill(future, -math.inf)
+    P = S.softmax(-1)
+    dS = P * (g @ v.transpose(2, 3) - (g * o).sum(-1, keepdim=True)) * scale
+    grads = (dS @ k, dS.transpose(2, 3) @ q, P.transpose(2, 3) @ g)
+    sizes = (dS.abs() @ k.abs(), dS.abs().transpose(2, 3) @ q.abs(), P.transpose(2, 3) @ g.abs())
+    d_qkv, d_sizes = (torch.cat([x.transpose(1, 2).flatten(2) for x in part], 2) for part in (grads, sizes))
+    return (P @ v).transpose(1, 2), S.logsumexp(-1), d_qkv, (P @ v.abs()).transpose(1, 2), d_sizes
+
+
+def compare(got: Tensor, want: Tensor, sizes: Tensor, backend: str) -> None:
+    """`close`, but in bf16 a fused kernel may also be off by the rounding of P or dS."""
+    if got.dtype != torch.bfloat16 or backend == "torch":
+        close(got, want)
+        return
+    assert torch.isfinite(got).all()
+    # Twice that for the vendors' kernels: how they scale P before rounding it is their own business.
+    times = 1 if backend == "triton" else 2
+    limit = 1e-5 * want.abs().amax() + ROUNDING * (want.abs() + times * sizes)
+    excess = ((f64(got) - want).abs() / limit).amax().item()
+    assert excess <= 1, f"{excess:.2f} times the tolerance"
+
+
+def check(backend: str, dtype: torch.dtype, B: int, T: int, NH: int, HS: int) -> list[Tensor]:
+    """Run both operations on packed views and compare; returns what they wrote."""
+    C = NH * HS
+    qkv, dout = draw(B, T, 3 * C, dtype=dtype), draw(B, T, NH, HS, dtype=dtype, seed=1)
+    out, lse = poison(B, T, C, dtype=dtype).view(B, T, NH, HS), poison(B, NH, T, dtype=acc_dtype(dtype))
+    run("attention_forward", out, lse, *packed(qkv, NH), backend=backend, scale=HS**-0.5)
+    y, want_lse, want, y_sizes, sizes = formulas(qkv, out, dout, NH)
+    compare(out, y, y_sizes, backend)
+    close(lse, want_lse)
+    dqkv = poison(B, T, 3 * C, dtype=dtype)
+    run("attention_backward", *packed(dqkv, NH), dout, *packed(qkv, NH), out, lse, backend=backend, scale=HS**-0.5)
+    compare(dqkv, want, sizes, backend)
+    if dtype != torch.bfloat16:
+        X = f64(qkv).requires_grad_()
+        close(dqkv, torch.autograd.grad(attention(X, NH), X, f64(dout).view(B, T, C))[0])
+    return [out, lse, dqkv]
+
+
+@each_dtype
+@pytest.mark.parametrize(("B", "T", "NH", "HS"), [(1, 1, 1, 8), (3, 7, 3, 5), (2, 128, 1, 16), (3, 300, 2, 8)])
+@pytest.mark.parametrize("rows", [1 << 12, 512], ids=["whole batch", "batch cut"])
+def test_reference(monkeypatch, dtype, B, T, NH, HS, rows):
+    monkeypatch.setattr(attention_file, "ROWS", rows)
+    check("torch", dtype, B, T, NH, HS)
+
+
+SHAPES = [(1, 1, 1, 64), (2, 7, 3, 5), (1, 128, 2, 64), (2, 150, 1, 16), (1, 33, 2, 80), (1, 140, 1, 128)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("B", "T", "NH", "HS"), SHAPES)
+def test_triton(dtype, B, T, NH, HS):
+    skip_unless_served("attention_backward", "triton", dtype)
+    check("triton", dtype, B, T, NH, HS)
+
+
+def test_triton_takes_any_strides():
+    """Queries, keys and values in buffers of their own, as a cache of keys has them."""
+    B, T, NH, HS = 2, 40, 3, 16
+    q = draw(B, T, NH, HS, dtype=torch.float32)
+    k, v = (draw(B, NH, T + 9, HS, dtype=torch.float32, seed=s)[:, :, :T].transpose(1, 2) for s in (1, 2))
+    out, lse = poison(B, NH, T, HS, dtype=torch.float32).transpose(1, 2), poison(B, NH, T, dtype=torch.float32)
+    run("attention_forward", out, lse, q, k, v, backend="triton", scale=HS**-0.5)
+    want = attention(torch.cat([f64(x).flatten(2) for x in (q, k, v)], 2), NH)
+    close(out, want.view(B, T, NH, HS))
+
+
+def bind(backend: str, name: str, *args, **kwargs) -> None:
+    """Call an operation without the harness's copies of its inputs."""
+    impl = all_ops("cuda")[name].impls[backend]
+    size = temps_bytes(impl.temps(*args, **kwargs)) if impl.temps else 0
+    getattr(Kernels(torch.empty(size, dtype=torch.uint8, device=DEVICE), {name: backend}), name)(*args, **kwargs)
+
+
+def skip_unless_usable(backend: str) -> None:
+    if not GPU:
+        pytest.skip("needs a CUDA device")
+    reason = {"cudnn": cudnn, "fa4": fa4}[backend].usable(torch.cuda.get_device_capability())
+    if reason is not None:
+        pytest.skip(reason)
+
+
+GPU_SHAPES = [(2, 1024, 5, 64), (3, 256, 12, 64), (1, 320, 2, 128), (2, 200, 3, 64), (1, 64, 2, 80)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cudnn", "fa4"])
+@pytest.mark.parametrize(("B", "T", "NH", "HS"), GPU_SHAPES)
+def test_bf16_on_gpu(backend, B, T, NH, HS):
+    """Training shapes; three runs are equal bit for bit."""
+    if backend != "triton":
+        skip_unless_usable(backend)
+    elif not GPU:
+        pytest.skip("needs a CUDA device")
+    first = check(backend, torch.bfloat16, B, T, NH, HS)
+    for _ in range(2):
+        for a, b in zip(first, check(backend, torch.bfloat16, B, T, NH, HS), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cudnn", "fa4"])
+def test_more_lengths_than_plans(backend):
+    """Sampling asks for every length once: what gets no plan of its own is served all the same."""
+    skip_unless_usable(backend)
+    for T in (*range(1, 12), *range(64, 64 * 8, 64)):
+        qkv = draw(1, T, 3 * 128, dtype=torch.bfloat16)
+        out, lse = poison(1, T, 2, 64, dtype=torch.bfloat16), poison(1, 2, T, dtype=torch.float32)
+        run("attention_forward", out, lse, *packed(qkv, 2), backend=backend, scale=0.125)
+        y, want_lse, _, sizes, _ = formulas(qkv, out, out, 2)
+        compare(out, y, sizes, backend)
+        close(lse, want_lse)
+    assert len(cudnn.FORWARD_PLANS) <= cudnn.MAX_FORWARD_PLANS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cudnn", "fa4"])
+def test_far_rows(backend):
+    """Packed qkv of more than 2^31 elements: the last batch row is right (4.3 GB each for qkv and its gradient)."""
+    if backend == "triton" and not GPU:
+        pytest.skip("needs a CUDA device")
+    if backend != "triton":
+        skip_unless_usable(backend)
+    if backend == "cudnn":
+        pytest.skip("its deterministic backward wants a workspace of 22 GB at this size")
+    B, T, NH, HS = 440, 1024, 25, 64
+    torch.cuda.empty_cache()
+    kwargs = {"dtype": torch.bfloat16, "device": DEVICE}
+    qkv = torch.empty(B, T, 3 * NH * HS, **kwargs)
+    assert qkv.numel() > 2**31
+    small = draw(1, T, 3 * NH * HS, dtype=torch.bfloat16)
+    qkv[:] = small
+    dout = draw(1, T, NH, HS, dtype=torch.bfloat16, seed=1).expand(B, T, NH, HS).contiguous()
+    out, lse = torch.empty(B, T, NH, HS, **kwargs), torch.empty(B, NH, T, device=DEVICE)
+    dqkv = torch.empty_like(qkv)
+    bind(backend, "attention_forward", out, lse, *packed(qkv, NH), scale=HS**-0.5)
+    bind(backend, "attention_backward", *packed(dqkv, NH), dout, *packed(qkv, NH), out, lse, scale=HS**-0.5)
+    for b in (0, B - 1):
+        y, want_lse, want, y_sizes, sizes = formulas(small, out[b : b + 1], dout[:1], NH)
+        compare(out[b : b + 1], y, y_sizes, backend)
+        close(lse[b : b + 1], want_lse)
+        compare(dqkv[b : b + 1], want, sizes, backend)
+    del qkv, dqkv, out, lse, dout
+    torch.cuda.empty_cache()
+
+
+def test_workspaces_are_stated_without_a_gpu():
+    """What cuDNN's deterministic backward was measured to take, 801 and 1539 MiB, fits the formulas, closely."""
+    for B, T, NH, measured in ((16, 1024, 25, 801), (64, 1024, 12, 1539)):
+        stated = cudnn.backward_workspace(B, T, NH) / 2**20
+        assert measured <= stated <= measured + 3
+    # FlashAttention-4: dq in fp32, two rows of statistics, turn counters
+    assert 100 <= fa4.workspace_bytes(16, 1024, 25, 64) / 2**20 <= 107

@@ -1,0 +1,262 @@
+"""Matrix products, their gradients and bias gradients, against formulas in fp64."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from kernel_harness import DEVICE, close, draw, each_dtype, either, f64, output, poison, run, skip_unless_served
+from torch import Tensor
+
+from daybreak.kernels.cuda import cublaslt
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+each_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("cublaslt", marks=gpu)])
+# odd sizes, which no fast algorithm takes; sizes that every algorithm takes, none a power of two
+SHAPES = [(1, 63, 1), (5, 1000, 63), (7, 63, 1023), (72, 200, 136)]
+ROOT = math.sqrt(2 / math.pi)
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """fp32 products without TF32, whatever ran before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(ROOT * (x + 0.044715 * x**3)))
+
+
+def gelu_slope(x: Tensor) -> Tensor:
+    t = torch.tanh(ROOT * (x + 0.044715 * x**3))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t**2) * ROOT * (1 + 3 * 0.044715 * x**2)
+
+
+def within(got: Tensor, want: Tensor, limit: Tensor) -> None:
+    """|got - want| <= limit everywhere, beside what `close` allows for the sum and the last rounding."""
+    arithmetic, half_ulp = (1e-5, 2.0**-8) if got.dtype == torch.bfloat16 else (2e-6, 0.0)
+    allowed = limit + half_ulp * want.abs() + arithmetic * want.abs().amax()
+    excess = ((f64(got) - want).abs() / allowed).amax().item()
+    assert excess <= 1, f"{excess:.2f} times the tolerance"
+
+
+def hardware_tanh(backend: str) -> float:
+    """Relative error of tanh. A library's epilogue may use the instruction tanh.approx.f32 (2^-10.987, PTX ISA)."""
+    return 2.0**-10.98 if backend == "cublaslt" else 0.0
+
+
+@each_dtype
+@each_backend
+@pytest.mark.parametrize(("n", "I", "O"), SHAPES)
+def test_matmul(dtype, backend, n, I, O):
+    skip_unless_served("matmul_forward", backend, dtype)
+    x, w, dout = draw(n, I, dtype=dtype), draw(O, I, dtype=dtype), draw(n, O, dtype=dtype)
+    b, add = draw(O, dtype=dtype), draw(n, O, dtype=dtype, seed=3)
+    X, W, D, A = f64(x), f64(w), f64(dout), f64(add)
+    out, dx = poison(n, O, dtype=dtype), poison(n, I, dtype=dtype)
+    for bias, addend in [(None, None), (b, None), (b, add), (None, add)]:
+        product = X @ W.T if bias is None else X @ W.T + f64(b)
+        out.fill_(math.nan)
+        run("matmul_forward", out, x, w, bias, addend, backend=backend)
+        # torch rounds the product before it adds; cuBLASLt adds first, which is within the same bound
+        close(out, product if addend is None else product + A, also_rounded=None if addend is None else product)
+    run("matmul_backward_input", dx, dout, w, backend=backend)
+    close(dx, D @ W)
+
+
+@each_dtype
+@each_backend
+@either
+@pytest.mark.parametrize(("n", "I", "O"), [(1, 63, 1), (63, 1000, 5), (1023, 63, 7), (200, 136, 72)])
+def test_weight_gradient(dtype, backend, accumulate, n, I, O):
+    skip_unless_served("matmul_backward_weight", backend, dtype)
+    x, dout = draw(n, I, dtype=dtype), draw(n, O, dtype=dtype)
+    dw, dw0 = output(O, I, dtype=dtype, accumulate=accumulate)
+    run("matmul_backward_weight", dw, dout, x, accumulate=accumulate, backend=backend)
+    close(dw, dw0 + f64(dout).T @ f64(x))
+
+
+@each_dtype
+@either
+@pytest.mark.parametrize(("n", "O"), [(1, 1), (63, 5), (1023, 7)])
+def test_bias_gradient(dtype, accumulate, n, O):
+    dout = draw(n, O, dtype=dtype)
+    db, db0 = output(O, dtype=dtype, accumulate=accumulate)
+    total = f64(dout).sum(0)
+    run("bias_backward", db, dout, accumulate=accumulate)
+    close(db, db0 + total, also_rounded=total if accumulate else None)
+
+
+@each_dtype
+@each_backend
+@pytest.mark.parametrize(("n", "I", "O"), SHAPES)
+def test_product_then_gelu(dtype, backend, n, I, O):
+    skip_unless_served("matmul_gelu_forward", backend, dtype)
+    x, w, b = draw(n, I, dtype=dtype), draw(O, I, dtype=dtype, scale=I**-0.5), draw(O, dtype=dtype)
+    want = f64(x) @ f64(w).T + f64(b)
+    out, pre = poison(n, O, dtype=dtype), poison(n, O, dtype=dtype)
+    run("matmul_gelu_forward", out, pre, x, w, b, backend=backend)
+    close(pre, want)
+    # gelu of the sum or of its rounding: the rounding of pre, carried to out by the slope (and once more by its change)
+    moved = (f64(pre) - want).abs()
+    within(out, gelu(want), moved * (gelu_slope(want).abs() + moved) + hardware_tanh(backend) * want.abs() / 2)
+
+
+@each_dtype
+@each_backend
+@pytest.mark.parametrize(("n", "I", "O"), SHAPES)
+def test_gradient_through_gelu(dtype, backend, n, I, O):
+    skip_unless_served("matmul_gelu_backward_input", backend, dtype)
+    dout, w, pre = draw(n, O, dtype=dtype), draw(O, I, dtype=dtype, scale=O**-0.5), draw(n, I, dtype=dtype)
+    dpre, product, slope = poison(n, I, dtype=dtype), f64(dout) @ f64(w), gelu_slope(f64(pre))
+    run("matmul_gelu_backward_input", dpre, dout, w, pre, backend=backend)
+    # torch rounds the product before it multiplies; an error of tanh moves the slope by at most that much
+    rounded = 2.0**-8 * slope.abs() * (1 + 2.0**-8) if dtype == torch.bfloat16 else torch.zeros_like(slope)
+    p = f64(pre).abs()
+    tanh = hardware_tanh(backend) * (0.5 + p * ROOT * (1 + 3 * 0.044715 * p**2))
+    within(dpre, product * slope, product.abs() * (rounded + tanh))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_operands_may_be_columns_of_a_wider_matrix(dtype, backend):
+    """Only the rows are contiguous; what lies between them is not touched."""
+    n, I, O = 72, 200, 136
+
+    def part(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+        whole = draw(rows, columns + 64, dtype=dtype, seed=seed)
+        return whole, whole[:, 16 : 16 + columns]
+
+    (_, x), (_, w), (_, dout), (_, add) = part(n, I, 1), part(O, I, 2), part(n, O, 3), part(n, O, 4)
+    for name, shape, args, want in [
+        ("matmul_forward", (n, O), (x, w, None, add), f64(x) @ f64(w).T + f64(add)),
+        ("matmul_backward_input", (n, I), (dout, w), f64(dout) @ f64(w)),
+    ]:
+        whole, out = part(*shape, 5)
+        before = whole.clone()
+        out.fill_(math.nan)
+        run(name, out, *args, backend=backend)
+        close(out, want, also_rounded=want.abs() + f64(add).abs() if name == "matmul_forward" else None)
+        for outside in (slice(0, 16), slice(16 + shape[1], None)):
+            assert torch.equal(whole[:, outside], before[:, outside])
+    whole, dw = part(O, I, 6)
+    want = f64(dw) + f64(dout).T @ f64(x)
+    run("matmul_backward_weight", dw, dout, x, accumulate=True, backend=backend)
+    close(dw, want)
+
+
+@pytest.mark.parametrize("_", [pytest.param(0, marks=gpu)])
+def test_tf32_only_where_it_is_allowed(_):
+    """TF32 keeps 10 bits of an operand's fraction: two operands rounded or cut, at most 2^-10 each."""
+    x, w = draw(128, 512, dtype=torch.float32), draw(256, 512, dtype=torch.float32)
+    want, bound = f64(x) @ f64(w).T, (f64(x).abs() @ f64(w).abs().T) * 2.0**-9 * (1 + 2.0**-10)
+    full, fast = poison(128, 256, dtype=torch.float32), poison(128, 256, dtype=torch.float32)
+    run("matmul_forward", full, x, w, backend="cublaslt")
+    torch.set_float32_matmul_precision("high")
+    run("matmul_forward", fast, x, w, backend="cublaslt")
+    close(full, want)
+    within(fast, want, bound)
+    used = cublaslt.choices()
+    assert {"fp32 tn m256 n128 k512 plain beta0", "tf32 tn m256 n128 k512 plain beta0"} <= set(used)
+    assert not used["tf32 tn m256 n128 k512 plain beta0"].startswith("torch")
+
+
+@pytest.mark.parametrize("_", [pytest.param(0, marks=gpu)])
+@either
+def test_bits_are_the_same_under_load(_, accumulate):
+    """d48's attention projection, whose weight gradient sums over 16,384 rows, beside other work on another stream."""
+    n, C, dtype = 16384, 1600, torch.bfloat16
+    x, w, dout = draw(n, C, dtype=dtype), draw(C, C, dtype=dtype), draw(n, C, dtype=dtype, seed=1)
+    start, noise, busy = draw(C, C, dtype=dtype, seed=2), torch.cuda.Stream(), torch.randn(4096, 4096, device=DEVICE)
+    first: list[Tensor] = []
+    for _repeat in range(4):
+        out, dx, dw = poison(n, C, dtype=dtype), poison(n, C, dtype=dtype), start.clone()
+        with torch.cuda.stream(noise):
+            for _ in range(8):
+                busy @ busy
+        run("matmul_forward", out, x, w, backend="cublaslt")
+        run("matmul_backward_input", dx, dout, w, backend="cublaslt")
+        run("matmul_backward_weight", dw, dout, x, accumulate=accumulate, backend="cublaslt")
+        first = first or [out, dx, dw]
+        assert all(torch.equal(a, b) for a, b in zip(first, (out, dx, dw), strict=True))
+    # the shapes that training runs on must not go through torch
+    used = [u for key, u in cublaslt.choices().items() if "m1600" in key]
+    assert used
+    assert not any(u.startswith("torch") for u in used)
+
+
+@pytest.mark.parametrize("_", [pytest.param(0, marks=gpu)])
+def test_elements_beyond_two_to_the_31(_):
+    n, I, O, dtype = (1 << 31) // 50304 + 64, 64, 50304, torch.bfloat16
+    x, w, b = draw(n, I, dtype=dtype), draw(O, I, dtype=dtype), draw(O, dtype=dtype)
+    out = torch.empty(n, O, dtype=dtype, device=DEVICE)
+    scratch = lambda temps: [torch.empty(*temps[0][0], dtype=temps[0][1], device=DEVICE)]  # noqa: E731
+    cublaslt.matmul_forward(out, x, w, b, scratch=scratch)
+    far = slice(n - 3, n)
+    close(out[far], f64(x[far]) @ f64(w).T + f64(b))
+    dx, dw = poison(n, I, dtype=dtype), poison(O, I, dtype=dtype)
+    out[:-3] = 0  # so that the far rows alone decide
+    cublaslt.matmul_backward_input(dx, out, w, scratch=scratch)
+    close(dx[far], f64(out[far]) @ f64(w))
+    cublaslt.matmul_backward_weight(dw, out, x, accumulate=False, scratch=scratch)
+    close(dw, f64(out[far]).T @ f64(x[far]))
+
+
+# ------------------------------------------------------------------------------------------ keys and tables
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bf16 tn m4800 n16384 k1600 bias beta0",
+        "bf16 nt m1600 n6400 k16384 plain beta1",
+        "tf32 tn m1600 n16384 k6400 bias add",
+        "bf16 tn m6400 n16384 k1600 gelu beta0",
+        "fp32 nn m6400 n16384 k1600 dgelu beta0 lda6464 ldaux6408 align8",
+    ],
+)
+def test_a_key_is_written_and_read(text):
+    key = cublaslt.parse(text)
+    assert str(key) == text
+    assert key == tuple(key)  # the launcher looks plain tuples up
+    assert (key.ldaux > 0) == ("gelu" in text)
+
+
+def test_a_dense_key_has_the_usual_leading_dimensions():
+    key = cublaslt.dense("bf16", "nt", 1600, 4800, 16384, mode="beta1")
+    assert (key.lda, key.ldb, key.ldc, key.ldd, key.ldaux, key.align) == (1600, 4800, 1600, 1600, 0, 16)
+    with pytest.raises(ValueError, match="not a product"):
+        cublaslt.parse("bf16 tn m1 n2 k3 relu beta0")
+
+
+def test_a_table_serves_one_card_and_one_version(tmp_path):
+    path = tmp_path / "table.json"
+    plans = {"bf16 tn m4800 n16384 k1600 bias beta0": {"algo": "00" * 64}}
+    path.write_text(json.dumps({"card": "NVIDIA H100 80GB HBM3", "cublaslt": 130101, "plans": plans}))
+    assert cublaslt.read_table(path, "NVIDIA H100 80GB HBM3", 130101) == plans
+    assert cublaslt.read_table(path, "NVIDIA H100 PCIe", 130101) == {}
+    assert cublaslt.read_table(path, "NVIDIA H100 80GB HBM3", 130100) == {}
+    assert cublaslt.read_table(tmp_path / "none.json", "NVIDIA H100 80GB HBM3", 130101) == {}
+    name = cublaslt.table_path("NVIDIA H100 80GB HBM3", 130101).name
+    assert name == "nvidia-h100-80gb-hbm3-cublaslt-130101.json"
+
+
+def test_shipped_tables_are_readable():
+    """Every key can be parsed, every algorithm has the library's 64 bytes, or a separate pass is named."""
+    for path in cublaslt.TABLES.glob("*.json"):
+        table = json.loads(path.read_text())
+        assert cublaslt.table_path(table["card"], table["cublaslt"]).name == path.name
+        for text, entry in table["plans"].items():
+            assert str(cublaslt.parse(text)) == text
+            assert entry.get("separate") or len(bytes.fromhex(entry["algo"])) == 64
+    assert len(cublaslt.tables_digest()) == 16
+
+
+def test_the_librarys_structures_have_its_sizes():
+    assert cublaslt.ctypes.sizeof(cublaslt.Algo) == 64
+    assert cublaslt.ctypes.sizeof(cublaslt.Heuristic) == 96

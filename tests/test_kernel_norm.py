@@ -1,0 +1,168 @@
+"""LayerNorm forward and backward, against formulas in fp64."""
+
+from __future__ import annotations
+
+import interpreter  # noqa: F401
+import pytest
+import torch
+from kernel_harness import (
+    DEVICE,
+    close,
+    draw,
+    each_backend,
+    each_dtype,
+    either,
+    f64,
+    output,
+    poison,
+    run,
+    skip_unless_served,
+)
+from oracle import layer_norm
+
+from daybreak.kernels import acc_dtype
+from daybreak.kernels.cuda import norm
+
+# One column, fewer columns than threads, no power of two, exactly one.
+ROWS = [(3, 1), (1, 63), (3, 1000), (7, 1024)]
+each_shape = pytest.mark.parametrize(("rows", "columns"), ROWS)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def two_programs(monkeypatch):
+    """In the interpreter, which takes a millisecond a program: so few programs that each takes several rows."""
+    if DEVICE == "cpu":
+        for name, value in (("FORWARD_WARPS", 4), ("BACKWARD_WARPS", 8), ("MIN_PROGRAMS", 2)):
+            monkeypatch.setattr(norm, name, value)
+
+
+def statistics(x, dtype):
+    """Mean and 1 / standard deviation of the rows, exact but for one rounding."""
+    X = f64(x)
+    return X.mean(1).to(acc_dtype(dtype)), (X.var(1, correction=0) + 1e-5).rsqrt().to(acc_dtype(dtype))
+
+
+@each_backend
+@each_dtype
+@each_shape
+def test_layernorm_forward(backend, dtype, rows, columns):
+    skip_unless_served("layernorm_forward", backend, dtype)
+    x = draw(rows, columns, dtype=dtype) + 3
+    w, b = draw(columns, dtype=dtype, seed=2), draw(columns, dtype=dtype, seed=3)
+    out = poison(rows, columns, dtype=dtype)
+    mean, rstd = poison(rows, dtype=acc_dtype(dtype)), poison(rows, dtype=acc_dtype(dtype))
+    run("layernorm_forward", out, mean, rstd, x, w, b, backend=backend)
+    close(out, layer_norm(f64(x), f64(w), f64(b)))
+    close(mean, f64(x).mean(1))
+    close(rstd, (f64(x).var(1, correction=0) + 1e-5).rsqrt())
+
+
+def check_backward(backend, dtype, rows, columns, *, accumulate, accumulate_dx, dbias, again, in_place=False):
+    skip_unless_served("layernorm_backward", backend, dtype)
+    x, dout = draw(rows, columns, dtype=dtype) + 3, draw(rows, columns, dtype=dtype, seed=1)
+    w, b = draw(columns, dtype=dtype, seed=2), draw(columns, dtype=dtype, seed=3)
+    X, W, B = (f64(t).requires_grad_() for t in (x, w, b))
+    gx, gw, gb = torch.autograd.grad(layer_norm(X, W, B), (X, W, B), f64(dout))
+    mean, rstd = statistics(x, dtype)
+    dx, dx0 = output(rows, columns, dtype=dtype, accumulate=accumulate_dx)
+    if in_place:
+        dx, dx0 = dout, torch.zeros_like(dx0)
+    dw, dw0 = output(columns, dtype=dtype, accumulate=accumulate)
+    db, db0 = output(columns, dtype=dtype, accumulate=accumulate)
+    below, below0 = output(columns, dtype=dtype, accumulate=accumulate) if dbias else (None, 0)
+    renewed = poison(rows, columns, dtype=dtype) if again else None
+    run(
+        "layernorm_backward", dx, dw, db, below, renewed, dout, x, mean, rstd, w, b,
+        backend=backend, accumulate_dx=accumulate_dx, accumulate=accumulate,
+    )  # fmt: skip
+    close(dx, dx0 + gx)
+    close(dw, dw0 + gw)
+    close(db, db0 + gb)
+    if below is not None:
+        close(below, below0 + (dx0 + gx).sum(0))
+    if renewed is not None:
+        close(renewed, layer_norm(f64(x), f64(w), f64(b)))
+
+
+@each_backend
+@each_dtype
+@each_shape
+@either
+@pytest.mark.parametrize("accumulate_dx", [False, True], ids=["write_dx", "accumulate_dx"])
+def test_layernorm_backward(backend, dtype, rows, columns, accumulate, accumulate_dx):
+    check_backward(
+        backend, dtype, rows, columns, accumulate=accumulate, accumulate_dx=accumulate_dx, dbias=True, again=True
+    )
+
+
+@each_backend
+@pytest.mark.parametrize(("dbias", "again"), [(False, False), (True, False), (False, True)])
+def test_optional_outputs(backend, dbias, again):
+    check_backward(backend, BF16, 5, 100, accumulate=True, accumulate_dx=True, dbias=dbias, again=again)
+
+
+@each_backend
+@pytest.mark.parametrize("columns", [1600, 8200])
+def test_widths_of_gpt(backend, columns):
+    check_backward(backend, BF16, 3, columns, accumulate=True, accumulate_dx=True, dbias=True, again=True)
+    x, w, b = (draw(*s, dtype=BF16, seed=4) for s in ((3, columns), (columns,), (columns,)))
+    out, mean, rstd = poison(3, columns, dtype=BF16), *(poison(3, dtype=torch.float32) for _ in range(2))
+    run("layernorm_forward", out, mean, rstd, x, w, b, backend=backend)
+    close(out, layer_norm(f64(x), f64(w), f64(b)))
+
+
+def test_gradient_may_be_overwritten():
+    """The Triton kernel reads a row of dout before it writes that row of dx: they may be one buffer."""
+    flags = {"accumulate": False, "accumulate_dx": False, "dbias": True, "again": True}
+    check_backward("triton", BF16, 9, 65, **flags, in_place=True)
+
+
+def test_more_rows_than_programs(monkeypatch):
+    """The programs of a real launch, one of which takes two rows."""
+    monkeypatch.undo()
+    flags = {"accumulate": True, "accumulate_dx": True, "dbias": True, "again": True}
+    assert norm._backward_launch(530, 65)[0] == 528
+    check_backward("triton", BF16, 530, 65, **flags)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+def test_recomputed_output_has_the_same_bits(backend, dtype):
+    n, C = 40, 100
+    x, w, b, dout = (draw(*s, dtype=dtype, seed=5) for s in ((n, C), (C,), (C,), (n, C)))
+    out, dx, again = (poison(n, C, dtype=dtype) for _ in range(3))
+    mean, rstd = (poison(n, dtype=torch.float32) for _ in range(2))
+    dw, db = (poison(C, dtype=dtype) for _ in range(2))
+    run("layernorm_forward", out, mean, rstd, x, w, b, backend=backend)
+    run(
+        "layernorm_backward", dx, dw, db, None, again, dout, x, mean, rstd, w, b,
+        backend=backend, accumulate_dx=False, accumulate=False,
+    )  # fmt: skip
+    assert torch.equal(again, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_beyond_2_to_the_31():
+    """Rows whose first element lies beyond 2^31, forward and backward; 4.3 GB a buffer, about 30 GB at most."""
+    n, C = (1 << 31) // 1600 + 1000, 1600
+    gen = torch.Generator(DEVICE).manual_seed(0)
+    x, dout = (torch.empty(n, C, dtype=BF16, device=DEVICE).normal_(generator=gen) for _ in range(2))
+    w, b = draw(C, dtype=BF16, seed=2), draw(C, dtype=BF16, seed=3)
+    out = poison(n, C, dtype=BF16)
+    mean, rstd = (poison(n, dtype=torch.float32) for _ in range(2))
+    dw, db, dbias = (poison(C, dtype=BF16) for _ in range(3))
+    far = torch.tensor([0, 1, n // 2, n - 999, n - 2, n - 1], device=DEVICE)
+    run("layernorm_forward", out, mean, rstd, x, w, b, backend="triton")
+    X = f64(x[far]).requires_grad_()
+    y = layer_norm(X, f64(w), f64(b))
+    close(out[far], y.detach())
+    del out
+    dx = torch.zeros(n, C, dtype=BF16, device=DEVICE)
+    run(
+        "layernorm_backward", dx, dw, db, dbias, None, dout, x, mean, rstd, w, b,
+        backend="triton", accumulate_dx=True, accumulate=False,
+    )  # fmt: skip
+    close(dx[far], torch.autograd.grad(y, X, f64(dout[far]))[0])
+    close(db, torch.stack([d.double().sum(0) for d in dout.split(1 << 16)]).sum(0))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from daybreak.kernels import Kernels, all_ops, temps_bytes
 
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as the engine sets it
 F64 = torch.float64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

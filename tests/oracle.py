@@ -63,7 +63,7 @@ def attention(qkv: Tensor, NH: int) -> Tensor:
     B, T, C3 = qkv.shape
     q, k, v = (part.view(B, T, NH, C3 // 3 // NH).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
     scores = wide(q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    future = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
     weights = torch.exp(scores.masked_fill(future, -math.inf) - scores.masked_fill(future, -math.inf).amax(-1, True))
     weights = (weights / weights.sum(-1, keepdim=True)).to(qkv.dtype)
     return (weights @ v).transpose(1, 2).reshape(B, T, C3 // 3)

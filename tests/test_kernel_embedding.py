@@ -19,6 +19,8 @@ from kernel_harness import (
     skip_unless_served,
 )
 
+from daybreak.kernels.cuda import embedding as cuda_embedding
+
 BF16 = torch.bfloat16
 
 
@@ -65,6 +67,20 @@ def test_runs_over_many_chunks(backend, V):
     tokens = torch.randint(V, (1, 700), generator=torch.Generator().manual_seed(V)).to(DEVICE)
     tokens[0, :560], tokens[0, 560:630] = V - 1, V // 2
     check_backward(backend, BF16, tokens, V, 8, accumulate=False)
+
+
+@pytest.mark.parametrize("V", [2, 60000])
+def test_the_sort_is_stable(V):
+    """Equal tokens stay in the order of the batch: it is the order in which their rows are added."""
+    n = 530
+    tokens = torch.randint(V, (n,), generator=torch.Generator().manual_seed(V)).to(DEVICE)
+    tokens[100:200] = V - 1
+    pairs = [torch.full((n,), -1, dtype=torch.int32, device=DEVICE) for _ in range(4)]
+    table = torch.full((-(-n // cuda_embedding.SORT_BLOCK), 256), -1, dtype=torch.int32, device=DEVICE)
+    keys, rows = cuda_embedding._sort(tokens, pairs, table, V)
+    want = torch.sort(tokens, stable=True)
+    assert torch.equal(keys.long(), want.values)
+    assert torch.equal(rows.long(), want.indices)
 
 
 @each_backend

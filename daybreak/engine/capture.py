@@ -18,8 +18,8 @@ SLOTS = 4  # batches and results in flight, at most
 class Graphs:
     """Runs functions by key. On CUDA the first call of `capture` records one; `run` replays it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.enabled = device.type == "cuda"
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     @property

@@ -23,7 +23,7 @@ from daybreak.engine.capture import Graphs, Pending, Ring
 from daybreak.engine.device import missing_on
 from daybreak.engine.models import Model, build_model
 from daybreak.engine.params import ParamTable, init_parameters
-from daybreak.kernels import acc_dtype, choose
+from daybreak.kernels import ON_HOST, acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
 from daybreak.kernels.optimizer import join_masters, round_weights, split_masters
 from daybreak.shapes import GPT2Config
@@ -166,6 +166,8 @@ class Engine:
     ) -> None:
         self.cfg, self.B, self.T, self.compute, self.train = cfg, B, T, compute, train
         self.device = torch.device(device)
+        if self.device.type == "cuda":  # torch's own products, where they are used, add up in fp32 too
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.optim, self.guard = optim or OptimConfig(), guard or GuardConfig()
         self.seed = seed  # of the initial weights and of stochastic rounding
         self.model, self.table, self.arena = plan_engine(
@@ -175,7 +177,8 @@ class Engine:
         self.frame = LiveFrame(self.arena, self.table, DTYPES[compute], self.device)
         self.state: State = self.frame.state
         self.state["tokens"], self.state["targets"] = self.state["batch"]
-        self.graphs = Graphs(self.device)
+        on_host = any(self.arena.choices[name] == "torch" for name in ON_HOST)
+        self.graphs = Graphs(self.device.type == "cuda" and not on_host)
         self._hyper = Ring((len(HYPER),), torch.float64, self.device)
         self._batch = Ring((2, B, T), torch.int64, self.device)
         self._stats = Ring((len(STATS),), torch.float64, self.device)

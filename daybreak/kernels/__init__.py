@@ -45,6 +45,7 @@ CUDA_FILES = (
     "norm",
     "optimizer",
 )
+ON_HOST = ("adamw_update", "embedding_backward", "step_guard")  # their references read values on the host
 CUDA_DTYPES = (torch.bfloat16, torch.float32)
 
 

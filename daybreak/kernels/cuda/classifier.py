@@ -46,7 +46,7 @@ def _classifier_kernel(
             row = n - 1 - i
         target = tl.load(targets + row).to(tl.int32)
         z = logits + row.to(tl.int64) * Vp
-        # A row without a target is one of no columns: nothing is read in the first pass, zeros are written in the second
+        # A row without a target is one of no columns: the first pass reads nothing, the second writes zeros.
         columns = tl.where(target < 0, 0, V)
         full = columns // TILE * TILE
         picked = tl.load(z + tl.maximum(target, 0)).to(tl.float32)
@@ -115,7 +115,7 @@ def loss_sum(total: Tensor, losses: Tensor, scale: Tensor, *, accumulate: bool) 
 
 def _aot(dtype: str, vec: int, backward: bool) -> tuple[Any, dict[str, str], dict[str, Any], int]:
     signature = {
-        "losses": "*fp32", "logits": dtype, "targets": "*i64", "scale": "*fp64", "n": "i32", "V": "i32", "Vp": "i32",
+        "losses": "*fp32", "logits": dtype, "targets": "*i64", "scale": "*fp64", "n": "i32", "V": "i32?", "Vp": "i32",
     }  # fmt: skip
     return _classifier_kernel, signature, {"BACKWARD": backward, "TILE": TILE, "VEC": vec, "REVERSE": REVERSE}, WARPS
 

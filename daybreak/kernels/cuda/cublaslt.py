@@ -386,6 +386,11 @@ def blas_of(device: int) -> Blas | None:
     return _devices[device]
 
 
+def usable(capability: tuple[int, int]) -> str | None:
+    """Why there is no cuBLASLt for a card of this compute capability, or None."""
+    return None if library() else "libcublasLt is not where torch has its libraries"
+
+
 # ------------------------------------------------------------------------------------------------ the operations
 
 

@@ -160,7 +160,7 @@ def _runs_kernel(dwte, part, keys, rows, dout, n, chunks, C, CHUNK: tl.constexpr
     first = chunk * CHUNK
     last = tl.minimum(first + CHUNK, n)
     head = part + chunk.to(tl.int64) * C + cols
-    tail = head + chunks.to(tl.int64) * C
+    tail = part + (chunks + chunk).to(tl.int64) * C + cols
     key = tl.load(keys + first)
     came = (tl.load(keys + first - 1, mask=first > 0, other=-1) == key).to(tl.int32)
     acc = tl.zeros((COLS,), tl.float32)

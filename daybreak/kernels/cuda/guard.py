@@ -1,4 +1,4 @@
-"""The guard's decision on the device: one small program, so that no step waits for the host. Semantics: kernels/guard.py."""
+"""The guard's decision in one small program on the device, so that no step waits for the host; see kernels/guard.py."""
 
 from __future__ import annotations
 

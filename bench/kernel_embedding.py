@@ -1,0 +1,52 @@
+"""Cases of the embedding: tokens with the frequencies of text, and with every tenth of them one token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from kernel_harness import DEVICE, Case, launch, rand
+from torch import Tensor
+
+SORTED = "sorts the tokens to fix the order of its sums: under 1 % of the micro-step instead"
+
+
+def zipf_tokens(B: int, T: int, V: int, seed: int) -> Tensor:
+    """(B, T) int64 on the device: token k about as often as 1 / k."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    u = torch.rand(B, T, generator=generator, device=DEVICE, dtype=torch.float64)
+    return ((V + 1.0) ** u - 1).long().clamp(max=V - 1)
+
+
+def _forward(B: int, T: int, C: int, Vp: int) -> Case:
+    used = zipf_tokens(B, T, Vp, 0).unique().numel() if torch.cuda.is_available() else B * T
+
+    def make() -> Callable[[], None]:
+        wte, wpe, out = rand(Vp, C), rand(T, C), rand(B * T, C)
+        return launch("embedding_forward", "triton", out, zipf_tokens(B, T, Vp, 0), wte, wpe)
+
+    return Case("embedding_forward", "triton", (B * T + used + T) * C * 2 + B * T * 8, 0, make)
+
+
+def _backward(B: int, T: int, C: int, Vp: int, tenth: bool) -> Case:
+    def tokens() -> Tensor:
+        drawn = zipf_tokens(B, T, Vp, 0)
+        if tenth:
+            generator = torch.Generator(DEVICE).manual_seed(1)
+            drawn[torch.rand(B, T, generator=generator, device=DEVICE) < 0.1] = 11
+        return drawn
+
+    used = tokens().unique().numel() if torch.cuda.is_available() else B * T
+
+    def make() -> Callable[[], None]:
+        dwte, dwpe, dout = rand(Vp, C), rand(T, C), rand(B * T, C)
+        return launch("embedding_backward", "triton", dwte, dwpe, dout, tokens(), accumulate=True)
+
+    nbytes = (B * T + 2 * used + 2 * T) * C * 2 + B * T * 8
+    note = "a tenth is one token" if tenth else "frequencies of text"
+    return Case("embedding_backward", "triton", nbytes, 0, make, SORTED, note)
+
+
+def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
+    """Forward, and backward with the two kinds of tokens."""
+    return [_forward(B, T, C, Vp), *(_backward(B, T, C, Vp, tenth) for tenth in (False, True))]

@@ -124,7 +124,7 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """Which implementation computes an operation; auto = the best that is there. Others are fallbacks, for comparing."""
+    """Which implementation computes an operation; auto = the best that is there, others are for comparing."""
 
     matmul: str = key("auto", "matrix products", one_of("auto", "cublaslt", "triton", "torch"))
     attention: str = key("auto", "attention", one_of("auto", "fa4", "cudnn", "triton", "torch"))

@@ -10,7 +10,7 @@ import torch
 from kernel_harness import DEVICE, close, draw, each_dtype, either, f64, output, poison, run, skip_unless_served
 from torch import Tensor
 
-from daybreak.kernels.cuda import cublaslt
+from daybreak.kernels.cuda import cublaslt, products
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 each_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("cublaslt", marks=gpu)])
@@ -53,6 +53,27 @@ def hardware_tanh(backend: str) -> float:
 @each_dtype
 @each_backend
 @pytest.mark.parametrize(("n", "I", "O"), SHAPES)
+def test_the_nearest_number_of_rows_serves():
+    """A table made at one batch size serves others: the same weight, the nearest number of rows."""
+    table = {
+        text: {"algo": text}
+        for text in (
+            "bf16 tn m1600 n16384 k1600 bias add", "bf16 tn m1600 n65536 k1600 bias add",
+            "bf16 nt m1600 n4800 k16384 plain beta1", "bf16 tn m1600 n16384 k6400 bias add",
+        )
+    }  # fmt: skip
+
+    def found(text: str) -> str:
+        return products.nearest(table, products.parse(text))[1].get("algo", "")
+
+    assert found("bf16 tn m1600 n16384 k1600 bias add") == "bf16 tn m1600 n16384 k1600 bias add"
+    assert found("bf16 tn m1600 n28672 k1600 bias add") == "bf16 tn m1600 n16384 k1600 bias add"
+    assert found("bf16 tn m1600 n40000 k1600 bias add") == "bf16 tn m1600 n65536 k1600 bias add"
+    assert found("bf16 nt m1600 n4800 k28672 plain beta1") == "bf16 nt m1600 n4800 k16384 plain beta1"
+    assert found("bf16 nt m1600 n4800 k28672 plain beta0") == ""
+    assert found("bf16 tn m1600 n16384 k1600 bias beta0") == ""
+
+
 def test_matmul(dtype, backend, n, I, O):
     skip_unless_served("matmul_forward", backend, dtype)
     x, w, dout = draw(n, I, dtype=dtype), draw(O, I, dtype=dtype), draw(n, O, dtype=dtype)
@@ -78,7 +99,8 @@ def test_weight_gradient(dtype, backend, accumulate, n, I, O):
     x, dout = draw(n, I, dtype=dtype), draw(n, O, dtype=dtype)
     dw, dw0 = output(O, I, dtype=dtype, accumulate=accumulate)
     run("matmul_backward_weight", dw, dout, x, accumulate=accumulate, backend=backend)
-    close(dw, dw0 + f64(dout).T @ f64(x))
+    product = f64(dout).T @ f64(x)
+    close(dw, dw0 + product, also_rounded=product if accumulate else None)  # Hopper's kernels round it before they add
 
 
 @each_dtype
@@ -145,9 +167,9 @@ def test_operands_may_be_columns_of_a_wider_matrix(dtype, backend):
         for outside in (slice(0, 16), slice(16 + shape[1], None)):
             assert torch.equal(whole[:, outside], before[:, outside])
     whole, dw = part(O, I, 6)
-    want = f64(dw) + f64(dout).T @ f64(x)
+    product, before = f64(dout).T @ f64(x), f64(dw)
     run("matmul_backward_weight", dw, dout, x, accumulate=True, backend=backend)
-    close(dw, want)
+    close(dw, before + product, also_rounded=product)
 
 
 @pytest.mark.parametrize("_", [pytest.param(0, marks=gpu)])
@@ -221,40 +243,40 @@ def test_elements_beyond_two_to_the_31(_):
     ],
 )
 def test_a_key_is_written_and_read(text):
-    key = cublaslt.parse(text)
+    key = products.parse(text)
     assert str(key) == text
     assert key == tuple(key)  # the launcher looks plain tuples up
     assert (key.ldaux > 0) == ("gelu" in text)
 
 
 def test_a_dense_key_has_the_usual_leading_dimensions():
-    key = cublaslt.dense("bf16", "nt", 1600, 4800, 16384, mode="beta1")
+    key = products.dense("bf16", "nt", 1600, 4800, 16384, mode="beta1")
     assert (key.lda, key.ldb, key.ldc, key.ldd, key.ldaux, key.align) == (1600, 4800, 1600, 1600, 0, 16)
     with pytest.raises(ValueError, match="not a product"):
-        cublaslt.parse("bf16 tn m1 n2 k3 relu beta0")
+        products.parse("bf16 tn m1 n2 k3 relu beta0")
 
 
 def test_a_table_serves_one_card_and_one_version(tmp_path):
     path = tmp_path / "table.json"
     plans = {"bf16 tn m4800 n16384 k1600 bias beta0": {"algo": "00" * 64}}
     path.write_text(json.dumps({"card": "NVIDIA H100 80GB HBM3", "cublaslt": 130101, "plans": plans}))
-    assert cublaslt.read_table(path, "NVIDIA H100 80GB HBM3", 130101) == plans
-    assert cublaslt.read_table(path, "NVIDIA H100 PCIe", 130101) == {}
-    assert cublaslt.read_table(path, "NVIDIA H100 80GB HBM3", 130100) == {}
-    assert cublaslt.read_table(tmp_path / "none.json", "NVIDIA H100 80GB HBM3", 130101) == {}
-    name = cublaslt.table_path("NVIDIA H100 80GB HBM3", 130101).name
+    assert products.read_table(path, "NVIDIA H100 80GB HBM3", 130101) == plans
+    assert products.read_table(path, "NVIDIA H100 PCIe", 130101) == {}
+    assert products.read_table(path, "NVIDIA H100 80GB HBM3", 130100) == {}
+    assert products.read_table(tmp_path / "none.json", "NVIDIA H100 80GB HBM3", 130101) == {}
+    name = products.table_path("NVIDIA H100 80GB HBM3", 130101).name
     assert name == "nvidia-h100-80gb-hbm3-cublaslt-130101.json"
 
 
 def test_shipped_tables_are_readable():
     """Every key can be parsed, every algorithm has the library's 64 bytes, or a separate pass is named."""
-    for path in cublaslt.TABLES.glob("*.json"):
+    for path in products.TABLES.glob("*.json"):
         table = json.loads(path.read_text())
-        assert cublaslt.table_path(table["card"], table["cublaslt"]).name == path.name
+        assert products.table_path(table["card"], table["cublaslt"]).name == path.name
         for text, entry in table["plans"].items():
-            assert str(cublaslt.parse(text)) == text
+            assert str(products.parse(text)) == text
             assert entry.get("separate") or len(bytes.fromhex(entry["algo"])) == 64
-    assert len(cublaslt.tables_digest()) == 16
+    assert len(products.tables_digest()) == 16
 
 
 def test_the_librarys_structures_have_its_sizes():

@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import hashlib
 import importlib.util
-import json
-import re
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +29,6 @@ from daybreak.kernels import Scratch, Temps, backend, matmul
 from daybreak.kernels.cuda import gelu, missing_backends
 
 WORKSPACE = 32 << 20  # bytes: what the library recommends on Hopper; algorithms that want more are not offered
-TABLES = Path(__file__).parent / "tables"
 _TEMPS = [((WORKSPACE,), torch.uint8)]
 
 # Numbers of the library's enumerations, the same in CUDA 11.4 to 13. Types: cudaDataType_t, cublasComputeType_t.
@@ -101,50 +97,6 @@ SIGNATURES: dict[str, list[Any]] = {  # all return a status
 }
 
 
-class Key(NamedTuple):
-    """One kind of product. `trans`: n or t for A and B. `mode`: D alone (beta0), added to D (beta1), C added (add).
-    Leading dimensions are row strides; `ldaux` is that of GELU's input. `align`: bytes, at most 16."""
-
-    dtype: str
-    trans: str
-    m: int
-    n: int
-    k: int
-    epilogue: str
-    mode: str
-    lda: int
-    ldb: int
-    ldc: int
-    ldd: int
-    ldaux: int
-    align: int
-
-    def __str__(self) -> str:
-        """Readable and complete: leading dimensions and alignment are named where they are not the usual ones."""
-        usual = dense(*self[:7])
-        odd = "".join(f" {name}{value}" for name, value in self._asdict().items() if value != getattr(usual, name))
-        return f"{self.dtype} {self.trans} m{self.m} n{self.n} k{self.k} {self.epilogue} {self.mode}{odd}"
-
-
-def dense(dtype: str, trans: str, m: int, n: int, k: int, epilogue: str = "plain", mode: str = "beta0") -> Key:
-    """The key of a product of whole, aligned tensors."""
-    aux = m if "gelu" in epilogue else 0
-    return Key(
-        dtype, trans, m, n, k, epilogue, mode, k if trans[0] == "t" else m, k if trans[1] == "n" else n, m, m, aux, 16
-    )
-
-
-def parse(text: str) -> Key:
-    """The key that `str` wrote."""
-    dtype, trans, *words = text.split()
-    sizes = [int(words[i].removeprefix(letter)) for i, letter in enumerate("mnk")]
-    key = dense(dtype, trans, sizes[0], sizes[1], sizes[2], words[3], words[4])
-    if dtype not in DTYPES or key.epilogue not in EPILOGUES or key.mode not in ("beta0", "beta1", "add"):
-        raise ValueError(f"not a product: {text!r}")
-    odd = [re.fullmatch(r"(ld(?:[abcd]|aux)|align)(\d+)", word) for word in words[5:]]
-    return Key(**{**key._asdict(), **{match[1]: int(match[2]) for match in odd if match}})
-
-
 # ------------------------------------------------------------------------------------------------ the library
 
 
@@ -206,15 +158,15 @@ class Blas:
     def plan(self, key: Key) -> Plan | None:
         """Prepare a product: the table's algorithm if it fits, else the first that the library offers."""
         name = str(key)
-        entry = self.table.get(name, {})
+        found, entry = nearest(self.table, key)
         if entry.get("separate"):
-            self.used[name] = "table: a product, then gelu"
+            self.used[name] = f"{found}: a product, then gelu"
             return None
         plan, source = Plan(self, key), "first heuristic"
         if "algo" in entry:
             algo = Algo.from_buffer_copy(bytes.fromhex(entry["algo"]))
             if plan.checked(algo):
-                plan.algo, source = algo, "table"
+                plan.algo, source = algo, found
             else:
                 source = "the table's was refused, first heuristic"
         if plan.algo is None:
@@ -346,28 +298,6 @@ class Plan:
 
 
 # ------------------------------------------------------------------------------------------------ tables, choices
-
-
-def table_path(card: str, version: int) -> Path:
-    """The table of a card (torch's name for it) and a version of the library (as cublasLtGetVersion gives it)."""
-    return TABLES / f"{re.sub(r'[^a-z0-9]+', '-', card.lower())}-cublaslt-{version}.json"
-
-
-def read_table(path: Path, card: str, version: int) -> dict[str, dict[str, Any]]:
-    """The plans of a table file: key -> entry. Empty if there is none, or if it is for another card or version."""
-    if not path.exists():
-        return {}
-    table = json.loads(path.read_text())
-    plans: dict[str, dict[str, Any]] = table["plans"]
-    return plans if (table["card"], table["cublaslt"]) == (card, version) else {}
-
-
-def tables_digest() -> str:
-    """Fingerprint of the shipped tables: two installations with equal ones make equal choices."""
-    digest = hashlib.sha256()
-    for path in sorted(TABLES.glob("*.json")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def choices() -> dict[str, str]:

@@ -30,8 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.kernels.cuda import cublaslt
-from daybreak.kernels.cuda.cublaslt import CAP_TILES, CONFIG, TABLES, WORKSPACE, Algo, Blas, Key, Plan, parse
+from daybreak.kernels.cuda import cublaslt, products
+from daybreak.kernels.cuda.cublaslt import CAP_TILES, CONFIG, WORKSPACE, Algo, Blas, Plan
+from daybreak.kernels.cuda.products import TABLES, Key, parse
 
 GAIN = 0.01
 HEAT_S, SHORT_S, ROUND_S, ROUNDS = 2.0, 0.004, 0.02, 5
@@ -381,8 +382,8 @@ def machine() -> str:
 
 def write(table: dict[str, Any], folder: Path = TABLES) -> Path:
     """Write a table to its file; products of an earlier search that this one lacks stay in it."""
-    path = folder / cublaslt.table_path(table["card"], table["cublaslt"]).name
-    before = cublaslt.read_table(path, table["card"], table["cublaslt"])
+    path = folder / products.table_path(table["card"], table["cublaslt"]).name
+    before = products.read_table(path, table["card"], table["cublaslt"])
     folder.mkdir(parents=True, exist_ok=True)
     merged = {**table, "plans": dict(sorted({**before, **table["plans"]}.items()))}
     path.write_text(json.dumps(merged, indent=1) + "\n")

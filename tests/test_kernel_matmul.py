@@ -53,27 +53,6 @@ def hardware_tanh(backend: str) -> float:
 @each_dtype
 @each_backend
 @pytest.mark.parametrize(("n", "I", "O"), SHAPES)
-def test_the_nearest_number_of_rows_serves():
-    """A table made at one batch size serves others: the same weight, the nearest number of rows."""
-    table = {
-        text: {"algo": text}
-        for text in (
-            "bf16 tn m1600 n16384 k1600 bias add", "bf16 tn m1600 n65536 k1600 bias add",
-            "bf16 nt m1600 n4800 k16384 plain beta1", "bf16 tn m1600 n16384 k6400 bias add",
-        )
-    }  # fmt: skip
-
-    def found(text: str) -> str:
-        return products.nearest(table, products.parse(text))[1].get("algo", "")
-
-    assert found("bf16 tn m1600 n16384 k1600 bias add") == "bf16 tn m1600 n16384 k1600 bias add"
-    assert found("bf16 tn m1600 n28672 k1600 bias add") == "bf16 tn m1600 n16384 k1600 bias add"
-    assert found("bf16 tn m1600 n40000 k1600 bias add") == "bf16 tn m1600 n65536 k1600 bias add"
-    assert found("bf16 nt m1600 n4800 k28672 plain beta1") == "bf16 nt m1600 n4800 k16384 plain beta1"
-    assert found("bf16 nt m1600 n4800 k28672 plain beta0") == ""
-    assert found("bf16 tn m1600 n16384 k1600 bias beta0") == ""
-
-
 def test_matmul(dtype, backend, n, I, O):
     skip_unless_served("matmul_forward", backend, dtype)
     x, w, dout = draw(n, I, dtype=dtype), draw(O, I, dtype=dtype), draw(n, O, dtype=dtype)
@@ -282,3 +261,24 @@ def test_shipped_tables_are_readable():
 def test_the_librarys_structures_have_its_sizes():
     assert cublaslt.ctypes.sizeof(cublaslt.Algo) == 64
     assert cublaslt.ctypes.sizeof(cublaslt.Heuristic) == 96
+
+
+def test_the_nearest_number_of_rows_serves():
+    """A table made at one batch size serves others: the same weight, the nearest number of rows."""
+    table = {
+        text: {"algo": text}
+        for text in (
+            "bf16 tn m1600 n16384 k1600 bias add", "bf16 tn m1600 n65536 k1600 bias add",
+            "bf16 nt m1600 n4800 k16384 plain beta1", "bf16 tn m1600 n16384 k6400 bias add",
+        )
+    }  # fmt: skip
+
+    def found(text: str) -> str:
+        return products.nearest(table, products.parse(text))[1].get("algo", "")
+
+    assert found("bf16 tn m1600 n16384 k1600 bias add") == "bf16 tn m1600 n16384 k1600 bias add"
+    assert found("bf16 tn m1600 n28672 k1600 bias add") == "bf16 tn m1600 n16384 k1600 bias add"
+    assert found("bf16 tn m1600 n40000 k1600 bias add") == "bf16 tn m1600 n65536 k1600 bias add"
+    assert found("bf16 nt m1600 n4800 k28672 plain beta1") == "bf16 nt m1600 n4800 k16384 plain beta1"
+    assert found("bf16 nt m1600 n4800 k28672 plain beta0") == ""
+    assert found("bf16 tn m1600 n16384 k1600 bias beta0") == ""

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend, matmul
 from daybreak.kernels.cuda import gelu, missing_backends
+from daybreak.kernels.cuda.products import Key, nearest, read_table, table_path
 
 WORKSPACE = 32 << 20  # bytes: what the library recommends on Hopper; algorithms that want more are not offered
 _TEMPS = [((WORKSPACE,), torch.uint8)]

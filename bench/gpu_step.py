@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import statistics
 import subprocess
 import threading
@@ -136,6 +137,40 @@ def attention_call(kind: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     )  # fmt: skip
 
 
+def since_start() -> float:
+    """Seconds since this process began, its interpreter's start and imports included."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def digest(engine: Engine) -> str:
+    """A checksum of every bit of weights, masters and moments."""
+    total = 0
+    for name in ("weights", "masters", "m", "v"):
+        if name in engine.state:
+            for i, part in enumerate(engine.state[name].view(torch.int16).split(1 << 26)):
+                place = torch.arange(1, part.numel() + 1, device=part.device) % 65521
+                total = (total * 31 + i + int((part.long() * place).sum())) % (1 << 61)
+    return f"{total:016x}"
+
+
+def first_steps(engine: Engine, micro: int) -> None:
+    """Three steps from the initial weights: losses to the last digit, the time of the first, a checksum of the result."""
+    tokens, losses = batches(engine, 8), []
+    for step in range(3):
+        engine.begin_step(lr=1e-4, step=step, valid=micro * engine.B * engine.T)
+        for i in range(micro):
+            part = tokens[(step * micro + i) % 8]
+            engine.micro_step(part[:, :-1], part[:, 1:], first=i == 0)
+        engine.update()
+        losses.append(engine.stats()["loss"])
+        if step == 0:
+            print(f"first step done {since_start():.1f} s after the process began")
+            allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
+    new = torch.cuda.memory_stats()["allocation.all.allocated"] - allocated
+    print("losses", losses, "weights and moments", digest(engine), "allocations after the first step", new)
+
+
 def block(fn: Callable[[], None], seconds: float) -> float:
     """Median seconds of fn over a block of `seconds`."""
     times: list[float] = []
@@ -166,6 +201,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="of one block")
     parser.add_argument("--no-yardstick", action="store_true")
+    parser.add_argument("--first-only", action="store_true", help="three steps, then stop")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     began = time.perf_counter()
@@ -175,11 +211,14 @@ def main() -> None:
     print(f"engine ready after {time.perf_counter() - began:.1f} s: {engine.num_parameters:,} parameters")
     print("arena MiB:", {k: v >> 20 for k, v in engine.arena.sizes().items()}, "missing:", missing_on(engine.device))
     micro = a.tokens // (a.B * a.T)
+    first_steps(engine, micro)
+    if a.first_only:
+        return
+    memory = used_mib(engine.device)
     stick = None if a.no_yardstick else yardstick(recorded(engine))
     steps: list[float] = []
-    memory, sticks, clocks = 0, [], []
+    sticks, clocks = [], []
     time_steps(engine, micro, 1.0)  # warm
-    memory = used_mib(engine.device) if stick is None else 0
     for _ in range(a.rounds):
         with Smi() as smi:
             steps += time_steps(engine, micro, a.seconds)
@@ -201,7 +240,7 @@ def main() -> None:
     }  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in row.items()), f"loss {engine.stats()['loss']:.3f}")
     print("clock MHz, watts by block (step, yardstick, ...):", clocks)
-    print("backends:", sorted(set(engine.frame.k.choices.items())))
+    print("backends:", ", ".join(f"{op} {name}" for op, name in sorted(engine.frame.k.choices.items())))
     if a.out:
         fresh = not a.out.exists()
         with a.out.open("a", newline="") as file:

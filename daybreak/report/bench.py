@@ -62,13 +62,15 @@ class Bench:
         return sorted(self.seconds)[len(self.seconds) // 2]
 
 
-def nbytes_of(args: dict[str, Any], writes: tuple[str, ...]) -> int:
-    """Bytes that a call moves at least: every tensor once, and twice where it adds to what is there."""
+def nbytes_of(op: str, args: dict[str, Any], writes: tuple[str, ...]) -> int:
+    """Bytes that a call moves at least: every tensor once, and twice where it is changed in place or added to."""
     total = 0
     for name, x in args.items():
         if isinstance(x, Tensor):
-            adds = name in writes and bool(args.get("accumulate_dx" if name == "dx" else "accumulate"))
-            total += x.numel() * x.element_size() * (1 + adds)
+            changed = args.get("accumulate_dx" if name == "dx" else "accumulate") if name in writes else False
+            changed = changed or (op == "classifier" and name == "logits" and args["backward"])
+            changed = changed or (op == "adamw_update" and name in ("masters", "m", "v"))
+            total += x.numel() * x.element_size() * (2 if changed else 1)
     return total
 
 
@@ -108,7 +110,7 @@ class Meter:
             given = {**dict(zip(parameters, args, strict=False)), **kwargs}
             cost = self.costs[name]
             cost.backend, cost.calls = backend, cost.calls + 1
-            cost.nbytes += nbytes_of(given, writes)
+            cost.nbytes += nbytes_of(name, given, writes)
             cost.flops += flops_of(name, given)
             start = self._mark()
             fn(*args, **kwargs)
@@ -182,7 +184,7 @@ def meter(engine: Engine) -> dict[str, Cost]:
         for _ in range(2):
             engine.frame.k = metered = Meter(kernels, engine.device)  # type: ignore[assignment]
             if engine.device.type == "cuda":
-                torch.cuda._sleep(400_000_000)  # type: ignore[no-untyped-call]  # lets the host run ahead, so that no mark waits for a launch
+                torch.cuda._sleep(1_500_000_000)  # type: ignore[no-untyped-call]  # lets the host run ahead, so that no mark waits for a launch
             engine.begin_step(lr=1e-5, step=0, valid=engine.B * engine.T)
             engine.plain_step(tokens[:, :-1], tokens[:, 1:])
             costs = metered.collect()
@@ -229,7 +231,7 @@ def print_bench(b: Bench) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=120)
     mfu = "n/a" if b.mfu is None else f"{100 * b.mfu:.1f} %"
     console.print(
         f"{b.device}: {1e3 * b.step_seconds:.1f} ms a step of {b.tokens:,} tokens ({b.micro_steps} micro-steps), "

@@ -14,8 +14,8 @@ import daybreak.kernels.matmul  # noqa: F401  (registers the operation first)
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 
-PROGRAMS = 528  # four for each of an H100's 132 multiprocessors: one wave
-ROWS, COLS, WARPS = 32, 256, 4  # tile of stage one: eight loads of 16 bytes a thread under way at once
+PROGRAMS = 1056  # eight for each of an H100's 132 multiprocessors: one wave
+ROWS, COLS, WARPS = 8, 512, 4  # tile of stage one: four loads of 16 bytes a thread under way at once
 SUM_ROWS, SUM_COLS = 128, 32  # tile of stage two
 REVERSE = True  # from the last row to the first: the end of what the producer wrote is still in the L2 cache
 

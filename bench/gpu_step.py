@@ -155,7 +155,7 @@ def digest(engine: Engine) -> str:
 
 
 def first_steps(engine: Engine, micro: int) -> None:
-    """Three steps from the initial weights: losses to the last digit, the time of the first, a checksum of the result."""
+    """Three steps from the initial weights: losses to the last digit, time of the first, a checksum of the result."""
     tokens, losses = batches(engine, 8), []
     for step in range(3):
         engine.begin_step(lr=1e-4, step=step, valid=micro * engine.B * engine.T)

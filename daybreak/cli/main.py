@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import click
 
 from daybreak import __version__
+from daybreak.cli.export import export
+from daybreak.cli.import_ import import_
 from daybreak.cli.plan import plan
 from daybreak.cli.prepare import prepare
 from daybreak.cli.sample import sample
@@ -51,7 +53,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (prepare, plan, train, sample):
+for verb in (prepare, plan, train, sample, import_, export):
     cli.add_command(verb)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from daybreak.config import Config, check_resume
+from daybreak.config import Config, check_resume, has_begun
 from daybreak.data.dataset import unigram_entropy
 from daybreak.data.loader import Prefetcher
 from daybreak.engine import Engine
@@ -28,9 +28,10 @@ from daybreak.engine.device import used_mib
 from daybreak.errors import Error, Stopped, TooManySkips
 from daybreak.evaluate.validation import token_lengths, validate
 from daybreak.generate import sample_text
+from daybreak.interop import open_source
 from daybreak.state.checkpoint import Checkpoint, newest_good, prune_checkpoints, save_checkpoint
 from daybreak.state.metrics import MainLog, MetricsWriter
-from daybreak.state.restore import restore, restore_weights, snapshot
+from daybreak.state.restore import Weights, restore, restore_weights, snapshot
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder
 from daybreak.state.throughput import Throughput
@@ -57,20 +58,27 @@ def train(
 
     resume: an existing run's folder, continued from its newest good checkpoint (`config` may differ from the saved
     one as `config.check_resume` allows). fork_from: start the new run `config.run.name` from that run's newest
-    checkpoint. init_from: start at step 0 with that run's weights. stop: flags set by signals (see training.stop).
+    checkpoint. init_from: start at step 0 with that run's weights, or with those of a model that
+    interop.open_source knows (a Hugging Face folder, llm.c's .bin). stop: flags set by signals (see training.stop).
     Raises daybreak.Error with the documented exit code; whatever happens, exit.json in the run's folder says it.
     """
     stop = stop or Stop()
     stop.limit_hours(config.run.max_hours)
     for path in (resume, fork_from):
         if path is not None:
-            check_resume(Run(path).config, config, fork=path is fork_from)
-    fork, init = (Run(path).checkpoint() if path is not None else None for path in (fork_from, init_from))
+            check_resume(Run(path).config, config, fork=path is fork_from or not has_begun(path))
+    fork = Run(fork_from).checkpoint() if fork_from is not None else None
+    init = _weights(init_from) if init_from is not None else None
     with RunFolder(Path(resume)).locked() if resume is not None else nullcontext():
         return _train(config, Path(resume) if resume is not None else None, fork, init, stop)
 
 
-def _train(config: Config, resume: Path | None, fork: Checkpoint | None, init: Checkpoint | None, stop: Stop) -> Run:
+def _weights(source: Path | str) -> Weights:
+    """Weights of a run's newest checkpoint, or of another program's files."""
+    return Run(source).checkpoint() if (Path(source) / "config.toml").is_file() else open_source(source)
+
+
+def _train(config: Config, resume: Path | None, fork: Checkpoint | None, init: Weights | None, stop: Stop) -> Run:
     """`train` with its exits: every way out leaves its code and reason in exit.json once there is a folder for it."""
     folder = RunFolder(resume) if resume is not None else None
     if folder is not None:
@@ -124,7 +132,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- starting
 
-    def load(self, fork: Checkpoint | None, init: Checkpoint | None) -> None:
+    def load(self, fork: Checkpoint | None, init: Weights | None) -> None:
         """Continue from this run's newest checkpoint, or start from another run's."""
         self.given_weights = fork is not None or init is not None
         if self.setup.continues:

@@ -17,7 +17,8 @@ from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import plan_engine
 from daybreak.engine.device import check_fits, cpu_has_bf16, pick_compute, pick_device
 from daybreak.errors import ConfigError, DataError
-from daybreak.state.checkpoint import Checkpoint, list_checkpoints
+from daybreak.state.checkpoint import list_checkpoints
+from daybreak.state.restore import Weights
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
 from daybreak.state.throughput import peak_flops
@@ -110,11 +111,11 @@ def open_data(config: Config, check: Callable[[], None] = lambda: None) -> Datas
     return open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer)
 
 
-def check_data(checkpoint: Checkpoint, setup: Setup, same_data: bool) -> None:
+def check_data(checkpoint: Weights, setup: Setup, same_data: bool) -> None:
     """Raise DataError (exit 4) unless the tokenizer, and with `same_data` the data, are those it was trained on."""
     saved = checkpoint.manifest
     checks = [("tokenizer", saved["tokenizer"]["fingerprint"], setup.tokenizer.fingerprint)]
-    if same_data:
+    if same_data and saved["data"]["fingerprint"]:  # an import has not seen any data
         checks.append(("training data", saved["data"]["fingerprint"], setup.train_loader.fingerprint))
     for what, was, now in checks:
         if was != now:

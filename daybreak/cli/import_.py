@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from daybreak.cli.options import config_options, overrides_of
-from daybreak.config import resolve
+from daybreak.config import Config, parse_value
+from daybreak.errors import ConfigError
 
 
 @click.command("import")
@@ -31,7 +32,11 @@ def import_(source: str, step: int | None, **flags: Any) -> None:
       daybreak import gpt2 --name mine
       daybreak import log124M --name on --data fineweb-10B --batch.B 64 --batch.total_tokens 524288
     """
-    config, _ = resolve(None, overrides_of(flags))
+    given = {name: parse_value(name, text) for name, text in overrides_of(flags)}
+    model = next((name for name in given if name.startswith("model.")), None)
+    if model:
+        raise ConfigError(f"--{model} cannot be given to import: the shape comes with the weights; leave it out.")
+    config = Config().override(given)  # checked when the shape is known
     path = Path(source)
     name = config.run.name or (path.stem if path.suffix == ".bin" else path.resolve().name)
 

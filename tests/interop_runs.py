@@ -26,8 +26,8 @@ ORDER = ["wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb", "
          "fcprojw", "fcprojb", "lnfw", "lnfb"]  # fmt: skip
 
 
-def shape_of(tokenizer: str = "gpt2-1024", L: int = 3, C: int = 96, NH: int = 4) -> Shape:
-    return Shape(L=L, C=C, NH=NH, max_T=MAX_T, V=get_tokenizer(tokenizer).V)
+def shape_of(tokenizer: str = "gpt2-1024", L: int = 3, C: int = 96, NH: int = 4, max_T: int = MAX_T) -> Shape:
+    return Shape(L=L, C=C, NH=NH, max_T=max_T, V=get_tokenizer(tokenizer).V)
 
 
 def values_of(shape: Shape, seed: int = 5) -> dict[str, Tensor]:
@@ -58,9 +58,11 @@ def config_of(shape: Shape, tokenizer: str, **keys: Any) -> Config:
     )
 
 
-def write_run(folder: Path, tokenizer: str = "gpt2-1024", step: int = 7, seed: int = 5, **keys: Any) -> Shape:
+def write_run(
+    folder: Path, tokenizer: str = "gpt2-1024", step: int = 7, seed: int = 5, max_T: int = MAX_T, **keys: Any
+) -> Shape:
     """A run as training leaves it: config.toml and one checkpoint with known weights, m = seed + 1, v = |seed + 2|."""
-    shape = shape_of(tokenizer)
+    shape = shape_of(tokenizer, max_T=max_T)
     config = config_of(shape, tokenizer, **keys)
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(config.to_toml())

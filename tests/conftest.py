@@ -9,8 +9,9 @@ import torch
 torch.set_num_threads(1)
 
 # Minutes that a group of tests may take on 2 cores. A file belongs to the group whose list names it, else foundation.
-BUDGETS = {"foundation": 4.0}
-GROUPS: dict[str, str] = {}
+BUDGETS = {"foundation": 4.0, "interop": 2.0}
+INTEROP = ("test_interop_hf", "test_interop_llmc", "test_interop_gguf", "test_llmc_cli")
+GROUPS: dict[str, str] = {f"tests/{name}.py": "interop" for name in INTEROP}
 spent = dict.fromkeys(BUDGETS, 0.0)
 
 

@@ -32,7 +32,8 @@ def test_transformers_reads_it_with_equal_logits_and_ids(tmp_path: Path) -> None
     transformers = pytest.importorskip("transformers")
     shape = write_run(tmp_path / "run", max_T=1024)  # transformers takes no other length from a GGUF file
     daybreak(tmp_path, "export", "run", "--to", "gguf", "m.gguf")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").float().eval()
+    kind = {"gguf_file": "m.gguf", "dtype": torch.float32}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **kind).eval()
     tokens = torch.randint(shape.V, (1, 1024), generator=torch.Generator().manual_seed(1))
     truth = GPT2(shape).load({k: v.double() for k, v in values_of(shape).items()}).logits(tokens).detach()
     with torch.no_grad():

@@ -53,6 +53,7 @@ def train(
     fork_from: Path | str | None = None,
     init_from: Path | str | None = None,
     stop: Stop | None = None,
+    on_save: Callable[[Path], None] | None = None,
 ) -> Run:
     """Train to the end of `config` and return the run.
 
@@ -60,6 +61,7 @@ def train(
     one as `config.check_resume` allows). fork_from: start the new run `config.run.name` from that run's newest
     checkpoint. init_from: start at step 0 with that run's weights, or with those of a model that
     interop.open_source knows (a Hugging Face folder, llm.c's .bin). stop: flags set by signals (see training.stop).
+    on_save: called with each checkpoint, once it is complete.
     Raises daybreak.Error with the documented exit code; whatever happens, exit.json in the run's folder says it.
     """
     stop = stop or Stop()
@@ -70,7 +72,7 @@ def train(
     fork = Run(fork_from).checkpoint() if fork_from is not None else None
     init = _weights(init_from) if init_from is not None else None
     with RunFolder(Path(resume)).locked() if resume is not None else nullcontext():
-        return _train(config, Path(resume) if resume is not None else None, fork, init, stop)
+        return _train(config, Path(resume) if resume is not None else None, fork, init, stop, on_save)
 
 
 def _weights(source: Path | str) -> Weights:
@@ -78,7 +80,10 @@ def _weights(source: Path | str) -> Weights:
     return Run(source).checkpoint() if (Path(source) / "config.toml").is_file() else open_source(source)
 
 
-def _train(config: Config, resume: Path | None, fork: Checkpoint | None, init: Weights | None, stop: Stop) -> Run:
+def _train(
+    config: Config, resume: Path | None, fork: Checkpoint | None, init: Weights | None, stop: Stop,
+    on_save: Callable[[Path], None] | None,
+) -> Run:  # fmt: skip
     """`train` with its exits: every way out leaves its code and reason in exit.json once there is a folder for it."""
     folder = RunFolder(resume) if resume is not None else None
     if folder is not None:
@@ -88,7 +93,7 @@ def _train(config: Config, resume: Path | None, fork: Checkpoint | None, init: W
         setup = open_run(config, resume=resume, stop=stop)
         folder = setup.run.folder
         with folder.locked() if resume is None else nullcontext():
-            trainer = Trainer(setup, stop)
+            trainer = Trainer(setup, stop, on_save)
             trainer.load(fork, init)
             trainer.run()
         code, reason = 0, "done"
@@ -117,8 +122,9 @@ def _train(config: Config, resume: Path | None, fork: Checkpoint | None, init: W
 class Trainer:
     """One run in progress. `step` counts completed updates, `samples` the samples consumed by them."""
 
-    def __init__(self, setup: Setup, stop: Stop) -> None:
+    def __init__(self, setup: Setup, stop: Stop, on_save: Callable[[Path], None] | None = None) -> None:
         self.setup, self.config, self.run_folder, self.stop = setup, setup.config, setup.run.folder, stop
+        self.on_save = on_save
         c = self.config
         self.engine = Engine(
             c.model, B=c.batch.B, T=c.T, compute=setup.compute, recompute=c.batch.recompute, device=setup.device,
@@ -270,6 +276,8 @@ class Trainer:
         seconds = time.perf_counter() - began
         self.metrics.write("checkpoint", self.step, self.tokens, path=relative, seconds=seconds, bytes=size)
         self.display.note(f"step {self.step}: saved {path}")
+        if self.on_save is not None:
+            self.on_save(path)
 
     def _log(self, lr: float) -> None:
         """Report the update just done, and end the run if too many in a row were skipped."""

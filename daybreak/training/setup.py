@@ -65,7 +65,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
             f"{dataset.name!r} was made with; use --model.V {tokenizer.V}."
         )
     V = config.model.V
-    train_loader = Loader(dataset.train, config.T, config.run.seed, V=V)
+    train_loader = Loader(dataset.train, config.T, config.run.seed, not config.run.overfit, V=V)
     val_loader = Loader(dataset.val, config.T, shuffle=False, V=V)
     config = config.concrete(train_loader.samples_per_epoch * config.T)
     b = config.batch
@@ -82,7 +82,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     folder.write_env()
     return Setup(
         config, Run(folder.path), dataset, train_loader, val_loader, tokenizer, device, compute,
-        *_describe(device, compute), bool(list_checkpoints(folder.checkpoints)),
+        *describe_device(device, compute), bool(list_checkpoints(folder.checkpoints)),
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def _set_precision(config: Config, device: torch.device, compute: str) -> None:
         log.warning("this CPU has no bf16 instructions: precision.compute = bf16 will be slower than fp32 here.")
 
 
-def _describe(device: torch.device, compute: str) -> tuple[str, float | None]:
+def describe_device(device: torch.device, compute: str) -> tuple[str, float | None]:
     """Name of the device, and its peak FLOP/s where one is known for this precision."""
     if device.type == "cpu":
         return cpu_model(), None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interop_runs import MAX_T, daybreak, shape_of, values_of, write_run
+from interop_runs import MAX_T, inside, shape_of, values_of, write_run
 from oracle import GPT2
 
 from daybreak.data.tokenizer import get_tokenizer
@@ -31,10 +31,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_transformers_reads_it_with_equal_logits_and_ids(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     shape = write_run(tmp_path / "run", max_T=1024)  # transformers takes no other length from a GGUF file
-    daybreak(tmp_path, "export", "run", "--to", "gguf", "m.gguf")
+    inside(tmp_path, "export", "run", "--to", "gguf", "m.gguf")
     kind = {"gguf_file": "m.gguf", "dtype": torch.float32}
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **kind).eval()
-    tokens = torch.randint(shape.V, (1, 1024), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(shape.V, (1, 256), generator=torch.Generator().manual_seed(1))
     truth = GPT2(shape).load({k: v.double() for k, v in values_of(shape).items()}).logits(tokens).detach()
     with torch.no_grad():
         got = model(tokens).logits

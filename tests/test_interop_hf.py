@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from interop_runs import MAX_T, daybreak, shape_of, values_of, write_run, write_shards
+from interop_runs import MAX_T, daybreak, inside, shape_of, values_of, write_run, write_shards
 from safetensors.torch import load_file, save_file
 
 from daybreak.data.tokenizer import get_tokenizer
@@ -191,19 +191,17 @@ def test_import_then_train_from_the_command_line(tmp_path: Path) -> None:
     assert metrics[0]["step"] == 0
     assert Run(tmp_path / "runs/mine").config.optim.lr == 1e-3
     # It has begun: from here on the usual rules of resuming hold.
-    again = daybreak(tmp_path, "train", "runs/mine", "--optim.lr", "2e-3", code=2)
+    again = inside(tmp_path, "train", "runs/mine", "--optim.lr", "2e-3", code=2)
     assert "optim.lr is 0.001 in the saved run and cannot become 0.002" in again.stderr
-    assert (
-        "runs/mine exists; continue it with" in daybreak(tmp_path, "import", "theirs", "--name", "mine", code=2).stderr
-    )
+    assert "runs/mine exists; continue it with" in inside(tmp_path, "import", "theirs", "--name", "mine", code=2).stderr
 
     # --init-from starts anew with the same weights, so the first validation loss is the same.
     shape = ["--model.L", "2", "--model.C", "48", "--model.NH", "3", "--model.max_T", "64", "--model.V", "1025"]
     start = ["train", "d12", "--data", "shards", "--data.tokenizer", "gpt2-1024", "--run.device", "cpu", *small]
-    daybreak(tmp_path, *start, *shape, "--name", "init", "--init-from", "theirs")
+    inside(tmp_path, *start, *shape, "--name", "init", "--init-from", "theirs")
     first = Run(tmp_path / "runs/init").metrics("val")[0]
     assert (first["step"], first["loss"]) == (0, metrics[0]["loss"])
-    wrong = daybreak(tmp_path, *start, *shape, "--name", "w", "--init-from", "theirs", "--model.max_T", "32", code=5)
+    wrong = inside(tmp_path, *start, *shape, "--name", "w", "--init-from", "theirs", "--model.max_T", "32", code=5)
     assert "'wpe' has shape (64, 48), the model to train (32, 48)" in wrong.stderr
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interop_runs import MAX_T, daybreak, in_llmc_order, shape_of, values_of, write_run, write_shards
+from interop_runs import MAX_T, in_llmc_order, inside, shape_of, values_of, write_run, write_shards
 from oracle import GPT2, Shape
 from torch import Tensor
 
@@ -161,7 +161,7 @@ def test_the_writer_is_byte_exact(tmp_path: Path, P: int, zero: int, version: in
     samples = [(n - 1) // per_sample for n in (1200, 900, 700)]
     write_checkpoint(tmp_path / "want", P=P, zero=zero, version=version, samples=tuple(samples))
     dtype = {3: "fp32", 5: "bf16"}[version]
-    daybreak(tmp_path, "export", "run", "--to", "llmc", "out", "--dtype", dtype, "--ranks", str(P), "--zero", str(zero))
+    inside(tmp_path, "export", "run", "--to", "llmc", "out", "--dtype", dtype, "--ranks", str(P), "--zero", str(zero))
     want, got = tmp_path / "want", tmp_path / "out"
     assert sorted(p.name for p in got.iterdir()) == sorted(p.name for p in want.iterdir())
     for path in want.iterdir():
@@ -178,22 +178,22 @@ def test_the_loader_is_byte_exact_wherever_its_generator_stands(samples: list[in
 
 def test_without_its_data_the_loader_does_not_shuffle(tmp_path: Path) -> None:
     write_run(tmp_path / "run", data__name="gone")
-    said = daybreak(tmp_path, "export", "run", "--to", "llmc", "out")
+    said = inside(tmp_path, "export", "run", "--to", "llmc", "out")
     assert "unshuffled: no dataset 'gone'" in said.stderr
     write_checkpoint(tmp_path / "want")
     name = f"state_{STEP:08d}_00000.bin"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "want" / name).read_bytes()
-    refused = daybreak(tmp_path, "export", "run", "--to", "llmc", "o", "--ranks", "7", "--zero", "1", code=2)
+    refused = inside(tmp_path, "export", "run", "--to", "llmc", "o", "--ranks", "7", "--zero", "1", code=2)
     assert "--ranks 7 does not divide the tensor 'wte'" in refused.stderr
     assert not (tmp_path / "o").exists()
-    assert "out exists already" in daybreak(tmp_path, "export", "run", "--to", "llmc", "out", code=2).stderr
+    assert "out exists already" in inside(tmp_path, "export", "run", "--to", "llmc", "out", code=2).stderr
     assert (
         "--dtype f16 is not one of llmc's"
-        in daybreak(tmp_path, "export", "run", "--to", "llmc", "o", "--dtype", "f16", code=2).stderr
+        in inside(tmp_path, "export", "run", "--to", "llmc", "o", "--dtype", "f16", code=2).stderr
     )
     assert (
         "--ranks, --zero and --debug-state belong to --to llmc"
-        in daybreak(tmp_path, "export", "run", "--to", "hf", "o", "--zero", "1", code=2).stderr
+        in inside(tmp_path, "export", "run", "--to", "hf", "o", "--zero", "1", code=2).stderr
     )
 
 
@@ -212,7 +212,7 @@ def test_the_debug_state_is_byte_exact(tmp_path: Path) -> None:
     """Every byte but those of computed numbers by hand; those against the autograd oracle in fp64."""
     write_shards(tmp_path / "shards", 1025)
     shape = write_run(tmp_path / "run", data__name=str(tmp_path / "shards"))
-    daybreak(tmp_path, "export", "run", "--to", "llmc", "out", "--debug-state")
+    inside(tmp_path, "export", "run", "--to", "llmc", "out", "--debug-state")
     data = (tmp_path / "out/debug_state.bin").read_bytes()
     B, T, V = 4, MAX_T, shape.V
     tokens = np.fromfile(tmp_path / "shards/x_val_000000.bin", "<u2", offset=1024).astype("<i4")
@@ -300,11 +300,11 @@ def test_training_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
             "--eval.sample_tokens", "2", "--schedule.warmup", "2", "--run.device", "cpu", "--checkpoint.every", "4",
             "--precision.compute", "fp32"]  # fmt: skip
     shape = ["--model.L", "2", "--model.C", "32", "--model.NH", "2", "--model.max_T", "64", "--model.V", "1025"]
-    daybreak(tmp_path, "train", "d12", "--name", "a", "--data.tokenizer", "gpt2-1024", *shape, *keys)
-    daybreak(tmp_path, "export", "runs/a", "--to", "llmc", "log", "--step", "4", "--ranks", "4", "--zero", "1")
-    said = daybreak(tmp_path, "import", "log", "--name", "b", *keys).stdout
+    inside(tmp_path, "train", "d12", "--name", "a", "--data.tokenizer", "gpt2-1024", *shape, *keys)
+    inside(tmp_path, "export", "runs/a", "--to", "llmc", "log", "--step", "4", "--ranks", "4", "--zero", "1")
+    said = inside(tmp_path, "import", "log", "--name", "b", *keys).stdout
     assert "the data order restarts at step x batch = 1,024 tokens" in said
-    daybreak(tmp_path, "train", "runs/b")
+    inside(tmp_path, "train", "runs/b")
     a, b = ({r["step"]: (r["loss"], r["norm"]) for r in Run(tmp_path / "runs" / n).metrics("step")} for n in ("a", "b"))
     assert sorted(b) == [5, 6, 7, 8]
     assert {step: a[step] for step in b} == b
@@ -317,9 +317,9 @@ def test_llmc_to_daybreak_to_hugging_face_to_daybreak(tmp_path: Path) -> None:
     """The round trip that docs/interop.md shows: equal logits at every position."""
     transformers = pytest.importorskip("transformers")
     shape = write_checkpoint(tmp_path / "log", P=2, zero=1)
-    daybreak(tmp_path, "import", "log", "--name", "a", "--run.device", "cpu")
-    daybreak(tmp_path, "export", "runs/a", "--to", "hf", "hf")
-    daybreak(tmp_path, "import", "hf", "--name", "b", "--run.device", "cpu")
+    inside(tmp_path, "import", "log", "--name", "a", "--run.device", "cpu")
+    inside(tmp_path, "export", "runs/a", "--to", "hf", "hf")
+    inside(tmp_path, "import", "hf", "--name", "b", "--run.device", "cpu")
     tokens = torch.randint(shape.V, (1, MAX_T), generator=torch.Generator().manual_seed(2))
     a, b = (Run(tmp_path / "runs" / n).load_engine()[0].logits(tokens) for n in "ab")
     assert torch.equal(a, b)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from interop_runs import daybreak, write_run
+from interop_runs import inside, write_run
 
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.generate import sample_tokens
@@ -19,7 +19,7 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, whi
 @pytest.mark.parametrize("tokenizer", ["gpt2-1024", "gpt2"])
 def test_llama_cpp_continues_as_we_do(tmp_path: Path, dtype: str, tokenizer: str) -> None:
     write_run(tmp_path / "run", tokenizer, max_T=256)
-    daybreak(tmp_path, "export", "run", "--to", "gguf", "m.gguf", "--dtype", dtype)
+    inside(tmp_path, "export", "run", "--to", "gguf", "m.gguf", "--dtype", dtype)
     llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
     tok = get_tokenizer(tokenizer)
     for text in ("  Hello world, don't\n\n\tnaïve 漢字 🙂 12345", "def f(x):\n    return x\n"):

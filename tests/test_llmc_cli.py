@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interop_runs import MAX_T, daybreak, shape_of, values_of, write_shards
+from interop_runs import MAX_T, daybreak, inside, shape_of, values_of, write_shards
 from oracle import GPT2, AdamW
 from test_interop_llmc import model_bytes, write_checkpoint
 
 from daybreak.config import Config, resolve
 from daybreak.errors import ConfigError
 from daybreak.interop import open_source
-from daybreak.llmc import ALL_TOKENS, BY_NAME, FLAGS, launch, parse, translate
+from daybreak.llmc import ALL_TOKENS, BY_NAME, FLAGS, launch, main, parse, translate
 from daybreak.state.run import Run
 
 # The published commands (scripts/run_gpt2_124M.sh, run_gpt2_1558M.sh), after the program's name.
@@ -185,8 +185,12 @@ SMALL = ["-e", "m/model_00000007.bin", "-i", "shards/*train*", "-j", "shards/*va
          "-m", "2", "-g", "5", "-v", "4", "-k", "constant", "-l", "0.001", "-r", "0"]  # fmt: skip
 
 
-def llmc(folder: Path, *argv: str, code: int = 0, **env: str) -> str:
-    done = daybreak(folder, *argv, code=code, module="daybreak.llmc", CUDA_VISIBLE_DEVICES="", **env)
+def llmc(folder: Path, *argv: str, code: int = 0, here: bool = False) -> str:
+    """stdout of a process, or with `here` of a call in this one; stderr if it is to fail."""
+    if here:
+        done = inside(folder, *argv, code=code, main=main)
+    else:
+        done = daybreak(folder, *argv, code=code, module="daybreak.llmc", CUDA_VISIBLE_DEVICES="")
     if code:
         assert done.stderr.startswith("daybreak.llmc: ")
         assert done.stderr.count("\n") == 1
@@ -290,9 +294,9 @@ def test_either_kind_of_checkpoint_goes_on_with_y_1(made: Path) -> None:
         assert "step   10/14" not in out
         assert trl(made / name) == trl(made / "whole"), name
         assert (made / name / "DONE_00000014").is_file()
-    refused = llmc(made, *SMALL, "-o", "log", code=2)
+    refused = llmc(made, *SMALL, "-o", "log", code=2, here=True)
     assert "-o log is not empty; continue what is in it with -y 1, or remove it" in refused
-    assert "cannot become 0.002" in llmc(made, *SMALL, *n2, "-o", "ours", "-y", "1", "-l", "0.002", code=2)
+    assert "cannot become 0.002" in llmc(made, *SMALL, *n2, "-o", "ours", "-y", "1", "-l", "0.002", code=2, here=True)
 
 
 def test_overfitting_one_batch_equals_the_oracle(made: Path) -> None:
@@ -351,9 +355,9 @@ def test_user_errors_are_one_sentence(made: Path) -> None:
         (["-i", "gone*"], "no token shard matches 'gone*'"),
         (["-pi", "tcp", "-pn", "2", "-ps", "127.0.0.1"], "2 processes were started, but this version trains on one"),
     ]:
-        assert reason in llmc(made, *SMALL, "-x", "1", *argv, code=4 if "gone*" in argv else 2)
+        assert reason in llmc(made, *SMALL, "-x", "1", *argv, code=4 if "gone*" in argv else 2, here=True)
     assert not (made / "runs").exists()
-    assert "unknown flag" in llmc(made, "-help", "1", code=2)
-    said = llmc(made, "--help")
+    assert "unknown flag" in llmc(made, "-help", "1", code=2, here=True)
+    said = llmc(made, "--help", here=True)
     assert all(f"  {name} " in said for name in BY_NAME)
     assert isinstance(Config(), Config)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from daybreak.cli.options import config_options, overrides_of
-from daybreak.config import Config, Resume, check_resume, has_begun, resolve
+from daybreak.config import Config, Resume, check_resume, is_untouched_import, resolve
 from daybreak.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _check_start(
             f"--name {config.run.name} cannot rename {target}, an existing run; leave it out, or start a new run from "
             f"its checkpoint with --fork {config.run.name}."
         )
-    check_resume(resume.saved, config, fork=fork is not None or not has_begun(resume.run))
+    check_resume(resume.saved, config, fork=fork is not None or is_untouched_import(resume.run))
 
 
 def _print_result(run: Run, as_json: bool) -> None:

@@ -5,6 +5,7 @@ Also what all formats share: the parameters' order, whose tokenizer a vocabulary
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,7 +91,7 @@ class Source:
 def make_run(source: Source, config: Config, *, into: Path | None = None) -> Path:
     """A run folder (config.run.dir / run.name) that training continues: one checkpoint at the source's step.
 
-    Its data fingerprint is empty: whichever data it is first trained on. `into`: an existing folder to use instead.
+    Its data fingerprint is empty: any data will do for its first step. `into`: an existing folder to use instead.
     Raises ConfigError when the run exists.
     """
     config = config.override({f"model.{k}": getattr(source.model, k) for k in ("L", "C", "NH", "max_T", "V")})
@@ -111,7 +112,6 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
         "seed": config.run.seed,
         "compute": "",
         "kernels": {},
-        "imported": source.path.name,
     }
     snapshot = Snapshot(
         step=source.step,
@@ -124,6 +124,7 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
     )
     save_checkpoint(folder.checkpoints, snapshot)
     write_atomic(folder.config, config.to_toml())
+    write_atomic(folder.path / "imported.json", json.dumps({"from": source.path.name, "step": source.step}) + "\n")
     folder.write_env()
     return folder.path
 

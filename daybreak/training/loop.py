@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from daybreak.config import Config, check_resume, has_begun
+from daybreak.config import Config, check_resume, is_untouched_import
 from daybreak.data.dataset import unigram_entropy
 from daybreak.data.loader import Prefetcher
 from daybreak.engine import Engine
@@ -68,7 +68,7 @@ def train(
     stop.limit_hours(config.run.max_hours)
     for path in (resume, fork_from):
         if path is not None:
-            check_resume(Run(path).config, config, fork=path is fork_from or not has_begun(path))
+            check_resume(Run(path).config, config, fork=path is fork_from or is_untouched_import(path))
     fork = Run(fork_from).checkpoint() if fork_from is not None else None
     init = _weights(init_from) if init_from is not None else None
     with RunFolder(Path(resume)).locked() if resume is not None else nullcontext():

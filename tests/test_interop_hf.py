@@ -301,9 +301,11 @@ def test_a_bad_model_is_refused_by_file_and_reason(spoil: Any, reason: str, tmp_
     assert "\n" not in str(refused.value)
 
 
-def test_what_is_neither_path_nor_name(tmp_path: Path) -> None:
+def test_what_is_neither_path_nor_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
     for name, reason in [
         ("gpt2-larg", "did you mean 'gpt2-large'?"),
+        (f"{Path(__file__).parent.name}/typo", "tests/typo does not exist; did you mean"),
         (str(tmp_path), "has neither config.json nor DONE_* files"),
     ]:
         with pytest.raises(ConfigError) as refused:

@@ -38,7 +38,8 @@ def open_source(name: str | Path, tokenizer: str = "", step: int | None = None) 
         return huggingface.open_folder(path, tokenizer)
     if path.is_file():
         return llmc_files.open_model(path, tokenizer)
-    if not path.exists() and (str(name) in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))):
+    published = str(name) in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
+    if published and not path.exists() and (str(name) in HUB or not path.parent.exists()):  # runs/typo stays here
         return huggingface.open_folder(huggingface.download(HUB.get(str(name), str(name))), tokenizer)
     known = f"{', '.join(HUB)}, OWNER/NAME, a Hugging Face folder, a .bin or a checkpoint folder of llm.c"
     if path.exists():

@@ -305,7 +305,7 @@ def test_what_is_neither_path_nor_name(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(Path(__file__).parents[1])
     for name, reason in [
         ("gpt2-larg", "did you mean 'gpt2-large'?"),
-        (f"{Path(__file__).parent.name}/typo", "tests/typo does not exist; did you mean"),
+        (f"{Path(__file__).parent.name}/typo", "tests/typo does not exist; give gpt2, "),
         (str(tmp_path), "has neither config.json nor DONE_* files"),
     ]:
         with pytest.raises(ConfigError) as refused:

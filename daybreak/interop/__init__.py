@@ -44,4 +44,5 @@ def open_source(name: str | Path, tokenizer: str = "", step: int | None = None) 
     known = f"{', '.join(HUB)}, OWNER/NAME, a Hugging Face folder, a .bin or a checkpoint folder of llm.c"
     if path.exists():
         raise ConfigError(f"{name} has neither config.json nor DONE_* files; give {known}.")
-    raise ConfigError(f"{name} does not exist; did you mean {nearest(str(name), HUB)!r}? Known: {known}.")
+    near = "" if "/" in str(name) else f"did you mean {nearest(str(name), HUB)!r}? If not, "
+    raise ConfigError(f"{name} does not exist; {near}give {known}.")

@@ -299,10 +299,8 @@ def _run(argv: list[str]) -> None:
         print("\n".join(f"  {f.name:4} {f.doc} ({f.default!r})" for f in FLAGS))
         return
     values = parse(argv)
-    variables = launch(values, os.environ)
-    if (world := int(variables["WORLD_SIZE"])) > 1:
+    if (world := int(launch(values, os.environ)["WORLD_SIZE"])) > 1:
         raise ConfigError(f"{world} processes were started, but this version trains on one: start one.")
-    os.environ.update(variables)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config, resume, init, start = _begin(values, world)
     config.check(ranks=world)

@@ -80,7 +80,8 @@ def _sentence(error: click.ClickException) -> str:
         near = nearest(error.option_name.lstrip("-"), [flag.lstrip("-") for flag in known if flag.startswith("--")])
         return f"unknown flag {error.option_name}; did you mean --{near}?"
     path = command.command_path if command is not None else "daybreak"
-    return f"{error.format_message().rstrip('.')}; see {path} --help."
+    said = " ".join(error.format_message().split())  # click lists choices one a line
+    return f"{said.rstrip('.')}; see {path} --help."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -309,12 +309,17 @@ def _run(argv: list[str]) -> None:
         if flag.no_effect and values[flag.name] != flag.default:
             print(f"{flag.name} {values[flag.name]}: no effect ({flag.no_effect})", flush=True)
 
+    from daybreak.interop import llmc_files
+    from daybreak.state.checkpoint import checkpoint_step
     from daybreak.training.loop import train
     from daybreak.training.stop import Stop
 
     on_save = bin_writer(values, config) if config.checkpoint.every else None
     with Stop().handling_signals() as stop:
         run = train(config, resume=resume, init_from=init, stop=stop, on_save=on_save)
+    newest = run.checkpoints[0]
+    if on_save is not None and checkpoint_step(newest) not in llmc_files.done_steps(run.path):
+        on_save(newest)  # killed between the two savings, and now there was nothing left to train
     text = run.metrics("sample")[-1]["text"]
     print(f"generating:\n---\n{text}\n---")
     times = [record["ms"] for record in run.metrics("step")][1:]

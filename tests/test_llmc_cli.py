@@ -294,6 +294,10 @@ def test_either_kind_of_checkpoint_goes_on_with_y_1(made: Path) -> None:
         assert "step   10/14" not in out
         assert trl(made / name) == trl(made / "whole"), name
         assert (made / name / "DONE_00000014").is_file()
+    # Killed between our last checkpoint and its DONE: scripts wait for that file.
+    (made / "whole/DONE_00000014").unlink()
+    llmc(made, *SMALL, *n2, "-o", "whole", "-y", "1")
+    assert (made / "whole/DONE_00000014").is_file()
     refused = llmc(made, *SMALL, "-o", "log", code=2, here=True)
     assert "-o log is not empty; continue what is in it with -y 1, or remove it" in refused
     assert "cannot become 0.002" in llmc(made, *SMALL, *n2, "-o", "ours", "-y", "1", "-l", "0.002", code=2, here=True)

@@ -8,6 +8,7 @@ checkpoints with their DONE markers, from which either program goes on with -y 1
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import statistics
@@ -195,8 +196,8 @@ def translate(values: Values, world: int = 1, base: Config | None = None, tokeni
 def parameter_table(values: Values, config: Config, world: int, start: str) -> list[str]:
     """llm.c's table, line by line. start: where the weights come from."""
     from daybreak.data.dataset import open_dataset
-    from daybreak.engine import plan_engine
     from daybreak.engine.device import pick_compute, pick_device
+    from daybreak.interop.source import layout
     from daybreak.training.setup import describe_device
 
     device = pick_device(config.run.device)
@@ -207,7 +208,7 @@ def parameter_table(values: Values, config: Config, world: int, start: str) -> l
     data = open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer)
     epoch = sum((shard.tokens - 1) // config.T * config.T for shard in data.train)
     val_steps = sum(shard.tokens for shard in data.val) // micro if values["-m"] == -1 else values["-m"]
-    parameters = plan_engine(m, B=1, T=1, compute=compute, train=False)[1].num_parameters
+    parameters = sum(math.prod(shape) for _, _, shape in layout(m))
     shown = values | {"-i": d.train, "-o": values["-o"] or "NULL", "-d": config.batch.total_tokens}
     shown |= {"-ge": max(values["-ge"], 0), "-w": "enabled" if values["-w"] else "disabled"}
     first = [(f.row, format(shown[f.name], f.form if f.form != "b" else "s")) for f in FLAGS if f.row]

@@ -48,9 +48,7 @@ def exported(run: Path, out: Path, dtype: str = "fp32", max_shard: int = hugging
 
 def engine_of(dtype: str, B: int = 2, values: dict[str, torch.Tensor] | None = None) -> Engine:
     s = shape_of()
-    engine = Engine(
-        GPT2Config(L=s.L, C=s.C, NH=s.NH, max_T=s.max_T, V=s.V), B=B, T=MAX_T, compute=dtype, train=False, seed=None
-    )
+    engine = Engine(GPT2Config(L=s.L, C=s.C, NH=s.NH, max_T=s.max_T, V=s.V), B=B, T=MAX_T, compute=dtype, train=False)
     engine.load_params(values or values_of(s))
     return engine
 

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= tiny
 
-.PHONY: demo test check bench clean install test-install
+.PHONY: demo test test-llama check bench clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -25,6 +25,11 @@ demo: install
 
 test: test-install check
 	$(BIN)/python -m pytest
+
+# llama.cpp itself on an exported GGUF: builds llama-cpp-python from source, several minutes on 2 cores.
+test-llama: test-install
+	$(BIN)/pip install -q llama-cpp-python==0.3.36
+	$(BIN)/python -m pytest tests/test_llama_cpp.py
 
 check: test-install
 	$(BIN)/ruff check .

@@ -393,11 +393,16 @@ MAY_CHANGE_KEYS = ("batch.B", "batch.total_tokens", "batch.ramp", "batch.recompu
                    "run.dir", "run.steps", "run.max_hours", "run.device", "run.profile")  # fmt: skip
 
 
+def is_untouched_import(run: Path | str) -> bool:
+    """Whether `daybreak import` made the run and nobody has trained it yet: all but its model may still change."""
+    return (Path(run) / "imported.json").is_file() and not (Path(run) / "metrics.jsonl").is_file()
+
+
 def check_resume(saved: Config, new: Config, *, fork: bool = False) -> None:
     """Raise ConfigError if `new` changes what a resumed run may not: what its weights and its data order rest on.
 
     A run's name and folder may differ from the saved ones: people move and rename runs.
-    With fork=True (a new run from the checkpoint) only the model has to stay.
+    With fork=True (a new run from the checkpoint, or an untouched import) only the model has to stay.
     """
     was = dict(saved.items())
     for name, value in new.items():

@@ -20,7 +20,7 @@ from daybreak.cli.main import cli, main
 from daybreak.config import KINDS, Config, resolve
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["prepare", "plan", "train", "sample", "doctor", "bench"]
+VERBS = ["prepare", "plan", "train", "sample", "import", "export", "doctor", "bench"]
 SMALL = ["--model.L", "1", "--model.C", "16", "--model.NH", "2", "--model.max_T", "16", "--model.V", "257",
          "--data", "book", "--data.tokenizer", "bytes", "--batch.B", "2", "--eval.tokens", "64",
          "--eval.sample_tokens", "8", "--run.device", "cpu"]  # fmt: skip
@@ -149,6 +149,14 @@ ERRORS: list[tuple[str, int, str]] = [
     ("sample runs/old", 5, "runs/old has no checkpoint yet; train it first: daybreak train runs/old"),
     ("sample runs/old --tokens 0", 2,
      "Invalid value for '--tokens': 0 is not in the range x>=1; see daybreak sample --help."),
+    ("import gpt3", 2, "gpt3 does not exist; did you mean 'gpt2'? If not, give gpt2, "),
+    ("import gpt2 --model.L 3", 2,
+     "--model.L cannot be given to import: the shape comes with the weights; leave it out."),
+    ("import empty --step 3", 2, "--step 3 chooses among llm.c's DONE_* checkpoints, and empty is no folder with any."),
+    ("export runs/old x", 2, "Missing option '--to'. Choose from: hf, gguf, llmc; see daybreak export --help."),
+    ("export runs/old --to hf x --dtype q8_0", 2, "--dtype q8_0 is not one of hf's: fp32, bf16, fp16."),
+    ("export runs/old --to hf x", 5, "runs/old has no checkpoint yet; train it first: daybreak train runs/old"),
+    ("export runs/old --to gguf good.txt", 5, "runs/old has no checkpoint yet"),
     ("sample runs/old --temp 1", 2, "unknown flag --temp; did you mean --temperature?"),
 ]  # fmt: skip
 

@@ -337,7 +337,7 @@ def test_data_too_small_for_one_batch(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_refused_start_leaves_no_folder(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(daybreak.Error, match="is not a run") as error:
+    with pytest.raises(daybreak.Error, match="nowhere does not exist") as error:
         daybreak.train(config(shards, tmp_path, "a"), init_from=tmp_path / "nowhere")
     assert error.value.exit_code == 2
     long = str(tmp_path / "long_train.bin")

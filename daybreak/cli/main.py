@@ -12,6 +12,8 @@ import click
 from daybreak import __version__
 from daybreak.cli.bench import bench
 from daybreak.cli.doctor import doctor
+from daybreak.cli.export import export
+from daybreak.cli.import_ import import_
 from daybreak.cli.plan import plan
 from daybreak.cli.prepare import prepare
 from daybreak.cli.sample import sample
@@ -55,7 +57,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (prepare, plan, train, sample, doctor, bench):
+for verb in (prepare, plan, train, sample, import_, export, doctor, bench):
     cli.add_command(verb)
 
 
@@ -82,7 +84,8 @@ def _sentence(error: click.ClickException) -> str:
         near = nearest(error.option_name.lstrip("-"), [flag.lstrip("-") for flag in known if flag.startswith("--")])
         return f"unknown flag {error.option_name}; did you mean --{near}?"
     path = command.command_path if command is not None else "daybreak"
-    return f"{error.format_message().rstrip('.')}; see {path} --help."
+    said = " ".join(error.format_message().split())  # click lists choices one a line
+    return f"{said.rstrip('.')}; see {path} --help."
 
 
 def main(argv: Sequence[str] | None = None) -> int:

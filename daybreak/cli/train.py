@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from daybreak.cli.options import config_options, overrides_of
-from daybreak.config import Config, Resume, check_resume, resolve
+from daybreak.config import Config, Resume, check_resume, is_untouched_import, resolve
 from daybreak.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("target", required=False)
 @config_options
 @click.option("--fork", metavar="NAME", help="Start the new run NAME from the checkpoint of the run TARGET.")
-@click.option("--init-from", metavar="SOURCE", help="Start at step 0 with the weights of a run's folder.")
+@click.option("--init-from", metavar="SOURCE", help="Start at step 0 with the weights of a run, HF folder or .bin.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Only warnings and the result.")
 @click.option("--verbose", is_flag=True, help="Every detail.")
@@ -108,7 +108,7 @@ def _check_start(
             f"--name {config.run.name} cannot rename {target}, an existing run; leave it out, or start a new run from "
             f"its checkpoint with --fork {config.run.name}."
         )
-    check_resume(resume.saved, config, fork=fork is not None)
+    check_resume(resume.saved, config, fork=fork is not None or is_untouched_import(resume.run))
 
 
 def _print_result(run: Run, as_json: bool) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from daybreak.engine import Engine
 from daybreak.errors import CheckpointError
@@ -28,7 +31,18 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any]) -> Snapshot:
     )
 
 
-def restore_weights(engine: Engine, checkpoint: Checkpoint) -> None:
+class Weights(Protocol):
+    """Where weights come from: a checkpoint, or another program's files."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def manifest(self) -> Mapping[str, Any]: ...
+    def names(self) -> list[str]: ...
+    def read_model(self, name: str, out: Tensor) -> None: ...
+
+
+def restore_weights(engine: Engine, checkpoint: Weights) -> None:
     """Load the model's weights. Raises CheckpointError if the checkpoint is of another model."""
     if set(checkpoint.names()) != set(engine.names()):
         other = sorted(set(checkpoint.names()) ^ set(engine.names()))

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from daybreak.config import Config, check_resume
+from daybreak.config import Config, check_resume, is_untouched_import
 from daybreak.data.dataset import unigram_entropy
 from daybreak.data.loader import Prefetcher
 from daybreak.engine import Engine, named_stats
@@ -31,9 +31,10 @@ from daybreak.engine.device import engine_options, used_mib
 from daybreak.errors import Error, Stopped, TooManySkips
 from daybreak.evaluate.validation import token_lengths, validate
 from daybreak.generate import sample_text
+from daybreak.interop import open_source
 from daybreak.state.checkpoint import Checkpoint, newest_good, prune_checkpoints, save_checkpoint
 from daybreak.state.metrics import MainLog, MetricsWriter
-from daybreak.state.restore import restore, restore_weights, snapshot
+from daybreak.state.restore import Weights, restore, restore_weights, snapshot
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder
 from daybreak.state.throughput import Throughput
@@ -55,25 +56,37 @@ def train(
     fork_from: Path | str | None = None,
     init_from: Path | str | None = None,
     stop: Stop | None = None,
+    on_save: Callable[[Path], None] | None = None,
 ) -> Run:
     """Train to the end of `config` and return the run.
 
     resume: an existing run's folder, continued from its newest good checkpoint (`config` may differ from the saved
     one as `config.check_resume` allows). fork_from: start the new run `config.run.name` from that run's newest
-    checkpoint. init_from: start at step 0 with that run's weights. stop: flags set by signals (see training.stop).
+    checkpoint. init_from: start at step 0 with that run's weights, or with those of a model that
+    interop.open_source knows (a Hugging Face folder, llm.c's .bin). stop: flags set by signals (see training.stop).
+    on_save: called with each checkpoint, once it is complete.
     Raises daybreak.Error with the documented exit code; whatever happens, exit.json in the run's folder says it.
     """
     stop = stop or Stop()
     stop.limit_hours(config.run.max_hours)
     for path in (resume, fork_from):
         if path is not None:
-            check_resume(Run(path).config, config, fork=path is fork_from)
-    fork, init = (Run(path).checkpoint() if path is not None else None for path in (fork_from, init_from))
+            check_resume(Run(path).config, config, fork=path is fork_from or is_untouched_import(path))
+    fork = Run(fork_from).checkpoint() if fork_from is not None else None
+    init = _weights(init_from) if init_from is not None else None
     with RunFolder(Path(resume)).locked() if resume is not None else nullcontext():
-        return _train(config, Path(resume) if resume is not None else None, fork, init, stop)
+        return _train(config, Path(resume) if resume is not None else None, fork, init, stop, on_save)
 
 
-def _train(config: Config, resume: Path | None, fork: Checkpoint | None, init: Checkpoint | None, stop: Stop) -> Run:
+def _weights(source: Path | str) -> Weights:
+    """Weights of a run's newest checkpoint, or of another program's files."""
+    return Run(source).checkpoint() if (Path(source) / "config.toml").is_file() else open_source(source)
+
+
+def _train(
+    config: Config, resume: Path | None, fork: Checkpoint | None, init: Weights | None, stop: Stop,
+    on_save: Callable[[Path], None] | None,
+) -> Run:  # fmt: skip
     """`train` with its exits: every way out leaves its code and reason in exit.json once there is a folder for it."""
     folder = RunFolder(resume) if resume is not None else None
     if folder is not None:
@@ -83,7 +96,7 @@ def _train(config: Config, resume: Path | None, fork: Checkpoint | None, init: C
         setup = open_run(config, resume=resume, stop=stop)
         folder = setup.run.folder
         with folder.locked() if resume is None else nullcontext():
-            trainer = Trainer(setup, stop)
+            trainer = Trainer(setup, stop, on_save)
             trainer.load(fork, init)
             trainer.run()
         code, reason = 0, "done"
@@ -122,8 +135,9 @@ class Update:
 class Trainer:
     """One run in progress. `step` counts completed updates, `samples` the samples consumed by them."""
 
-    def __init__(self, setup: Setup, stop: Stop) -> None:
+    def __init__(self, setup: Setup, stop: Stop, on_save: Callable[[Path], None] | None = None) -> None:
         self.setup, self.config, self.run_folder, self.stop = setup, setup.config, setup.run.folder, stop
+        self.on_save = on_save
         c = self.config
         self.engine = Engine(
             c.model, B=c.batch.B, device=setup.device, seed=c.run.seed, init=not setup.continues, optim=c.optim,
@@ -139,7 +153,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- starting
 
-    def load(self, fork: Checkpoint | None, init: Checkpoint | None) -> None:
+    def load(self, fork: Checkpoint | None, init: Weights | None) -> None:
         """Continue from this run's newest checkpoint, or start from another run's."""
         self.given_weights = fork is not None or init is not None
         if self.setup.continues:
@@ -289,6 +303,8 @@ class Trainer:
         seconds = time.perf_counter() - began
         self.metrics.write("checkpoint", self.step, self.tokens, path=relative, seconds=seconds, bytes=size)
         self.display.note(f"step {self.step}: saved {path}")
+        if self.on_save is not None:
+            self.on_save(path)
 
     def _log(self, update: Update) -> None:
         """Report an update, and end the run if too many in a row were skipped."""

@@ -17,7 +17,8 @@ from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import plan_engine
 from daybreak.engine.device import check_fits, cpu_has_bf16, engine_options, missing_on, pick_compute, pick_device
 from daybreak.errors import ConfigError, DataError
-from daybreak.state.checkpoint import Checkpoint, list_checkpoints
+from daybreak.state.checkpoint import list_checkpoints
+from daybreak.state.restore import Weights
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
 from daybreak.state.throughput import peak_flops
@@ -64,7 +65,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
             f"{dataset.name!r} was made with; use --model.V {tokenizer.V}."
         )
     V = config.model.V
-    train_loader = Loader(dataset.train, config.T, config.run.seed, V=V)
+    train_loader = Loader(dataset.train, config.T, config.run.seed, not config.run.overfit, V=V)
     val_loader = Loader(dataset.val, config.T, shuffle=False, V=V)
     config = config.concrete(train_loader.samples_per_epoch * config.T)
     b = config.batch
@@ -82,7 +83,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     folder.write_env()
     return Setup(
         config, Run(folder.path), dataset, train_loader, val_loader, tokenizer, device, compute,
-        *_describe(device, compute), bool(list_checkpoints(folder.checkpoints)),
+        *describe_device(device, compute), bool(list_checkpoints(folder.checkpoints)),
     )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def _set_precision(config: Config, device: torch.device, compute: str) -> None:
         log.warning("this CPU has no bf16 instructions: precision.compute = bf16 will be slower than fp32 here.")
 
 
-def _describe(device: torch.device, compute: str) -> tuple[str, float | None]:
+def describe_device(device: torch.device, compute: str) -> tuple[str, float | None]:
     """Name of the device, and its peak FLOP/s where one is known for this precision."""
     if device.type == "cpu":
         return cpu_model(), None
@@ -111,11 +112,11 @@ def open_data(config: Config, check: Callable[[], None] = lambda: None) -> Datas
     return open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer)
 
 
-def check_data(checkpoint: Checkpoint, setup: Setup, same_data: bool) -> None:
+def check_data(checkpoint: Weights, setup: Setup, same_data: bool) -> None:
     """Raise DataError (exit 4) unless the tokenizer, and with `same_data` the data, are those it was trained on."""
     saved = checkpoint.manifest
     checks = [("tokenizer", saved["tokenizer"]["fingerprint"], setup.tokenizer.fingerprint)]
-    if same_data:
+    if same_data and saved["data"]["fingerprint"]:  # an import has not seen any data
         checks.append(("training data", saved["data"]["fingerprint"], setup.train_loader.fingerprint))
     for what, was, now in checks:
         if was != now:

@@ -1,0 +1,58 @@
+"""`daybreak export`: a run's weights in the formats of other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from daybreak.errors import ConfigError
+
+# Format -> what --dtype may be, its default first.
+FORMATS = {"hf": ("fp32", "bf16", "fp16"), "gguf": ("f32", "f16", "bf16", "q8_0"), "llmc": ("bf16", "fp32")}
+
+
+@click.command()
+@click.argument("run")
+@click.option("--to", "to", type=click.Choice(list(FORMATS)), required=True, help="The format.")
+@click.argument("out")
+@click.option("--dtype", metavar="D", help="hf: fp32, bf16, fp16. gguf: f32, f16, bf16, q8_0. llmc: bf16, fp32.")
+@click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
+@click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, metavar="P", help="llmc: state files.")
+@click.option("--zero", type=click.IntRange(0, 1), default=0, show_default=True, metavar="Z", help="llmc: ZeRO stage.")
+@click.option("--debug-state", is_flag=True, help="llmc: also the file that its unit test compares with.")
+def export(
+    run: str, to: str, out: str, dtype: str | None, step: int | None, ranks: int, zero: int, debug_state: bool
+) -> None:
+    """Write the weights of the run in folder RUN to OUT, which must not exist yet.
+
+    \b
+    Formats:
+      hf      a folder for transformers: config, tokenizer, safetensors
+      gguf    a file for llama.cpp
+      llmc    a folder that llm.c resumes from: model, optimizer state, tokenizer
+
+    \b
+    Examples:
+      daybreak export runs/tiny --to hf tiny-hf --dtype bf16
+      daybreak export runs/tiny --to gguf tiny.gguf --dtype q8_0
+      daybreak export runs/tiny --to llmc log_tiny --ranks 8 --zero 1
+    """
+    dtype = dtype or FORMATS[to][0]
+    if dtype not in FORMATS[to]:
+        raise ConfigError(f"--dtype {dtype} is not one of {to}'s: {', '.join(FORMATS[to])}.")
+    if to != "llmc" and (ranks > 1 or zero or debug_state):
+        raise ConfigError(f"--ranks, --zero and --debug-state belong to --to llmc, not {to}; leave them out.")
+
+    from daybreak.interop import gguf, huggingface, llmc_files
+    from daybreak.interop.source import Export
+    from daybreak.state.run import Run
+
+    source, path = Export(Run(run).checkpoint(step)), Path(out)
+    if to == "hf":
+        huggingface.export(source, path, dtype)
+    elif to == "gguf":
+        gguf.export(source, path, dtype)
+    else:
+        llmc_files.export(source, Run(run).config, path, dtype, ranks, zero, debug_state)
+    click.echo(f"{path}: step {source.step} of {run} as {to}, {dtype}")

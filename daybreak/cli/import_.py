@@ -1,0 +1,56 @@
+"""`daybreak import`: weights from Hugging Face or llm.c as a run that training continues."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from daybreak.cli.options import config_options, overrides_of
+from daybreak.config import Config, parse_value
+from daybreak.errors import ConfigError
+
+
+@click.command("import")
+@click.argument("source", metavar="NAME|PATH")
+@config_options
+@click.option("--step", type=click.IntRange(0), metavar="N", help="Which of llm.c's checkpoints (default: the newest).")
+def import_(source: str, step: int | None, **flags: Any) -> None:
+    """Make a run folder, to be continued by `daybreak train`, from weights that other programs saved.
+
+    \b
+    NAME|PATH is one of:
+      gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME    a model on Hugging Face's hub
+      folder with config.json                               a saved GPT2LMHeadModel (safetensors)
+      model.bin                                             weights of llm.c, fp32 or bf16
+      folder with DONE_*                                    a checkpoint of llm.c: weights, optimizer, step
+    Until its first step such a run takes any other data and settings: daybreak train RUN --data D --optim.lr X.
+
+    \b
+    Examples:
+      daybreak import gpt2 --name mine
+      daybreak import log124M --name on --data fineweb-10B --batch.B 64 --batch.total_tokens 524288
+    """
+    given = {name: parse_value(name, text) for name, text in overrides_of(flags)}
+    model = next((name for name in given if name.startswith("model.")), None)
+    if model:
+        raise ConfigError(f"--{model} cannot be given to import: the shape comes with the weights; leave it out.")
+    config = Config().override(given)  # checked when the shape is known
+    path = Path(source)
+    name = config.run.name or (path.stem if path.suffix == ".bin" else path.resolve().name)
+
+    from daybreak.interop import open_source
+    from daybreak.interop.source import make_run
+
+    found = open_source(source, config.data.tokenizer, step)
+    run = make_run(found, config.override({"run.name": name}))
+    m = found.model
+    click.echo(f"{run}: {m.arch} L={m.L} C={m.C} NH={m.NH} max_T={m.max_T} V={m.V}, {found.tokenizer} tokenizer")
+    if found.optimizer:
+        tokens = config.override({"batch.T": config.batch.T or m.max_T}).tokens_between(0, found.step)
+        click.echo(
+            f"step {found.step}, with optimizer state; its place in the data and its rounding noise have no image: "
+            f"the data order restarts at step x batch = {tokens:,} tokens"
+        )
+    click.echo(f"continue with: daybreak train {run} --data DATA")

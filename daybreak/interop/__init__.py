@@ -1,0 +1,48 @@
+"""In and out: Hugging Face, llm.c's files, GGUF. `open_source` tells what it was given by its form."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from daybreak.config import nearest
+from daybreak.errors import ConfigError
+
+if TYPE_CHECKING:
+    from daybreak.interop.source import Source
+
+# The published GPT-2 models, by the names people use for them.
+HUB = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+}
+
+
+def open_source(name: str | Path, tokenizer: str = "", step: int | None = None) -> Source:
+    """Weights to start from: a Hugging Face folder, a model .bin or checkpoint folder of llm.c, or a name on the hub.
+
+    An existing path goes first. tokenizer: its name where nothing beside the weights tells. step: which of llm.c's
+    checkpoints (None: the newest). Raises ConfigError for an unknown name, CheckpointError for what cannot be used.
+    """
+    from daybreak.interop import huggingface, llmc_files
+
+    path = Path(name)
+    if path.is_dir() and llmc_files.done_steps(path):
+        return llmc_files.open_folder(path, step, tokenizer)
+    if step is not None:
+        raise ConfigError(f"--step {step} chooses among llm.c's DONE_* checkpoints, and {name} is no folder with any.")
+    if (path / "config.json").is_file():
+        return huggingface.open_folder(path, tokenizer)
+    if path.is_file():
+        return llmc_files.open_model(path, tokenizer)
+    published = str(name) in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
+    if published and not path.exists() and (str(name) in HUB or not path.parent.exists()):  # runs/typo stays here
+        return huggingface.open_folder(huggingface.download(HUB.get(str(name), str(name))), tokenizer)
+    known = f"{', '.join(HUB)}, OWNER/NAME, a Hugging Face folder, a .bin or a checkpoint folder of llm.c"
+    if path.exists():
+        raise ConfigError(f"{name} has neither config.json nor DONE_* files; give {known}.")
+    near = "" if "/" in str(name) else f"did you mean {nearest(str(name), HUB)!r}? If not, "
+    raise ConfigError(f"{name} does not exist; {near}give {known}.")

@@ -1,0 +1,80 @@
+"""GGUF, llama.cpp's format, through the `gguf` package: for llama.cpp and everything built on it.
+
+The head is tied, and yet written as output.weight: not every reader falls back to the embedding. One-dimensional
+tensors and the positions stay fp32, as llama.cpp's own converter leaves them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from daybreak.data.tokenizer import EOT_TEXT
+from daybreak.errors import ConfigError
+from daybreak.interop.huggingface import merges, vocabulary_text
+from daybreak.interop.source import Export, appearing
+
+DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+Q8_BLOCK = 32  # values that share a scale
+LAYER = {"ln1": "attn_norm", "qkv": "attn_qkv", "attproj": "attn_output", "ln2": "ffn_norm", "fc": "ffn_up",
+         "fcproj": "ffn_down"}  # fmt: skip
+WHOLE = {"wte": "token_embd.weight", "wpe": "position_embd.weight", "lnfw": "output_norm.weight",
+         "lnfb": "output_norm.bias"}  # fmt: skip
+
+
+def _their_name(name: str) -> str:
+    if name in WHOLE:
+        return WHOLE[name]
+    _, l, leaf = name.split(".")
+    return f"blk.{l}.{LAYER[leaf[:-1]]}.{'weight' if leaf[-1] == 'w' else 'bias'}"
+
+
+def export(source: Export, out: Path, dtype: str = "f32") -> None:
+    """Write the file `out`, which appears complete or not at all. Memory: the file's tensors.
+
+    Raises ConfigError without the `gguf` package, for rows that Q8_0 cannot divide into blocks, or if `out` exists.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError("--to gguf needs the package gguf; pip install 'daybreak[gguf]'.") from None
+    if dtype == "q8_0" and source.model.C % Q8_BLOCK:
+        raise ConfigError(f"--dtype q8_0 needs model.C to be a multiple of {Q8_BLOCK}, not {source.model.C}; use f16.")
+    kind = gguf.GGMLQuantizationType[DTYPES[dtype]]
+    with appearing(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, "gpt2")
+        _describe(writer, source, gguf, gguf.LlamaFileType[FILE_TYPES[dtype]])
+        for name, shape in source.shapes.items():
+            x = source.read(name).numpy()
+            if name == "wte":
+                x = x[: source.model.V]
+            of = kind if len(shape) == 2 and name != "wpe" else gguf.GGMLQuantizationType.F32
+            data = gguf.quants.quantize(x, of)
+            for theirs in (_their_name(name), *(["output.weight"] if name == "wte" else [])):
+                writer.add_tensor(theirs, data, raw_dtype=of)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _describe(writer: Any, source: Export, gguf: Any, file_type: Any) -> None:
+    c, tokenizer = source.model, source.tokenizer
+    writer.add_name(f"daybreak {c.arch} L{c.L} C{c.C}")
+    writer.add_context_length(c.max_T)
+    writer.add_embedding_length(c.C)
+    writer.add_feed_forward_length(4 * c.C)
+    writer.add_block_count(c.L)
+    writer.add_head_count(c.NH)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_file_type(file_type)
+    unused = [f"[PAD{i}]" for i in range(tokenizer.V, c.V)]  # ids of the model that the tokenizer does not have
+    types = gguf.TokenType
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*vocabulary_text(tokenizer), EOT_TEXT, *unused])
+    writer.add_token_types([types.NORMAL] * tokenizer.eot + [types.CONTROL] + [types.UNUSED] * len(unused))
+    writer.add_token_merges([f"{a} {b}" for a, b in merges(tokenizer)])
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
+        add(tokenizer.eot)

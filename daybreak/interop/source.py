@@ -1,0 +1,199 @@
+"""A model from outside: its shape, its tensors by daybreak's names, and the run folder that is made of them.
+
+Also what all formats share: the parameters' order, whose tokenizer a vocabulary is, and folders that appear whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daybreak.config import Config
+from daybreak.data.shards import fsync_folder
+from daybreak.data.tokenizer import Tokenizer, get_tokenizer
+from daybreak.errors import CheckpointError, ConfigError, Error
+from daybreak.kernels.guard import WINDOW
+from daybreak.shapes import GPT2Config, model_config
+from daybreak.state.checkpoint import Checkpoint, Snapshot, save_checkpoint
+from daybreak.state.run_folder import RunFolder, write_atomic
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def tensors(cfg: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """llm.c's 16 tensors in the order of its files; those of a layer without the layer's number."""
+    C = cfg.C
+    layer: dict[str, tuple[int, ...]] = {
+        "ln1w": (C,), "ln1b": (C,), "qkvw": (3 * C, C), "qkvb": (3 * C,), "attprojw": (C, C), "attprojb": (C,),
+        "ln2w": (C,), "ln2b": (C,), "fcw": (4 * C, C), "fcb": (4 * C,), "fcprojw": (C, 4 * C), "fcprojb": (C,),
+    }  # fmt: skip
+    return {"wte": (cfg.Vp, C), "wpe": (cfg.max_T, C), **layer, "lnfw": (C,), "lnfb": (C,)}
+
+
+WHOLE = ("wte", "wpe", "lnfw", "lnfb")
+
+
+def layout(cfg: GPT2Config) -> list[tuple[str, int, tuple[int, ...]]]:
+    """(daybreak's name, first element, shape) of every parameter in llm.c's order: all layers of one, then the next."""
+    rows, at = [], 0
+    for name, shape in tensors(cfg).items():
+        for full in [name] if name in WHOLE else [f"h.{l}.{name}" for l in range(cfg.L)]:
+            rows.append((full, at, shape))
+            at += prod(shape)
+    return rows
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights, and where they come with it optimizer state, read from other programs' files.
+
+    read: a tensor in daybreak's layout (out, in), any float dtype, by daybreak's name; wte has Vp rows.
+    optimizer: "m" and "v" -> ranges of a flat buffer in `layout`'s order as (first element, 1-D tensor); empty: zeros.
+    """
+
+    path: Path
+    model: GPT2Config
+    tokenizer: str
+    read: Callable[[str], Tensor]
+    step: int = 0
+    optimizer: Mapping[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """What a checkpoint's manifest says of the tokenizer."""
+        return {"tokenizer": {"name": self.tokenizer, "fingerprint": get_tokenizer(self.tokenizer).fingerprint}}
+
+    def names(self) -> list[str]:
+        """Names of all parameters."""
+        return [name for name, _, _ in layout(self.model)]
+
+    def read_model(self, name: str, out: Tensor) -> None:
+        """Copy a tensor into `out` of the same shape, any float dtype, any device."""
+        value = self.read(name)
+        if value.shape != out.shape:
+            raise CheckpointError(
+                f"{self.path}: {name!r} has shape {tuple(value.shape)}, the model to train {tuple(out.shape)}; "
+                "choose the shape that these weights have."
+            )
+        out.copy_(value)
+
+
+def make_run(source: Source, config: Config, *, into: Path | None = None) -> Path:
+    """A run folder (config.run.dir / run.name) that training continues: one checkpoint at the source's step.
+
+    Its data fingerprint is empty: any data will do for its first step. `into`: an existing folder to use instead.
+    Raises ConfigError when the run exists.
+    """
+    config = config.override({f"model.{k}": getattr(source.model, k) for k in ("L", "C", "NH", "max_T", "V")})
+    config = config.override({"data.tokenizer": source.tokenizer})
+    config.check()
+    folder = RunFolder(into or Path(config.run.dir) / config.run.name)
+    if into is None:
+        folder.create()
+    table = layout(source.model)
+    numel = table[-1][1] + prod(table[-1][2])
+    zeros = [(0, torch.zeros(numel))]
+    manifest = {
+        **source.manifest,
+        "config": dict(config.items()),
+        "samples": config.tokens_between(0, source.step) // config.T,
+        "skips_in_a_row": 0,
+        "data": {"fingerprint": ""},
+        "seed": config.run.seed,
+        "compute": "",
+        "kernels": {},
+    }
+    snapshot = Snapshot(
+        step=source.step,
+        model={name: source.read(name).contiguous() for name, _, _ in table},
+        optimizer={key: source.optimizer.get(key, zeros) for key in ("m", "v")},
+        flat_numel=numel,
+        layout=table,
+        extra={"windows": torch.zeros(2, WINDOW, dtype=torch.float64), "counts": torch.zeros(2, dtype=torch.int64)},
+        manifest=manifest,
+    )
+    save_checkpoint(folder.checkpoints, snapshot)
+    write_atomic(folder.config, config.to_toml())
+    write_atomic(folder.path / "imported.json", json.dumps({"from": source.path.name, "step": source.step}) + "\n")
+    folder.write_env()
+    return folder.path
+
+
+class Export:
+    """A checkpoint as writers of other formats want it: shape, tokenizer, tensors one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.step = checkpoint, checkpoint.step
+        keys = checkpoint.manifest["config"]
+        self.model = model_config({k.removeprefix("model."): v for k, v in keys.items() if k.startswith("model.")})
+        self.shapes = {name: shape for name, _, shape in layout(self.model)}
+        self.tokenizer: Tokenizer = get_tokenizer(checkpoint.manifest["tokenizer"]["name"])
+        self._offsets = {name: start for name, start, _ in checkpoint.layout}
+
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A parameter in daybreak's layout, rounded to nearest."""
+        out = torch.empty(self.shapes[name])
+        self.checkpoint.read_model(name, out)
+        return out.to(dtype)
+
+    def read_moment(self, key: str, name: str, start: int, count: int) -> Tensor:
+        """`count` elements from the `start`-th on of a parameter's "m" or "v", fp32."""
+        out = torch.empty(count)
+        self.checkpoint.read_optimizer(key, self._offsets[name] + start, out)
+        return out
+
+
+def identify_tokenizer(vocabulary: Sequence[bytes], where: Path) -> str:
+    """The name of the tokenizer whose tokens these are, end of text last. CheckpointError if daybreak has none such."""
+    n = len(vocabulary) - 1
+    candidates = ["gpt2"] if n == 50256 else [*(["bytes"] if n == 256 else []), f"gpt2-{n}"]
+    for name in candidates if 256 <= n <= 50256 else []:
+        known = get_tokenizer(name)
+        if all(known.token_bytes(i) == token for i, token in enumerate(vocabulary[:-1])):
+            return name
+    raise CheckpointError(
+        f"{where} has a vocabulary of {n + 1} tokens that is none of daybreak's (gpt2, gpt2-N, bytes); its text could "
+        "not be tokenized."
+    )
+
+
+def default_tokenizer(cfg: GPT2Config, given: str, where: Path) -> str:
+    """`given`, or GPT-2's where the vocabulary has its size. ConfigError if neither is there or it has too many ids."""
+    name = given or ("gpt2" if cfg.V in (50257, 50304) else "")
+    if not name:
+        raise ConfigError(f"{where} does not say which tokenizer its {cfg.V} ids are of; give --data.tokenizer NAME.")
+    if get_tokenizer(name).V > cfg.V:
+        raise ConfigError(f"data.tokenizer = {name!r} has {get_tokenizer(name).V} ids, but {where} only {cfg.V}.")
+    return name
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, which takes its place when the block ends well and vanishes when it does not.
+
+    Raises ConfigError when there is a non-empty `path` already, Error when the disk refuses.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ConfigError(f"{path} exists already; choose another name, or remove it.")
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise Error(f"{path} could not be written ({error.strerror}); free space or choose another place.") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)

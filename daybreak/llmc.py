@@ -1,0 +1,362 @@
+"""llm.c's own command line: `python -m daybreak.llmc -i ... -e d48 -b 16 ...`, only the program's name replaced.
+
+FLAGS is the whole interface. `parse` reads it, `translate` turns it into a Config, `main` calls the same `train` as
+everybody. The folder -o is a run of daybreak's that also holds llm.c's files: main.log, and with -n the .bin
+checkpoints with their DONE markers, from which either program goes on with -y 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from daybreak.config import Config, nearest, read_toml
+from daybreak.config_keys import Rule, at_least, one_of
+from daybreak.errors import ConfigError, Error
+from daybreak.shapes import is_shape, parse_shape
+
+TINY = "dev/data/tinyshakespeare/tiny_shakespeare"
+PORT = "12345"  # llm.c's
+ALL_TOKENS = 1 << 62
+RANK_VARIABLES = (  # (rank, processes, rank on this machine), as launchers set them
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of llm.c. kind: type of the value. row: its line of the parameter table, '' = none, with the C format.
+
+    key: the configuration key that takes the value as it is; '' = `translate` knows. no_effect: why it does nothing.
+    """
+
+    name: str
+    default: Any
+    doc: str
+    row: str = ""
+    form: str = "d"
+    key: str = ""
+    rule: Rule | None = None
+    no_effect: str = ""
+
+
+SWITCH = one_of(0, 1)
+NATURAL = at_least(0)
+OR_ALL = Rule("must be at least 1, or -1", lambda x: bool(x == -1 or x >= 1))
+
+FLAGS = [  # in the order of llm.c's table
+    Flag("-i", f"{TINY}_train.bin", "training shards, a glob", "train data pattern", "s"),
+    Flag("-j", f"{TINY}_val.bin", "validation shards, a glob", "val data pattern", "s", "data.val"),
+    Flag("-o", "", "output folder: main.log, checkpoints (default: runs/llmc-TIME)", "output log dir", "s"),
+    Flag("-n", 0, "write a checkpoint every N steps and at the end; 0 = only daybreak's own at the end",
+         "checkpoint_every"),
+    Flag("-y", 0, "1 = resume from the newest checkpoint in -o, if there is one", "resume", rule=SWITCH),
+    Flag("-b", 4, "rows per micro-batch and process", "micro batch size B", key="batch.B", rule=at_least(1)),
+    Flag("-t", 1024, "sequence length", "sequence length T", key="batch.T", rule=at_least(1)),
+    Flag("-d", -1, "tokens per step; -1 = B * T * processes", "total batch size", rule=OR_ALL),
+    Flag("-k", "cosine", "cosine, linear, constant or wsd", "LR scheduler", "s", "schedule.name",
+         one_of("cosine", "linear", "constant", "wsd")),
+    Flag("-l", 3e-4, "peak learning rate", "learning rate (LR)", "e", "optim.lr", NATURAL),
+    Flag("-u", 0, "warmup steps", "warmup iterations", "d", "schedule.warmup", NATURAL),
+    Flag("-q", 1.0, "final learning rate as a fraction of the peak", "final LR fraction", "e", "schedule.final_frac",
+         NATURAL),
+    Flag("-c", 0.0, "weight decay", "weight decay", "e", "optim.weight_decay", NATURAL),
+    Flag("-sl", 0.0, "skip updates whose loss z-score exceeds this; 0 = off", "skip update lossz", "f", "guard.loss_z",
+         NATURAL),
+    Flag("-sg", 0.0, "skip updates whose gradient-norm z-score exceeds this; 0 = off", "skip update gradz", "f",
+         "guard.norm_z", NATURAL),
+    Flag("-x", -1, "steps; -1 = one epoch", "max_steps", rule=OR_ALL),
+    Flag("-v", 20, "validate every N steps", "val_loss_every", "d", "eval.every", at_least(1)),
+    Flag("-m", 20, "validation batches; -1 = the whole split", "val_max_steps", rule=OR_ALL),
+    Flag("-s", 20, "sample text every N steps; 0 or less = only at the end", "sample_every"),
+    Flag("-g", 64, "a sample is this many tokens less one", "genT", rule=at_least(2)),
+    Flag("-a", 0, "1 = train on the first validation batch over and over", "overfit_single_batch", rule=SWITCH),
+    Flag("-w", 1, "fp32 master weights", "use_master_weights", "b", rule=SWITCH,
+         no_effect="weights are always exact to fp32"),
+    Flag("-ge", -1, "GELU fusion", "gelu_fusion", rule=one_of(-1, 0, 1, 2), no_effect="the kernels decide"),
+    Flag("-r", 1, "recompute: 0 none, 1 GELU, 2 GELU and LayerNorm", "recompute", "d", "batch.recompute",
+         one_of(0, 1, 2)),
+    # without a line in the first part of the table
+    Flag("-e", "gpt2_124M_bf16.bin", "a model .bin, or a shape: d12, gpt2:d12, gpt3:c768"),
+    Flag("-nk", 0, "keep only the newest K .bin checkpoints; 0 = all", rule=NATURAL),
+    Flag("-nm", 0, "checkpoints at multiples of this step are never deleted; 0 = none", rule=NATURAL),
+    Flag("-f", 1, "fp32 products may use TF32", rule=SWITCH),
+    Flag("-h", 0, "HellaSwag", rule=SWITCH, no_effect="this version has no HellaSwag evaluation"),
+    Flag("-lg", -1, "GPU status every N steps", no_effect="memory is on every step's line"),
+    Flag("-z", 0, "ZeRO stage", rule=one_of(0, 1, 2, 3)),
+    Flag("-pn", 1, "processes (-pi tcp or fs)", rule=at_least(1)),
+    Flag("-pr", 0, "rank of this process (-pi tcp or fs)", rule=NATURAL),
+    Flag("-pg", 8, "GPUs per machine (-pi tcp or fs)", rule=at_least(1)),
+    Flag("-pi", "mpi", "how processes meet: mpi (mpirun, torchrun), tcp, fs", rule=one_of("mpi", "tcp", "fs")),
+    Flag("-ps", "", "address of rank 0 (-pi tcp)"),
+    Flag("-pf", "", "shared folder (-pi fs)"),
+]  # fmt: skip
+BY_NAME = {flag.name: flag for flag in FLAGS}
+Values = dict[str, Any]
+
+
+def parse(argv: Sequence[str]) -> Values:
+    """Flag -> value, defaults filled in; the last of equal flags wins. ConfigError for what llm.c would not notice."""
+    values = {flag.name: flag.default for flag in FLAGS}
+    for i in range(0, len(argv), 2):
+        name = argv[i]
+        flag = BY_NAME.get(name)
+        if flag is None:
+            raise ConfigError(f"unknown flag {name!r}; did you mean {nearest(name, BY_NAME)!r}? --help lists all.")
+        if i + 1 == len(argv):
+            raise ConfigError(f"{name} needs a value: {flag.doc}.")
+        values[name] = _value(flag, argv[i + 1])
+    return values
+
+
+def _value(flag: Flag, text: str) -> Any:
+    kind = type(flag.default)
+    try:
+        value = kind(text)
+        if kind is float and not abs(value) < float("inf"):
+            raise ValueError
+    except ValueError:
+        words = {int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"{flag.name} {text} must be {words}; the default is {flag.default}.") from None
+    if flag.rule is not None and not flag.rule.holds(value):
+        raise ConfigError(f"{flag.name} {text} {flag.rule.text}; the default is {flag.default}.")
+    return value
+
+
+def launch(values: Values, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of torch's initialisation (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*) that flags and launcher mean.
+
+    -pi fs gives INIT_METHOD, a file:// URL. Raises ConfigError for -pi tcp without -ps, fs without -pf, or a rank that
+    there is not.
+    """
+    how, world, rank = values["-pi"], values["-pn"], values["-pr"]
+    if how == "mpi":
+        for names in RANK_VARIABLES:
+            if names[0] in environ and names[1] in environ:
+                found = [environ[names[0]], environ[names[1]], environ.get(names[2], environ[names[0]])]
+                made = dict(zip(RANK_VARIABLES[0], found, strict=True))
+                return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT, **made}
+        return dict(zip(RANK_VARIABLES[0], ("0", "1", "0"), strict=True))
+    if rank >= world:
+        raise ConfigError(f"-pr {rank} must be below -pn {world}, the number of processes.")
+    made = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank % values["-pg"])}
+    needed = {"tcp": "-ps", "fs": "-pf"}[how]
+    if not values[needed]:
+        raise ConfigError(f"-pi {how} needs {needed}: {BY_NAME[needed].doc}.")
+    if how == "tcp":
+        return made | {"MASTER_ADDR": values["-ps"], "MASTER_PORT": PORT}
+    return made | {"INIT_METHOD": f"file://{Path(values['-pf']).resolve()}/daybreak.sync"}
+
+
+def translate(values: Values, world: int = 1, base: Config | None = None, tokenizer: str = "") -> Config:
+    """The Config that the flags mean for `world` processes. base: of the run to resume, or with the model of -e.
+
+    Checked only for the flags' own values: `train` checks the rest.
+    """
+    out = Path(values["-o"] or f"runs/llmc-{time.strftime('%Y%m%d-%H%M%S')}")
+    steps, micro = max(values["-x"], 0), values["-b"] * values["-t"] * world
+    keys: dict[str, Any] = {flag.key: values[flag.name] for flag in FLAGS if flag.key}
+    keys |= {
+        "data.train": values["-j"] if values["-a"] else values["-i"],
+        "batch.total_tokens": max(values["-d"], 0) or micro,
+        "run.steps": steps,
+        "optim.horizon": steps,  # as in llm.c, whatever a resumed run was started with
+        "eval.tokens": ALL_TOKENS if values["-m"] == -1 else values["-m"] * micro,
+        "eval.sample_every": max(values["-s"], 0),
+        "eval.sample_tokens": values["-g"] - 1,
+        "checkpoint.every": max(values["-n"], 0) if values["-o"] else 0,
+        "checkpoint.keep": 2,  # of daybreak's own; -nk is about the .bin files
+        "run.overfit": bool(values["-a"]),
+        "precision.tf32": bool(values["-f"]),
+        "parallel.zero": values["-z"] if world > 1 else 0,
+        "log.display": "plain",
+        "run.dir": str(out.parent),
+        "run.name": out.name,
+    }
+    if tokenizer:
+        keys["data.tokenizer"] = tokenizer
+    return (base or Config(model=parse_shape(values["-e"]))).override(keys)
+
+
+# ---- what is printed
+
+
+def parameter_table(values: Values, config: Config, world: int, start: str) -> list[str]:
+    """llm.c's table, line by line. start: where the weights come from."""
+    from daybreak.data.dataset import open_dataset
+    from daybreak.engine.device import pick_compute, pick_device
+    from daybreak.interop.source import layout
+    from daybreak.training.setup import describe_device
+
+    device = pick_device(config.run.device)
+    compute = pick_compute(config.precision.compute, device)
+    name, peak = describe_device(device, compute)
+    tf32 = compute == "fp32" and config.precision.tf32 and device.type == "cuda"
+    d, m, micro = config.data, config.model, values["-b"] * values["-t"] * world
+    data = open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer)
+    epoch = sum((shard.tokens - 1) // config.T * config.T for shard in data.train)
+    val_steps = sum(shard.tokens for shard in data.val) // micro if values["-m"] == -1 else values["-m"]
+    parameters = sum(math.prod(shape) for _, _, shape in layout(m))
+    shown = values | {"-i": d.train, "-o": values["-o"] or "NULL", "-d": config.batch.total_tokens}
+    shown |= {"-ge": max(values["-ge"], 0), "-w": "enabled" if values["-w"] else "disabled"}
+    first = [(f.row, format(shown[f.name], f.form if f.form != "b" else "s")) for f in FLAGS if f.row]
+    parts: list[list[tuple[str, object]]] = [
+        [("Parameter", "Value")],
+        [*first],
+        [("device", name), ("peak TFlops", f"{peak / 1e12:.1f}" if peak else "n/a"),
+         ("precision", "TF32" if tf32 else compute.upper())],
+        [("weight init method", start), ("max_sequence_length T", m.max_T), ("vocab_size V", m.V),
+         ("padded_vocab_size Vp", m.Vp), ("num_layers L", m.L), ("num_heads NH", m.NH), ("channels C", m.C),
+         ("num_parameters", parameters)],
+        [("train_num_batches", config.run.steps or config.steps_in(epoch, world)), ("val_num_batches", val_steps)],
+        [("run hellaswag", "no")],
+        [("num_processes", world), ("zero_stage", config.parallel.zero)],
+    ]  # fmt: skip
+    rule = f"+{'-' * 23}+{'-' * 52}+"
+    lines = [rule]
+    for part in parts:
+        lines += [*(f"| {key:<21} | {value!s:<50} |" for key, value in part), rule]
+    size = parameters * (2 if compute == "bf16" else 4)
+    return [
+        *lines,
+        f"num_parameters: {parameters} => bytes: {size}",
+        f"allocated {size >> 20} MiB for model parameters",
+        f"batch_size B={values['-b']} * seq_len T={values['-t']} * num_processes={world} and "
+        f"total_batch_size={config.batch.total_tokens}",
+        f"=> setting grad_accum_steps={config.batch.total_tokens // micro}",
+    ]
+
+
+class _Stdout(logging.Handler):
+    """Everything on stdout, as llm.c does it, and validation losses in its form."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = re.sub(r"^step \d+: (val loss [^ ]+) .*", r"\1", self.format(record))
+        print(text, flush=True)
+
+
+# ---- the .bin checkpoints
+
+
+def bin_writer(values: Values, config: Config) -> Callable[[Path], None]:
+    """What to do with each checkpoint that training saved: write llm.c's files of it, and delete old ones."""
+    from daybreak.interop import llmc_files
+    from daybreak.interop.source import Export
+    from daybreak.state.checkpoint import load_checkpoint
+
+    folder, every, keep, major = Path(values["-o"]), values["-n"], values["-nk"], values["-nm"]
+
+    def write(path: Path) -> None:
+        checkpoint = load_checkpoint(path, "size")
+        step, saved = checkpoint.step, checkpoint.manifest
+        if step == 0 or (step % every and step != saved["config"]["run.steps"]):
+            return  # saved for another reason: a signal, given weights
+        dtype = "bf16" if saved["compute"] == "bf16" else "fp32"
+        samples = llmc_files.loader_samples(config, 1)
+        llmc_files.write_checkpoint(folder, Export(checkpoint), dtype=dtype, samples=samples)
+        for old in llmc_files.done_steps(folder)[keep:] if keep else []:
+            if not major or old % major:
+                llmc_files.remove_checkpoint(folder, old)
+
+    return write
+
+
+# ---- the program
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run llm.c's command line (default: the process's own) and return the exit code (README, 'Exit codes')."""
+    log = logging.getLogger("daybreak")
+    log.handlers, log.propagate = [_Stdout()], False
+    log.setLevel(logging.INFO)
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+        return 0
+    except Error as error:
+        print(f"daybreak.llmc: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _run(argv: list[str]) -> None:
+    if argv in (["--help"], ["-help"]):
+        print("Usage: python -m daybreak.llmc [-flag value]...")
+        print("\n".join(f"  {f.name:4} {f.doc} ({f.default!r})" for f in FLAGS))
+        return
+    values = parse(argv)
+    if (world := int(launch(values, os.environ)["WORLD_SIZE"])) > 1:
+        raise ConfigError(f"{world} processes were started, but this version trains on one: start one.")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    config, resume, init, start = _begin(values, world)
+    config.check(ranks=world)
+    print("\n".join(parameter_table(values, config, world, start)), flush=True)
+    for flag in FLAGS:
+        if flag.no_effect and values[flag.name] != flag.default:
+            print(f"{flag.name} {values[flag.name]}: no effect ({flag.no_effect})", flush=True)
+
+    from daybreak.interop import llmc_files
+    from daybreak.state.checkpoint import checkpoint_step
+    from daybreak.training.loop import train
+    from daybreak.training.stop import Stop
+
+    on_save = bin_writer(values, config) if config.checkpoint.every else None
+    with Stop().handling_signals() as stop:
+        run = train(config, resume=resume, init_from=init, stop=stop, on_save=on_save)
+    newest = run.checkpoints[0]
+    if on_save is not None and checkpoint_step(newest) not in llmc_files.done_steps(run.path):
+        on_save(newest)  # killed between the two savings, and now there was nothing left to train
+    text = run.metrics("sample")[-1]["text"]
+    print(f"generating:\n---\n{text}\n---")
+    times = [record["ms"] for record in run.metrics("step")][1:]
+    print(f"total average iteration time: {statistics.fmean(times) if times else 0.0:f} ms")
+
+
+def _begin(values: Values, world: int) -> tuple[Config, Path | None, Path | None, str]:
+    """The configuration, the folder to resume, the file of initial weights, and where they are from in words."""
+    from daybreak.interop import llmc_files, open_source
+    from daybreak.interop.source import make_run
+    from daybreak.state.checkpoint import checkpoint_step, list_checkpoints
+
+    out = Path(values["-o"]) if values["-o"] else None
+    if values["-y"] and out is None:
+        raise ConfigError("-y 1 resumes what is in the output folder; give it with -o.")
+    if out is not None and out.is_dir() and any(out.iterdir()):
+        if not values["-y"]:
+            raise ConfigError(f"-o {out} is not empty; continue what is in it with -y 1, or remove it.")
+        ours = max(map(checkpoint_step, list_checkpoints(out / "checkpoints")), default=-1)
+        theirs = max(llmc_files.done_steps(out), default=-1)
+        if theirs > ours:
+            source = open_source(out)
+            make_run(source, translate(values, world, Config(model=source.model), source.tokenizer), into=out)
+        if max(theirs, ours) >= 0:
+            return translate(values, world, read_toml(out / "config.toml")), out, None, "intermediate checkpoint"
+    again = out if out is not None and (out / "config.toml").is_file() else None  # it stopped before its first save
+    if not values["-e"].endswith(".bin"):
+        if not is_shape(values["-e"]):
+            raise ConfigError(
+                f"-e {values['-e']} is neither a .bin file nor a shape: d6 ... d84, gpt3:c384 ... c12288."
+            )
+        return translate(values, world), again, None, values["-e"]
+    source = open_source(values["-e"])
+    config = translate(values, world, Config(model=source.model), source.tokenizer)
+    return config, again, Path(values["-e"]), values["-e"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

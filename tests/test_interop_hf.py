@@ -1,0 +1,382 @@
+"""Hugging Face, both ways: transformers loads what we write, we load what it writes; the numbers are equal."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interop_runs import MAX_T, daybreak, inside, shape_of, values_of, write_run, write_shards
+from safetensors.torch import load_file, save_file
+
+from daybreak.data.tokenizer import get_tokenizer
+from daybreak.engine import Engine
+from daybreak.errors import ConfigError, Error
+from daybreak.generate import Sampler, sample_tokens
+from daybreak.interop import huggingface, open_source
+from daybreak.interop.source import Export, identify_tokenizer, make_run
+from daybreak.shapes import GPT2Config
+from daybreak.state.run import Run
+
+transformers = pytest.importorskip("transformers", reason="the test extra installs transformers")
+TEXTS = [
+    "Hello world",
+    "  two  spaces\n\n\ttabs",
+    "naïve 漢字 🙂 don't I'LL 12345",
+    "",
+    "a" * 50,
+    "x\r\n<|endoftext",
+    "\x00\xff",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hf") / "run"
+    write_run(folder)
+    return folder
+
+
+def exported(run: Path, out: Path, dtype: str = "fp32", max_shard: int = huggingface.MAX_SHARD) -> Path:
+    huggingface.export(Export(Run(run).checkpoint()), out, dtype, max_shard)
+    return out
+
+
+def engine_of(dtype: str, B: int = 2, values: dict[str, torch.Tensor] | None = None) -> Engine:
+    s = shape_of()
+    engine = Engine(GPT2Config(L=s.L, C=s.C, NH=s.NH, max_T=s.max_T, V=s.V), B=B, T=MAX_T, compute=dtype, train=False)
+    engine.load_params(values or values_of(s))
+    return engine
+
+
+# ------------------------------------------------------------------------------------------------------------- out
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_transformers_computes_our_logits_at_every_position(run: Path, tmp_path: Path, dtype: str) -> None:
+    """In fp32 to its rounding, with the exported weights whatever their dtype; in bf16 both err as much."""
+    out = exported(run, tmp_path / "out", dtype)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+    assert type(theirs).__name__ == "GPT2LMHeadModel"
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert theirs.dtype == kind
+    tokens = torch.randint(shape_of().V, (2, MAX_T), generator=torch.Generator().manual_seed(1))
+    rounded = {name: x.to(kind).float() for name, x in values_of(shape_of()).items()}
+    ours = engine_of("fp32", values=rounded).logits(tokens)
+    with torch.no_grad():
+        low = theirs(tokens).logits.float()
+        want = theirs.float()(tokens).logits
+    assert ours.shape == want.shape == (2, MAX_T, shape_of().V)
+    assert (ours - want).abs().max() <= 2e-6 * want.abs().max()
+    if dtype == "bf16":
+        mine = engine_of("bf16", values=rounded).logits(tokens).float()
+        their_error = (low - want).norm()
+        assert 0 < their_error < 0.02 * want.norm()
+        assert (mine - want).norm() <= 1.5 * their_error
+        assert (mine - low).abs().max() <= 0.02 * want.abs().max()
+
+
+def test_the_tensors_are_the_weights(run: Path, tmp_path: Path) -> None:
+    """By name and value, without transformers in between: Conv1D is (in, out), no padding, one copy of the head."""
+    values, V = values_of(shape_of()), shape_of().V
+    for dtype in ("fp32", "bf16", "fp16"):
+        got = load_file(exported(run, tmp_path / dtype, dtype) / "model.safetensors")
+        kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+        assert torch.equal(got["transformer.wte.weight"], values["wte"][:V].to(kind))
+        assert torch.equal(got["transformer.h.2.attn.c_attn.weight"], values["h.2.qkvw"].T.to(kind))
+        assert torch.equal(got["transformer.h.1.mlp.c_proj.weight"], values["h.1.fcprojw"].T.to(kind))
+        assert torch.equal(got["transformer.h.0.mlp.c_fc.bias"], values["h.0.fcb"].to(kind))
+        assert len(got) == 4 + 12 * 3
+        assert json.loads((tmp_path / dtype / "config.json").read_text())["torch_dtype"] == str(kind)[6:]
+
+
+def test_generate_and_pipeline_continue_as_we_do(run: Path, tmp_path: Path) -> None:
+    out = str(exported(run, tmp_path / "out"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    tok = get_tokenizer("gpt2-1024")
+    prompt = [tok.eot, *map(int, tok.encode("The meaning of"))]
+    ours = list(sample_tokens(engine_of("fp32", 1), prompt, 30, temperature=0.0))
+    assert len(set(ours)) > 3
+    assert tok.eot not in ours
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)
+    assert theirs[0, len(prompt) :].tolist() == ours
+    text = "".join(Sampler(run).text("The meaning of", 12, temperature=0.0))
+    assert text
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    said = pipe("<|endoftext|>The meaning of", max_new_tokens=12, do_sample=False, return_full_text=False)
+    assert said[0]["generated_text"] == text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-1024", "gpt2-256", "bytes"])
+def test_the_tokenizer_gives_our_ids(name: str, tmp_path: Path) -> None:
+    ours = get_tokenizer(name)
+    huggingface.write_tokenizer(ours, 128, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == ours.V
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.eot
+    assert theirs.model_max_length == 128
+    for text in TEXTS:
+        ids = ours.encode(text).tolist()
+        assert theirs(text)["input_ids"] == ids, text
+        assert theirs.decode(ids) == text
+    slow = json.loads((tmp_path / "vocab.json").read_text())
+    assert list(slow.values()) == list(range(ours.V))
+    pairs = (tmp_path / "merges.txt").read_text("utf-8").splitlines()[1:]
+    assert len(pairs) == {"gpt2": 50000, "gpt2-1024": 768}.get(name, 0)
+    if pairs:
+        assert pairs[:3] == ["Ġ t", "Ġ a", "h e"]  # the first lines of GPT-2's merges
+    assert huggingface._tokenizer(tmp_path) == name
+    (tmp_path / "tokenizer.json").unlink()
+    assert huggingface._tokenizer(tmp_path) == name
+
+
+def test_shards_and_a_folder_that_is_taken(run: Path, tmp_path: Path) -> None:
+    out = exported(run, tmp_path / "out", max_shard=400_000)
+    names = sorted(p.name for p in out.glob("*.safetensors"))
+    assert len(names) > 3
+    assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    assert all((out / n).stat().st_size < 420_000 for n in names)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for n in names for x in load_file(out / n).values())
+    whole = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(whole.transformer.h[2].mlp.c_proj.weight.T, values_of(shape_of())["h.2.fcprojw"])
+    assert torch.equal(open_source(out).read("h.2.fcprojw"), values_of(shape_of())["h.2.fcprojw"])
+    with pytest.raises(ConfigError, match=r"out exists already"):
+        exported(run, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+# -------------------------------------------------------------------------------------------------------------- in
+
+
+def their_model(folder: Path, **keys: Any) -> Any:
+    """A GPT2LMHeadModel as transformers saves it, biases and scales not at their start values."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=1025, n_positions=MAX_T, n_embd=48, n_layer=2, n_head=3, initializer_range=0.2, **keys
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p += 0.2 * torch.randn_like(p)
+    model.save_pretrained(folder, max_shard_size=keys.pop("max_shard_size", "5GB"))
+    huggingface.write_tokenizer(get_tokenizer("gpt2-1024"), MAX_T, folder)
+    return model
+
+
+def test_import_then_train_from_the_command_line(tmp_path: Path) -> None:
+    """A model of transformers becomes a run with its logits, which then trains on data named only at that point."""
+    model = their_model(tmp_path / "theirs")
+    said = daybreak(tmp_path, "import", "theirs", "--name", "mine", "--run.device", "cpu").stdout
+    assert said.splitlines()[0] == "runs/mine: gpt2 L=2 C=48 NH=3 max_T=64 V=1025, gpt2-1024 tokenizer"
+    tokens = torch.randint(1025, (1, MAX_T), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        want = model(tokens).logits
+    got = Run(tmp_path / "runs/mine").load_engine()[0].logits(tokens)
+    assert (got - want).norm() <= 2e-6 * want.norm()
+
+    write_shards(tmp_path / "shards", 1025)
+    small = ["--batch.B", "2", "--eval.tokens", "128", "--eval.sample_tokens", "2", "--steps", "3"]
+    out = daybreak(tmp_path, "train", "runs/mine", "--data", "shards", "--optim.lr", "1e-3", *small)
+    assert "runs/mine: step 3," in out.stdout
+    metrics = Run(tmp_path / "runs/mine").metrics("val")
+    assert metrics[0]["step"] == 0
+    assert Run(tmp_path / "runs/mine").config.optim.lr == 1e-3
+    # It has begun: from here on the usual rules of resuming hold.
+    again = inside(tmp_path, "train", "runs/mine", "--optim.lr", "2e-3", code=2)
+    assert "optim.lr is 0.001 in the saved run and cannot become 0.002" in again.stderr
+    assert "runs/mine exists; continue it with" in inside(tmp_path, "import", "theirs", "--name", "mine", code=2).stderr
+
+    # --init-from starts anew with the same weights, so the first validation loss is the same.
+    shape = ["--model.L", "2", "--model.C", "48", "--model.NH", "3", "--model.max_T", "64", "--model.V", "1025"]
+    start = ["train", "d12", "--data", "shards", "--data.tokenizer", "gpt2-1024", "--run.device", "cpu", *small]
+    inside(tmp_path, *start, *shape, "--name", "init", "--init-from", "theirs")
+    first = Run(tmp_path / "runs/init").metrics("val")[0]
+    assert (first["step"], first["loss"]) == (0, metrics[0]["loss"])
+    wrong = inside(tmp_path, *start, *shape, "--name", "w", "--init-from", "theirs", "--model.max_T", "32", code=5)
+    assert "'wpe' has shape (64, 48), the model to train (32, 48)" in wrong.stderr
+
+
+def test_a_round_trip_changes_nothing(run: Path, tmp_path: Path) -> None:
+    out = exported(run, tmp_path / "out", max_shard=400_000)
+    source = open_source(out)
+    config = Run(run).config.override({"run.dir": str(tmp_path), "run.name": "back"})
+    back = Run(make_run(source, config)).checkpoint()
+    for name, value in values_of(shape_of()).items():
+        got = torch.empty_like(value)
+        back.read_model(name, got)
+        assert torch.equal(got, value), name
+    assert back.step == 0
+    zero = torch.ones(back.flat_numel)
+    back.read_optimizer("v", 0, zero)
+    assert not zero.any()
+
+
+def test_old_files_without_prefix_with_masks_and_head(tmp_path: Path) -> None:
+    """The published gpt2 has no prefix and stores causal masks; others store a tied head."""
+    model = their_model(tmp_path / "m")
+    state = {k.removeprefix("transformer."): v.contiguous() for k, v in model.state_dict().items()}
+    state |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    state["lm_head.weight"] = state["wte.weight"].clone()
+    save_file(state, tmp_path / "m/model.safetensors")
+    source = open_source(tmp_path / "m")
+    assert torch.equal(source.read("h.1.qkvw"), state["h.1.attn.c_attn.weight"].T)
+    assert torch.equal(source.read("wte")[:1025], state["wte.weight"])
+    assert not source.read("wte")[1025:].any()
+    state["lm_head.weight"][0, 0] += 1
+    save_file(state, tmp_path / "m/model.safetensors")
+    with pytest.raises(Error, match=r"lm_head\.weight differs from wte; an untied head is not supported"):
+        open_source(tmp_path / "m")
+
+
+def _edit(**keys: Any) -> Any:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+    return change
+
+
+def _drop(key: str) -> Any:
+    def change(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        del state[key]
+        save_file(state, folder / "model.safetensors")
+
+    return change
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _other_words(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"Ġthe": 262', '"Ġxyz": 262'))
+
+
+BAD = [
+    (_edit(model_type="llama"), "config.json: model_type = 'llama' is not supported; daybreak computes 'gpt2'"),
+    (_edit(activation_function="relu"), "activation_function = 'relu' is not supported"),
+    (_edit(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True is not supported"),
+    (_edit(layer_norm_epsilon=1e-6), "layer_norm_epsilon = 1e-06"),
+    (_edit(n_inner=100), "n_inner = 100 is not supported; it must be 4 * n_embd"),
+    (_edit(n_layer="2"), "n_layer = '2' must be a whole number"),
+    (_edit(n_head=5), "model.C = 48 must be a multiple of model.NH = 5"),
+    (_edit(n_layer=3), "lacks the tensor 'transformer.h.2.ln_1.weight'"),
+    (_edit(n_layer=1), "it has a tensor 'transformer.h.1."),
+    (_edit(vocab_size=1024), "'transformer.wte.weight' has shape (1025, 48), its config.json says (1024, 48)"),
+    (_drop("transformer.ln_f.bias"), "lacks the tensor 'transformer.ln_f.bias'"),
+    (_cut, "model.safetensors is not a readable safetensors file"),
+    (_pickled, "pytorch_model.bin is not read, since loading it can run code"),
+    (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
+    (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
+    (_other_words, "tokenizer.json has a vocabulary of 1025 tokens that is none of daybreak's"),
+    (lambda f: (f / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 7}}}'), "with ids 0, 1, 2"),
+    (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "vocab.json")], "give --data.tokenizer NAME"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), BAD, ids=[r[:40] for _, r in BAD])
+def test_a_bad_model_is_refused_by_file_and_reason(spoil: Any, reason: str, tmp_path: Path) -> None:
+    their_model(tmp_path / "m")
+    spoil(tmp_path / "m")
+    with pytest.raises(Error) as refused:
+        open_source(tmp_path / "m")
+    assert reason in str(refused.value)
+    assert refused.value.exit_code in (2, 5)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_neither_path_nor_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    for name, reason in [
+        ("gpt2-larg", "did you mean 'gpt2-large'?"),
+        (f"{Path(__file__).parent.name}/typo", "tests/typo does not exist; give gpt2, "),
+        (str(tmp_path), "has neither config.json nor DONE_* files"),
+    ]:
+        with pytest.raises(ConfigError) as refused:
+            open_source(name)
+        assert reason in str(refused.value)
+    with pytest.raises(Error, match="none of daybreak's"):
+        identify_tokenizer([b"a", b"b"], tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------- download
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's protocol as its client needs for a public model without large-file storage."""
+
+    folder: Path
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        path, repo = self.path.split("?")[0], "/openai-community/gpt2"
+        headers = {"X-Repo-Commit": self.commit}
+        if path.startswith(f"/api/models{repo}/revision/") or path == f"/api/models{repo}":
+            files = [{"rfilename": p.name} for p in sorted(self.folder.iterdir())]
+            data = json.dumps({"id": repo[1:], "modelId": repo[1:], "sha": self.commit, "siblings": files}).encode()
+        elif path.startswith(f"/api/models{repo}/tree/"):
+            data = json.dumps(
+                [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "x"} for p in self.folder.iterdir()]
+            ).encode()
+        elif path.startswith(f"{repo}/resolve/") and (self.folder / path.rpartition("/")[2]).is_file():
+            data = (self.folder / path.rpartition("/")[2]).read_bytes()
+            headers["ETag"] = f'"{path.rpartition("/")[2]}-1"'
+        else:
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        for key, value in (headers | {"Content-Length": str(len(data)), "Content-Type": "application/json"}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+
+def test_a_name_is_downloaded(tmp_path: Path) -> None:
+    """`daybreak import gpt2` through the real client, from a server of the hub's protocol on this machine."""
+    pytest.importorskip("huggingface_hub")
+    model = their_model(tmp_path / "served")
+    (tmp_path / "served/pytorch_model.bin").write_text("never wanted")
+    handler = type("Handler", (Hub,), {"folder": tmp_path / "served"})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    where = f"http://127.0.0.1:{server.server_address[1]}"
+    env = {"HF_ENDPOINT": where, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
+           "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
+    try:
+        daybreak(tmp_path, "import", "gpt2", "--run.device", "cpu", **env)
+        missing = daybreak(tmp_path, "import", "nobody/nothing", code=1, **env)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert missing.stderr.startswith("daybreak: nobody/nothing could not be downloaded (")
+    assert missing.stderr.count("\n") == 1
+    got = torch.empty(48)
+    Run(tmp_path / "runs/gpt2").checkpoint().read_model("h.1.ln2b", got)
+    assert torch.equal(got, model.transformer.h[1].ln_2.bias)
+    assert not list((tmp_path / "cache").rglob("pytorch_model.bin"))

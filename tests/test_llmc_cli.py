@@ -1,0 +1,367 @@
+"""llm.c's command line: every flag, what is printed, what is written, and who can go on from it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from interop_runs import MAX_T, daybreak, inside, shape_of, values_of, write_shards
+from oracle import GPT2, AdamW
+from test_interop_llmc import model_bytes, write_checkpoint
+
+from daybreak.config import Config, resolve
+from daybreak.errors import ConfigError
+from daybreak.interop import open_source
+from daybreak.llmc import ALL_TOKENS, BY_NAME, FLAGS, launch, main, parse, translate
+from daybreak.state.run import Run
+
+# The published commands (scripts/run_gpt2_124M.sh, run_gpt2_1558M.sh), after the program's name.
+RUN_124M = shlex.split(
+    "-i dev/data/fineweb10B/fineweb_train_*.bin -j dev/data/fineweb10B/fineweb_val_*.bin -o log124M -v 250 -s 20000 "
+    "-g 144 -h 1 -b 64 -t 1024 -d 524288 -r 0 -z 1 -c 0.1 -l 0.0006 -q 0.0 -u 700 -n 5000 -y 1 -e d12 -x 18865"
+)
+RUN_1558M = shlex.split(
+    "-i dev/data/edu_fineweb100B/edu_fineweb_train_*.bin -j dev/data/edu_fineweb100B/edu_fineweb_val_*.bin "
+    "-o log_gpt2_1558M -v 250 -s 300000 -g 384 -h 1 -b 16 -t 1024 -d 1048576 -r 0 -z 1 -c 0.1 -k cosine -l 0.0006 "
+    "-q 0.1 -u 700 -n 2000 -x 32000 -ge 1 -y 1 -e d48"
+)
+
+# Every flag of llm.c: a value, and what it makes of the configuration at 2 processes; None = seen by other tests.
+MEANING: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "-i": ("a/*.bin", {"data.train": "a/*.bin"}),
+    "-j": ("b/*.bin", {"data.val": "b/*.bin"}),
+    "-e": ("gpt3:c384", {"model.L": 6, "model.C": 384, "model.NH": 6, "model.max_T": 2048, "model.V": 50257}),
+    "-o": ("x/log", {"run.dir": "x", "run.name": "log"}),
+    "-lg": ("10", {}),
+    "-n": ("7", {"checkpoint.every": 7}),
+    "-nk": ("3", None),
+    "-nm": ("4", None),
+    "-y": ("1", None),
+    "-b": ("8", {"batch.B": 8, "batch.total_tokens": 8 * 1024 * 2, "eval.tokens": 20 * 8 * 1024 * 2}),
+    "-t": ("64", {"batch.T": 64, "batch.total_tokens": 4 * 64 * 2, "eval.tokens": 20 * 4 * 64 * 2}),
+    "-d": ("524288", {"batch.total_tokens": 524288}),
+    "-x": ("123", {"run.steps": 123, "optim.horizon": 123}),
+    "-k": ("wsd", {"schedule.name": "wsd"}),
+    "-l": ("0.0006", {"optim.lr": 0.0006}),
+    "-u": ("700", {"schedule.warmup": 700}),
+    "-q": ("0.1", {"schedule.final_frac": 0.1}),
+    "-c": ("0.1", {"optim.weight_decay": 0.1}),
+    "-sl": ("5", {"guard.loss_z": 5.0}),
+    "-sg": ("5", {"guard.norm_z": 5.0}),
+    "-v": ("250", {"eval.every": 250}),
+    "-m": ("-1", {"eval.tokens": ALL_TOKENS}),
+    "-s": ("-1", {"eval.sample_every": 0}),
+    "-g": ("144", {"eval.sample_tokens": 143}),
+    "-h": ("1", {}),
+    "-a": ("1", {"run.overfit": True, "data.train": BY_NAME["-j"].default}),
+    "-f": ("0", {"precision.tf32": False}),
+    "-w": ("0", {}),
+    "-ge": ("2", {}),
+    "-z": ("1", {"parallel.zero": 1}),
+    "-r": ("2", {"batch.recompute": 2}),
+    "-pn": ("4", None),
+    "-pr": ("3", None),
+    "-pg": ("2", None),
+    "-pi": ("tcp", None),
+    "-ps": ("10.0.0.1", None),
+    "-pf": ("/shared", None),
+}
+DEFAULTS = {  # llm.c's defaults as a configuration, beside those that are daybreak's too
+    "data.train": "dev/data/tinyshakespeare/tiny_shakespeare_train.bin", "batch.B": 4, "batch.T": 1024,
+    "data.val": "dev/data/tinyshakespeare/tiny_shakespeare_val.bin", "batch.total_tokens": 8192, "optim.lr": 3e-4,
+    "schedule.final_frac": 1.0, "schedule.warmup": 0, "schedule.name": "cosine", "optim.weight_decay": 0.0,
+    "eval.every": 20, "eval.tokens": 20 * 8192, "eval.sample_every": 20, "eval.sample_tokens": 63, "run.steps": 0,
+    "batch.recompute": 1, "checkpoint.every": 0, "optim.beta1": 0.9, "optim.beta2": 0.95, "optim.eps": 1e-8,
+    "optim.clip": 1.0, "run.seed": 42, "guard.loss_z": 0.0, "run.overfit": False, "precision.tf32": True,
+}  # fmt: skip
+
+
+def settings(argv: list[str], world: int = 2) -> dict[str, Any]:
+    return dict(translate(parse(argv), world).items())
+
+
+def test_the_table_is_llmc_s() -> None:
+    assert set(BY_NAME) == set(MEANING)
+    assert len(FLAGS) == len(BY_NAME) == 37
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_flag_has_its_meaning_and_no_other(name: str) -> None:
+    value, meaning = MEANING[name]
+    parsed = parse([name, value])
+    assert parsed == {f.name: f.default for f in FLAGS} | {name: type(BY_NAME[name].default)(value)}
+    if meaning is None:
+        return
+    base = ["-e", "d12"] if name == "-e" else ["-e", "d12", "-o", "log"]
+    before, after = settings(base), settings([*base, name, value])
+    changed = {k: v for k, v in after.items() if v != before[k] and (name == "-o" or not k.startswith("run.name"))}
+    meaning = {k: v for k, v in meaning.items() if before[k] != v}
+    if name == "-e":
+        changed.pop("run.name", None)
+    assert changed == meaning
+    assert bool(BY_NAME[name].no_effect) == (not meaning)
+
+
+def test_the_defaults_are_llmc_s() -> None:
+    got = settings(["-e", "d12"])
+    assert {k: got[k] for k in DEFAULTS} == DEFAULTS
+    assert settings(["-e", "d12", "-n", "5"])["checkpoint.every"] == 0  # without -o there are none
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda f: f.name)
+def test_bad_values_are_errors(flag: Any) -> None:
+    """llm.c's atoi would read 8 from '8x' and 1 from '1e5'."""
+    kind = type(flag.default)
+    bad = {int: ["8x", "1e5", "", "1.5"], float: ["fast", "nan", "inf", ""], str: []}[kind]
+    for text in bad:
+        words = {int: "a whole number", float: "a number"}[kind]
+        with pytest.raises(ConfigError, match=rf"^{flag.name} {re.escape(text)} must be {words}; the default is"):
+            parse([flag.name, text])
+    if flag.rule is not None:
+        with pytest.raises(ConfigError, match=rf"^{flag.name} \S+ must be .*; the default is"):
+            parse([flag.name, "other" if kind is str else "-7"])
+    with pytest.raises(ConfigError, match=f"^{flag.name} needs a value"):
+        parse([flag.name])
+
+
+def test_flags_that_llmc_would_take_for_others() -> None:
+    for name, near in [("-bx", "-b"), ("-pm", "-"), ("--b", "-b"), ("b", "-b"), ("-zz", "-z")]:
+        with pytest.raises(ConfigError, match=rf"unknown flag '{name}'; did you mean '{near}"):
+            parse([name, "8"])
+    assert parse(["-b", "8", "-b", "16"])["-b"] == 16
+
+
+@pytest.mark.parametrize(("argv", "recipe"), [(RUN_124M, "gpt2-124M"), (RUN_1558M, "gpt2-1558M")])
+def test_the_published_commands_are_our_recipes(argv: list[str], recipe: str) -> None:
+    got = settings(argv, 8)
+    want = dict(resolve(recipe)[0].items())
+    same = [k for k in want if k.split(".")[0] in ("model", "optim", "schedule", "precision", "guard")]
+    same += ["batch.B", "batch.total_tokens", "batch.recompute", "eval.every", "checkpoint.every",
+             "run.steps", "run.seed"]  # fmt: skip
+    free = {"optim.horizon": got["run.steps"], "schedule.warmup": 700}  # written out there, worked out here
+    assert {k: got[k] for k in same} == {k: want[k] for k in same} | free
+    assert got["parallel.zero"] == 1
+    assert got["eval.tokens"] == 20 * 8 * {"gpt2-124M": 64, "gpt2-1558M": 16}[recipe] * 1024
+
+
+def test_processes_find_each_other() -> None:
+    def found(*argv: str, **environ: str) -> dict[str, str]:
+        return launch(parse(list(argv)), environ)
+
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    assert found() == alone
+    torchrun = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "12345"}
+    assert found(**torchrun) == torchrun | here
+    mpirun = {f"OMPI_COMM_WORLD_{k.replace('WORLD_SIZE', 'SIZE')}": v for k, v in torchrun.items()}
+    assert found(**mpirun) == torchrun | here
+    assert found(PMI_RANK="9", PMI_SIZE="16", MPI_LOCALRANKID="1") == torchrun | here
+    assert found("-pi", "tcp", "-pn", "16", "-pr", "9", "-pg", "8", "-ps", "10.0.0.1", RANK="3", WORLD_SIZE="4") == (
+        torchrun | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "12345"}
+    )
+    assert found("-pi", "fs", "-pf", "/shared", "-pn", "2", "-pr", "1") == {
+        "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "INIT_METHOD": "file:///shared/daybreak.sync",
+    }  # fmt: skip
+    for argv, reason in [
+        (["-pi", "tcp"], "-pi tcp needs -ps"), (["-pi", "fs"], "-pi fs needs -pf"),
+        (["-pi", "tcp", "-pn", "2", "-pr", "2", "-ps", "x"], "-pr 2 must be below -pn 2"),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigError, match=reason):
+            found(*argv)
+
+
+# ------------------------------------------------------------------------------------------------------ real runs
+
+SMALL = ["-e", "m/model_00000007.bin", "-i", "shards/*train*", "-j", "shards/*val*", "-b", "2", "-t", "64", "-d", "256",
+         "-m", "2", "-g", "5", "-v", "4", "-k", "constant", "-l", "0.001", "-r", "0"]  # fmt: skip
+
+
+def llmc(folder: Path, *argv: str, code: int = 0, here: bool = False) -> str:
+    """stdout of a process, or with `here` of a call in this one; stderr if it is to fail."""
+    if here:
+        done = inside(folder, *argv, code=code, main=main)
+    else:
+        done = daybreak(folder, *argv, code=code, module="daybreak.llmc", CUDA_VISIBLE_DEVICES="")
+    if code:
+        assert done.stderr.startswith("daybreak.llmc: ")
+        assert done.stderr.count("\n") == 1
+        return done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file of llm.c written by hand, shards, and in `log` a run of ten steps, a checkpoint every two."""
+    folder = tmp_path_factory.mktemp("llmc")
+    write_shards(folder / "shards", 1025, (3000, 2000))
+    write_checkpoint(folder / "m")
+    out = llmc(folder, *SMALL, "-o", "log", "-x", "10", "-n", "2", "-nk", "2", "-nm", "4", "-ge", "1", "-h", "1")
+    (folder / "stdout").write_text(out)
+    return folder
+
+
+def trl(folder: Path) -> dict[int, str]:
+    """Step -> the rest of its line of main.log; the last of equal steps."""
+    lines = (folder / "main.log").read_text().splitlines()
+    return {int(m[1]): m[2] for m in (re.fullmatch(r"s:(\d+) (trl:.*)", line) for line in lines) if m}
+
+
+def test_what_is_printed(made: Path) -> None:
+    lines = (made / "stdout").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert all(len(line) == 78 for line in rows)
+    table = {line[2:23].rstrip(): line[26:76].rstrip() for line in rows}
+    labels = ["Parameter", "train data pattern", "val data pattern", "output log dir", "checkpoint_every", "resume",
+              "micro batch size B", "sequence length T", "total batch size", "LR scheduler", "learning rate (LR)",
+              "warmup iterations", "final LR fraction", "weight decay", "skip update lossz", "skip update gradz",
+              "max_steps", "val_loss_every", "val_max_steps", "sample_every", "genT", "overfit_single_batch",
+              "use_master_weights", "gelu_fusion", "recompute", "device", "peak TFlops", "precision",
+              "weight init method", "max_sequence_length T", "vocab_size V", "padded_vocab_size Vp", "num_layers L",
+              "num_heads NH", "channels C", "num_parameters", "train_num_batches", "val_num_batches", "run hellaswag",
+              "num_processes", "zero_stage"]  # fmt: skip
+    assert list(table) == labels
+    parameters = sum(x.numel() for x in values_of(shape_of()).values())
+    want = {"train data pattern": "shards/*train*", "output log dir": "log", "total batch size": "256",
+            "learning rate (LR)": "1.000000e-03", "skip update lossz": "0.000000", "use_master_weights": "enabled",
+            "precision": "FP32", "weight init method": "m/model_00000007.bin", "vocab_size V": "1025",
+            "padded_vocab_size Vp": "1152", "num_parameters": str(parameters), "train_num_batches": "10",
+            "val_num_batches": "2", "num_processes": "1", "gelu_fusion": "1"}  # fmt: skip
+    assert {k: table[k] for k in want} == want
+    assert lines[0] == "+-----------------------+----------------------------------------------------+"
+    assert f"num_parameters: {parameters} => bytes: {4 * parameters}" in lines
+    assert "batch_size B=2 * seq_len T=64 * num_processes=1 and total_batch_size=256" in lines
+    assert "=> setting grad_accum_steps=2" in lines
+    assert "-ge 1: no effect (the kernels decide)" in lines
+    assert any(line.startswith("-h 1: no effect") for line in lines)
+    assert len([line for line in lines if re.fullmatch(r"val loss \d+\.\d{6}", line)]) == 4  # at 0, 4, 8, 10
+    # As dev/loss_checker_ci.py reads it: columns 20 to 28 of the lines from 'step    1/' on.
+    steps = [line for line in lines if line.startswith("step   ") and "/10 | loss " in line]
+    losses = [float(line[20:28]) for line in steps]
+    assert [f"{x:.4f}" for x in losses] == [line.split()[0][4:] for line in trl(made / "log").values()]
+    assert re.fullmatch(
+        r"step    1/10 \| loss \d\.\d{6} \(\+nanz\)\| norm \d+\.\d{4} \(\+nanz\)\| "
+        r"lr 1\.00e-03 \| \d+\.\d\d ms \| .*tok/s.*",
+        steps[0],
+    )
+    assert lines[-1].startswith("total average iteration time: ")
+    assert float(lines[-1].split()[-2]) > 0
+    at = lines.index("generating:")
+    assert lines[at + 1] == "---"
+
+
+def test_main_log_and_checkpoints_are_llmc_s(made: Path) -> None:
+    log = made / "log"
+    text = (log / "main.log").read_text()
+    assert re.fullmatch(r"(s:\d+ (tel:\d+\.\d{4}|trl:\d+\.\d{4} lr:0\.001000 norm:\d+\.\d\d)\n)+", text)
+    names = sorted(p.name for p in log.iterdir() if re.match(r"DONE|model_|state_", p.name))
+    steps = (4, 8, 10)  # -nk 2 keeps 8 and 10, -nm 4 keeps 4
+    assert names == [f"DONE_{s:08d}" for s in steps] + [f"model_{s:08d}.bin" for s in steps] + [
+        f"state_{s:08d}_00000.bin" for s in steps
+    ]
+    run, shape = Run(log), shape_of()
+    weights = {n: torch.empty(s) for n, s in shape.parameters().items()}
+    for name, out in weights.items():
+        run.checkpoint(10).read_model(name, out)
+    assert (log / "model_00000010.bin").read_bytes() == model_bytes(shape, weights, 3)
+    source = open_source(log, tokenizer="gpt2-1024")
+    assert source.step == 10
+    assert torch.equal(source.read("h.1.fcw"), weights["h.1.fcw"])
+
+
+def test_either_kind_of_checkpoint_goes_on_with_y_1(made: Path) -> None:
+    """14 steps in one go; 10, then 4 from our checkpoint; 10, then 4 from the .bin files alone."""
+    n2 = ["-x", "14", "-n", "4"]
+    llmc(made, *SMALL, *n2, "-o", "whole", "-y", "1")  # nothing there yet: a fresh start
+    for name in ("ours", "theirs"):
+        shutil.copytree(made / "log", made / name)
+    for path in [p for p in (made / "theirs").iterdir() if not re.match(r"DONE|model_|state_|main\.log", p.name)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copy(made / "m/gpt2_tokenizer.bin", made / "theirs")
+    for name in ("ours", "theirs"):
+        out = llmc(made, *SMALL, *n2, "-o", name, "-y", "1")
+        assert "| weight init method    | intermediate checkpoint" in out
+        assert "step   11/14" in out
+        assert "step   10/14" not in out
+        assert trl(made / name) == trl(made / "whole"), name
+        assert (made / name / "DONE_00000014").is_file()
+    # Killed between our last checkpoint and its DONE: scripts wait for that file.
+    (made / "whole/DONE_00000014").unlink()
+    llmc(made, *SMALL, *n2, "-o", "whole", "-y", "1")
+    assert (made / "whole/DONE_00000014").is_file()
+    refused = llmc(made, *SMALL, "-o", "log", code=2, here=True)
+    assert "-o log is not empty; continue what is in it with -y 1, or remove it" in refused
+    assert "cannot become 0.002" in llmc(made, *SMALL, *n2, "-o", "ours", "-y", "1", "-l", "0.002", code=2, here=True)
+
+
+def test_overfitting_one_batch_equals_the_oracle(made: Path) -> None:
+    """-a 1: the first validation batch again and again. Losses of an independent GPT-2 and AdamW, in fp64."""
+    llmc(made, *SMALL, "-a", "1", "-x", "5", "-o", "over", "-c", "0.1")
+    shape = shape_of()
+    tokens = torch.from_numpy(np.fromfile(made / "shards/x_val_000000.bin", "<u2", offset=1024).astype(np.int64))
+    x, y = (tokens[i : i + 4 * MAX_T].view(4, MAX_T) for i in (0, 1))
+    values = {k: v.bfloat16().double() for k, v in values_of(shape).items()}
+    oracle = GPT2(shape).load(values)
+    adam = AdamW(dict(oracle.named_parameters()), weight_decay=0.1)
+    for step in range(5):
+        loss, grads = oracle.gradients(x, y)
+        norm = adam.step(grads, 1e-3, step)
+        assert trl(made / "over")[step] == f"trl:{loss:.4f} lr:0.001000 norm:{norm:.2f}"
+
+
+TINY_124M = {"-i": "shards/*train*", "-j": "shards/*val*", "-e": "d6", "-b": "1", "-t": "64", "-d": "128", "-x": "2",
+             "-u": "1", "-g": "4", "-o": "log6", "-n": "2"}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_the_published_commands_run(tmp_path: Path, launcher: str) -> None:
+    """The 124M and the 1558M command with a tiny shape, sizes and paths in place, started by either launcher."""
+    write_shards(tmp_path / "shards", 50257)
+    argv = {"torchrun": RUN_1558M, "mpirun": RUN_124M}[launcher]
+    pairs = {k: TINY_124M.get(k, v) for k, v in zip(argv[::2], argv[1::2], strict=True)}
+    command = ["-m", "daybreak.llmc", *(x for pair in pairs.items() for x in pair), "-m", "1"]
+    env = {"PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if launcher == "torchrun":
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    elif shutil.which("mpirun"):
+        start = ["mpirun", "--allow-run-as-root", "-np", "1", sys.executable]
+    else:  # the variables that mpirun would set
+        start = [sys.executable]
+        env |= dict.fromkeys(("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"), "0") | {
+            "OMPI_COMM_WORLD_SIZE": "1"
+        }
+    done = subprocess.run([*start, *command], cwd=tmp_path, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step    2/2 | loss 10." in done.stdout
+    assert (tmp_path / "log6/DONE_00000002").is_file()
+    assert (tmp_path / "log6/model_00000002.bin").stat().st_size == 1024 + 4 * 30357504
+    first = re.search(r"step    1/2 \| loss (\d+\.\d+)", done.stdout)
+    assert first
+    assert abs(float(first[1]) - 10.825) < 0.3  # ln 50257
+
+
+def test_user_errors_are_one_sentence(made: Path) -> None:
+    for argv, reason in [
+        (["-y", "1"], "-y 1 resumes what is in the output folder; give it with -o"),
+        (["-e", "dog.pt"], "-e dog.pt is neither a .bin file nor a shape"),
+        (["-e", "gone.bin"], "gone.bin does not exist"),
+        (["-d", "300"], "batch.total_tokens = 300 must be a multiple of batch.B * T = 2 * 64 = 128"),
+        (["-t", "65", "-d", "130"], "batch.T = 65 must be at most model.max_T = 64"),
+        (["-i", "gone*"], "no token shard matches 'gone*'"),
+        (["-pi", "tcp", "-pn", "2", "-ps", "127.0.0.1"], "2 processes were started, but this version trains on one"),
+    ]:
+        assert reason in llmc(made, *SMALL, "-x", "1", *argv, code=4 if "gone*" in argv else 2, here=True)
+    assert not (made / "runs").exists()
+    assert "unknown flag" in llmc(made, "-help", "1", code=2, here=True)
+    said = llmc(made, "--help", here=True)
+    assert all(f"  {name} " in said for name in BY_NAME)
+    assert isinstance(Config(), Config)

@@ -29,14 +29,18 @@ RANKS_SHA256 = (
 RANKS = 50256
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 EOT_TEXT = "<|endoftext|>"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class Tokenizer:
     """Text <-> token ids. `V` ids, the last of which, `eot`, starts every document and is never produced by `encode`.
 
     `pattern` splits text before byte-pair merging, which follows the order of `vocabulary`; an empty pattern means
-    one token per byte. Instances are immutable and may be shared between threads.
+    one token per byte. Instances are immutable and may be shared between threads. `source` is the text of the file that
+    defines a tokenizer which is not one of ours (see data.hf_tokenizer), to be kept beside what was made with it.
     """
+
+    source = ""
 
     def __init__(self, name: str, vocabulary: Sequence[bytes], pattern: str) -> None:
         self.name = name
@@ -53,7 +57,12 @@ class Tokenizer:
         digest.update(struct.pack("<I", self.eot))
         self.fingerprint = digest.hexdigest()
 
-    def encode(self, text: str) -> NDArray[np.uint16]:
+    @property
+    def dtype(self) -> type[np.uint16 | np.uint32]:
+        """Of the ids: uint16 where they fit."""
+        return np.uint16 if self.V <= 1 << 16 else np.uint32
+
+    def encode(self, text: str) -> NDArray[np.integer]:
         """Token ids of `text`, shape (n,). Special tokens in it are plain text; a lone surrogate becomes U+FFFD."""
         try:
             text.encode()
@@ -64,7 +73,7 @@ class Tokenizer:
         # Not encode_ordinary: building its list holds the GIL for a fifth of the time, so threads stop helping at five.
         return self._bpe.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[NDArray[np.uint16]]:
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[NDArray[np.integer]]:
         """`encode` of each text, in order, on `threads` threads (tiktoken releases the GIL)."""
         if threads <= 1:
             return [self.encode(text) for text in texts]
@@ -100,13 +109,20 @@ def _gpt2_vocabulary() -> list[bytes]:
 
 
 @cache
-def get_tokenizer(name: str) -> Tokenizer:
+def get_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
     """The tokenizer called `name`: `gpt2`; `bytes` (256 byte values); or `gpt2-N`, GPT-2's N lowest ranks.
+
+    A name that ends in .json is a Hugging Face tokenizer's file; its own name, by which data and checkpoints call it,
+    is `hf-` and the start of the file's sha256, and is looked up in `folder`/tokenizer.json.
 
     A truncation is a valid BPE because every merge has a higher rank than its parts. Its ids below N are GPT-2's,
     EOT = N and V = N + 1, with N from 256 (bytes in GPT-2's order) to 50256 (GPT-2 itself).
     Raises ConfigError for another name, with the nearest match.
     """
+    if name.endswith(".json") or re.fullmatch(r"hf-[0-9a-f]{12}", name):
+        from daybreak.data.hf_tokenizer import load_hf_tokenizer
+
+        return load_hf_tokenizer(name, folder)
     if name == "bytes":
         return Tokenizer(name, [bytes([value]) for value in range(256)], "")
     if name == "gpt2":
@@ -117,5 +133,6 @@ def get_tokenizer(name: str) -> Tokenizer:
         return Tokenizer(name, _gpt2_vocabulary()[:N], GPT2_PATTERN)
     near = difflib.get_close_matches(name, ["gpt2", "bytes", "gpt2-1024"], 1, 0.0)[0]
     raise ConfigError(
-        f"unknown tokenizer {name!r}; did you mean {near!r}? Known: gpt2, bytes, gpt2-N (N lowest ranks)."
+        f"unknown tokenizer {name!r}; did you mean {near!r}? Known: gpt2, bytes, gpt2-N (N lowest ranks), "
+        "FILE.json (Hugging Face)."
     )

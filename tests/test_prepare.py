@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from daybreak.data.catalogue import resolve_source
 from daybreak.data.dataset import open_dataset
 from daybreak.data.prepare import prepare
-from daybreak.data.catalogue import resolve_source
 from daybreak.data.sources import cut, is_val, stdlib_documents, stdlib_files
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import ConfigError, DataError

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from daybreak import __version__
+from daybreak.cli.eval import evaluate
 from daybreak.cli.plan import plan
 from daybreak.cli.prepare import prepare
 from daybreak.cli.sample import sample
@@ -51,7 +52,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (prepare, plan, train, sample):
+for verb in (prepare, plan, train, evaluate, sample):
     cli.add_command(verb)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from daybreak.data.shards import ShardInfo, open_shard, read_header, resolve_shards
 from daybreak.data.catalogue import CATALOGUE
+from daybreak.data.shards import ShardInfo, open_shard, read_header, resolve_shards
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import ConfigError, DataError
 
@@ -187,7 +187,8 @@ def _foreign(name: str, train: Sequence[Path], val: Sequence[Path], tokenizer: s
     return Dataset(name, [read_header(p) for p in train], [read_header(p) for p in val], tokenizer or "gpt2", None)
 
 
-def _counts(shards: Sequence[ShardInfo], V: int) -> NDArray[np.int64]:
+def token_counts(shards: Sequence[ShardInfo], V: int) -> NDArray[np.int64]:
+    """How often each of the V ids occurs in the shards. DataError for an id outside them."""
     counts = np.zeros(V, np.int64)
     for shard in shards:
         tokens = open_shard(shard)
@@ -205,5 +206,5 @@ def unigram_entropy(dataset: Dataset) -> float:
     The loss of a model that ignores context: what training has to beat to have learnt more than how often tokens occur.
     """
     V = get_tokenizer(dataset.tokenizer_name, dataset.folder).V
-    train, val = _counts(dataset.train, V) + 1, _counts(dataset.val, V)
+    train, val = token_counts(dataset.train, V) + 1, token_counts(dataset.val, V)
     return float(-(val * np.log(train / train.sum())).sum() / val.sum())

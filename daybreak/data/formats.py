@@ -65,11 +65,24 @@ def _decode(decode: Callable[[bytes], str], data: bytes, path: Path, line: int) 
 
 def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return io.BufferedReader(gzip.GzipFile(path, "rb"))
     if path.suffix == ".zst":
         opened: IO[bytes] = extra("zstandard", "data", str(path)).open(path, "rb")
         return io.BufferedReader(opened)  # type: ignore[type-var]  # a raw stream without readline
     return path.open("rb")
+
+
+def read_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line that is not blank. DataError names the one that is not UTF-8 or not JSON."""
+    with _open(path) as file:
+        for line, data in enumerate(file, 1):
+            if not data.strip():
+                continue
+            raw = _decode(lambda b: b.decode("utf-8-sig"), data, path, line)
+            try:
+                yield line, json.loads(raw)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path} line {line} is not valid JSON ({error}); fix or delete the line.") from None
 
 
 def read_jsonl(path: Path, field: str = "text") -> Iterator[tuple[int, str]]:
@@ -78,24 +91,16 @@ def read_jsonl(path: Path, field: str = "text") -> Iterator[tuple[int, str]]:
     DataError names file and line where a line is not UTF-8, not a JSON object, or has no string called `field`.
     """
     empty = True
-    with _open(path) as file:
-        for line, data in enumerate(file, 1):
-            if not data.strip():
-                continue
-            raw = _decode(lambda b: b.decode("utf-8-sig"), data, path, line)
-            try:
-                record = json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path} line {line} is not valid JSON ({error}); fix or delete the line.") from None
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                keys = ", ".join(repr(key) for key in record) if isinstance(record, dict) else type(record).__name__
-                raise DataError(
-                    f"{path} line {line} has no text in field {field!r} (it has: {keys}); name the right one with "
-                    "--text-field."
-                )
-            if text := record[field]:
-                empty = False
-                yield line, _without_surrogates(text)
+    for line, record in read_records(path):
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            keys = ", ".join(repr(key) for key in record) if isinstance(record, dict) else type(record).__name__
+            raise DataError(
+                f"{path} line {line} has no text in field {field!r} (it has: {keys}); name the right one with "
+                "--text-field."
+            )
+        if text := record[field]:
+            empty = False
+            yield line, _without_surrogates(text)
     if empty:
         raise DataError(f"{path} holds no documents.")
 

@@ -60,7 +60,9 @@ class HFTokenizer(Tokenizer):
 
     def encode(self, text: str) -> NDArray[np.integer]:
         """Token ids of `text`, shape (n,), without what the file's post-processor would add around it."""
-        ids = self._hf.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), None, False, False).ids
+        ids = self._hf.encode(
+            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), None, False, False
+        ).ids
         return np.array(ids, self.dtype)
 
 

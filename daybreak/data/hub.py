@@ -101,8 +101,8 @@ def _patterns(card: dict[str, Any], config: str) -> list[tuple[str, str]]:
         if config and configs:
             raise DataError(f"there is no configuration {config!r}; it has: {', '.join(configs)}.")
         return [(f"{config}/**" if config else "**", "")]
-    standard = [c for c in configs.values() if c.get("default")] or [configs.get("default", [*configs.values()][0])]
-    chosen = configs[config] if config else standard[0]
+    standard = next((c for c in configs.values() if c.get("default")), None)
+    chosen = configs[config] if config else standard or configs.get("default") or next(iter(configs.values()))
     files = chosen.get("data_files") or "**"
     if isinstance(files, dict):
         files = [{"split": split, "path": path} for split, path in files.items()]
@@ -202,7 +202,9 @@ def _opened(remotes: Sequence[Remote], first: int, folder: Path) -> Iterator[tup
                 future.cancel()
 
 
-def remote_source(names: Sequence[str], field: str, fraction: float | None, licence: str = "", size: int = -1) -> Source:
+def remote_source(
+    names: Sequence[str], field: str, fraction: float | None, licence: str = "", size: int = -1
+) -> Source:
     """`hf:owner/name[@revision][:config][#column]`, or URLs, as a source. DataError for what cannot be listed."""
     if match := SPEC.fullmatch(names[0]):
         field = match["column"] or field

@@ -125,7 +125,7 @@ def prepare(
     text_field: str = "text",
     progress: Progress | None = None,
 ) -> Manifest:
-    """Tokenize what `catalogue.resolve_source` finds (a catalogue name, hf:owner/name, URLs, files) into `data_dir/NAME`.
+    """Tokenize a catalogue name, hf:owner/name, URLs or files (`catalogue.resolve_source`) into `data_dir/NAME`.
 
     name: the dataset's; by default the catalogue name or the first path's stem, with `-TOKENIZER` appended unless that
     is gpt2. val_fraction: see `sources.file_source`. workers: threads, 0 = all cores; they don't change the result.
@@ -274,7 +274,7 @@ def _units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encode_unit(tokenizer: Tokenizer, unit: Sequence[Piece]) -> dict[str, Encoded]:
-    eot = np.array([tokenizer.eot], tokenizer.dtype)
+    eot: NDArray[np.integer] = np.array([tokenizer.eot], tokenizer.dtype)
     found = {}
     for split in dict.fromkeys(piece.split for piece in unit):
         pieces = [piece for piece in unit if piece.split == split]

@@ -76,7 +76,7 @@ def read_header(path: str | Path) -> ShardInfo:
 
 
 def open_shard(shard: ShardInfo | str | Path) -> np.memmap[tuple[int], np.dtype[Any]]:
-    """The tokens of a shard, shape (tokens,), uint16 or uint32, mapped read-only. A path is checked first (DataError)."""
+    """The tokens of a shard, (tokens,), uint16 or uint32, mapped read-only. A path is checked first (DataError)."""
     info = shard if isinstance(shard, ShardInfo) else read_header(shard)
     return np.memmap(info.path, _DTYPES[info.width], "r", HEADER_BYTES, (info.tokens,))
 

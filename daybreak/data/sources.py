@@ -7,7 +7,6 @@ the size of a file, because a long document comes in pieces of about a million c
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 import os
@@ -15,14 +14,14 @@ import platform
 import re
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from daybreak.data.formats import SUFFIXES, TEXT_SUFFIXES, is_text, read_documents, read_text
-from daybreak.errors import ConfigError, DataError
+from daybreak.errors import DataError
 
 log = logging.getLogger("daybreak")
 
@@ -119,7 +118,9 @@ def _parts(paths: Sequence[Path]) -> list[Part]:
             if file.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in name.parts)
         ]
         if not found:
-            raise DataError(f"the folder {path} holds no .txt, .md or .jsonl file (or .jsonl.gz, .jsonl.zst, .parquet).")
+            raise DataError(
+                f"the folder {path} holds no .txt, .md or .jsonl file (or .jsonl.gz, .jsonl.zst, .parquet)."
+            )
         parts += found
     return parts
 
@@ -265,5 +266,3 @@ def stdlib_source(val_fraction: float | None = None) -> Source:
         size=sum(path.stat().st_size for _, path in stdlib_files()),
         pieces=pieces,
     )
-
-

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 @click.argument("target", metavar="RUN|HF-DIR")
 @click.option("--tasks", metavar="A,B", help="hellaswag, lambada, arc, piqa, winogrande, mmlu, truthfulqa, gsm8k, ...")
 @click.option("--leaderboard", is_flag=True, help="The six tasks of the first Open LLM Leaderboard, and their mean.")
-@click.option(
-    "--hellaswag", metavar="FILE", help="llm.c's in-loop score of an original .jsonl or eval .bin (RUN only)."
-)
+@click.option("--hellaswag", metavar="FILE", help="llm.c's in-loop score, of the .jsonl or an eval .bin (RUN only).")
 @click.option("--shots", type=click.IntRange(0), metavar="N", help="Examples in the prompt (default: the task's own).")
 @click.option("--data-files", metavar="DIR", help="Data sets on disk, DIR/owner/name as on the Hub; no network then.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N examples of each task.")
@@ -64,9 +62,7 @@ def evaluate(
         scores = [harness.Score("hellaswag, in-loop", m, v, found.examples, 0) for m, v in values]
     else:
         names = [t for name in (tasks or "").split(",") for t in harness.TASKS.get(name.strip(), [name.strip()])]
-        greedy = leaderboard or any(
-            not t.startswith(("hellaswag", "arc", "piqa", "wino", "mmlu", "truth")) for t in names
-        )
+        greedy = not leaderboard and any(not t.startswith(harness.CHOICE) for t in names)
         lm: Any = harness.engine_lm(engine, tokenizer, greedy) if is_run else harness.hf_lm(path, batch, device)
         if leaderboard:
             scores = harness.leaderboard(lm, folder, limit)

@@ -42,9 +42,8 @@ class Remote(NamedTuple):
 
 
 def _hub() -> Any:
-    module = extra("huggingface_hub", "data", "downloading")
-    module.utils.disable_progress_bars()
-    return module
+    extra("huggingface_hub.utils", "data", "downloading").disable_progress_bars()
+    return extra("huggingface_hub", "data", "downloading")
 
 
 def sha256_of(path: Path) -> str:
@@ -128,7 +127,11 @@ def hub_files(
         fixed = [glob[: re.search(r"[*?]|$", glob).start()].rpartition("/")[0] for glob, _ in patterns]  # type: ignore[union-attr]
         prefix = os.path.commonpath(fixed) if len(fixed) > 1 and all(fixed) else fixed[0] if len(fixed) == 1 else ""
         tree = api.list_repo_tree(repo, prefix or None, recursive=True, revision=info.sha, repo_type="dataset")
-        entries = [entry for entry in tree if isinstance(entry, hub.hf_api.RepoFile)]
+        entries = [
+            entry
+            for entry in tree
+            if isinstance(entry, extra("huggingface_hub.hf_api", "data", "downloading").RepoFile)
+        ]
     except DataError as error:
         raise DataError(f"hf:{repo}: {error}") from None
     except Exception as error:
@@ -169,8 +172,9 @@ def _url_file(url: str, size: int = -1) -> Remote:
     def get(folder: Path, force: bool) -> Path:
         path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
         partial = path.with_name(path.name + ".part")
+        http_get = extra("huggingface_hub.file_download", "data", url).http_get
         with partial.open("wb" if force else "ab") as file:
-            _hub().file_download.http_get(url, file, resume_size=file.tell(), headers={"Accept-Encoding": "identity"})
+            http_get(url, file, resume_size=file.tell(), headers={"Accept-Encoding": "identity"})
         return partial.rename(path)
 
     return Remote(url, size, "", "", get)

@@ -24,6 +24,7 @@ from daybreak.evaluate.multiple_choice import losses_of
 
 # What `--tasks` knows beside the harness's own names.
 TASKS = {"lambada": ["lambada_openai"], "arc": ["arc_easy", "arc_challenge"], "truthfulqa": ["truthfulqa_mc2"]}
+CHOICE = ("hellaswag", "arc", "piqa", "winogrande", "mmlu", "truthfulqa_mc")  # compare likelihoods only
 # The first Open LLM Leaderboard: task -> (shots, metric).
 LEADERBOARD = {"arc_challenge": (25, "acc_norm"), "hellaswag": (10, "acc_norm"), "mmlu": (5, "acc"),
                "truthfulqa_mc2": (0, "acc"), "winogrande": (5, "acc"), "gsm8k": (5, "exact_match")}  # fmt: skip

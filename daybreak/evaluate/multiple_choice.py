@@ -51,11 +51,11 @@ def read_eval_bin(path: Path) -> list[Example]:
     magic, version, count, longest = struct.unpack_from("<4i", data)
     if (magic, version) != (MAGIC, VERSION):
         raise DataError(f"{path} is not an eval file: magic {magic}, version {version} instead of {MAGIC}, {VERSION}.")
-    stream, at, examples = np.frombuffer(data, "<u2", offset=1024).tolist(), 0, []
+    stream, at, examples = np.frombuffer(data, "<u2", offset=1024).tolist(), 0, list[Example]()
     for i in range(count):
         start, size, index, label, choices = (*stream[at : at + 5], *[-1] * 5)[:5]
         end = at + size // 2
-        texts, place = [], at + 5
+        texts, place = list[list[int]](), at + 5
         while place < min(end, len(stream)) and len(texts) <= choices:
             texts.append(stream[place + 1 : place + 1 + stream[place]])
             place += 1 + stream[place]

@@ -139,6 +139,7 @@ def read_documents(path: Path, field: str) -> Iterator[tuple[int, str]]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is damaged ({error}); copy it again.") from None
     except Exception as error:
-        if type(error).__module__.startswith(("pyarrow", "zstandard")):
+        foreign = type(error).__module__.startswith(("pyarrow", "zstandard"))
+        if foreign or (isinstance(error, OSError) and error.errno is None):  # pyarrow's, of what it read
             raise DataError(f"{path} is damaged ({str(error).splitlines()[0]}); copy it again.") from None
         raise

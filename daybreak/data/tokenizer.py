@@ -108,7 +108,6 @@ def _gpt2_vocabulary() -> list[bytes]:
     return load_ranks(RANKS_FILE)
 
 
-@cache
 def get_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
     """The tokenizer called `name`: `gpt2`; `bytes` (256 byte values); or `gpt2-N`, GPT-2's N lowest ranks.
 
@@ -123,6 +122,11 @@ def get_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
         from daybreak.data.hf_tokenizer import load_hf_tokenizer
 
         return load_hf_tokenizer(name, folder)
+    return _own_tokenizer(name)
+
+
+@cache
+def _own_tokenizer(name: str) -> Tokenizer:
     if name == "bytes":
         return Tokenizer(name, [bytes([value]) for value in range(256)], "")
     if name == "gpt2":

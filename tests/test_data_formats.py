@@ -106,9 +106,8 @@ def tokenizer_json(path: Path, extra: int = 0) -> None:
     ours = get_tokenizer("gpt2-1256")
     # As GPT-2 published it: printable bytes stand for themselves, the others for the letters from 256 on, in order.
     plain = {b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174}
-    table = {b: chr(b) for b in plain} | {
-        b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in plain)
-    }
+    others = [b for b in range(256) if b not in plain]
+    table = {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
     assert set(table.values()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     spelled = ["".join(table[b] for b in ours.token_bytes(i)) for i in range(ours.eot)]
     ranks = {word: i for i, word in enumerate(spelled)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,15 @@ def parse_mix(name: str) -> list[tuple[str, float]]:
 
 
 def shares(weights: Sequence[float]) -> list[int]:
-    """Samples of each source in a block: BLOCK in all, by largest remainders, each at least 1."""
-    exact = np.array(weights) / sum(weights) * BLOCK
-    counts = np.maximum(exact.astype(np.int64), 1)
-    while (missing := BLOCK - int(counts.sum())) != 0:
-        gap = (exact - counts) * np.sign(missing)
-        counts[np.argmax(np.where((counts > 1) | (missing > 0), gap, -np.inf))] += np.sign(missing)
-    return [int(n) for n in counts]
+    """Samples of each source in a block: BLOCK in all, by largest remainders (the first of equals), each at least 1."""
+    parts = [Fraction(str(weight)) for weight in weights]  # exact, so that 0.6, 0.4 and 6, 4 are the same
+    exact = [part * BLOCK / sum(parts) for part in parts]
+    counts = [max(int(x), 1) for x in exact]
+    while (missing := BLOCK - sum(counts)) != 0:
+        step = 1 if missing > 0 else -1
+        able = [i for i, n in enumerate(counts) if n + step > 0]
+        counts[max(able, key=lambda i: (exact[i] - counts[i]) * step)] += step
+    return counts
 
 
 class MixLoader(Loader):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -112,9 +113,13 @@ def tokenizer_json(path: Path, extra: int = 0) -> None:
     spelled = ["".join(table[b] for b in ours.token_bytes(i)) for i in range(ours.eot)]
     ranks = {word: i for i, word in enumerate(spelled)}
     merges = []
-    for word in spelled[256:]:
-        best = min((max(ranks.get(word[:k], 1e9), ranks.get(word[k:], 1e9)), k) for k in range(1, len(word)))
-        merges.append((word[: best[1]], word[best[1] :]))
+    for word in spelled[256:]:  # what the earlier merges make of it are the two parts that its own joins
+        parts = list(word)
+        while len(parts) > 2:
+            rank = [ranks.get(a + b, 10**9) for a, b in pairwise(parts)]
+            i = rank.index(min(rank))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges.append((parts[0], parts[1]))
     vocabulary = ranks | {f"extra{i}": len(ranks) + 1 + i for i in range(extra)} | {"<|endoftext|>": len(ranks)}
     model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(GPT2_PATTERN.replace("++", "+")), "isolated")

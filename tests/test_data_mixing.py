@@ -116,8 +116,9 @@ def test_training_on_a_mixture_resumes_and_tells_its_counts(
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {i} {name * 40}"}}\n' for i in range(200)))
         assert main(["prepare", f"{name}.jsonl", "--tokenizer", "bytes", "--name", name]) == 0
-    argv = ["train", "d6", "--model.L", "1", "--model.C", "8", "--model.NH", "1", "--model.max_T", "16", "--model.V", "257",
-            "--data", "a=0.25,b=0.75", "--data.bos", "true", "--eval.tokens", "64", "--eval.sample_tokens", "1"]  # fmt: skip
+    argv = ["train", "d6", "--model.L", "1", "--model.C", "8", "--model.NH", "1", "--model.max_T", "16",
+            "--model.V", "257", "--data", "a=0.25,b=0.75", "--data.bos", "true", "--eval.tokens", "64",
+            "--eval.sample_tokens", "1"]  # fmt: skip
     assert main([*argv, "--name", "whole", "--steps", "6"]) == 0
     assert main([*argv, "--name", "cut", "--steps", "3", "--optim.horizon", "6"]) == 0
     assert main(["train", "runs/cut", "--steps", "6"]) == 0

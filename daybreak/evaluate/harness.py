@@ -10,6 +10,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,8 +119,7 @@ def run_harness(lm: Any, tasks: Sequence[str], shots: int | None, folder: Path |
     """
     if folder is not None:  # read when the libraries are imported
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    lm_eval, manager = extra("lm_eval", "eval", "daybreak eval"), extra("lm_eval.tasks", "eval", "daybreak eval")
-    known = manager.TaskManager()
+    lm_eval, known = extra("lm_eval", "eval", "daybreak eval"), _task_manager()
     if unknown := [task for task in tasks if task not in known.all_tasks]:
         raise ConfigError(f"lm-evaluation-harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
     try:
@@ -135,6 +135,11 @@ def run_harness(lm: Any, tasks: Sequence[str], shots: int | None, folder: Path |
         raise DataError(
             f"{', '.join(tasks)}: {said}; put the data under --data-files as owner/name, as the Hub has it."
         ) from error
+
+
+@cache
+def _task_manager() -> Any:  # it reads 10,000 files
+    return extra("lm_eval.tasks", "eval", "daybreak eval").TaskManager()
 
 
 def scores_of(results: Mapping[str, Any]) -> list[Score]:

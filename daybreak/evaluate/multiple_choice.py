@@ -89,7 +89,8 @@ def read_hellaswag(path: Path, tokenizer: Tokenizer) -> list[Example]:
     for line, record in read_records(path):
         ctx, endings, label = (record.get(key) for key in ("ctx", "endings", "label"))
         texts = isinstance(endings, list) and all(isinstance(e, str) and e for e in endings)
-        if not (isinstance(ctx, str) and texts and isinstance(label, int) and 0 <= label < len(endings or [])):
+        label = int(label) if str(label).isdecimal() else -1  # the Hub's copy has it as text
+        if not (isinstance(ctx, str) and texts and 0 <= label < len(endings or [])):
             raise DataError(f"{path} line {line} needs ctx (text), endings (list of text), label (place in that list).")
         ids = [tokenizer.encode(text).tolist() for text in (ctx, *(f" {ending}" for ending in endings or []))]
         examples.append(Example(ids[0] or [tokenizer.eot], ids[1:], label))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
 from daybreak.data.tokenizer import GPT2_PATTERN, RANKS_FILE, Tokenizer, get_tokenizer, load_ranks
 from daybreak.errors import ConfigError, DataError
@@ -158,3 +159,15 @@ def test_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
 def test_the_data_room_does_not_import_torch() -> None:
     code = "import sys, daybreak.data.prepare, daybreak.data.loader; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_fast_splitting_gives_the_tokens_of_the_published_pattern() -> None:
+    rng = random.Random(5)
+    kinds = ["abc", "A's'tll", "01", " ", "  ", "\n", "\r\n", "\t", "!?", "é日🙂", "\x1c\x1f", "\x85\xa0\u2028\u3000\u200b",
+             "\ue000", "'s", "\u180e", "<|endoftext|>"]  # fmt: skip
+    tokenizer = get_tokenizer("gpt2")
+    ranks = {tokenizer.token_bytes(i): i for i in range(tokenizer.eot)}
+    published = tiktoken.Encoding("published", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    for _ in range(20_000):
+        text = "".join(rng.choice(rng.choice(kinds)) for _ in range(rng.randrange(40)))
+        assert tokenizer.encode(text).tolist() == published.encode_ordinary(text), repr(text)

@@ -29,11 +29,12 @@ RANKS_SHA256 = (
 RANKS = 50256
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # The same pieces without the look-ahead, for which tiktoken's regex engine is twice as fast. The look-ahead leaves the
-# last space of a run to the word behind it; here a mark that no text holds is put before that last space instead.
-_MARK = "\ue000"
-_FAST_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x{e000}]+|\s+|\x{e000}"""
-_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of that engine
-_LAST_BUT_ONE = re.compile(f"([{_SPACE}])(?=[{_SPACE}][^{_SPACE}])")  # of a run of spaces before a word
+# last space of a run to the word behind it; here a NUL, which is a token of its own, is put before that last space.
+_FAST_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x00]+|\s+|\x00"""
+_SPACE = np.isin(np.arange(256), [*b"\t\n\v\f\r "])
+_OTHER_SPACE = re.compile(
+    "[\x00\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+)  # what is left to GPT2_PATTERN
 EOT_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -57,11 +58,12 @@ class Tokenizer:
         if pattern:
             ranks = {token: rank for rank, token in enumerate(vocabulary)}
             # With no special token at all, tiktoken looks for one at every character.
-            special = {EOT_TEXT: self.eot}
-            self._whole = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-            assert pattern == GPT2_PATTERN and _MARK.encode() not in ranks
-            ranks[_MARK.encode()] = self.V
-            self._fast = tiktoken.Encoding(name, pat_str=_FAST_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+            special, self._nul = {EOT_TEXT: self.eot}, ranks[b"\0"]
+            self._whole, self._fast = (
+                tiktoken.Encoding(name, pat_str=p, mergeable_ranks=ranks, special_tokens=special)
+                for p in (pattern, _FAST_PATTERN)
+            )
+            assert pattern == GPT2_PATTERN, "no other splitting has a fast form here"
         digest = hashlib.sha256()
         for token in (pattern.encode(), *vocabulary):
             digest.update(struct.pack("<I", len(token)) + token)
@@ -76,16 +78,19 @@ class Tokenizer:
     def encode(self, text: str) -> NDArray[np.integer]:
         """Token ids of `text`, shape (n,). Special tokens in it are plain text; a lone surrogate becomes U+FFFD."""
         try:
-            text.encode()
+            data = np.frombuffer(text.encode(), np.uint8)
         except UnicodeEncodeError:
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         if self._fast is None:
-            return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+            return data.astype(np.uint16)
         # Not encode_ordinary: building its list holds the GIL.
-        if _MARK in text:
-            return self._whole.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-        ids = self._fast.encode_to_numpy(_LAST_BUT_ONE.sub(rf"\1{_MARK}", text), disallowed_special=())
-        return ids[ids != self.V].astype(np.uint16)
+        if "\0" in text or (not text.isascii() and _OTHER_SPACE.search(text)):
+            return np.asarray(self._whole.encode_to_numpy(text, disallowed_special=()), np.uint16)
+        space = _SPACE[data]
+        last = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
+        text = np.insert(data, last, 0).tobytes().decode() if last.size else text
+        ids = self._fast.encode_to_numpy(text, disallowed_special=())
+        return np.asarray(ids[ids != self._nul] if last.size else ids, np.uint16)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[NDArray[np.integer]]:
         """`encode` of each text, in order, on `threads` threads (tiktoken releases the GIL)."""

@@ -9,8 +9,11 @@ import torch
 torch.set_num_threads(1)
 
 # Minutes that a group of tests may take on 2 cores. A file belongs to the group whose list names it, else foundation.
-BUDGETS = {"foundation": 4.0}
-GROUPS: dict[str, str] = {}
+BUDGETS = {"foundation": 4.0, "data": 2.0}
+GROUPS: dict[str, str] = {
+    f"tests/{name}.py": "data"
+    for name in ("test_data_formats", "test_data_hub", "test_data_mixing", "test_eval_choice", "test_eval_harness")
+}
 spent = dict.fromkeys(BUDGETS, 0.0)
 
 

@@ -76,7 +76,7 @@ def test_the_cards_splits_and_a_column(hub: Hub, tmp_path: Path) -> None:
     for spec, said in (
         ("hf:org/web:sample-99BT", "there is no configuration 'sample-99BT'; it has: default, sample-10BT"),
         ("hf:org/nowhere", "hf:org/nowhere cannot be listed at http://127"),
-        ("hf:org/web:nothing/*.json.gz", "cannot be listed|has no"),
+        ("hf:org/web:nothing/*.json.gz", "cannot be listed|has no .parquet"),
         ("hf:org/web#text", r"has no text column 'text' \(it has: 'id', 'body'\)"),
     ):
         with pytest.raises(DataError, match=said):

@@ -18,13 +18,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from daybreak.data.formats import SUFFIXES, extra
+from daybreak.data.formats import JSONL_SUFFIXES, SUFFIXES, extra
 from daybreak.data.sources import Part, Piece, Source, split_parts, text_size
 from daybreak.errors import DataError
 
 log = logging.getLogger("daybreak")
 SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:#]+))?(?::(?P<config>[^#]+))?(?:#(?P<column>.+))?")
 ATTEMPTS, WAIT, AHEAD = 5, 1.0, 2  # tries a file, seconds after the first (doubled each time), files before the reader
+KINDS = ((".parquet",), JSONL_SUFFIXES, (".txt",))
 _TEST_NAME = re.compile(r"(?:^|[/._-])test(?=[/._-]|$)")
 
 
@@ -114,24 +115,22 @@ def _patterns(card: dict[str, Any], config: str) -> list[tuple[str, str]]:
 
 
 def hub_files(
-    repo: str, revision: str | None = None, config: str = "", suffixes: tuple[str, ...] = SUFFIXES
+    repo: str, revision: str | None = None, config: str = "", kinds: tuple[tuple[str, ...], ...] = KINDS
 ) -> tuple[str, str, list[Remote]]:
-    """(commit, licence, files) of a data set on the Hub, test splits left out. DataError, in one sentence."""
-    hub = _hub()
-    endpoint = os.environ.get("HF_ENDPOINT") or None
+    """(commit, licence, files) of a data set on the Hub: those of the first of `kinds` (suffixes) that it has.
+
+    Test splits are left out. DataError, in one sentence.
+    """
+    hub, endpoint = _hub(), os.environ.get("HF_ENDPOINT") or None
     api = hub.HfApi(endpoint=endpoint)
     try:
         info = api.dataset_info(repo, revision=revision, timeout=30)
         card = dict(info.card_data.to_dict()) if info.card_data else {}
-        patterns = _patterns(card, config)
-        fixed = [glob[: re.search(r"[*?]|$", glob).start()].rpartition("/")[0] for glob, _ in patterns]  # type: ignore[union-attr]
-        prefix = os.path.commonpath(fixed) if len(fixed) > 1 and all(fixed) else fixed[0] if len(fixed) == 1 else ""
+        patterns = _patterns(card if kinds is KINDS else {}, config)
+        fixed = [re.split(r"[*?]", glob)[0] for glob, _ in patterns]
+        prefix = os.path.commonprefix(fixed).rpartition("/")[0]  # noqa: RUF071  # cut at a folder
         tree = api.list_repo_tree(repo, prefix or None, recursive=True, revision=info.sha, repo_type="dataset")
-        entries = [
-            entry
-            for entry in tree
-            if isinstance(entry, extra("huggingface_hub.hf_api", "data", "downloading").RepoFile)
-        ]
+        entries = sorted((entry for entry in tree if hasattr(entry, "size")), key=lambda e: str(e.path))  # no folders
     except DataError as error:
         raise DataError(f"hf:{repo}: {error}") from None
     except Exception as error:
@@ -142,26 +141,22 @@ def hub_files(
         ) from None
 
     def getter(name: str) -> Callable[[Path, bool], Path]:
-        return lambda folder, force: Path(
-            hub.hf_hub_download(
-                repo, name, repo_type="dataset", revision=info.sha, local_dir=folder, endpoint=endpoint,
-                force_download=force,
-            )
-        )  # fmt: skip
+        where = {"repo_type": "dataset", "revision": info.sha, "endpoint": endpoint}
+        return lambda to, force: Path(hub.hf_hub_download(repo, name, local_dir=to, force_download=force, **where))
 
     files = []
-    for entry in sorted(entries, key=lambda e: e.path):
-        split = next((s for glob, s in patterns if _matcher(glob).match(entry.path)), None)
-        if split is None or not entry.path.endswith(suffixes) or entry.path.rpartition("/")[2] == "README.md":
-            continue
-        kept = {"train": "train", "validation": "val", "valid": "val", "val": "val", "": ""}.get(split)
-        if kept is not None and (kept or not _TEST_NAME.search(entry.path)):
+    for entry in entries:
+        split = next((s for glob, s in patterns if _matcher(glob).match(entry.path)), "test")
+        split = {"validation": "val", "valid": "val"}.get(split, split)
+        if split in ("train", "val") or (not split and not _TEST_NAME.search(entry.path)):
             sha256 = entry.lfs.sha256 if entry.lfs else ""
-            files.append(Remote(entry.path, entry.size, sha256, kept, getter(entry.path)))
-    if not files:
-        raise DataError(f"hf:{repo} has no {', '.join(suffixes)} file there ({', '.join(g for g, _ in patterns)}).")
+            files.append(Remote(entry.path, entry.size, sha256, split, getter(entry.path)))
+    found = next((some for kind in kinds if (some := [f for f in files if f.name.endswith(kind)])), [])
+    if not found:
+        known, globs = ", ".join(s for kind in kinds for s in kind), ", ".join(glob for glob, _ in patterns)
+        raise DataError(f"hf:{repo} has no {known} file among {globs}.")
     licence = card.get("license", "unknown")
-    return info.sha, licence if isinstance(licence, str) else " ".join(licence), files
+    return info.sha, licence if isinstance(licence, str) else " ".join(licence), found
 
 
 def _url_file(url: str, size: int = -1) -> Remote:

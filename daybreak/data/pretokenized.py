@@ -36,7 +36,7 @@ def pretokenized(
         raise ConfigError(f"there are no ready-made shards of {source!r}; there are of {ready}, or give hf:owner/name.")
     name = name or known or spec["repo"].partition("/")[2]
     check_name(name)
-    commit, licence, files = hub_files(spec["repo"], spec["revision"], spec["config"] or "", (".bin",))
+    commit, licence, files = hub_files(spec["repo"], spec["revision"], spec["config"] or "", ((".bin",),))
     val = [file for file in files if "val" in file.name and "train" not in file.name]
     train = [file for file in files if "train" in file.name]
     if not (train and val):

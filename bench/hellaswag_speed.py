@@ -37,10 +37,7 @@ def main() -> None:
         began = time.perf_counter()
         found = accuracy(engine, examples)
         seconds = time.perf_counter() - began
-        rows = 4 * found.examples
-        print(
-            f"{found.examples} examples, {rows} rows in batches of {a.B}: {seconds:.2f} s ({compute}), acc {found.acc:.3f}"
-        )
+        print(f"{found.examples} examples, {4 * found.examples} rows in batches of {a.B}, {compute}: {seconds:.2f} s")
     print(torch.cuda.get_device_name() if a.device.startswith("cuda") else "cpu", torch.__version__)
 
 

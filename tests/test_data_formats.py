@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def test_folders_and_globs_of_them(tmp_path: Path) -> None:
     assert (made.train.documents, made.val.documents) == (600, 300)
     made = prepare(str(tmp_path / "in/train/*.parquet"), data_dir=tmp_path / "d", tokenizer="bytes", name="g")
     assert made.train.documents + made.val.documents == 300
+
+
+@pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")])
+def test_a_missing_library_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, module: str
+) -> None:
+    WRITERS[name](tmp_path / name)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["prepare", str(tmp_path / name), "--data-dir", str(tmp_path / "d")]) == 2
+    assert capsys.readouterr().err.endswith(f"needs {module}: pip install 'daybreak[data]'.\n")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])

@@ -169,7 +169,9 @@ def test_ready_made_shards(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixtu
     hub.faults["edu_train_000002.bin"] = ["drop"]
     hub.faults["edu_val_000000.bin"] = ["flip"]
     assert main(["prepare", "fineweb-edu-100B", "--pretokenized", "3", "--data-dir", str(tmp_path)]) == 0
-    assert "153 training and 5 validation tokens (gpt2)" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "153 training and 5 validation tokens (gpt2)" in said.out
+    assert "fineweb-edu-100B: 4 shards, 0.0 GB to download, " in said.err
     folder = tmp_path / "fineweb-edu-100B"
     assert read_split(folder, "train") == [t for i in (1, 2, 3) for t in tokens[f"edu_train_{i:06d}.bin"]]
     manifest = open_dataset("fineweb-edu-100B", tmp_path).manifest
@@ -189,7 +191,7 @@ def test_ready_made_shards(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert hub.gets - before == {"edu_train_000002.bin": 1}
 
 
-def test_ready_made_shards_that_are_none(hub: Hub, tmp_path: Path) -> None:
+def test_ready_made_shards_that_are_none(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = np.zeros(2000, np.uint8).tobytes()
     hub.add("o/bad", {"x_train_000001.bin": bad, "x_val_000000.bin": shard([1, 2])})
     with pytest.raises(DataError, match="is not a GPT-2 token shard: magic number 0"):
@@ -199,3 +201,9 @@ def test_ready_made_shards_that_are_none(hub: Hub, tmp_path: Path) -> None:
         pretokenized("hf:o/none", data_dir=tmp_path)
     with pytest.raises(ConfigError, match="no ready-made shards of 'tinystories'; there are of fineweb-edu-100B"):
         pretokenized("tinystories", data_dir=tmp_path)
+    hub.add("o/big", {"x_train_000001.bin": shard([1] * 500_000), "x_val_000000.bin": shard([1, 2])})
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1_000_000})())
+        with pytest.raises(DataError, match=r"big needs 0.0 GB, 0.0 are free; ask for fewer shards"):
+            pretokenized("hf:o/big", data_dir=tmp_path)
+    assert hub.gets["x_train_000001.bin"] == 1  # that of o/bad

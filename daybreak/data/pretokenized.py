@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ from daybreak.data.shards import read_header
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import ConfigError, DataError
 
+log = logging.getLogger("daybreak")
 PARALLEL = 4  # files at once
 
 
@@ -52,6 +55,11 @@ def pretokenized(
         with workspace(final, [spec["repo"], commit, name]) as (folder, journal):
             if journal is None:
                 write_file(folder / JOURNAL, f'{{"identity": ["{spec["repo"]}", "{commit}", "{name}"]}}')
+            left = total - sum(path.stat().st_size for path in folder.glob("*.bin") if path.name in wanted)
+            free = shutil.disk_usage(folder).free
+            log.info("%s: %d shards, %.1f GB to download, %.1f GB are free", name, len(wanted), left / 1e9, free / 1e9)
+            if left > free:
+                raise DataError(f"{name} needs {left / 1e9:.1f} GB, {free / 1e9:.1f} are free; ask for fewer shards.")
             records = {}
             with ThreadPoolExecutor(PARALLEL, "download") as pool:
                 fetched = pool.map(lambda item: _shard(folder, *item), wanted.items())

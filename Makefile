@@ -39,6 +39,8 @@ check: test-install
 
 bench: test-install
 	$(BIN)/python bench/cpu_step.py
+	$(BIN)/python bench/tokenize_speed.py
+	$(BIN)/python bench/loader_speed.py
 
 # Never touches data/ and runs/.
 clean:

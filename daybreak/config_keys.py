@@ -35,7 +35,10 @@ FOLDER_NAME = Rule(
     "must be a plain folder name, without '/' and not starting with '.' or '-'",
     lambda s: s == "" or (s.isprintable() and "/" not in s and s[0] not in ".-"),
 )
-TOKENIZER = Rule("must be gpt2, bytes or gpt2-N", lambda s: bool(re.fullmatch(r"(gpt2(-[0-9]+)?|bytes)?", s)))
+TOKENIZER = Rule(
+    "must be gpt2, bytes, gpt2-N or a data set's hf-...",
+    lambda s: bool(re.fullmatch(r"(gpt2(-[0-9]+)?|bytes|hf-[0-9a-f]{12})?", s)),
+)
 DEVICE = Rule(
     "is not supported: daybreak trains on the CPU and on NVIDIA GPUs (auto, cpu, cuda or cuda:N)",
     lambda s: bool(re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", s)),
@@ -59,11 +62,16 @@ def key(default: Any, doc: str, rule: Rule | None = None) -> Any:
 class DataConfig:
     """Which tokens to train and validate on."""
 
-    name: str = key("stdlib", "prepared dataset (a folder of data.dir), or a folder of token shards")
+    name: str = key(
+        "stdlib", "prepared dataset (a folder of data.dir), or a folder of token shards; or NAME=WEIGHT,..."
+    )
     train: str = key("", "glob of training shards; with data.val it takes the place of data.name")
     val: str = key("", "glob of validation shards")
     tokenizer: str = key("", "gpt2, bytes or gpt2-N; empty = the data's own, else gpt2", TOKENIZER)
     dir: str = key("data", "folder that holds the prepared datasets")
+    bos: bool = key(
+        False, "every training sample starts at a document's start; the rest of a document cut off is unused"
+    )
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,10 @@ class EvalConfig:
     """Validation and samples during training."""
 
     every: int = key(250, "steps between validations; 0 = only at the end", at_least(0))
+    hellaswag: str = key(
+        "", "HellaSwag file scored at each validation but step 0: llm.c's .bin, or the original .jsonl"
+    )
+    hellaswag_examples: int = key(0, "score this many of its examples, evenly spaced; 0 = all", at_least(0))
     tokens: int = key(1048576, "validation budget in tokens, in whole batches and at most the split", at_least(1))
     sample_every: int = key(0, "steps between text samples; 0 = only at the end", at_least(0))
     sample_tokens: int = key(128, "tokens per sample", at_least(1))

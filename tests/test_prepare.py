@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from daybreak.data.catalogue import resolve_source
 from daybreak.data.dataset import open_dataset
 from daybreak.data.prepare import prepare
-from daybreak.data.sources import cut, is_val, resolve_source, stdlib_documents, stdlib_files
+from daybreak.data.sources import cut, is_val, stdlib_documents, stdlib_files
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import ConfigError, DataError
 
@@ -225,7 +226,8 @@ BAD_FILES = {
     "list.jsonl": (b"[1]\n", "line 1 has no text in field 'text' (it has: list)"),
     "deep.jsonl": (b"[" * 100_000 + b"\n", "deep.jsonl line 1 is not valid JSON"),
     "blank.jsonl": (b"\n\n", "blank.jsonl holds no documents"),
-    "table.parquet": (b"PAR1", "cannot read .parquet files; convert to .txt, .md or .jsonl"),
+    "table.parquet": (b"PAR1", "table.parquet is damaged"),
+    "page.html": (b"<html>", "cannot read .html files; convert to .txt, .md or .jsonl"),
 }
 
 

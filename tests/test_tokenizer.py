@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
 from daybreak.data.tokenizer import GPT2_PATTERN, RANKS_FILE, Tokenizer, get_tokenizer, load_ranks
 from daybreak.errors import ConfigError, DataError
@@ -158,3 +159,30 @@ def test_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
 def test_the_data_room_does_not_import_torch() -> None:
     code = "import sys, daybreak.data.prepare, daybreak.data.loader; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_fast_splitting_gives_the_tokens_of_the_published_pattern() -> None:
+    rng = random.Random(5)
+    kinds = [
+        "abc",
+        "A's'tll",
+        "01",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t\v\f",
+        "!?",
+        "é日🙂",
+        "\x1c\x1f",
+        "\x85\xa0\u2028\u3000\u200b",
+    ]
+    kinds += ["\0", "'s", "\u180e", "<|endoftext|>"]
+    plain = [kind for kind in kinds if "\0" not in kind and "\xa0" not in kind]
+    tokenizer = get_tokenizer("gpt2")
+    ranks = {tokenizer.token_bytes(i): i for i in range(tokenizer.eot)}
+    published = tiktoken.Encoding("published", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    for i in range(20_000):
+        some = kinds if i % 4 == 0 else plain  # the rare characters take another way
+        text = "".join(rng.choice([k := rng.choice(some), rng.choice(k)]) for _ in range(rng.randrange(40)))
+        assert tokenizer.encode(text).tolist() == published.encode_ordinary(text), repr(text)

@@ -12,6 +12,7 @@ import click
 from daybreak import __version__
 from daybreak.cli.bench import bench
 from daybreak.cli.doctor import doctor
+from daybreak.cli.eval import evaluate
 from daybreak.cli.export import export
 from daybreak.cli.import_ import import_
 from daybreak.cli.plan import plan
@@ -57,7 +58,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (prepare, plan, train, sample, import_, export, doctor, bench):
+for verb in (prepare, plan, train, evaluate, sample, import_, export, doctor, bench):
     cli.add_command(verb)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
+
+from daybreak.errors import ConfigError
 
 if TYPE_CHECKING:
     from daybreak.data.prepare import Progress
@@ -16,19 +20,32 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("sources", metavar="NAME|FILE...", nargs=-1, required=True)
+@click.option(
+    "--pretokenized",
+    is_flag=False,
+    flag_value=0,
+    type=click.IntRange(0),
+    metavar="[N]",
+    help="Ready-made GPT-2 token shards from the Hub: the first N training shards (default: all).",
+)
 @click.option("--name", metavar="NAME", help="Name of the dataset (default: the first source's, -TOKENIZER appended).")
 @click.option(
-    "--tokenizer", default="gpt2", show_default=True, metavar="T", help="gpt2, bytes, or gpt2-N (its first N)."
+    "--tokenizer",
+    default="gpt2",
+    show_default=True,
+    metavar="T",
+    help="gpt2, bytes, gpt2-N (its first N), or a tokenizer.json.",
 )
 @click.option("--data-dir", default="data", show_default=True, metavar="DIR", help="Folder that holds the datasets.")
 @click.option("--val-fraction", type=float, metavar="F", help="Fraction held out (default: the source's own split).")
 @click.option("--shard-tokens", type=int, default=100_000_000, show_default=True, metavar="N", help="Tokens per shard.")
 @click.option("--workers", type=int, default=0, show_default=True, metavar="N", help="Threads; 0 = all cores.")
 @click.option(
-    "--text-field", default="text", show_default=True, metavar="KEY", help="Field of .jsonl that is the text."
+    "--text-field", default="text", show_default=True, metavar="KEY", help="Field (.jsonl) or column that is the text."
 )
 def prepare(
     sources: tuple[str, ...],
+    pretokenized: int | None,
     name: str | None,
     tokenizer: str,
     data_dir: str,
@@ -37,35 +54,45 @@ def prepare(
     workers: int,
     text_field: str,
 ) -> None:
-    """Tokenize text into the shards that training reads.
+    """Tokenize text into the shards that training reads. Stopped early, the same command goes on.
 
     \b
     NAME|FILE is one of:
       stdlib              the Python standard library on this machine (no download)
       book.txt            one document
-      pages.jsonl         one document per line
+      pages.jsonl         one document per line (also .jsonl.gz, .jsonl.zst); table.parquet: per row
       folder              all of these in it
+      hf:owner/name[:config][#column]     a data set of the Hugging Face Hub (HF_ENDPOINT is respected)
+      https://host/part-{00..99}.parquet  files of these kinds
+      fineweb-edu[-10B|-100B|-350B], fineweb[-...], climbmix, tinystories, openwebtext, tinyshakespeare
 
     \b
     Examples:
       daybreak prepare stdlib --tokenizer bytes
       daybreak prepare book.txt --name mybook
+      daybreak prepare fineweb-edu-100B --pretokenized 20
     """
     from daybreak.data.prepare import prepare as prepare_dataset
+    from daybreak.data.pretokenized import pretokenized as fetch_shards
 
+    if pretokenized is not None and len(sources) != 1:
+        raise ConfigError(f"--pretokenized takes one NAME or hf:owner/name, not {' '.join(sources)!r}.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written stays
     with _progress() as progress:
-        manifest = prepare_dataset(
-            sources,
-            name=name,
-            data_dir=data_dir,
-            tokenizer=tokenizer,
-            val_fraction=val_fraction,
-            shard_tokens=shard_tokens,
-            workers=workers,
-            text_field=text_field,
-            progress=progress,
-        )
+        if pretokenized is not None:
+            manifest = fetch_shards(sources[0], pretokenized, name=name, data_dir=data_dir, progress=progress)
+        else:
+            manifest = prepare_dataset(
+                sources,
+                name=name,
+                data_dir=data_dir,
+                tokenizer=tokenizer,
+                val_fraction=val_fraction,
+                shard_tokens=shard_tokens,
+                workers=workers,
+                text_field=text_field,
+                progress=progress,
+            )
     train, val = manifest.train, manifest.val
     shards = len(train.shards) + len(val.shards)
     click.echo(
@@ -76,12 +103,25 @@ def prepare(
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A bar on stderr, fed with bytes of text; silent where stderr is no terminal."""
+    """A bar on stderr, fed with bytes of text; where stderr is no terminal, a line every half minute."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console, log = Console(stderr=True), logging.getLogger("daybreak")
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    began = said = time.monotonic()
+    first: tuple[int, int] | None = None  # what an earlier attempt had done is not this one's speed
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("")
-        yield lambda done, total, tokens: bar.update(task, completed=done, total=total)
+        task = bar.add_task("tokenizing")
+
+        def report(done: int, total: int, tokens: int) -> None:
+            nonlocal said, first
+            first = first or (done, tokens)
+            now = time.monotonic()
+            speed = (tokens - first[1]) / max(now - began, 1e-9)
+            bar.update(task, completed=done, total=total, description=f"{speed / 1e6:.2f} M tokens/s")
+            if not console.is_terminal and now - said >= 30:
+                said, left = now, (total - done) * (now - began) / max(done - first[0], 1)
+                log.info("%.1f %%, %.2f M tokens/s, about %.0f s left", 100 * done / total, speed / 1e6, left)
+
+        yield report

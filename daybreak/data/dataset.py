@@ -7,15 +7,15 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from daybreak.data.catalogue import CATALOGUE
 from daybreak.data.shards import ShardInfo, open_shard, read_header, resolve_shards
-from daybreak.data.sources import CATALOGUE
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import ConfigError, DataError
 
@@ -93,6 +93,7 @@ class Dataset:
     val: list[ShardInfo]
     tokenizer_name: str
     manifest: Manifest | None
+    folder: Path | None = field(default=None, compare=False)  # holds tokenizer.json where that is not one of ours
 
 
 def dataset_name(name: str, tokenizer: str) -> str:
@@ -158,7 +159,7 @@ def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
             f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}; prepare it again under "
             f"another --name with --tokenizer {tokenizer}."
         )
-    if get_tokenizer(manifest.tokenizer).fingerprint != manifest.tokenizer_fingerprint:
+    if get_tokenizer(manifest.tokenizer, folder).fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(f"{folder} was made with another tokenizer called {manifest.tokenizer!r}; prepare it again.")
     splits = []
     for record in (manifest.train, manifest.val):
@@ -170,7 +171,7 @@ def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
                     f"{shard.size}; prepare the dataset again."
                 )
         splits.append(shards)
-    return Dataset(manifest.name, splits[0], splits[1], manifest.tokenizer, manifest)
+    return Dataset(manifest.name, splits[0], splits[1], manifest.tokenizer, manifest, folder)
 
 
 def _by_file_name(name: str, paths: Sequence[Path], tokenizer: str) -> Dataset:
@@ -186,7 +187,8 @@ def _foreign(name: str, train: Sequence[Path], val: Sequence[Path], tokenizer: s
     return Dataset(name, [read_header(p) for p in train], [read_header(p) for p in val], tokenizer or "gpt2", None)
 
 
-def _counts(shards: Sequence[ShardInfo], V: int) -> NDArray[np.int64]:
+def token_counts(shards: Sequence[ShardInfo], V: int) -> NDArray[np.int64]:
+    """How often each of the V ids occurs in the shards. DataError for an id outside them."""
     counts = np.zeros(V, np.int64)
     for shard in shards:
         tokens = open_shard(shard)
@@ -203,6 +205,6 @@ def unigram_entropy(dataset: Dataset) -> float:
 
     The loss of a model that ignores context: what training has to beat to have learnt more than how often tokens occur.
     """
-    V = get_tokenizer(dataset.tokenizer_name).V
-    train, val = _counts(dataset.train, V) + 1, _counts(dataset.val, V)
+    V = get_tokenizer(dataset.tokenizer_name, dataset.folder).V
+    train, val = token_counts(dataset.train, V) + 1, token_counts(dataset.val, V)
     return float(-(val * np.log(train / train.sum())).sum() / val.sum())

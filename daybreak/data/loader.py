@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from daybreak.errors import DataError
 Item = TypeVar("Item")
 
 _ROUNDS = 8
+_SCAN = 1 << 24  # tokens
 _MASK64 = (1 << 64) - 1
 
 
@@ -63,15 +64,31 @@ class Loader:
     """The samples of `shards` in the order of (seed, epoch); `shuffle=False` reads them in file order (validation).
 
     T: tokens a sample predicts. V: ids at or above it are a DataError. DataError too when no shard holds T + 1 tokens.
-    `samples_per_epoch`: the number of samples. `dropped_tokens`: those at the shards' ends that no sample contains.
+    eot: given, every sample starts at one of these tokens, so at a document's start (all shards are read once to find
+    them): the next document that starts T or more tokens after the last sample did; what lies between is dropped.
+    `samples_per_epoch`: the number of samples. `dropped_tokens`: those that no sample contains.
     """
 
-    def __init__(self, shards: Sequence[ShardInfo], T: int, seed: int = 0, shuffle: bool = True, *, V: int) -> None:
+    def __init__(
+        self,
+        shards: Sequence[ShardInfo],
+        T: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        *,
+        V: int,
+        eot: int | None = None,
+    ) -> None:
         self.shards, self.T, self.V, self.seed, self.shuffle = list(shards), T, V, seed, shuffle
-        counts = [(shard.tokens - 1) // T for shard in self.shards]
+        self.dtype = np.dtype(np.uint32 if any(shard.width == 4 for shard in self.shards) else np.uint16)
+        self._starts = None if eot is None else [document_starts(open_shard(s), eot, T) for s in self.shards]
+        counts = [(s.tokens - 1) // T for s in self.shards] if self._starts is None else [len(s) for s in self._starts]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.samples_per_epoch = sum(counts)
-        self.dropped_tokens = sum(s.tokens - (c * T + 1 if c else 0) for s, c in zip(self.shards, counts, strict=True))
+        used = [c * T + 1 if c else 0 for c in counts]
+        if self._starts is not None:  # neighbours may share a token
+            used = [int(np.minimum(np.diff(s, append=2**62), T + 1).sum()) for s in self._starts]
+        self.dropped_tokens = sum(shard.tokens for shard in self.shards) - sum(used)
         if not self.samples_per_epoch:
             largest = max((shard.tokens for shard in self.shards), default=0)
             where = f" in {self.shards[0].path.parent}" if self.shards else ""
@@ -88,14 +105,14 @@ class Loader:
         """`fingerprint_shards` of the shards, in order."""
         return fingerprint_shards(shard.path for shard in self.shards)
 
-    def batch(self, first_sample: int, count: int) -> NDArray[np.uint16]:
+    def batch(self, first_sample: int, count: int) -> NDArray[Any]:
         """Samples first_sample .. first_sample + count - 1 of the infinite order, shape (count, T + 1). Thread-safe."""
         epochs, places = np.divmod(np.arange(first_sample, first_sample + count), self.samples_per_epoch)
         if self.shuffle:
             for epoch in np.unique(epochs):
                 here = epochs == epoch
                 places[here] = permutation(self.seed, int(epoch), self.samples_per_epoch)(places[here])
-        out = np.empty((count, self.T + 1), np.uint16)
+        out = np.empty((count, self.T + 1), self.dtype)
         shard_of = np.searchsorted(self._ends, places, side="right")
         for row, (place, s) in enumerate(zip(places.tolist(), shard_of.tolist(), strict=True)):
             start = self._start(place, s)
@@ -109,8 +126,25 @@ class Loader:
             )
         return out
 
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first `samples` samples come from each source: there is one (see mixing.MixLoader)."""
+        return [samples]
+
     def _start(self, place: int, s: int) -> int:
-        return (place - (int(self._ends[s - 1]) if s else 0)) * self.T
+        place -= int(self._ends[s - 1]) if s else 0
+        return place * self.T if self._starts is None else int(self._starts[s][place])
+
+
+def document_starts(tokens: NDArray[Any], eot: int, T: int) -> NDArray[np.int64]:
+    """Places of `eot`, the first and then always the next one at least T tokens on, with T tokens behind each."""
+    at = np.concatenate([np.flatnonzero(tokens[i : i + _SCAN] == eot) + i for i in range(0, len(tokens), _SCAN)])
+    at = at[at + T < len(tokens)]
+    following = np.searchsorted(at, at + T).tolist()
+    chosen, i = [], 0
+    while i < len(at):
+        chosen.append(i)
+        i = following[i]
+    return at[chosen]
 
 
 class Prefetcher(Generic[Item]):

@@ -3,35 +3,51 @@
 Every document is preceded by EOT and documents run on across shards, as in llm.c. The text is cut into units that
 depend on the source alone; threads encode them (tiktoken releases the GIL) and they are written in order, so the files
 are the same for any number of workers. A bounded number of units is in flight. The dataset is built in a hidden folder
-beside its place and renamed into it at the end: it is there complete, or not there.
+beside its place and renamed into it at the end: it is there complete, or not there. A journal in that folder, written
+whenever a shard is full and twice a minute, lets the same command go on after a kill, to the same bytes.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
+import logging
 import os
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from daybreak.data.catalogue import resolve_source
 from daybreak.data.dataset import MANIFEST, Manifest, ShardRecord, SplitRecord, check_name, dataset_name
-from daybreak.data.shards import MAX_TOKENS, ShardWriter, fsync_folder
-from daybreak.data.sources import SPLITS, Piece, Source, resolve_source
-from daybreak.data.tokenizer import Tokenizer, get_tokenizer
+from daybreak.data.shards import MAX_TOKENS, ShardWriter, fsync_folder, read_header, token_width
+from daybreak.data.sources import SPLITS, Piece, Source
+from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError
 
+log = logging.getLogger("daybreak")
 UNIT = 1 << 20  # characters a worker encodes at a time
+JOURNAL, JOURNAL_SECONDS = "journal.json", 30.0
 
 Progress = Callable[[int, int, int], None]
-Encoded = dict[str, NDArray[np.uint16]]
+Journal = dict[str, Any]
+
+
+class Encoded(NamedTuple):
+    """A unit's part of one split."""
+
+    tokens: NDArray[np.integer]
+    documents: int
+    bytes: int
 
 
 @dataclass
@@ -41,17 +57,24 @@ class _Split:
     prefix: str
     folder: Path
     shard_tokens: int
+    width: int
     documents: int = 0
     bytes: int = 0
     tokens: int = 0
     shards: list[ShardRecord] = field(default_factory=list)
     writer: ShardWriter | None = None
 
-    def write(self, tokens: NDArray[np.uint16]) -> None:
+    def open(self, resume: int = 0) -> ShardWriter:
+        return ShardWriter(self.folder / f"{self.prefix}_{len(self.shards):06d}.bin", self.width, resume)
+
+    def write(self, encoded: Encoded) -> None:
+        tokens = encoded.tokens
         self.tokens += tokens.size
+        self.documents += encoded.documents
+        self.bytes += encoded.bytes
         while tokens.size:
             if self.writer is None:
-                self.writer = ShardWriter(self.folder / f"{self.prefix}_{len(self.shards):06d}.bin")
+                self.writer = self.open()
             room = self.shard_tokens - self.writer.tokens
             self.writer.write(tokens[:room])
             tokens = tokens[room:]
@@ -65,9 +88,25 @@ class _Split:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             self.shards.append(ShardRecord(info.path.name, info.tokens, info.size, digest))
 
-    def discard(self) -> None:
+    def state(self) -> Journal:
+        """What `restore` needs, all of it on the disk."""
         if self.writer is not None:
-            self.writer.discard()
+            self.writer.flush()
+        counts = {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
+        partial = self.writer.tokens if self.writer else 0
+        return {**counts, "partial": partial, "shards": [asdict(shard) for shard in self.shards]}
+
+    def restore(self, state: Journal) -> None:
+        self.documents, self.bytes, self.tokens = (state[key] for key in ("documents", "bytes", "tokens"))
+        self.shards = [ShardRecord(**shard) for shard in state["shards"]]
+        for shard in self.shards:
+            read_header(self.folder / shard.file)
+        if state["partial"]:
+            self.writer = self.open(state["partial"])
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.abandon()
 
     def record(self) -> SplitRecord:
         self.finish_shard()
@@ -86,13 +125,14 @@ def prepare(
     text_field: str = "text",
     progress: Progress | None = None,
 ) -> Manifest:
-    """Tokenize a catalogue dataset, or text and JSON Lines files and folders of them, into `data_dir/NAME`.
+    """Tokenize a catalogue name, hf:owner/name, URLs or files (`catalogue.resolve_source`) into `data_dir/NAME`.
 
     name: the dataset's; by default the catalogue name or the first path's stem, with `-TOKENIZER` appended unless that
     is gpt2. val_fraction: see `sources.file_source`. workers: threads, 0 = all cores; they don't change the result.
     progress(done, total, tokens) is called as units are written, in UTF-8 bytes of text; `total` is an estimate until
     the last call. A dataset of the same name, source and tokenizer is replaced; any other is a ConfigError.
-    Raises DataError for text that cannot be read or is too little for both splits; nothing is then left behind.
+    Raises DataError for text that cannot be read or is too little for both splits. A preparation that ended early, in
+    whatever way, is continued by the next one of the same source and options.
     """
     if not 1 <= shard_tokens <= MAX_TOKENS:
         raise ConfigError(f"shard-tokens = {shard_tokens} must be from 1 to {MAX_TOKENS}.")
@@ -100,63 +140,124 @@ def prepare(
         raise ConfigError(f"workers = {workers} must be 0 (all cores) or more.")
     encoder = get_tokenizer(tokenizer)
     source = resolve_source([names] if isinstance(names, str | Path) else names, text_field, val_fraction)
-    name = name or dataset_name(source.name, tokenizer)
+    name = name or dataset_name(source.name, encoder.name)
     check_name(name)
     final = Path(data_dir) / name
-    _check_replaceable(final, source, tokenizer)
+    check_replaceable(final, source.origin, encoder.name)
+    identity = [source.origin, source.revision, source.state, encoder.fingerprint, shard_tokens, val_fraction,
+                text_field, UNIT]  # fmt: skip
+    if source.remote:
+        _announce(source, final, token_width(encoder.V))
     try:
-        with _workspace(final) as folder:
-            return _build(folder, name, source, encoder, shard_tokens, workers or os.cpu_count() or 1, progress)
+        with workspace(final, identity) as (folder, journal):
+            job = _Job(folder, name, source, encoder, shard_tokens, identity, journal)
+            return job.run(workers or os.cpu_count() or 1, progress)
     except OSError as error:
         raise DataError(f"preparing {name!r} failed: {error}.") from error
 
 
-def _build(
-    folder: Path,
-    name: str,
-    source: Source,
-    tokenizer: Tokenizer,
-    shard_tokens: int,
-    workers: int,
-    progress: Progress | None,
-) -> Manifest:
-    splits = {split: _Split(f"{name}_{split}", folder, shard_tokens) for split in SPLITS}
-    digest = hashlib.sha256()
+def _announce(source: Source, final: Path, width: int) -> None:
+    """What it will take, before it starts. Text is taken to have 4.3 bytes a token."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    tokens, free = source.size / 4.3, shutil.disk_usage(final.parent).free
+    log.info(
+        "%s: about %.3g tokens, %.1f GB of shards (estimated from the files' sizes); %.1f GB are free",
+        source.name, tokens, tokens * width / 1e9, free / 1e9,
+    )  # fmt: skip
+    if tokens * width > free:
+        log.warning("the disk may be too small; what is prepared by then is kept, and the same command goes on.")
 
-    def counted() -> Iterator[Piece]:
-        for piece in source.pieces():
-            data = piece.text.encode()
-            digest.update(data)
-            splits[piece.split].documents += piece.starts
-            splits[piece.split].bytes += len(data)
-            yield piece
 
-    def report(total: int) -> None:
+class _Job:
+    """A preparation in progress: the splits, and how far the source has been read and written."""
+
+    def __init__(
+        self, folder: Path, name: str, source: Source, tokenizer: Tokenizer, shard_tokens: int, identity: Any,
+        journal: Journal | None,
+    ) -> None:  # fmt: skip
+        self.folder, self.name, self.source, self.tokenizer, self.identity = folder, name, source, tokenizer, identity
+        width = token_width(tokenizer.V)
+        self.splits = {split: _Split(f"{name}_{split}", folder, shard_tokens, width) for split in SPLITS}
+        self.digest = hashlib.sha256()
+        # Written so far: pieces in all; the file they end in, its pieces among them, the documents before that file.
+        self.place = {"pieces": 0, "file": 0, "in_file": 0, "before": 0}
+        self.saved, self.shards = time.monotonic(), 0
+        if journal is not None:
+            self.place = journal["place"]
+            for split in SPLITS:
+                self.splits[split].restore(journal[split])
+            log.info("%s: continuing after %s tokens", name, f"{self.count('tokens'):,}")
+
+    def count(self, key: str) -> int:
+        return sum(getattr(split, key) for split in self.splits.values())
+
+    def run(self, workers: int, progress: Progress | None) -> Manifest:
+        try:
+            for unit, encoded in _encode(_units(self._pieces()), self.tokenizer, workers):
+                for key, part in encoded.items():
+                    self.splits[key].write(part)
+                self._advance(unit)
+                if progress is not None:
+                    progress(done := self.count("bytes"), max(done, self.source.size), self.count("tokens"))
+            train, val = (self.splits[key].record() for key in SPLITS)
+        finally:
+            for split in self.splits.values():
+                split.close()
+        if not (train.tokens and val.tokens):
+            raise DataError(f"{self.source.origin} is too little text to split into train and val; add more.")
         if progress is not None:
-            done, tokens = (sum(getattr(split, key) for split in splits.values()) for key in ("bytes", "tokens"))
-            progress(done, max(done, total), tokens)
+            progress(self.count("bytes"), self.count("bytes"), self.count("tokens"))
+        revision = self.source.revision or f"sha256:{self.digest.hexdigest()}"
+        t, s = self.tokenizer, self.source
+        manifest = Manifest(self.name, t.name, t.fingerprint, s.origin, revision, s.licence, train, val)
+        finish(self.folder, manifest, t)
+        return manifest
 
-    try:
-        for encoded in _encode(_units(counted()), tokenizer, workers):
-            for key, tokens in encoded.items():
-                splits[key].write(tokens)
-            report(source.size)
-        train, val = (splits[key].record() for key in SPLITS)
-    finally:
-        for split in splits.values():
-            split.discard()
-    if not (train.tokens and val.tokens):
-        raise DataError(f"{source.origin} is too little text to split into train and val; add more.")
-    report(0)
-    revision = source.revision or f"sha256:{digest.hexdigest()}"
-    manifest = Manifest(
-        name, tokenizer.name, tokenizer.fingerprint, source.origin, revision, source.licence, train, val
-    )
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
+    def _pieces(self) -> Iterator[Piece]:
+        """The pieces not written yet. Those of local files are all read again, for the hash of the text."""
+        start, hashing = self.place, not self.source.revision
+        first, before, skip = (0, 0, start["pieces"]) if hashing else (start["file"], start["before"], start["in_file"])
+        for i, piece in enumerate(self.source.pieces(first, before, self.folder)):
+            if hashing:
+                self.digest.update(piece.text.encode())
+            if i >= skip:
+                yield piece
+
+    def _advance(self, unit: Sequence[Piece]) -> None:
+        """Note what was written, and put it in the journal when a shard was finished or some time has passed."""
+        p = dict(self.place)
+        documents = self.count("documents") - sum(piece.starts for piece in unit)
+        for piece in unit:
+            if piece.file != p["file"]:
+                p.update(file=piece.file, in_file=0, before=documents)
+            documents += piece.starts
+            p["pieces"] += 1
+            p["in_file"] += 1
+        self.place = p
+        shards = sum(len(split.shards) for split in self.splits.values())
+        if shards > self.shards or time.monotonic() - self.saved > JOURNAL_SECONDS:
+            self.shards, self.saved = shards, time.monotonic()
+            state = {split: self.splits[split].state() for split in SPLITS}
+            write_file(self.folder / JOURNAL, json.dumps({"identity": self.identity, "place": p, **state}))
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace a small file, on the disk when this returns."""
+    partial = path.with_name(f".{path.name}.new")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    return manifest
+    os.replace(partial, path)
+
+
+def finish(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    """Complete a workspace: the manifest, a tokenizer that is not one of ours, and nothing else but the shards."""
+    write_file(folder / MANIFEST, manifest.to_json())
+    if tokenizer.source:
+        write_file(folder / TOKENIZER_FILE, tokenizer.source)
+    (folder / JOURNAL).unlink(missing_ok=True)
+    shutil.rmtree(folder / "download", ignore_errors=True)
 
 
 def _units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -172,52 +273,62 @@ def _units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield unit
 
 
-def _encode_unit(tokenizer: Tokenizer, unit: Sequence[Piece]) -> Encoded:
-    eot = np.array([tokenizer.eot], np.uint16)
-    parts: dict[str, list[NDArray[np.uint16]]] = {}
-    for piece in unit:
-        part = parts.setdefault(piece.split, [])
-        if piece.starts:
-            part.append(eot)
-        part.append(tokenizer.encode(piece.text))
-    return {split: np.concatenate(part) for split, part in parts.items()}
+def _encode_unit(tokenizer: Tokenizer, unit: Sequence[Piece]) -> dict[str, Encoded]:
+    eot: NDArray[np.integer] = np.array([tokenizer.eot], tokenizer.dtype)
+    found = {}
+    for split in dict.fromkeys(piece.split for piece in unit):
+        pieces = [piece for piece in unit if piece.split == split]
+        parts: list[NDArray[np.integer]] = []
+        for piece in pieces:
+            parts += [eot, tokenizer.encode(piece.text)] if piece.starts else [tokenizer.encode(piece.text)]
+        size = sum(len(piece.text.encode()) for piece in pieces)
+        found[split] = Encoded(np.concatenate(parts), sum(piece.starts for piece in pieces), size)
+    return found
 
 
-def _encode(units: Iterable[list[Piece]], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """The encoded units in their order, at most two a worker in flight."""
-    pending: deque[Future[Encoded]] = deque()
+def _encode(
+    units: Iterable[list[Piece]], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[list[Piece], dict[str, Encoded]]]:
+    """The units and what they encode to, in their order, at most two a worker in flight."""
+    pending: deque[tuple[list[Piece], Future[dict[str, Encoded]]]] = deque()
     with ThreadPoolExecutor(workers, "prepare") as pool:
         try:
             for unit in units:
-                pending.append(pool.submit(_encode_unit, tokenizer, unit))
+                pending.append((unit, pool.submit(_encode_unit, tokenizer, unit)))
                 if len(pending) >= 2 * workers:
-                    yield pending.popleft().result()
+                    done, future = pending.popleft()
+                    yield done, future.result()
             while pending:
-                yield pending.popleft().result()
+                done, future = pending.popleft()
+                yield done, future.result()
         finally:
-            for future in pending:
+            for _, future in pending:
                 future.cancel()
 
 
-def _check_replaceable(final: Path, source: Source, tokenizer: str) -> None:
+def check_replaceable(final: Path, origin: str, tokenizer: str) -> None:
+    """Raise ConfigError if `final` holds anything but an earlier preparation of the same source."""
     if not final.exists():
         return
     if not (final / MANIFEST).is_file():
         raise ConfigError(f"{final} exists and is not a prepared dataset; choose another --name.")
     old = Manifest.load(final / MANIFEST)
-    if (old.source, old.tokenizer) != (source.origin, tokenizer):
+    if (old.source, old.tokenizer) != (origin, tokenizer):
         raise ConfigError(
             f"{final} exists, made from {old.source} with tokenizer {old.tokenizer!r}; choose another --name or "
             "delete it."
         )
-    ours = {MANIFEST, *(shard.file for split in (old.train, old.val) for shard in split.shards)}
+    ours = {MANIFEST, TOKENIZER_FILE, *(shard.file for split in (old.train, old.val) for shard in split.shards)}
     if foreign := sorted(path.name for path in final.iterdir() if path.name not in ours):
         raise ConfigError(f"{final} also holds {foreign[0]!r}, which is not part of the dataset; move it away first.")
 
 
 @contextmanager
-def _workspace(final: Path) -> Iterator[Path]:
-    """An empty folder beside `final` that takes its place when the block ends well, and vanishes otherwise."""
+def workspace(final: Path, identity: Any) -> Iterator[tuple[Path, Journal | None]]:
+    """A folder beside `final` that takes its place when the block ends well; with the journal of an earlier attempt.
+
+    Without a journal of this `identity` it is empty. When the block fails it stays if there is something to go on with.
+    """
     folder, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder, os.O_RDONLY)
@@ -228,10 +339,9 @@ def _workspace(final: Path) -> Iterator[Path]:
             raise DataError(
                 f"{final} is being prepared by another process; wait for it or choose another --name."
             ) from None
-        for leftover in folder.iterdir():  # of a prepare that was killed
-            leftover.unlink()
+        journal = _read_journal(folder, identity)
         try:
-            yield folder
+            yield folder, journal
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():
                 final.rename(old)
@@ -239,8 +349,27 @@ def _workspace(final: Path) -> Iterator[Path]:
             folder.rename(final)
             fsync_folder(final.parent)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            if (folder / JOURNAL).exists():
+                log.warning("%s is kept; the same command goes on from there.", folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         os.close(fd)
+
+
+def _read_journal(folder: Path, identity: Any) -> Journal | None:
+    """The journal of an earlier attempt at the same; without one the folder is emptied."""
+    try:
+        journal: Journal = json.loads((folder / JOURNAL).read_text("utf-8"))
+        if journal["identity"] == json.loads(json.dumps(identity)):
+            return journal
+        log.warning("%s is of another source or other options; starting over.", folder)
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        log.warning("%s is damaged; starting over.", folder / JOURNAL)
+    for leftover in folder.iterdir():
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    return None

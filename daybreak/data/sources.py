@@ -1,4 +1,5 @@
-"""Where text comes from: plain text, JSON Lines, folders of them, and the catalogue (Python's standard library).
+"""Where text comes from: files and folders of the formats in `data.formats`, Python's standard library, and the
+names that `data.catalogue` knows.
 
 A `Source` yields `Piece`s: consecutive parts of documents, each marked with its split. Memory stays bounded whatever
 the size of a file, because a long document comes in pieces of about a million characters.
@@ -6,28 +7,25 @@ the size of a file, because a long document comes in pieces of about a million c
 
 from __future__ import annotations
 
-import codecs
-import difflib
 import hashlib
-import json
 import logging
 import os
 import platform
 import re
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from daybreak.errors import ConfigError, DataError
+from daybreak.data.formats import SUFFIXES, TEXT_SUFFIXES, is_text, read_documents, read_text
+from daybreak.errors import DataError
 
 log = logging.getLogger("daybreak")
 
 SPLITS = ("train", "val")
-TEXT_SUFFIXES, JSONL_SUFFIX = (".txt", ".md"), ".jsonl"
 PIECE = 1 << 20  # characters
 VAL_BY_DOCUMENT, VAL_BY_POSITION = 0.01, 0.05
 
@@ -38,23 +36,44 @@ _VAL_NAME = re.compile(r"(?:^|[/._-])(?:val|valid|validation)(?=[/._-]|$)")
 
 
 class Piece(NamedTuple):
-    """A part of a document; `starts` marks a document's first."""
+    """A part of a document; `starts` marks a document's first; `file` is the place of its file in the source."""
 
     split: str
     starts: bool
     text: str
+    file: int = 0
+
+
+class Part(NamedTuple):
+    """A file of a source: its name there, where it is (or will be) here, and its split where that is known."""
+
+    name: str
+    path: Path
+    split: str = ""
+
+
+class Pieces(Protocol):
+    """Yields a source's pieces from file `first` on, before which lie `before` documents; `work` takes downloads."""
+
+    def __call__(self, first: int = 0, before: int = 0, work: Path | None = None) -> Iterator[Piece]: ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents to prepare. `size` estimates their UTF-8 bytes; an empty `revision` makes prepare hash the text."""
+    """Documents to prepare. `size` estimates their UTF-8 bytes; an empty `revision` makes prepare hash the text.
+
+    `state` (JSON) changes when the text does: an unfinished preparation goes on only if it is the same. `remote`: the
+    text is downloaded piece by piece.
+    """
 
     name: str
     origin: str
     revision: str
     licence: str
     size: int
-    pieces: Callable[[], Iterator[Piece]]
+    pieces: Pieces
+    state: Any = None
+    remote: bool = False
 
 
 def cut(blocks: Iterable[str], size: int = PIECE) -> Iterator[str]:
@@ -77,118 +96,42 @@ def cut(blocks: Iterable[str], size: int = PIECE) -> Iterator[str]:
         yield pending
 
 
-def read_text(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file in blocks, newlines as they are, without a byte order mark.
-
-    DataError names the line that is not UTF-8, or says that the file is empty.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    newline, lines, empty = b"\n", 1, True
-    with path.open("rb") as file:
-        while data := file.read(PIECE):
-            yield (text := _decode(decoder.decode, data, path, lines))
-            empty = empty and not text
-            lines += data.count(newline)
-        _decode(lambda rest: decoder.decode(rest, True), b"", path, lines)
-    if empty:
-        raise DataError(f"{path} is empty.")
-
-
-def _decode(decode: Callable[[bytes], str], data: bytes, path: Path, line: int) -> str:
-    try:
-        return decode(data)
-    except UnicodeDecodeError as error:
-        line += error.object.count(b"\n", 0, error.start)
-        value = error.object[error.start]
-        raise DataError(f"{path} line {line}: byte 0x{value:02x} is not UTF-8; convert the file to UTF-8.") from None
-
-
-def read_jsonl(path: Path, field: str = "text") -> Iterator[tuple[int, str]]:
-    """(line number, text) of each document of a JSON Lines file; blank lines and empty texts are passed over.
-
-    DataError names file and line where a line is not UTF-8, not a JSON object, or has no string called `field`.
-    """
-    empty = True
-    with path.open("rb") as file:
-        for line, data in enumerate(file, 1):
-            if not data.strip():
-                continue
-            raw = _decode(lambda b: b.decode("utf-8-sig"), data, path, line)
-            try:
-                record = json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path} line {line} is not valid JSON ({error}); fix or delete the line.") from None
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                keys = ", ".join(repr(key) for key in record) if isinstance(record, dict) else type(record).__name__
-                raise DataError(
-                    f"{path} line {line} has no text in field {field!r} (it has: {keys}); name the right one with "
-                    "--text-field."
-                )
-            if text := record[field]:
-                empty = False
-                yield line, _without_surrogates(text)
-    if empty:
-        raise DataError(f"{path} holds no documents.")
-
-
-def _without_surrogates(text: str) -> str:
-    """JSON may escape half a surrogate pair, which has no UTF-8; it becomes U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def is_val(key: str, fraction: float) -> bool:
     """Whether the document called `key` belongs to validation: a hash of the name, so other documents don't matter."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def _files(paths: Sequence[Path]) -> list[tuple[str, Path]]:
-    """(name within its folder, path) of every text file, folders searched in sorted order, hidden entries left out."""
-    files = []
+def _parts(paths: Sequence[Path]) -> list[Part]:
+    """Every file of these formats, folders searched in sorted order, hidden entries left out."""
+    parts = []
     for path in paths:
         if not path.is_dir():
-            if path.suffix not in (*TEXT_SUFFIXES, JSONL_SUFFIX):
+            if not path.name.endswith(SUFFIXES):
                 raise DataError(f"{path}: cannot read {path.suffix or 'this'} files; convert to .txt, .md or .jsonl.")
-            files.append((path.name, path))
+            parts.append(Part(path.name, path))
             continue
         inside = [(file.relative_to(path), file) for file in path.rglob("*") if file.is_file()]
         found = [
-            (name.as_posix(), file)
+            Part(name.as_posix(), file)
             for name, file in sorted(inside)
-            if file.suffix in (*TEXT_SUFFIXES, JSONL_SUFFIX) and not any(part.startswith(".") for part in name.parts)
+            if file.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in name.parts)
         ]
         if not found:
-            raise DataError(f"the folder {path} holds no .txt, .md or .jsonl file.")
-        files += found
-    return files
+            raise DataError(
+                f"the folder {path} holds no .txt, .md or .jsonl file (or .jsonl.gz, .jsonl.zst, .parquet)."
+            )
+        parts += found
+    return parts
 
 
-def _documents(files: Sequence[tuple[str, Path]], field: str) -> Iterator[tuple[str, Iterator[str]]]:
-    """(key, pieces) of each document. A text file is one document, a line of JSON Lines another."""
-    for name, path in files:
-        if path.suffix == JSONL_SUFFIX:
-            for line, text in read_jsonl(path, field):
-                yield f"{name}:{line}", cut([text])
-        else:
-            yield name, cut(read_text(path))
-
-
-def _by_document(documents: Iterable[tuple[str, Iterator[str]]], fraction: float) -> Iterator[Piece]:
-    # The first document is always validation and the second training, so that neither split is ever empty.
-    for i, (key, pieces) in enumerate(documents):
-        split = "val" if i == 0 or (i > 1 and is_val(key, fraction)) else "train"
-        yield from (Piece(split, j == 0, text) for j, text in enumerate(pieces))
-
-
-def _by_name(files: Sequence[tuple[str, Path]], field: str) -> Iterator[Piece]:
-    for file in files:
-        split = "val" if _VAL_NAME.search(file[0].lower()) else "train"
-        for _, pieces in _documents([file], field):
-            yield from (Piece(split, j == 0, text) for j, text in enumerate(pieces))
+def _documents(name: str, path: Path, field: str) -> Iterator[tuple[str, Iterator[str]]]:
+    """(key, pieces) of each document. A text file is one document, a line or row of another format one each."""
+    if is_text(name):
+        yield name, cut(read_text(path))
+    else:
+        for place, text in read_documents(path, field):
+            yield f"{name}:{place}", cut([text])
 
 
 def _by_position(pieces: Iterable[str], size: int, fraction: float) -> Iterator[Piece]:
@@ -206,37 +149,70 @@ def _by_position(pieces: Iterable[str], size: int, fraction: float) -> Iterator[
         seen, starts = seen + nbytes, False
 
 
-def _split_files(files: Sequence[tuple[str, Path]], field: str, fraction: float | None) -> Iterator[Piece]:
-    named = [bool(_VAL_NAME.search(name.lower())) for name, _ in files]
-    if any(named) and not all(named):
-        return _by_name(files, field)
-    if len(files) == 1 and len(documents := list(islice(_documents(files, field), 2))) == 1:
-        pieces: Iterable[str] = documents[0][1]
-        size = files[0][1].stat().st_size
-        if files[0][1].suffix == JSONL_SUFFIX:  # in memory already; the file's size counts the JSON around the text
-            pieces = list(pieces)
-            size = sum(len(piece.encode()) for piece in pieces)
-        return _by_position(pieces, size, fraction or VAL_BY_POSITION)
-    return _by_document(_documents(files, field), fraction or VAL_BY_DOCUMENT)
+def _lone_document(name: str, path: Path, field: str, fraction: float) -> Iterator[Piece] | None:
+    """The pieces of a file that holds one document only; None for any other."""
+    documents = list(islice(_documents(name, path, field), 2))
+    if len(documents) != 1:
+        return None
+    pieces: Iterable[str] = documents[0][1]
+    size = path.stat().st_size
+    if not is_text(name):  # in memory already; the file's size counts what is around the text
+        pieces = list(pieces)
+        size = sum(len(piece.encode()) for piece in pieces)
+    return _by_position(pieces, size, fraction)
+
+
+def split_parts(
+    parts: Sequence[Part], field: str, fraction: float | None, opened: Iterator[tuple[int, Path]], before: int = 0
+) -> Iterator[Piece]:
+    """The pieces of the files that `opened` yields as (index in parts, local path), split as `file_source` says.
+
+    before: documents in the files that are left out at the beginning.
+    """
+    splits = [part.split or ("val" if _VAL_NAME.search(part.name.lower()) else "train") for part in parts]
+    named = len(set(splits)) > 1
+    for index, path in opened:
+        name = parts[index].name
+        if len(parts) == 1 and (pieces := _lone_document(name, path, field, fraction or VAL_BY_POSITION)):
+            yield from pieces
+            return
+        for key, texts in _documents(name, path, field):
+            # The first document is always validation and the second training, so that neither split is ever empty.
+            val = before == 0 or (before > 1 and is_val(key, fraction or VAL_BY_DOCUMENT))
+            split = splits[index] if named else "val" if val else "train"
+            before += 1
+            yield from (Piece(split, j == 0, text, index) for j, text in enumerate(texts))
 
 
 def file_source(paths: Sequence[Path], field: str = "text", val_fraction: float | None = None) -> Source:
-    """Text files, JSON Lines files and folders of them as one source.
+    """Files of the formats in `data.formats` and folders of them as one source.
 
     Validation is, in this order: the files whose name or folder says val, valid or validation, where others don't; the
     last `val_fraction` (5 %) of a single document, cut at a line end; else the first document and those whose hashed
     name falls under `val_fraction` (1 %).
     """
-    files = _files(paths)
-    stem = paths[0].resolve().name if paths[0].is_dir() else paths[0].stem
+    parts = _parts(paths)
+    stem = paths[0].resolve().name if paths[0].is_dir() else paths[0].name.partition(".")[0]
+
+    def pieces(first: int = 0, before: int = 0, work: Path | None = None) -> Iterator[Piece]:
+        opened = ((i, parts[i].path) for i in range(first, len(parts)))
+        return split_parts(parts, field, val_fraction, opened, before)
+
+    stats = [part.path.stat() for part in parts]
     return Source(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "text",
         origin=" ".join(str(path) for path in paths),
         revision="",
         licence="unknown",
-        size=sum(path.stat().st_size for _, path in files),
-        pieces=lambda: _split_files(files, field, val_fraction),
+        size=sum(text_size(part.name, stat.st_size) for part, stat in zip(parts, stats, strict=True)),
+        pieces=pieces,
+        state=[[part.name, stat.st_size, stat.st_mtime_ns] for part, stat in zip(parts, stats, strict=True)],
     )
+
+
+def text_size(name: str, size: int) -> int:
+    """An estimate of the UTF-8 bytes of text in a file of `size` bytes: web text is compressed about 2.5 times."""
+    return size if name.endswith((*TEXT_SUFFIXES, ".jsonl")) else size * 5 // 2
 
 
 def stdlib_files() -> list[tuple[str, Path]]:
@@ -276,7 +252,7 @@ def stdlib_source(val_fraction: float | None = None) -> Source:
     """The standard library, 5 % of its files (by hashed name) being validation."""
     fraction = val_fraction or 0.05
 
-    def pieces() -> Iterator[Piece]:
+    def pieces(first: int = 0, before: int = 0, work: Path | None = None) -> Iterator[Piece]:
         for name, text in stdlib_documents():
             split = "val" if is_val(name, fraction) else "train"
             yield from (Piece(split, j == 0, part) for j, part in enumerate(cut([text])))
@@ -290,30 +266,3 @@ def stdlib_source(val_fraction: float | None = None) -> Source:
         size=sum(path.stat().st_size for _, path in stdlib_files()),
         pieces=pieces,
     )
-
-
-CATALOGUE: dict[str, Callable[[float | None], Source]] = {"stdlib": stdlib_source}
-
-
-def resolve_source(names: Sequence[str | Path], field: str = "text", val_fraction: float | None = None) -> Source:
-    """The source that `names` stand for: one catalogue name, or paths. An existing path wins over a name and says so.
-
-    Raises DataError, with the nearest match, for what is neither; ConfigError for a val_fraction outside (0, 1).
-    """
-    if val_fraction is not None and not 0 < val_fraction < 1:
-        raise ConfigError(f"val-fraction = {val_fraction} must be above 0 and below 1.")
-    if not names:
-        raise ConfigError(f"nothing to prepare; give files, folders or a catalogue name ({', '.join(CATALOGUE)}).")
-    paths = [Path(name) for name in names]
-    if len(names) == 1 and str(names[0]) in CATALOGUE:
-        if not paths[0].exists():
-            return CATALOGUE[str(names[0])](val_fraction)
-        log.warning("%r is a file or folder here and a catalogue name; using the one here (%s).", names[0], paths[0])
-    for path in paths:
-        if not path.exists():
-            near_by = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            near = difflib.get_close_matches(str(path), [*CATALOGUE, *near_by], 1)
-            hint = f" did you mean {near[0]!r}?" if near else ""
-            known = ", ".join(CATALOGUE)
-            raise DataError(f"{str(path)!r} is neither a file nor a folder;{hint} Catalogue names: {known}.")
-    return file_source(paths, field, val_fraction)

@@ -65,7 +65,7 @@ class Run:
         """
         config, checkpoint = self.config, self.checkpoint(step)
         made = checkpoint.manifest["tokenizer"]
-        tokenizer = get_tokenizer(made["name"])
+        tokenizer = get_tokenizer(made["name"], self.path)
         if tokenizer.fingerprint != made["fingerprint"]:
             raise DataError(
                 f"{self.path} was trained with tokenizer {made['name']} {made['fingerprint'][:16]}, "

@@ -29,6 +29,7 @@ from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
 from daybreak.engine.device import engine_options, used_mib
 from daybreak.errors import Error, Stopped, TooManySkips
+from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import token_lengths, validate
 from daybreak.generate import sample_text
 from daybreak.interop import open_source
@@ -268,6 +269,14 @@ class Trainer:
         self.main_log.val(self.step, result.loss)
         self.display.note(f"step {self.step}: val loss {result.loss:.6f} ({result.bits_per_byte:.4f} bits per byte)")
 
+        if self.setup.hellaswag and self.step:
+            score = accuracy(self.engine, self.setup.hellaswag, self.stop.check)
+            # llm.c's definition under the plain name, as in main.log; lm-eval's differs (docs/evaluation.md).
+            for task, value in (("hellaswag", score.acc_norm), ("hellaswag-acc", score.acc)):
+                self.metrics.write("eval", self.step, self.tokens, task=task, accuracy=value, examples=score.examples)
+            self.main_log.eval(self.step, score.acc_norm)
+            self.display.note(f"step {self.step}: HellaSwag {score.acc_norm:.4f} (llm.c's acc_norm)")
+
     def _sample(self) -> None:
         e = self.config.eval
         pieces = sample_text(
@@ -290,7 +299,10 @@ class Trainer:
             "samples": self.samples,
             "skips_in_a_row": self.skips_in_a_row,
             "tokenizer": {"name": self.setup.tokenizer.name, "fingerprint": self.setup.tokenizer.fingerprint},
-            "data": {"fingerprint": self.setup.train_loader.fingerprint},
+            "data": {
+                "fingerprint": self.setup.train_loader.fingerprint,
+                "samples": self.setup.train_loader.counts(self.samples),  # of each source of a mixture
+            },
             "seed": c.run.seed,
             "compute": self.setup.compute,
             "kernels": self.engine.frame.k.choices,  # what bits depend on

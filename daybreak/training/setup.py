@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 
 from daybreak.config import Config
-from daybreak.data.dataset import Dataset, dataset_name, open_dataset
+from daybreak.data.dataset import Dataset, dataset_name
 from daybreak.data.loader import Loader
+from daybreak.data.mixing import open_loaders, parse_mix
 from daybreak.data.prepare import prepare
-from daybreak.data.tokenizer import Tokenizer, get_tokenizer
+from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.engine import plan_engine
 from daybreak.engine.device import check_fits, cpu_has_bf16, engine_options, missing_on, pick_compute, pick_device
 from daybreak.errors import ConfigError, DataError
+from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.state.checkpoint import list_checkpoints
 from daybreak.state.restore import Weights
 from daybreak.state.run import Run
@@ -42,6 +44,7 @@ class Setup:
     compute: str
     device_name: str
     peak: float | None
+    hellaswag: list[Example]  # scored at each validation
     continues: bool  # a checkpoint will be loaded
 
 
@@ -57,18 +60,16 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     device = pick_device(config.run.device)
     compute = pick_compute(config.precision.compute, device)
     _set_precision(config, device, compute)
-    dataset = open_data(config, stop.check)
-    tokenizer = get_tokenizer(dataset.tokenizer_name)
+    dataset, train_loader, val_loader = open_data(config, stop.check)
+    tokenizer = get_tokenizer(dataset.tokenizer_name, dataset.folder)
     if tokenizer.V > config.model.V:
         raise ConfigError(
             f"model.V = {config.model.V} is smaller than the {tokenizer.V} ids of tokenizer {tokenizer.name!r} that "
             f"{dataset.name!r} was made with; use --model.V {tokenizer.V}."
         )
-    V = config.model.V
-    train_loader = Loader(dataset.train, config.T, config.run.seed, not config.run.overfit, V=V)
-    val_loader = Loader(dataset.val, config.T, shuffle=False, V=V)
     config = config.concrete(train_loader.samples_per_epoch * config.T)
-    b = config.batch
+    e, b = config.eval, config.batch
+    hellaswag = load_examples(Path(e.hellaswag), tokenizer, e.hellaswag_examples) if e.hellaswag else []
     options = engine_options(config, device)
     arena = plan_engine(config.model, B=b.B, device_type=device.type, missing=missing_on(device), **options)[2]
     check_fits(arena, device, b.B, b.recompute)
@@ -81,9 +82,11 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
         folder.create()
     write_atomic(folder.config, config.to_toml())  # on resume too: what was changed now holds from now on
     folder.write_env()
+    if tokenizer.source:
+        write_atomic(folder.path / TOKENIZER_FILE, tokenizer.source)
     return Setup(
         config, Run(folder.path), dataset, train_loader, val_loader, tokenizer, device, compute,
-        *describe_device(device, compute), bool(list_checkpoints(folder.checkpoints)),
+        *describe_device(device, compute), hellaswag, bool(list_checkpoints(folder.checkpoints)),
     )  # fmt: skip
 
 
@@ -101,15 +104,18 @@ def describe_device(device: torch.device, compute: str) -> tuple[str, float | No
     return name, peak_flops(name) if compute == "bf16" else None
 
 
-def open_data(config: Config, check: Callable[[], None] = lambda: None) -> Dataset:
-    """The configured dataset. The embedded one is prepared on first use; `check` may stop that."""
+def open_data(config: Config, check: Callable[[], None] = lambda: None) -> tuple[Dataset, Loader, Loader]:
+    """The configured dataset or mixture with its loaders, see `open_loaders`.
+
+    The embedded one is prepared on first use; `check` may stop that.
+    """
     d = config.data
-    if d.name == EMBEDDED and not d.train:
-        folder = Path(d.dir) / dataset_name(d.name, d.tokenizer)
-        if not Path(d.name).is_dir() and not (folder / "manifest.json").is_file():
+    if EMBEDDED in (d.name, *(name for name, _ in parse_mix(d.name))) and not d.train:
+        folder = Path(d.dir) / dataset_name(EMBEDDED, d.tokenizer)
+        if not Path(EMBEDDED).is_dir() and not (folder / "manifest.json").is_file():
             log.info("preparing %s: the Python standard library on this machine, as text", folder)
-            prepare([d.name], data_dir=d.dir, tokenizer=d.tokenizer or "gpt2", progress=lambda *_: check())
-    return open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer)
+            prepare([EMBEDDED], data_dir=d.dir, tokenizer=d.tokenizer or "gpt2", progress=lambda *_: check())
+    return open_loaders(d, config.T, config.run.seed, config.model.V, shuffle=not config.run.overfit)
 
 
 def check_data(checkpoint: Weights, setup: Setup, same_data: bool) -> None:

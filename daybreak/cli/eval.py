@@ -1,0 +1,79 @@
+"""`daybreak eval`: scores of a run or of exported weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from daybreak.errors import ConfigError
+
+if TYPE_CHECKING:
+    from daybreak.evaluate.harness import Score
+
+
+@click.command("eval")
+@click.argument("target", metavar="RUN|HF-DIR")
+@click.option("--tasks", metavar="A,B", help="hellaswag, lambada, arc, piqa, winogrande, mmlu, truthfulqa, gsm8k, ...")
+@click.option("--leaderboard", is_flag=True, help="The six tasks of the first Open LLM Leaderboard, and their mean.")
+@click.option("--hellaswag", metavar="FILE", help="llm.c's in-loop score, of the .jsonl or an eval .bin (RUN only).")
+@click.option("--shots", type=click.IntRange(0), metavar="N", help="Examples in the prompt (default: the task's own).")
+@click.option("--data-files", metavar="DIR", help="Data sets on disk, DIR/owner/name as on the Hub; no network then.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N examples of each task.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="B", help="Rows at a time.")
+@click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
+@click.option("--device", metavar="D", help="cpu or cuda (default: the run's).")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def evaluate(
+    target: str, tasks: str | None, leaderboard: bool, hellaswag: str | None, shots: int | None,
+    data_files: str | None, limit: int | None, batch: int, step: int | None, device: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Score a run, or a Hugging Face model's folder, with lm-evaluation-harness (pip install 'daybreak[eval]').
+
+    \b
+    Examples:
+      daybreak eval runs/mine --tasks hellaswag,lambada
+      daybreak eval runs/mine --leaderboard --data-files sets
+      daybreak eval runs/mine --hellaswag hellaswag_val.jsonl
+    """
+    if (tasks is not None) + leaderboard + (hellaswag is not None) != 1:
+        raise ConfigError("eval needs one of --tasks A,B, --leaderboard and --hellaswag FILE.")
+    path, folder = Path(target), Path(data_files) if data_files else None
+    is_run = (path / "config.toml").is_file()
+    if not is_run and not (path / "config.json").is_file():
+        raise ConfigError(f"{target} is neither a run (config.toml) nor a Hugging Face model's folder (config.json).")
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--data-files {data_files} is not a folder.")
+    if not is_run and hellaswag is not None:
+        raise ConfigError(f"--hellaswag scores runs only, and {target} is none; use --tasks hellaswag.")
+
+    from daybreak.evaluate import harness
+    from daybreak.evaluate.multiple_choice import accuracy, load_examples
+    from daybreak.state.run import Run
+
+    if is_run:
+        run = Run(path)
+        engine, tokenizer = run.load_engine(step, B=batch, device=device)
+    if hellaswag is not None:
+        found = accuracy(engine, load_examples(Path(hellaswag), tokenizer, limit or 0))
+        values = [("acc_norm (llm.c: mean loss per token)", found.acc_norm), ("acc (sum of losses)", found.acc)]
+        scores = [harness.Score("hellaswag, in-loop", m, v, found.examples, 0) for m, v in values]
+    else:
+        names = [t for name in (tasks or "").split(",") for t in harness.TASKS.get(name.strip(), [name.strip()])]
+        greedy = not leaderboard and any(not t.startswith(harness.CHOICE) for t in names)
+        lm: Any = harness.engine_lm(engine, tokenizer, greedy) if is_run else harness.hf_lm(path, batch, device)
+        if leaderboard:
+            scores = harness.leaderboard(lm, folder, limit)
+        else:
+            scores = harness.scores_of(harness.run_harness(lm, names, shots, folder, limit))
+    _print(scores, as_json)
+
+
+def _print(scores: list[Score], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([score._asdict() for score in scores]))
+        return
+    for s in scores:
+        click.echo(f"{s.task:24} {s.metric:38} {s.value:8.4f}   {s.examples} examples, {s.shots} shots")

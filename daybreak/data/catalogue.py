@@ -1,0 +1,93 @@
+"""The names that `prepare` knows, and how what a user typed becomes a source."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from daybreak.data.hub import SPEC, remote_source
+from daybreak.data.sources import Source, file_source, stdlib_source
+from daybreak.errors import ConfigError, DataError
+
+log = logging.getLogger("daybreak")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A catalogue entry: where its text is, validation fraction, a repository of its GPT-2 token shards."""
+
+    spec: str
+    fraction: float | None = None
+    shards: str = ""
+    licence: str = ""  # where no data set card says it
+    size: int = -1  # bytes of a URL's file, where they are known
+
+
+_EDU, _WEB = "hf:HuggingFaceFW/fineweb-edu:sample-", "hf:HuggingFaceFW/fineweb:sample-"
+_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+CATALOGUE: dict[str, Known] = {
+    "stdlib": Known(""),
+    "fineweb-edu-10B": Known(f"{_EDU}10BT", 0.01),
+    "fineweb-edu-100B": Known(f"{_EDU}100BT", 0.001, "karpathy/fineweb-edu-100B-gpt2-token-shards"),
+    "fineweb-edu-350B": Known(f"{_EDU}350BT", 0.0003),
+    "fineweb-10B": Known(f"{_WEB}10BT", 0.01, "kjj0/fineweb10B-gpt2"),
+    "fineweb-100B": Known(f"{_WEB}100BT", 0.001, "kjj0/fineweb100B-gpt2"),
+    "fineweb-350B": Known(f"{_WEB}350BT", 0.0003),
+    "climbmix": Known("hf:karpathy/climbmix-400b-shuffle", 0.0003),
+    "tinystories": Known("hf:roneneldan/TinyStories"),
+    "openwebtext": Known("hf:Skylion007/openwebtext", 0.001),
+    "tinyshakespeare": Known(_SHAKESPEARE, licence="public domain", size=1_115_394),
+}
+ALIASES = {"fineweb-edu": "fineweb-edu-10B", "fineweb": "fineweb-10B"}
+
+
+def known_name(name: str) -> str:
+    """The catalogue's name that `name` stands for, or '' if none."""
+    name = ALIASES.get(name, name)
+    return name if name in CATALOGUE else ""
+
+
+def _known_source(name: str, field: str, fraction: float | None) -> Source:
+    entry = CATALOGUE[name]
+    if not entry.spec:
+        return stdlib_source(fraction)
+    source = remote_source([entry.spec], field, fraction or entry.fraction, entry.licence, entry.size)
+    return Source(**{**vars(source), "name": name})
+
+
+def resolve_source(names: Sequence[str | Path], field: str = "text", val_fraction: float | None = None) -> Source:
+    """The source that `names` stand for: one catalogue name, one hf: data set, URLs, or paths.
+
+    An existing path wins over a catalogue name and says so. Raises DataError, with the nearest match, for what is none
+    of them; ConfigError for a val_fraction outside (0, 1).
+    """
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise ConfigError(f"val-fraction = {val_fraction} must be above 0 and below 1.")
+    known = ", ".join([*CATALOGUE, *ALIASES])
+    if not names:
+        raise ConfigError(f"nothing to prepare; give files, folders, URLs, hf:owner/name or a name ({known}).")
+    words = [str(name) for name in names]
+    if words[0].startswith("hf:"):
+        if len(words) > 1 or not SPEC.fullmatch(words[0]):
+            raise ConfigError(f"{' '.join(words)!r} must be one hf:owner/name[@revision][:config][#column].")
+        return remote_source(words, field, val_fraction)
+    if all(word.startswith(("http://", "https://")) for word in words):
+        return remote_source(words, field, val_fraction)
+    paths = [Path(name) for name in names]
+    if len(names) == 1 and (name := known_name(words[0])):
+        if not paths[0].exists():
+            return _known_source(name, field, val_fraction)
+        log.warning("%r is a file or folder here and a catalogue name; using the one here (%s).", names[0], paths[0])
+    found: list[Path] = []
+    for path in paths:
+        globbed = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?") else []
+        if not path.exists() and not globbed:
+            near_by = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            near = difflib.get_close_matches(str(path), [*CATALOGUE, *ALIASES, *near_by], 1)
+            hint = f" did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"{str(path)!r} is neither a file nor a folder;{hint} Catalogue names: {known}.")
+        found += globbed or [path]
+    return file_source(found, field, val_fraction)

@@ -1,0 +1,228 @@
+"""Text from the network, a file at a time: data sets of the Hugging Face Hub, and plain URLs.
+
+Files are downloaded two ahead of the reader into the workspace, checked (size, sha256 where the Hub tells it, no error
+page in place of data) and deleted once they are read, so the whole set is never on the disk. huggingface_hub resumes
+dropped connections and waits out 429s; what it gives up on is tried again here. HF_ENDPOINT and HF_TOKEN are respected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from daybreak.data.formats import JSONL_SUFFIXES, SUFFIXES, extra
+from daybreak.data.sources import Part, Piece, Source, split_parts, text_size
+from daybreak.errors import DataError
+
+log = logging.getLogger("daybreak")
+SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:#]+))?(?::(?P<config>[^#]+))?(?:#(?P<column>.+))?")
+ATTEMPTS, WAIT, AHEAD = 5, 1.0, 2  # tries a file, seconds after the first (doubled each time), files before the reader
+KINDS = ((".parquet",), JSONL_SUFFIXES, (".txt",))
+_TEST_NAME = re.compile(r"(?:^|[/._-])test(?=[/._-]|$)")
+
+
+class Remote(NamedTuple):
+    """A file to download: its name, size in bytes (-1 unknown), sha256 ('' unknown), split, and how to get it.
+
+    `get(folder, force)` downloads into `folder` and returns the path; `force` starts afresh.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    split: str
+    get: Callable[[Path, bool], Path]
+
+
+def _hub() -> Any:
+    extra("huggingface_hub.utils", "data", "downloading").disable_progress_bars()
+    return extra("huggingface_hub", "data", "downloading")
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(remote: Remote, folder: Path) -> Path:
+    """The checked file in `folder`, after up to ATTEMPTS tries. DataError says what was wrong the last time."""
+    reason = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            log.warning("%s: %s; trying again.", remote.name, reason)
+            time.sleep(WAIT * 2 ** (attempt - 1))
+        try:
+            path = remote.get(folder, attempt > 0)
+            reason = _defect(path, remote)
+            if not reason:
+                return path
+            path.unlink()
+        except Exception as error:  # the library's many kinds
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    raise DataError(
+        f"{remote.name} could not be downloaded in {ATTEMPTS} attempts, at last: {reason}; run the same command again "
+        "to go on from there."
+    )
+
+
+def _defect(path: Path, remote: Remote) -> str:
+    size = path.stat().st_size
+    if remote.size not in (-1, size):
+        return f"{size} bytes came instead of {remote.size}"
+    with path.open("rb") as file:
+        if re.match(rb"\s*<(!doctype|html|\?xml)", file.read(64), re.I):
+            return "the server sent a web page instead of the file"
+    if remote.sha256 and sha256_of(path) != remote.sha256:
+        return "its sha256 is not the one that the Hub lists"
+    return ""
+
+
+def _matcher(pattern: str) -> re.Pattern[str]:
+    """A glob as the Hub's dataset cards use them: * stays within a folder, ** does not."""
+    words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile("".join(words.get(w) or re.escape(w) for w in re.split(r"(\*\*/|\*\*|\*|\?)", pattern)) + "$")
+
+
+def _patterns(card: dict[str, Any], config: str) -> list[tuple[str, str]]:
+    """(glob, split) of the files of a configuration, '' where the card does not say; a config may be a glob itself."""
+    configs = {c["config_name"]: c for c in card.get("configs") or [] if isinstance(c, dict) and "config_name" in c}
+    if any(c in config for c in "*?"):
+        return [(config, "")]
+    if not configs or (config and config not in configs):
+        if config and configs:
+            raise DataError(f"there is no configuration {config!r}; it has: {', '.join(configs)}.")
+        return [(f"{config}/**" if config else "**", "")]
+    standard = next((c for c in configs.values() if c.get("default")), None)
+    chosen = configs[config] if config else standard or configs.get("default") or next(iter(configs.values()))
+    files = chosen.get("data_files") or "**"
+    if isinstance(files, dict):
+        files = [{"split": split, "path": path} for split, path in files.items()]
+    found = []
+    for entry in files if isinstance(files, list) else [files]:
+        split, paths = (entry.get("split", ""), entry["path"]) if isinstance(entry, dict) else ("", entry)
+        folder = f"{chosen['data_dir'].strip('/')}/" if chosen.get("data_dir") else ""
+        found += [(folder + path, split) for path in (paths if isinstance(paths, list) else [paths])]
+    return found
+
+
+def hub_files(
+    repo: str, revision: str | None = None, config: str = "", kinds: tuple[tuple[str, ...], ...] = KINDS
+) -> tuple[str, str, list[Remote]]:
+    """(commit, licence, files) of a data set on the Hub: those of the first of `kinds` (suffixes) that it has.
+
+    Test splits are left out. DataError, in one sentence.
+    """
+    hub, endpoint = _hub(), os.environ.get("HF_ENDPOINT") or None
+    api = hub.HfApi(endpoint=endpoint)
+    try:
+        info = api.dataset_info(repo, revision=revision, timeout=30)
+        card = dict(info.card_data.to_dict()) if info.card_data else {}
+        patterns = _patterns(card if kinds is KINDS else {}, config)
+        fixed = [re.split(r"[*?]", glob)[0] for glob, _ in patterns]
+        prefix = os.path.commonprefix(fixed).rpartition("/")[0]  # noqa: RUF071  # cut at a folder
+        tree = api.list_repo_tree(repo, prefix or None, recursive=True, revision=info.sha, repo_type="dataset")
+        entries = sorted((entry for entry in tree if hasattr(entry, "size")), key=lambda e: str(e.path))  # no folders
+    except DataError as error:
+        raise DataError(f"hf:{repo}: {error}") from None
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"hf:{repo} cannot be listed at {endpoint or 'https://huggingface.co'} ({type(error).__name__}: {said}); "
+            "check the name, the network and, for a gated set, HF_TOKEN."
+        ) from None
+
+    def getter(name: str) -> Callable[[Path, bool], Path]:
+        where = {"repo_type": "dataset", "revision": info.sha, "endpoint": endpoint}
+        return lambda to, force: Path(hub.hf_hub_download(repo, name, local_dir=to, force_download=force, **where))
+
+    files = []
+    for entry in entries:
+        split = next((s for glob, s in patterns if _matcher(glob).match(entry.path)), "test")
+        split = {"validation": "val", "valid": "val"}.get(split, split)
+        if split in ("train", "val") or (not split and not _TEST_NAME.search(entry.path)):
+            sha256 = entry.lfs.sha256 if entry.lfs else ""
+            files.append(Remote(entry.path, entry.size, sha256, split, getter(entry.path)))
+    found = next((some for kind in kinds if (some := [f for f in files if f.name.endswith(kind)])), [])
+    if not found:
+        known, globs = ", ".join(s for kind in kinds for s in kind), ", ".join(glob for glob, _ in patterns)
+        raise DataError(f"hf:{repo} has no {known} file among {globs}.")
+    licence = card.get("license", "unknown")
+    return info.sha, licence if isinstance(licence, str) else " ".join(licence), found
+
+
+def _url_file(url: str, size: int = -1) -> Remote:
+    name = url.partition("?")[0].rpartition("/")[2]
+    if not name.endswith(SUFFIXES):
+        raise DataError(f"{url}: cannot read files of this kind; it must end in {', '.join(SUFFIXES)}.")
+
+    def get(folder: Path, force: bool) -> Path:
+        path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+        partial = path.with_name(path.name + ".part")
+        http_get = extra("huggingface_hub.file_download", "data", url).http_get
+        with partial.open("wb" if force else "ab") as file:
+            http_get(url, file, resume_size=file.tell(), headers={"Accept-Encoding": "identity"})
+        return partial.rename(path)
+
+    return Remote(url, size, "", "", get)
+
+
+def _expand(url: str) -> list[str]:
+    """The URLs that one with a range, as in part-{000..099}.parquet, stands for."""
+    if match := re.search(r"\{(\d+)\.\.(\d+)\}", url):
+        first, last = match.groups()
+        numbers = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+        return [u for n in numbers for u in _expand(url[: match.start()] + n + url[match.end() :])]
+    return [url]
+
+
+def _opened(remotes: Sequence[Remote], first: int, folder: Path) -> Iterator[tuple[int, Path]]:
+    """(index, local path) of each file from `first` on, downloaded ahead and deleted when the next is asked for."""
+    folder.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(AHEAD, "download") as pool:
+        pending: deque[Future[Path]] = deque()
+        try:
+            for i in range(first, len(remotes)):
+                while len(pending) < AHEAD and i + len(pending) < len(remotes):
+                    pending.append(pool.submit(download, remotes[i + len(pending)], folder))
+                path = pending.popleft().result()
+                yield i, path
+                path.unlink()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def remote_source(
+    names: Sequence[str], field: str, fraction: float | None, licence: str = "", size: int = -1
+) -> Source:
+    """`hf:owner/name[@revision][:config][#column]`, or URLs, as a source. DataError for what cannot be listed."""
+    if match := SPEC.fullmatch(names[0]):
+        field = match["column"] or field
+        revision, found, remotes = hub_files(match["repo"], match["revision"], match["config"] or "")
+        licence = licence or found
+        plain = re.sub(r"[*?/]+", "-", match["config"] or "").strip("-")
+        name = match["repo"].partition("/")[2] + (f"-{plain}" if plain else "")
+    else:
+        remotes = [_url_file(url, size) for name in names for url in _expand(name)]
+        # Nothing tells whether what a URL gives changed: an unfinished preparation trusts that it did not.
+        revision, name = "as downloaded", remotes[0].name.rpartition("/")[2].partition(".")[0]
+    parts = [Part(remote.name, Path(), remote.split) for remote in remotes]
+
+    def pieces(first: int = 0, before: int = 0, work: Path | None = None) -> Iterator[Piece]:
+        assert work is not None, "a remote source needs a folder for its downloads"
+        return split_parts(parts, field, fraction, _opened(remotes, first, work / "download"), before)
+
+    return Source(
+        name=name, origin=" ".join(names), revision=revision, licence=licence or "unknown",
+        size=sum(text_size(r.name, max(r.size, 0)) for r in remotes), pieces=pieces,
+        state=[[r.name, r.size, r.sha256] for r in remotes], remote=True,
+    )  # fmt: skip

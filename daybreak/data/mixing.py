@@ -1,0 +1,119 @@
+"""Several data sets in one order, by weight: `fineweb-edu-10B=0.7,stdlib=0.3`. Still a pure function of (seed, step).
+
+The order comes in blocks of 1,024 samples. Every block holds exactly the same number of samples of each source: its
+share of 1,024, by largest remainders. Their places within block b are a permutation keyed by (seed, b), and each
+source is read in its own epoch order, so after any number of samples each source's count is known without reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daybreak.data.dataset import Dataset, open_dataset
+from daybreak.data.loader import Loader, permutation
+from daybreak.data.tokenizer import get_tokenizer
+from daybreak.errors import ConfigError, DataError
+
+BLOCK = 1024  # samples
+
+
+def parse_mix(name: str) -> list[tuple[str, float]]:
+    """(data set, weight) of a mixture's name; [] if it has no weights. ConfigError for a weight that is none."""
+    if "=" not in name or Path(name).exists():
+        return []
+    parts = [part.strip().rpartition("=") for part in name.split(",")]
+    for source, _, weight in parts:
+        if not source or not re.fullmatch(r"\d+\.?\d*|\.\d+", weight) or float(weight) == 0:
+            raise ConfigError(f"data.name = {name!r} must be NAME=WEIGHT,NAME=WEIGHT with weights above 0.")
+    return [(source, float(weight)) for source, _, weight in parts]
+
+
+def shares(weights: Sequence[float]) -> list[int]:
+    """Samples of each source in a block: BLOCK in all, by largest remainders (the first of equals), each at least 1."""
+    parts = [Fraction(str(weight)) for weight in weights]  # exact, so that 0.6, 0.4 and 6, 4 are the same
+    exact = [part * BLOCK / sum(parts) for part in parts]
+    counts = [max(int(x), 1) for x in exact]
+    while (missing := BLOCK - sum(counts)) != 0:
+        step = 1 if missing > 0 else -1
+        able = [i for i, n in enumerate(counts) if n + step > 0]
+        counts[max(able, key=lambda i: (exact[i] - counts[i]) * step)] += step
+    return counts
+
+
+class MixLoader(Loader):
+    """Samples of several loaders by weight; has a Loader's interface. An epoch ends with the first source's."""
+
+    def __init__(self, loaders: Sequence[Loader], weights: Sequence[float], seed: int, shuffle: bool = True) -> None:
+        self.loaders, self.seed, self.T, self.shuffle = list(loaders), seed, loaders[0].T, shuffle
+        self.shares = shares(weights)
+        self._bounds = np.cumsum([0, *self.shares])
+        self.samples_per_epoch = min(
+            ld.samples_per_epoch * BLOCK // n for ld, n in zip(self.loaders, self.shares, strict=True)
+        )
+        self.dropped_tokens = sum(loader.dropped_tokens for loader in self.loaders)
+        self.dtype = np.result_type(*(loader.dtype for loader in self.loaders))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the sources' fingerprints and their shares, in order."""
+        each = [f"{n} {loader.fingerprint}\n" for n, loader in zip(self.shares, self.loaders, strict=True)]
+        return hashlib.sha256("".join(each).encode()).hexdigest()
+
+    def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(source, index in that source's order) of each of the block's samples."""
+        order = permutation(self.seed ^ 0x6D6978, block, BLOCK)(np.arange(BLOCK))
+        source = np.searchsorted(self._bounds, order, side="right") - 1
+        index = np.empty(BLOCK, np.int64)
+        for s, n in enumerate(self.shares):
+            index[source == s] = block * n + np.arange(n)
+        return source, index
+
+    def counts(self, samples: int) -> list[int]:
+        """How many of the first `samples` samples come from each source; times T, its tokens trained on."""
+        block, rest = divmod(samples, BLOCK)
+        partial = np.bincount(self._block(block)[0][:rest], minlength=len(self.shares))
+        return [block * n + int(extra) for n, extra in zip(self.shares, partial, strict=True)]
+
+    def batch(self, first_sample: int, count: int) -> NDArray[Any]:
+        """As `Loader.batch`."""
+        out = np.empty((count, self.T + 1), self.dtype)
+        for block in range(first_sample // BLOCK, -(-(first_sample + count) // BLOCK)):
+            low, high = max(first_sample, block * BLOCK), min(first_sample + count, (block + 1) * BLOCK)
+            source, index = (a[low - block * BLOCK : high - block * BLOCK] for a in self._block(block))
+            for s, loader in enumerate(self.loaders):
+                if (here := np.flatnonzero(source == s)).size:  # a source's indices are consecutive
+                    out[low - first_sample + here] = loader.batch(int(index[here[0]]), here.size)
+        return out
+
+
+def open_loaders(data: Any, T: int, seed: int, V: int, shuffle: bool = True) -> tuple[Dataset, Loader, Loader]:
+    """The data set(s) of a `DataConfig` and the loaders of both splits; `shuffle` the training one. ConfigError,
+    DataError."""
+    mix = [] if data.train else parse_mix(data.name)
+    sets = [open_dataset(name, data.dir, tokenizer=data.tokenizer) for name, _ in mix] or [
+        open_dataset(data.name, data.dir, data.train, data.val, data.tokenizer)
+    ]
+    first = sets[0]
+    if other := next((d for d in sets if d.tokenizer_name != first.tokenizer_name), None):
+        raise DataError(
+            f"{first.name!r} and {other.name!r} were made with tokenizers {first.tokenizer_name!r} and "
+            f"{other.tokenizer_name!r}; a mixture needs one: prepare one of them again."
+        )
+    eot = get_tokenizer(first.tokenizer_name, first.folder).eot if data.bos else None
+    train = [Loader(d.train, T, seed, shuffle, V=V, eot=eot) for d in sets]
+    val = [Loader(d.val, T, shuffle=False, V=V) for d in sets]
+    if not mix:
+        return first, train[0], val[0]
+    weights = [weight for _, weight in mix]
+    both = [[shard for d in sets for shard in getattr(d, split)] for split in ("train", "val")]
+    dataset = Dataset(data.name, both[0], both[1], first.tokenizer_name, None, first.folder)
+    return dataset, MixLoader(train, weights, seed, shuffle=shuffle), MixLoader(val, weights, 0, shuffle=False)

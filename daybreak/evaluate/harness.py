@@ -1,0 +1,169 @@
+"""lm-evaluation-harness over our engine: an `LM` that needs no export, and the tasks people compare by.
+
+The harness (extra `eval`) is the only judge outside the training loop: prompts, shots, filters and metrics are its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from daybreak.data.formats import extra
+from daybreak.data.tokenizer import Tokenizer
+from daybreak.engine import Engine
+from daybreak.errors import ConfigError, DataError, Error
+from daybreak.evaluate.multiple_choice import losses_of
+
+# What `--tasks` knows beside the harness's own names.
+TASKS = {"lambada": ["lambada_openai"], "arc": ["arc_easy", "arc_challenge"], "truthfulqa": ["truthfulqa_mc2"]}
+CHOICE = ("hellaswag", "arc", "piqa", "winogrande", "mmlu", "truthfulqa_mc")  # compare likelihoods only
+# The first Open LLM Leaderboard: task -> (shots, metric).
+LEADERBOARD = {"arc_challenge": (25, "acc_norm"), "hellaswag": (10, "acc_norm"), "mmlu": (5, "acc"),
+               "truthfulqa_mc2": (0, "acc"), "winogrande": (5, "acc"), "gsm8k": (5, "exact_match")}  # fmt: skip
+
+
+class Score(NamedTuple):
+    """A figure of one task: `value` as the harness gives it, over `examples` examples with `shots` shots."""
+
+    task: str
+    metric: str
+    value: float
+    examples: int
+    shots: int
+
+
+def engine_lm(engine: Engine, tokenizer: Tokenizer, greedy: bool = True) -> Any:
+    """An `lm_eval` model of the engine. greedy=False leaves out whether a continuation is the likeliest one (False).
+
+    Whole vocabularies of logits are only needed for that and for generated text, which is greedy and without a cache.
+    """
+    base = extra("lm_eval.api.model", "eval", "daybreak eval").TemplateLM
+    harness_utils = extra("lm_eval.utils", "eval", "daybreak eval")
+
+    class EngineLM(base):  # type: ignore[misc, valid-type]
+        eot_token_id, max_length, tokenizer_name = tokenizer.eot, engine.T, tokenizer.name
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            return [int(i) for i in tokenizer.encode(string)]
+
+        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+            rows = [(context, continuation) for _, context, continuation in requests]
+            losses = losses_of(engine, rows)
+            return [
+                (-float(x.sum(dtype=np.float64)), greedy and self._is_greedy(row, x))
+                for row, x in zip(rows, losses, strict=True)
+            ]
+
+        def _is_greedy(self, row: tuple[Sequence[int], Sequence[int]], losses: Any) -> bool:
+            if (losses < math.log(2) - 0.01).all():  # each has more than half of the probability
+                return True
+            if (losses > math.log(tokenizer.V) + 0.01).any():  # one has less than the average token
+                return False
+            ids = [*row[0], *row[1]][-engine.T - 1 :]
+            best = engine.logits(torch.tensor([ids[:-1]]))[0, -len(row[1]) :, : tokenizer.V].argmax(-1)
+            return best.tolist() == list(ids[-len(best) :])
+
+        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+            totals = []
+            for request in requests:
+                ids, size = self.tok_encode(request.args[0]), engine.T
+                cut = harness_utils.get_rolling_token_windows(ids, tokenizer.eot, max_seq_len=size, context_len=1)
+                windows = [harness_utils.make_disjoint_window(window) for window in cut]
+                totals.append(-float(sum(x.sum(dtype=np.float64) for x in losses_of(engine, windows))))
+            return totals
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            return [self._generate(*request.args) for request in requests]
+
+        def _generate(self, context: str, options: dict[str, Any]) -> str:
+            if options.get("do_sample"):
+                raise ConfigError("daybreak eval generates greedily; this task samples (do_sample), which is not done.")
+            until = options.get("until") or []
+            until = [until] if isinstance(until, str) else until
+            count = min(options.get("max_gen_toks", 256), engine.T - 1)
+            ids = (self.tok_encode(context) or [tokenizer.eot])[-(engine.T - count) :]
+            text, made = "", list[int]()
+            while len(made) < count and not any(stop in text for stop in until):
+                made.append(int(engine.next_logits(torch.tensor(ids + made))[: tokenizer.V].argmax()))
+                if made[-1] == tokenizer.eot:
+                    made.pop()
+                    break
+                text = tokenizer.decode(made)
+            for stop in until:
+                text = text.partition(stop)[0]
+            return text
+
+    return EngineLM()
+
+
+def hf_lm(path: Path, B: int, device: str | None) -> Any:
+    """The harness's own Hugging Face model of an exported folder."""
+    model = extra("lm_eval.models.huggingface", "eval", "daybreak eval").HFLM
+    return model(pretrained=str(path.resolve()), batch_size=B, device=device or "cpu", dtype="auto")
+
+
+def run_harness(lm: Any, tasks: Sequence[str], shots: int | None, folder: Path | None, limit: int | None) -> Any:
+    """`lm_eval.simple_evaluate` with per-example records (`samples`), as it returns it.
+
+    folder: data sets by their names on the Hub (`folder/Rowan/hellaswag/...`, as downloaded), instead of the network.
+    ConfigError for an unknown task, DataError for data that is not there.
+    """
+    if folder is not None:  # read when the libraries are imported
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    lm_eval, known = extra("lm_eval", "eval", "daybreak eval"), _task_manager()
+    if unknown := [task for task in tasks if task not in known.all_tasks]:
+        raise ConfigError(f"lm-evaluation-harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
+    try:
+        # A data set's name that is a folder here is taken from it.
+        with contextlib.chdir(folder or Path()):
+            return lm_eval.simple_evaluate(
+                lm, tasks=list(tasks), num_fewshot=shots, limit=limit, bootstrap_iters=0, task_manager=known
+            )
+    except Error:
+        raise
+    except (OSError, ValueError, ConnectionError) as error:
+        said = str(error).partition("\n")[0]
+        raise DataError(
+            f"{', '.join(tasks)}: {said}; put the data under --data-files as owner/name, as the Hub has it."
+        ) from error
+
+
+@cache
+def _task_manager() -> Any:  # it reads 10,000 files
+    return extra("lm_eval.tasks", "eval", "daybreak eval").TaskManager()
+
+
+def scores_of(results: Mapping[str, Any]) -> list[Score]:
+    """Every figure of a result, tasks before groups, standard errors left out."""
+    found, effective = [], results.get("n-samples", {})
+    for task, values in results["results"].items():
+        shots = int(results["n-shot"].get(task, 0))
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if isinstance(value, float | int) and kind and not metric.endswith("_stderr"):
+                name = metric if kind in ("none", "") else f"{metric} ({kind})"
+                found.append(Score(task, name, float(value), int(effective.get(task, {}).get("effective", 0)), shots))
+    return found
+
+
+def leaderboard(lm: Any, folder: Path | None, limit: int | None) -> list[Score]:
+    """The six tasks with their shots and, last, their mean. MMLU is the unweighted mean over its subjects."""
+    found = []
+    for task, (shots, metric) in LEADERBOARD.items():
+        results = run_harness(lm, [task], shots, folder, limit)
+        groups = set(results.get("group_subtasks") or {}) - set(results["samples"])
+        these = [s for s in scores_of(results) if s.task not in groups and s.metric.partition(" ")[0] == metric]
+        if task == "gsm8k":
+            these = [s for s in these if "strict" in s.metric]
+        mean = statistics.fmean(s.value for s in these)
+        found.append(Score(task, these[0].metric, mean, sum(s.examples for s in these), shots))
+    return [*found, Score("mean", "", statistics.fmean(s.value for s in found), sum(s.examples for s in found), 0)]

@@ -1,0 +1,94 @@
+"""`daybreak bench` and `daybreak doctor`: what they count and what they say, on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import daybreak
+import daybreak.report.bench as report
+from daybreak.cli.main import main
+from daybreak.engine import Engine
+from daybreak.kernels import CUDA_ORDER, OPS
+from daybreak.report.bench import Bench, Cost, flops_of, meter, nbytes_of, print_bench
+from daybreak.report.doctor import machine
+from daybreak.shapes import GPT2Config
+
+SHAPE = GPT2Config(L=2, C=32, NH=2, max_T=16, V=200)
+
+
+def test_bytes_of_a_call() -> None:
+    x = torch.zeros(4, 8)  # 128 bytes
+    assert nbytes_of("gelu_forward", {"out": x, "x": x.clone()}, ("out",)) == 256
+    given = {"dw": x, "dout": x, "x": x, "accumulate": True}
+    assert nbytes_of("matmul_backward_weight", given, ("dw",)) == 512  # dw is read and written
+    assert nbytes_of("classifier", {"logits": x, "backward": True}, ("logits",)) == 256
+    assert nbytes_of("classifier", {"logits": x, "backward": False}, ("logits",)) == 128
+
+
+def test_flops_of_a_call() -> None:
+    x, w, out = torch.zeros(4, 8), torch.zeros(16, 8), torch.zeros(4, 16)
+    assert flops_of("matmul_forward", {"out": out, "x": x, "w": w}) == 2 * 4 * 8 * 16
+    assert flops_of("matmul_backward_input", {"dx": x, "dout": out, "w": w}) == 2 * 4 * 8 * 16
+    assert flops_of("matmul_backward_weight", {"dw": w, "dout": out, "x": x}) == 2 * 4 * 8 * 16
+    q = torch.zeros(2, 3, 5, 7)  # B, T, NH, HS: 6 pairs of a query and a key it sees, two products
+    assert flops_of("attention_forward", {"q": q}) == 2 * 2 * (2 * 5 * 7 * 6)
+    assert flops_of("layernorm_forward", {"x": x}) == 0
+
+
+def test_every_call_of_a_step_is_metered() -> None:
+    engine = Engine(SHAPE, B=2, T=16)
+    costs = meter(engine)
+    calls = engine.call_list()
+    assert {name: c.calls for name, c in costs.items()} == {name: calls.count(name) for name in set(calls)}
+    assert all(c.seconds > 0 and c.nbytes > 0 and c.backend == "torch" for c in costs.values())
+    L, n, C = SHAPE.L, 32, SHAPE.C
+    blocks, head = 2 * n * 12 * C * C * L, 2 * n * SHAPE.Vp * C
+    products = sum(c.flops for name, c in costs.items() if name.startswith("matmul"))
+    assert products == 3 * (blocks + head)
+    assert set(costs) <= set(OPS)
+    assert torch.isfinite(engine.state["stats"][:2]).all()  # the engine works on
+
+
+def test_step_times_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only advances with the updates, 10 ms each, then 20: the first five steps do not count."""
+    engine, now, step = Engine(SHAPE, B=2, T=16), [0.0], [0]
+    update = engine.update
+
+    def timed_update():
+        step[0] += 1
+        now[0] += 0.02 if step[0] > report.WARM_STEPS else 0.01
+        return update()
+
+    monkeypatch.setattr(engine, "update", timed_update)
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
+    assert report.time_steps(engine, 1, 0.09) == pytest.approx([0.02] * 5)
+
+
+def test_the_table_says_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    costs = {
+        "gelu_forward": Cost("torch", 3, 0.004, 2_000_000_000, 0),
+        "matmul_forward": Cost("torch", 2, 0.01, 1, 10**10),
+    }
+    print_bench(Bench("a card", 1000, 2, [0.4, 0.5, 0.9], 77, 1e12, 2e12, 0.25, costs))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "500.0 ms a step of 1,000 tokens (2 micro-steps), 2,000 tok/s, MFU 25.0 %, 77 MiB" in out
+    assert "│ gelu_forward │ torch │ 3 │ 4.00 │ 2.00 │ 2.00x │ 0.50 │ │" in out
+    assert "│ matmul_forward │ torch │ 2 │ 10.00 │ 5.00 │ 2.00x │ 0.00 │ 1 │" in out
+    assert "│ all │ │ │ 14.00 │ 7.00 │ 2.00x │" in out
+
+
+def test_bench_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--model.L 1 --model.C 16 --model.NH 2 --model.max_T 16 --model.V 200 --batch.B 2 --batch.total_tokens 64"
+    assert main(["bench", "d12", *flags.split(), "--run.device", "cpu", "--seconds", "0.01"]) == 0
+    assert "2 micro-steps" in capsys.readouterr().out
+    assert main(["bench", "d12", *flags.split(), "--run.device", "cpu", "--tune", "."]) == 2
+    assert "run.device must be a CUDA device" in capsys.readouterr().err
+
+
+def test_doctor_names_the_backends() -> None:
+    lines = machine()
+    assert lines[0].startswith(f"daybreak {daybreak.__version__}, Python ")
+    if not torch.cuda.is_available():
+        assert "GPU: none that torch can use" in lines
+        assert [line.split() for line in lines if line.startswith("  ")] == [[g, "torch"] for g in sorted(CUDA_ORDER)]

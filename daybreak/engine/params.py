@@ -109,6 +109,15 @@ def init_parameters(table: ParamTable, seed: int, store: Callable[[str, Tensor],
             job.result()
 
 
+def fill_parameters(table: ParamTable, flat: Tensor, seed: int) -> None:
+    """Draw initial weights into a flat CPU buffer (N, any float dtype) on all of torch's threads."""
+
+    def store(name: str, value: Tensor) -> None:
+        table.view(flat, name).copy_(value)
+
+    init_parameters(table, seed, store, torch.get_num_threads())
+
+
 def _skip(generator: torch.Generator, numel: int, buffer: Tensor) -> None:
     """Advance `generator` as a normal_ of `numel` fp32 elements does: one number each, if they are multiples of 16."""
     if numel % 16:

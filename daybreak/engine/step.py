@@ -22,7 +22,7 @@ from daybreak.engine.arena import Arena, Entry, Frame, LiveFrame, plan_arena
 from daybreak.engine.capture import Graphs, Pending, Ring
 from daybreak.engine.device import missing_on
 from daybreak.engine.models import Model, build_model
-from daybreak.engine.params import ParamTable, init_parameters
+from daybreak.engine.params import ParamTable, fill_parameters
 from daybreak.kernels import ON_HOST, acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
 from daybreak.kernels.optimizer import join_masters, round_weights, split_masters
@@ -140,6 +140,23 @@ def plan_engine(
     return model, table, plan_arena(table, dtype, state, schedules, choices)
 
 
+class Draw:
+    """Initial weights being drawn into host memory, in threads of their own."""
+
+    def __init__(self, cfg: GPT2Config, seed: int, dtype: torch.dtype) -> None:
+        cfg.check()
+        table = ParamTable(build_model(cfg).rows())
+        self._flat = torch.zeros(table.numel, dtype=dtype)
+        self._pool = ThreadPoolExecutor(1)
+        self._done = self._pool.submit(fill_parameters, table, self._flat, seed)
+
+    def result(self) -> Tensor:
+        """The flat weights (N) in compute dtype, once they are complete."""
+        self._done.result()
+        self._pool.shutdown()
+        return self._flat
+
+
 class Engine:
     """A model and its optimizer in memory that was allocated once. Knows no files, loggers or flags.
 
@@ -170,6 +187,8 @@ class Engine:
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.optim, self.guard = optim or OptimConfig(), guard or GuardConfig()
         self.seed = seed  # of the initial weights and of stochastic rounding
+        # On CUDA the draw takes seconds and so do loading and compiling kernels: they go on side by side.
+        drawing = Draw(cfg, seed, DTYPES[compute]) if init and self.device.type == "cuda" else None
         self.model, self.table, self.arena = plan_engine(
             cfg, B=B, T=T, compute=compute, recompute=recompute, train=train, masters=masters,
             device_type=self.device.type, kernels=kernels, missing=missing_on(self.device),
@@ -183,31 +202,27 @@ class Engine:
         self._batch = Ring((2, B, T), torch.int64, self.device)
         self._stats = Ring((len(STATS),), torch.float64, self.device)
         self._last: Pending | None = None
+        if drawing is not None and train:
+            self.prepare()
         if init:
-            self.init(seed)
+            self.init(seed, drawing)
 
     # ------------------------------------------------------------------------------------------------- weights
 
-    def init(self, seed: int) -> None:
-        """Fresh weights from `seed`, always drawn on the CPU; optimizer state and windows zeroed.
-
-        On CUDA the kernels are compiled and captured meanwhile: both take seconds and do not need each other.
-        """
+    def init(self, seed: int, drawing: Draw | None = None) -> None:
+        """Fresh weights from `seed`, always drawn on the CPU (or already, by `drawing`); optimizer state and windows
+        zeroed."""
         for name in ("m", "v", "masters", "windows", "counts"):  # split masters of rounded weights are zero
             if name in self.state:
                 self.state[name].zero_()
-
-        def store(name: str, value: Tensor) -> None:
-            self.frame.w(name).copy_(value.to(self.frame.dtype))
-
-        with ThreadPoolExecutor(1) as pool:
-            drawing = pool.submit(init_parameters, self.table, seed, store, torch.get_num_threads())
-            if self.train:
-                self.prepare()
-            drawing.result()
+        weights = self.state["weights"]
+        if drawing is not None or weights.device.type != "cpu":
+            weights.copy_((drawing or Draw(self.cfg, seed, weights.dtype)).result())
+        else:
+            fill_parameters(self.table, weights, seed)
         masters = self.state.get("masters")
         if masters is not None and masters.dtype != torch.int16:  # they start from the rounded weights
-            masters.copy_(self.state["weights"])
+            masters.copy_(weights)
 
     def prepare(self) -> None:
         """On CUDA: run the schedule once without effect, so that everything is compiled, and capture its graphs."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -58,6 +59,8 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     if resume is None:
         folder.check_free()
     device = pick_device(config.run.device)
+    if device.type == "cuda":  # looking for libraries imports them, which takes seconds: meanwhile the data is opened
+        Thread(target=missing_on, args=(device,), daemon=True).start()
     compute = pick_compute(config.precision.compute, device)
     _set_precision(config, device, compute)
     dataset, train_loader, val_loader = open_data(config, stop.check)

@@ -365,11 +365,13 @@ def test_an_unknown_target(target: str, sentence: str, tmp_path: Path, monkeypat
         )
 
 
-# The contract: run, log, eval, checkpoint, guard, cost, parallel, batch sizes, recompute, horizon; but not the seed.
+# The contract: run, log, eval, checkpoint, guard, cost, parallel, kernels, batch sizes, recompute, weight layout,
+# horizon; but not the seed.
+OPEN = ("eval", "checkpoint", "guard", "log", "cost", "parallel", "kernels")
 MAY_CHANGE = {
-    *(name for name in KEYS if name.split(".")[0] in ("eval", "checkpoint", "guard", "log", "cost", "parallel")),
-    "batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon", "run.name", "run.dir",
-    "run.steps", "run.max_hours", "run.device", "run.profile",
+    *(name for name in KEYS if name.split(".")[0] in OPEN),
+    "batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon", "precision.masters", "run.name",
+    "run.dir", "run.steps", "run.max_hours", "run.device", "run.profile",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -87,13 +88,17 @@ def assert_same(a: daybreak.Run, b: daybreak.Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compute", "first", "total"), [("fp32", 7, 20), ("fp32", 33, 40), ("bf16", 7, 20), ("fp64", 7, 12)]
-)
+    ("compute", "masters", "first", "total"),
+    [
+        ("fp32", "auto", 7, 20), ("fp32", "auto", 33, 40), ("bf16", "fp32", 7, 20), ("bf16", "split", 7, 20),
+        ("bf16", "none", 7, 20), ("fp64", "auto", 7, 12),
+    ],
+)  # fmt: skip
 def test_resuming_is_bit_identical_to_never_having_stopped(
-    shards: Path, tmp_path: Path, compute: str, first: int, total: int
+    shards: Path, tmp_path: Path, compute: str, masters: str, first: int, total: int
 ) -> None:
     """20 = 7 + 13; 40 = 33 + 7 crosses the end of the epoch after step 35."""
-    make = {"precision__compute": compute, "guard__loss_z": 3.0}
+    make = {"precision__compute": compute, "precision__masters": masters, "guard__loss_z": 3.0}
     straight = daybreak.train(config(shards, tmp_path, "straight", run__steps=total, **make))
     part = config(shards, tmp_path, "parts", run__steps=first, optim__horizon=total, **make)
     run = daybreak.train(part)
@@ -106,6 +111,19 @@ def test_resuming_is_bit_identical_to_never_having_stopped(
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert a.keys() == b.keys()
     assert len(losses(straight)) == total
+
+
+def test_other_kernels_are_told(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run whose bits rest on other things than before says which, in one line; an equal one says nothing."""
+    run = daybreak.train(config(shards, tmp_path, "a", run__steps=3))
+    caplog.set_level(logging.WARNING, logger="daybreak")
+    daybreak.train(run.config.override({"run.steps": 4}), resume=run.path)
+    assert caplog.messages == []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    daybreak.train(run.config.override({"run.steps": 5}), resume=run.path)
+    assert caplog.messages == ["from here on bits may differ from an uninterrupted run: threads 1 -> 7"]
 
 
 def test_it_learns(shards: Path, tmp_path: Path) -> None:

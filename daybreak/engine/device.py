@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -54,6 +55,19 @@ def missing_on(device: torch.device) -> dict[str, str]:
     from daybreak.kernels.cuda import missing_backends
 
     return missing_backends(torch.cuda.get_device_capability(device))
+
+
+def numerics(device: torch.device, choices: Mapping[str, str]) -> dict[str, str]:
+    """What the bits of a step rest on beside the configuration: kernels, library, card or threads, measured tables."""
+    what = {**choices, "torch": str(torch.__version__), "device": device.type}
+    if device.type == "cpu":
+        return {**what, "device": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads())}
+    what["device"] = torch.cuda.get_device_name(device)
+    if "cublaslt" in choices.values():
+        from daybreak.kernels.cuda.products import tables_digest
+
+        what["product tables"] = tables_digest()
+    return what
 
 
 def cpu_has_bf16() -> bool:

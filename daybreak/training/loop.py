@@ -27,7 +27,7 @@ from daybreak.data.dataset import unigram_entropy
 from daybreak.data.loader import Prefetcher
 from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
-from daybreak.engine.device import engine_options, used_mib
+from daybreak.engine.device import engine_options, numerics, used_mib
 from daybreak.errors import Error, Stopped, TooManySkips
 from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import token_lengths, validate
@@ -175,6 +175,12 @@ class Trainer:
         self.step, self.samples = checkpoint.step, checkpoint.manifest["samples"]
         self.skips_in_a_row = checkpoint.manifest["skips_in_a_row"]
         log.info("continuing from %s", checkpoint.path)
+        saved, now = checkpoint.manifest["kernels"], self._numerics()
+        if changed := [f"{k} {saved[k]} -> {now.get(k)}" for k in saved if saved[k] != now.get(k)]:
+            log.warning("from here on bits may differ from an uninterrupted run: %s", ", ".join(changed))
+
+    def _numerics(self) -> dict[str, str]:
+        return numerics(self.setup.device, self.engine.frame.k.choices)
 
     @property
     def tokens(self) -> int:
@@ -305,7 +311,7 @@ class Trainer:
             },
             "seed": c.run.seed,
             "compute": self.setup.compute,
-            "kernels": self.engine.frame.k.choices,  # what bits depend on
+            "kernels": self._numerics(),
         }
         path = save_checkpoint(self.run_folder.checkpoints, snapshot(self.engine, self.step, manifest))
         prune_checkpoints(self.run_folder.checkpoints, c.checkpoint.keep, c.checkpoint.major, verify="size")

@@ -18,6 +18,7 @@ from daybreak.cli.import_ import import_
 from daybreak.cli.plan import plan
 from daybreak.cli.prepare import prepare
 from daybreak.cli.sample import sample
+from daybreak.cli.serve import serve
 from daybreak.cli.train import train
 from daybreak.config import nearest
 from daybreak.errors import ConfigError, Error
@@ -58,7 +59,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (prepare, plan, train, evaluate, sample, import_, export, doctor, bench):
+for verb in (prepare, plan, train, evaluate, sample, serve, import_, export, doctor, bench):
     cli.add_command(verb)
 
 

@@ -8,9 +8,14 @@ step.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from daybreak.engine.arena import LiveFrame
+from daybreak.kernels import Kernels
 
 SLOTS = 4  # batches and results in flight, at most
 
@@ -48,6 +53,44 @@ class Graphs:
         self.run(key, fn)
         if self.enabled and key not in self._graphs:
             self.capture(key, fn)
+
+
+class Tapes:
+    """What graphs are to a GPU, for a CPU's short steps: the kernel calls of a function with their tensors, made again
+    without the schedule that leads to them (half of the time of a small model's step)."""
+
+    def __init__(self, frame: LiveFrame) -> None:
+        self._frame, self._tapes = frame, dict[Hashable, list[Callable[[], None]]]()
+
+    def warm(self, key: Hashable, fn: Callable[[], None]) -> None:
+        """Make fn's calls again; the first call under a key runs fn and notes them. All fn does is call kernels."""
+        if (tape := self._tapes.get(key)) is None:
+            kernels, calls = self._frame.k, list[Callable[[], None]]()
+            self._frame.k = _Noting(kernels, calls)  # type: ignore[assignment]  # the same attributes
+            try:
+                fn()
+            finally:
+                self._frame.k = kernels
+            self._tapes[key] = calls
+            return
+        for call in tape:
+            call()
+
+
+class _Noting:
+    """Kernels that note their calls."""
+
+    def __init__(self, kernels: Kernels, calls: list[Callable[[], None]]) -> None:
+        self._kernels, self._calls = kernels, calls
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        kernel = getattr(self._kernels, name)
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            kernel(*args, **kwargs)
+            self._calls.append(partial(kernel, *args, **kwargs))
+
+        return call
 
 
 class Ring:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from daybreak.config_keys import GuardConfig, OptimConfig
 from daybreak.engine.arena import Arena, Entry, Frame, LiveFrame, Memory, plan_arena
-from daybreak.engine.capture import Graphs, Pending, Ring
+from daybreak.engine.capture import Graphs, Pending, Ring, Tapes
 from daybreak.engine.device import missing_on
 from daybreak.engine.models import Model, build_model
 from daybreak.engine.params import ParamTable, fill_parameters
@@ -75,15 +75,9 @@ def evaluate(model: Model, f: Frame, s: State, B: int, T: int) -> None:
 
 
 def next_token(model: Model, f: Frame, s: State, b: int) -> None:
-    """Logits that follow one more token, s["next"][0], at place s["next"][1] of each of the first b rows of `kv`."""
+    """`logits` that follow one more token, s["next"][0], at place s["next"][1] of each of the first b rows of `kv`."""
     tokens, positions = s["next"][:, :b]
-    hidden = model.forward(f, tokens[:, None], Memory(s["kv"][:, :, :b], positions))
-    _head(model, f, s, hidden)
-
-
-def _head(model: Model, f: Frame, s: State, hidden: Tensor) -> None:
-    out = s["next_logits"][: hidden.shape[0]]
-    out.copy_(model.head_logits(f, hidden)[:, : out.shape[1]])
+    model.head_logits(f, model.forward(f, tokens[:, None], Memory(s["kv"][:, :, :b], positions)))
 
 
 def pick_masters(name: str, dtype: torch.dtype, device_type: str) -> str:
@@ -226,8 +220,9 @@ class Engine:
         self._batch = Ring((2, B, T), torch.int64, self.device)
         self._stats = Ring((len(STATS),), torch.float64, self.device)
         self._next = Ring((2, rows), torch.int64, self.device)
-        # Decoding's reference kernel reads the lengths on the host.
-        self._decoding = Graphs(self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch")
+        # Decoding's reference kernel reads the lengths on the host: no graph then.
+        graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"
+        self._decoding: Graphs | Tapes = Graphs(True) if graphed else Tapes(self.frame)
         self._last: Pending | None = None
         if drawing is not None and train:
             self.prepare()
@@ -404,8 +399,12 @@ class Engine:
 
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Logits (V) in fp32 that follow tokens (t); a view that the next call overwrites."""
-        _head(self.model, self.frame, self.state, self.hidden(tokens[None])[0, -1:])
-        return self.state["next_logits"][0]
+        self.model.head_logits(self.frame, self.hidden(tokens[None])[0, -1:])
+        return self._next_logits(1)[0]
+
+    def _next_logits(self, b: int) -> Tensor:
+        logits = self.frame.a("logits", b, self.cfg.Vp)
+        return self.state["next_logits"][:b].copy_(logits[:, : self.cfg.V])
 
     def prefill(self, row: int, texts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (b, V) in fp32 that follow b texts of any lengths, whose keys and values are kept in the cache's rows
@@ -416,19 +415,19 @@ class Engine:
         hidden = self.model.forward(self.frame, inputs, Memory(self.state["kv"][:, :, row : row + b])).view(b, t, -1)
         for i, text in enumerate(texts):
             last[i].copy_(hidden[i, len(text) - 1])
-        _head(self.model, self.frame, self.state, last)
-        return self.state["next_logits"][:b]
+        self.model.head_logits(self.frame, last)
+        return self._next_logits(b)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Logits (b, V) in fp32 that follow one more token of each of the rows 0 ... b - 1, at these places (from 0).
 
-        The caller knows how long each row is; of a row without a text it gives any token at place 0. On CUDA one graph
-        for each b. A view that the next call overwrites."""
+        The caller knows how long each row is; of a row without a text it gives any token at place 0. Recorded
+        once for each b. A view that the next call overwrites."""
         b, slot = len(tokens), self._next.take()
         self._next.slots[slot][:, :b] = torch.tensor([tokens, positions])
         self._next.upload(slot, self.state["next"])
         self._decoding.warm(b, lambda: next_token(self.model, self.frame, self.state, b))
-        return self.state["next_logits"][:b]
+        return self._next_logits(b)
 
     # ------------------------------------------------------------------------------------------------- looking in
 

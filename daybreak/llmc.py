@@ -26,6 +26,7 @@ from daybreak.errors import ConfigError, Error
 from daybreak.shapes import is_shape, parse_shape
 
 TINY = "dev/data/tinyshakespeare/tiny_shakespeare"
+HELLASWAG = "dev/data/hellaswag/hellaswag_val.bin"
 PORT = "12345"  # llm.c's
 ALL_TOKENS = 1 << 62
 RANK_VARIABLES = (  # (rank, processes, rank on this machine), as launchers set them
@@ -83,8 +84,7 @@ FLAGS = [  # in the order of llm.c's table
     Flag("-s", 20, "sample text every N steps; 0 or less = only at the end", "sample_every"),
     Flag("-g", 64, "a sample is this many tokens less one", "genT", rule=at_least(2)),
     Flag("-a", 0, "1 = train on the first validation batch over and over", "overfit_single_batch", rule=SWITCH),
-    Flag("-w", 1, "fp32 master weights", "use_master_weights", "b", rule=SWITCH,
-         no_effect="weights are always exact to fp32"),
+    Flag("-w", 1, "weights exact to fp32; 0 = bf16 with stochastic rounding", "use_master_weights", "b", rule=SWITCH),
     Flag("-ge", -1, "GELU fusion", "gelu_fusion", rule=one_of(-1, 0, 1, 2), no_effect="the kernels decide"),
     Flag("-r", 1, "recompute: 0 none, 1 GELU, 2 GELU and LayerNorm", "recompute", "d", "batch.recompute",
          one_of(0, 1, 2)),
@@ -93,7 +93,7 @@ FLAGS = [  # in the order of llm.c's table
     Flag("-nk", 0, "keep only the newest K .bin checkpoints; 0 = all", rule=NATURAL),
     Flag("-nm", 0, "checkpoints at multiples of this step are never deleted; 0 = none", rule=NATURAL),
     Flag("-f", 1, "fp32 products may use TF32", rule=SWITCH),
-    Flag("-h", 0, "HellaSwag", rule=SWITCH, no_effect="this version has no HellaSwag evaluation"),
+    Flag("-h", 0, f"HellaSwag at each validation, if {HELLASWAG} is there", rule=SWITCH),
     Flag("-lg", -1, "GPU status every N steps", no_effect="memory is on every step's line"),
     Flag("-z", 0, "ZeRO stage", rule=one_of(0, 1, 2, 3)),
     Flag("-pn", 1, "processes (-pi tcp or fs)", rule=at_least(1)),
@@ -180,6 +180,8 @@ def translate(values: Values, world: int = 1, base: Config | None = None, tokeni
         "checkpoint.keep": 2,  # of daybreak's own; -nk is about the .bin files
         "run.overfit": bool(values["-a"]),
         "precision.tf32": bool(values["-f"]),
+        "precision.masters": "auto" if values["-w"] else "none",
+        "eval.hellaswag": HELLASWAG if values["-h"] and Path(HELLASWAG).is_file() else "",
         "parallel.zero": values["-z"] if world > 1 else 0,
         "log.display": "plain",
         "run.dir": str(out.parent),
@@ -221,7 +223,7 @@ def parameter_table(values: Values, config: Config, world: int, start: str) -> l
          ("padded_vocab_size Vp", m.Vp), ("num_layers L", m.L), ("num_heads NH", m.NH), ("channels C", m.C),
          ("num_parameters", parameters)],
         [("train_num_batches", config.run.steps or config.steps_in(epoch, world)), ("val_num_batches", val_steps)],
-        [("run hellaswag", "no")],
+        [("run hellaswag", "yes" if config.eval.hellaswag else "no")],
         [("num_processes", world), ("zero_stage", config.parallel.zero)],
     ]  # fmt: skip
     rule = f"+{'-' * 23}+{'-' * 52}+"

@@ -21,7 +21,7 @@ from test_interop_llmc import model_bytes, write_checkpoint
 from daybreak.config import Config, resolve
 from daybreak.errors import ConfigError
 from daybreak.interop import open_source
-from daybreak.llmc import ALL_TOKENS, BY_NAME, HELLASWAG, FLAGS, launch, main, parse, translate
+from daybreak.llmc import ALL_TOKENS, BY_NAME, FLAGS, HELLASWAG, launch, main, parse, translate
 from daybreak.state.run import Run
 
 # The published commands (scripts/run_gpt2_124M.sh, run_gpt2_1558M.sh), after the program's name.
@@ -245,7 +245,7 @@ def test_what_is_printed(made: Path) -> None:
     assert "batch_size B=2 * seq_len T=64 * num_processes=1 and total_batch_size=256" in lines
     assert "=> setting grad_accum_steps=2" in lines
     assert "-ge 1: no effect (the kernels decide)" in lines
-        assert "| run hellaswag         | no                                                 |" in lines
+    assert "| run hellaswag         | no                                                 |" in lines
     assert len([line for line in lines if re.fullmatch(r"val loss \d+\.\d{6}", line)]) == 4  # at 0, 4, 8, 10
     # As dev/loss_checker_ci.py reads it: columns 20 to 28 of the lines from 'step    1/' on.
     steps = [line for line in lines if line.startswith("step   ") and "/10 | loss " in line]

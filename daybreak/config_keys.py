@@ -199,7 +199,7 @@ class LogConfig:
 class CostConfig:
     """What the machine costs."""
 
-    price: float = key(0.0, "price of the machine per hour, in your currency; 0 = unknown", at_least(0))
+    price: float = key(0.0, "price of the whole machine in dollars per hour; 0 = unknown", at_least(0))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from daybreak.config import Config
-from daybreak.engine.arena import Arena
-from daybreak.errors import ConfigError, OutOfMemory
+from daybreak.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
@@ -95,20 +94,3 @@ def _cgroup_limit() -> int | None:
         return None
     cache = int(stat["active_file"]) + int(stat["inactive_file"])  # counted as used, given back on demand
     return int(limit) - used + cache if limit.isdigit() else None
-
-
-def check_fits(arena: Arena, device: torch.device, B: int, recompute: int) -> None:
-    """Raise OutOfMemory, with the plan and the flag that helps, if the arena does not fit the device's free memory."""
-    free = available_bytes(device)
-    if free is None or arena.nbytes <= free:
-        return
-    parts = ", ".join(f"{name} {size >> 20} MiB" for name, size in arena.sizes().items() if size >> 20)
-    if B > 1:
-        fix = f"--batch.B {B // 2}"
-    elif recompute < 2:
-        fix = "--batch.recompute 2"
-    else:
-        fix = "a shorter --batch.T or a smaller model"
-    raise OutOfMemory(
-        f"the run needs {arena.nbytes >> 20} MiB ({parts}) and {device} has {free >> 20} MiB free; try {fix}."
-    )

@@ -27,7 +27,8 @@ from daybreak.data.dataset import unigram_entropy
 from daybreak.data.loader import Prefetcher
 from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
-from daybreak.engine.device import engine_options, used_mib
+from daybreak.engine.device import engine_options, pick_device, used_mib
+from daybreak.engine.fit import ran_out
 from daybreak.errors import Error, Stopped, TooManySkips
 from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import token_lengths, validate
@@ -106,6 +107,10 @@ def _train(
         code, reason = Stopped.exit_code, str(stopped)
         again = f"; continue with: daybreak train {folder.path}" if folder is not None else ""
         raise Stopped(f"{reason} before the first update{again}.") from None
+    except (torch.OutOfMemoryError, MemoryError):
+        out = ran_out(pick_device(config.run.device), config)
+        code, reason = out.exit_code, str(out)
+        raise out from None
     except OSError as error:
         code, reason = 1, f"{error.filename or 'a file'} failed ({error.strerror})"
         raise Error(f"{reason}; free space or mend the disk, then train the run's folder again.") from error

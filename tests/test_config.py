@@ -82,6 +82,7 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "guard.max_skips": (10, "3", 3, (0,)),
     "log.every": (1, "10", 10, (0,)),
     "log.norms_every": (0, "100", 100, (-1,)),
+    "log.sinks": ("", "tensorboard,wandb", "tensorboard,wandb", ("mlflow", "wandb tensorboard")),
     "log.display": ("auto", "plain", "plain", ("fancy",)),
     "cost.price": (0.0, "23.5", 23.5, (-1.0,)),
     "run.name": ("", "my run.2", "my run.2", ("a/b", "..", ".x", "-x", "a\nb")),
@@ -368,6 +369,7 @@ def test_an_unknown_target(target: str, sentence: str, tmp_path: Path, monkeypat
 # The contract: run, log, eval, checkpoint, guard, cost, parallel, batch sizes, recompute, horizon; but not the seed.
 MAY_CHANGE = {
     *(name for name in KEYS if name.split(".")[0] in ("eval", "checkpoint", "guard", "log", "cost", "parallel")),
+    *(name for name in KEYS if name.startswith("kernels.")), "precision.masters",
     "batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon", "run.name", "run.dir",
     "run.steps", "run.max_hours", "run.device", "run.profile",
 }  # fmt: skip

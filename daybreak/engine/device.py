@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -70,6 +73,28 @@ def used_mib(device: torch.device) -> int:
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+class Sensors:
+    """A card's temperature in degrees Celsius and power in watts, read at most once a second (it is not free).
+
+    None on a CPU, and where the package nvidia-ml-py or the driver does not tell.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        self.device, self._clock, self._next = device, clock, -math.inf
+        self._values: dict[str, float | None] = {"temp_c": None, "power_w": None}
+
+    def read(self) -> dict[str, float | None]:
+        """The latest values."""
+        if self.device.type == "cuda" and self._clock() >= self._next:
+            self._next = self._clock() + 1.0
+            try:
+                watts = torch.cuda.power_draw(self.device) / 1000
+                self._values = {"temp_c": float(torch.cuda.temperature(self.device)), "power_w": watts}
+            except Exception:  # no package, no permission, another driver: whatever it is, training goes on
+                self._next = math.inf
+        return self._values
 
 
 def available_bytes(device: torch.device) -> int | None:

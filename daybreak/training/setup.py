@@ -24,6 +24,7 @@ from daybreak.state.restore import Weights
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
 from daybreak.state.throughput import peak_flops
+from daybreak.training.sinks import check_sinks
 from daybreak.training.stop import Stop
 
 log = logging.getLogger("daybreak")
@@ -60,6 +61,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     device = pick_device(config.run.device)
     compute = pick_compute(config.precision.compute, device)
     _set_precision(config, device, compute)
+    check_sinks(config)
     dataset, train_loader, val_loader = open_data(config, stop.check)
     tokenizer = get_tokenizer(dataset.tokenizer_name, dataset.folder)
     if tokenizer.V > config.model.V:

@@ -39,6 +39,10 @@ TOKENIZER = Rule(
     "must be gpt2, bytes, gpt2-N or a data set's hf-...",
     lambda s: bool(re.fullmatch(r"(gpt2(-[0-9]+)?|bytes|hf-[0-9a-f]{12})?", s)),
 )
+SINKS = Rule(
+    "must be tensorboard or wandb, or both with a comma between",
+    lambda s: s == "" or set(s.split(",")) <= {"tensorboard", "wandb"},
+)
 DEVICE = Rule(
     "is not supported: daybreak trains on the CPU and on NVIDIA GPUs (auto, cpu, cuda or cuda:N)",
     lambda s: bool(re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", s)),
@@ -192,6 +196,9 @@ class LogConfig:
 
     every: int = key(1, "steps between console lines", at_least(1))
     norms_every: int = key(0, "steps between per-tensor norms in metrics.jsonl; 0 = never", at_least(0))
+    sinks: str = key(
+        "", "also write metrics to: tensorboard or wandb (offline unless WANDB_MODE says else), or both", SINKS
+    )
     display: str = key("auto", "auto, live or plain; auto = live on a terminal", one_of("auto", "live", "plain"))
 
 
@@ -199,7 +206,7 @@ class LogConfig:
 class CostConfig:
     """What the machine costs."""
 
-    price: float = key(0.0, "price of the machine per hour, in your currency; 0 = unknown", at_least(0))
+    price: float = key(0.0, "price of the whole machine in dollars per hour; 0 = unknown", at_least(0))
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "guard.max_skips": (10, "3", 3, (0,)),
     "log.every": (1, "10", 10, (0,)),
     "log.norms_every": (0, "100", 100, (-1,)),
+    "log.sinks": ("", "tensorboard,wandb", "tensorboard,wandb", ("mlflow", "wandb tensorboard")),
     "log.display": ("auto", "plain", "plain", ("fancy",)),
     "cost.price": (0.0, "23.5", 23.5, (-1.0,)),
     "run.name": ("", "my run.2", "my run.2", ("a/b", "..", ".x", "-x", "a\nb")),

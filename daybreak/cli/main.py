@@ -17,6 +17,7 @@ from daybreak.cli.export import export
 from daybreak.cli.import_ import import_
 from daybreak.cli.plan import plan
 from daybreak.cli.prepare import prepare
+from daybreak.cli.report import report, watch
 from daybreak.cli.sample import sample
 from daybreak.cli.train import train
 from daybreak.config import nearest
@@ -51,6 +52,7 @@ def cli(ctx: click.Context) -> None:
       daybreak sample runs/tiny            read what it writes
       daybreak prepare book.txt            your own text, as token shards in data/book
       daybreak plan gpt2-124M              what a run needs, before it starts
+      daybreak watch runs/tiny             follow it in a browser; report: the same as a file
       daybreak doctor                      what this machine has, and what of it is used
       daybreak bench d12 --batch.B 4       how fast a step is here, and where its time goes
     """
@@ -58,7 +60,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (prepare, plan, train, evaluate, sample, import_, export, doctor, bench):
+for verb in (prepare, plan, train, evaluate, sample, import_, export, report, watch, doctor, bench):
     cli.add_command(verb)
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import mmap
+from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -38,7 +40,7 @@ class Entry:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
+    @cached_property
     def padded(self) -> int:
         return -(-self.nbytes // ALIGN) * ALIGN
 
@@ -195,12 +197,13 @@ def _lifetimes(frame: PlanFrame, calls: list[Call]) -> list[Entry]:
 
 def _place(entries: list[Entry]) -> list[Entry]:
     """Offsets such that tensors alive at the same call never overlap: largest first, lowest free gap."""
-    placed: list[Entry] = []
+    placed: list[Entry] = []  # by offset
     for e in sorted(entries, key=lambda e: (-e.padded, e.first, e.name)):
-        offset = 0
-        for other in sorted((p for p in placed if p.first <= e.last and e.first <= p.last), key=lambda p: p.offset):
-            if offset + e.padded <= other.offset:
-                break
-            offset = max(offset, other.offset + other.padded)
-        placed.append(replace(e, offset=offset))
+        offset, size = 0, e.padded
+        for other in placed:
+            if other.first <= e.last and e.first <= other.last:
+                if offset + size <= other.offset:
+                    break
+                offset = max(offset, other.offset + other.padded)
+        insort(placed, replace(e, offset=offset), key=lambda p: p.offset)
     return sorted(placed, key=lambda e: (e.first, e.offset))

@@ -35,6 +35,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "mem_mib": int,
         "eta_s": float | None,
         "epoch": int,
+        "temp_c": float | None,  # of the card; null: unknown
+        "power_w": float | None,
     },
     "val": {"loss": float, "tokens_evaluated": int, "bpb": float | None},  # bpb: bits per byte, null: bytes unknown
     "eval": {"task": str, "accuracy": float, "examples": int},
@@ -49,6 +51,7 @@ class MetricsWriter:
     """Appends one JSON object a line. JSON has no NaN or infinity: they are the strings of NON_FINITE."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with each record, once it is written
         self._clock = clock
         self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -69,6 +72,8 @@ class MetricsWriter:
         except OSError as error:
             raise Error(f"{self._path} cannot be written ({error.strerror}): mend that and resume the run.") from error
         self._prefix = b""
+        for listener in self.listeners:
+            listener(record)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -27,7 +27,8 @@ from daybreak.data.dataset import unigram_entropy
 from daybreak.data.loader import Prefetcher
 from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
-from daybreak.engine.device import engine_options, numerics, used_mib
+from daybreak.engine.device import Sensors, engine_options, numerics, pick_device, used_mib
+from daybreak.engine.fit import ran_out
 from daybreak.errors import Error, Stopped, TooManySkips
 from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import token_lengths, validate
@@ -43,6 +44,7 @@ from daybreak.training.display import Display, make_display
 from daybreak.training.profile import Profiler
 from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
+from daybreak.training.sinks import Sinks
 from daybreak.training.stop import Interrupted, Stop
 
 log = logging.getLogger("daybreak")
@@ -106,6 +108,10 @@ def _train(
         code, reason = Stopped.exit_code, str(stopped)
         again = f"; continue with: daybreak train {folder.path}" if folder is not None else ""
         raise Stopped(f"{reason} before the first update{again}.") from None
+    except (torch.OutOfMemoryError, MemoryError):
+        out = ran_out(pick_device(config.run.device), config)
+        code, reason = out.exit_code, str(out)
+        raise out from None
     except OSError as error:
         code, reason = 1, f"{error.filename or 'a file'} failed ({error.strerror})"
         raise Error(f"{reason}; free space or mend the disk, then train the run's folder again.") from error
@@ -150,6 +156,7 @@ class Trainer:
         self.given_weights = False
         self._unread: deque[Update] = deque()  # updates whose results the host has not looked at yet
         self._late = 1 if setup.device.type == "cuda" else 0  # how many to leave so, for the device to stay busy
+        self.sensors = Sensors(setup.device)
         self.lengths = token_lengths(setup.tokenizer, c.model.V)
 
     # ------------------------------------------------------------------------------------------------- starting
@@ -196,7 +203,9 @@ class Trainer:
         title = f"{c.run.name}: {engine.num_parameters:,} parameters on {self.setup.device_name}"
         with MetricsWriter(self.run_folder.metrics) as self.metrics, Prefetcher(self._batches(), self.step) as batches:
             self.main_log = MainLog(self.run_folder.main_log, fresh=self.step == 0)
-            self.display: Display = make_display(c.log.display, c.log.every, title)
+            self.display: Display = make_display(c.log.display, c.log.every, title, c.cost.price)
+            sinks = Sinks(c, self.run_folder.path)
+            self.metrics.listeners += [self.display.record, sinks.record]
             self.profiler = Profiler(c.run.profile, self.run_folder.path)
             try:
                 self._write_run_record()
@@ -208,6 +217,7 @@ class Trainer:
             finally:
                 self.profiler.close()
                 self.display.close()
+                sinks.close()
 
     def _loop(self, batches: Prefetcher[np.ndarray[Any, Any]]) -> None:
         c = self.config
@@ -337,7 +347,7 @@ class Trainer:
             "eta_s": self.clock.eta(c.tokens_between(step, c.run.steps)),
         }  # fmt: skip
         epoch = (update.samples - 1) // self.setup.train_loader.samples_per_epoch
-        self.metrics.write("step", step, tokens, **values, skipped=skipped, epoch=epoch)
+        self.metrics.write("step", step, tokens, **values, **self.sensors.read(), skipped=skipped, epoch=epoch)
         self.main_log.train(step - 1, stats["loss"], update.lr, stats["norm"])
         self.display.step(step, c.run.steps, {**values, "precision": self.setup.compute})
         if c.log.norms_every and step % c.log.norms_every == 0:

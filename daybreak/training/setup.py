@@ -16,8 +16,8 @@ from daybreak.data.loader import Loader
 from daybreak.data.mixing import open_loaders, parse_mix
 from daybreak.data.prepare import prepare
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
-from daybreak.engine import plan_engine
-from daybreak.engine.device import check_fits, cpu_has_bf16, engine_options, missing_on, pick_compute, pick_device
+from daybreak.engine.device import cpu_has_bf16, missing_on, pick_compute, pick_device
+from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.state.checkpoint import list_checkpoints
@@ -25,6 +25,7 @@ from daybreak.state.restore import Weights
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
 from daybreak.state.throughput import peak_flops
+from daybreak.training.sinks import check_sinks
 from daybreak.training.stop import Stop
 
 log = logging.getLogger("daybreak")
@@ -63,6 +64,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
         Thread(target=missing_on, args=(device,), daemon=True).start()
     compute = pick_compute(config.precision.compute, device)
     _set_precision(config, device, compute)
+    check_sinks(config)
     dataset, train_loader, val_loader = open_data(config, stop.check)
     tokenizer = get_tokenizer(dataset.tokenizer_name, dataset.folder)
     if tokenizer.V > config.model.V:
@@ -71,11 +73,9 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
             f"{dataset.name!r} was made with; use --model.V {tokenizer.V}."
         )
     config = config.concrete(train_loader.samples_per_epoch * config.T)
-    e, b = config.eval, config.batch
+    e = config.eval
     hellaswag = load_examples(Path(e.hellaswag), tokenizer, e.hellaswag_examples) if e.hellaswag else []
-    options = engine_options(config, device)
-    arena = plan_engine(config.model, B=b.B, device_type=device.type, missing=missing_on(device), **options)[2]
-    check_fits(arena, device, b.B, b.recompute)
+    check_fits(plan_memory(config, device, missing_on(device))[0], device, config)
     log.info(
         "%s: %d samples of %d tokens an epoch, %d tokens at the shards' ends unused; fingerprint %s",
         dataset.name, train_loader.samples_per_epoch, config.T, train_loader.dropped_tokens,

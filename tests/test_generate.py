@@ -1,13 +1,16 @@
-"""Sampling: the distribution it draws from, its edges, and that a text depends on its own seed alone."""
+"""Generation: what it draws from, the cache against the whole text computed anew, stop strings, and the edges."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from oracle import GPT2, Shape, random_values
 
 from daybreak.data.tokenizer import get_tokenizer
-from daybreak.engine import Engine
-from daybreak.generate import pick, sample_text, sample_tokens
+from daybreak.engine import Engine, plan_engine
+from daybreak.errors import ConfigError
+from daybreak.generate import Batch, Sampling, Text, pick, sample_text, sample_tokens, token_of
 from daybreak.shapes import GPT2Config
 
 
@@ -38,6 +41,16 @@ def test_frequencies_follow_the_softmax() -> None:
     assert counts == pytest.approx(np.array([25, 9, 2.25, 0.25]) / 36.5, abs=0.012)
 
 
+def test_top_p_keeps_the_fewest_that_have_it_together() -> None:
+    logits = np.log(np.array([0.15, 0.5, 0.05, 0.3], np.float32))
+    rng = np.random.default_rng(0)
+    for top_p, kept in ((0.49, [0, 1, 0, 0]), (0.7, [0, 0.625, 0, 0.375]), (0.9, [0.158, 0.526, 0, 0.316])):
+        counts = np.bincount([pick(logits, 1.0, 0, rng, top_p) for _ in range(20000)], minlength=4) / 20000
+        assert counts == pytest.approx(kept, abs=0.012)
+    # after top_k: 0.5 and 0.3 are left, 0.5 of 0.8 is more than 0.6 of it
+    assert {pick(logits, 1.0, 2, rng, 0.6) for _ in range(200)} == {1}
+
+
 def test_the_edges() -> None:
     logits = np.array([3.0, -1e30, 88000.0, 2.0], np.float32)
     assert pick(logits, 1.0, 0, np.random.default_rng(0)) == 2  # no overflow
@@ -51,8 +64,6 @@ def test_greedy_follows_the_logits_beyond_the_window() -> None:
     prompt = [256, 10, 20]
     tokens = list(sample_tokens(engine, prompt, 12, temperature=0.0))
     text = list(prompt)
-    import torch
-
     for token in tokens:
         logits = engine.logits(torch.tensor([text[-8:]]))[0, -1]
         assert token == int(logits.argmax())
@@ -64,9 +75,137 @@ def test_a_text_depends_on_its_seed_alone() -> None:
     tokenizer = get_tokenizer("bytes")
 
     def text(seed: int) -> str:
-        return "".join(sample_text(engine, tokenizer, "ab", 30, temperature=1.0, top_k=0, seed=seed))
+        return "".join(sample_text(engine, tokenizer, "ab", Sampling(30, seed=seed)))
 
     first = text(7)
     np.random.default_rng(1).random()
     assert text(8) != first
     assert text(7) == first
+
+
+# --- the cache
+
+SHAPE = Shape(L=3, C=48, NH=4, max_T=24, V=257)
+
+
+def engine_and_oracle(rows: int, compute: str = "fp32") -> tuple[Engine, GPT2]:
+    values = random_values(SHAPE, 3)
+    engine = Engine(GPT2Config(**SHAPE._asdict()), B=1, T=24, train=False, rows=rows, compute=compute)
+    engine.load_params(values)
+    for name in ("activations", "scratch", "kv"):
+        engine.frame.buffers[name].fill_(0xFF)
+    return engine, GPT2(SHAPE, torch.float64).load(values)
+
+
+@pytest.mark.parametrize(("compute", "limit"), [("fp32", 1e-5), ("bf16", 0.05), ("fp64", 2e-7)])
+def test_decoding_computes_the_logits_of_the_whole_text(compute: str, limit: float) -> None:
+    """Three rows of unequal length, token by token up to the last place, against autograd's GPT-2 in fp64."""
+    engine, oracle = engine_and_oracle(4, compute)
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 257, n).tolist() for n in (3, 7, 7)]
+
+    def check(got: torch.Tensor) -> None:
+        for text, x in zip(texts, got, strict=True):
+            want = oracle.logits(torch.tensor([text]))[0, -1].detach()
+            assert (x.double() - want).norm() <= limit * want.norm()
+
+    check(engine.prefill(1, texts))
+    while len(texts[2]) < 24:
+        for text in texts:
+            text.append(int(rng.integers(257)))
+        # Row 0 holds no text: it gets any token, and the others do not notice.
+        check(engine.decode([5, *(t[-1] for t in texts)], [0, *(len(t) - 1 for t in texts)])[1:])
+
+
+def without_cache(engine: Engine, prompt: list[int], count: int) -> list[int]:
+    text = list(prompt)
+    for _ in range(count):
+        text.append(int(engine.next_logits(torch.tensor(text[-engine.T :])).argmax()))
+    return text[len(prompt) :]
+
+
+def test_greedy_is_the_same_with_and_without_the_cache() -> None:
+    """Five prompts of unequal length in three rows: some join when others leave, some outgrow the window."""
+    engine, _ = engine_and_oracle(3)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 257, n).tolist() for n in (1, 9, 4, 30, 2)]
+    counts = [40, 5, 12, 6, 20]
+    want = [without_cache(engine, prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
+    texts = [Text(p, Sampling(n, 0.0)) for p, n in zip(prompts, counts, strict=True)]
+    batch, waiting = Batch(engine), list(texts)
+    while waiting or batch.texts:
+        batch.step()
+        joining, waiting = waiting[: batch.room], waiting[batch.room :]
+        batch.add(joining)
+    assert [[token.id for token in text.made] for text in texts] == want
+    assert len({tuple(w[:5]) for w in want}) == 5
+
+
+def test_sampled_texts_do_not_depend_on_their_company() -> None:
+    engine, _ = engine_and_oracle(3)
+    alone = [list(sample_tokens(engine, [7 * i, 3], 15, seed=i)) for i in range(3)]
+    texts, batch = [Text([7 * i, 3], Sampling(15, seed=i)) for i in range(3)], Batch(engine)
+    batch.add(texts)
+    while batch.texts:
+        batch.step()
+    assert [[token.id for token in text.made] for text in texts] == alone
+
+
+def test_the_cache_is_planned() -> None:
+    cfg = GPT2Config(L=3, C=64, NH=4, max_T=64, V=257)
+    one, five = (plan_engine(cfg, B=1, T=48, train=False, rows=n)[2].sizes()["kv"] for n in (1, 5))
+    assert (one, five) == (2 * 3 * 48 * 64 * 4, 5 * 2 * 3 * 48 * 64 * 4)
+
+
+def test_log_probabilities() -> None:
+    logits = np.random.default_rng(0).normal(size=300).astype(np.float32) * 5
+    want = torch.log_softmax(torch.tensor(logits, dtype=torch.float64), 0)
+    best = want.topk(4)
+    token = token_of(logits, 17, 4)
+    assert token.logprob == pytest.approx(want[17].item(), rel=1e-12)
+    assert [i for i, _ in token.top] == best.indices.tolist()
+    assert [x for _, x in token.top] == pytest.approx(best.values.tolist(), rel=1e-12)
+    assert token_of(logits, 17, 0).top == ()
+
+
+# --- text
+
+
+def spell(tokens: list[int], stop: tuple[str, ...] = (), tokenizer: str = "bytes") -> tuple[list[str], Text]:
+    """What is known of a text after each of these tokens, which a greedy text is made to take."""
+    tok = get_tokenizer(tokenizer)
+    text, known = Text([tok.eot], Sampling(len(tokens), 0.0, stop=stop), tok), []
+    for token in tokens:
+        logits = np.zeros(tok.V, np.float32)
+        logits[token] = 1
+        text.take(logits)
+        known.append(text.text)
+        if text.done:
+            break
+    return known, text
+
+
+def test_a_character_may_span_tokens() -> None:
+    known, text = spell(list("aé漢".encode()))
+    assert known == ["a", "a", "aé", "aé", "aé", "aé漢"]
+    assert text.done == "length"
+    assert text.starts == [0, 1, 1, 2, 2, 2]
+    assert spell(list("é".encode())[:1])[0] == ["\N{REPLACEMENT CHARACTER}"]  # an end inside a character
+
+
+def test_stop_strings() -> None:
+    known, text = spell(list(b"ab\n\nx"), ("\n\n",))
+    assert known == ["a", "ab", "ab", "ab"]  # what may become a stop string is held back
+    assert text.done == "stop"
+    assert spell(list(b"ab\nx"), ("\n\n",))[0] == ["a", "ab", "ab", "ab\nx"]
+    assert spell(list(b"ab\n"), ("\n\n",))[0][-1] == "ab\n"
+    assert spell(list(b"aabaac"), ("abaac", "c"))[0][-1] == "a"  # the first to begin, not the first in the list
+    assert spell([97, 256, 98])[0] == ["a", "a"]  # the document's end
+    assert spell([97, 256, 98])[1].done == "stop"
+
+
+@pytest.mark.parametrize("bad", [{"tokens": -1}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1},
+                                 {"top_p": 0.0}, {"top_p": 1.1}, {"seed": -1}, {"stop": ("",)}])  # fmt: skip
+def test_what_sampling_refuses(bad: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        Sampling(**bad).check()

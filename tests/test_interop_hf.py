@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError, Error
-from daybreak.generate import Sampler, sample_tokens
+from daybreak.generate import Sampler, Sampling, sample_tokens
 from daybreak.interop import huggingface, open_source
 from daybreak.interop.source import Export, identify_tokenizer, make_run
 from daybreak.shapes import GPT2Config
@@ -105,7 +105,7 @@ def test_generate_and_pipeline_continue_as_we_do(run: Path, tmp_path: Path) -> N
     assert tok.eot not in ours
     theirs = model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)
     assert theirs[0, len(prompt) :].tolist() == ours
-    text = "".join(Sampler(run).text("The meaning of", 12, temperature=0.0))
+    text = "".join(Sampler(run).text("The meaning of", Sampling(12, 0.0)))
     assert text
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     said = pipe("<|endoftext|>The meaning of", max_new_tokens=12, do_sample=False, return_full_text=False)

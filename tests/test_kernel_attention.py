@@ -105,6 +105,40 @@ def test_triton_takes_any_strides():
     close(out, want.view(B, T, NH, HS))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@each_dtype
+@pytest.mark.parametrize(
+    ("places", "T", "NH", "HS"), [([0], 1, 1, 8), ([5, 5, 0, 69], 70, 3, 20), ([63, 64], 65, 2, 64)]
+)
+def test_decode(backend, dtype, places, T, NH, HS):
+    """One query a row over a cache that is NaN where the row has no keys; the newest key and value are kept."""
+    skip_unless_served("attention_decode", backend, dtype)
+    b = len(places)
+    qkv = draw(b, 3, NH, HS, dtype=dtype)
+    cache = draw(2, b, NH, T, HS, dtype=dtype, seed=1)
+    for i, place in enumerate(places):
+        cache[:, i, :, place:] = math.nan
+    want_cache, want = cache.clone(), []
+    for i, place in enumerate(places):
+        want_cache[:, i, :, place] = qkv[i, 1:]
+        q, (k, v) = f64(qkv[i, 0]), f64(want_cache[:, i, :, : place + 1])
+        want.append(((q[:, None] @ k.mT) * HS**-0.5).softmax(-1) @ v)
+    out, positions = poison(b, NH, HS, dtype=dtype), torch.tensor(places, device=DEVICE)
+    run("attention_decode", out, cache, *qkv.unbind(1), positions, backend=backend, scale=HS**-0.5)
+    close(out, torch.stack(want)[:, :, 0])
+    torch.testing.assert_close(cache, want_cache, rtol=0, atol=0, equal_nan=True)
+
+
+@each_dtype
+def test_cache_write(dtype):
+    k, v = (draw(2, 3, 4, 8, dtype=dtype, seed=s) for s in (0, 1))
+    cache = poison(2, 2, 4, 5, 8, dtype=dtype)
+    run("cache_write", cache, k, v)
+    for kept, x in zip(cache, (k, v), strict=True):
+        assert torch.equal(kept[:, :, :3], x.transpose(1, 2))
+        assert kept[:, :, 3:].isnan().all()
+
+
 def bind(backend: str, name: str, *args, **kwargs) -> None:
     """Call an operation without the harness's copies of its inputs."""
     impl = all_ops("cuda")[name].impls[backend]

@@ -13,7 +13,7 @@ from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,14 @@ class Frame(Protocol):
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An activation of this shape (compute dtype by default). Declared by being used."""
+
+
+class Memory(NamedTuple):
+    """Keys and values of texts under way, kv (L, 2, b, NH, longest, HS). Without positions a forward pass over whole
+    texts fills it; with positions (b) int64 each row gets its next token, at that place."""
+
+    kv: Tensor
+    positions: Tensor | None = None
 
 
 class PlanFrame:

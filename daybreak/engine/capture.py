@@ -43,6 +43,12 @@ class Graphs:
         else:
             fn()
 
+    def warm(self, key: Hashable, fn: Callable[[], None]) -> None:
+        """`run`, with what the first call of fn under this key leaves recorded; that call is a plain one."""
+        self.run(key, fn)
+        if self.enabled and key not in self._graphs:
+            self.capture(key, fn)
+
 
 class Ring:
     """Pinned copies of a small tensor, so that transfers need no waiting. A slot is reused when its own is over."""

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from daybreak.engine.arena import Frame
+from daybreak.engine.arena import Frame, Memory
 from daybreak.engine.params import Row
 from daybreak.kernels import acc_dtype
 from daybreak.shapes import GPT2Config
@@ -61,20 +61,23 @@ class GPT2:
 
     # ------------------------------------------------------------------------------------------------- forward
 
-    def forward(self, f: Frame, tokens: Tensor) -> Tensor:
-        """tokens (B, T) int64 -> the final layernorm's output (n, C)."""
+    def forward(self, f: Frame, tokens: Tensor, memory: Memory | None = None) -> Tensor:
+        """tokens (B, T) int64 -> the final layernorm's output (n, C). `memory` is filled, or read where T = 1."""
         k, (B, T), C = f.k, tokens.shape, self.cfg.C
         residual = f.a("embedded", B * T, C)
-        k.embedding_forward(residual, tokens, f.w("wte"), f.w("wpe"))
+        if memory and memory.positions is not None:
+            k.embedding_decode(residual, tokens.view(-1), memory.positions, f.w("wte"), f.w("wpe"))
+        else:
+            k.embedding_forward(residual, tokens, f.w("wte"), f.w("wpe"))
         for l in range(self.cfg.L):
             h = f"h.{l}."
-            residual2, gelu = self._block_forward(f, l, residual, B, T)
+            residual2, gelu = self._block_forward(f, l, residual, B, T, memory=memory)
             residual = f.a(h + "residual3", B * T, C)
             k.matmul_forward(residual, gelu, f.w(h + "fcprojw"), f.w(h + "fcprojb"), residual2)
         return self._layernorm_forward(f, "lnf", residual)
 
     def _block_forward(
-        self, f: Frame, l: int, residual: Tensor, B: int, T: int, again: str = ""
+        self, f: Frame, l: int, residual: Tensor, B: int, T: int, again: str = "", memory: Memory | None = None
     ) -> tuple[Tensor, Tensor]:
         """Block l up to its GELU: (residual2, gelu). `again` renames the activations of a recomputation."""
         k, c, h, n = f.k, self.cfg, f"h.{l}.", B * T
@@ -82,8 +85,14 @@ class GPT2:
         qkv = f.a(h + "qkv" + again, n, 3 * c.C)
         k.matmul_forward(qkv, ln1, f.w(h + "qkvw"), f.w(h + "qkvb"))
         att = f.a(h + "att" + again, n, c.C)
-        q, key, v = self._heads(qkv, B, T)
-        k.attention_forward(self._heads(att, B, T)[0], self._lse(f, h, B, T, again), q, key, v, scale=self.scale)
+        (out,), (q, key, v) = self._heads(att, B, T), self._heads(qkv, B, T)
+        if memory and memory.positions is not None:
+            one = [x[:, 0] for x in (q, key, v)]
+            k.attention_decode(out[:, 0], memory.kv[l], *one, memory.positions, scale=self.scale)
+        else:
+            k.attention_forward(out, self._lse(f, h, B, T, again), q, key, v, scale=self.scale)
+            if memory:
+                k.cache_write(memory.kv[l], key, v)
         residual2 = f.a(h + "residual2" + again, n, c.C)
         k.matmul_forward(residual2, att, f.w(h + "attprojw"), f.w(h + "attprojb"), residual)
 
@@ -97,6 +106,10 @@ class GPT2:
         mean, rstd = self._stats(f, name, x.shape[0], again)
         f.k.layernorm_forward(out, mean, rstd, x, f.w(name + "w"), f.w(name + "b"))
         return out
+
+    def memory_shape(self, rows: int, T: int) -> tuple[int, ...]:
+        """Keys and values of `rows` texts of up to T tokens; heads in front of time, as decoding reads them."""
+        return self.cfg.L, 2, rows, self.cfg.NH, T, self.cfg.HS
 
     # ---------------------------------------------------------------------------------------- head and classifier
 

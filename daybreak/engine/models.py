@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from daybreak.engine.arena import Frame
+from daybreak.engine.arena import Frame, Memory
 from daybreak.engine.gpt2 import GPT2
 from daybreak.engine.params import Row
 from daybreak.shapes import GPT2Config
@@ -22,8 +22,11 @@ class Model(Protocol):
     def flops_per_token(self, T: int, num_parameters: int) -> int:
         """Training FLOPs per token."""
 
-    def forward(self, f: Frame, tokens: Tensor) -> Tensor:
-        """tokens (B, T) -> hidden (n, C)."""
+    def forward(self, f: Frame, tokens: Tensor, memory: Memory | None = None) -> Tensor:
+        """tokens (B, T) -> hidden (n, C). The decode step: T = 1 and a memory with positions."""
+
+    def memory_shape(self, rows: int, T: int) -> tuple[int, ...]:
+        """Of the keys and values of `rows` texts of up to T tokens; rows are dimension 2."""
 
     def head_rows(self, n: int, dtype: torch.dtype) -> int:
         """Rows per chunk of logits."""

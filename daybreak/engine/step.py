@@ -10,7 +10,7 @@ The functions at the top are what runs; the planner records the very same ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from daybreak.config_keys import GuardConfig, OptimConfig
-from daybreak.engine.arena import Arena, Entry, Frame, LiveFrame, plan_arena
+from daybreak.engine.arena import Arena, Entry, Frame, LiveFrame, Memory, plan_arena
 from daybreak.engine.capture import Graphs, Pending, Ring
 from daybreak.engine.device import missing_on
 from daybreak.engine.models import Model, build_model
@@ -74,6 +74,18 @@ def evaluate(model: Model, f: Frame, s: State, B: int, T: int) -> None:
     model.head_loss(f, hidden, targets, losses, s["hyper"][2], backward=False, first=True)
 
 
+def next_token(model: Model, f: Frame, s: State, b: int) -> None:
+    """Logits that follow one more token, s["next"][0], at place s["next"][1] of each of the first b rows of `kv`."""
+    tokens, positions = s["next"][:, :b]
+    hidden = model.forward(f, tokens[:, None], Memory(s["kv"][:, :, :b], positions))
+    _head(model, f, s, hidden)
+
+
+def _head(model: Model, f: Frame, s: State, hidden: Tensor) -> None:
+    out = s["next_logits"][: hidden.shape[0]]
+    out.copy_(model.head_logits(f, hidden)[:, : out.shape[1]])
+
+
 def pick_masters(name: str, dtype: torch.dtype, device_type: str) -> str:
     """precision.masters -> fp32, split or none. Only bf16 weights need anything beside them."""
     if dtype != torch.bfloat16:
@@ -82,10 +94,12 @@ def pick_masters(name: str, dtype: torch.dtype, device_type: str) -> str:
 
 
 def state_entries(
-    table: ParamTable, V: int, B: int, T: int, dtype: torch.dtype, train: bool, masters: str
-) -> list[Entry]:
-    """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars."""
-    N, acc, f64, i64 = table.numel, acc_dtype(dtype), torch.float64, torch.int64
+    table: ParamTable, cfg: GPT2Config, B: int, T: int, dtype: torch.dtype, train: bool, masters: str,
+    kv: tuple[int, ...],
+) -> list[Entry]:  # fmt: skip
+    """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and keys and
+    values (of shape `kv`) of texts under way."""
+    V, C, N, acc, f64, i64 = cfg.V, cfg.C, table.numel, acc_dtype(dtype), torch.float64, torch.int64
     entries = [Entry("weights", "weights", (N,), dtype)]
     if train:
         if masters != "none":
@@ -95,8 +109,10 @@ def state_entries(
     small = [
         ("batch", (2, B, T), i64), ("losses", (B * T,), acc), ("hyper", (len(HYPER),), f64),
         ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
-        ("counts", (2,), i64), ("next_logits", (V,), torch.float32),
+        ("counts", (2,), i64), ("next", (2, kv[2]), i64), ("next_logits", (kv[2], V), torch.float32),
+        ("last_hidden", (kv[2], C), dtype),
     ]  # fmt: skip
+    entries += [Entry("kv", "kv", kv, dtype)]
     return entries + [Entry(name, "state", shape, kind) for name, shape, kind in small]
 
 
@@ -112,11 +128,12 @@ def plan_engine(
     device_type: str = "cpu",
     kernels: Mapping[str, str] | None = None,
     missing: Collection[str] = (),
+    rows: int = 1,
 ) -> tuple[Model, ParamTable, Arena]:
     """The model, its parameter table and the complete memory list; no device is touched.
 
     kernels: group of operations -> backend, where not the best (see kernels.choose); missing: backends that are not
-    there. Raises ConfigError for a shape that cannot exist.
+    there; rows: texts that can be written at a time. Raises ConfigError for a shape that cannot exist.
     """
     cfg.check()
     model = build_model(cfg, recompute, device_type)
@@ -134,8 +151,13 @@ def plan_engine(
     def evaluation(f: Any) -> None:
         evaluate(model, f, f.state, B, T)
 
+    def generation(f: Any) -> None:
+        next_token(model, f, f.state, rows)
+
     schedules = [training, accumulating, evaluation] if train else [evaluation]
-    state = state_entries(table, cfg.V, B, T, dtype, train, pick_masters(masters, dtype, device_type))
+    assert rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
+    schedules, kv = [*schedules, generation], model.memory_shape(rows, T)
+    state = state_entries(table, cfg, B, T, dtype, train, pick_masters(masters, dtype, device_type), kv)
     choices = choose(device_type, dtype, kernels, missing)
     return model, table, plan_arena(table, dtype, state, schedules, choices)
 
@@ -161,7 +183,8 @@ class Engine:
     """A model and its optimizer in memory that was allocated once. Knows no files, loggers or flags.
 
     B rows of T tokens are one micro-step. `compute` is fp32, bf16 or fp64; in bf16 fp32 masters are kept and start
-    from the rounded weights. With `train=False` only what evaluation and sampling need is allocated.
+    from the rounded weights. With `train=False` only what evaluation and sampling need is allocated. `rows` texts can
+    be written at a time (generate.Batch).
     """
 
     def __init__(
@@ -180,8 +203,9 @@ class Engine:
         train: bool = True,
         masters: str = "auto",
         kernels: Mapping[str, str] | None = None,
+        rows: int = 1,
     ) -> None:
-        self.cfg, self.B, self.T, self.compute, self.train = cfg, B, T, compute, train
+        self.cfg, self.B, self.T, self.compute, self.train, self.rows = cfg, B, T, compute, train, rows
         self.device = torch.device(device)
         if self.device.type == "cuda":  # torch's own products, where they are used, add up in fp32 too
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -191,7 +215,7 @@ class Engine:
         drawing = Draw(cfg, seed, DTYPES[compute]) if init and self.device.type == "cuda" else None
         self.model, self.table, self.arena = plan_engine(
             cfg, B=B, T=T, compute=compute, recompute=recompute, train=train, masters=masters,
-            device_type=self.device.type, kernels=kernels, missing=missing_on(self.device),
+            device_type=self.device.type, kernels=kernels, missing=missing_on(self.device), rows=rows,
         )  # fmt: skip
         self.frame = LiveFrame(self.arena, self.table, DTYPES[compute], self.device)
         self.state: State = self.frame.state
@@ -201,6 +225,9 @@ class Engine:
         self._hyper = Ring((len(HYPER),), torch.float64, self.device)
         self._batch = Ring((2, B, T), torch.int64, self.device)
         self._stats = Ring((len(STATS),), torch.float64, self.device)
+        self._next = Ring((2, rows), torch.int64, self.device)
+        # Decoding's reference kernel reads the lengths on the host.
+        self._decoding = Graphs(self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch")
         self._last: Pending | None = None
         if drawing is not None and train:
             self.prepare()
@@ -377,8 +404,31 @@ class Engine:
 
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Logits (V) in fp32 that follow tokens (t); a view that the next call overwrites."""
-        last = self.hidden(tokens[None])[0, -1:]
-        return self.state["next_logits"].copy_(self.model.head_logits(self.frame, last)[0, : self.cfg.V])
+        _head(self.model, self.frame, self.state, self.hidden(tokens[None])[0, -1:])
+        return self.state["next_logits"][0]
+
+    def prefill(self, row: int, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits (b, V) in fp32 that follow b texts of any lengths, whose keys and values are kept in the cache's rows
+        from `row` on, for `decode` to go on from. b times the longest is at most B T. A view, as `next_logits`."""
+        b, t = len(texts), max(map(len, texts))
+        inputs, last = self._front("tokens", b, t), self.state["last_hidden"][:b]
+        inputs.copy_(torch.tensor([[*text, *[0] * (t - len(text))] for text in texts]))  # no token sees what follows it
+        hidden = self.model.forward(self.frame, inputs, Memory(self.state["kv"][:, :, row : row + b])).view(b, t, -1)
+        for i, text in enumerate(texts):
+            last[i].copy_(hidden[i, len(text) - 1])
+        _head(self.model, self.frame, self.state, last)
+        return self.state["next_logits"][:b]
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Logits (b, V) in fp32 that follow one more token of each of the rows 0 ... b - 1, at these places (from 0).
+
+        The caller knows how long each row is; of a row without a text it gives any token at place 0. On CUDA one graph
+        for each b. A view that the next call overwrites."""
+        b, slot = len(tokens), self._next.take()
+        self._next.slots[slot][:, :b] = torch.tensor([tokens, positions])
+        self._next.upload(slot, self.state["next"])
+        self._decoding.warm(b, lambda: next_token(self.model, self.frame, self.state, b))
+        return self.state["next_logits"][:b]
 
     # ------------------------------------------------------------------------------------------------- looking in
 

@@ -44,7 +44,7 @@ class Score(NamedTuple):
 def engine_lm(engine: Engine, tokenizer: Tokenizer, greedy: bool = True) -> Any:
     """An `lm_eval` model of the engine. greedy=False leaves out whether a continuation is the likeliest one (False).
 
-    Whole vocabularies of logits are only needed for that and for generated text, which is greedy and without a cache.
+    Whole vocabularies of logits are only needed for that and for generated text, which is greedy.
     """
     base = extra("lm_eval.api.model", "eval", "daybreak eval").TemplateLM
     harness_utils = extra("lm_eval.utils", "eval", "daybreak eval")
@@ -91,13 +91,14 @@ def engine_lm(engine: Engine, tokenizer: Tokenizer, greedy: bool = True) -> Any:
             until = [until] if isinstance(until, str) else until
             count = min(options.get("max_gen_toks", 256), engine.T - 1)
             ids = (self.tok_encode(context) or [tokenizer.eot])[-(engine.T - count) :]
-            text, made = "", list[int]()
+            text, made, logits = "", list[int](), engine.prefill(0, [ids])
             while len(made) < count and not any(stop in text for stop in until):
-                made.append(int(engine.next_logits(torch.tensor(ids + made))[: tokenizer.V].argmax()))
+                made.append(int(logits[0, : tokenizer.V].argmax()))
                 if made[-1] == tokenizer.eot:
                     made.pop()
                     break
                 text = tokenizer.decode(made)
+                logits = engine.decode(made[-1:], [len(ids) + len(made) - 1])
             for stop in until:
                 text = text.partition(stop)[0]
             return text

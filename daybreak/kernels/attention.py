@@ -6,18 +6,21 @@ recomputes P = exp(S - lse) block by block:
 
 dv += P^T do,   dP = do v^T,   dS = P (dP - sum(do * o)) * scale,   dq = dS k,   dk += dS^T q
 
+`attention_decode` is the case of one query per row, whose keys and values are kept in a cache from token to token.
+
 q, k, v, out and their gradients are strided views (B, T, heads, HS): slices of a packed qkv are one case. All
 arithmetic is in fp32 (fp64 for fp64), on copies with the heads in front.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
-from daybreak.kernels import Scratch, Temps, acc_dtype, op
+from daybreak.kernels import Scratch, Temps, acc_dtype, op, widen
 
 QUERY_BLOCK = 128  # queries per block: keys beyond a block's last query are not touched
 ROWS = 1 << 12  # (head, query) rows of scores held at once, at most: the batch is cut to fit
@@ -146,3 +149,44 @@ def attention_backward(
             )
         for grad, heads in ((dq, dqh), (dk, dkh), (dv, dvh)):
             grad[rows].copy_(heads.view(-1, NH, T, HS).transpose(1, 2))
+
+
+@op("cache")
+def cache_write(cache: Tensor, k: Tensor, v: Tensor) -> None:
+    """Keep k, v (b, T, NH, HS), the first T of their texts, in cache (2, b, NH, longest, HS)."""
+    for kept, x in zip(cache, (k, v), strict=True):
+        kept[:, :, : x.shape[1]].copy_(x.transpose(1, 2))
+
+
+def decode_temps(out: Tensor, cache: Tensor, *_: object, **__: object) -> Temps:
+    b, NH, T, HS = cache.shape[1:]
+    acc = acc_dtype(cache.dtype)
+    return [*[((b * NH * T,), acc)] * 2, *[((b * NH * HS,), acc)] * 2, ((b * NH * T * HS,), acc)]
+
+
+@op("out", "cache", temps=decode_temps)
+def attention_decode(
+    out: Tensor, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, scale: float, scratch: Scratch
+) -> None:
+    """out (b, NH, HS) = attention of one query a row over its keys so far; k, v, the newest, go into the cache first.
+
+    cache (2, b, NH, T, HS) holds keys and values, positions (b) int64 the place of each row's newest token.
+    """
+    s_, p_, o_, q_, wide = scratch(decode_temps(out, cache))
+    NH, HS = q.shape[1:]
+    start = 0
+    for t, group in itertools.groupby(positions.tolist()):  # neighbouring rows of one length in one product
+        rows = slice(start, start := start + len(list(group)))
+        both = cache[:, rows]
+        both[0, :, :, t].copy_(k[rows])
+        both[1, :, :, t].copy_(v[rows])
+        keys, values = (x.flatten(0, 1)[:, : t + 1] for x in both)
+        H = keys.shape[0]
+        S, P = (x[: H * (t + 1)].view(H, 1, t + 1) for x in (s_, p_))
+        o, query = (x[: H * HS].view(H, 1, HS) for x in (o_, q_))
+        buffer = wide[: keys.numel()].view(keys.shape)
+        query.view(-1, NH, HS).copy_(q[rows])
+        torch.baddbmm(S, query, widen(keys, buffer).mT, beta=0, alpha=scale, out=S)
+        torch.softmax(S, 2, out=P)
+        torch.bmm(P, widen(values, buffer), out=o)
+        out[rows].copy_(o.view(-1, NH, HS))

@@ -20,6 +20,21 @@ def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor) -> 
     out.view(B, T, -1).add_(wpe[:T])
 
 
+def decode_temps(out: Tensor, *_: object) -> Temps:
+    return [(tuple(out.shape), out.dtype)]
+
+
+@op("out", temps=decode_temps)
+def embedding_decode(
+    out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor, *, scratch: Scratch
+) -> None:
+    """out (b, C) = wte[tokens] + wpe[positions] for tokens, positions (b) int64: one token of each of b texts."""
+    (position,) = scratch(decode_temps(out))
+    torch.index_select(wte, 0, tokens, out=out)
+    torch.index_select(wpe, 0, positions, out=position)
+    out.add_(position)
+
+
 def backward_temps(dwte: Tensor, dwpe: Tensor, dout: Tensor, tokens: Tensor, **_: object) -> Temps:
     n, C = dout.shape
     acc, ids = acc_dtype(dout.dtype), torch.int64

@@ -13,7 +13,7 @@ from daybreak.engine.fit import check_fits
 from daybreak.errors import CheckpointError, ConfigError, DataError
 from daybreak.state.checkpoint import Checkpoint, checkpoint_step, list_checkpoints, load_checkpoint, newest_good
 from daybreak.state.metrics import read_metrics
-from daybreak.state.restore import restore_weights
+from daybreak.state.restore import Weights, restore_weights
 from daybreak.state.run_folder import RunFolder
 
 
@@ -58,9 +58,10 @@ class Run:
         return load_checkpoint(by_step[step])
 
     def load_engine(
-        self, step: int | None = None, *, B: int = 1, device: str | None = None
+        self, step: int | None = None, *, B: int = 1, rows: int = 1, device: str | None = None
     ) -> tuple[Engine, Tokenizer]:
-        """A checkpoint's weights in an engine that evaluates and samples (no optimizer state), and its tokenizer.
+        """A checkpoint's weights in an engine that evaluates B rows and writes `rows` texts at a time (no optimizer
+        state), and its tokenizer.
 
         Raises CheckpointError, DataError (this daybreak's tokenizer differs), OutOfMemory.
         """
@@ -72,10 +73,17 @@ class Run:
                 f"{self.path} was trained with tokenizer {made['name']} {made['fingerprint'][:16]}, "
                 f"this daybreak has {tokenizer.fingerprint[:16]}; use the version that trained it."
             )
-        where = pick_device(device or config.run.device)
-        options = engine_options(config, where, train=False)
-        planned = plan_engine(config.model, B=B, device_type=where.type, missing=missing_on(where), **options)
-        check_fits(planned[2], where)
-        engine = Engine(config.model, B=B, device=where, init=False, **options)
-        restore_weights(engine, checkpoint)
-        return engine, tokenizer
+        return engine_with(config, checkpoint, B=B, rows=rows, device=device), tokenizer
+
+
+def engine_with(config: Config, weights: Weights, *, B: int = 1, rows: int = 1, device: str | None = None) -> Engine:
+    """An engine that evaluates B rows and writes `rows` texts at a time, with these weights. Raises CheckpointError,
+    OutOfMemory."""
+    where = pick_device(device or config.run.device)
+    options = engine_options(config, where, train=False)
+    rows = min(rows, config.T)
+    planned = plan_engine(config.model, B=B, device_type=where.type, missing=missing_on(where), rows=rows, **options)
+    check_fits(planned[2], where)
+    engine = Engine(config.model, B=B, device=where, init=False, rows=rows, **options)
+    restore_weights(engine, weights)
+    return engine

@@ -32,7 +32,7 @@ from daybreak.engine.fit import ran_out
 from daybreak.errors import Error, Stopped, TooManySkips
 from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import token_lengths, validate
-from daybreak.generate import sample_text
+from daybreak.generate import Sampling, sample_text
 from daybreak.interop import open_source
 from daybreak.state.checkpoint import Checkpoint, newest_good, prune_checkpoints, save_checkpoint
 from daybreak.state.metrics import MainLog, MetricsWriter
@@ -295,10 +295,8 @@ class Trainer:
 
     def _sample(self) -> None:
         e = self.config.eval
-        pieces = sample_text(
-            self.engine, self.setup.tokenizer, e.prompt, e.sample_tokens, temperature=e.temperature, top_k=e.top_k,
-            seed=SAMPLE_SEED, check=self.stop.check,
-        )  # fmt: skip
+        how = Sampling(e.sample_tokens, e.temperature, e.top_k, seed=SAMPLE_SEED)
+        pieces = sample_text(self.engine, self.setup.tokenizer, e.prompt, how, self.stop.check)
         text = e.prompt + "".join(pieces)
         self.run_folder.append_sample(self.step, text)
         self.metrics.write("sample", self.step, self.tokens, text=text)

@@ -18,7 +18,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -114,7 +115,7 @@ class Group:
         for rank, (_, code, text) in enumerate(outcomes):
             if code is not None:
                 raise _from_elsewhere(code, f"rank {rank}: {text}")
-        return [outcome[0] for outcome in outcomes]  # type: ignore[misc]
+        return [outcome[0] for outcome in outcomes]
 
     def first(self, fn: Callable[[], T]) -> T:
         """fn() on rank 0 alone; every rank returns its result, or raises its Error."""
@@ -154,6 +155,28 @@ class Group:
             return code, text if rank == self.rank else text if text.startswith("rank ") else f"rank {rank}: {text}"
         except (RuntimeError, ValueError):  # the store was rank 0's, which is gone
             return code, text
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """What is raised inside becomes known to the other ranks; what torch.distributed raises gets its reason."""
+        try:
+            yield
+        except Error as error:
+            if not error.elsewhere:
+                self.fail(error.exit_code, str(error))
+            raise
+        except RuntimeError as error:
+            if self.store is None or not re.search("gloo|NCCL|c10d|DistNetwork|process group", f"{error!r}"):
+                self.fail(1, f"{type(error).__name__}: {error}")
+                raise
+            raise self.explain(error) from error
+        except OSError as error:
+            self.fail(1, f"{error.filename or 'a file'} failed ({error.strerror}); free space or mend the disk.")
+            raise
+        except BaseException as error:
+            if type(error).__name__ != "Interrupted":  # that one all ranks have agreed on
+                self.fail(1, f"{type(error).__name__}: {error}")
+            raise
 
     def explain(self, error: BaseException) -> Error:
         """The Error that an exception of torch.distributed means: what another rank said, or who is behind."""
@@ -224,8 +247,9 @@ def connect(environ: Mapping[str, str], timeout: float) -> Group:
     if world == 1:
         return ALONE
     import torch
-    import torch.distributed as dist
+    import torch.distributed
 
+    dist: Any = torch.distributed
     group = Group(rank, world, int(env["LOCAL_RANK"]), timeout)
     where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
     method = environ.get("INIT_METHOD", "")
@@ -269,8 +293,8 @@ def _reach(host: str, port: int, timeout: float, rank: int) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"rank {rank} cannot reach rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout:g} s: "
-                    f"{error.strerror or error}; check the name, the port, the firewall, and that rank 0 was started."
+                    f"rank {rank} cannot reach rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout:g} "
+                    f"s: {error.strerror or error}; check name, port and firewall, and that rank 0 was started."
                 ) from None
         time.sleep(0.2)
 
@@ -285,12 +309,13 @@ def _assemble(group: Group, where: str) -> None:
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"{group.world - len(missing)} of {group.world} ranks came to {where} within {group.timeout:g} s "
-                f"(parallel.timeout); missing: {', '.join(map(str, missing[:8]))}; start exactly {group.world} processes."
+                f"(parallel.timeout); missing: {', '.join(map(str, missing[:8]))}; start exactly {group.world} "
+                "processes."
             )
         time.sleep(0.02)
     for rank in range(group.world):
         if (other := store.get(f"world/{rank}").decode()) != str(group.world):
             raise ConfigError(
-                f"rank {rank} was started as one of {other} ranks, rank {group.rank} as one of {group.world}; give every "
-                "process the same WORLD_SIZE."
+                f"rank {rank} was started as one of {other} ranks, rank {group.rank} as one of {group.world}; give "
+                "every process the same WORLD_SIZE."
             )

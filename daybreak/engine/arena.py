@@ -63,7 +63,7 @@ class Frame(Protocol):
     def final(self, moment: int) -> None:
         """Backward has finished the gradients that Model.final_at gives this moment: they may be exchanged."""
 
-    def do(self, name: str, fn: Callable[[], None], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
         """Call fn, which is no kernel: what it writes and reads is on the call list."""
 
 
@@ -92,9 +92,9 @@ class PlanFrame:
     def final(self, moment: int) -> None:
         exchange(self, moment)
 
-    def do(self, name: str, fn: Callable[[], None], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
-        keys = [tuple(storage_key(t) for t in tensors) for tensors in (reads, writes)]
-        self.recorder.calls.append(Call(name, *keys, 0))
+    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+        read, written = (tuple(storage_key(t) for t in tensors) for tensors in (reads, writes))
+        self.recorder.calls.append(Call(name, read, written, 0))
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
@@ -139,7 +139,7 @@ class LiveFrame:
         if self.comm.active:
             exchange(self, moment)
 
-    def do(self, name: str, fn: Callable[[], None], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
         fn()
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -265,7 +265,9 @@ def plan_arena(
         ends["scratch"] = max(ends.get("scratch", 0), scratch)
     scratch_entry = Entry("scratch", "scratch", (max(ends["scratch"], 64),), torch.uint8, last=len(calls))
     activations = _place(_lifetimes(frame, calls))
-    return Arena([*(replace(e, last=len(calls)) for e in placed), scratch_entry, *activations], calls, choices, comm.plan)
+    return Arena(
+        [*(replace(e, last=len(calls)) for e in placed), scratch_entry, *activations], calls, choices, comm.plan
+    )
 
 
 def _lifetimes(frame: PlanFrame, calls: list[Call]) -> list[Entry]:

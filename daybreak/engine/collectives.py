@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,14 +62,14 @@ class Sharding:
         self.numel = -(-table.numel // unit) * unit
         self.segments = _segments(table, moment_of, bucket_elements)  # (start, stop, moment) of whole rows
         cuts = [0]
-        for left, right in zip(self.segments, self.segments[1:], strict=False):
+        for left, right in pairwise(self.segments):
             cut = left[1] // unit * unit if left[2] < right[2] else -(-left[1] // unit) * unit
             cuts.append(max(cut, cuts[-1]))
         cuts.append(self.numel)
         # Bucket k belongs to segment k, and may be empty; it is final when every row that it touches is.
         self.buckets = []
         at = 0
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             touched = [m for a, b, m in self.segments if a < stop and start < b]
             self.buckets.append(Bucket(start, stop, max(touched, default=0), at))
             at += (stop - start) // self.world
@@ -87,7 +88,11 @@ class Sharding:
         return (self.buckets[k].stop - self.buckets[k].start) // self.world
 
     def shards(self) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, place in this rank's compact buffers) of its shard of every bucket, in flat order."""
+        """(start, stop, place in this rank's compact buffers) of its shard of every bucket, in flat order: what a
+        checkpoint has from it, at every stage."""
+        if self.world == 1:
+            yield 0, self.numel, 0
+            return
         for k, b in enumerate(self.buckets):
             start = min(b.start + self.rank * self.size(k), self.table.numel)
             yield start, min(start + self.size(k), self.table.numel), b.at
@@ -163,10 +168,9 @@ def _segments(table: ParamTable, moment_of: Callable[[str], int], limit: int) ->
     for name, start in sorted(table.offsets.items(), key=lambda item: item[1]):
         stop = start + -(-table.rows[name].numel // ALIGN) * ALIGN
         moment = moment_of(name)
-        if runs and runs[-1][2] == moment:
-            runs[-1] = (runs[-1][0], stop, moment)
-        elif runs and moment == runs[-1][2] + 1 and stop - runs[-1][0] <= limit:
-            runs[-1] = (runs[-1][0], stop, moment)
+        first, _, before = runs[-1] if runs else (0, 0, -2)
+        if moment == before or (moment == before + 1 and stop - first <= limit):
+            runs[-1] = (first, stop, moment)
         else:
             runs.append((start, stop, moment))
     return runs

@@ -95,9 +95,7 @@ def pick_masters(name: str, dtype: torch.dtype, device_type: str) -> str:
     return name if name != "auto" else "split" if device_type == "cuda" else "fp32"
 
 
-def state_entries(
-    plan: Sharding, V: int, B: int, T: int, dtype: torch.dtype, train: bool, masters: str
-) -> list[Entry]:
+def state_entries(plan: Sharding, V: int, B: int, T: int, dtype: torch.dtype, train: bool, masters: str) -> list[Entry]:
     """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars."""
     N, acc, f64, i64 = plan.numel, acc_dtype(dtype), torch.float64, torch.int64
     held = plan.shard if plan.zero else N
@@ -138,8 +136,9 @@ def plan_engine(
 ) -> tuple[Model, ParamTable, Arena]:
     """The model, its parameter table and the complete memory list of one rank; no device is touched.
 
-    group: ranks that train together, of which `Group(rank, world)` is plan enough. kernels: group of operations -> backend, where not the best (see kernels.choose); missing: backends that are not
-    there. Raises ConfigError for a shape that cannot exist.
+    kernels: group of operations -> backend, where not the best (see kernels.choose); missing: backends that are not
+    there. group: ranks that train together; Group(rank, world) will do. Raises ConfigError for a shape that cannot
+    exist.
     """
     cfg.check()
     model = build_model(cfg, recompute, device_type)

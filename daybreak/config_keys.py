@@ -152,7 +152,11 @@ class KernelsConfig:
 class ParallelConfig:
     """How state is divided over processes."""
 
-    zero: int = key(0, "ZeRO stage; 0 = every rank holds all optimizer state", one_of(0))
+    zero: int = key(
+        0, "ZeRO stage, what ranks share out: 0 nothing, 1 optimizer state, 2 gradients too", one_of(0, 1, 2)
+    )
+    bucket_bytes: int = key(33554432, "gradient bytes that are exchanged at a time, about", at_least(1))
+    timeout: float = key(300.0, "seconds to wait for another rank before the run ends and names it", POSITIVE)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from daybreak.cli.report import report, watch
 from daybreak.cli.sample import sample
 from daybreak.cli.train import train
 from daybreak.config import nearest
-from daybreak.errors import ConfigError, Error
+from daybreak.errors import ConfigError, Error, Stopped
 
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention; training itself saves and exits 75
 
@@ -74,7 +75,7 @@ class _Stderr(logging.Handler):
 def _log_to_stderr() -> None:
     log = logging.getLogger("daybreak")
     log.handlers = [_Stderr()]
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     log.propagate = False
 
 
@@ -97,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return cli.main(argv, prog_name="daybreak", standalone_mode=False) or 0
     except Error as e:
-        return _fail(str(e), e.exit_code)
+        if not e.elsewhere:
+            print(f"daybreak: {e}", file=sys.stderr)
+        # torchrun starts workers again that fail; one that was asked to stop, and has saved, has not failed.
+        return 0 if isinstance(e, Stopped) and "TORCHELASTIC_RUN_ID" in os.environ else e.exit_code
     except click.ClickException as e:
         return _fail(_sentence(e), ConfigError.exit_code)
     except (click.Abort, KeyboardInterrupt):

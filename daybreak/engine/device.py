@@ -44,7 +44,8 @@ def engine_options(config: Config, device: torch.device, *, train: bool = True) 
     kernels = {key.name: getattr(config.kernels, key.name) for key in fields(config.kernels)}
     return {
         "T": config.T, "compute": pick_compute(config.precision.compute, device), "train": train, "kernels": kernels,
-        "recompute": config.batch.recompute, "masters": config.precision.masters,
+        "recompute": config.batch.recompute, "masters": config.precision.masters, "zero": config.parallel.zero,
+        "bucket_bytes": config.parallel.bucket_bytes,
     }  # fmt: skip
 
 

@@ -12,16 +12,20 @@ from daybreak.engine.arena import Arena
 from daybreak.engine.device import available_bytes, engine_options, missing_on
 from daybreak.engine.step import plan_engine
 from daybreak.errors import OutOfMemory
+from daybreak.parallel import ALONE, Group
 
 # What a process has on a card beside its arena: CUDA context, modules, library handles, graphs. One H100 80GB HBM3,
 # torch 2.11.0+cu130, 25 Nov 2026: between 2,040 and 2,163 MiB in five runs (bench/results/gpu_step.csv).
 OUTSIDE = 2080 << 20
 
 
-def plan_memory(config: Config, device: torch.device, missing: Collection[str]) -> tuple[Arena, int]:
+def plan_memory(
+    config: Config, device: torch.device, missing: Collection[str], group: Group = ALONE
+) -> tuple[Arena, int]:
     """The arena of a configuration on a kind of device, and the bytes that come on top of it there."""
     options = engine_options(config, device)
-    arena = plan_engine(config.model, B=config.batch.B, device_type=device.type, missing=missing, **options)[2]
+    B, kind = config.batch.B, device.type
+    arena = plan_engine(config.model, B=B, device_type=kind, missing=missing, group=group, **options)[2]
     if device.type != "cuda":
         return arena, 0
     outside, c = OUTSIDE, config

@@ -20,12 +20,14 @@ from torch import Tensor
 from daybreak.config_keys import GuardConfig, OptimConfig
 from daybreak.engine.arena import Arena, Entry, Frame, LiveFrame, Memory, plan_arena
 from daybreak.engine.capture import Graphs, Pending, Ring
+from daybreak.engine.collectives import Collectives, Sharding
 from daybreak.engine.device import missing_on
 from daybreak.engine.models import Model, build_model
 from daybreak.engine.params import ParamTable, fill_parameters
 from daybreak.kernels import ON_HOST, acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
 from daybreak.kernels.optimizer import join_masters, round_weights, split_masters
+from daybreak.parallel import ALONE, Group
 from daybreak.shapes import GPT2Config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -39,30 +41,42 @@ def named_stats(pending: Pending) -> dict[str, float]:
     return dict(zip(STATS, pending.values(), strict=True))
 
 
-def micro_step(model: Model, f: Frame, s: State, *, first: bool) -> None:
-    """Forward and backward of the batch in s["tokens"], s["targets"]: gradients and the step's loss so far."""
-    scale = s["hyper"][2]
+def micro_step(model: Model, f: Frame, s: State, *, first: bool, last: bool = True) -> None:
+    """Forward and backward of the batch in s["tokens"], s["targets"]: gradients and the step's loss so far.
+
+    Between ranks: the first fetches the weights that others updated, the last exchanges gradients under its backward.
+    """
+    c, scale = f.comm, s["hyper"][2]
+    c.first, c.last = first, last
+    if first and c.stale:
+        c.gather(s["weights"])
     hidden = model.forward(f, s["tokens"])
-    model.head_loss(f, hidden, s["targets"].view(-1), s["losses"], scale, backward=True, first=first)
+    c.finish()
+    fresh = first or c.plan.zero == 2  # there the sum over micro-steps is the shard's
+    model.head_loss(f, hidden, s["targets"].view(-1), s["losses"], scale, backward=True, first=fresh)
     f.k.loss_sum(s["loss"], s["losses"], scale, accumulate=not first)
-    model.backward(f, s["tokens"], first=first)
+    model.backward(f, s["tokens"], first=fresh)
 
 
-def update(table: ParamTable, f: Frame, s: State, optim: OptimConfig, guard: GuardConfig, seed: int) -> None:
-    """Gradient norm, the guard's decision, and one AdamW launch per parameter group."""
-    f.k.global_norm(s["norm"], s["grads"])
+def update(f: Frame, s: State, optim: OptimConfig, guard: GuardConfig, seed: int) -> None:
+    """Gradient norm, the guard's decision, and one AdamW launch per parameter group (and bucket, of a shard)."""
+    c, grads = f.comm, s["shard" if f.comm.plan.zero else "grads"]
+    f.k.global_norm(s["norm"], grads)
+    if c.active:
+        scalars = [s["loss"], s["norm"]]
+        f.do("sum_scalars", lambda: c.sum_scalars(s), scalars, scalars)
     f.k.step_guard(
         s["stats"], s["windows"], s["counts"], s["loss"], s["norm"],
         clip=optim.clip, max_loss_z=guard.loss_z, max_norm_z=guard.norm_z,
     )  # fmt: skip
-    for group in table.groups:
-        part = slice(group.start, group.stop)
-        weights = s["weights"][part]
+    for piece in c.plan.pieces():
+        part = slice(piece.at, piece.at + piece.stop - piece.start)
+        weights = s["weights"][piece.start : piece.stop]
         exact = weights if weights.dtype == s["m"].dtype else None
         f.k.adamw_update(
-            weights, s["masters"][part] if "masters" in s else exact, s["m"][part], s["v"][part], s["grads"][part],
+            weights, s["masters"][part] if "masters" in s else exact, s["m"][part], s["v"][part], grads[part],
             s["stats"], s["hyper"], beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
-            weight_decay=optim.weight_decay if group.decay else 0.0, seed=seed, offset=group.start,
+            weight_decay=optim.weight_decay if piece.decay else 0.0, seed=seed, offset=piece.start,
         )  # fmt: skip
 
 
@@ -94,18 +108,21 @@ def pick_masters(name: str, dtype: torch.dtype, device_type: str) -> str:
 
 
 def state_entries(
-    table: ParamTable, cfg: GPT2Config, B: int, T: int, dtype: torch.dtype, train: bool, masters: str,
-    kv: tuple[int, ...],
-) -> list[Entry]:  # fmt: skip
+    plan: Sharding, cfg: GPT2Config, B: int, T: int, dtype: torch.dtype, train: bool, masters: str, kv: tuple[int, ...]
+) -> list[Entry]:
     """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and keys and
     values (of shape `kv`) of texts under way."""
-    V, C, N, acc, f64, i64 = cfg.V, cfg.C, table.numel, acc_dtype(dtype), torch.float64, torch.int64
+    V, C, N, acc, f64, i64 = cfg.V, cfg.C, plan.numel, acc_dtype(dtype), torch.float64, torch.int64
+    held = plan.shard if plan.zero else N
     entries = [Entry("weights", "weights", (N,), dtype)]
     if train:
         if masters != "none":
-            entries += [Entry("masters", "masters", (N,), acc if masters == "fp32" else torch.int16)]
-        entries += [Entry("grads", "grads", (N,), dtype)]
-        entries += [Entry(name, name, (N,), acc) for name in ("m", "v")]
+            entries += [Entry("masters", "masters", (held,), acc if masters == "fp32" else torch.int16)]
+        if plan.zero < 2:
+            entries += [Entry("grads", "grads", (N,), dtype)]
+        if plan.zero:
+            entries += [Entry("shard", "grads", (held,), dtype if plan.zero == 1 else acc)]
+        entries += [Entry(name, name, (held,), acc) for name in ("m", "v")]
     small = [
         ("batch", (2, B, T), i64), ("losses", (B * T,), acc), ("hyper", (len(HYPER),), f64),
         ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
@@ -113,6 +130,8 @@ def state_entries(
         ("last_hidden", (kv[2], C), dtype),
     ]  # fmt: skip
     entries += [Entry("kv", "kv", kv, dtype)]
+    if plan.world > 1:
+        small += [("sums", (2,), f64)]
     return entries + [Entry(name, "state", shape, kind) for name, shape, kind in small]
 
 
@@ -129,11 +148,15 @@ def plan_engine(
     kernels: Mapping[str, str] | None = None,
     missing: Collection[str] = (),
     rows: int = 1,
+    group: Group = ALONE,
+    zero: int = 0,
+    bucket_bytes: int = 1 << 25,
 ) -> tuple[Model, ParamTable, Arena]:
-    """The model, its parameter table and the complete memory list; no device is touched.
+    """The model, its parameter table and the complete memory list of one rank; no device is touched.
 
     kernels: group of operations -> backend, where not the best (see kernels.choose); missing: backends that are not
-    there; rows: texts that can be written at a time. Raises ConfigError for a shape that cannot exist.
+    there; rows: texts that can be written at a time. group: ranks that train together; Group(rank, world) will do.
+    Raises ConfigError for a shape that cannot exist.
     """
     cfg.check()
     model = build_model(cfg, recompute, device_type)
@@ -141,9 +164,11 @@ def plan_engine(
     dtype = DTYPES[compute]
     optim, guard = OptimConfig(), GuardConfig()
 
+    sharding = Sharding(table, model.final_at, group, zero, bucket_bytes // dtype.itemsize)
+
     def training(f: Any) -> None:
         micro_step(model, f, f.state, first=True)
-        update(table, f, f.state, optim, guard, 0)
+        update(f, f.state, optim, guard, 0)
 
     def accumulating(f: Any) -> None:
         micro_step(model, f, f.state, first=False)
@@ -157,9 +182,9 @@ def plan_engine(
     schedules = [training, accumulating, evaluation] if train else [evaluation]
     assert rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
     schedules, kv = [*schedules, generation], model.memory_shape(rows, T)
-    state = state_entries(table, cfg, B, T, dtype, train, pick_masters(masters, dtype, device_type), kv)
+    state = state_entries(sharding, cfg, B, T, dtype, train, pick_masters(masters, dtype, device_type), kv)
     choices = choose(device_type, dtype, kernels, missing)
-    return model, table, plan_arena(table, dtype, state, schedules, choices)
+    return model, table, plan_arena(table, dtype, state, schedules, choices, Collectives(sharding, group))
 
 
 class Draw:
@@ -204,6 +229,9 @@ class Engine:
         masters: str = "auto",
         kernels: Mapping[str, str] | None = None,
         rows: int = 1,
+        group: Group = ALONE,
+        zero: int = 0,
+        bucket_bytes: int = 1 << 25,
     ) -> None:
         self.cfg, self.B, self.T, self.compute, self.train, self.rows = cfg, B, T, compute, train, rows
         self.device = torch.device(device)
@@ -215,13 +243,15 @@ class Engine:
         drawing = Draw(cfg, seed, DTYPES[compute]) if init and self.device.type == "cuda" else None
         self.model, self.table, self.arena = plan_engine(
             cfg, B=B, T=T, compute=compute, recompute=recompute, train=train, masters=masters,
-            device_type=self.device.type, kernels=kernels, missing=missing_on(self.device), rows=rows,
+            device_type=self.device.type, kernels=kernels, missing=missing_on(self.device), rows=rows, group=group,
+            zero=zero, bucket_bytes=bucket_bytes,
         )  # fmt: skip
-        self.frame = LiveFrame(self.arena, self.table, DTYPES[compute], self.device)
+        self.comm = Collectives(self.arena.sharding, group)
+        self.frame = LiveFrame(self.arena, self.table, DTYPES[compute], self.device, self.comm)
         self.state: State = self.frame.state
         self.state["tokens"], self.state["targets"] = self.state["batch"]
         on_host = any(self.arena.choices[name] == "torch" for name in ON_HOST)
-        self.graphs = Graphs(self.device.type == "cuda" and not on_host)
+        self.graphs = Graphs(self.device.type == "cuda" and not on_host and group.capturable)
         self._hyper = Ring((len(HYPER),), torch.float64, self.device)
         self._batch = Ring((2, B, T), torch.int64, self.device)
         self._stats = Ring((len(STATS),), torch.float64, self.device)
@@ -243,13 +273,15 @@ class Engine:
             if name in self.state:
                 self.state[name].zero_()
         weights = self.state["weights"]
+        drawn = weights[: self.table.numel]
         if drawing is not None or weights.device.type != "cpu":
-            weights.copy_((drawing or Draw(self.cfg, seed, weights.dtype)).result())
+            drawn.copy_((drawing or Draw(self.cfg, seed, weights.dtype)).result())
         else:
-            fill_parameters(self.table, weights, seed)
+            fill_parameters(self.table, drawn, seed)
         masters = self.state.get("masters")
         if masters is not None and masters.dtype != torch.int16:  # they start from the rounded weights
-            masters.copy_(weights)
+            for start, stop, at in self.comm.plan.held():
+                masters[at : at + stop - start].copy_(weights[start:stop])
 
     def prepare(self) -> None:
         """On CUDA: run the schedule once without effect, so that everything is compiled, and capture its graphs."""
@@ -257,19 +289,23 @@ class Engine:
             return
         self.state["tokens"].zero_()
         self.state["targets"].fill_(-1)
-        for first in (False, True):
-            self._micro(first)()
+        kinds = [(first, last) for last in ((True, False) if self.comm.active else (True,)) for first in (False, True)]
+        for kind in kinds:
+            self.comm.stale = bool(self.comm.plan.zero)  # so that the first's graph fetches weights
+            self._micro(*kind)()
         self.state["loss"].fill_(math.nan)  # a step that the guard refuses: nothing is learned from it
         self._update()
-        for first in (False, True):
-            self.graphs.capture(first, self._micro(first))
+        for kind in kinds:
+            self.comm.stale = bool(self.comm.plan.zero)
+            self.graphs.capture(kind, self._micro(*kind))
         self.graphs.capture("update", self._update)
+        self.comm.stale = False
 
-    def _micro(self, first: bool) -> Callable[[], None]:
-        return lambda: micro_step(self.model, self.frame, self.state, first=first)
+    def _micro(self, first: bool, last: bool) -> Callable[[], None]:
+        return lambda: micro_step(self.model, self.frame, self.state, first=first, last=last)
 
     def _update(self) -> None:
-        update(self.table, self.frame, self.state, self.optim, self.guard, self.seed)
+        update(self.frame, self.state, self.optim, self.guard, self.seed)
 
     def names(self) -> list[str]:
         """Parameter names in forward order."""
@@ -281,23 +317,46 @@ class Engine:
 
     def master(self, name: str) -> Tensor:
         """A weight as exactly as the engine has it: fp32 (fp64; bf16 without masters). A view, or of split ones a copy.
-        Change it with `set_master`."""
+        Change it with `set_master`. At ZeRO stage 1 and 2 no rank has a whole one: see `master_parts`."""
         masters = self.state.get("masters", self.state["weights"])
+        assert not self.comm.plan.zero or masters is self.state["weights"], "masters are shared out over the ranks"
         value = self.table.view(masters, name)
         if masters.dtype != torch.int16:
             return value
         return join_masters(torch.empty(value.shape, device=self.device), self.param(name), value)
 
+    def master_parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """(first element, 1-D tensor) of the parts of a weight that are this rank's to save, as exact as `master`'s."""
+        masters, plan = self.state.get("masters"), self.comm.plan
+        ranges = [(a, b, at if plan.zero else a) for a, b, at in plan.shards()]
+        for where, at in plan.within(name, iter(ranges)):
+            value = self.param(name).view(-1)[where]
+            if masters is not None and masters.dtype == torch.int16:
+                value = join_masters(torch.empty(value.shape, device=self.device), value, masters[at])
+            elif masters is not None:
+                value = masters[at]
+            yield where.start, value
+
     def set_master(self, name: str, value: Tensor) -> None:
         """Set a weight and what belongs to it from a tensor of its shape, of any float dtype and device."""
-        masters = self.state.get("masters")
+        masters, weight, plan = self.state.get("masters"), self.param(name), self.comm.plan
         if masters is None:
-            self.param(name).copy_(value)
-        elif masters.dtype == torch.int16:
-            split_masters(self.param(name), self.table.view(masters, name), value.to(self.device, torch.float32))
+            weight.copy_(value)
+            return
+        value = value.to(self.device, torch.float32)
+        if masters.dtype == torch.int16:
+            low = torch.empty_like(weight, dtype=torch.int16)
+            split_masters(weight, low, value)
         else:
-            self.table.view(masters, name).copy_(value)
-            round_weights(self.param(name), self.table.view(masters, name))
+            round_weights(weight, low := value)
+        for where, at in plan.within(name, plan.held()):
+            masters[at].copy_(low.view(-1)[where])
+
+    def finish(self) -> None:
+        """Fetch the weights that other ranks updated. Collective; before whatever reads weights between steps."""
+        if self.comm.stale:
+            self.comm.gather(self.state["weights"])
+        self.comm.finish()
 
     def grad(self, name: str) -> Tensor:
         """A gradient, a view."""
@@ -326,8 +385,9 @@ class Engine:
             self._hyper.slots[slot][i] = value
         self._hyper.upload(slot, self.state["hyper"])
 
-    def micro_step(self, tokens: Tensor, targets: Tensor, *, first: bool) -> None:
+    def micro_step(self, tokens: Tensor, targets: Tensor, *, first: bool, last: bool = True) -> None:
         """Gradients of one micro-batch, tokens and targets (B, T) of any integer dtype; later ones add to the first.
+        After the last one of a step they are the sum over all ranks.
 
         On CUDA it returns once the work is queued."""
         assert tokens.shape == targets.shape == (self.B, self.T), "a micro-batch is (B, T); copy_ would broadcast"
@@ -336,11 +396,14 @@ class Engine:
         self._batch.slots[slot][0].copy_(tokens)
         self._batch.slots[slot][1].copy_(targets)
         self._batch.upload(slot, self.state["batch"])
-        self.graphs.run(first, self._micro(first))
+        kind = first, last or not self.comm.active
+        self.graphs.run(kind, self._micro(*kind))
+        self.comm.stale = self.comm.stale and not first
 
     def update(self) -> Pending:
         """Apply the accumulated gradient, unless the guard says no. Returns the step's stats, to be read later."""
         self.graphs.run("update", self._update)
+        self.comm.stale = bool(self.comm.plan.zero)
         self._last = self._stats.download(self.state["stats"])
         return self._last
 
@@ -349,19 +412,19 @@ class Engine:
         self.state["tokens"].copy_(tokens)
         self.state["targets"].copy_(targets)
         micro_step(self.model, self.frame, self.state, first=True)
-        update(self.table, self.frame, self.state, self.optim, self.guard, self.seed)
+        self._update()
 
     def forward_backward(self, tokens: Tensor, targets: Tensor) -> None:
-        """Gradients of the mean loss over all valid targets of tokens, targets (A, B, T): A micro-steps."""
-        self.begin_step(lr=0.0, step=0, valid=int((targets >= 0).sum()))
+        """Gradients of the mean loss over all valid targets of all ranks' tokens, targets (A, B, T): A micro-steps."""
+        self.begin_step(lr=0.0, step=0, valid=int(self.comm.group.numbers([int((targets >= 0).sum())])[0]))
         for i in range(tokens.shape[0]):
-            self.micro_step(tokens[i], targets[i], first=i == 0)
+            self.micro_step(tokens[i], targets[i], first=i == 0, last=i == tokens.shape[0] - 1)
 
     def train_step(self, tokens: Tensor, targets: Tensor, *, lr: float, step: int) -> None:
-        """A whole step: tokens, targets (A, B, T); `step` counts from 0."""
-        self.begin_step(lr=lr, step=step, valid=int((targets >= 0).sum()))
+        """A whole step: tokens, targets (A, B, T), this rank's; `step` counts from 0."""
+        self.begin_step(lr=lr, step=step, valid=int(self.comm.group.numbers([int((targets >= 0).sum())])[0]))
         for i in range(tokens.shape[0]):
-            self.micro_step(tokens[i], targets[i], first=i == 0)
+            self.micro_step(tokens[i], targets[i], first=i == 0, last=i == tokens.shape[0] - 1)
         self.update()
 
     def stats(self) -> dict[str, float]:
@@ -437,7 +500,17 @@ class Engine:
         return [call.name for call in self.arena.calls]
 
     def norms(self) -> Iterator[tuple[str, float, float]]:
-        """(name, weight norm, gradient norm) of every parameter; costs a pass over both."""
+        """(name, weight norm, gradient norm) of every parameter; costs a pass over both. Collective."""
+        plan, norm = self.comm.plan, torch.linalg.vector_norm
+        if not plan.zero:
+            for name in self.table.rows:
+                yield name, norm(self.master(name)).item(), norm(self.grad(name)).item()
+            return
+        squares = []
         for name in self.table.rows:
-            weight, grad = torch.linalg.vector_norm(self.master(name)), torch.linalg.vector_norm(self.grad(name))
-            yield name, weight.item(), grad.item()
+            squares.append(sum(norm(part, dtype=torch.float64).item() ** 2 for _, part in self.master_parts(name)))
+            grads = [self.state["shard"][at] for _, at in plan.within(name, plan.shards())]
+            squares.append(sum(norm(part, dtype=torch.float64).item() ** 2 for part in grads))
+        found = iter(self.comm.group.numbers(squares))
+        for name in self.table.rows:
+            yield name, math.sqrt(next(found)), math.sqrt(next(found))

@@ -18,12 +18,23 @@ WINDOWS = ("windows", "counts")  # the guard's outlier windows
 
 
 def snapshot(engine: Engine, step: int, manifest: dict[str, Any]) -> Snapshot:
-    """Everything of `engine` that the next step depends on: save it before the next step, for parts are views."""
-    ranges = list(engine.table.owned_ranges())
+    """Everything of `engine` that the next step depends on: save it before the next step, for parts are views.
+
+    Of several ranks each has its shards, whatever the ZeRO stage."""
+    plan, model, parts = engine.comm.plan, dict[str, Tensor](), dict[str, list[tuple[int, Tensor]]]()
+    if plan.world > 1:
+        masters = engine.state.get("masters", engine.state["weights"])
+        dtype = masters.dtype if masters.dtype.is_floating_point else torch.float32
+        model = {name: torch.empty(row.shape, dtype=dtype, device="meta") for name, row in engine.table.rows.items()}
+        parts = {name: list(engine.master_parts(name)) for name in engine.names()}
+    else:
+        model = {name: engine.master(name).cpu() for name in engine.names()}
+    ranges = [(a, b, at if plan.zero else a) for a, b, at in plan.shards() if a < b]
     return Snapshot(
         step=step,
-        model={name: engine.master(name).cpu() for name in engine.names()},
-        optimizer={key: [(start, engine.state[key][start:stop]) for start, stop in ranges] for key in ("m", "v")},
+        model=model,
+        parts=parts,
+        optimizer={key: [(a, engine.state[key][at : at + b - a]) for a, b, at in ranges] for key in ("m", "v")},
         flat_numel=engine.table.numel,
         layout=engine.table.layout(),
         extra={name: engine.state[name] for name in WINDOWS},
@@ -59,7 +70,7 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     for key in ("m", "v"):
         # By name: the flat buffers may have been ordered otherwise when this was written.
         for name, offset, _ in checkpoint.manifest["layout"]:
-            view = engine.table.view(engine.state[key], name)
-            checkpoint.read_optimizer(key, offset, view.view(-1))
+            for where, at in engine.comm.plan.within(name, engine.comm.plan.held()):
+                checkpoint.read_optimizer(key, offset + where.start, engine.state[key][at])
     for name in WINDOWS:
         checkpoint.read_extra(name, engine.state[name])

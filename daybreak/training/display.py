@@ -66,6 +66,19 @@ class PlainDisplay:
         pass
 
 
+class MuteDisplay(PlainDisplay):
+    """Of all ranks but the first: what they have to say is said there."""
+
+    def step(self, step: int, steps: int, values: dict[str, Any]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def sample(self, text: str) -> None:
+        pass
+
+
 def sparkline(values: list[float], width: int) -> str:
     """`values` as `width` block characters, each the mean of its share, scaled between the smallest and largest."""
     if not values:

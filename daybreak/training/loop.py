@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 import traceback
 from collections import deque
@@ -34,13 +35,14 @@ from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import token_lengths, validate
 from daybreak.generate import Sampling, sample_text
 from daybreak.interop import open_source
-from daybreak.state.checkpoint import Checkpoint, newest_good, prune_checkpoints, save_checkpoint
+from daybreak.parallel import connect
+from daybreak.state.checkpoint import Checkpoint, load_checkpoint, newest_good, prune_checkpoints, save_checkpoint
 from daybreak.state.metrics import MainLog, MetricsWriter
 from daybreak.state.restore import Weights, restore, restore_weights, snapshot
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder
 from daybreak.state.throughput import Throughput
-from daybreak.training.display import Display, make_display
+from daybreak.training.display import Display, MuteDisplay, make_display
 from daybreak.training.profile import Profiler
 from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
@@ -72,12 +74,25 @@ def train(
     """
     stop = stop or Stop()
     stop.limit_hours(config.run.max_hours)
+    stop.group = group = connect(os.environ, config.parallel.timeout)
+    try:
+        with group.failing_together():
+            return _prepared(config, resume, fork_from, init_from, stop, on_save)
+    finally:
+        group.close()
+
+
+def _prepared(
+    config: Config, resume: Path | str | None, fork_from: Path | str | None, init_from: Path | str | None, stop: Stop,
+    on_save: Callable[[Path], None] | None,
+) -> Run:  # fmt: skip
+    """`train` among the ranks of stop.group: what it starts from, and the run's lock, which rank 0 holds for all."""
     for path in (resume, fork_from):
         if path is not None:
             check_resume(Run(path).config, config, fork=path is fork_from or is_untouched_import(path))
     fork = Run(fork_from).checkpoint() if fork_from is not None else None
     init = _weights(init_from) if init_from is not None else None
-    with RunFolder(Path(resume)).locked() if resume is not None else nullcontext():
+    with RunFolder(Path(resume)).locked() if resume is not None and stop.group.rank == 0 else nullcontext():
         return _train(config, Path(resume) if resume is not None else None, fork, init, stop, on_save)
 
 
@@ -91,17 +106,19 @@ def _train(
     on_save: Callable[[Path], None] | None,
 ) -> Run:  # fmt: skip
     """`train` with its exits: every way out leaves its code and reason in exit.json once there is a folder for it."""
+    chief = stop.group.rank == 0
     folder = RunFolder(resume) if resume is not None else None
-    if folder is not None:
+    if folder is not None and chief:
         folder.forget_exit()  # an earlier attempt's verdict is not this one's
     code, reason = 1, "unknown"
     try:
-        setup = open_run(config, resume=resume, stop=stop)
-        folder = setup.run.folder
-        with folder.locked() if resume is None else nullcontext():
-            trainer = Trainer(setup, stop, on_save)
-            trainer.load(fork, init)
-            trainer.run()
+        with stop.group.failing_together():
+            setup = open_run(config, resume=resume, stop=stop)
+            folder = setup.run.folder
+            with folder.locked() if resume is None and chief else nullcontext():
+                trainer = Trainer(setup, stop, on_save)
+                trainer.load(fork, init)
+                trainer.run()
         code, reason = 0, "done"
         return setup.run
     except Interrupted as stopped:  # before the first update: there is nothing to save
@@ -125,7 +142,7 @@ def _train(
             folder.write_crash(traceback.format_exc())
         raise
     finally:
-        if folder is not None:
+        if folder is not None and chief:
             folder.write_exit(code, reason)
 
 
@@ -144,11 +161,12 @@ class Trainer:
 
     def __init__(self, setup: Setup, stop: Stop, on_save: Callable[[Path], None] | None = None) -> None:
         self.setup, self.config, self.run_folder, self.stop = setup, setup.config, setup.run.folder, stop
-        self.on_save = on_save
+        self.on_save, self.group = on_save, setup.group
+        self.chief = self.group.rank == 0  # who writes what there is one of
         c = self.config
         self.engine = Engine(
             c.model, B=c.batch.B, device=setup.device, seed=c.run.seed, init=not setup.continues, optim=c.optim,
-            guard=c.guard, **engine_options(c, setup.device),
+            guard=c.guard, group=self.group, **engine_options(c, setup.device),
         )  # fmt: skip
         stop.check()
         self.step = self.samples = self.skips_in_a_row = 0
@@ -165,9 +183,8 @@ class Trainer:
         """Continue from this run's newest checkpoint, or start from another run's."""
         self.given_weights = fork is not None or init is not None
         if self.setup.continues:
-            found = newest_good(self.run_folder.checkpoints)
-            assert found is not None, "a listed checkpoint vanished"
-            self._continue(found, same_data=True)
+            path = self.group.first(self._newest)
+            self._continue(load_checkpoint(path, "off"), same_data=True)
             self.saved_step = self.step
         elif fork is not None:
             self._continue(fork, same_data=False)
@@ -175,6 +192,11 @@ class Trainer:
             check_data(init, self.setup, same_data=False)
             restore_weights(self.engine, init)
         self.stop.check()
+
+    def _newest(self) -> Path:
+        found = newest_good(self.run_folder.checkpoints)
+        assert found is not None, "a listed checkpoint vanished"
+        return found.path
 
     def _continue(self, checkpoint: Checkpoint, *, same_data: bool) -> None:
         check_data(checkpoint, self.setup, same_data)
@@ -201,12 +223,21 @@ class Trainer:
         c, engine = self.config, self.engine
         self.clock = Throughput(engine.flops_per_token, self.setup.peak)
         title = f"{c.run.name}: {engine.num_parameters:,} parameters on {self.setup.device_name}"
-        with MetricsWriter(self.run_folder.metrics) as self.metrics, Prefetcher(self._batches(), self.step) as batches:
-            self.main_log = MainLog(self.run_folder.main_log, fresh=self.step == 0)
-            self.display: Display = make_display(c.log.display, c.log.every, title, c.cost.price)
-            sinks = Sinks(c, self.run_folder.path)
-            self.metrics.listeners += [self.display.record, sinks.record]
-            self.profiler = Profiler(c.run.profile, self.run_folder.path)
+        if self.group.world > 1:
+            title = f"{title} and {self.group.world - 1} more"
+        metrics, main_log = self.run_folder.metrics, self.run_folder.main_log
+        if not self.chief:
+            metrics = main_log = Path(os.devnull)
+        with MetricsWriter(metrics) as self.metrics, Prefetcher(self._batches(), self.step) as batches:
+            self.main_log = MainLog(main_log, fresh=self.step == 0)
+            self.display: Display = (
+                make_display(c.log.display, c.log.every, title, c.cost.price)
+                if self.chief
+                else MuteDisplay(c.log.every)
+            )
+            sinks = Sinks(c, self.run_folder.path) if self.chief else None
+            self.metrics.listeners += [self.display.record, *([sinks.record] if sinks else [])]
+            self.profiler = Profiler(c.run.profile if self.chief else "", self.run_folder.path)
             try:
                 self._write_run_record()
                 if self.given_weights:
@@ -217,7 +248,8 @@ class Trainer:
             finally:
                 self.profiler.close()
                 self.display.close()
-                sinks.close()
+                if sinks is not None:
+                    sinks.close()
 
     def _loop(self, batches: Prefetcher[np.ndarray[Any, Any]]) -> None:
         c = self.config
@@ -232,9 +264,10 @@ class Trainer:
             if validate or sample or save:
                 self._read_results(0)
                 with self.clock.pause():
+                    self.engine.finish()
                     if validate:
                         self._validate()
-                    if sample:
+                    if sample and self.chief:
                         self._sample()
                     if save:
                         self._save()
@@ -247,27 +280,29 @@ class Trainer:
             self._read_results(0 if norms else self._late)
 
     def _batches(self) -> Callable[[int], np.ndarray[Any, Any]]:
-        """The batch of each later step, as a pure function of the step: computed ahead in a thread."""
+        """This rank's part of each later step's batch, as a pure function of the step: computed ahead in a thread."""
         c, step, samples = self.config, self.step, self.samples
 
         def batch(at: int) -> np.ndarray[Any, Any]:
             first = 0 if c.run.overfit else samples + c.tokens_between(step, at) // c.T
-            return self.setup.train_loader.batch(first, c.tokens_at(at) // c.T)
+            mine = c.tokens_at(at) // c.T // self.group.world
+            return self.setup.train_loader.batch(first + self.group.rank * mine, mine)
 
         return batch
 
     def _update(self, batch: np.ndarray[Any, Any], lr: float) -> None:
         """One update from `batch` (samples, T + 1). Between micro-steps a stop abandons it without a trace."""
         B, rows = self.config.batch.B, torch.from_numpy(batch)
-        self.engine.begin_step(lr=lr, step=self.step, valid=rows.shape[0] * self.config.T)
+        samples = rows.shape[0] * self.group.world
+        self.engine.begin_step(lr=lr, step=self.step, valid=samples * self.config.T)
         for start in range(0, rows.shape[0], B):
             self.stop.check()
-            part = rows[start : start + B]
-            self.engine.micro_step(part[:, :-1], part[:, 1:], first=start == 0)
+            part, last = rows[start : start + B], start + B == rows.shape[0]
+            self.engine.micro_step(part[:, :-1], part[:, 1:], first=start == 0, last=last)
         self.stop.check()
         results = self.engine.update()
         self.step += 1
-        self.samples += rows.shape[0]
+        self.samples += samples
         self._unread.append(Update(self.step, self.samples, lr, results))
 
     def _read_results(self, leave: int) -> None:
@@ -278,7 +313,9 @@ class Trainer:
     # ------------------------------------------------------------------------------------- the parts of an iteration
 
     def _validate(self) -> None:
-        result = validate(self.engine, self.setup.val_loader, self.lengths, self.config.eval.tokens, self.stop.check)
+        result = validate(
+            self.engine, self.setup.val_loader, self.lengths, self.config.eval.tokens, self.stop.check, self.group
+        )
         self.metrics.write(
             "val", self.step, self.tokens, loss=result.loss, tokens_evaluated=result.tokens, bpb=result.bits_per_byte
         )
@@ -286,7 +323,9 @@ class Trainer:
         self.display.note(f"step {self.step}: val loss {result.loss:.6f} ({result.bits_per_byte:.4f} bits per byte)")
 
         if self.setup.hellaswag and self.step:
-            score = accuracy(self.engine, self.setup.hellaswag, self.stop.check)
+            # Several ranks have different numbers of batches: nothing to agree on in between.
+            check = self.stop.check if self.group.world == 1 else lambda: None
+            score = accuracy(self.engine, self.setup.hellaswag, check, self.group)
             # llm.c's definition under the plain name, as in main.log; lm-eval's differs (docs/evaluation.md).
             for task, value in (("hellaswag", score.acc_norm), ("hellaswag-acc", score.acc)):
                 self.metrics.write("eval", self.step, self.tokens, task=task, accuracy=value, examples=score.examples)
@@ -296,7 +335,8 @@ class Trainer:
     def _sample(self) -> None:
         e = self.config.eval
         how = Sampling(e.sample_tokens, e.temperature, e.top_k, seed=SAMPLE_SEED)
-        pieces = sample_text(self.engine, self.setup.tokenizer, e.prompt, how, self.stop.check)
+        check = self.stop.check if self.group.world == 1 else lambda: None
+        pieces = sample_text(self.engine, self.setup.tokenizer, e.prompt, how, check)
         text = e.prompt + "".join(pieces)
         self.run_folder.append_sample(self.step, text)
         self.metrics.write("sample", self.step, self.tokens, text=text)
@@ -321,15 +361,17 @@ class Trainer:
             "compute": self.setup.compute,
             "kernels": self._numerics(),
         }
-        path = save_checkpoint(self.run_folder.checkpoints, snapshot(self.engine, self.step, manifest))
-        prune_checkpoints(self.run_folder.checkpoints, c.checkpoint.keep, c.checkpoint.major, verify="size")
+        self.engine.finish()
+        path = save_checkpoint(self.run_folder.checkpoints, snapshot(self.engine, self.step, manifest), self.group)
+        if self.chief:
+            prune_checkpoints(self.run_folder.checkpoints, c.checkpoint.keep, c.checkpoint.major, verify="size")
         self.saved_step = self.step
         size = sum(f.stat().st_size for f in path.iterdir())
         relative = str(path.relative_to(self.run_folder.path))
         seconds = time.perf_counter() - began
         self.metrics.write("checkpoint", self.step, self.tokens, path=relative, seconds=seconds, bytes=size)
         self.display.note(f"step {self.step}: saved {path}")
-        if self.on_save is not None:
+        if self.on_save is not None and self.chief:
             self.on_save(path)
 
     def _log(self, update: Update) -> None:

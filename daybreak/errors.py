@@ -43,6 +43,12 @@ class OutOfMemory(Error):
     exit_code = 6
 
 
+class Hung(Error):
+    """Nothing happened for longer than `guard.hang_factor` allows. Never raised: the watchdog ends the process."""
+
+    exit_code = 7
+
+
 class Stopped(Error):
     """Stopped by a signal or by --max-hours, after a complete checkpoint was saved."""
 

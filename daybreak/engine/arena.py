@@ -92,7 +92,7 @@ class LiveFrame:
 
     def __init__(self, arena: Arena, table: ParamTable, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
-        self.buffers = {name: _zeros(size, device) for name, size in arena.sizes().items()}
+        self.buffers = {name: zeros(size, device) for name, size in arena.sizes().items()}
         tensors = {e.name: self._view(e) for e in arena.entries}
         self.state = {e.name: tensors[e.name] for e in arena.entries if e.buffer != "activations"}
         self.activations = {e.name: tensors[e.name] for e in arena.entries if e.buffer == "activations"}
@@ -117,7 +117,7 @@ class LiveFrame:
         return tensor.view(-1)[: math.prod(shape)].view(shape)  # a smaller batch uses the front
 
 
-def _zeros(size: int, device: torch.device) -> Tensor:
+def zeros(size: int, device: torch.device) -> Tensor:
     """`size` zero bytes. On the CPU fresh pages of the system, huge ones where it can: zeroed when first touched."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=torch.uint8, device=device)

@@ -13,6 +13,7 @@ from daybreak.config import Config
 from daybreak.engine import plan_engine
 from daybreak.engine.arena import Arena
 from daybreak.engine.device import engine_options, missing_on, pick_device
+from daybreak.state.restore import staged_bytes
 
 BUFFERS = {
     "weights": "weights in compute dtype",
@@ -41,6 +42,11 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes that training allocates, all at start."""
         return self.arena.nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the machine's memory that saving beside training takes, allocated once."""
+        return staged_bytes(self.arena) if self.config.checkpoint.background else 0
 
     @property
     def micro_steps(self) -> int:
@@ -93,6 +99,10 @@ def print_plan(p: Plan) -> None:
     table.add_section()
     table.add_row("total", "", f"{p.nbytes / mib:,.1f}")
     console.print(table)
+    if p.host_nbytes:
+        console.print(
+            f"Host memory, for saving beside training: {p.host_nbytes / mib:,.1f} MiB (checkpoint.background)"
+        )
     table = Table("activation", "shape", "tensors", "MiB", title="Activations before sharing", title_justify="left")
     table.columns[2].justify = table.columns[3].justify = "right"
     for name, shape, count, size in grouped(p.arena):

@@ -35,6 +35,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 RESERVED = ("format", "step", "world", "flat_numel", "layout", "files", "checksum")  # manifest keys of our own
 MAX_MANIFEST = 64 << 20
+SLACK = 1 << 20  # bytes of a checkpoint beside its tensors
 
 Verify = Literal["full", "size", "off"]
 
@@ -59,6 +60,12 @@ class Snapshot:
     layout: list[tuple[str, int, tuple[int, ...]]]
     extra: Mapping[str, torch.Tensor]
     manifest: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        owned = [t for ranges in self.optimizer.values() for _, t in ranges]
+        return sum(t.nbytes for t in (*self.model.values(), *owned, *self.extra.values()))
 
 
 def _directory(step: int) -> str:
@@ -85,6 +92,7 @@ def save_checkpoint(root: Path, snap: Snapshot, *, rank: int = 0, world: int = 1
             root.mkdir(parents=True)
             fsync_folder(root.parent)
         _remove(temporary)
+        _check_space(root, snap, final)
         temporary.mkdir()
         optimizer = _optimizer_file(rank, world)
         files = {
@@ -102,6 +110,16 @@ def save_checkpoint(root: Path, snap: Snapshot, *, rank: int = 0, world: int = 1
     finally:
         _remove(temporary)
     return final
+
+
+def _check_space(root: Path, snap: Snapshot, final: Path) -> None:
+    """Better no attempt than one that fills the disk for everybody. What a quota allows only writing tells."""
+    need, disk = snap.nbytes + SLACK, os.statvfs(root)
+    if (free := disk.f_bavail * disk.f_frsize) < need:
+        raise Error(
+            f"checkpoint {final} needs {need >> 20} MiB and its disk has {free >> 20} MiB free: free space, lower "
+            "checkpoint.keep, or move the run."
+        )
 
 
 def _write_optimizer(path: Path, snap: Snapshot, rank: int) -> Written:

@@ -131,9 +131,12 @@ class RunFolder:
             os.close(fd)
 
     def append_sample(self, step: int, text: str) -> None:
-        """Append one generated text to samples.txt under a heading with its step."""
-        with open(self.samples, "a", encoding="utf-8") as file:
-            file.write(f"--- step {step} ---\n{text}\n")
+        """Append one generated text to samples.txt under a heading with its step, if the disk lets us."""
+        try:
+            with open(self.samples, "a", encoding="utf-8") as file:
+                file.write(f"--- step {step} ---\n{text}\n")
+        except OSError as error:  # metrics.jsonl has it too
+            log.warning("%s could not be written (%s).", self.samples, error.strerror)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from daybreak.engine.device import check_fits, cpu_has_bf16, engine_options, mis
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.state.checkpoint import list_checkpoints
-from daybreak.state.restore import Weights
+from daybreak.state.restore import Weights, check_host_memory
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
 from daybreak.state.throughput import peak_flops
@@ -76,6 +76,8 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     options = engine_options(config, device)
     arena = plan_engine(config.model, B=b.B, device_type=device.type, missing=missing_on(device), **options)[2]
     check_fits(arena, device, b.B, b.recompute)
+    if config.checkpoint.background:
+        check_host_memory(arena, device)
     log.info(
         "%s: %d samples of %d tokens an epoch, %d tokens at the shards' ends unused; fingerprint %s",
         dataset.name, train_loader.samples_per_epoch, config.T, train_loader.dropped_tokens,

@@ -24,6 +24,7 @@ class Stop:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.reason = ""
         self.save_requested = False
+        self.checks = 0  # how often `check` was called: as long as it grows, something is being done
         self._clock = clock
         self._deadline = float("inf")
 
@@ -34,6 +35,7 @@ class Stop:
 
     def check(self) -> None:
         """Raise Interrupted if the run should stop."""
+        self.checks += 1
         if not self.reason and self._clock() >= self._deadline:
             self.reason = f"--max-hours {self._max_hours:g} is over"
         if self.reason:

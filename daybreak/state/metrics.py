@@ -61,17 +61,22 @@ class Lines:
 
     def append(self, text: str) -> None:
         """Append lines, in one write() so that those of two processes never interleave."""
-        waited, reason = bool(self._waiting), os.strerror(errno.ENOSPC)
+        waited = bool(self._waiting)
         self._waiting += self._prefix + text.encode()
         self._prefix = b""
-        try:
-            self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
-        except OSError as error:
-            reason = error.strerror or str(error)
+        reason = self._flush()
         if len(self._waiting) > MOST_WAITING:
             raise Error(f"{self._path} cannot be written ({reason}): mend that and resume the run.")
         if self._waiting and not waited:
             log.warning("%s cannot be written (%s); its lines wait in memory until it can.", self._path, reason)
+
+    def _flush(self) -> str:
+        """Write what the disk takes; the reason why it does not take all."""
+        try:
+            self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
+        except OSError as error:
+            return error.strerror or str(error)
+        return os.strerror(errno.ENOSPC)
 
     def sync(self) -> None:
         """What is written so far is on the disk."""
@@ -79,8 +84,7 @@ class Lines:
 
     def close(self) -> None:
         """Write what waits, or say that it is lost."""
-        if self._waiting:
-            self.append("")
+        self._flush()
         os.close(self._fd)
         if self._waiting:
             log.warning("%s: its last %d bytes could not be written.", self._path, len(self._waiting))

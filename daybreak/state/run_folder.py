@@ -88,7 +88,9 @@ class RunFolder:
 
     def check_free(self) -> None:
         """Raise ConfigError, with the command that continues it, if there is a run of this name."""
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and any(
+            path.name[0] != "." for path in self.path.iterdir()
+        ):  # hidden: a crash's leftovers
             raise ConfigError(
                 f"run.name = {self.path.name!r} is taken: {self.path} exists; continue it with "
                 f"`daybreak train {self.path}` or choose another --name."

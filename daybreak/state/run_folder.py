@@ -87,10 +87,11 @@ class RunFolder:
             ) from None
 
     def check_free(self) -> None:
-        """Raise ConfigError, with the command that continues it, if there is a run of this name."""
-        if self.path.is_dir() and any(
-            path.name[0] != "." for path in self.path.iterdir()
-        ):  # hidden: a crash's leftovers
+        """Raise ConfigError, with the command that continues it, if there is a run of this name.
+
+        Hidden files are what a crash left of a first write: no run yet.
+        """
+        if self.path.is_dir() and any(path.name[0] != "." for path in self.path.iterdir()):
             raise ConfigError(
                 f"run.name = {self.path.name!r} is taken: {self.path} exists; continue it with "
                 f"`daybreak train {self.path}` or choose another --name."

@@ -357,7 +357,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         with open(file, "rb") as stream:
-            manifest: Any = json.loads(stream.read(MAX_MANIFEST))
+            size = os.fstat(stream.fileno()).st_size  # read(n) takes n bytes of memory first, whatever there is
+            manifest: Any = json.loads(stream.read(min(size, MAX_MANIFEST)))
     except OSError as error:
         _refuse(file, f"cannot be read ({error.strerror})")
     except (ValueError, RecursionError) as error:

@@ -183,6 +183,10 @@ class CheckpointConfig:
     every: int = key(1000, "steps between checkpoints; 0 = only at the end", at_least(0))
     keep: int = key(3, "newest checkpoints to keep; 0 = all", at_least(0))
     major: int = key(0, "checkpoints at multiples of this step are kept for good; 0 = none", at_least(0))
+    background: bool = key(True, "write from a copy in host memory while training goes on; false = training waits")
+    on_error: str = key(
+        "warn", "a save that fails, but the last one: warn and train on, or stop (exit 1)", one_of("warn", "stop")
+    )
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,12 @@ class GuardConfig:
     loss_z: float = key(0.0, "skip updates whose loss z-score exceeds this; 0 = off", at_least(0))
     norm_z: float = key(0.0, "skip updates whose gradient-norm z-score exceeds this; 0 = off", at_least(0))
     max_skips: int = key(10, "skipped updates in a row that end the run (exit 3)", at_least(1))
+    hang_factor: float = key(
+        20.0,
+        "idle for this many times the median step: hung; stacks in crash.txt, exit 7; 0 = off",
+        at_least(0),
+    )
+    hang_seconds: float = key(300.0, "but never hung before this many seconds", POSITIVE)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class OutOfMemory(Error):
 
 
 class Hung(Error):
-    """Nothing moves any more; the message names who is waited for."""
+    """Nothing moves any more: the message names who is waited for, or the watchdog ends the process."""
 
     exit_code = 7
 

@@ -122,7 +122,7 @@ class LiveFrame:
         self, arena: Arena, table: ParamTable, dtype: torch.dtype, device: torch.device, comm: Collectives
     ) -> None:
         self.dtype, self.comm = dtype, comm
-        self.buffers = {name: _zeros(size, device) for name, size in arena.sizes().items()}
+        self.buffers = {name: zeros(size, device) for name, size in arena.sizes().items()}
         tensors = {e.name: self._view(e) for e in arena.entries}
         self.state = {e.name: tensors[e.name] for e in arena.entries if e.buffer != "activations"}
         self.activations = {e.name: tensors[e.name] for e in arena.entries if e.buffer == "activations"}
@@ -216,7 +216,7 @@ def _land(f: PlanFrame | LiveFrame, k: int) -> None:
     f.do("add_shard", partial(sums.copy_ if c.first else sums.add_, found), [sums], [found, sums])
 
 
-def _zeros(size: int, device: torch.device) -> Tensor:
+def zeros(size: int, device: torch.device) -> Tensor:
     """`size` zero bytes. On the CPU fresh pages of the system, huge ones where it can: zeroed when first touched."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=torch.uint8, device=device)

@@ -20,6 +20,7 @@ from daybreak.engine.models import build_model
 from daybreak.engine.params import ParamTable
 from daybreak.report.cards import MEASURED, find_card, token_rate
 from daybreak.state.metrics import format_duration
+from daybreak.state.restore import staged_bytes
 
 BUFFERS = {
     "weights": "weights in compute dtype",
@@ -57,6 +58,11 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes that training allocates, all at start."""
         return self.arena.nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the machine's memory that saving beside training takes, allocated once."""
+        return staged_bytes(self.arena) if self.config.checkpoint.background else 0
 
     @property
     def micro_steps(self) -> int:
@@ -220,6 +226,10 @@ def print_plan(p: Plan, notes: Sequence[str] = ()) -> None:
     if p.outside:
         table.add_row("outside", "CUDA context, modules, graphs, FA4's own (measured)", f"{p.outside / MIB:,.1f}")
     console.print(table)
+    if p.host_nbytes:
+        console.print(
+            f"Host memory, for saving beside training: {p.host_nbytes / MIB:,.1f} MiB (checkpoint.background)"
+        )
     table = Table("activation", "shape", "tensors", "MiB", title="Activations before sharing", title_justify="left")
     table.columns[2].justify = table.columns[3].justify = "right"
     for name, shape, count, size in grouped(p.arena):

@@ -42,6 +42,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 RESERVED = ("format", "step", "world", "flat_numel", "layout", "files", "checksum")  # manifest keys of our own
 MAX_MANIFEST = 64 << 20
+SLACK = 1 << 20  # bytes of a checkpoint beside its tensors
 
 Verify = Literal["full", "size", "off"]
 T = TypeVar("T")
@@ -71,6 +72,12 @@ class Snapshot:
     manifest: Mapping[str, Any]
     parts: Mapping[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        owned = [t for ranges in self.optimizer.values() for _, t in ranges]
+        return sum(t.nbytes for t in (*self.model.values(), *owned, *self.extra.values()))
+
 
 def _directory(step: int) -> str:
     return f"step-{step:08d}"
@@ -98,6 +105,7 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
             root.mkdir(parents=True)
             fsync_folder(root.parent)
         _remove(temporary)
+        _check_space(root, snap, final)
         temporary.mkdir()
         if group.world > 1:
             create_safetensors(temporary / MODEL, snap.model)
@@ -143,6 +151,16 @@ def _explained(fn: Callable[[], T], final: Path) -> Callable[[], T]:
             ) from error
 
     return call
+
+
+def _check_space(root: Path, snap: Snapshot, final: Path) -> None:
+    """Better no attempt than one that fills the disk for everybody. What a quota allows only writing tells."""
+    need, disk = snap.nbytes + SLACK, os.statvfs(root)
+    if (free := disk.f_bavail * disk.f_frsize) < need:
+        raise Error(
+            f"checkpoint {final} needs {need >> 20} MiB and its disk has {free >> 20} MiB free: free space, lower "
+            "checkpoint.keep, or move the run."
+        )
 
 
 def _write_optimizer(path: Path, snap: Snapshot, rank: int) -> Written:
@@ -380,7 +398,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         with open(file, "rb") as stream:
-            manifest: Any = json.loads(stream.read(MAX_MANIFEST))
+            size = os.fstat(stream.fileno()).st_size  # read(n) takes n bytes of memory first, whatever there is
+            manifest: Any = json.loads(stream.read(min(size, MAX_MANIFEST)))
     except OSError as error:
         _refuse(file, f"cannot be read ({error.strerror})")
     except (ValueError, RecursionError) as error:

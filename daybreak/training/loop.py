@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,12 @@ from daybreak.evaluate.validation import token_lengths, validate
 from daybreak.generate import Sampling, sample_text
 from daybreak.interop import open_source
 from daybreak.parallel import connect
-from daybreak.state.checkpoint import Checkpoint, load_checkpoint, newest_good, prune_checkpoints, save_checkpoint
+from daybreak.state.checkpoint import Checkpoint, load_checkpoint, newest_good
 from daybreak.state.metrics import MainLog, MetricsWriter
-from daybreak.state.restore import Weights, restore, restore_weights, snapshot
+from daybreak.state.restore import Staging, Weights, restore, restore_weights, snapshot
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder
+from daybreak.state.saver import Saver
 from daybreak.state.throughput import Throughput
 from daybreak.training.display import Display, MuteDisplay, make_display
 from daybreak.training.profile import Profiler
@@ -48,6 +49,7 @@ from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
 from daybreak.training.sinks import Sinks
 from daybreak.training.stop import Interrupted, Stop
+from daybreak.training.watchdog import Watchdog
 
 log = logging.getLogger("daybreak")
 SAMPLE_SEED = 1337
@@ -168,6 +170,8 @@ class Trainer:
             c.model, B=c.batch.B, device=setup.device, seed=c.run.seed, init=not setup.continues, optim=c.optim,
             guard=c.guard, group=self.group, **engine_options(c, setup.device),
         )  # fmt: skip
+        alone = self.group.world == 1  # several ranks write together, in step
+        self.staging = Staging(self.engine) if c.checkpoint.background and alone else None
         stop.check()
         self.step = self.samples = self.skips_in_a_row = 0
         self.saved_step = -1
@@ -225,23 +229,32 @@ class Trainer:
         title = f"{c.run.name}: {engine.num_parameters:,} parameters on {self.setup.device_name}"
         if self.group.world > 1:
             title = f"{title} and {self.group.world - 1} more"
-        metrics, main_log = self.run_folder.metrics, self.run_folder.main_log
+        k, guard, folder = c.checkpoint, c.guard, self.run_folder
+        metrics, main_log = folder.metrics, folder.main_log
         if not self.chief:
             metrics = main_log = Path(os.devnull)
-        with MetricsWriter(metrics) as self.metrics, Prefetcher(self._batches(), self.step) as batches:
-            self.main_log = MainLog(main_log, fresh=self.step == 0)
+        with ExitStack() as open_:
+            self.metrics = open_.enter_context(MetricsWriter(metrics))
+            self.main_log = open_.enter_context(MainLog(main_log, fresh=self.step == 0))
+            if self.staging is not None:
+                open_.callback(self.staging.close)
+            self.saver = open_.enter_context(Saver(folder.checkpoints, k.keep, k.major, self.metrics.sync, self.group))
+            # Of several ranks a silent one is found, and named, by those that wait for it.
+            factor = guard.hang_factor if self.group.world == 1 else 0.0
+            self.watchdog = open_.enter_context(Watchdog(folder, lambda: self.stop.checks, factor, guard.hang_seconds))
+            batches = open_.enter_context(Prefetcher(self._batches(), self.step))
             self.display: Display = (
                 make_display(c.log.display, c.log.every, title, c.cost.price)
                 if self.chief
                 else MuteDisplay(c.log.every)
             )
-            sinks = Sinks(c, self.run_folder.path) if self.chief else None
+            sinks = Sinks(c, folder.path) if self.chief else None
             self.metrics.listeners += [self.display.record, *([sinks.record] if sinks else [])]
-            self.profiler = Profiler(c.run.profile if self.chief else "", self.run_folder.path)
+            self.profiler = Profiler(c.run.profile if self.chief else "", folder.path)
             try:
                 self._write_run_record()
                 if self.given_weights:
-                    self._save()  # nothing else in the folder says where they came from
+                    self._save(wait=True)  # nothing else in the folder says where they came from
                 self._loop(batches)
             except Interrupted as reason:
                 self._save_and_stop(str(reason))
@@ -256,6 +269,7 @@ class Trainer:
         resumed = self.step
         self.clock.start()
         while True:
+            self._report_save()
             last = self.step >= c.run.steps
             validate = last or (c.eval.every and self.step % c.eval.every == 0)
             sample = last or (c.eval.sample_every and self.step and self.step % c.eval.sample_every == 0)
@@ -270,7 +284,7 @@ class Trainer:
                     if sample and self.chief:
                         self._sample()
                     if save:
-                        self._save()
+                        self._save(wait=last)
             if last:
                 return
             self.profiler.before(self.step)
@@ -343,12 +357,44 @@ class Trainer:
         if self.step < self.config.run.steps:  # the summary shows the last one
             self.display.sample(text)
 
-    def _save(self) -> None:
+    def _save(self, wait: bool = False) -> None:
+        """Begin a save of the state after the last completed update; `wait`: to its end, and raise if it fails."""
         self._read_results(0)  # the count of skips belongs to the checkpoint
-        if self.saved_step == self.step:
+        began = time.perf_counter()
+        with self.watchdog.paused():  # a disk may take as long as it takes
+            self._report_save(wait=True)  # one at a time
+            if self.saved_step != self.step:
+                self.engine.finish()
+                self.saver.start(snapshot(self.engine, self.step, self._manifest(), self.staging), self.tokens, began)
+                self.saved_step = self.step
+            if wait or self.staging is None:
+                self._report_save(wait=True, must=wait)
+
+    def _report_save(self, wait: bool = False, must: bool = False) -> None:
+        """Say what became of the save under way, if it is over; `must`: a failed one ends the run."""
+        try:
+            saved = self.saver.result(wait)
+        except Error as error:
+            self.saved_step = -1
+            if must or self.config.checkpoint.on_error == "stop":
+                raise
+            log.warning("not saved, training goes on (checkpoint.on_error): %s", error)
+            self.metrics.write("event", self.step, self.tokens, what="save_failed", detail=str(error))
             return
-        began, c = time.perf_counter(), self.config
-        manifest = {
+        if saved is None:
+            return
+        self.metrics.write(
+            "checkpoint", saved.step, saved.tokens, path=str(saved.path.relative_to(self.run_folder.path)),
+            seconds=saved.seconds, stall=saved.stall, bytes=saved.nbytes,
+        )  # fmt: skip
+        self.display.note(f"step {saved.step}: saved {saved.path}")
+        if self.on_save is not None and self.chief:
+            with self.watchdog.paused():
+                self.on_save(saved.path)
+
+    def _manifest(self) -> dict[str, Any]:
+        c = self.config
+        return {
             "config": dict(c.items()),
             "samples": self.samples,
             "skips_in_a_row": self.skips_in_a_row,
@@ -361,24 +407,13 @@ class Trainer:
             "compute": self.setup.compute,
             "kernels": self._numerics(),
         }
-        self.engine.finish()
-        path = save_checkpoint(self.run_folder.checkpoints, snapshot(self.engine, self.step, manifest), self.group)
-        if self.chief:
-            prune_checkpoints(self.run_folder.checkpoints, c.checkpoint.keep, c.checkpoint.major, verify="size")
-        self.saved_step = self.step
-        size = sum(f.stat().st_size for f in path.iterdir())
-        relative = str(path.relative_to(self.run_folder.path))
-        seconds = time.perf_counter() - began
-        self.metrics.write("checkpoint", self.step, self.tokens, path=relative, seconds=seconds, bytes=size)
-        self.display.note(f"step {self.step}: saved {path}")
-        if self.on_save is not None and self.chief:
-            self.on_save(path)
 
     def _log(self, update: Update) -> None:
         """Report an update, and end the run if too many in a row were skipped."""
         stats, c, step = named_stats(update.results), self.config, update.step
         tokens = update.samples * c.T
         timing = self.clock.lap(c.tokens_at(step - 1))
+        self.watchdog.step(timing.seconds)
         skipped = stats["skip"] != 0.0
         values = {
             "loss": stats["loss"], "norm": stats["norm"], "lr": update.lr, "ms": 1000 * timing.seconds,
@@ -403,7 +438,7 @@ class Trainer:
         self.metrics.write("event", step, tokens, what="skip", detail=why)
         self.display.note(f"step {step}: update skipped, weights untouched: {why}")
         if self.skips_in_a_row >= self.config.guard.max_skips:
-            self._save()
+            self._save(wait=True)
             raise TooManySkips(
                 f"{self.skips_in_a_row} updates in a row were skipped (guard.max_skips), the last with {why}; lower "
                 f"optim.lr or raise the guard's limits. The weights before them are saved in {self.run_folder.path}."
@@ -413,7 +448,7 @@ class Trainer:
         """Save the state after the last completed update, and leave."""
         if self.step == 0:
             raise Interrupted(reason)
-        self._save()
+        self._save(wait=True)
         self.metrics.write("event", self.step, self.tokens, what="stopped", detail=reason)
         raise Stopped(f"{reason} after step {self.step}, saved; continue with: daybreak train {self.run_folder.path}")
 

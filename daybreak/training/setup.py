@@ -26,7 +26,7 @@ from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.parallel import Group
 from daybreak.state.checkpoint import list_checkpoints
-from daybreak.state.restore import Weights
+from daybreak.state.restore import Weights, check_host_memory
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
 from daybreak.state.throughput import peak_flops
@@ -91,6 +91,8 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     hellaswag = load_examples(Path(e.hellaswag), tokenizer, e.hellaswag_examples) if e.hellaswag else []
     arena, _ = plan_memory(config, device, missing_on(device), group)
     check_fits(arena, device, config, group.world)
+    if config.checkpoint.background and group.world == 1:
+        check_host_memory(arena, device)
     log.info(
         "%s: %d samples of %d tokens an epoch, %d tokens at the shards' ends unused; fingerprint %s",
         dataset.name, train_loader.samples_per_epoch, config.T, train_loader.dropped_tokens,

@@ -28,6 +28,7 @@ class Stop:
         self.save_requested = False
         self.group: Group = ALONE  # whose ranks stop and save together
         self._save_agreed = False
+        self.checks = 0  # how often `check` was called: as long as it grows, something is being done
         self._clock = clock
         self._deadline = float("inf")
 
@@ -38,6 +39,7 @@ class Stop:
 
     def check(self) -> None:
         """Raise Interrupted if the run should stop, on every rank as soon as one was asked to. Collective."""
+        self.checks += 1
         if not self.reason and self._clock() >= self._deadline:
             self.reason = f"--max-hours {self._max_hours:g} is over"
         if self.group.world > 1:

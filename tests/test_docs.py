@@ -23,6 +23,7 @@ from daybreak.shapes import parse_shape
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 OPERATIONS = sorted((DOCS / "operations").glob("*.md"))
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 COPY, PRODUCT = 2.94e12, 683e12  # bytes/s, FLOP/s: the card's own limits, measured beside the step (bench/NOTES.md)
 
 
@@ -137,7 +138,7 @@ def test_the_chinese_readme_shows_the_same() -> None:
     assert len(tables[0]) == len(tables[1])
     for a, b in zip(*tables, strict=True):
         assert a.count("|") == b.count("|")
-        assert re.findall(r"\d[\d.,]*", a) == re.findall(r"\d[\d.,]*", b), (a, b)
+        assert NUMBER.findall(a) == NUMBER.findall(b), (a, b)
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= tiny
 
-.PHONY: demo test test-llama check bench clean install test-install
+.PHONY: demo test test-llama check bench docs clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -42,6 +42,9 @@ bench: test-install
 	$(BIN)/python bench/tokenize_speed.py
 	$(BIN)/python bench/loader_speed.py
 
+docs: test-install
+	$(BIN)/mkdocs build --strict
+
 # Never touches data/ and runs/.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -60,7 +60,7 @@ def test_the_largest_micro_batch_is_the_largest(target: str, gpu: str, recompute
     p = on(target, gpu, batch__recompute=recompute)
     B = p.fit.largest_B(p.config)
     need = [p.fit.need(p.config.override({"batch.B": b})) for b in (B, B + 1)]
-    assert need[0] <= CARDS[gpu].mib * MIB < need[1]
+    assert need[0] <= int(0.98 * CARDS[gpu].mib) * MIB < need[1]
 
 
 @pytest.mark.parametrize("mib", [30_000, 24_000, 20_500])
@@ -133,7 +133,7 @@ def test_what_does_not_fit_says_the_flag() -> None:
     got = said(on("d48", "4090", batch__B=8))
     assert "fits" not in got
     value, basis = got["DOES NOT FIT"]
-    assert value == "--batch.recompute 2 --batch.B 1"
+    assert value == "--batch.recompute 3 --batch.B 4"
     assert basis == "makes it fit: planned"
 
 

@@ -35,6 +35,7 @@ BUFFERS = {
 
 
 ENOUGH_TOKENS = 16_384  # of a micro-step: beyond, more of them win little; below, the card idles
+USABLE = 0.98  # of a card's memory: the driver keeps some, and allocations have a granularity
 MIB = 1 << 20
 
 
@@ -113,10 +114,10 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
         device = pick_device(config.run.device)
         name, missing, budget = "", set(missing_on(device)), available_bytes(device)
         if device.type == "cuda":
-            name, budget = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
+            name, budget = torch.cuda.get_device_name(device), int(USABLE * torch.cuda.mem_get_info(device)[1])
     else:
         card, device = find_card(gpu), torch.device("cuda")
-        name, missing, budget = card.name, card.missing, card.mib * MIB
+        name, missing, budget = card.name, card.missing, int(USABLE * card.mib) * MIB
         if config.precision.compute == "auto":
             config = config.override({"precision.compute": "bf16"})
     arena, outside = plan_memory(config, device, missing)
@@ -179,7 +180,7 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
     total = p.nbytes + p.outside
     beside = f"; outside it {p.outside // MIB:,} MiB, measured on one {MEASURED[0].card}" if p.outside else ""
-    of = f" of {p.budget // MIB:,}" if p.budget else ""
+    of = f" of {p.budget // MIB:,}" + (f" ({USABLE:.0%} of the card)" if p.card else "") if p.budget else ""
     rows.append(("memory", f"{total // MIB:,} MiB{of}", f"arena {p.nbytes // MIB:,} MiB, exact{beside}"))
     if p.budget:
         by_level = (p.fit.largest_B(c.override({"batch.recompute": r})) for r in range(4))

@@ -29,8 +29,12 @@ const view = { x: "step", logx: false, logy: false, smooth: 0, reference: "" };
 for (const [key, value] of new URLSearchParams(location.hash.slice(1)))
   if (key in view) view[key] = typeof view[key] === "boolean" ? value === "1" : typeof view[key] === "number" ? +value : value;
 
-const short = (v) => v == null ? "" : typeof v !== "number" ? String(v)
-  : Number.isInteger(v) ? v.toLocaleString("en") : Math.abs(v) >= 1e6 || Math.abs(v) < 1e-3 ? v.toExponential(3) : +v.toPrecision(5) + "";
+function short(v) {
+  if (v == null || typeof v !== "number") return v == null ? "" : String(v);
+  const size = Math.abs(v);
+  if (size >= 1e13 || (size && size < 1e-3)) return v.toExponential(3);
+  return Number.isInteger(v) || size >= 1e3 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(5));
+}
 
 function smoothed(values, weight) {  // exponential, its start from nothing undone
   let sum = 0, norm = 0;
@@ -160,7 +164,8 @@ function draw() {
 
 function show() {
   document.title = data.runs.map((r) => r.name).join(", ") + " · daybreak";
-  tables(), draw(), samples();
+  tables(), samples();
+  if (!document.querySelector("#charts:hover")) draw();  // not under the pointer of who reads values off
 }
 
 options("x", Object.entries(AXES).filter(([k, [, f]]) => data.runs.some((r) => (f(r.train, r) || []).some((v) => v != null))).map(([k, [t]]) => [k, t]), view.x);

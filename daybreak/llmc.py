@@ -23,17 +23,13 @@ from typing import Any
 from daybreak.config import Config, nearest, read_toml
 from daybreak.config_keys import Rule, at_least, one_of
 from daybreak.errors import ConfigError, Error
+from daybreak.parallel import RANK_VARIABLES, connect
 from daybreak.shapes import is_shape, parse_shape
 
 TINY = "dev/data/tinyshakespeare/tiny_shakespeare"
 HELLASWAG = "dev/data/hellaswag/hellaswag_val.bin"
 PORT = "12345"  # llm.c's
 ALL_TOKENS = 1 << 62
-RANK_VARIABLES = (  # (rank, processes, rank on this machine), as launchers set them
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-)
 
 
 @dataclass(frozen=True)
@@ -287,7 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(list(sys.argv[1:] if argv is None else argv))
         return 0
     except Error as error:
-        print(f"daybreak.llmc: {error}", file=sys.stderr)
+        if not error.elsewhere:
+            print(f"daybreak.llmc: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -302,15 +299,22 @@ def _run(argv: list[str]) -> None:
         print("\n".join(f"  {f.name:4} {f.doc} ({f.default!r})" for f in FLAGS))
         return
     values = parse(argv)
-    if (world := int(launch(values, os.environ)["WORLD_SIZE"])) > 1:
-        raise ConfigError(f"{world} processes were started, but this version trains on one: start one.")
+    found = launch(values, os.environ)
+    world, chief = int(found["WORLD_SIZE"]), found["RANK"] == "0"
+    if world > 1:
+        os.environ.update(found)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    config, resume, init, start = _begin(values, world)
+    group = connect(os.environ, Config().parallel.timeout)
+    with group.failing_together():  # rank 0 looks at the folder, which it soon fills
+        config, resume, init, start = group.first(lambda: _begin(values, world))
     config.check(ranks=world)
-    print("\n".join(parameter_table(values, config, world, start)), flush=True)
-    for flag in FLAGS:
-        if flag.no_effect and values[flag.name] != flag.default:
-            print(f"{flag.name} {values[flag.name]}: no effect ({flag.no_effect})", flush=True)
+    if chief:
+        print("\n".join(parameter_table(values, config, world, start)), flush=True)
+        for flag in FLAGS:
+            if flag.no_effect and values[flag.name] != flag.default:
+                print(f"{flag.name} {values[flag.name]}: no effect ({flag.no_effect})", flush=True)
+    else:
+        logging.getLogger("daybreak").setLevel(logging.WARNING)
 
     from daybreak.interop import llmc_files
     from daybreak.state.checkpoint import checkpoint_step
@@ -319,7 +323,10 @@ def _run(argv: list[str]) -> None:
 
     on_save = bin_writer(values, config) if config.checkpoint.every else None
     with Stop().handling_signals() as stop:
+        stop.group = group
         run = train(config, resume=resume, init_from=init, stop=stop, on_save=on_save)
+    if not chief:
+        return
     newest = run.checkpoints[0]
     if on_save is not None and checkpoint_step(newest) not in llmc_files.done_steps(run.path):
         on_save(newest)  # killed between the two savings, and now there was nothing left to train

@@ -10,7 +10,6 @@ once a second how far it has come, and the first to notice a failure says there 
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -252,25 +251,29 @@ def connect(environ: Mapping[str, str], timeout: float) -> Group:
     dist: Any = torch.distributed
     group = Group(rank, world, int(env["LOCAL_RANK"]), timeout)
     where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
-    method = environ.get("INIT_METHOD", "")
-    hosted = rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not hosted and not method:
+    agents = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process listens, not rank 0
+    method, wait = environ.get("INIT_METHOD", ""), timedelta(seconds=timeout)
+    if rank and not method:
         _reach(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout, rank)
     os.environ.update(env)
     try:
-        url = f"{method}?rank={rank}&world_size={world}" if method else "env://"
-        root = next(dist.rendezvous(url, timeout=timedelta(seconds=timeout)))[0]
+        if agents or method:
+            url = f"{method}?rank={rank}&world_size={world}" if method else "env://"
+            root = next(dist.rendezvous(url, timeout=wait))[0]
+        else:
+            port = int(env["MASTER_PORT"])
+            root = dist.TCPStore(env["MASTER_ADDR"], port, world, rank == 0, wait, wait_for_workers=False)
+        meeting = _assemble(group, root, where, agents)
+        group.store = dist.PrefixStore(f"daybreak/{meeting}", root)
     except RuntimeError as error:
-        if "EADDRINUSE" in str(error) or errno.errorcode[errno.EADDRINUSE] in str(error):
+        if "EADDRINUSE" in str(error):
             raise ConfigError(f"rank 0 cannot listen on {where}: the port is in use; choose another one.") from None
         raise ConfigError(f"rank {rank} cannot join the other ranks at {where}: {_line(error)}") from None
-    group.store = dist.PrefixStore("daybreak", root)
-    _assemble(group, where)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available() and group.local_rank >= torch.cuda.device_count():
         backend, group.capturable = "cpu:gloo,cuda:gloo", False  # NCCL refuses two ranks on one card
     dist.init_process_group(
-        backend, store=dist.PrefixStore("torch", root), rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
+        backend, store=dist.PrefixStore(f"torch/{meeting}", root), rank=rank, world_size=world, timeout=wait
     )
     group.dist = dist
     group._beat()
@@ -280,7 +283,7 @@ def connect(environ: Mapping[str, str], timeout: float) -> Group:
 
 
 def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0]  # what follows is a C++ stack
 
 
 def _reach(host: str, port: int, timeout: float, rank: int) -> None:
@@ -299,23 +302,43 @@ def _reach(host: str, port: int, timeout: float, rank: int) -> None:
         time.sleep(0.2)
 
 
-def _assemble(group: Group, where: str) -> None:
-    """Wait until every rank is there, and was started once. ConfigError names those that are missing."""
-    store, deadline = group.store, time.monotonic() + group.timeout
-    if store.add(f"started/{group.rank}", 1) > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise ConfigError(f"rank {group.rank} of {group.world} was started twice; give every process its own RANK.")
-    store.set(f"world/{group.rank}", str(group.world))
-    while missing := [r for r in range(group.world) if not store.check([f"world/{r}"])]:
+def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
+    """Wait until every rank is there, and return a name for this meeting that no earlier one in this store had.
+
+    Each rank leaves a word of its own and waits for rank 0's answer to just that word: what ranks that are gone left
+    in a store that outlives them (torchrun's, where `again` is true) is answered to nobody. ConfigError names who is
+    missing, was started twice, or expects another number of ranks.
+    """
+    rank, world, deadline = group.rank, group.world, time.monotonic() + group.timeout
+    word = f"{world} {os.urandom(8).hex()}"
+    if again:
+        root.set(f"word/{rank}", word)
+    elif root.compare_set(f"word/{rank}", "", word).decode() != word:
+        raise ConfigError(f"rank {rank} of {world} was started twice; give every process its own RANK.")
+    meeting, answered = word.split()[1], set[str]()
+    while rank == 0 and (missing := [r for r in range(world) if not root.check([f"came/{meeting}/{r}"])]):
+        for r in (r for r in missing if root.check([f"word/{r}"])):
+            if (other := root.get(f"word/{r}").decode()) not in answered:
+                answered.add(other)
+                root.set(f"answer/{other}", f"{world} {meeting}")
+                if r == 0:
+                    root.set(f"came/{meeting}/0", "")
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"{group.world - len(missing)} of {group.world} ranks came to {where} within {group.timeout:g} s "
-                f"(parallel.timeout); missing: {', '.join(map(str, missing[:8]))}; start exactly {group.world} "
-                "processes."
+                f"{world - len(missing)} of {world} ranks came to {where} within {group.timeout:g} s (parallel.timeout); "
+                f"missing: {', '.join(map(str, missing[:8]))}; start exactly {world} processes."
             )
-        time.sleep(0.02)
-    for rank in range(group.world):
-        if (other := store.get(f"world/{rank}").decode()) != str(group.world):
-            raise ConfigError(
-                f"rank {rank} was started as one of {other} ranks, rank {group.rank} as one of {group.world}; give "
-                "every process the same WORLD_SIZE."
-            )
+        time.sleep(0.01)
+    if rank == 0:
+        root.set(f"complete/{meeting}", "")
+        return meeting
+    root.wait([f"answer/{word}"])
+    expected, meeting = root.get(f"answer/{word}").decode().split()
+    if expected != str(world):
+        raise ConfigError(
+            f"rank {rank} was started as one of {world} ranks, rank 0 as one of {expected}; give every process the same "
+            "WORLD_SIZE."
+        )
+    root.set(f"came/{meeting}/{rank}", "")
+    root.wait([f"complete/{meeting}"])
+    return meeting

@@ -17,14 +17,14 @@ from daybreak.parallel import connect
 from daybreak.shapes import GPT2Config
 
 SAMPLES, T, V = 12, 8, 61
-SHAPE = GPT2Config(L=3, C=24, NH=2, max_T=12, V=V)  # rows that are no multiples of 128
+SHAPE = GPT2Config(L=2, C=24, NH=2, max_T=12, V=V)  # rows that are no multiples of 128
 
 
 def batch(step: int) -> torch.Tensor:
     return torch.randint(0, V, (SAMPLES, T + 1), generator=torch.Generator().manual_seed(step))
 
 
-def train(group, zero: int, compute: str, steps: int, B: int, masters: str = "auto", bucket: int = 4096) -> dict:
+def train(group, zero: int, compute: str, steps: int, B: int, masters: str = "auto", bucket: int = 16384) -> dict:
     engine = Engine(
         SHAPE, B=B, T=T, compute=compute, seed=3, optim=OptimConfig(clip=0.5), masters=masters, group=group, zero=zero,
         bucket_bytes=bucket,
@@ -33,7 +33,10 @@ def train(group, zero: int, compute: str, steps: int, B: int, masters: str = "au
     losses, norms, first, record = [], [], {}, []
     for step in range(steps):
         rows = batch(step)[group.rank * mine : (group.rank + 1) * mine].view(-1, B, T + 1)
-        engine.train_step(rows[..., :-1], rows[..., 1:], lr=3e-3, step=step)
+        engine.begin_step(lr=3e-3, step=step, valid=SAMPLES * T)
+        for i, part in enumerate(rows):
+            engine.micro_step(part[:, :-1], part[:, 1:], first=i == 0, last=i == len(rows) - 1)
+        engine.update()
         losses.append(engine.stats()["loss"])
         norms.append(engine.stats()["norm"])
         if step == 0:

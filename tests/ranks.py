@@ -23,6 +23,18 @@ def environment(rank: int, world: int, port: int, **more: str) -> dict[str, str]
     return os.environ | quiet | {k: str(v) for k, v in own.items()} | more
 
 
+STARTED: list[Any] = []
+
+
+def end_all() -> None:
+    """End what a failed test left running."""
+    for p in STARTED:
+        if p.poll() is None:
+            p.kill()
+            p.wait()
+    STARTED.clear()
+
+
 def start(world: int, command: list[Any], cwd: Path, ranks: range | None = None, **more: str) -> list[Any]:
     """Start ranks of one launch of `python COMMAND`; each one's output is in CWD/rank-N.txt."""
     port, made = int(more.pop("port", 0)) or free_port(), []
@@ -31,6 +43,7 @@ def start(world: int, command: list[Any], cwd: Path, ranks: range | None = None,
             line = [sys.executable, *map(str, command)]
             env = environment(rank, world, port, **more)
             made.append(subprocess.Popen(line, cwd=cwd, env=env, stdout=out, stderr=subprocess.STDOUT))
+    STARTED.extend(made)
     return made
 
 

@@ -65,6 +65,7 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "kernels.guard": ("auto", "torch", "torch", ("cudnn",)),
     "kernels.optimizer": ("auto", "torch", "torch", ("cudnn",)),
     "parallel.zero": (0, "0", 0, (1, -1)),
+    "parallel.bucket_bytes": (33554432, "1048576", 1048576, (0,)),
     "eval.every": (250, "0", 0, (-1,)),
     "eval.hellaswag": ("", "h.jsonl", "h.jsonl", ()),
     "eval.hellaswag_examples": (0, "100", 100, (-1,)),

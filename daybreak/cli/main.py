@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return cli.main(argv, prog_name="daybreak", standalone_mode=False) or 0
     except Error as e:
-        if not e.elsewhere:
+        if not e.elsewhere or os.environ.get("RANK") == "0":
             print(f"daybreak: {e}", file=sys.stderr)
         # torchrun starts workers again that fail; one that was asked to stop, and has saved, has not failed.
         return 0 if isinstance(e, Stopped) and "TORCHELASTIC_RUN_ID" in os.environ else e.exit_code

@@ -35,7 +35,7 @@ from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import token_lengths, validate
 from daybreak.generate import Sampling, sample_text
 from daybreak.interop import open_source
-from daybreak.parallel import connect
+from daybreak.parallel import connect, launched
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint, newest_good
 from daybreak.state.metrics import MainLog, MetricsWriter
 from daybreak.state.restore import Staging, Weights, restore, restore_weights, snapshot
@@ -76,7 +76,10 @@ def train(
     """
     stop = stop or Stop()
     stop.limit_hours(config.run.max_hours)
-    stop.group = group = connect(os.environ, config.parallel.timeout)
+    if stop.group.world == 1:
+        config.check(ranks=int(launched(os.environ)["WORLD_SIZE"]))  # before anybody is waited for
+        stop.group = connect(os.environ, config.parallel.timeout)
+    group = stop.group
     try:
         with group.failing_together():
             return _prepared(config, resume, fork_from, init_from, stop, on_save)

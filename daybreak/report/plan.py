@@ -26,6 +26,7 @@ BUFFERS = {
     "weights": "weights in compute dtype",
     "masters": "exact weights the optimizer updates",
     "grads": "gradients, accumulated over micro-steps",
+    "kv": "keys and values of the text that is sampled",
     "m": "AdamW first moment",
     "v": "AdamW second moment",
     "state": "input batch, losses, device scalars",

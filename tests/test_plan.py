@@ -133,7 +133,7 @@ def test_what_does_not_fit_says_the_flag() -> None:
     got = said(on("d48", "4090", batch__B=8))
     assert "fits" not in got
     value, basis = got["DOES NOT FIT"]
-    assert value == "--batch.recompute 3 --batch.B 4"
+    assert value == "--batch.recompute 3 --batch.B 3"
     assert basis == "makes it fit: planned"
 
 

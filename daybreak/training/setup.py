@@ -20,7 +20,7 @@ from daybreak.engine import plan_engine
 from daybreak.engine.device import check_fits, cpu_has_bf16, engine_options, missing_on, pick_compute, pick_device
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
-from daybreak.state.checkpoint import list_checkpoints
+from daybreak.state.checkpoint import published
 from daybreak.state.restore import Weights, check_host_memory
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
@@ -91,7 +91,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
         write_atomic(folder.path / TOKENIZER_FILE, tokenizer.source)
     return Setup(
         config, Run(folder.path), dataset, train_loader, val_loader, tokenizer, device, compute,
-        *describe_device(device, compute), hellaswag, bool(list_checkpoints(folder.checkpoints)),
+        *describe_device(device, compute), hellaswag, bool(published(folder.checkpoints)),
     )  # fmt: skip
 
 

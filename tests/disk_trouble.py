@@ -1,7 +1,7 @@
 """Runs under `unshare --user --mount`, as root of its own mounts: a disk that fills up and a folder that turns
 read-only under a real run, which has to go on and to lose nothing.
 
-    unshare -rm python tests/disk_trouble.py FOLDER RECIPE STEPS
+    unshare -rm python tests/disk_trouble.py FOLDER RECIPE
 
 FOLDER is where a small tmpfs is mounted; RECIPE's run lies there. Prints one JSON object.
 """
@@ -44,7 +44,7 @@ def main(folder: Path, recipe: Path) -> None:
                     file.write(bytes(size))
             except OSError:
                 continue
-    time.sleep(0.7)
+    time.sleep(0.5)
     told["alive on the full disk"] = process.poll() is None
     told["older one kept"] = sorted(p.name for p in checkpoints.glob("step-*"))[-1] >= before[0]
     size = (run / "metrics.jsonl").stat().st_size
@@ -54,19 +54,21 @@ def main(folder: Path, recipe: Path) -> None:
     told["caught up"] = (run / "metrics.jsonl").stat().st_size > size
 
     mount("-t", "tmpfs", "-o", "ro", "none", checkpoints)  # hides the folder under a read-only one
-    seen = len(told["full"])  # type: ignore[arg-type]
-    while len(events(run)) < seen + 2:
+    while (seen := sum("could not be written (Read-only file system)" in e for e in events(run))) < 2:
         assert process.poll() is None
         time.sleep(0.01)
-    told["read-only"] = events(run)[seen : seen + 2]
+    told["read-only"] = seen
     subprocess.run(["umount", str(checkpoints)], check=True)
+    wait_for(run, process, 15)
+    process.terminate()
     told["warnings"] = (process.communicate(timeout=120)[1] or "").count("not saved, training goes on")
     told["code"] = process.returncode
 
     # And a disk that is full at the end: the last save is not optional.
     with open(ballast, "wb", buffering=0) as file:
         file.write(bytes(os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize - (300 << 10)))
-    code, err = train([run, "--steps", sys.argv[3]])
+    steps = told["steps"] = int(max(p.name for p in checkpoints.iterdir())[5:]) + 7
+    code, err = train([run, "--steps", steps])
     told["last save"] = [code, json.loads((run / "exit.json").read_text())["reason"], err.splitlines()[-1]]
     told["checkpoints"] = sorted(p.name for p in checkpoints.iterdir())
     ballast.unlink()

@@ -17,7 +17,7 @@ from daybreak.engine.device import library_versions, missing_on, pick_device
 from daybreak.errors import CheckpointError, Error
 from daybreak.kernels import OPS, choose
 from daybreak.kernels.cuda.products import TABLES
-from daybreak.state.checkpoint import load_checkpoint
+from daybreak.state.checkpoint import load_checkpoint, published
 from daybreak.state.run import Run
 from daybreak.state.run_folder import cpu_model
 from daybreak.state.throughput import peak_flops
@@ -89,7 +89,7 @@ def check_run(path: str) -> tuple[list[str], bool]:
     what dead saves left, how the last attempt ended."""
     run, lines, good = Run(path), list[str](), True
     model = {k: v for k, v in run.config.items() if k.startswith("model.")}
-    for checkpoint in run.checkpoints:
+    for checkpoint in published(run.folder.checkpoints):
         try:
             loaded = load_checkpoint(checkpoint, verify="full")
             if other := [k for k, v in model.items() if loaded.manifest.get("config", {}).get(k) != v]:

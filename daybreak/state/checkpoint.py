@@ -231,8 +231,8 @@ def _remove(path: Path) -> None:
 # ---- listing and retention
 
 
-def _published(root: Path) -> list[Path]:
-    """Directories that should hold a checkpoint, newest step first."""
+def published(root: Path) -> list[Path]:
+    """Directories that should hold a checkpoint, complete or damaged, newest step first."""
     found: dict[int, Path] = {}
     for path in sorted(root.iterdir()) if root.is_dir() else []:  # '.old-' sorts before 'step-', which so wins
         match = re.fullmatch(r"step-(\d{8,})|\.old-step-(\d{8,})-\d+", path.name)
@@ -248,7 +248,7 @@ def checkpoint_step(path: Path) -> int:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The complete checkpoints below `root` (none if it does not exist), newest step first."""
-    return [path for path in _published(root) if (path / MANIFEST).is_file()]
+    return [path for path in published(root) if (path / MANIFEST).is_file()]
 
 
 def prune_checkpoints(root: Path, keep: int, major: int, verify: Verify = "full") -> list[Path]:
@@ -451,7 +451,7 @@ def newest_good(root: Path, verify: Verify = "full") -> Checkpoint | None:
     Each damaged one that is passed over is named in a warning. Raises CheckpointError when all are damaged, or when
     a newer daybreak wrote one that would have to be passed over.
     """
-    candidates = _published(root)
+    candidates = published(root)
     for path in candidates:
         try:
             return load_checkpoint(path, verify)

@@ -149,7 +149,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-            key = (record["kind"], int(record["step"]), record.get("task", record.get("what")))
+            if type(record["step"]) is not int:
+                raise TypeError
+            key = (record["kind"], record["step"], record.get("task", record.get("what")))
             if record["kind"] == "run":  # a start from this step: what an abandoned attempt said beyond it is void
                 latest = {k: r for k, r in latest.items() if r["step"] <= key[1]}
             latest.pop(key, None)  # so that the order within a step is the order of the last records

@@ -25,7 +25,7 @@ from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.parallel import Group
-from daybreak.state.checkpoint import list_checkpoints
+from daybreak.state.checkpoint import published
 from daybreak.state.restore import Weights, check_host_memory
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
@@ -106,7 +106,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
         folder.write_env()
         if tokenizer.source:
             write_atomic(folder.path / TOKENIZER_FILE, tokenizer.source)
-        return bool(list_checkpoints(folder.checkpoints))
+        return bool(published(folder.checkpoints))
 
     continues = group.first(write)
     group.everywhere(lambda: _see(folder))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from daybreak.data.tokenizer import Tokenizer
@@ -91,6 +92,14 @@ def token_of(logits: Logits, token: int, logprobs: int | None) -> Token:
     best = np.argpartition(-z, min(logprobs, z.size - 1))[:logprobs]
     best = best[np.lexsort((best, -z[best]))]
     return Token(token, float(z[token]), tuple((int(i), float(z[i])) for i in best))
+
+
+def score(engine: Engine, ids: Sequence[int], logprobs: int | None) -> list[Token]:
+    """The tokens of a text (at most T + 1) from the second on, with what the model says of them."""
+    if len(ids) < 2:
+        return []
+    logits = engine.logits(torch.tensor([ids[:-1]]))[0].float().cpu().numpy()
+    return [token_of(x, token, logprobs) for x, token in zip(logits, ids[1:], strict=True)]
 
 
 class Text:

@@ -315,7 +315,8 @@ def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
         root.set(f"word/{rank}", word)
     elif root.compare_set(f"word/{rank}", "", word).decode() != word:
         raise ConfigError(f"rank {rank} of {world} was started twice; give every process its own RANK.")
-    meeting, answered = word.split()[1], set[str]()
+    meeting: str = word.split()[1]
+    answered = set[str]()
     while rank == 0 and (missing := [r for r in range(world) if not root.check([f"came/{meeting}/{r}"])]):
         for r in (r for r in missing if root.check([f"word/{r}"])):
             if (other := root.get(f"word/{r}").decode()) not in answered:
@@ -325,8 +326,8 @@ def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
                     root.set(f"came/{meeting}/0", "")
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"{world - len(missing)} of {world} ranks came to {where} within {group.timeout:g} s (parallel.timeout); "
-                f"missing: {', '.join(map(str, missing[:8]))}; start exactly {world} processes."
+                f"{world - len(missing)} of {world} ranks came to {where} within {group.timeout:g} s "
+                f"(parallel.timeout); missing: {', '.join(map(str, missing[:8]))}; start exactly {world} processes."
             )
         time.sleep(0.01)
     if rank == 0:
@@ -336,8 +337,8 @@ def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
     expected, meeting = root.get(f"answer/{word}").decode().split()
     if expected != str(world):
         raise ConfigError(
-            f"rank {rank} was started as one of {world} ranks, rank 0 as one of {expected}; give every process the same "
-            "WORLD_SIZE."
+            f"rank {rank} was started as one of {world} ranks, rank 0 as one of {expected}; give every process the "
+            "same WORLD_SIZE."
         )
     root.set(f"came/{meeting}/{rank}", "")
     root.wait([f"complete/{meeting}"])

@@ -49,6 +49,7 @@ def end(agent: subprocess.Popen[bytes]) -> None:
 def torchrun(root: Path, name: str, *args: Any, target: Path) -> subprocess.Popen[bytes]:
     line = [sys.executable, "-m", "torch.distributed.run", *map(str, args), "-m", "daybreak", "train", str(target)]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int("--nnodes" in args))  # see docs/distributed.md
     with open(root / f"{name}.txt", "w") as out:
         AGENTS.append(subprocess.Popen(line, cwd=root, env=env, stdout=out, stderr=subprocess.STDOUT))
     return AGENTS[-1]
@@ -71,8 +72,8 @@ def test_a_killed_worker_comes_back_and_a_stopped_one_does_not(shards: Path, tmp
     target = recipe(shards, tmp_path, "e", run__steps=100000, eval__every=0, checkpoint__every=5)
     port = f"localhost:{ranks.free_port()}"
     agent = torchrun(
-        tmp_path, "agent", "--nproc-per-node", 2, "--max-restarts", 3, "--rdzv-backend", "c10d", "--rdzv-endpoint", port,
-        target=target,
+        tmp_path, "agent", "--nproc-per-node", 2, "--max-restarts", 3, "--rdzv-backend", "c10d", "--rdzv-endpoint",
+        port, target=target,
     )  # fmt: skip
     folder = tmp_path / "e"
     wait_for_steps(folder, 12)
@@ -96,12 +97,13 @@ def test_a_killed_worker_comes_back_and_a_stopped_one_does_not(shards: Path, tmp
 
 
 def test_two_hosts_one_of_which_goes_and_returns(shards: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Two agents of two ranks each on addresses of their own, which meet by name. The second dies and is started anew."""
+    """Two agents of two ranks each on addresses of their own, which meet by name. The second dies and returns."""
     target = recipe(shards, tmp_path, "h", run__steps=100000, eval__every=0, checkpoint__every=5, parallel__zero=1)
     meet = f"localhost:{ranks.free_port()}"
     shared = [
         "--nnodes", 2, "--nproc-per-node", 2, "--max-restarts", 5, "--rdzv-backend", "c10d", "--rdzv-endpoint", meet,
-        "--rdzv-id", "7", "--rdzv-conf", "join_timeout=60,close_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=2",
+        "--rdzv-id", "7", "--rdzv-conf",
+        "join_timeout=60,close_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=2",
     ]  # fmt: skip
 
     def host(number: int, first: bool) -> subprocess.Popen[bytes]:

@@ -23,7 +23,7 @@ import daybreak
 from daybreak.config import Config
 from daybreak.parallel import launched
 
-WAIT = 6.0  # parallel.timeout of the runs that fail: what "in time" is measured against
+WAIT = 5.0  # parallel.timeout of the runs that fail: what "in time" is measured against
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +68,14 @@ def test_resume_on_other_ranks_and_stages(shards: Path, tmp_path: Path, compute:
     """4 -> 2 -> 1 -> 3 ranks and stage 1 -> 0 -> 2, mid-epoch and across its end: the run of one process."""
     name = {"precision__compute": compute, "eval__hellaswag": ""}
     straight = daybreak.train(Config.from_target(str(recipe(shards, tmp_path, "straight", **name))))
-    moves = [(4, 1, 3), (2, 0, 5), (1, 0, 8), (3, 2, 12)] if compute == "fp64" else [(3, 1, 4), (2, 2, 12)]
+    moves = [(4, 1, 3), (2, 0, 5), (1, 0, 8), (3, 2, 12)] if compute == "fp64" else [(2, 1, 4), (1, 2, 12)]
     target: Path = recipe(shards, tmp_path, "moved", **name, run__steps=moves[0][2])
     for world, zero, steps in moves:
-        assert train(world, tmp_path, target, "--parallel.zero", zero, "--steps", steps) == [0] * world
+        if world > 1:
+            assert train(world, tmp_path, target, "--parallel.zero", zero, "--steps", steps) == [0] * world
+        else:
+            saved = daybreak.load(target).config.override({"run.steps": steps, "parallel.zero": zero})
+            daybreak.train(saved, resume=target)
         target = tmp_path / "moved"
         newest = daybreak.load(target).checkpoints[0]
         assert len(list(newest.glob("optimizer-*"))) == world
@@ -117,8 +121,8 @@ def test_each_rank_writes_its_slice_and_any_rank_can_be_read(shards: Path, tmp_p
 def test_all_ranks_agree(shards: Path, tmp_path: Path) -> None:
     """Validation, HellaSwag, skipped outliers, a save request and a stop that only one rank was told of."""
     same = {
-        "data__tokenizer": "gpt2", "model__V": 50257, "model__C": 8, "model__L": 1, "eval__hellaswag": str(shards / "hs.bin"),
-        "run__steps": 4, "eval__every": 2, "precision__compute": "fp64", "eval__tokens": 350,
+        "data__tokenizer": "gpt2", "model__V": 50257, "model__C": 8, "model__L": 1, "run__steps": 4,
+        "eval__hellaswag": str(shards / "hs.bin"), "eval__every": 2, "precision__compute": "fp64", "eval__tokens": 350,
     }  # fmt: skip
     one = daybreak.train(Config.from_target(str(recipe(shards, tmp_path, "one", **same))))
     assert train(3, tmp_path, recipe(shards, tmp_path, "three", **same, parallel__zero=2)) == [0, 0, 0]
@@ -199,7 +203,7 @@ def test_a_batch_that_does_not_divide(shards: Path, tmp_path: Path) -> None:
 def test_nobody_there_a_port_in_use_too_few_ranks(shards: Path, tmp_path: Path) -> None:
     target, port = recipe(shards, tmp_path, "a"), ranks.free_port()
     alone = ranks.start(2, command(target), tmp_path, range(1, 2), port=str(port))
-    refused(tmp_path, alone, 2, f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}", "within 6 s")
+    refused(tmp_path, alone, 2, f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}", "within 5 s")
     few = ranks.start(3, command(target), tmp_path, range(2), port=str(ranks.free_port()))
     refused(tmp_path, few, 2, "2 of 3 ranks came to 127.0.0.1:", "missing: 2")
     with ranks.socket.socket() as busy:
@@ -277,7 +281,7 @@ def test_one_rank_is_out_of_disk(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "words"), [(signal.SIGSTOP, 7, "hangs: the others have waited 6 s"), (signal.SIGKILL, 1, "died")]
+    ("number", "code", "words"), [(signal.SIGSTOP, 7, "hangs: the others have waited 5 s"), (signal.SIGKILL, 1, "died")]
 )
 def test_one_rank_hangs_or_dies(shards: Path, tmp_path: Path, number: int, code: int, words: str) -> None:
     target = recipe(shards, tmp_path, "a", run__steps=100000, eval__every=0)
@@ -325,8 +329,8 @@ def test_launchers_variables() -> None:
 def test_under_mpirun(shards: Path, tmp_path: Path) -> None:
     """llm.c's own command with the variables that mpirun sets (mpirun itself is not needed for them)."""
     line = [
-        "-m", "daybreak.llmc", "-i", shards / "*train*", "-j", shards / "*val*", "-e", "d6", "-b", "1", "-t", "8", "-x", "2",
-        "-o", "log", "-z", "1", "-v", "2", "-m", "1", "-n", "2", "-g", "4",
+        "-m", "daybreak.llmc", "-i", shards / "*train*", "-j", shards / "*val*", "-e", "d6", "-b", "1", "-t", "8",
+        "-x", "2", "-o", "log", "-z", "1", "-v", "2", "-m", "1", "-n", "2", "-g", "4",
     ]  # fmt: skip
     processes, port = [], ranks.free_port()
     for rank in range(2):

@@ -20,6 +20,7 @@ from daybreak.cli.plan import plan
 from daybreak.cli.prepare import prepare
 from daybreak.cli.report import report, watch
 from daybreak.cli.sample import sample
+from daybreak.cli.serve import serve
 from daybreak.cli.train import train
 from daybreak.config import nearest
 from daybreak.errors import ConfigError, Error, Stopped
@@ -61,7 +62,9 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (prepare, plan, train, evaluate, sample, import_, export, report, watch, doctor, bench):
+for verb in (
+    prepare, plan, train, evaluate, sample, serve, import_, export, report, watch, doctor, bench
+):  # fmt: skip
     cli.add_command(verb)
 
 

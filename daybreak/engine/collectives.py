@@ -12,7 +12,7 @@ later. On CUDA, NCCL runs on a stream of its own: `start` forks it from the sche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -160,6 +160,22 @@ class Sharding:
         stage 2 (A+1) P (N-1)/N."""
         trips = micro_steps + 1 if self.zero == 2 else 2
         return trips * self.numel * dtype.itemsize * (self.world - 1) / self.world
+
+
+def exposed_seconds(
+    plan: Sharding, itemsize: int, final: Mapping[int, float], end: float, bandwidth: float, latency: float = 0.0
+) -> float:
+    """Modelled seconds by which the exchange of gradients outlasts a backward that ends at `end`.
+
+    final: moment -> seconds after backward's start at which its gradients are final. bandwidth: bytes a second that
+    one rank sends (and receives) on its slowest link; latency: seconds a bucket takes besides. Buckets travel one
+    after the other, each once it is final; NCCL's slowing of the products meanwhile is not modelled.
+    """
+    at, trips = 0.0, 1 if plan.zero else 2
+    for k in plan.order:
+        sent = trips * plan.size(k) * (plan.world - 1) * itemsize
+        at = max(at, final[plan.buckets[k].moment]) + latency + sent / bandwidth
+    return max(at - end, 0.0)
 
 
 def _segments(table: ParamTable, moment_of: Callable[[str], int], limit: int) -> list[tuple[int, int, int]]:

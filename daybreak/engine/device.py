@@ -6,8 +6,10 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,21 @@ def numerics(device: torch.device, choices: Mapping[str, str]) -> dict[str, str]
         from daybreak.kernels.cuda.products import tables_digest
 
         what["product tables"] = tables_digest()
-    return what
+    return {**what, **library_versions()}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what CUDA kernels come from, of those that are installed."""
+    found = {"cuDNN": str(torch.backends.cudnn.version())}
+    for package in ("triton", "nvidia-cudnn-frontend", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-cublas"):
+        with suppress(PackageNotFoundError):
+            found[package] = str(version(package))  # type: ignore[no-untyped-call]
+    return found
+
+
+def set_precision(config: Config, device: torch.device) -> None:
+    """How torch multiplies fp32 matrices from now on, for the whole process."""
+    torch.set_float32_matmul_precision("high" if config.precision.tf32 and device.type == "cuda" else "highest")
 
 
 def cpu_has_bf16() -> bool:

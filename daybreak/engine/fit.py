@@ -90,17 +90,17 @@ class Fit:
         return "a smaller model or a device with more memory"
 
 
-def check_fits(arena: Arena, device: torch.device, config: Config | None = None, ranks: int = 1) -> None:
-    """Raise OutOfMemory, with the plan and the flags that help (none to give for `config` None), if the arena does not
-    fit the device's free memory."""
-    free = available_bytes(device)
-    if free is None or arena.nbytes <= free:
+def check_fits(
+    arena: Arena, device: torch.device, config: Config | None = None, ranks: int = 1, outside: int = 0
+) -> None:
+    """Raise OutOfMemory, with the plan and the flags that help (none to give for `config` None), if the arena and what
+    comes on top of it do not fit the device's free memory."""
+    free, need = available_bytes(device), arena.nbytes + outside
+    if free is None or need <= free:
         return
     parts = ", ".join(f"{name} {size >> 20} MiB" for name, size in arena.sizes().items() if size >> 20)
     fix = Fit(device, missing_on(device), free, ranks).advice(config) if config else "a device with more memory"
-    raise OutOfMemory(
-        f"the run needs {arena.nbytes >> 20} MiB ({parts}) and {device} has {free >> 20} MiB free; try {fix}."
-    )
+    raise OutOfMemory(f"the run needs {need >> 20} MiB ({parts}) and {device} has {free >> 20} MiB free; try {fix}.")
 
 
 def ran_out(device: torch.device, config: Config, ranks: int = 1) -> OutOfMemory:

@@ -13,9 +13,10 @@ import torch
 import daybreak
 from daybreak.data.dataset import open_dataset
 from daybreak.data.mixing import parse_mix
-from daybreak.engine.device import missing_on, pick_device
+from daybreak.engine.device import library_versions, missing_on, pick_device
 from daybreak.errors import CheckpointError, Error
 from daybreak.kernels import OPS, choose
+from daybreak.kernels.cuda.products import TABLES
 from daybreak.state.checkpoint import load_checkpoint
 from daybreak.state.run import Run
 from daybreak.state.run_folder import cpu_model
@@ -45,6 +46,8 @@ def machine() -> list[str]:
             f"{properties.total_memory >> 20:,} MiB, CUDA {torch.version.cuda}, driver {_driver()}, bf16 peak "
             + (f"{peak / 1e12:.0f} TFLOP/s" if peak else "n/a")
         )
+        lines.append("libraries: " + ", ".join(f"{name} {v}" for name, v in library_versions().items()))
+        lines.append(_table_line(properties.name))
     else:
         lines.append("GPU: none that torch can use")
     missing = missing_on(device)
@@ -53,8 +56,24 @@ def machine() -> list[str]:
         groups.setdefault(OPS[name].group, {})[backend] = None
     lines += [f"  {group:<11} {', '.join(backends)}" for group, backends in sorted(groups.items())]
     for name, reason in missing.items():
-        lines.append(f"not used: {name} ({reason})" + (f"; it brings {GAINS[name]}" if name in GAINS else ""))
+        help_ = f"; it brings {GAINS[name]}" if name in GAINS and reason.endswith("is not installed") else ""
+        lines.append(f"not used: {name} ({reason}){help_}")
     return lines
+
+
+def _table_line(card: str) -> str:
+    """Whether the matrix products of this card have been measured."""
+    from daybreak.kernels.cuda import cublaslt
+
+    blas = cublaslt.blas_of(torch.cuda.current_device())
+    if blas is None:
+        return "products: through torch, there is no cuBLASLt"
+    if blas.table:
+        return f"products: {len(blas.table)} algorithms measured for this card and cuBLASLt {blas.version}"
+    return (
+        f"products: cuBLASLt {blas.version}'s first heuristics; no table is shipped for it and {card}: daybreak bench "
+        f"TARGET --tune {TABLES} makes one"
+    )
 
 
 def _driver() -> str:

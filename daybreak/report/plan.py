@@ -28,6 +28,7 @@ BUFFERS = {
     "weights": "weights in compute dtype",
     "masters": "exact weights the optimizer updates",
     "grads": "gradients, accumulated over micro-steps",
+    "kv": "keys and values of the text that is sampled",
     "m": "AdamW first moment",
     "v": "AdamW second moment",
     "kv": "keys and values of texts being sampled",

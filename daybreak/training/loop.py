@@ -440,10 +440,10 @@ class Trainer:
         why = f"loss {stats['loss']:.4g} (z {stats['loss_z']:.1f}), norm {stats['norm']:.4g} (z {stats['norm_z']:.1f})"
         self.metrics.write("event", step, tokens, what="skip", detail=why)
         self.display.note(f"step {step}: update skipped, weights untouched: {why}")
-        if self.skips_in_a_row >= self.config.guard.max_skips:
+        if (count := self.skips_in_a_row) >= self.config.guard.max_skips:
             self._save(wait=True)
             raise TooManySkips(
-                f"{self.skips_in_a_row} updates in a row were skipped (guard.max_skips), the last with {why}; lower "
+                f"{count} updates in a row were skipped (guard.max_skips), the last with {why}; lower "
                 f"optim.lr or raise the guard's limits. The weights before them are saved in {self.run_folder.path}."
             )
 

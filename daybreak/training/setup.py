@@ -20,7 +20,7 @@ from daybreak.data.loader import Loader
 from daybreak.data.mixing import open_loaders, parse_mix
 from daybreak.data.prepare import prepare
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
-from daybreak.engine.device import cpu_has_bf16, missing_on, pick_compute, pick_device
+from daybreak.engine.device import cpu_has_bf16, missing_on, pick_compute, pick_device, set_precision
 from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
@@ -89,8 +89,8 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
         group.agree({"daybreak": code_fingerprint(), "torch": torch.__version__, "compute": compute})
     e = config.eval
     hellaswag = load_examples(Path(e.hellaswag), tokenizer, e.hellaswag_examples) if e.hellaswag else []
-    arena, _ = plan_memory(config, device, missing_on(device), group)
-    check_fits(arena, device, config, group.world)
+    arena, outside = plan_memory(config, device, missing_on(device), group)
+    check_fits(arena, device, config, group.world, outside)
     if config.checkpoint.background and group.world == 1:
         check_host_memory(arena, device)
     log.info(
@@ -148,7 +148,9 @@ def code_fingerprint() -> str:
 
 
 def _set_precision(config: Config, device: torch.device, compute: str) -> None:
-    torch.set_float32_matmul_precision("high" if config.precision.tf32 and device.type == "cuda" else "highest")
+    set_precision(config, device)
+    for backend, reason in missing_on(device).items():
+        log.warning("slower without %s: %s (daybreak doctor says more)", backend, reason)
     if device.type == "cpu" and compute == "bf16" and not cpu_has_bf16():
         log.warning("this CPU has no bf16 instructions: precision.compute = bf16 will be slower than fp32 here.")
 

@@ -1,0 +1,216 @@
+"""OpenAI's completions: a request's JSON -> texts to write; what was written -> its JSON. Knows no network.
+
+https://platform.openai.com/docs/api-reference/completions. Beside its fields `top_k` is understood. A prompt given as
+text opens a document, as in training; token ids are used as they are.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from daybreak.config import nearest
+from daybreak.data.tokenizer import Tokenizer
+from daybreak.errors import ConfigError
+from daybreak.generate import Sampling, Text, Token, open_document
+from daybreak.serve.writer import News
+
+MAX_TEXTS, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20
+# Fields that are accepted with these values only, for they change nothing then.
+NEUTRAL: dict[str, tuple[Any, ...]] = {"suffix": (None, ""), "presence_penalty": (None, 0), "logit_bias": (None, {}),
+                                       "frequency_penalty": (None, 0)}  # fmt: skip
+FIELDS = ("model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "best_of", "stop", "seed", "logprobs",
+          "echo", "stream", "stream_options", "user", *NEUTRAL)  # fmt: skip
+
+
+class Refused(Exception):
+    """A request that is not served: HTTP status, OpenAI's code, the field at fault, and a sentence."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The error as OpenAI's clients expect it."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's ids, how many of them in front were added by us, and its text."""
+
+    ids: list[int]
+    added: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A request that can be served. Choice i is the i % n-th text of prompt i // n."""
+
+    prompts: list[Prompt]
+    how: Sampling
+    n: int
+    echo: bool
+    stream: bool
+    usage: bool  # at the end of a stream too
+
+    def texts(self, tokenizer: Tokenizer) -> list[Text]:
+        """The texts to write, choice i sampled with seed + i."""
+        pairs = [prompt for prompt in self.prompts for _ in range(self.n)]
+        hows = [Sampling(**(vars(self.how) | {"seed": self.how.seed + i})) for i in range(len(pairs))]
+        return [Text(prompt.ids, how, tokenizer) for prompt, how in zip(pairs, hows, strict=True)]
+
+
+def parse(body: Any, model: str, tokenizer: Tokenizer, T: int, V: int) -> Completion:
+    """The request in a JSON value, for a model with T places and V ids. Raises Refused."""
+    if not isinstance(body, dict):
+        raise Refused(400, "the body must be a JSON object.")
+    for field in body:
+        if field not in FIELDS:
+            raise Refused(400, f"unknown field {field!r}; did you mean {nearest(field, FIELDS)!r}?", field)
+    for field, values in NEUTRAL.items():
+        if body.get(field) not in values:
+            raise Refused(400, f"{field} is not supported; leave it out.", field)
+    if body.get("model") != model:
+        said = f"model = {body.get('model')!r} is not served here; use {model!r}."
+        raise Refused(404, said, "model", "model_not_found")
+    n, options = int(_number(body, "n", 1, 1, MAX_TEXTS)), body.get("stream_options") or {}
+    if body.get("best_of") not in (None, n):
+        raise Refused(400, "best_of is not supported; leave it out, or make it n.", "best_of")
+    flags = {field: body.get(field) or False for field in ("echo", "stream")}
+    for field, value in flags.items():
+        if not isinstance(value, bool):
+            raise Refused(400, f"{field} = {value!r} must be true or false.", field)
+    if not isinstance(options, dict):
+        raise Refused(400, "stream_options must be an object.", "stream_options")
+    how = _sampling(body)
+    prompts = [_prompt(given, tokenizer, V) for given in _prompts(body.get("prompt"))]
+    if len(prompts) * n > MAX_TEXTS:
+        raise Refused(400, f"{len(prompts)} prompts x n = {n} must be at most {MAX_TEXTS} texts.", "n")
+    if (longest := max(len(p.ids) for p in prompts)) + how.tokens > T:
+        said = f"{longest} tokens of prompt + max_tokens = {how.tokens} must be at most the model's {T}."
+        raise Refused(400, said, "max_tokens", "context_length_exceeded")
+    return Completion(prompts, how, n, flags["echo"], flags["stream"], bool(options.get("include_usage")))
+
+
+def _sampling(body: dict[str, Any]) -> Sampling:
+    stop = body.get("stop")
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise Refused(400, f"stop must be a text, or up to {MAX_STOPS} of them, none empty.", "stop")
+    logprobs = body.get("logprobs")
+    how = Sampling(
+        tokens=int(_number(body, "max_tokens", 16, 0)),
+        temperature=_number(body, "temperature", 1.0, 0, 100, whole=False),
+        top_k=int(_number(body, "top_k", 0, 0)),
+        top_p=_number(body, "top_p", 1.0, 0, 1, whole=False),
+        seed=int(_number(body, "seed", secrets.randbits(31), 0)),
+        stop=tuple(stops),
+        logprobs=None if logprobs is None else int(_number(body, "logprobs", 0, 0, MAX_LOGPROBS)),
+    )
+    try:
+        how.check()
+    except ConfigError as error:
+        raise Refused(400, str(error)) from None
+    return how
+
+
+def _number(
+    body: dict[str, Any], field: str, default: float, low: float, high: float = 2**63 - 1, whole: bool = True
+) -> float:
+    value = default if body.get(field) is None else body[field]
+    kind = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        limits = f"from {low} to {high}" if high < 2**62 else f"{low} or more"
+        raise Refused(400, f"{field} = {value!r} must be a {'whole ' * whole}number, {limits}.", field)
+    return value
+
+
+def _prompts(given: Any) -> list[Any]:
+    """One prompt or several, as a list."""
+    if given is None or isinstance(given, str):
+        return [given or ""]
+    if isinstance(given, list) and given:
+        return [given] if isinstance(given[0], int) else given
+    raise Refused(400, "prompt must be a text, a list of token ids, or a list of either, not empty.", "prompt")
+
+
+def _prompt(given: Any, tokenizer: Tokenizer, V: int) -> Prompt:
+    if isinstance(given, str):
+        return Prompt(open_document(tokenizer, given), 1, given)
+    if not isinstance(given, list) or not given or not all(type(i) is int and 0 <= i < V for i in given):
+        raise Refused(400, f"prompt: token ids must be whole numbers from 0 to {V - 1}, at least one.", "prompt")
+    return Prompt(given, 0, "".join(_spelt(tokenizer, given)))
+
+
+def _spelt(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    pieces = [decoder.decode(tokenizer.token_bytes(i) if i < tokenizer.V else b"") for i in ids]
+    return [*pieces[:-1], pieces[-1] + decoder.decode(b"", final=True)]
+
+
+class Answer:
+    """A request's JSON, in pieces (a stream's chunks) or whole."""
+
+    def __init__(self, request: Completion, tokenizer: Tokenizer, head: dict[str, Any]) -> None:
+        self.request, self.tokenizer, self.head = request, tokenizer, head
+        self.choices: dict[int, dict[str, Any]] = {}
+        self.completion_tokens = 0
+
+    def chunk(self, news: News) -> dict[str, Any]:
+        """One choice with what is new; it is added to the whole."""
+        request, prompt = self.request, self.request.prompts[news.choice // self.request.n]
+        text, tokens, starts, first = news.text, list(news.tokens), list(news.starts), news.choice not in self.choices
+        if request.echo:
+            starts = [len(prompt.text) + at for at in starts]
+        if request.echo and first:
+            text = prompt.text + text
+            pieces = _spelt(self.tokenizer, prompt.ids[prompt.added :] or [self.tokenizer.eot])
+            scored = [Token(prompt.ids[0]), *news.prompt][prompt.added :]
+            starts = [sum(map(len, pieces[:i])) for i in range(len(scored))] + starts
+            tokens = scored + tokens
+        self.completion_tokens += len(news.tokens)
+        logprobs = None if request.how.logprobs is None else self._logprobs(tokens, starts)
+        piece = {"index": news.choice, "text": text, "logprobs": logprobs, "finish_reason": news.done or None}
+        if first:
+            self.choices[news.choice] = {**piece, "logprobs": logprobs and {k: list(v) for k, v in logprobs.items()}}
+        else:
+            whole = self.choices[news.choice]
+            whole["text"], whole["finish_reason"] = whole["text"] + text, piece["finish_reason"]
+            for key, values in (logprobs or {}).items():
+                whole["logprobs"][key] += values
+        return {**self.head, "choices": [piece]}
+
+    def whole(self) -> dict[str, Any]:
+        """The answer to a request without a stream."""
+        return {**self.head, "choices": [self.choices[i] for i in sorted(self.choices)], **self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens read and written."""
+        read = sum(len(prompt.ids) for prompt in self.request.prompts)
+        parts = {"prompt_tokens": read, "completion_tokens": self.completion_tokens}
+        return {"usage": {**parts, "total_tokens": sum(parts.values())}}
+
+    def _logprobs(self, tokens: list[Token], starts: list[int]) -> dict[str, list[Any]]:
+        top = [{self._name(i): x for i, x in t.top} if not math.isnan(t.logprob) else None for t in tokens]
+        return {
+            "tokens": [self._name(t.id) for t in tokens],
+            "token_logprobs": [None if math.isnan(t.logprob) else t.logprob for t in tokens],
+            "top_logprobs": top,
+            "text_offset": starts,
+        }
+
+    def _name(self, token: int) -> str:
+        """A token's text; its bytes, as OpenAI writes them, where they are not whole characters."""
+        data = self.tokenizer.token_bytes(token) if token < self.tokenizer.V else b""
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

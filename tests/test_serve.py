@@ -1,0 +1,352 @@
+"""`daybreak serve`: a real process and socket, asked by OpenAI's own client; its texts against the engine's."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interop_runs import MAX_T, ROOT, daybreak, write_run
+
+from daybreak.data.tokenizer import Tokenizer, get_tokenizer
+from daybreak.engine import Engine
+from daybreak.errors import Error
+from daybreak.generate import Sampler, Sampling, Text, Token
+from daybreak.serve.completions import Refused, parse
+from daybreak.serve.writer import Job, News, Writer
+from daybreak.state.run import Run
+
+openai = pytest.importorskip("openai", reason="the dev extra installs openai")
+KEY = "sesame"
+
+
+@contextmanager
+def serving(folder: Path, *argv: str, **env: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The server as a process of its own, on a free port."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
+    command = [sys.executable, "-m", "daybreak", "serve", *argv, "--port", "0"]
+    with subprocess.Popen(command, cwd=folder, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            line = process.stdout.readline()
+            assert "/v1" in line, process.stderr.read()
+            yield process, int(line.rsplit(":", 1)[1].removesuffix("/v1\n"))
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    write_run(folder / "run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port(folder: Path) -> Iterator[int]:
+    with serving(folder, "run", "--rows", "3", DAYBREAK_API_KEY=KEY) as (_, port):
+        yield port
+
+
+@pytest.fixture(scope="module")
+def client(port: int) -> Any:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> tuple[Engine, Tokenizer]:
+    return Run(folder / "run").load_engine()
+
+
+def test_models(client: Any) -> None:
+    assert [m.id for m in client.models.list()] == ["run"]
+    assert client.models.retrieve("run").owned_by == "daybreak"
+    with pytest.raises(openai.NotFoundError, match="use 'run'"):
+        client.models.retrieve("gpt-4")
+
+
+def test_greedy_texts_are_the_engines(client: Any, folder: Path) -> None:
+    prompts = ["The meaning of", "def f(x):", "", "naïve 漢字", "a b c d e f g h"]
+    sampler = Sampler(folder / "run")
+    want = ["".join(sampler.text(p, Sampling(20, 0.0))) for p in prompts]
+    got = client.completions.create(model="run", prompt=prompts, max_tokens=20, temperature=0)
+    assert [c.text for c in got.choices] == want
+    assert [c.index for c in got.choices] == list(range(5))
+    tok = sampler.tokenizer
+    read = sum(1 + len(tok.encode(p)) for p in prompts)
+    assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (read, 5 * 20)
+    ids = [tok.eot, *map(int, tok.encode(prompts[0]))]
+    assert client.completions.create(model="run", prompt=ids, max_tokens=20, temperature=0).choices[0].text == want[0]
+
+
+def test_seed_and_n(client: Any, folder: Path) -> None:
+    ask = {"model": "run", "prompt": ["x", "y"], "max_tokens": 12, "n": 2, "temperature": 0.8, "top_p": 0.9}
+    one, two = (client.completions.create(**ask, seed=5, extra_body={"top_k": 50}) for _ in range(2))
+    assert [c.text for c in one.choices] == [c.text for c in two.choices]
+    sampler = Sampler(folder / "run")
+    want = ["".join(sampler.text("xxyy"[i], Sampling(12, 0.8, 50, 0.9, 5 + i))) for i in range(4)]
+    assert [c.text for c in one.choices] == want
+    assert len(set(want)) == 4
+    free = [client.completions.create(model="run", prompt="x", max_tokens=20).choices[0].text for _ in range(2)]
+    assert free[0] != free[1]
+
+
+def test_streams_add_up(client: Any) -> None:
+    ask = {"model": "run", "prompt": "The", "max_tokens": 25, "n": 2, "seed": 3, "logprobs": 2}
+    whole = client.completions.create(**ask)
+    chunks = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    assert chunks.pop().usage == whole.usage
+    assert len(chunks) > 20
+    for choice in whole.choices:
+        mine = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
+        assert "".join(c.text for c in mine) == choice.text
+        assert [c.finish_reason for c in mine] == [None] * (len(mine) - 1) + ["length"]
+        for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            parts = [getattr(c.logprobs, key) for c in mine]
+            assert [x for part in parts for x in part] == getattr(choice.logprobs, key)
+
+
+def test_a_stop_string_ends_the_text_before_it(client: Any) -> None:
+    ask = {"model": "run", "prompt": "The", "max_tokens": 40, "temperature": 0}
+    text = client.completions.create(**ask).choices[0].text
+    stop = text[10:13]
+    cut = client.completions.create(**ask, stop=[stop, "never"], logprobs=0).choices[0]
+    assert (cut.text, cut.finish_reason) == (text[: text.index(stop)], "stop")
+    assert all(at < len(cut.text) for at in cut.logprobs.text_offset)
+    parts = client.completions.create(**ask, stop=stop, stream=True)
+    assert "".join(c.choices[0].text for c in parts) == cut.text
+
+
+def test_echo_and_log_probabilities(client: Any, model: tuple[Engine, Tokenizer]) -> None:
+    """As lm-evaluation-harness asks: prompt tokens scored, with the likeliest beside each."""
+    engine, tok = model
+    ids = [int(i) for i in tok.encode("The meaning of life, naïve")]
+    got = client.completions.create(
+        model="run", prompt=[ids, [tok.eot, *ids]], max_tokens=1, temperature=0, echo=True, logprobs=3
+    )
+    for given, choice in zip(([*ids], [tok.eot, *ids]), got.choices, strict=True):
+        found, logits = choice.logprobs, engine.logits(torch.tensor([given]))[0].double()
+        logprobs = torch.log_softmax(logits, 1)
+        made = int(logits[-1].argmax())
+        assert choice.text == tok.decode([*given, made])
+        want = [logprobs[i, t].item() for i, t in enumerate([*given[1:], made])]
+        assert found.token_logprobs == [None, *(pytest.approx(x, rel=1e-4) for x in want)]
+        assert found.top_logprobs[0] is None
+        for i, top in enumerate(found.top_logprobs[1:]):
+            assert sorted(top.values()) == pytest.approx(sorted(logprobs[i].topk(3).values.tolist()), rel=1e-4)
+        assert len(found.tokens) == len(found.text_offset) == len(given) + 1
+        ends = [*found.text_offset[1:], len(choice.text)]
+        for token, a, b in zip(found.tokens, found.text_offset, ends, strict=True):
+            assert token.startswith("bytes:") or choice.text[a:b] == token
+    only = client.completions.create(model="run", prompt="The end", max_tokens=0, echo=True, logprobs=1).choices[0]
+    assert (only.text, only.finish_reason) == ("The end", "length")
+    assert "".join(only.logprobs.tokens) == "The end"
+    assert all(math.isfinite(x) for x in only.logprobs.token_logprobs)  # of text: the document's start is before it
+
+
+REFUSED: list[tuple[dict[str, Any], int, str]] = [
+    ({"model": "gpt-4"}, 404, "model = 'gpt-4' is not served here; use 'run'."),
+    ({"max_tokens": MAX_T}, 400, f"2 tokens of prompt + max_tokens = {MAX_T} must be at most the model's {MAX_T}."),
+    ({"max_tokens": -1}, 400, "max_tokens = -1 must be a whole number, 0 or more."),
+    ({"max_tokens": 1.5}, 400, "max_tokens = 1.5 must be a whole number, 0 or more."),
+    ({"n": 129}, 400, "n = 129 must be a whole number, from 1 to 128."),
+    ({"n": 65, "prompt": ["a", "b"]}, 400, "2 prompts x n = 65 must be at most 128 texts."),
+    ({"temperature": True}, 400, "temperature = True must be a number, from 0 to 100."),
+    ({"top_p": 0}, 400, "top_p = 0 must be above 0 and at most 1."),
+    ({"logprobs": 21}, 400, "logprobs = 21 must be a whole number, from 0 to 20."),
+    ({"stop": ["a", ""]}, 400, "stop must be a text, or up to 16 of them, none empty."),
+    ({"prompt": []}, 400, "prompt must be a text, a list of token ids, or a list of either, not empty."),
+    ({"prompt": [[]]}, 400, "prompt: token ids must be whole numbers from 0 to 1024, at least one."),
+    ({"prompt": [1025]}, 400, "prompt: token ids must be whole numbers from 0 to 1024, at least one."),
+    ({"prompt": ["a", 5]}, 400, "prompt: token ids must be whole numbers from 0 to 1024, at least one."),
+    ({"presence_penalty": 1}, 400, "presence_penalty is not supported; leave it out."),
+    ({"best_of": 3}, 400, "best_of is not supported; leave it out, or make it n."),
+    ({"echo": 1}, 400, "echo = 1 must be true or false."),
+    ({"max_token": 3}, 400, "unknown field 'max_token'; did you mean 'max_tokens'?"),
+]
+
+
+@pytest.mark.parametrize(("field", "status", "sentence"), REFUSED, ids=[str(case[0])[:40] for case in REFUSED])
+def test_what_is_refused(field: dict[str, Any], status: int, sentence: str) -> None:
+    with pytest.raises(Refused) as caught:
+        parse({"model": "run", "prompt": "x"} | field, "run", get_tokenizer("gpt2-1024"), MAX_T, 1025)
+    assert (caught.value.status, str(caught.value)) == (status, sentence)
+
+
+def raw(port: int, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    given = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
+    connection.request(method, path, body, {k: v for k, v in given.items() if v})
+    answer = connection.getresponse()
+    assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+    data = answer.read()
+    connection.close()
+    return answer.status, json.loads(data) if data.startswith(b"{") else data
+
+
+def test_the_network_rules(port: int, client: Any) -> None:
+    ask = json.dumps({"model": "run", "prompt": "x", "max_tokens": 1}).encode()
+    assert raw(port, "POST", "/v1/completions", ask)[0] == 200
+    assert raw(port, "POST", "/v1/completions", ask, Host="[::1]:80")[0] == 200
+    assert raw(port, "POST", "/v1/completions", ask, Host="evil.example")[0] == 400
+    assert raw(port, "POST", "/v1/completions", ask, **{"Content-Type": "text/plain"})[0] == 415
+    assert raw(port, "POST", "/v1/completions", b"{")[0] == 400
+    assert raw(port, "POST", "/v1/completions", b"[" * 100_000)[0] == 400
+    assert raw(port, "POST", "/v1/completions", b" " * ((1 << 20) + 1))[0] == 413
+    assert raw(port, "GET", "/v1/completions")[0] == 405
+    status, body = raw(port, "GET", "/v2")
+    assert (status, body["error"]["type"]) == (404, "invalid_request_error")
+    for path in ("/v1/models", "/v1/completions"):
+        method = "GET" if "models" in path else "POST"
+        for key in ("", "Bearer", "Bearer wrong", KEY):
+            assert raw(port, method, path, ask, Authorization=key)[0] == 401
+    with pytest.raises(openai.AuthenticationError, match="API key"):
+        openai.OpenAI(base_url=client.base_url, api_key="wrong").models.list()
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="run", prompt="x", n=0)
+    assert caught.value.param == "n"
+
+
+def test_a_short_request_does_not_wait_for_a_long_one(client: Any) -> None:
+    """40 texts in 3 rows are under way; a single one takes its turn, and many at once all get their own answer."""
+    ended: dict[str, float] = {}
+
+    def ask(name: str, n: int) -> None:
+        client.completions.create(model="run", prompt="x", max_tokens=40, n=n)
+        ended[name] = time.monotonic()
+
+    long = threading.Thread(target=ask, args=("long", 40))
+    long.start()
+    time.sleep(0.2)
+    ask("short", 1)
+    long.join()
+    assert ended["short"] < ended["long"]
+    texts: dict[int, str] = {}
+
+    def greedy(i: int) -> None:
+        made = client.completions.create(model="run", prompt=f"{i} x", max_tokens=15, temperature=0, echo=True)
+        texts[i] = made.choices[0].text
+
+    threads = [threading.Thread(target=greedy, args=(i,)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(texts[i].startswith(f"{i} x") for i in range(10))
+
+
+def test_who_hangs_up_is_written_for_no_longer(port: int, client: Any) -> None:
+    body = json.dumps({"model": "run", "prompt": "x", "max_tokens": 60, "n": 40}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    begun = time.monotonic()
+    client.completions.create(model="run", prompt="x", max_tokens=60, n=40)
+    alone = time.monotonic() - begun
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.sendall(head.encode() + body)
+            time.sleep(0.05)
+    begun = time.monotonic()
+    client.completions.create(model="run", prompt="x", max_tokens=60, n=3)
+    assert time.monotonic() - begun < 2 * alone + 2  # not 5 times
+
+
+def await_news(told: list[Any], count: int) -> None:
+    for _ in range(400):
+        if len(told) >= count:
+            return
+        time.sleep(0.05)
+
+
+def test_turns(model: tuple[Engine, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows go to the requests in turn, and a failure reaches every client."""
+    engine, tok = model
+    writer, told = Writer(engine), list[tuple[str, News]]()
+
+    def job(name: str, n: int) -> Job:
+        texts = [Text([tok.eot], Sampling(2, seed=i), tok) for i in range(n)]
+        return Job(texts, lambda news: told.append((name, news)))
+
+    for name, n in (("a", 3), ("b", 1), ("c", 2)):
+        assert writer.submit(job(name, n))
+    while joining := writer._next():
+        writer._write(joining)
+        writer._write([])
+        if sum(bool(news.done) for _, news in told) == 6:
+            break
+    assert [name for name, news in told if news.done] == ["a", "b", "c", "a", "c", "a"]
+    assert all(writer.submit(job("x", 1)) for _ in range(64))
+    assert not writer.submit(job("x", 1))
+    told.clear()
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "prefill", None)
+        writer.start()
+        await_news(told, 64)
+        assert {news.done for _, news in told} == {"error"}
+    assert writer.submit(job("y", 1))  # it goes on
+    await_news(told, 66)
+    assert [news.done for _, news in told[64:]] == ["", "length"]
+    writer.stop()
+
+
+def test_a_tokens_news_waits_until_its_text_is_certain() -> None:
+    tok, told = get_tokenizer("bytes"), list[News]()
+    text = Text([tok.eot], Sampling(9, 0.0, stop=("xy",)), tok)
+    job = Job([text], told.append)
+    for token in b"axxy":
+        logits = torch.zeros(tok.V).numpy()
+        logits[token] = 1
+        text.take(logits)
+        job.report(0)
+    assert [(news.text, [t.id for t in news.tokens], news.done) for news in told] == [
+        ("a", [97], ""), ("x", [120], ""), ("", [], "stop")]  # fmt: skip
+    assert isinstance(told[0].tokens[0], Token)
+    assert job.over
+
+
+def test_sigterm_lets_requests_end(folder: Path) -> None:
+    with serving(folder, "run") as (process, port):
+        client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="any", max_retries=0)
+        stream = client.completions.create(model="run", prompt="x", max_tokens=60, stream=True, seed=1)
+        first = next(stream)
+        process.send_signal(signal.SIGTERM)
+        rest = list(stream)
+        assert rest[-1].choices[0].finish_reason == "length"
+        assert first.choices[0].text or rest
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_a_hugging_face_folder_and_a_taken_port(folder: Path) -> None:
+    daybreak(folder, "export", "run", "--to", "hf", "hf")
+    ask = {"prompt": "The meaning of", "max_tokens": 15, "temperature": 0}
+    want = "".join(Sampler(folder / "run").text("The meaning of", Sampling(15, 0.0)))
+    with serving(folder, "hf") as (_, port):
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any")
+        assert client.completions.create(model="hf", **ask).choices[0].text == want
+        done = daybreak(folder, "serve", "hf", "--port", str(port), code=2)
+        assert f"--port {port} cannot be used (Address already in use); choose others." in done.stderr
+
+
+def test_another_host_needs_a_key(model: tuple[Engine, Tokenizer]) -> None:
+    from daybreak.serve.app import serve
+
+    with pytest.raises(Error, match="set DAYBREAK_API_KEY") as caught:
+        serve(*model, "run", host="0.0.0.0", port=0)
+    assert caught.value.exit_code == 2

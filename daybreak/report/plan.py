@@ -31,7 +31,6 @@ BUFFERS = {
     "kv": "keys and values of the text that is sampled",
     "m": "AdamW first moment",
     "v": "AdamW second moment",
-    "kv": "keys and values of texts being sampled",
     "state": "input batch, losses, device scalars",
     "scratch": "temporaries of one kernel call",
     "activations": "forward and backward, sharing bytes by lifetime",

@@ -53,7 +53,7 @@ def costs_table() -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arena, "Recorder", Counting)
         patch.setattr(Counting, "costs", defaultdict(lambda: [0, 0, 0]))
-        patch.setattr("daybreak.engine.step.plan_arena", first_schedule_only)
+        patch.setattr("daybreak.engine.schedule.plan_arena", first_schedule_only)
         plan_engine(parse_shape("d48"), **options)
         rows, total = [], 0.0
         for name, (calls, size, flops) in sorted(Counting.costs.items()):

@@ -35,7 +35,7 @@ from recovery import (
 import daybreak
 from daybreak.cli.main import main
 from daybreak.engine import Engine
-from daybreak.engine.step import plan_engine
+from daybreak.engine.schedule import plan_engine
 from daybreak.shapes import GPT2Config
 from daybreak.state.checkpoint import save_checkpoint
 from daybreak.state.restore import Staging, snapshot, staged_bytes
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_are_exit_5(two, tmp_path, c
     for checkpoint in (newest, older):
         if (checkpoint / file).exists():
             DAMAGE[damage](checkpoint / file)
-    with pytest.raises(daybreak.Error, match="none of the 2 checkpoints below .* is intact") as e:
+    with pytest.raises(daybreak.Error, match=r"none of the 2 checkpoints below .* is intact") as e:
         daybreak.train(run.config, resume=run.path)
     assert (e.value.exit_code, exit_code(run.path)) == (5, 5)
     assert str(older / file) in caplog.text

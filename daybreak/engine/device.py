@@ -76,10 +76,10 @@ def numerics(device: torch.device, choices: Mapping[str, str]) -> dict[str, str]
 
 def library_versions() -> dict[str, str]:
     """Versions of what CUDA kernels come from, of those that are installed."""
-    found = {"cuDNN": str(torch.backends.cudnn.version())}
+    found = {"cuDNN": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
     for package in ("triton", "nvidia-cudnn-frontend", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-cublas"):
         with suppress(PackageNotFoundError):
-            found[package] = str(version(package))  # type: ignore[no-untyped-call]
+            found[package] = version(package)
     return found
 
 

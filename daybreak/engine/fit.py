@@ -10,7 +10,7 @@ import torch
 from daybreak.config import Config
 from daybreak.engine.arena import Arena
 from daybreak.engine.device import available_bytes, engine_options, missing_on
-from daybreak.engine.step import plan_engine
+from daybreak.engine.schedule import plan_engine
 from daybreak.errors import OutOfMemory
 from daybreak.parallel import ALONE, Group
 

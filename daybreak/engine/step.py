@@ -1,190 +1,39 @@
-"""One optimizer step: micro-steps of the schedule, then norm, guard and update; and the engine that owns the memory.
+"""The engine: weights, optimizer state and activations in memory that is allocated once, and the steps over them.
 
     engine = Engine(parse_shape("d12"), B=4, T=1024)
     engine.train_step(tokens, targets, lr=6e-4, step=0)
     engine.stats()["loss"]
 
-The functions at the top are what runs; the planner records the very same ones.
+What a step consists of is in schedule.py; this is the engine that owns the memory and runs it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from daybreak.config_keys import GuardConfig, OptimConfig
-from daybreak.engine.arena import Arena, Entry, Frame, LiveFrame, Memory, plan_arena
+from daybreak.engine.arena import LiveFrame, Memory
 from daybreak.engine.capture import Graphs, Pending, Ring
-from daybreak.engine.collectives import Collectives, Sharding
+from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on
-from daybreak.engine.models import Model, build_model
+from daybreak.engine.models import build_model
 from daybreak.engine.params import ParamTable, fill_parameters
-from daybreak.kernels import ON_HOST, acc_dtype, choose
-from daybreak.kernels.guard import STATS, WINDOW
+from daybreak.engine.schedule import DTYPES, HYPER, State, evaluate, head, micro_step, next_token, plan_engine, update
+from daybreak.kernels import ON_HOST
+from daybreak.kernels.guard import STATS
 from daybreak.kernels.optimizer import join_masters, round_weights, split_masters
 from daybreak.parallel import ALONE, Group
 from daybreak.shapes import GPT2Config
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-# The layout of `hyper`: device scalars that change from step to step. bias1 = 1 - beta1^t, bias2 = 1 - beta2^t.
-HYPER = ("lr", "t", "inv_valid", "bias1", "bias2")
-State = dict[str, Tensor]
 
 
 def named_stats(pending: Pending) -> dict[str, float]:
     """The stats that `Engine.update` returned, by name (kernels.guard.STATS)."""
     return dict(zip(STATS, pending.values(), strict=True))
-
-
-def micro_step(model: Model, f: Frame, s: State, *, first: bool, last: bool = True) -> None:
-    """Forward and backward of the batch in s["tokens"], s["targets"]: gradients and the step's loss so far.
-
-    Between ranks: the first fetches the weights that others updated, the last exchanges gradients under its backward.
-    """
-    c, scale = f.comm, s["hyper"][2]
-    c.first, c.last = first, last
-    if first and c.stale:
-        c.gather(s["weights"])
-    hidden = model.forward(f, s["tokens"])
-    c.finish()
-    fresh = first or c.plan.zero == 2  # there the sum over micro-steps is the shard's
-    model.head_loss(f, hidden, s["targets"].view(-1), s["losses"], scale, backward=True, first=fresh)
-    f.k.loss_sum(s["loss"], s["losses"], scale, accumulate=not first)
-    model.backward(f, s["tokens"], first=fresh)
-
-
-def update(f: Frame, s: State, optim: OptimConfig, guard: GuardConfig, seed: int) -> None:
-    """Gradient norm, the guard's decision, and one AdamW launch per parameter group (and bucket, of a shard)."""
-    c, grads = f.comm, s["shard" if f.comm.plan.zero else "grads"]
-    f.k.global_norm(s["norm"], grads)
-    if c.active:
-        scalars = [s["loss"], s["norm"]]
-        f.do("sum_scalars", lambda: c.sum_scalars(s), scalars, scalars)
-    f.k.step_guard(
-        s["stats"], s["windows"], s["counts"], s["loss"], s["norm"],
-        clip=optim.clip, max_loss_z=guard.loss_z, max_norm_z=guard.norm_z,
-    )  # fmt: skip
-    for piece in c.plan.pieces():
-        part = slice(piece.at, piece.at + piece.stop - piece.start)
-        weights = s["weights"][piece.start : piece.stop]
-        exact = weights if weights.dtype == s["m"].dtype else None
-        f.k.adamw_update(
-            weights, s["masters"][part] if "masters" in s else exact, s["m"][part], s["v"][part], grads[part],
-            s["stats"], s["hyper"], beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
-            weight_decay=optim.weight_decay if piece.decay else 0.0, seed=seed, offset=piece.start,
-        )  # fmt: skip
-
-
-def evaluate(model: Model, f: Frame, s: State, B: int, T: int) -> None:
-    """Per-token losses of the first B rows and T columns of the input buffers, without gradients."""
-    hidden = model.forward(f, s["tokens"][:B, :T])
-    n = B * T
-    targets, losses = s["targets"].view(-1)[:n], s["losses"][:n]
-    model.head_loss(f, hidden, targets, losses, s["hyper"][2], backward=False, first=True)
-
-
-def next_token(model: Model, f: Frame, s: State, b: int) -> None:
-    """Logits that follow one more token, s["next"][0], at place s["next"][1] of each of the first b rows of `kv`."""
-    tokens, positions = s["next"][:, :b]
-    hidden = model.forward(f, tokens[:, None], Memory(s["kv"][:, :, :b], positions))
-    _head(model, f, s, hidden)
-
-
-def _head(model: Model, f: Frame, s: State, hidden: Tensor) -> None:
-    out = s["next_logits"][: hidden.shape[0]]
-    out.copy_(model.head_logits(f, hidden)[:, : out.shape[1]])
-
-
-def pick_masters(name: str, dtype: torch.dtype, device_type: str) -> str:
-    """precision.masters -> fp32, split or none. Only bf16 weights need anything beside them."""
-    if dtype != torch.bfloat16:
-        return "none"
-    return name if name != "auto" else "split" if device_type == "cuda" else "fp32"
-
-
-def state_entries(
-    plan: Sharding, cfg: GPT2Config, B: int, T: int, dtype: torch.dtype, train: bool, masters: str, kv: tuple[int, ...]
-) -> list[Entry]:
-    """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and keys and
-    values (of shape `kv`) of texts under way."""
-    V, C, N, acc, f64, i64 = cfg.V, cfg.C, plan.numel, acc_dtype(dtype), torch.float64, torch.int64
-    held = plan.shard if plan.zero else N
-    entries = [Entry("weights", "weights", (N,), dtype)]
-    if train:
-        if masters != "none":
-            entries += [Entry("masters", "masters", (held,), acc if masters == "fp32" else torch.int16)]
-        if plan.zero < 2:
-            entries += [Entry("grads", "grads", (N,), dtype)]
-        if plan.zero:
-            entries += [Entry("shard", "grads", (held,), dtype if plan.zero == 1 else acc)]
-        entries += [Entry(name, name, (held,), acc) for name in ("m", "v")]
-    small = [
-        ("batch", (2, B, T), i64), ("losses", (B * T,), acc), ("hyper", (len(HYPER),), f64),
-        ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
-        ("counts", (2,), i64), ("next", (2, kv[2]), i64), ("next_logits", (kv[2], V), torch.float32),
-        ("last_hidden", (kv[2], C), dtype),
-    ]  # fmt: skip
-    entries += [Entry("kv", "kv", kv, dtype)]
-    if plan.world > 1:
-        small += [("sums", (2,), f64)]
-    return entries + [Entry(name, "state", shape, kind) for name, shape, kind in small]
-
-
-def plan_engine(
-    cfg: GPT2Config,
-    *,
-    B: int,
-    T: int,
-    compute: str = "fp32",
-    recompute: int = 0,
-    train: bool = True,
-    masters: str = "auto",
-    device_type: str = "cpu",
-    kernels: Mapping[str, str] | None = None,
-    missing: Collection[str] = (),
-    rows: int = 1,
-    group: Group = ALONE,
-    zero: int = 0,
-    bucket_bytes: int = 1 << 25,
-) -> tuple[Model, ParamTable, Arena]:
-    """The model, its parameter table and the complete memory list of one rank; no device is touched.
-
-    kernels: group of operations -> backend, where not the best (see kernels.choose); missing: backends that are not
-    there; rows: texts that can be written at a time. group: ranks that train together; Group(rank, world) will do.
-    Raises ConfigError for a shape that cannot exist.
-    """
-    cfg.check()
-    model = build_model(cfg, recompute, device_type)
-    table = ParamTable(model.rows())
-    dtype = DTYPES[compute]
-    optim, guard = OptimConfig(), GuardConfig()
-
-    sharding = Sharding(table, model.final_at, group, zero, bucket_bytes // dtype.itemsize)
-
-    def training(f: Any) -> None:
-        micro_step(model, f, f.state, first=True)
-        update(f, f.state, optim, guard, 0)
-
-    def accumulating(f: Any) -> None:
-        micro_step(model, f, f.state, first=False)
-
-    def evaluation(f: Any) -> None:
-        evaluate(model, f, f.state, B, T)
-
-    def generation(f: Any) -> None:
-        next_token(model, f, f.state, rows)
-
-    schedules = [training, accumulating, evaluation] if train else [evaluation]
-    assert rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
-    schedules, kv = [*schedules, generation], model.memory_shape(rows, T)
-    state = state_entries(sharding, cfg, B, T, dtype, train, pick_masters(masters, dtype, device_type), kv)
-    choices = choose(device_type, dtype, kernels, missing)
-    return model, table, plan_arena(table, dtype, state, schedules, choices, Collectives(sharding, group))
 
 
 class Draw:
@@ -235,7 +84,9 @@ class Engine:
     ) -> None:
         self.cfg, self.B, self.T, self.compute, self.train, self.rows = cfg, B, T, compute, train, rows
         self.device = torch.device(device)
-        if self.device.type == "cuda":  # torch's own products, where they are used, add up in fp32 too
+        if self.device.type == "cuda":  # Triton, events and graphs use the current device
+            torch.cuda.set_device(self.device)
+            # torch's own products, where they are used, add up in fp32 too
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.optim, self.guard = optim or OptimConfig(), guard or GuardConfig()
         self.seed = seed  # of the initial weights and of stochastic rounding
@@ -259,7 +110,7 @@ class Engine:
         # Decoding's reference kernel reads the lengths on the host.
         self._decoding = Graphs(self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch")
         self._last: Pending | None = None
-        if drawing is not None and train:
+        if train:  # before anything else asks for kernels: what is built first may depend on the order
             self.prepare()
         if init:
             self.init(seed, drawing)
@@ -467,7 +318,7 @@ class Engine:
 
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Logits (V) in fp32 that follow tokens (t); a view that the next call overwrites."""
-        _head(self.model, self.frame, self.state, self.hidden(tokens[None])[0, -1:])
+        head(self.model, self.frame, self.state, self.hidden(tokens[None])[0, -1:])
         return self.state["next_logits"][0]
 
     def prefill(self, row: int, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -479,7 +330,7 @@ class Engine:
         hidden = self.model.forward(self.frame, inputs, Memory(self.state["kv"][:, :, row : row + b])).view(b, t, -1)
         for i, text in enumerate(texts):
             last[i].copy_(hidden[i, len(text) - 1])
-        _head(self.model, self.frame, self.state, last)
+        head(self.model, self.frame, self.state, last)
         return self.state["next_logits"][:b]
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:

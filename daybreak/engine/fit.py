@@ -41,12 +41,13 @@ class Fit:
 
     def __init__(self, device: torch.device, missing: Collection[str], budget: int, ranks: int = 1) -> None:
         self.device, self.missing, self.budget, self.ranks = device, missing, budget, ranks
+        self.group = Group(world=ranks)  # to plan with: nothing is connected
         self._needs: dict[Config, int] = {}
 
     def need(self, config: Config) -> int:
         """Bytes of a configuration on one device, all included."""
         if config not in self._needs:
-            arena, outside = plan_memory(config, self.device, self.missing)
+            arena, outside = plan_memory(config, self.device, self.missing, self.group)
             self._needs[config] = arena.nbytes + outside
         return self._needs[config]
 
@@ -74,10 +75,13 @@ class Fit:
         return next((b for b in range(largest, 0, -1) if all(t % (b * config.T * self.ranks) == 0 for t in totals)), 0)
 
     def advice(self, config: Config) -> str:
-        """The flags that make it fit, the least change first: fewer rows, recomputation, no masters, a shorter T."""
-        changes: list[dict[str, Any]] = [{}, *({"batch.recompute": r} for r in (2, 3) if r > config.batch.recompute)]
+        """The flags that make it fit, the least change first: fewer rows, shared optimizer state, recomputation, no
+        masters, a shorter T."""
+        share = {"parallel.zero": 1} if self.ranks > 1 and not config.parallel.zero else {}
+        changes: list[dict[str, Any]] = [{}, share] if share else [{}]
+        changes += [{**share, "batch.recompute": r} for r in (2, 3) if r > config.batch.recompute]
         if self.device.type == "cuda" and config.precision.masters != "none":
-            changes.append({"batch.recompute": 3, "precision.masters": "none"})
+            changes.append({**share, "batch.recompute": 3, "precision.masters": "none"})
         short = [config.T >> i for i in range(1, 20) if config.T >> i >= 64 and config.T % (1 << i) == 0]
         changes += [{**changes[-1], "batch.T": T} for T in short]
         for change in changes:

@@ -9,10 +9,12 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 from daybreak.config import RECIPES, Config, recipe_names
+from daybreak.engine import DTYPES
 from daybreak.engine.arena import Arena
 from daybreak.engine.device import available_bytes, missing_on, pick_compute, pick_device
 from daybreak.engine.fit import Fit, plan_memory
@@ -121,12 +123,12 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
         name, missing, budget = card.name, card.missing, int(USABLE * card.mib) * MIB
         if config.precision.compute == "auto":
             config = config.override({"precision.compute": "bf16"})
-    arena, outside = plan_memory(config, device, missing)
+    fit = Fit(device, missing, budget or 1 << 62, gpus)
+    arena, outside = plan_memory(config, device, missing, fit.group)
     model = build_model(config.model, config.batch.recompute, device.type)
     parameters = ParamTable(model.rows()).num_parameters
     flops = model.flops_per_token(config.T, parameters)
     compute = pick_compute(config.precision.compute, device)
-    fit = Fit(device, missing, budget or 1 << 62, gpus)
     return Plan(config, device.type, name, gpus, compute, parameters, flops, arena, outside, budget, fit)
 
 
@@ -147,10 +149,12 @@ def suggest(p: Plan) -> tuple[str, str]:
     c, fit = p.config, p.fit
     if c.batch.total_tokens:  # else another B is another step
         share = c.tokens_at(0) // p.gpus
-        for level in range(4):
-            B = fit.best_B(c.override({"batch.recompute": level}))
+        stages = [c.parallel.zero] if p.gpus == 1 or c.parallel.zero else [0, 1]
+        for level, zero in product(range(4), stages):
+            B = fit.best_B(c.override({"batch.recompute": level, "parallel.zero": zero}))
             if min(ENOUGH_TOKENS, share) <= B * c.T:
-                return f"--batch.B {B} --batch.recompute {level}", "modelled: the least recomputation with enough rows"
+                flags = f"--batch.B {B} --batch.recompute {level}" + (f" --parallel.zero {zero}" if zero else "")
+                return flags, "modelled: the least recomputation with enough rows"
     if p.budget and p.nbytes + p.outside > p.budget:
         return fit.advice(c), "makes it fit: planned"
     return "as it is", "planned"
@@ -181,12 +185,16 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     ]  # fmt: skip
     total = p.nbytes + p.outside
     beside = f"; outside it {p.outside // MIB:,} MiB, measured on one {MEASURED[0].card}" if p.outside else ""
+    beside += ", without NCCL's buffers" if p.outside and p.gpus > 1 else ""
     of = f" of {p.budget // MIB:,}" + (f" ({USABLE:.0%} of the card)" if p.card else "") if p.budget else ""
     rows.append(("memory", f"{total // MIB:,} MiB{of}", f"arena {p.nbytes // MIB:,} MiB, exact{beside}"))
     if p.budget:
         by_level = (p.fit.largest_B(c.override({"batch.recompute": r})) for r in range(4))
         rows.append(("largest B", ", ".join(f"{b} (recompute {r})" for r, b in enumerate(by_level)), "planned"))
         rows.append(("fits" if total <= p.budget else "DOES NOT FIT", *suggest(p)))
+    if p.gpus > 1:
+        sent = p.arena.sharding.volume(DTYPES[p.compute], p.micro_steps)
+        rows.append(("exchange", f"{disk(sent)} sent a step by each", f"counted, ZeRO stage {c.parallel.zero}"))
     rows.append(("speed", f"{p.tok_s[0]:,.0f} tok/s", p.tok_s[1]) if p.tok_s else ("speed", *na))
     time = (format_duration(3600 * p.hours), "as the speed; validation and saving not counted") if p.hours else na
     rows.append(("time", *time))

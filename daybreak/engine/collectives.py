@@ -181,11 +181,12 @@ def exposed_seconds(
 def _segments(table: ParamTable, moment_of: Callable[[str], int], limit: int) -> list[tuple[int, int, int]]:
     """Consecutive rows that become final together, and runs of them that do so one after the other, up to `limit`."""
     runs: list[tuple[int, int, int]] = []
+    end = max(map(moment_of, table.rows))  # nothing is made to wait for the very end
     for name, start in sorted(table.offsets.items(), key=lambda item: item[1]):
         stop = start + -(-table.rows[name].numel // ALIGN) * ALIGN
         moment = moment_of(name)
         first, _, before = runs[-1] if runs else (0, 0, -2)
-        if moment == before or (moment == before + 1 and stop - first <= limit):
+        if moment == before or (before + 1 == moment < end and stop - first <= limit):
             runs[-1] = (first, stop, moment)
         else:
             runs.append((start, stop, moment))

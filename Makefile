@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= tiny
 
-.PHONY: demo test test-llama check bench clean install test-install
+.PHONY: demo test test-recovery test-llama check bench docs clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -26,6 +26,10 @@ demo: install
 test: test-install check
 	$(BIN)/python -m pytest
 
+# The recovery contract at full scale: 50 random kills, 100,000 mutations, the soak; writes bench/results/recovery.csv.
+test-recovery: test-install
+	$(BIN)/python -m pytest --full tests/test_recovery_*.py
+
 # llama.cpp itself on an exported GGUF: builds llama-cpp-python from source, several minutes on 2 cores.
 test-llama: test-install
 	$(BIN)/pip install -q llama-cpp-python==0.3.36
@@ -42,6 +46,9 @@ bench: test-install
 	$(BIN)/python bench/tokenize_speed.py
 	$(BIN)/python bench/loader_speed.py
 
+docs: test-install
+	$(BIN)/mkdocs build --strict
+
 # Never touches data/ and runs/.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,8 @@ set -u
 cd "$(dirname "$0")/.."
 out=${1:-bench/results}
 export PYTHONPATH=${PYTHONPATH:-}:$PWD
-rm -rf ~/.triton ~/.cache/daybreak
+caches=$(mktemp -d) # fresh ones: the first row starts cold
+export TRITON_CACHE_DIR=$caches/triton XDG_CACHE_HOME=$caches
 nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
 run() { timeout 150 python3 bench/gpu_step.py "$@" --out "$out/gpu_step.csv" 2>&1 | grep -v -i warn | grep -E "^(first|losses|model|yard|clock|[A-Za-z.]*Error)"; }
 run d48 --B 16 --tokens 131072 --recompute 2 --seconds 8

@@ -39,6 +39,10 @@ TOKENIZER = Rule(
     "must be gpt2, bytes, gpt2-N or a data set's hf-...",
     lambda s: bool(re.fullmatch(r"(gpt2(-[0-9]+)?|bytes|hf-[0-9a-f]{12})?", s)),
 )
+SINKS = Rule(
+    "must be tensorboard or wandb, or both with a comma between",
+    lambda s: s == "" or set(s.split(",")) <= {"tensorboard", "wandb"},
+)
 DEVICE = Rule(
     "is not supported: daybreak trains on the CPU and on NVIDIA GPUs (auto, cpu, cuda or cuda:N)",
     lambda s: bool(re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", s)),
@@ -148,7 +152,11 @@ class KernelsConfig:
 class ParallelConfig:
     """How state is divided over processes."""
 
-    zero: int = key(0, "ZeRO stage; 0 = every rank holds all optimizer state", one_of(0))
+    zero: int = key(
+        0, "ZeRO stage, what ranks share out: 0 nothing, 1 optimizer state, 2 gradients too", one_of(0, 1, 2)
+    )
+    bucket_bytes: int = key(33554432, "gradient bytes that are exchanged at a time, about", at_least(1))
+    timeout: float = key(300.0, "seconds to wait for another rank before the run ends and names it", POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,10 @@ class CheckpointConfig:
     every: int = key(1000, "steps between checkpoints; 0 = only at the end", at_least(0))
     keep: int = key(3, "newest checkpoints to keep; 0 = all", at_least(0))
     major: int = key(0, "checkpoints at multiples of this step are kept for good; 0 = none", at_least(0))
+    background: bool = key(True, "write from a copy in host memory while training goes on; false = training waits")
+    on_error: str = key(
+        "warn", "a save that fails, but the last one: warn and train on, or stop (exit 1)", one_of("warn", "stop")
+    )
 
 
 @dataclass(frozen=True)
@@ -184,6 +196,12 @@ class GuardConfig:
     loss_z: float = key(0.0, "skip updates whose loss z-score exceeds this; 0 = off", at_least(0))
     norm_z: float = key(0.0, "skip updates whose gradient-norm z-score exceeds this; 0 = off", at_least(0))
     max_skips: int = key(10, "skipped updates in a row that end the run (exit 3)", at_least(1))
+    hang_factor: float = key(
+        20.0,
+        "idle for this many times the median step: hung; stacks in crash.txt, exit 7; 0 = off",
+        at_least(0),
+    )
+    hang_seconds: float = key(300.0, "but never hung before this many seconds", POSITIVE)
 
 
 @dataclass(frozen=True)
@@ -192,6 +210,9 @@ class LogConfig:
 
     every: int = key(1, "steps between console lines", at_least(1))
     norms_every: int = key(0, "steps between per-tensor norms in metrics.jsonl; 0 = never", at_least(0))
+    sinks: str = key(
+        "", "also write metrics to: tensorboard or wandb (offline unless WANDB_MODE says else), or both", SINKS
+    )
     display: str = key("auto", "auto, live or plain; auto = live on a terminal", one_of("auto", "live", "plain"))
 
 
@@ -199,7 +220,7 @@ class LogConfig:
 class CostConfig:
     """What the machine costs."""
 
-    price: float = key(0.0, "price of the machine per hour, in your currency; 0 = unknown", at_least(0))
+    price: float = key(0.0, "price of the whole machine in dollars per hour; 0 = unknown", at_least(0))
 
 
 @dataclass(frozen=True)

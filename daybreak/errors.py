@@ -11,6 +11,7 @@ class Error(Exception):
     """A failure with a reason and a documented exit code (README, 'Exit codes')."""
 
     exit_code: int = 1
+    elsewhere: bool = False  # another rank's, which says it itself
 
 
 class ConfigError(Error):
@@ -43,7 +44,18 @@ class OutOfMemory(Error):
     exit_code = 6
 
 
+class Hung(Error):
+    """Nothing moves any more: the message names who is waited for, or the watchdog ends the process."""
+
+    exit_code = 7
+
+
 class Stopped(Error):
     """Stopped by a signal or by --max-hours, after a complete checkpoint was saved."""
 
     exit_code = 75
+
+
+def by_exit_code(code: int) -> type[Error]:
+    """The class of errors with this exit code; Error for an unknown one."""
+    return next((kind for kind in Error.__subclasses__() if kind.exit_code == code), Error)

@@ -23,16 +23,13 @@ from typing import Any
 from daybreak.config import Config, nearest, read_toml
 from daybreak.config_keys import Rule, at_least, one_of
 from daybreak.errors import ConfigError, Error
+from daybreak.parallel import RANK_VARIABLES, connect
 from daybreak.shapes import is_shape, parse_shape
 
 TINY = "dev/data/tinyshakespeare/tiny_shakespeare"
+HELLASWAG = "dev/data/hellaswag/hellaswag_val.bin"
 PORT = "12345"  # llm.c's
 ALL_TOKENS = 1 << 62
-RANK_VARIABLES = (  # (rank, processes, rank on this machine), as launchers set them
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-)
 
 
 @dataclass(frozen=True)
@@ -83,8 +80,7 @@ FLAGS = [  # in the order of llm.c's table
     Flag("-s", 20, "sample text every N steps; 0 or less = only at the end", "sample_every"),
     Flag("-g", 64, "a sample is this many tokens less one", "genT", rule=at_least(2)),
     Flag("-a", 0, "1 = train on the first validation batch over and over", "overfit_single_batch", rule=SWITCH),
-    Flag("-w", 1, "fp32 master weights", "use_master_weights", "b", rule=SWITCH,
-         no_effect="weights are always exact to fp32"),
+    Flag("-w", 1, "weights exact to fp32; 0 = bf16 with stochastic rounding", "use_master_weights", "b", rule=SWITCH),
     Flag("-ge", -1, "GELU fusion", "gelu_fusion", rule=one_of(-1, 0, 1, 2), no_effect="the kernels decide"),
     Flag("-r", 1, "recompute: 0 none, 1 GELU, 2 GELU and LayerNorm", "recompute", "d", "batch.recompute",
          one_of(0, 1, 2)),
@@ -93,7 +89,7 @@ FLAGS = [  # in the order of llm.c's table
     Flag("-nk", 0, "keep only the newest K .bin checkpoints; 0 = all", rule=NATURAL),
     Flag("-nm", 0, "checkpoints at multiples of this step are never deleted; 0 = none", rule=NATURAL),
     Flag("-f", 1, "fp32 products may use TF32", rule=SWITCH),
-    Flag("-h", 0, "HellaSwag", rule=SWITCH, no_effect="this version has no HellaSwag evaluation"),
+    Flag("-h", 0, f"HellaSwag at each validation, if {HELLASWAG} is there", rule=SWITCH),
     Flag("-lg", -1, "GPU status every N steps", no_effect="memory is on every step's line"),
     Flag("-z", 0, "ZeRO stage", rule=one_of(0, 1, 2, 3)),
     Flag("-pn", 1, "processes (-pi tcp or fs)", rule=at_least(1)),
@@ -180,6 +176,8 @@ def translate(values: Values, world: int = 1, base: Config | None = None, tokeni
         "checkpoint.keep": 2,  # of daybreak's own; -nk is about the .bin files
         "run.overfit": bool(values["-a"]),
         "precision.tf32": bool(values["-f"]),
+        "precision.masters": "auto" if values["-w"] else "none",
+        "eval.hellaswag": HELLASWAG if values["-h"] and Path(HELLASWAG).is_file() else "",
         "parallel.zero": values["-z"] if world > 1 else 0,
         "log.display": "plain",
         "run.dir": str(out.parent),
@@ -221,7 +219,7 @@ def parameter_table(values: Values, config: Config, world: int, start: str) -> l
          ("padded_vocab_size Vp", m.Vp), ("num_layers L", m.L), ("num_heads NH", m.NH), ("channels C", m.C),
          ("num_parameters", parameters)],
         [("train_num_batches", config.run.steps or config.steps_in(epoch, world)), ("val_num_batches", val_steps)],
-        [("run hellaswag", "no")],
+        [("run hellaswag", "yes" if config.eval.hellaswag else "no")],
         [("num_processes", world), ("zero_stage", config.parallel.zero)],
     ]  # fmt: skip
     rule = f"+{'-' * 23}+{'-' * 52}+"
@@ -285,7 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(list(sys.argv[1:] if argv is None else argv))
         return 0
     except Error as error:
-        print(f"daybreak.llmc: {error}", file=sys.stderr)
+        if not error.elsewhere:
+            print(f"daybreak.llmc: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -300,15 +299,22 @@ def _run(argv: list[str]) -> None:
         print("\n".join(f"  {f.name:4} {f.doc} ({f.default!r})" for f in FLAGS))
         return
     values = parse(argv)
-    if (world := int(launch(values, os.environ)["WORLD_SIZE"])) > 1:
-        raise ConfigError(f"{world} processes were started, but this version trains on one: start one.")
+    found = launch(values, os.environ)
+    world, chief = int(found["WORLD_SIZE"]), found["RANK"] == "0"
+    if world > 1:
+        os.environ.update(found)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    config, resume, init, start = _begin(values, world)
+    group = connect(os.environ, Config().parallel.timeout)
+    with group.failing_together():  # rank 0 looks at the folder, which it soon fills
+        config, resume, init, start = group.first(lambda: _begin(values, world))
     config.check(ranks=world)
-    print("\n".join(parameter_table(values, config, world, start)), flush=True)
-    for flag in FLAGS:
-        if flag.no_effect and values[flag.name] != flag.default:
-            print(f"{flag.name} {values[flag.name]}: no effect ({flag.no_effect})", flush=True)
+    if chief:
+        print("\n".join(parameter_table(values, config, world, start)), flush=True)
+        for flag in FLAGS:
+            if flag.no_effect and values[flag.name] != flag.default:
+                print(f"{flag.name} {values[flag.name]}: no effect ({flag.no_effect})", flush=True)
+    else:
+        logging.getLogger("daybreak").setLevel(logging.WARNING)
 
     from daybreak.interop import llmc_files
     from daybreak.state.checkpoint import checkpoint_step
@@ -317,7 +323,10 @@ def _run(argv: list[str]) -> None:
 
     on_save = bin_writer(values, config) if config.checkpoint.every else None
     with Stop().handling_signals() as stop:
+        stop.group = group
         run = train(config, resume=resume, init_from=init, stop=stop, on_save=on_save)
+    if not chief:
+        return
     newest = run.checkpoints[0]
     if on_save is not None and checkpoint_step(newest) not in llmc_files.done_steps(run.path):
         on_save(newest)  # killed between the two savings, and now there was nothing left to train

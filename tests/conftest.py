@@ -1,6 +1,11 @@
 """One thread per test process: two torch threads collapse when anything else wants a core."""
 
 import os
+import platform
+import time
+from pathlib import Path
+
+import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
@@ -11,7 +16,8 @@ if not torch.cuda.is_available():  # Triton's kernels run under its interpreter;
     os.environ["TRITON_INTERPRET"] = "1"
 
 # Minutes that a group of tests may take on 2 cores. A file belongs to the group whose list names it, else foundation.
-BUDGETS = {"foundation": 4.0, "kernels": 3.0, "interop": 2.0, "data": 2.0}
+BUDGETS = {"foundation": 4.0, "kernels": 3.0, "interop": 2.0, "data": 2.0, "pages": 1.0, "recovery": 3.0}
+BUDGETS["distributed"] = 3.0
 KERNELS = ("attention", "bias", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer")
 INTEROP = ("test_interop_hf", "test_interop_llmc", "test_interop_gguf", "test_llmc_cli", "test_generate", "test_serve")
 DATA = ("test_data_formats", "test_data_hub", "test_data_mixing", "test_eval_choice", "test_eval_harness")
@@ -20,7 +26,11 @@ GROUPS = {
     "tests/test_aot.py": "kernels",
     **{f"tests/{name}.py": "interop" for name in INTEROP},
     **{f"tests/{name}.py": "data" for name in DATA},
+    **{f"tests/test_dist_{name}.py": "distributed" for name in ("engine", "train", "elastic")},
 }
+GROUPS |= {f"tests/test_{name}.py": "pages" for name in ("plan", "display", "sinks", "pages", "docs")}
+RECOVERY = ("kill", "faults", "fuzz", "signals", "restart")
+GROUPS |= {f"tests/test_recovery_{name}.py": "recovery" for name in RECOVERY}
 spent = dict.fromkeys(BUDGETS, 0.0)
 
 
@@ -33,3 +43,30 @@ def pytest_sessionfinish(session, exitstatus):
     if over and exitstatus == 0 and os.environ.get("CI"):
         print("\ntest groups over their budget: " + ", ".join(over))
         session.exitstatus = 1
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="the recovery tests at full scale (make test-recovery)")
+
+
+@pytest.fixture(scope="session")
+def full(request):
+    """Whether the recovery tests run at full scale."""
+    return request.config.getoption("--full")
+
+
+@pytest.fixture(scope="session")
+def figures(full):
+    """What the recovery tests measured; at full scale it becomes bench/results/recovery.csv."""
+    found = {}
+    yield found
+    rows = "".join(f'"{name}",{value}\n' for name, value in found.items())
+    print(f"\n{rows}", end="")
+    if full:
+        from daybreak.state.run_folder import cpu_model, package_commit
+
+        root = Path(__file__).parents[1]
+        head = {"date": time.strftime("%Y-%m-%d"), "commit": package_commit(root), "processor": cpu_model(),
+                "python": platform.python_version(), "torch": torch.__version__}  # fmt: skip
+        text = "figure,value\n" + "".join(f"{k},{v}\n" for k, v in head.items()) + rows
+        (root / "bench/results/recovery.csv").write_text(text)

@@ -20,7 +20,8 @@ from daybreak.cli.main import cli, main
 from daybreak.config import KINDS, Config, resolve
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["prepare", "plan", "train", "eval", "sample", "serve", "import", "export", "doctor", "bench"]
+VERBS = ["prepare", "plan", "train", "eval", "sample", "serve", "import", "export", "report", "watch", "doctor",
+         "bench"]  # fmt: skip
 SMALL = ["--model.L", "1", "--model.C", "16", "--model.NH", "2", "--model.max_T", "16", "--model.V", "257",
          "--data", "book", "--data.tokenizer", "bytes", "--batch.B", "2", "--eval.tokens", "64",
          "--eval.sample_tokens", "8", "--run.device", "cpu"]  # fmt: skip
@@ -137,6 +138,20 @@ ERRORS: list[tuple[str, int, str]] = [
     ("plan", 2, "Missing argument 'TARGET'; see daybreak plan --help."),
     ("plan d12 --batch.b 2", 2, "unknown flag --batch.b; did you mean --batch.B?"),
     ("plan d12 --model.C 100", 2, "model.C = 100 must be a multiple of model.NH = 12."),
+    ("plan d12 --gpu v100", 2, "--gpu v100 is not known; did you mean "),
+    ("plan d12 --gpu h100 --gpus 3 --batch.total_tokens 8192", 2,
+     "batch.total_tokens = 8192 must be a multiple of batch.B * T * ranks = 4 * 1024 * 3 = 12288; use 12288 or a "
+     "smaller batch.B."),
+    ("plan d12 --price free", 2, "cost.price = 'free' must be a number; the default is 0.0."),
+    ("train d12 --log.sinks mlflow", 2,
+     'log.sinks = "mlflow" must be tensorboard or wandb, or both with a comma between; the default is "".'),
+    ("report", 2, "Missing argument 'RUNS...'; see daybreak report --help."),
+    ("report empty", 2, "empty is not a run; give a folder that daybreak train made, or llm.c's main.log."),
+    ("watch nothere", 2, "nothere is not a run; give a folder that daybreak train made, or llm.c's main.log."),
+    ("watch runs/old --port 99999", 2,
+     "Invalid value for '--port': 99999 is not in the range 0<=x<=65535; see daybreak watch --help."),
+    ("watch runs/old --host 0.0.0.0", 2,
+     "--host 0.0.0.0 lets others in: set DAYBREAK_KEY to a secret of 16 or more characters first."),
     ("prepare", 2, "Missing argument 'NAME|FILE...'; see daybreak prepare --help."),
     ("prepare nothere.txt", 4, ""),
     ("prepare latin1.txt", 4, ""),

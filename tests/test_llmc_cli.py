@@ -21,7 +21,7 @@ from test_interop_llmc import model_bytes, write_checkpoint
 from daybreak.config import Config, resolve
 from daybreak.errors import ConfigError
 from daybreak.interop import open_source
-from daybreak.llmc import ALL_TOKENS, BY_NAME, FLAGS, launch, main, parse, translate
+from daybreak.llmc import ALL_TOKENS, BY_NAME, FLAGS, HELLASWAG, launch, main, parse, translate
 from daybreak.state.run import Run
 
 # The published commands (scripts/run_gpt2_124M.sh, run_gpt2_1558M.sh), after the program's name.
@@ -61,10 +61,10 @@ MEANING: dict[str, tuple[str, dict[str, Any] | None]] = {
     "-m": ("-1", {"eval.tokens": ALL_TOKENS}),
     "-s": ("-1", {"eval.sample_every": 0}),
     "-g": ("144", {"eval.sample_tokens": 143}),
-    "-h": ("1", {}),
+    "-h": ("1", {"eval.hellaswag": HELLASWAG}),
     "-a": ("1", {"run.overfit": True, "data.train": BY_NAME["-j"].default}),
     "-f": ("0", {"precision.tf32": False}),
-    "-w": ("0", {}),
+    "-w": ("0", {"precision.masters": "none"}),
     "-ge": ("2", {}),
     "-z": ("1", {"parallel.zero": 1}),
     "-r": ("2", {"batch.recompute": 2}),
@@ -95,8 +95,11 @@ def test_the_table_is_llmc_s() -> None:
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_every_flag_has_its_meaning_and_no_other(name: str) -> None:
+def test_every_flag_has_its_meaning_and_no_other(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     value, meaning = MEANING[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / HELLASWAG).parent.mkdir(parents=True)
+    (tmp_path / HELLASWAG).touch()
     parsed = parse([name, value])
     assert parsed == {f.name: f.default for f in FLAGS} | {name: type(BY_NAME[name].default)(value)}
     if meaning is None:
@@ -242,7 +245,7 @@ def test_what_is_printed(made: Path) -> None:
     assert "batch_size B=2 * seq_len T=64 * num_processes=1 and total_batch_size=256" in lines
     assert "=> setting grad_accum_steps=2" in lines
     assert "-ge 1: no effect (the kernels decide)" in lines
-    assert any(line.startswith("-h 1: no effect") for line in lines)
+    assert "| run hellaswag         | no                                                 |" in lines
     assert len([line for line in lines if re.fullmatch(r"val loss \d+\.\d{6}", line)]) == 4  # at 0, 4, 8, 10
     # As dev/loss_checker_ci.py reads it: columns 20 to 28 of the lines from 'step    1/' on.
     steps = [line for line in lines if line.startswith("step   ") and "/10 | loss " in line]

@@ -116,3 +116,10 @@ def test_nothing_is_allocated_after_the_first_step(tmp_path: Path, compute: str,
         made = allocations(tmp_path / "trace", lambda step=step: everything(step), library)  # type: ignore[misc]
         assert max(made, default=0) <= SCALAR, sorted(made)[-10:]
     assert pointers == {name: buffer.data_ptr() for name, buffer in engine.frame.buffers.items()}
+
+
+def test_many_short_texts_fit_the_plan():
+    """b texts of any length t with b t <= B T: the plan knows the scratch of each."""
+    engine = Engine(GPT2Config(L=2, C=64, NH=2, max_T=512, V=300), B=1, T=512, train=False, rows=4)
+    for b, t in ((4, 128), (3, 170), (2, 256), (1, 512), (4, 5)):
+        assert torch.isfinite(engine.prefill(0, [[1] * t] * b)).all()

@@ -8,15 +8,26 @@ import json
 import math
 import os
 import re
+import resource
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from snapshots import exit_of, fork
 
 from daybreak.errors import ConfigError, Error
-from daybreak.state.metrics import COMMON, FIELDS, MainLog, MetricsWriter, format_duration, read_metrics, step_line
+from daybreak.state.metrics import (
+    COMMON,
+    FIELDS,
+    MOST_WAITING,
+    MainLog,
+    MetricsWriter,
+    format_duration,
+    read_metrics,
+    step_line,
+)
 from daybreak.state.run_folder import RunFolder, package_commit, write_atomic
 from daybreak.state.throughput import Throughput, peak_flops
 
@@ -28,12 +39,12 @@ EXAMPLES: dict[str, dict[str, object]] = {
     "run": {"name": "a", "config_hash": "ff", "device": "cpu", "parameters": 7, "flops_per_token": 1e9},
     "step": {
         "loss": 4.5, "norm": 1.25, "lr": 6e-4, "ms": 12.5, "tok_s": 1e5, "mfu": None, "loss_z": None, "norm_z": -0.5,
-        "skipped": False, "mem_mib": 100, "eta_s": 60.0, "epoch": 0,
+        "skipped": False, "mem_mib": 100, "eta_s": 60.0, "epoch": 0, "temp_c": None, "power_w": 61.5,
     },
     "val": {"loss": 4.0, "tokens_evaluated": 4096, "bpb": 1.5},
     "eval": {"task": "hellaswag", "accuracy": 0.25, "examples": 10042},
     "sample": {"text": "line\n<script> é 🌅 NaN"},
-    "checkpoint": {"path": "checkpoints/step-00000010", "seconds": 0.5, "bytes": 123},
+    "checkpoint": {"path": "checkpoints/step-00000010", "seconds": 0.5, "stall": 0.25, "bytes": 123},
     "event": {"what": "signal", "detail": "SIGTERM"},
 }  # fmt: skip
 
@@ -157,12 +168,29 @@ def test_two_writers_never_mix_their_lines(tmp_path):
     assert [(r["step"], r["text"]) for r in rows] == [(i, "ab"[i % 2] * 5000) for i in range(100)]
 
 
-def test_a_full_disk_is_one_sentence():
-    with (
-        MetricsWriter(Path("/dev/full")) as writer,
-        pytest.raises(Error, match=r"/dev/full cannot be written \(No space left"),
-    ):
-        writer.write("event", 1, 1, what="a", detail="b")
+def test_what_a_full_disk_refuses_waits_and_is_not_lost(tmp_path, caplog):
+    """The file may take 700 bytes more; in the 13th write the limit goes, as when somebody freed space."""
+    path = tmp_path / "m.jsonl"
+
+    def body() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, resource.RLIM_INFINITY))
+        with MetricsWriter(path) as writer:
+            for step in range(20):
+                if step == 12:
+                    assert path.stat().st_size == 700  # a line is cut in the middle
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                writer.write("val", step, 1, **EXAMPLES["val"])
+
+    assert exit_of(fork(body)) == 0
+    assert [r["step"] for r in read_metrics(path)] == list(range(20))
+    assert len(path.read_text().splitlines()) == 20
+    with MetricsWriter(Path("/dev/full")) as writer:
+        for _ in range(3):
+            writer.write("event", 1, 1, what="a", detail="b")
+        assert caplog.text.count("/dev/full cannot be written (No space left on device); its lines wait") == 1
+        with pytest.raises(Error, match=r"/dev/full cannot be written \(No space left on device\): mend that"):
+            writer.append("x" * MOST_WAITING)
+    assert re.search(r"/dev/full: its last 67109\d{3} bytes could not be written", caplog.text)
 
 
 def test_main_log_is_llm_c_s_byte_for_byte(tmp_path):

@@ -24,6 +24,9 @@ def test_the_wheel_trains_outside_the_checkout(tmp_path: Path) -> None:
     assert "daybreak/data/gpt2.tiktoken" in names
     assert "daybreak/recipes/tiny.toml" in names
     assert "daybreak/py.typed" in names
+    assert {f"daybreak/report/web/{n}" for n in ("page.html", "page.js", "uPlot.iife.min.js", "uPlot.LICENSE")} <= set(
+        names
+    )
     assert not [n for n in names if n.startswith(("tests", "bench"))]
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(wheel)]

@@ -1,4 +1,4 @@
-"""`daybreak doctor`: what this machine has and what of it is used; with a run, whether its checkpoints are sound."""
+"""`daybreak doctor`: what this machine has and what of it is used; with a run, whether it is sound."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from daybreak.errors import CheckpointError
 @click.command()
 @click.argument("run", required=False)
 def doctor(run: str | None) -> None:
-    """Look at this machine, or verify every checkpoint of RUN.
+    """Look at this machine, or verify every checkpoint and the data of RUN, to the last byte.
 
-    Exit code 5 if a checkpoint is bad.
+    Exit code 5 if something is bad.
 
     \b
     Examples:
@@ -27,4 +27,4 @@ def doctor(run: str | None) -> None:
     lines, good = check_run(run)
     print_lines(lines)
     if not good:
-        raise CheckpointError(f"a checkpoint of {run} is bad; training it again falls back to the newest good one.")
+        raise CheckpointError(f"{run} is damaged, see above; training it again uses the newest good checkpoint.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,11 +18,12 @@ from daybreak.cli.export import export
 from daybreak.cli.import_ import import_
 from daybreak.cli.plan import plan
 from daybreak.cli.prepare import prepare
+from daybreak.cli.report import report, watch
 from daybreak.cli.sample import sample
 from daybreak.cli.serve import serve
 from daybreak.cli.train import train
 from daybreak.config import nearest
-from daybreak.errors import ConfigError, Error
+from daybreak.errors import ConfigError, Error, Stopped
 
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention; training itself saves and exits 75
 
@@ -52,6 +54,7 @@ def cli(ctx: click.Context) -> None:
       daybreak sample runs/tiny            read what it writes
       daybreak prepare book.txt            your own text, as token shards in data/book
       daybreak plan gpt2-124M              what a run needs, before it starts
+      daybreak watch runs/tiny             follow it in a browser; report: the same as a file
       daybreak doctor                      what this machine has, and what of it is used
       daybreak bench d12 --batch.B 4       how fast a step is here, and where its time goes
     """
@@ -59,7 +62,9 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for verb in (prepare, plan, train, evaluate, sample, serve, import_, export, doctor, bench):
+for verb in (
+    prepare, plan, train, evaluate, sample, serve, import_, export, report, watch, doctor, bench
+):  # fmt: skip
     cli.add_command(verb)
 
 
@@ -73,7 +78,7 @@ class _Stderr(logging.Handler):
 def _log_to_stderr() -> None:
     log = logging.getLogger("daybreak")
     log.handlers = [_Stderr()]
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     log.propagate = False
 
 
@@ -96,7 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return cli.main(argv, prog_name="daybreak", standalone_mode=False) or 0
     except Error as e:
-        return _fail(str(e), e.exit_code)
+        if not e.elsewhere or os.environ.get("RANK") == "0":
+            print(f"daybreak: {e}", file=sys.stderr)
+        # torchrun starts workers again that fail; one that was asked to stop, and has saved, has not failed.
+        return 0 if isinstance(e, Stopped) and "TORCHELASTIC_RUN_ID" in os.environ else e.exit_code
     except click.ClickException as e:
         return _fail(_sentence(e), ConfigError.exit_code)
     except (click.Abort, KeyboardInterrupt):

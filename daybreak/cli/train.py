@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,7 @@ import click
 from daybreak.cli.options import config_options, overrides_of
 from daybreak.config import Config, Resume, check_resume, is_untouched_import, resolve
 from daybreak.errors import ConfigError
+from daybreak.parallel import launched, restarted
 
 if TYPE_CHECKING:
     from daybreak.state.run import Run
@@ -77,18 +79,18 @@ def train(
     # Threads that wait by spinning make two of them slower than one as soon as another process wants a core. Read
     # when torch loads, so only here; costs a few percent on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    where = resume.run if resume is not None else None
+    own, fork_from = (where, None) if fork is None else (None, where)
+    if own is None and restarted(os.environ):  # what was asked for has begun: go on with it
+        folder = Path(config.run.dir) / config.run.name
+        if (folder / "config.toml").is_file():
+            config, own = resolve(str(folder), overrides)[0], folder
     with Stop().handling_signals() as stop:
         from daybreak.training.loop import train as run_training  # torch; a signal may already be waiting
 
-        where = resume.run if resume is not None else None
-        run = run_training(
-            config,
-            resume=where if fork is None else None,
-            fork_from=where if fork is not None else None,
-            init_from=init_from,
-            stop=stop,
-        )
-    _print_result(run, as_json)
+        run = run_training(config, resume=own, fork_from=fork_from, init_from=init_from, stop=stop)
+    if launched(os.environ)["RANK"] == "0":
+        _print_result(run, as_json)
 
 
 def _check_start(

@@ -45,6 +45,8 @@ class HFTokenizer(Tokenizer):
         spec = json.loads(source)
         added = {t["content"] for t in spec.get("added_tokens") or []}
         letters = _byte_letters() if '"ByteLevel"' in source else {}
+        if (most := 4 * len(vocabulary) + (1 << 16)) < self.V:  # gaps exist, but each id takes memory everywhere
+            raise DataError(f"{where} has ids up to {self.V - 1} for {len(vocabulary)} tokens; the most is {most}.")
         self._bytes = [b""] * self.V
         for token, i in vocabulary.items():
             if token in added or (letters and not set(token) <= letters.keys()):

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 import mmap
+from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from daybreak.engine.collectives import IN_FLIGHT, Collectives, Sharding
 from daybreak.engine.params import ParamTable
 from daybreak.kernels import Call, Kernels, Recorder, storage_key
 
@@ -38,7 +41,7 @@ class Entry:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
+    @cached_property
     def padded(self) -> int:
         return -(-self.nbytes // ALIGN) * ALIGN
 
@@ -47,6 +50,7 @@ class Frame(Protocol):
     """What a schedule sees: kernels, and tensors by name."""
 
     k: Kernels
+    comm: Collectives
 
     def w(self, name: str) -> Tensor:
         """A weight, in compute dtype."""
@@ -56,6 +60,12 @@ class Frame(Protocol):
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An activation of this shape (compute dtype by default). Declared by being used."""
+
+    def final(self, moment: int) -> None:
+        """Backward has finished the gradients that Model.final_at gives this moment: they may be exchanged."""
+
+    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+        """Call fn, which is no kernel: what it writes and reads is on the call list."""
 
 
 class Memory(NamedTuple):
@@ -70,9 +80,10 @@ class PlanFrame:
     """Hands out storage-less tensors and remembers what was asked for."""
 
     def __init__(
-        self, table: ParamTable, dtype: torch.dtype, state: list[Entry], choices: Mapping[str, str] | None = None
-    ) -> None:
-        self.table, self.dtype = table, dtype
+        self, table: ParamTable, dtype: torch.dtype, state: list[Entry], comm: Collectives,
+        choices: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.table, self.dtype, self.comm = table, dtype, comm
         self.recorder = Recorder(choices)
         self.k: Kernels = self.recorder  # type: ignore[assignment]  # same attributes, by construction
         self.activations: dict[str, tuple[Tensor, torch.dtype]] = {}
@@ -83,7 +94,16 @@ class PlanFrame:
         return self.table.view(self.state["weights"], name)
 
     def g(self, name: str) -> Tensor:
-        return self.table.view(self.state["grads"], name)
+        if "grads" in self.state:
+            return self.table.view(self.state["grads"], name)
+        return self.comm.plan.gradient(name, lambda k: grad_buffer(self, k))
+
+    def final(self, moment: int) -> None:
+        exchange(self, moment)
+
+    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+        read, written = (tuple(storage_key(t) for t in tensors) for tensors in (reads, writes))
+        self.recorder.calls.append(Call(name, read, written, 0))
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
@@ -98,25 +118,38 @@ class PlanFrame:
 class LiveFrame:
     """Hands out views of allocated buffers."""
 
-    def __init__(self, arena: Arena, table: ParamTable, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
-        self.buffers = {name: _zeros(size, device) for name, size in arena.sizes().items()}
+    def __init__(
+        self, arena: Arena, table: ParamTable, dtype: torch.dtype, device: torch.device, comm: Collectives
+    ) -> None:
+        self.dtype, self.comm = dtype, comm
+        self.buffers = {name: zeros(size, device) for name, size in arena.sizes().items()}
         tensors = {e.name: self._view(e) for e in arena.entries}
         self.state = {e.name: tensors[e.name] for e in arena.entries if e.buffer != "activations"}
         self.activations = {e.name: tensors[e.name] for e in arena.entries if e.buffer == "activations"}
         self.k = Kernels(self.state["scratch"], arena.choices)
         self.weights = {name: table.view(self.state["weights"], name) for name in table.rows}
-        grads = self.state.get("grads")
-        self.grads = {} if grads is None else {name: table.view(grads, name) for name in table.rows}
+        self.grads: dict[str, Tensor] = {}
+        if "grads" in self.state:
+            self.grads = {name: table.view(self.state["grads"], name) for name in table.rows}
+        elif "shard" in self.state:  # stage 2
+            self.grads = {name: comm.plan.gradient(name, lambda k: grad_buffer(self, k)) for name in table.rows}
 
     def _view(self, e: Entry) -> Tensor:
         return self.buffers[e.buffer][e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape)
 
     def w(self, name: str) -> Tensor:
+        self.comm.need(name)
         return self.weights[name]
 
     def g(self, name: str) -> Tensor:
         return self.grads[name]
+
+    def final(self, moment: int) -> None:
+        if self.comm.active:
+            exchange(self, moment)
+
+    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+        fn()
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         tensor = self.activations[name]
@@ -125,7 +158,65 @@ class LiveFrame:
         return tensor.view(-1)[: math.prod(shape)].view(shape)  # a smaller batch uses the front
 
 
-def _zeros(size: int, device: torch.device) -> Tensor:
+def grad_buffer(f: Frame, k: int) -> Tensor:
+    """Stage 2: the gradients of segment k, in memory that others use before and after."""
+    start, stop = f.comm.plan.buffer(k)
+    return f.a(f"grads.{k}", stop - start)
+
+
+def exchange(f: PlanFrame | LiveFrame, moment: int) -> None:
+    """Start to exchange the buckets that are final now, and wait for those whose memory is wanted, or, at the end,
+    for all."""
+    c, plan = f.comm, f.comm.plan
+    if not c.exchanges():
+        return
+    if plan.zero == 2:
+        for j, segment in enumerate(plan.segments):
+            if segment[2] == moment:
+                _hand_over(f, j)
+    for k in [k for k in plan.order if plan.buckets[k].moment == moment]:
+        b, size = plan.buckets[k], plan.size(k)
+        if plan.zero == 2:
+            first = plan.buffer(k)[0]
+            whole, out = grad_buffer(f, k)[b.start - first : b.stop - first], f.a(f"reduced.{k}", size)
+        else:
+            whole, out = f.state["grads"][b.start : b.stop], None
+            out = f.state["shard"][b.at : b.at + size] if plan.zero else None
+        name = "all_reduce" if out is None else "reduce_scatter"
+        f.do(name, partial(c.reduce, k, whole, out), [whole if out is None else out], [whole])
+        c.flying.append(k)
+    keep = 0 if moment == plan.last_moment else IN_FLIGHT if plan.zero == 2 else len(plan.order)
+    while len(c.flying) > keep:
+        _land(f, c.flying.pop(0))
+
+
+def _hand_over(f: PlanFrame | LiveFrame, j: int) -> None:
+    """Clear what no row covers of segment j's buffer, and copy what belongs to others' buckets there."""
+    plan, mine = f.comm.plan, grad_buffer(f, j)
+    first = plan.buffer(j)[0]
+    for gap in plan.gaps(j):
+        part = mine[gap]
+        f.do("clear", partial(part.zero_), [part], [])
+    for k, start, stop in plan.strips(j):
+        to = grad_buffer(f, k)[start - plan.buffer(k)[0] : stop - plan.buffer(k)[0]]
+        source = mine[start - first : stop - first]
+        f.do("strip", partial(to.copy_, source), [to], [source])
+
+
+def _land(f: PlanFrame | LiveFrame, k: int) -> None:
+    """Wait for bucket k's sum; at stage 2 add it to this rank's, and its memory is free again."""
+    c, plan = f.comm, f.comm.plan
+    b, size = plan.buckets[k], plan.size(k)
+    if plan.zero < 2:
+        grads = f.state["shard" if plan.zero else "grads"]
+        f.do("wait", partial(c.wait, k), [grads], [])
+        return
+    whole, found, sums = grad_buffer(f, k), f.a(f"reduced.{k}", size), f.state["shard"][b.at : b.at + size]
+    f.do("wait", partial(c.wait, k), [found], [whole])
+    f.do("add_shard", partial(sums.copy_ if c.first else sums.add_, found), [sums], [found, sums])
+
+
+def zeros(size: int, device: torch.device) -> Tensor:
     """`size` zero bytes. On the CPU fresh pages of the system, huge ones where it can: zeroed when first touched."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=torch.uint8, device=device)
@@ -142,6 +233,7 @@ class Arena:
     entries: list[Entry]
     calls: list[Call]
     choices: Mapping[str, str]  # operation -> backend
+    sharding: Sharding
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each flat buffer."""
@@ -162,13 +254,14 @@ def plan_arena(
     state: list[Entry],
     schedules: Sequence[Callable[[PlanFrame], None]],
     choices: Mapping[str, str],
+    comm: Collectives,
 ) -> Arena:
     """Record the schedules and place every tensor. The first schedule gives lifetimes; the others must fit them."""
     placed, ends = [], dict[str, int]()
     for e in state:
         placed.append(replace(e, offset=ends.get(e.buffer, 0)))
         ends[e.buffer] = ends.get(e.buffer, 0) + e.padded
-    frame = PlanFrame(table, dtype, state, choices)
+    frame = PlanFrame(table, dtype, state, comm, choices)
     calls: list[Call] = []
     known: set[str] = set()
     for schedule in schedules:
@@ -181,7 +274,9 @@ def plan_arena(
         ends["scratch"] = max(ends.get("scratch", 0), scratch)
     scratch_entry = Entry("scratch", "scratch", (max(ends["scratch"], 64),), torch.uint8, last=len(calls))
     activations = _place(_lifetimes(frame, calls))
-    return Arena([*(replace(e, last=len(calls)) for e in placed), scratch_entry, *activations], calls, choices)
+    return Arena(
+        [*(replace(e, last=len(calls)) for e in placed), scratch_entry, *activations], calls, choices, comm.plan
+    )
 
 
 def _lifetimes(frame: PlanFrame, calls: list[Call]) -> list[Entry]:
@@ -203,12 +298,13 @@ def _lifetimes(frame: PlanFrame, calls: list[Call]) -> list[Entry]:
 
 def _place(entries: list[Entry]) -> list[Entry]:
     """Offsets such that tensors alive at the same call never overlap: largest first, lowest free gap."""
-    placed: list[Entry] = []
+    placed: list[Entry] = []  # by offset
     for e in sorted(entries, key=lambda e: (-e.padded, e.first, e.name)):
-        offset = 0
-        for other in sorted((p for p in placed if p.first <= e.last and e.first <= p.last), key=lambda p: p.offset):
-            if offset + e.padded <= other.offset:
-                break
-            offset = max(offset, other.offset + other.padded)
-        placed.append(replace(e, offset=offset))
+        offset, size = 0, e.padded
+        for other in placed:
+            if other.first <= e.last and e.first <= other.last:
+                if offset + size <= other.offset:
+                    break
+                offset = max(offset, other.offset + other.padded)
+        insort(placed, replace(e, offset=offset), key=lambda p: p.offset)
     return sorted(placed, key=lambda e: (e.first, e.offset))

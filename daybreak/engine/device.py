@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from daybreak.config import Config
-from daybreak.engine.arena import Arena
-from daybreak.errors import ConfigError, OutOfMemory
+from daybreak.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
@@ -43,7 +46,8 @@ def engine_options(config: Config, device: torch.device, *, train: bool = True) 
     kernels = {key.name: getattr(config.kernels, key.name) for key in fields(config.kernels)}
     return {
         "T": config.T, "compute": pick_compute(config.precision.compute, device), "train": train, "kernels": kernels,
-        "recompute": config.batch.recompute, "masters": config.precision.masters,
+        "recompute": config.batch.recompute, "masters": config.precision.masters, "zero": config.parallel.zero,
+        "bucket_bytes": config.parallel.bucket_bytes,
     }  # fmt: skip
 
 
@@ -67,7 +71,21 @@ def numerics(device: torch.device, choices: Mapping[str, str]) -> dict[str, str]
         from daybreak.kernels.cuda.products import tables_digest
 
         what["product tables"] = tables_digest()
-    return what
+    return {**what, **library_versions()}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what CUDA kernels come from, of those that are installed."""
+    found = {"cuDNN": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
+    for package in ("triton", "nvidia-cudnn-frontend", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-cublas"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def set_precision(config: Config, device: torch.device) -> None:
+    """How torch multiplies fp32 matrices from now on, for the whole process."""
+    torch.set_float32_matmul_precision("high" if config.precision.tf32 and device.type == "cuda" else "highest")
 
 
 def cpu_has_bf16() -> bool:
@@ -85,6 +103,28 @@ def used_mib(device: torch.device) -> int:
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+class Sensors:
+    """A card's temperature in degrees Celsius and power in watts, read at most once a second (it is not free).
+
+    None on a CPU, and where the package nvidia-ml-py or the driver does not tell.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        self.device, self._clock, self._next = device, clock, -math.inf
+        self._values: dict[str, float | None] = {"temp_c": None, "power_w": None}
+
+    def read(self) -> dict[str, float | None]:
+        """The latest values."""
+        if self.device.type == "cuda" and self._clock() >= self._next:
+            self._next = self._clock() + 1.0
+            try:
+                watts = torch.cuda.power_draw(self.device) / 1000
+                self._values = {"temp_c": float(torch.cuda.temperature(self.device)), "power_w": watts}
+            except Exception:  # no package, no permission, another driver: whatever it is, training goes on
+                self._next = math.inf
+        return self._values
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -109,20 +149,3 @@ def _cgroup_limit() -> int | None:
         return None
     cache = int(stat["active_file"]) + int(stat["inactive_file"])  # counted as used, given back on demand
     return int(limit) - used + cache if limit.isdigit() else None
-
-
-def check_fits(arena: Arena, device: torch.device, B: int, recompute: int) -> None:
-    """Raise OutOfMemory, with the plan and the flag that helps, if the arena does not fit the device's free memory."""
-    free = available_bytes(device)
-    if free is None or arena.nbytes <= free:
-        return
-    parts = ", ".join(f"{name} {size >> 20} MiB" for name, size in arena.sizes().items() if size >> 20)
-    if B > 1:
-        fix = f"--batch.B {B // 2}"
-    elif recompute < 2:
-        fix = "--batch.recompute 2"
-    else:
-        fix = "a shorter --batch.T or a smaller model"
-    raise OutOfMemory(
-        f"the run needs {arena.nbytes >> 20} MiB ({parts}) and {device} has {free >> 20} MiB free; try {fix}."
-    )

@@ -164,7 +164,8 @@ class GPT2:
             d_ln2 = f.a(h + "d_ln2", n, C)
             k.matmul_backward_input(d_ln2, d_fc, f.w(h + "fcw"))
             ln2 = self._layernorm_backward(f, h + "ln2", d_res, d_ln2, residual2, first)
-            k.matmul_backward_weight(f.g(h + "fcw"), d_fc, ln2, accumulate=acc)
+            if l:
+                k.matmul_backward_weight(f.g(h + "fcw"), d_fc, ln2, accumulate=acc)
 
             # attention: residual2 = residual + attproj(attention(qkv(ln1))). attproj's bias gradient came with d_res.
             qkv, att = f.a(h + "qkv" + again, n, 3 * C), f.a(h + "att" + again, n, C)
@@ -179,9 +180,25 @@ class GPT2:
             d_ln1 = f.a(h + "d_ln1", n, C)
             k.matmul_backward_input(d_ln1, d_qkv, f.w(h + "qkvw"))
             ln1 = self._layernorm_backward(f, h + "ln1", d_res, d_ln1, residual, first)
-            k.matmul_backward_weight(f.g(h + "qkvw"), d_qkv, ln1, accumulate=acc)
+            if l:
+                k.matmul_backward_weight(f.g(h + "qkvw"), d_qkv, ln1, accumulate=acc)
+                f.final(c.L - 1 - l)
 
+        # The embedding's gradient is the largest and the last that the chain of d_res gives. Two products of block 0
+        # that nothing waits for come after it, so that its exchange between ranks has something to hide behind.
         k.embedding_backward(f.g("wte"), f.g("wpe"), d_res, tokens, accumulate=acc)
+        f.final(c.L - 1)
+        k.matmul_backward_weight(f.g("h.0.fcw"), d_fc, ln2, accumulate=acc)
+        k.matmul_backward_weight(f.g("h.0.qkvw"), d_qkv, ln1, accumulate=acc)
+        f.final(c.L)
+
+    def final_at(self, name: str) -> int:
+        """Blocks L-1 to 1, the embedding, block 0 with all that is no matrix: the moments 0 to L of f.final."""
+        part, _, rest = name.removeprefix("h.").partition(".")
+        if part in ("wte", "wpe"):
+            return self.cfg.L - 1
+        matrix = rest in ("qkvw", "attprojw", "fcw", "fcprojw")
+        return self.cfg.L - 1 - int(part) if matrix and int(part) else self.cfg.L
 
     def _layernorm_backward(self, f: Frame, name: str, d_res: Tensor, d_ln: Tensor, x: Tensor, first: bool) -> Tensor:
         """Backward of a layernorm of x into d_res, with the bias gradient below it. Returns the layernorm's output:

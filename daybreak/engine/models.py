@@ -42,6 +42,9 @@ class Model(Protocol):
     def backward(self, f: Frame, tokens: Tensor, *, first: bool) -> None:
         """All gradients."""
 
+    def final_at(self, name: str) -> int:
+        """The `moment` of the call f.final(moment) at which backward has finished a row's gradient."""
+
 
 MODELS = {"gpt2": GPT2}
 

@@ -8,7 +8,7 @@ contiguous memory can be reduced while backward still runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -75,10 +75,6 @@ class ParamTable:
     def layout(self) -> list[tuple[str, int, tuple[int, ...]]]:
         """(name, offset, shape) of every row: how a flat buffer maps to names, for checkpoints."""
         return [(name, self.offsets[name], row.shape) for name, row in self.rows.items()]
-
-    def owned_ranges(self) -> Iterator[tuple[int, int]]:
-        """Element ranges of the flat buffers whose optimizer state this process owns: all of them, on one process."""
-        yield 0, self.numel
 
 
 @torch.no_grad()

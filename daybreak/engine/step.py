@@ -1,159 +1,39 @@
-"""One optimizer step: micro-steps of the schedule, then norm, guard and update; and the engine that owns the memory.
+"""The engine: weights, optimizer state and activations in memory that is allocated once, and the steps over them.
 
     engine = Engine(parse_shape("d12"), B=4, T=1024)
     engine.train_step(tokens, targets, lr=6e-4, step=0)
     engine.stats()["loss"]
 
-The functions at the top are what runs; the planner records the very same ones.
+What a step consists of is in schedule.py; this is the engine that owns the memory and runs it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from daybreak.config_keys import GuardConfig, OptimConfig
-from daybreak.engine.arena import Arena, Entry, Frame, LiveFrame, Memory, plan_arena
+from daybreak.engine.arena import LiveFrame, Memory
 from daybreak.engine.capture import Graphs, Pending, Ring, Tapes
+from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on
-from daybreak.engine.models import Model, build_model
+from daybreak.engine.models import build_model
 from daybreak.engine.params import ParamTable, fill_parameters
-from daybreak.kernels import ON_HOST, acc_dtype, choose
-from daybreak.kernels.guard import STATS, WINDOW
+from daybreak.engine.schedule import DTYPES, HYPER, State, evaluate, micro_step, next_token, plan_engine, update
+from daybreak.kernels import ON_HOST
+from daybreak.kernels.guard import STATS
 from daybreak.kernels.optimizer import join_masters, round_weights, split_masters
+from daybreak.parallel import ALONE, Group
 from daybreak.shapes import GPT2Config
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-# The layout of `hyper`: device scalars that change from step to step. bias1 = 1 - beta1^t, bias2 = 1 - beta2^t.
-HYPER = ("lr", "t", "inv_valid", "bias1", "bias2")
-State = dict[str, Tensor]
 
 
 def named_stats(pending: Pending) -> dict[str, float]:
     """The stats that `Engine.update` returned, by name (kernels.guard.STATS)."""
     return dict(zip(STATS, pending.values(), strict=True))
-
-
-def micro_step(model: Model, f: Frame, s: State, *, first: bool) -> None:
-    """Forward and backward of the batch in s["tokens"], s["targets"]: gradients and the step's loss so far."""
-    scale = s["hyper"][2]
-    hidden = model.forward(f, s["tokens"])
-    model.head_loss(f, hidden, s["targets"].view(-1), s["losses"], scale, backward=True, first=first)
-    f.k.loss_sum(s["loss"], s["losses"], scale, accumulate=not first)
-    model.backward(f, s["tokens"], first=first)
-
-
-def update(table: ParamTable, f: Frame, s: State, optim: OptimConfig, guard: GuardConfig, seed: int) -> None:
-    """Gradient norm, the guard's decision, and one AdamW launch per parameter group."""
-    f.k.global_norm(s["norm"], s["grads"])
-    f.k.step_guard(
-        s["stats"], s["windows"], s["counts"], s["loss"], s["norm"],
-        clip=optim.clip, max_loss_z=guard.loss_z, max_norm_z=guard.norm_z,
-    )  # fmt: skip
-    for group in table.groups:
-        part = slice(group.start, group.stop)
-        weights = s["weights"][part]
-        exact = weights if weights.dtype == s["m"].dtype else None
-        f.k.adamw_update(
-            weights, s["masters"][part] if "masters" in s else exact, s["m"][part], s["v"][part], s["grads"][part],
-            s["stats"], s["hyper"], beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
-            weight_decay=optim.weight_decay if group.decay else 0.0, seed=seed, offset=group.start,
-        )  # fmt: skip
-
-
-def evaluate(model: Model, f: Frame, s: State, B: int, T: int) -> None:
-    """Per-token losses of the first B rows and T columns of the input buffers, without gradients."""
-    hidden = model.forward(f, s["tokens"][:B, :T])
-    n = B * T
-    targets, losses = s["targets"].view(-1)[:n], s["losses"][:n]
-    model.head_loss(f, hidden, targets, losses, s["hyper"][2], backward=False, first=True)
-
-
-def next_token(model: Model, f: Frame, s: State, b: int) -> None:
-    """`logits` that follow one more token, s["next"][0], at place s["next"][1] of each of the first b rows of `kv`."""
-    tokens, positions = s["next"][:, :b]
-    model.head_logits(f, model.forward(f, tokens[:, None], Memory(s["kv"][:, :, :b], positions)))
-
-
-def pick_masters(name: str, dtype: torch.dtype, device_type: str) -> str:
-    """precision.masters -> fp32, split or none. Only bf16 weights need anything beside them."""
-    if dtype != torch.bfloat16:
-        return "none"
-    return name if name != "auto" else "split" if device_type == "cuda" else "fp32"
-
-
-def state_entries(
-    table: ParamTable, cfg: GPT2Config, B: int, T: int, dtype: torch.dtype, train: bool, masters: str,
-    kv: tuple[int, ...],
-) -> list[Entry]:  # fmt: skip
-    """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and keys and
-    values (of shape `kv`) of texts under way."""
-    V, C, N, acc, f64, i64 = cfg.V, cfg.C, table.numel, acc_dtype(dtype), torch.float64, torch.int64
-    entries = [Entry("weights", "weights", (N,), dtype)]
-    if train:
-        if masters != "none":
-            entries += [Entry("masters", "masters", (N,), acc if masters == "fp32" else torch.int16)]
-        entries += [Entry("grads", "grads", (N,), dtype)]
-        entries += [Entry(name, name, (N,), acc) for name in ("m", "v")]
-    small = [
-        ("batch", (2, B, T), i64), ("losses", (B * T,), acc), ("hyper", (len(HYPER),), f64),
-        ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
-        ("counts", (2,), i64), ("next", (2, kv[2]), i64), ("next_logits", (kv[2], V), torch.float32),
-        ("last_hidden", (kv[2], C), dtype),
-    ]  # fmt: skip
-    entries += [Entry("kv", "kv", kv, dtype)]
-    return entries + [Entry(name, "state", shape, kind) for name, shape, kind in small]
-
-
-def plan_engine(
-    cfg: GPT2Config,
-    *,
-    B: int,
-    T: int,
-    compute: str = "fp32",
-    recompute: int = 0,
-    train: bool = True,
-    masters: str = "auto",
-    device_type: str = "cpu",
-    kernels: Mapping[str, str] | None = None,
-    missing: Collection[str] = (),
-    rows: int = 1,
-) -> tuple[Model, ParamTable, Arena]:
-    """The model, its parameter table and the complete memory list; no device is touched.
-
-    kernels: group of operations -> backend, where not the best (see kernels.choose); missing: backends that are not
-    there; rows: texts that can be written at a time. Raises ConfigError for a shape that cannot exist.
-    """
-    cfg.check()
-    model = build_model(cfg, recompute, device_type)
-    table = ParamTable(model.rows())
-    dtype = DTYPES[compute]
-    optim, guard = OptimConfig(), GuardConfig()
-
-    def training(f: Any) -> None:
-        micro_step(model, f, f.state, first=True)
-        update(table, f, f.state, optim, guard, 0)
-
-    def accumulating(f: Any) -> None:
-        micro_step(model, f, f.state, first=False)
-
-    def evaluation(f: Any) -> None:
-        evaluate(model, f, f.state, B, T)
-
-    def generation(f: Any) -> None:
-        next_token(model, f, f.state, rows)
-
-    schedules = [training, accumulating, evaluation] if train else [evaluation]
-    assert rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
-    schedules, kv = [*schedules, generation], model.memory_shape(rows, T)
-    state = state_entries(table, cfg, B, T, dtype, train, pick_masters(masters, dtype, device_type), kv)
-    choices = choose(device_type, dtype, kernels, missing)
-    return model, table, plan_arena(table, dtype, state, schedules, choices)
 
 
 class Draw:
@@ -198,10 +78,15 @@ class Engine:
         masters: str = "auto",
         kernels: Mapping[str, str] | None = None,
         rows: int = 1,
+        group: Group = ALONE,
+        zero: int = 0,
+        bucket_bytes: int = 1 << 25,
     ) -> None:
         self.cfg, self.B, self.T, self.compute, self.train, self.rows = cfg, B, T, compute, train, rows
         self.device = torch.device(device)
-        if self.device.type == "cuda":  # torch's own products, where they are used, add up in fp32 too
+        if self.device.type == "cuda":  # Triton, events and graphs use the current device
+            torch.cuda.set_device(self.device)
+            # torch's own products, where they are used, add up in fp32 too
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.optim, self.guard = optim or OptimConfig(), guard or GuardConfig()
         self.seed = seed  # of the initial weights and of stochastic rounding
@@ -209,13 +94,15 @@ class Engine:
         drawing = Draw(cfg, seed, DTYPES[compute]) if init and self.device.type == "cuda" else None
         self.model, self.table, self.arena = plan_engine(
             cfg, B=B, T=T, compute=compute, recompute=recompute, train=train, masters=masters,
-            device_type=self.device.type, kernels=kernels, missing=missing_on(self.device), rows=rows,
+            device_type=self.device.type, kernels=kernels, missing=missing_on(self.device), rows=rows, group=group,
+            zero=zero, bucket_bytes=bucket_bytes,
         )  # fmt: skip
-        self.frame = LiveFrame(self.arena, self.table, DTYPES[compute], self.device)
+        self.comm = Collectives(self.arena.sharding, group)
+        self.frame = LiveFrame(self.arena, self.table, DTYPES[compute], self.device, self.comm)
         self.state: State = self.frame.state
         self.state["tokens"], self.state["targets"] = self.state["batch"]
         on_host = any(self.arena.choices[name] == "torch" for name in ON_HOST)
-        self.graphs = Graphs(self.device.type == "cuda" and not on_host)
+        self.graphs = Graphs(self.device.type == "cuda" and not on_host and group.capturable)
         self._hyper = Ring((len(HYPER),), torch.float64, self.device)
         self._batch = Ring((2, B, T), torch.int64, self.device)
         self._stats = Ring((len(STATS),), torch.float64, self.device)
@@ -224,7 +111,7 @@ class Engine:
         graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"
         self._decoding: Graphs | Tapes = Graphs(True) if graphed else Tapes(self.frame)
         self._last: Pending | None = None
-        if drawing is not None and train:
+        if train:  # before anything else asks for kernels: what is built first may depend on the order
             self.prepare()
         if init:
             self.init(seed, drawing)
@@ -238,13 +125,15 @@ class Engine:
             if name in self.state:
                 self.state[name].zero_()
         weights = self.state["weights"]
+        drawn = weights[: self.table.numel]
         if drawing is not None or weights.device.type != "cpu":
-            weights.copy_((drawing or Draw(self.cfg, seed, weights.dtype)).result())
+            drawn.copy_((drawing or Draw(self.cfg, seed, weights.dtype)).result())
         else:
-            fill_parameters(self.table, weights, seed)
+            fill_parameters(self.table, drawn, seed)
         masters = self.state.get("masters")
         if masters is not None and masters.dtype != torch.int16:  # they start from the rounded weights
-            masters.copy_(weights)
+            for start, stop, at in self.comm.plan.held():
+                masters[at : at + stop - start].copy_(weights[start:stop])
 
     def prepare(self) -> None:
         """On CUDA: run the schedule once without effect, so that everything is compiled, and capture its graphs."""
@@ -252,19 +141,23 @@ class Engine:
             return
         self.state["tokens"].zero_()
         self.state["targets"].fill_(-1)
-        for first in (False, True):
-            self._micro(first)()
+        kinds = [(first, last) for last in ((True, False) if self.comm.active else (True,)) for first in (False, True)]
+        for kind in kinds:
+            self.comm.stale = bool(self.comm.plan.zero)  # so that the first's graph fetches weights
+            self._micro(*kind)()
         self.state["loss"].fill_(math.nan)  # a step that the guard refuses: nothing is learned from it
         self._update()
-        for first in (False, True):
-            self.graphs.capture(first, self._micro(first))
+        for kind in kinds:
+            self.comm.stale = bool(self.comm.plan.zero)
+            self.graphs.capture(kind, self._micro(*kind))
         self.graphs.capture("update", self._update)
+        self.comm.stale = False
 
-    def _micro(self, first: bool) -> Callable[[], None]:
-        return lambda: micro_step(self.model, self.frame, self.state, first=first)
+    def _micro(self, first: bool, last: bool) -> Callable[[], None]:
+        return lambda: micro_step(self.model, self.frame, self.state, first=first, last=last)
 
     def _update(self) -> None:
-        update(self.table, self.frame, self.state, self.optim, self.guard, self.seed)
+        update(self.frame, self.state, self.optim, self.guard, self.seed)
 
     def names(self) -> list[str]:
         """Parameter names in forward order."""
@@ -276,23 +169,46 @@ class Engine:
 
     def master(self, name: str) -> Tensor:
         """A weight as exactly as the engine has it: fp32 (fp64; bf16 without masters). A view, or of split ones a copy.
-        Change it with `set_master`."""
+        Change it with `set_master`. At ZeRO stage 1 and 2 no rank has a whole one: see `master_parts`."""
         masters = self.state.get("masters", self.state["weights"])
+        assert not self.comm.plan.zero or masters is self.state["weights"], "masters are shared out over the ranks"
         value = self.table.view(masters, name)
         if masters.dtype != torch.int16:
             return value
         return join_masters(torch.empty(value.shape, device=self.device), self.param(name), value)
 
+    def master_parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """(first element, 1-D tensor) of the parts of a weight that are this rank's to save, as exact as `master`'s."""
+        masters, plan = self.state.get("masters"), self.comm.plan
+        ranges = [(a, b, at if plan.zero else a) for a, b, at in plan.shards()]
+        for where, at in plan.within(name, iter(ranges)):
+            value = self.param(name).view(-1)[where]
+            if masters is not None and masters.dtype == torch.int16:
+                value = join_masters(torch.empty(value.shape, device=self.device), value, masters[at])
+            elif masters is not None:
+                value = masters[at]
+            yield where.start, value
+
     def set_master(self, name: str, value: Tensor) -> None:
         """Set a weight and what belongs to it from a tensor of its shape, of any float dtype and device."""
-        masters = self.state.get("masters")
+        masters, weight, plan = self.state.get("masters"), self.param(name), self.comm.plan
         if masters is None:
-            self.param(name).copy_(value)
-        elif masters.dtype == torch.int16:
-            split_masters(self.param(name), self.table.view(masters, name), value.to(self.device, torch.float32))
+            weight.copy_(value)
+            return
+        value = value.to(self.device, torch.float32)
+        if masters.dtype == torch.int16:
+            low = torch.empty_like(weight, dtype=torch.int16)
+            split_masters(weight, low, value)
         else:
-            self.table.view(masters, name).copy_(value)
-            round_weights(self.param(name), self.table.view(masters, name))
+            round_weights(weight, low := value)
+        for where, at in plan.within(name, plan.held()):
+            masters[at].copy_(low.view(-1)[where])
+
+    def finish(self) -> None:
+        """Fetch the weights that other ranks updated. Collective; before whatever reads weights between steps."""
+        if self.comm.stale:
+            self.comm.gather(self.state["weights"])
+        self.comm.finish()
 
     def grad(self, name: str) -> Tensor:
         """A gradient, a view."""
@@ -321,8 +237,9 @@ class Engine:
             self._hyper.slots[slot][i] = value
         self._hyper.upload(slot, self.state["hyper"])
 
-    def micro_step(self, tokens: Tensor, targets: Tensor, *, first: bool) -> None:
+    def micro_step(self, tokens: Tensor, targets: Tensor, *, first: bool, last: bool = True) -> None:
         """Gradients of one micro-batch, tokens and targets (B, T) of any integer dtype; later ones add to the first.
+        After the last one of a step they are the sum over all ranks.
 
         On CUDA it returns once the work is queued."""
         assert tokens.shape == targets.shape == (self.B, self.T), "a micro-batch is (B, T); copy_ would broadcast"
@@ -331,11 +248,14 @@ class Engine:
         self._batch.slots[slot][0].copy_(tokens)
         self._batch.slots[slot][1].copy_(targets)
         self._batch.upload(slot, self.state["batch"])
-        self.graphs.run(first, self._micro(first))
+        kind = first, last or not self.comm.active
+        self.graphs.run(kind, self._micro(*kind))
+        self.comm.stale = self.comm.stale and not first
 
     def update(self) -> Pending:
         """Apply the accumulated gradient, unless the guard says no. Returns the step's stats, to be read later."""
         self.graphs.run("update", self._update)
+        self.comm.stale = bool(self.comm.plan.zero)
         self._last = self._stats.download(self.state["stats"])
         return self._last
 
@@ -344,19 +264,19 @@ class Engine:
         self.state["tokens"].copy_(tokens)
         self.state["targets"].copy_(targets)
         micro_step(self.model, self.frame, self.state, first=True)
-        update(self.table, self.frame, self.state, self.optim, self.guard, self.seed)
+        self._update()
 
     def forward_backward(self, tokens: Tensor, targets: Tensor) -> None:
-        """Gradients of the mean loss over all valid targets of tokens, targets (A, B, T): A micro-steps."""
-        self.begin_step(lr=0.0, step=0, valid=int((targets >= 0).sum()))
+        """Gradients of the mean loss over all valid targets of all ranks' tokens, targets (A, B, T): A micro-steps."""
+        self.begin_step(lr=0.0, step=0, valid=int(self.comm.group.numbers([int((targets >= 0).sum())])[0]))
         for i in range(tokens.shape[0]):
-            self.micro_step(tokens[i], targets[i], first=i == 0)
+            self.micro_step(tokens[i], targets[i], first=i == 0, last=i == tokens.shape[0] - 1)
 
     def train_step(self, tokens: Tensor, targets: Tensor, *, lr: float, step: int) -> None:
-        """A whole step: tokens, targets (A, B, T); `step` counts from 0."""
-        self.begin_step(lr=lr, step=step, valid=int((targets >= 0).sum()))
+        """A whole step: tokens, targets (A, B, T), this rank's; `step` counts from 0."""
+        self.begin_step(lr=lr, step=step, valid=int(self.comm.group.numbers([int((targets >= 0).sum())])[0]))
         for i in range(tokens.shape[0]):
-            self.micro_step(tokens[i], targets[i], first=i == 0)
+            self.micro_step(tokens[i], targets[i], first=i == 0, last=i == tokens.shape[0] - 1)
         self.update()
 
     def stats(self) -> dict[str, float]:
@@ -436,7 +356,17 @@ class Engine:
         return [call.name for call in self.arena.calls]
 
     def norms(self) -> Iterator[tuple[str, float, float]]:
-        """(name, weight norm, gradient norm) of every parameter; costs a pass over both."""
+        """(name, weight norm, gradient norm) of every parameter; costs a pass over both. Collective."""
+        plan, norm = self.comm.plan, torch.linalg.vector_norm
+        if not plan.zero:
+            for name in self.table.rows:
+                yield name, norm(self.master(name)).item(), norm(self.grad(name)).item()
+            return
+        squares = []
         for name in self.table.rows:
-            weight, grad = torch.linalg.vector_norm(self.master(name)), torch.linalg.vector_norm(self.grad(name))
-            yield name, weight.item(), grad.item()
+            squares.append(sum(norm(part, dtype=torch.float64).item() ** 2 for _, part in self.master_parts(name)))
+            grads = [self.state["shard"][at] for _, at in plan.within(name, plan.shards())]
+            squares.append(sum(norm(part, dtype=torch.float64).item() ** 2 for part in grads))
+        found = iter(self.comm.group.numbers(squares))
+        for name in self.table.rows:
+            yield name, math.sqrt(next(found)), math.sqrt(next(found))

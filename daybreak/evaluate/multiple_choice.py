@@ -19,6 +19,7 @@ from daybreak.data.formats import read_records
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError, DataError
+from daybreak.parallel import ALONE, Group
 
 MAGIC, VERSION, START = 20240522, 1, 65535
 _ALIGN = 8  # rows are padded to a multiple of this, so that there are few shapes
@@ -131,9 +132,12 @@ def losses_of(
     return found
 
 
-def accuracy(engine: Engine, examples: Iterable[Example], check: Callable[[], None] = lambda: None) -> Accuracy:
-    """Score examples by the rules above. `check` runs before each batch."""
-    examples = list(examples)
+def accuracy(
+    engine: Engine, examples: Iterable[Example], check: Callable[[], None] = lambda: None, group: Group = ALONE
+) -> Accuracy:
+    """Score examples by the rules above. `check` runs before each batch. Collective: ranks share the examples out."""
+    everything = list(examples)
+    examples = everything[group.rank :: group.world]
     rows = [(e.context, ending) for e in examples for ending in e.endings]
     each = iter(losses_of(engine, rows, check))
     right = np.zeros(2, np.int64)
@@ -141,4 +145,5 @@ def accuracy(engine: Engine, examples: Iterable[Example], check: Callable[[], No
         losses = [next(each).astype(np.float64) for _ in e.endings]
         for k, values in enumerate(([x.sum() for x in losses], [x.mean() for x in losses])):
             right[k] += int(np.argmin(values)) == e.label
-    return Accuracy(right[0] / len(examples), right[1] / len(examples), len(examples))
+    acc, acc_norm = (count / len(everything) for count in group.numbers(right.tolist()))
+    return Accuracy(acc, acc_norm, len(everything))

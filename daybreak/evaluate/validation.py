@@ -12,6 +12,7 @@ import torch
 from daybreak.data.loader import Loader
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
+from daybreak.parallel import ALONE, Group
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,21 @@ def validate(
     lengths: np.ndarray[tuple[int], np.dtype[np.int64]],
     budget: int,
     check: Callable[[], None] = lambda: None,
+    group: Group = ALONE,
 ) -> Validation:
     """Loss of the first budget // T samples of `loader` (at least one, at most all). `check` runs before each batch.
+    Collective: ranks take batches in turn.
 
     Bits per byte leave out tokens without bytes (end of text) on both sides.
     """
     samples = max(1, min(budget // engine.T, loader.samples_per_epoch))
     total = text_total = 0.0
     tokens = size = 0
-    for first in range(0, samples, engine.B):
+    for round_ in range(0, samples, engine.B * group.world):
         check()
+        first = round_ + group.rank * engine.B
+        if first >= samples:
+            continue
         batch = torch.from_numpy(loader.batch(first, min(engine.B, samples - first)))
         losses = engine.eval_losses(batch[:, :-1], batch[:, 1:]).cpu().numpy()
         length = lengths[batch[:, 1:].numpy()]
@@ -55,4 +61,7 @@ def validate(
         text_total += losses.sum(dtype=np.float64, where=length > 0)
         tokens += losses.size
         size += int(length.sum())
+    if group.world > 1:
+        total, text_total, *counts = group.numbers([total, text_total, tokens, size])
+        tokens, size = map(int, counts)
     return Validation(total / tokens, tokens, text_total / math.log(2) / size if size else math.nan)

@@ -73,6 +73,8 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
     """
     cfg = _shape(path / "config.json")
     files = _tensor_files(path)
+    if len(files) < cfg.L:
+        raise CheckpointError(f"{path / 'config.json'}: n_layer = {cfg.L}, but there are {len(files)} tensors in all.")
     prefix = "transformer." if any(key.startswith("transformer.") for key in files) else ""
     wanted = {prefix + _their_name(name): (name, shape) for name, _, shape in layout(cfg)}
     for key in files:

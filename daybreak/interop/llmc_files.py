@@ -28,7 +28,16 @@ from daybreak.data.shards import fsync_folder
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import CheckpointError, ConfigError, Error
-from daybreak.interop.source import Export, Source, appearing, default_tokenizer, identify_tokenizer, layout
+from daybreak.interop.source import (
+    WHOLE,
+    Export,
+    Source,
+    appearing,
+    default_tokenizer,
+    identify_tokenizer,
+    layout,
+    tensors,
+)
 from daybreak.shapes import GPT2Config
 
 log = logging.getLogger("daybreak")
@@ -103,7 +112,8 @@ def _shape(path: Path) -> tuple[GPT2Config, torch.dtype, int]:
         _refuse(path, f"describes a model that cannot exist: {str(error).rstrip('.')}")
     if Vp != cfg.Vp:
         _refuse(path, f"pads its vocabulary of {V} to {Vp} instead of {cfg.Vp}")
-    count = sum(prod(shape) for _, _, shape in layout(cfg))
+    # Without `layout`, whose length a damaged header would decide.
+    count = sum(prod(shape) * (1 if name in WHOLE else L) for name, shape in tensors(cfg).items())
     want, size = HEADER + count * dtype.itemsize, path.stat().st_size
     if size != want:
         _refuse(path, f"has {size} bytes, {FORMATS[int(header[1])]} of its shape has {want}; copy it again")

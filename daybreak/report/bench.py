@@ -21,7 +21,8 @@ from torch import Tensor
 from daybreak.config import Config
 from daybreak.engine import Engine
 from daybreak.engine.capture import Pending
-from daybreak.engine.device import engine_options, missing_on, pick_device, used_mib
+from daybreak.engine.device import engine_options, missing_on, pick_device, set_precision, used_mib
+from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.errors import ConfigError
 from daybreak.kernels import OPS
 from daybreak.state.throughput import peak_flops
@@ -197,6 +198,9 @@ def bench(config: Config, seconds: float = 10.0) -> Bench:
     """Measure a configuration on its device, on random tokens. Raises ConfigError, OutOfMemory."""
     config.check()
     device = pick_device(config.run.device)
+    set_precision(config, device)
+    arena, outside = plan_memory(config, device, missing_on(device))
+    check_fits(arena, device, config, outside=outside)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     B, tokens = config.batch.B, config.tokens_at(0)
     engine = Engine(config.model, B=B, device=device, optim=config.optim, guard=config.guard,
@@ -219,6 +223,7 @@ def tune_products(config: Config, folder: str) -> None:
     device = pick_device(config.run.device)
     if device.type != "cuda" or "cublaslt" in missing_on(device):
         raise ConfigError("run.device must be a CUDA device with cuBLASLt to tune its matrix products.")
+    set_precision(config, device)
     engine = Engine(config.model, B=config.batch.B, device=device, **engine_options(config, device))
     keys = list(cublaslt.choices())
     del engine

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import sys
 from pathlib import Path
@@ -9,10 +11,13 @@ from pathlib import Path
 import torch
 
 import daybreak
-from daybreak.engine.device import missing_on, pick_device
-from daybreak.errors import CheckpointError
+from daybreak.data.dataset import open_dataset
+from daybreak.data.mixing import parse_mix
+from daybreak.engine.device import library_versions, missing_on, pick_device
+from daybreak.errors import CheckpointError, Error
 from daybreak.kernels import OPS, choose
-from daybreak.state.checkpoint import load_checkpoint
+from daybreak.kernels.cuda.products import TABLES
+from daybreak.state.checkpoint import load_checkpoint, published
 from daybreak.state.run import Run
 from daybreak.state.run_folder import cpu_model
 from daybreak.state.throughput import peak_flops
@@ -41,6 +46,8 @@ def machine() -> list[str]:
             f"{properties.total_memory >> 20:,} MiB, CUDA {torch.version.cuda}, driver {_driver()}, bf16 peak "
             + (f"{peak / 1e12:.0f} TFLOP/s" if peak else "n/a")
         )
+        lines.append("libraries: " + ", ".join(f"{name} {v}" for name, v in library_versions().items()))
+        lines.append(_table_line(properties.name))
     else:
         lines.append("GPU: none that torch can use")
     missing = missing_on(device)
@@ -49,8 +56,24 @@ def machine() -> list[str]:
         groups.setdefault(OPS[name].group, {})[backend] = None
     lines += [f"  {group:<11} {', '.join(backends)}" for group, backends in sorted(groups.items())]
     for name, reason in missing.items():
-        lines.append(f"not used: {name} ({reason})" + (f"; it brings {GAINS[name]}" if name in GAINS else ""))
+        help_ = f"; it brings {GAINS[name]}" if name in GAINS and reason.endswith("is not installed") else ""
+        lines.append(f"not used: {name} ({reason}){help_}")
     return lines
+
+
+def _table_line(card: str) -> str:
+    """Whether the matrix products of this card have been measured."""
+    from daybreak.kernels.cuda import cublaslt
+
+    blas = cublaslt.blas_of(torch.cuda.current_device())
+    if blas is None:
+        return "products: through torch, there is no cuBLASLt"
+    if blas.table:
+        return f"products: {len(blas.table)} algorithms measured for this card and cuBLASLt {blas.version}"
+    return (
+        f"products: cuBLASLt {blas.version}'s first heuristics; no table is shipped for it and {card}: daybreak bench "
+        f"TARGET --tune {TABLES} makes one"
+    )
 
 
 def _driver() -> str:
@@ -62,16 +85,53 @@ def _driver() -> str:
 
 
 def check_run(path: str) -> tuple[list[str], bool]:
-    """Lines about every checkpoint of a run, each read and verified in full, and whether all are good."""
-    run, lines, good = Run(path), [], True
-    for checkpoint in run.checkpoints:
+    """Lines about a run, and whether all is good: each checkpoint and each shard of its data read and verified in full,
+    what dead saves left, how the last attempt ended."""
+    run, lines, good = Run(path), list[str](), True
+    model = {k: v for k, v in run.config.items() if k.startswith("model.")}
+    for checkpoint in published(run.folder.checkpoints):
         try:
             loaded = load_checkpoint(checkpoint, verify="full")
+            if other := [k for k, v in model.items() if loaded.manifest.get("config", {}).get(k) != v]:
+                raise CheckpointError(f"{checkpoint} is of another model than the run: {other[0]} differs.")
             lines.append(f"good: {checkpoint}, step {loaded.step}")
         except CheckpointError as error:
             lines.append(f"BAD: {error}")
             good = False
-    return lines or [f"{path} has no checkpoint yet"], good
+    lines = lines or [f"{path} has no checkpoint yet"]
+    lines += [f"left by a save that died, removed by the next: {p}" for p in run.folder.checkpoints.glob(".tmp-*")]
+    data, intact = _check_data(run)
+    return [*lines, *data, _last_attempt(run)], good and intact
+
+
+def _check_data(run: Run) -> tuple[list[str], bool]:
+    """Whether the shards of every data set with a manifest are those it was prepared with, to the last byte."""
+    d, lines, good = run.config.data, list[str](), True
+    for name in [name for name, _ in parse_mix(d.name)] or [d.name]:
+        try:
+            found = open_dataset(name, d.dir, d.train, d.val, d.tokenizer)
+        except Error as error:
+            return [*lines, f"data not checked: {error}"], good
+        if found.manifest is None or found.folder is None:
+            lines.append(f"data not checked: {found.name} has no manifest with sha256 sums")
+            continue
+        for shard in (*found.manifest.train.shards, *found.manifest.val.shards):
+            with open(found.folder / shard.file, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                    lines.append(f"BAD: {file.name} is damaged (its sha256 does not match); prepare {name} again.")
+                    good = False
+        lines.append(f"data of {name}: every shard read")
+    return lines, good
+
+
+def _last_attempt(run: Run) -> str:
+    try:
+        said = json.loads(run.folder.exit.read_text())
+        return f"the last attempt ended with code {said['code']}: {said['reason']}"
+    except FileNotFoundError:
+        return "no exit.json: the run is going on, or was killed"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"exit.json cannot be read ({error})"
 
 
 def print_lines(lines: list[str]) -> None:

@@ -1,18 +1,28 @@
 """What a run needs, from the same arena that training allocates: no GPU, no data.
 
-`plan` works on any machine. Every figure is exact (counted from the shapes) or says on what it rests.
+`plan` works on any machine, for any card. Every figure is counted from the shapes or says on what it rests.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
-from daybreak.config import Config
-from daybreak.engine import plan_engine
+import torch
+
+from daybreak.config import RECIPES, Config, recipe_names
+from daybreak.engine import DTYPES
 from daybreak.engine.arena import Arena
-from daybreak.engine.device import engine_options, missing_on, pick_device
+from daybreak.engine.device import available_bytes, missing_on, pick_compute, pick_device
+from daybreak.engine.fit import Fit, plan_memory
+from daybreak.engine.models import build_model
+from daybreak.engine.params import ParamTable
+from daybreak.report.cards import MEASURED, find_card, token_rate
+from daybreak.state.metrics import format_duration
+from daybreak.state.restore import staged_bytes
 
 BUFFERS = {
     "weights": "weights in compute dtype",
@@ -27,16 +37,26 @@ BUFFERS = {
 }
 
 
+ENOUGH_TOKENS = 16_384  # of a micro-step: beyond, more of them win little; below, the card idles
+USABLE = 0.98  # of a card's memory: the driver keeps some, and allocations have a granularity
+MIB = 1 << 20
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The memory and arithmetic of a configuration on one device."""
+    """The memory and arithmetic of a configuration on one kind of device, `gpus` of them."""
 
     config: Config
-    device: str
+    device: str  # cpu or cuda
+    card: str  # its name, "" for a CPU
+    gpus: int
     compute: str
     parameters: int
     flops_per_token: int
     arena: Arena
+    outside: int  # bytes that a process has on the card beside its arena
+    budget: int | None  # bytes that the device has for a run; None: the system does not say
+    fit: Fit
 
     @property
     def nbytes(self) -> int:
@@ -44,21 +64,72 @@ class Plan:
         return self.arena.nbytes
 
     @property
+    def host_nbytes(self) -> int:
+        """Bytes of the machine's memory that saving beside training takes, allocated once."""
+        return staged_bytes(self.arena) if self.config.checkpoint.background else 0
+
+    @property
     def micro_steps(self) -> int:
         """Micro-steps of the first step on one process."""
-        return self.config.tokens_at(0) // (self.config.batch.B * self.config.T)
+        return self.config.tokens_at(0, self.gpus) // (self.config.batch.B * self.config.T * self.gpus)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run; 0 where it is one epoch of data that `plan` does not look at."""
+        return self.config.tokens_between(0, self.config.run.steps, self.gpus)
+
+    @property
+    def tok_s(self) -> tuple[float, str] | None:
+        """Tokens a second and on what that rests; None where nothing is known."""
+        c = self.config
+        if self.device != "cuda" or self.compute != "bf16":
+            return None
+        B, recompute = c.batch.B, c.batch.recompute
+        return token_rate(c.model, c.T, B, recompute, self.flops_per_token, self.card, self.gpus)
+
+    @property
+    def hours(self) -> float | None:
+        """Hours of training, without validation and saving."""
+        return self.tokens / self.tok_s[0] / 3600 if self.tok_s and self.tokens else None
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint: weights in fp32 (bf16 where no masters are kept) and AdamW's two moments."""
+        kept = {e.name: e.dtype.itemsize for e in self.arena.entries}
+        weights = kept["weights"] if self.compute != "bf16" or "masters" not in kept else 4
+        return self.parameters * (weights + kept["m"] + kept["v"])
+
+    @property
+    def checkpoints_kept(self) -> int:
+        """Checkpoints on the disk at the most: those that are kept, and the one being written."""
+        k, steps = self.config.checkpoint, self.config.run.steps
+        made = steps // k.every + 1 if k.every else 1
+        return (min(made, k.keep) if k.keep else made) + (steps // k.major if k.major and k.keep else 0) + 1
 
 
-def plan(config: Config) -> Plan:
-    """The plan of a checked configuration. Raises ConfigError for a shape or device that cannot be."""
-    config.check()
-    device = pick_device(config.run.device)
-    options = engine_options(config, device)
-    model, table, arena = plan_engine(
-        config.model, B=config.batch.B, device_type=device.type, missing=missing_on(device), **options
-    )
-    flops = model.flops_per_token(config.T, table.num_parameters)
-    return Plan(config, device.type, options["compute"], table.num_parameters, flops, arena)
+def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
+    """The plan of a configuration: for this machine's device, or for `gpus` cards that `gpu` names (see CARDS).
+
+    Raises ConfigError for a shape, card or device that cannot be.
+    """
+    config.check(ranks=gpus)
+    if gpu is None:
+        device = pick_device(config.run.device)
+        name, missing, budget = "", set(missing_on(device)), available_bytes(device)
+        if device.type == "cuda":
+            name, budget = torch.cuda.get_device_name(device), int(USABLE * torch.cuda.mem_get_info(device)[1])
+    else:
+        card, device = find_card(gpu), torch.device("cuda")
+        name, missing, budget = card.name, card.missing, int(USABLE * card.mib) * MIB
+        if config.precision.compute == "auto":
+            config = config.override({"precision.compute": "bf16"})
+    fit = Fit(device, missing, budget or 1 << 62, gpus)
+    arena, outside = plan_memory(config, device, missing, fit.group)
+    model = build_model(config.model, config.batch.recompute, device.type)
+    parameters = ParamTable(model.rows()).num_parameters
+    flops = model.flops_per_token(config.T, parameters)
+    compute = pick_compute(config.precision.compute, device)
+    return Plan(config, device.type, name, gpus, compute, parameters, flops, arena, outside, budget, fit)
 
 
 def grouped(arena: Arena) -> list[tuple[str, str, int, int]]:
@@ -73,32 +144,109 @@ def grouped(arena: Arena) -> list[tuple[str, str, int, int]]:
     return sorted(((n, s, c, b) for n, (s, c, b) in groups.items()), key=lambda g: -g[3])
 
 
-def print_plan(p: Plan) -> None:
+def suggest(p: Plan) -> tuple[str, str]:
+    """The flags for this card, and why; or the flags that make the run fit."""
+    c, fit = p.config, p.fit
+    if c.batch.total_tokens:  # else another B is another step
+        share = c.tokens_at(0) // p.gpus
+        stages = [c.parallel.zero] if p.gpus == 1 or c.parallel.zero else [0, 1]
+        for level, zero in product(range(4), stages):
+            B = fit.best_B(c.override({"batch.recompute": level, "parallel.zero": zero}))
+            if min(ENOUGH_TOKENS, share) <= B * c.T:
+                flags = f"--batch.B {B} --batch.recompute {level}" + (f" --parallel.zero {zero}" if zero else "")
+                return flags, "modelled: the least recomputation with enough rows"
+    if p.budget and p.nbytes + p.outside > p.budget:
+        return fit.advice(c), "makes it fit: planned"
+    return "as it is", "planned"
+
+
+def counted(x: float, unit: str) -> str:
+    """A large number for people: three digits and a word."""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if x >= size:
+            return f"{x / size:.3g} {word} {unit}"
+    return f"{x:,.0f} {unit}"
+
+
+def disk(x: float) -> str:
+    """Bytes for people, in powers of ten as disks have them."""
+    return f"{x / 1e9:,.3g} GB" if x >= 1e9 else f"{x / 1e6:,.3g} MB"
+
+
+def figures(p: Plan) -> list[tuple[str, str, str]]:
+    """(what, value, basis) of everything but the memory's details."""
+    c, na = p.config, ("n/a", "")
+    steps, step = c.run.steps, c.tokens_at(0, p.gpus)
+    rows = [
+        ("step", f"{step:,} tokens: {p.micro_steps} micro-steps of B {c.batch.B} x T {c.T} on {p.gpus} x "
+         f"{p.card or p.device}, {p.flops_per_token * step:.3g} FLOPs", "counted"),
+        ("run", f"{steps:,} steps, {counted(p.tokens, 'tokens')}, {p.flops_per_token * p.tokens:.3g} FLOPs"
+         if steps else "n/a", "counted" if steps else "one epoch of its data; give --steps"),
+    ]  # fmt: skip
+    total = p.nbytes + p.outside
+    beside = f"; outside it {p.outside // MIB:,} MiB, measured on one {MEASURED[0].card}" if p.outside else ""
+    beside += ", without NCCL's buffers" if p.outside and p.gpus > 1 else ""
+    of = f" of {p.budget // MIB:,}" + (f" ({USABLE:.0%} of the card)" if p.card else "") if p.budget else ""
+    rows.append(("memory", f"{total // MIB:,} MiB{of}", f"arena {p.nbytes // MIB:,} MiB, exact{beside}"))
+    if p.budget:
+        by_level = (p.fit.largest_B(c.override({"batch.recompute": r})) for r in range(4))
+        rows.append(("largest B", ", ".join(f"{b} (recompute {r})" for r, b in enumerate(by_level)), "planned"))
+        rows.append(("fits" if total <= p.budget else "DOES NOT FIT", *suggest(p)))
+    if p.gpus > 1:
+        sent = p.arena.sharding.volume(DTYPES[p.compute], p.micro_steps)
+        rows.append(("exchange", f"{disk(sent)} sent a step by each", f"counted, ZeRO stage {c.parallel.zero}"))
+    rows.append(("speed", f"{p.tok_s[0]:,.0f} tok/s", p.tok_s[1]) if p.tok_s else ("speed", *na))
+    time = (format_duration(3600 * p.hours), "as the speed; validation and saving not counted") if p.hours else na
+    rows.append(("time", *time))
+    if c.cost.price and p.hours:
+        rows.append(("cost", f"${p.hours * c.cost.price:,.2f}", f"as the time; ${c.cost.price:,.2f} an hour"))
+    size = 2 if c.model.V <= 1 << 16 else 4
+    data = (disk(p.tokens * size), f"counted: {size} bytes a token, each seen once") if p.tokens else na
+    n, one = p.checkpoints_kept, p.checkpoint_bytes
+    saved = (disk(n * one), f"counted: {n} x {disk(one)}, one of them being written")
+    return [*rows, ("disk: data", *data), ("disk: checkpoints", *saved)]
+
+
+def recipe_notes(target: str) -> list[str]:
+    """What is known about a shipped recipe (published results, each with its source): the head of its file."""
+    if target not in recipe_names():
+        return []
+    lines = (RECIPES / f"{target}.toml").read_text().splitlines()
+    return [line.removeprefix("# ") for line in lines[: lines.index("schema = 1")]]
+
+
+def print_plan(p: Plan, notes: Sequence[str] = ()) -> None:
     """The plan as tables, on stdout."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    c, mib = p.config, 1 << 20
+    console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
+    c = p.config
     console.print(
         f"{p.parameters:,} parameters: L {c.model.L}, C {c.model.C}, NH {c.model.NH}, vocabulary {c.model.V} "
         f"(padded to {c.model.Vp})\n"
-        f"{p.flops_per_token:,} FLOPs a token, {p.flops_per_token * c.tokens_at(0):.3g} a step of "
-        f"{c.tokens_at(0):,} tokens: {p.micro_steps} micro-steps of B {c.batch.B} x T {c.T}\n"
-        f"{p.compute} on {p.device}, recompute level {c.batch.recompute}"
+        f"{p.flops_per_token:,} FLOPs a token; {p.compute} on {p.card or p.device}, recompute {c.batch.recompute}\n"
     )
     table = Table("buffer", "holds", "MiB", title="Memory, allocated once at start (exact)", title_justify="left")
     table.columns[2].justify = "right"
     for name, size in p.arena.sizes().items():
-        table.add_row(name, BUFFERS[name], f"{size / mib:,.1f}")
+        table.add_row(name, BUFFERS[name], f"{size / MIB:,.1f}")
     table.add_section()
-    table.add_row("total", "", f"{p.nbytes / mib:,.1f}")
+    table.add_row("total", "", f"{p.nbytes / MIB:,.1f}")
+    if p.outside:
+        table.add_row("outside", "CUDA context, modules, graphs, FA4's own (measured)", f"{p.outside / MIB:,.1f}")
     console.print(table)
+    if p.host_nbytes:
+        console.print(
+            f"Host memory, for saving beside training: {p.host_nbytes / MIB:,.1f} MiB (checkpoint.background)"
+        )
     table = Table("activation", "shape", "tensors", "MiB", title="Activations before sharing", title_justify="left")
     table.columns[2].justify = table.columns[3].justify = "right"
     for name, shape, count, size in grouped(p.arena):
-        if size >= mib // 10 or len(table.rows) < 10:
-            table.add_row(name, shape, str(count), f"{size / mib:,.1f}")
+        if size >= MIB // 10 or len(table.rows) < 10:
+            table.add_row(name, shape, str(count), f"{size / MIB:,.1f}")
     console.print(table)
-    if p.device == "cuda":
-        console.print("CUDA context, modules and library handles come on top: n/a here.")
+    for what, value, basis in figures(p):
+        console.print(f"{what:<18} {value}" + (f"  [{basis}]" if basis else ""))
+    if notes:
+        console.print("\n" + "\n".join(notes))

@@ -17,16 +17,23 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
 from daybreak.data.shards import fsync_folder
 from daybreak.errors import CheckpointError, Error
-from daybreak.state.safetensors_io import SafetensorsFile, Written, write_safetensors
+from daybreak.parallel import ALONE, Group
+from daybreak.state.safetensors_io import (
+    SafetensorsFile,
+    Written,
+    create_safetensors,
+    fill_safetensors,
+    write_safetensors,
+)
 
 log = logging.getLogger("daybreak")
 
@@ -35,8 +42,10 @@ MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 RESERVED = ("format", "step", "world", "flat_numel", "layout", "files", "checksum")  # manifest keys of our own
 MAX_MANIFEST = 64 << 20
+SLACK = 1 << 20  # bytes of a checkpoint beside its tensors
 
 Verify = Literal["full", "size", "off"]
+T = TypeVar("T")
 
 
 class NewerFormat(CheckpointError):
@@ -50,6 +59,8 @@ class Snapshot:
     optimizer: key ("m", "v") -> this rank's ranges of that flat buffer as (first element, contiguous 1-D tensor).
     flat_numel: elements of a whole flat buffer. layout: (name, first element, shape) of each tensor in it.
     extra: small tensors kept by rank 0. manifest: JSON-able, keys other than RESERVED, no non-finite floats.
+    parts: of several ranks, this one's parts of each model tensor, (first element, contiguous 1-D tensor), of which
+    `model` then has only shape and dtype.
     """
 
     step: int
@@ -59,6 +70,13 @@ class Snapshot:
     layout: list[tuple[str, int, tuple[int, ...]]]
     extra: Mapping[str, torch.Tensor]
     manifest: Mapping[str, Any]
+    parts: Mapping[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        owned = [t for ranges in self.optimizer.values() for _, t in ranges]
+        return sum(t.nbytes for t in (*self.model.values(), *owned, *self.extra.values()))
 
 
 def _directory(step: int) -> str:
@@ -72,36 +90,77 @@ def _optimizer_file(rank: int, world: int) -> str:
 # ---- saving
 
 
-def save_checkpoint(root: Path, snap: Snapshot, *, rank: int = 0, world: int = 1) -> Path:
+def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
     """Write `root/step-%08d`, durably, and return it; an existing one of this step is replaced.
 
-    At every instant either the old or the new one is complete on disk. Raises Error when the disk refuses.
+    Collective: every rank writes its slices at the same time, and rank 0 publishes when all have. At every instant
+    either the old or the new one is complete on disk. Raises Error, on all ranks, when a disk refuses.
     """
-    assert (rank, world) == (0, 1), "saving from several ranks needs their agreement on when all files are written"
     final = root / _directory(snap.step)
-    temporary = root / f".tmp-{final.name}-{os.getpid()}"
-    try:
+    temporary = root / f".tmp-{final.name}-{group.first(os.getpid)}"
+    optimizer = _optimizer_file(group.rank, group.world)
+
+    def begin() -> None:
         if not root.exists():
             root.mkdir(parents=True)
             fsync_folder(root.parent)
         _remove(temporary)
+        _check_space(root, snap, final)
         temporary.mkdir()
-        optimizer = _optimizer_file(rank, world)
-        files = {
+        if group.world > 1:
+            create_safetensors(temporary / MODEL, snap.model)
+
+    def write() -> dict[str, Written]:
+        if group.world > 1:
+            fill_safetensors(temporary / MODEL, snap.parts)
+            return {optimizer: _write_optimizer(temporary / optimizer, snap, group.rank)}
+        return {
             MODEL: write_safetensors(temporary / MODEL, snap.model),
-            optimizer: _write_optimizer(temporary / optimizer, snap, rank),
+            optimizer: _write_optimizer(temporary / optimizer, snap, 0),
         }
-        _write_manifest(temporary / MANIFEST, snap, world, files)
+
+    def publish() -> None:
+        if group.world > 1:
+            with open(temporary / MODEL, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                files[MODEL] = Written(file.tell(), digest)
+        _write_manifest(temporary / MANIFEST, snap, group.world, files)
         fsync_folder(temporary)
         _publish(temporary, final)
-    except OSError as error:
-        raise Error(
-            f"checkpoint {final} could not be written ({error.strerror}): free space on its disk, lower "
-            "checkpoint.keep, or move the run."
-        ) from error
+
+    try:
+        group.first(_explained(begin, final))
+        files = {name: w for found in group.everywhere(_explained(write, final)) for name, w in found.items()}
+        group.first(_explained(publish, final))
     finally:
-        _remove(temporary)
+        if group.rank == 0:
+            _remove(temporary)
     return final
+
+
+def _explained(fn: Callable[[], T], final: Path) -> Callable[[], T]:
+    """fn with what the disk refuses as an Error."""
+
+    def call() -> T:
+        try:
+            return fn()
+        except OSError as error:
+            raise Error(
+                f"checkpoint {final} could not be written ({error.strerror}): free space on its disk, lower "
+                "checkpoint.keep, or move the run."
+            ) from error
+
+    return call
+
+
+def _check_space(root: Path, snap: Snapshot, final: Path) -> None:
+    """Better no attempt than one that fills the disk for everybody. What a quota allows only writing tells."""
+    need, disk = snap.nbytes + SLACK, os.statvfs(root)
+    if (free := disk.f_bavail * disk.f_frsize) < need:
+        raise Error(
+            f"checkpoint {final} needs {need >> 20} MiB and its disk has {free >> 20} MiB free: free space, lower "
+            "checkpoint.keep, or move the run."
+        )
 
 
 def _write_optimizer(path: Path, snap: Snapshot, rank: int) -> Written:
@@ -172,8 +231,8 @@ def _remove(path: Path) -> None:
 # ---- listing and retention
 
 
-def _published(root: Path) -> list[Path]:
-    """Directories that should hold a checkpoint, newest step first."""
+def published(root: Path) -> list[Path]:
+    """Directories that should hold a checkpoint, complete or damaged, newest step first."""
     found: dict[int, Path] = {}
     for path in sorted(root.iterdir()) if root.is_dir() else []:  # '.old-' sorts before 'step-', which so wins
         match = re.fullmatch(r"step-(\d{8,})|\.old-step-(\d{8,})-\d+", path.name)
@@ -189,7 +248,7 @@ def checkpoint_step(path: Path) -> int:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """The complete checkpoints below `root` (none if it does not exist), newest step first."""
-    return [path for path in _published(root) if (path / MANIFEST).is_file()]
+    return [path for path in published(root) if (path / MANIFEST).is_file()]
 
 
 def prune_checkpoints(root: Path, keep: int, major: int, verify: Verify = "full") -> list[Path]:
@@ -339,7 +398,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         with open(file, "rb") as stream:
-            manifest: Any = json.loads(stream.read(MAX_MANIFEST))
+            size = os.fstat(stream.fileno()).st_size  # read(n) takes n bytes of memory first, whatever there is
+            manifest: Any = json.loads(stream.read(min(size, MAX_MANIFEST)))
     except OSError as error:
         _refuse(file, f"cannot be read ({error.strerror})")
     except (ValueError, RecursionError) as error:
@@ -391,7 +451,7 @@ def newest_good(root: Path, verify: Verify = "full") -> Checkpoint | None:
     Each damaged one that is passed over is named in a warning. Raises CheckpointError when all are damaged, or when
     a newer daybreak wrote one that would have to be passed over.
     """
-    candidates = _published(root)
+    candidates = published(root)
     for path in candidates:
         try:
             return load_checkpoint(path, verify)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from daybreak.errors import Error
 
@@ -35,49 +35,85 @@ FIELDS: dict[str, dict[str, Any]] = {
         "mem_mib": int,
         "eta_s": float | None,
         "epoch": int,
+        "temp_c": float | None,  # of the card; null: unknown
+        "power_w": float | None,
     },
     "val": {"loss": float, "tokens_evaluated": int, "bpb": float | None},  # bpb: bits per byte, null: bytes unknown
     "eval": {"task": str, "accuracy": float, "examples": int},
     "sample": {"text": str},
-    "checkpoint": {"path": str, "seconds": float, "bytes": int},
+    "checkpoint": {"path": str, "seconds": float, "stall": float, "bytes": int},  # stall: what of it training waited
     "event": {"what": str, "detail": str},
 }
+MOST_WAITING = 64 << 20  # bytes
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-class MetricsWriter:
-    """Appends one JSON object a line. JSON has no NaN or infinity: they are the strings of NON_FINITE."""
+class Lines:
+    """Appends to a text file. What a full disk refuses waits in memory, with one warning, until it is taken.
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
-        self._path = path
+    Raises Error when MOST_WAITING bytes wait.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._waiting = path, b""
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         size = os.fstat(self._fd).st_size
         # A line cut short by a crash must not swallow the next one.
         self._prefix = b"\n" if size and os.pread(self._fd, 1, size - 1) != b"\n" else b""
 
-    def write(self, kind: str, step: int, tokens: int, **fields: Any) -> None:
-        """Append a record with exactly the fields of FIELDS[kind], in one write() so that lines never interleave."""
-        record = {"v": VERSION, "kind": kind, "step": step, "tokens": tokens, "t": float(self._clock()), **fields}
-        _check(kind, record)
-        encoded = {k: _encode(v) for k, v in record.items()}
-        line = self._prefix + json.dumps(encoded, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        self._prefix = b"\n"  # until the whole line is known to be there
-        try:
-            if os.write(self._fd, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise Error(f"{self._path} cannot be written ({error.strerror}): mend that and resume the run.") from error
+    def append(self, text: str) -> None:
+        """Append lines, in one write() so that those of two processes never interleave."""
+        waited = bool(self._waiting)
+        self._waiting += self._prefix + text.encode()
         self._prefix = b""
+        reason = self._flush()
+        if len(self._waiting) > MOST_WAITING:
+            raise Error(f"{self._path} cannot be written ({reason}): mend that and resume the run.")
+        if self._waiting and not waited:
+            log.warning("%s cannot be written (%s); its lines wait in memory until it can.", self._path, reason)
+
+    def _flush(self) -> str:
+        """Write what the disk takes; the reason why it does not take all."""
+        try:
+            self._waiting = self._waiting[os.write(self._fd, self._waiting) :]
+        except OSError as error:
+            return error.strerror or str(error)
+        return os.strerror(errno.ENOSPC)
+
+    def sync(self) -> None:
+        """What is written so far is on the disk."""
+        os.fsync(self._fd)
 
     def close(self) -> None:
+        """Write what waits, or say that it is lost."""
+        self._flush()
         os.close(self._fd)
+        if self._waiting:
+            log.warning("%s: its last %d bytes could not be written.", self._path, len(self._waiting))
 
-    def __enter__(self) -> MetricsWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+class MetricsWriter(Lines):
+    """Appends one JSON object a line. JSON has no NaN or infinity: they are the strings of NON_FINITE."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(path)
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with each record
+        self._clock = clock
+
+    def write(self, kind: str, step: int, tokens: int, **fields: Any) -> None:
+        """Append a record with exactly the fields of FIELDS[kind]."""
+        record = {"v": VERSION, "kind": kind, "step": step, "tokens": tokens, "t": float(self._clock()), **fields}
+        _check(kind, record)
+        encoded = {k: _encode(v) for k, v in record.items()}
+        self.append(json.dumps(encoded, separators=(",", ":"), allow_nan=False) + "\n")
+        for listener in self.listeners:
+            listener(record)
 
 
 def _check(kind: str, record: dict[str, Any]) -> None:
@@ -113,7 +149,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-            key = (record["kind"], int(record["step"]), record.get("task", record.get("what")))
+            if type(record["step"]) is not int:
+                raise TypeError
+            key = (record["kind"], record["step"], record.get("task", record.get("what")))
             if record["kind"] == "run":  # a start from this step: what an abandoned attempt said beyond it is void
                 latest = {k: r for k, r in latest.items() if r["step"] <= key[1]}
             latest.pop(key, None)  # so that the order within a step is the order of the last records
@@ -129,30 +167,26 @@ def _decode(record: dict[str, Any]) -> dict[str, Any]:
     return {k: NON_FINITE.get(v, v) if isinstance(v, str) and _is_float(spec.get(k)) else v for k, v in record.items()}
 
 
-class MainLog:
-    """llm.c's main.log, byte for byte: its plotting tools read it. Opened and closed for each line, as there."""
+class MainLog(Lines):
+    """llm.c's main.log, byte for byte: its plotting tools read it."""
 
     def __init__(self, path: Path, fresh: bool) -> None:
         """Truncate on a fresh start, append on a resume."""
-        self._path = path
         if fresh:
             path.write_bytes(b"")
-
-    def _append(self, line: str) -> None:
-        with open(self._path, "ab") as file:
-            file.write(line.encode() + b"\n")
+        super().__init__(path)
 
     def val(self, step: int, loss: float) -> None:
         """Validation loss after `step` updates."""
-        self._append(f"s:{step} tel:{loss:.4f}")
+        self.append(f"s:{step} tel:{loss:.4f}\n")
 
     def eval(self, step: int, accuracy: float) -> None:
         """HellaSwag accuracy (a fraction) after `step` updates."""
-        self._append(f"s:{step} eval:{accuracy:.4f}")
+        self.append(f"s:{step} eval:{accuracy:.4f}\n")
 
     def train(self, step: int, loss: float, lr: float, norm: float) -> None:
         """The update number step + 1: llm.c counts it from 0 here."""
-        self._append(f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}")
+        self.append(f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}\n")
 
 
 def step_line(

@@ -10,25 +10,106 @@ import torch
 from torch import Tensor
 
 from daybreak.engine import Engine
-from daybreak.errors import CheckpointError
+from daybreak.engine.arena import Arena, zeros
+from daybreak.engine.device import available_bytes
+from daybreak.errors import CheckpointError, OutOfMemory
 from daybreak.kernels import acc_dtype
+from daybreak.kernels.optimizer import FLAT_CHUNK, join_masters
 from daybreak.state.checkpoint import Checkpoint, Snapshot
 
 WINDOWS = ("windows", "counts")  # the guard's outlier windows
 
 
-def snapshot(engine: Engine, step: int, manifest: dict[str, Any]) -> Snapshot:
-    """Everything of `engine` that the next step depends on: save it before the next step, for parts are views."""
-    ranges = list(engine.table.owned_ranges())
-    return Snapshot(
-        step=step,
-        model={name: engine.master(name).cpu() for name in engine.names()},
-        optimizer={key: [(start, engine.state[key][start:stop]) for start, stop in ranges] for key in ("m", "v")},
-        flat_numel=engine.table.numel,
-        layout=engine.table.layout(),
-        extra={name: engine.state[name] for name in WINDOWS},
-        manifest=manifest,
-    )
+def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Staging | None = None) -> Snapshot:
+    """Everything of `engine` that the next step depends on. Without `staging` parts are views: save it before the next
+    step; with it (one process) all is copied there, and stays until the next snapshot. Of several ranks each has its
+    shards, whatever the ZeRO stage."""
+    plan, table, state = engine.comm.plan, engine.table, engine.state
+    ranges = [(a, b, at if plan.zero else a) for a, b, at in plan.shards() if a < b]
+    optimizer = {key: [(a, state[key][at : at + b - a]) for a, b, at in ranges] for key in ("m", "v")}
+    extra: Mapping[str, Tensor] = {name: state[name] for name in WINDOWS}
+    parts = dict[str, list[tuple[int, Tensor]]]()
+    if staging is not None:
+        staging.take(engine, optimizer, extra)
+        model = {name: table.view(staging.weights, name) for name in engine.names()}
+        optimizer, extra = staging.optimizer, staging.extra
+    elif plan.world > 1:
+        dtype = _exact(state.get("masters", state["weights"]).dtype)
+        model = {name: torch.empty(row.shape, dtype=dtype, device="meta") for name, row in table.rows.items()}
+        parts = {name: list(engine.master_parts(name)) for name in engine.names()}
+    else:
+        model = {name: engine.master(name).cpu() for name in engine.names()}
+    return Snapshot(step, model, optimizer, table.numel, table.layout(), extra, manifest, parts)
+
+
+def staged_bytes(arena: Arena) -> int:
+    """Host memory of a `Staging`: the weights as exactly as training has them, m, v and the windows."""
+    kept = {e.name: e for e in arena.entries}
+    weights = kept["weights"].shape[0] * _exact(kept.get("masters", kept["weights"]).dtype).itemsize
+    return weights + sum(kept[name].nbytes for name in ("m", "v", *WINDOWS))
+
+
+def check_host_memory(arena: Arena, device: torch.device) -> None:
+    """Raise OutOfMemory if a `Staging` does not fit the memory of the machine (beside the arena, where it is there)."""
+    need, free = staged_bytes(arena), available_bytes(torch.device("cpu"))
+    taken = arena.nbytes if device.type == "cpu" else 0
+    if free is not None and need > free - taken:
+        raise OutOfMemory(
+            f"saving beside training takes {need >> 20} MiB of the machine's memory, which has {(free - taken) >> 20} "
+            "MiB left for it; use --checkpoint.background false, and training will wait for each save."
+        )
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.int16 else dtype  # int16: split masters
+
+
+class Staging:
+    """Host memory for one snapshot, allocated once; on CUDA page-locked, so that it fills at the bus's speed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._pinned: list[int] = []
+        table, state, cuda = engine.table, engine.state, engine.device.type == "cuda"
+
+        def host(numel: int, dtype: torch.dtype) -> Tensor:
+            flat = zeros(numel * dtype.itemsize, torch.device("cpu")).view(dtype)
+            # Not torch's pinned allocator: it rounds up to a power of two.
+            if cuda:
+                runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+                if int(runtime.cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)) == 0:
+                    self._pinned.append(flat.data_ptr())
+            return flat
+
+        self.weights = host(table.numel, _exact(state.get("masters", state["weights"]).dtype))
+        spans = [(0, table.numel)]
+        self.optimizer = {k: [(a, host(b - a, state[k].dtype)) for a, b in spans] for k in ("m", "v")}
+        self.extra = {name: torch.empty_like(state[name], device="cpu") for name in WINDOWS}
+
+    def take(
+        self, engine: Engine, optimizer: Mapping[str, list[tuple[int, Tensor]]], extra: Mapping[str, Tensor]
+    ) -> None:
+        """Copy the state of `engine`; back when it is all here."""
+        rounded = engine.state["weights"]
+        exact = engine.state.get("masters", rounded)
+        for at in range(0, exact.numel(), FLAT_CHUNK):
+            part = slice(at, at + FLAT_CHUNK)
+            value = exact[part]
+            if exact.dtype == torch.int16:
+                value = join_masters(torch.empty(value.shape, device=exact.device), rounded[part], value)
+            self.weights[part].copy_(value, non_blocking=True)
+        for key, ranges in optimizer.items():
+            for (_, there), (_, here) in zip(ranges, self.optimizer[key], strict=True):
+                here.copy_(there, non_blocking=True)
+        for name, value in extra.items():
+            self.extra[name].copy_(value, non_blocking=True)
+        if engine.device.type == "cuda":
+            torch.cuda.current_stream(engine.device).synchronize()
+
+    def close(self) -> None:
+        """Give the pages back to the system's care; the memory goes with the last reference to it."""
+        for pointer in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(pointer)  # type: ignore[no-untyped-call]
+        self._pinned = []
 
 
 class Weights(Protocol):
@@ -59,7 +140,7 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     for key in ("m", "v"):
         # By name: the flat buffers may have been ordered otherwise when this was written.
         for name, offset, _ in checkpoint.manifest["layout"]:
-            view = engine.table.view(engine.state[key], name)
-            checkpoint.read_optimizer(key, offset, view.view(-1))
+            for where, at in engine.comm.plan.within(name, engine.comm.plan.held()):
+                checkpoint.read_optimizer(key, offset + where.start, engine.state[key][at])
     for name in WINDOWS:
         checkpoint.read_extra(name, engine.state[name])

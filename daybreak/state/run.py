@@ -8,7 +8,8 @@ from typing import Any
 from daybreak.config import Config, read_toml
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine, plan_engine
-from daybreak.engine.device import check_fits, engine_options, missing_on, pick_device
+from daybreak.engine.device import engine_options, missing_on, pick_device
+from daybreak.engine.fit import check_fits
 from daybreak.errors import CheckpointError, ConfigError, DataError
 from daybreak.state.checkpoint import Checkpoint, checkpoint_step, list_checkpoints, load_checkpoint, newest_good
 from daybreak.state.metrics import read_metrics
@@ -82,7 +83,7 @@ def engine_with(config: Config, weights: Weights, *, B: int = 1, rows: int = 1, 
     options = engine_options(config, where, train=False)
     rows = min(rows, config.T)
     planned = plan_engine(config.model, B=B, device_type=where.type, missing=missing_on(where), rows=rows, **options)
-    check_fits(planned[2], where, B, 2)
+    check_fits(planned[2], where)
     engine = Engine(config.model, B=B, device=where, init=False, rows=rows, **options)
     restore_weights(engine, weights)
     return engine

@@ -87,8 +87,11 @@ class RunFolder:
             ) from None
 
     def check_free(self) -> None:
-        """Raise ConfigError, with the command that continues it, if there is a run of this name."""
-        if self.path.is_dir() and any(self.path.iterdir()):
+        """Raise ConfigError, with the command that continues it, if there is a run of this name.
+
+        Hidden files are what a crash left of a first write: no run yet.
+        """
+        if self.path.is_dir() and any(path.name[0] != "." for path in self.path.iterdir()):
             raise ConfigError(
                 f"run.name = {self.path.name!r} is taken: {self.path} exists; continue it with "
                 f"`daybreak train {self.path}` or choose another --name."
@@ -131,9 +134,12 @@ class RunFolder:
             os.close(fd)
 
     def append_sample(self, step: int, text: str) -> None:
-        """Append one generated text to samples.txt under a heading with its step."""
-        with open(self.samples, "a", encoding="utf-8") as file:
-            file.write(f"--- step {step} ---\n{text}\n")
+        """Append one generated text to samples.txt under a heading with its step, if the disk lets us."""
+        try:
+            with open(self.samples, "a", encoding="utf-8") as file:
+                file.write(f"--- step {step} ---\n{text}\n")
+        except OSError as error:  # metrics.jsonl has it too
+            log.warning("%s could not be written (%s).", self.samples, error.strerror)
 
 
 def describe_environment() -> dict[str, Any]:

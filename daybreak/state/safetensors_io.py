@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -47,7 +47,7 @@ def write_safetensors(
     Raises OSError (FileExistsError: the file is there already).
     """
     # Largest items first, as the library itself does: every tensor then starts at a multiple of its item size.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    ordered = _ordered(tensors)
     digest = hashlib.sha256()
     with open(path, "xb") as file, ThreadPoolExecutor(1) as hasher:
         header = _header(ordered, metadata or {})
@@ -62,6 +62,34 @@ def write_safetensors(
         file.flush()
         os.fsync(file.fileno())
         return Written(file.tell(), digest.hexdigest())
+
+
+def _ordered(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    return sorted(tensors.items(), key=lambda item: -item[1].element_size())
+
+
+def create_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Make a new file for tensors of which only shape and dtype are read; several processes then `fill_safetensors`."""
+    header = _header(_ordered(tensors), {})
+    with open(path, "xb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(tensor.nbytes for tensor in tensors.values()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fill_safetensors(path: Path, parts: Mapping[str, Iterable[tuple[int, torch.Tensor]]]) -> None:
+    """Write parts of tensors, (first element, 1-D tensor), into a file that `create_safetensors` made; fsynced."""
+    entries = SafetensorsFile(path).entries
+    with open(path, "r+b") as file:
+        for name, pieces in parts.items():
+            for first, tensor in pieces:
+                assert tensor.dtype == entries[name].dtype
+                file.seek(entries[name].offset + first * tensor.element_size())
+                for chunk in _chunks(tensor):
+                    file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _header(tensors: list[tuple[str, torch.Tensor]], metadata: Mapping[str, str]) -> bytes:

@@ -10,11 +10,12 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,23 +28,28 @@ from daybreak.data.dataset import unigram_entropy
 from daybreak.data.loader import Prefetcher
 from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
-from daybreak.engine.device import engine_options, numerics, used_mib
+from daybreak.engine.device import Sensors, engine_options, numerics, pick_device, used_mib
+from daybreak.engine.fit import ran_out
 from daybreak.errors import Error, Stopped, TooManySkips
 from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import token_lengths, validate
 from daybreak.generate import Sampling, sample_text
 from daybreak.interop import open_source
-from daybreak.state.checkpoint import Checkpoint, newest_good, prune_checkpoints, save_checkpoint
+from daybreak.parallel import connect, launched
+from daybreak.state.checkpoint import Checkpoint, load_checkpoint, newest_good
 from daybreak.state.metrics import MainLog, MetricsWriter
-from daybreak.state.restore import Weights, restore, restore_weights, snapshot
+from daybreak.state.restore import Staging, Weights, restore, restore_weights, snapshot
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder
+from daybreak.state.saver import Saver
 from daybreak.state.throughput import Throughput
-from daybreak.training.display import Display, make_display
+from daybreak.training.display import Display, MuteDisplay, make_display
 from daybreak.training.profile import Profiler
 from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
+from daybreak.training.sinks import Sinks
 from daybreak.training.stop import Interrupted, Stop
+from daybreak.training.watchdog import Watchdog
 
 log = logging.getLogger("daybreak")
 SAMPLE_SEED = 1337
@@ -70,12 +76,28 @@ def train(
     """
     stop = stop or Stop()
     stop.limit_hours(config.run.max_hours)
+    if stop.group.world == 1:
+        config.check(ranks=int(launched(os.environ)["WORLD_SIZE"]))  # before anybody is waited for
+        stop.group = connect(os.environ, config.parallel.timeout)
+    group = stop.group
+    try:
+        with group.failing_together():
+            return _prepared(config, resume, fork_from, init_from, stop, on_save)
+    finally:
+        group.close()
+
+
+def _prepared(
+    config: Config, resume: Path | str | None, fork_from: Path | str | None, init_from: Path | str | None, stop: Stop,
+    on_save: Callable[[Path], None] | None,
+) -> Run:  # fmt: skip
+    """`train` among the ranks of stop.group: what it starts from, and the run's lock, which rank 0 holds for all."""
     for path in (resume, fork_from):
         if path is not None:
             check_resume(Run(path).config, config, fork=path is fork_from or is_untouched_import(path))
     fork = Run(fork_from).checkpoint() if fork_from is not None else None
     init = _weights(init_from) if init_from is not None else None
-    with RunFolder(Path(resume)).locked() if resume is not None else nullcontext():
+    with RunFolder(Path(resume)).locked() if resume is not None and stop.group.rank == 0 else nullcontext():
         return _train(config, Path(resume) if resume is not None else None, fork, init, stop, on_save)
 
 
@@ -89,23 +111,29 @@ def _train(
     on_save: Callable[[Path], None] | None,
 ) -> Run:  # fmt: skip
     """`train` with its exits: every way out leaves its code and reason in exit.json once there is a folder for it."""
+    chief = stop.group.rank == 0
     folder = RunFolder(resume) if resume is not None else None
-    if folder is not None:
+    if folder is not None and chief:
         folder.forget_exit()  # an earlier attempt's verdict is not this one's
     code, reason = 1, "unknown"
     try:
-        setup = open_run(config, resume=resume, stop=stop)
-        folder = setup.run.folder
-        with folder.locked() if resume is None else nullcontext():
-            trainer = Trainer(setup, stop, on_save)
-            trainer.load(fork, init)
-            trainer.run()
+        with stop.group.failing_together():
+            setup = open_run(config, resume=resume, stop=stop)
+            folder = setup.run.folder
+            with folder.locked() if resume is None and chief else nullcontext():
+                trainer = Trainer(setup, stop, on_save)
+                trainer.load(fork, init)
+                trainer.run()
         code, reason = 0, "done"
         return setup.run
     except Interrupted as stopped:  # before the first update: there is nothing to save
         code, reason = Stopped.exit_code, str(stopped)
         again = f"; continue with: daybreak train {folder.path}" if folder is not None else ""
         raise Stopped(f"{reason} before the first update{again}.") from None
+    except (torch.OutOfMemoryError, MemoryError):
+        out = ran_out(pick_device(config.run.device), config)
+        code, reason = out.exit_code, str(out)
+        raise out from None
     except OSError as error:
         code, reason = 1, f"{error.filename or 'a file'} failed ({error.strerror})"
         raise Error(f"{reason}; free space or mend the disk, then train the run's folder again.") from error
@@ -119,7 +147,7 @@ def _train(
             folder.write_crash(traceback.format_exc())
         raise
     finally:
-        if folder is not None:
+        if folder is not None and chief:
             folder.write_exit(code, reason)
 
 
@@ -138,18 +166,22 @@ class Trainer:
 
     def __init__(self, setup: Setup, stop: Stop, on_save: Callable[[Path], None] | None = None) -> None:
         self.setup, self.config, self.run_folder, self.stop = setup, setup.config, setup.run.folder, stop
-        self.on_save = on_save
+        self.on_save, self.group = on_save, setup.group
+        self.chief = self.group.rank == 0  # who writes what there is one of
         c = self.config
         self.engine = Engine(
             c.model, B=c.batch.B, device=setup.device, seed=c.run.seed, init=not setup.continues, optim=c.optim,
-            guard=c.guard, **engine_options(c, setup.device),
+            guard=c.guard, group=self.group, **engine_options(c, setup.device),
         )  # fmt: skip
+        alone = self.group.world == 1  # several ranks write together, in step
+        self.staging = Staging(self.engine) if c.checkpoint.background and alone else None
         stop.check()
         self.step = self.samples = self.skips_in_a_row = 0
         self.saved_step = -1
         self.given_weights = False
         self._unread: deque[Update] = deque()  # updates whose results the host has not looked at yet
         self._late = 1 if setup.device.type == "cuda" else 0  # how many to leave so, for the device to stay busy
+        self.sensors = Sensors(setup.device)
         self.lengths = token_lengths(setup.tokenizer, c.model.V)
 
     # ------------------------------------------------------------------------------------------------- starting
@@ -158,9 +190,8 @@ class Trainer:
         """Continue from this run's newest checkpoint, or start from another run's."""
         self.given_weights = fork is not None or init is not None
         if self.setup.continues:
-            found = newest_good(self.run_folder.checkpoints)
-            assert found is not None, "a listed checkpoint vanished"
-            self._continue(found, same_data=True)
+            path = self.group.first(self._newest)
+            self._continue(load_checkpoint(path, "off"), same_data=True)
             self.saved_step = self.step
         elif fork is not None:
             self._continue(fork, same_data=False)
@@ -168,6 +199,11 @@ class Trainer:
             check_data(init, self.setup, same_data=False)
             restore_weights(self.engine, init)
         self.stop.check()
+
+    def _newest(self) -> Path:
+        found = newest_good(self.run_folder.checkpoints)
+        assert found is not None, "a listed checkpoint vanished"
+        return found.path
 
     def _continue(self, checkpoint: Checkpoint, *, same_data: bool) -> None:
         check_data(checkpoint, self.setup, same_data)
@@ -194,26 +230,49 @@ class Trainer:
         c, engine = self.config, self.engine
         self.clock = Throughput(engine.flops_per_token, self.setup.peak)
         title = f"{c.run.name}: {engine.num_parameters:,} parameters on {self.setup.device_name}"
-        with MetricsWriter(self.run_folder.metrics) as self.metrics, Prefetcher(self._batches(), self.step) as batches:
-            self.main_log = MainLog(self.run_folder.main_log, fresh=self.step == 0)
-            self.display: Display = make_display(c.log.display, c.log.every, title)
-            self.profiler = Profiler(c.run.profile, self.run_folder.path)
+        if self.group.world > 1:
+            title = f"{title} and {self.group.world - 1} more"
+        k, guard, folder = c.checkpoint, c.guard, self.run_folder
+        metrics, main_log = folder.metrics, folder.main_log
+        if not self.chief:
+            metrics = main_log = Path(os.devnull)
+        with ExitStack() as open_:
+            self.metrics = open_.enter_context(MetricsWriter(metrics))
+            self.main_log = open_.enter_context(MainLog(main_log, fresh=self.step == 0))
+            if self.staging is not None:
+                open_.callback(self.staging.close)
+            self.saver = open_.enter_context(Saver(folder.checkpoints, k.keep, k.major, self.metrics.sync, self.group))
+            # Of several ranks a silent one is found, and named, by those that wait for it.
+            factor = guard.hang_factor if self.group.world == 1 else 0.0
+            self.watchdog = open_.enter_context(Watchdog(folder, lambda: self.stop.checks, factor, guard.hang_seconds))
+            batches = open_.enter_context(Prefetcher(self._batches(), self.step))
+            self.display: Display = (
+                make_display(c.log.display, c.log.every, title, c.cost.price)
+                if self.chief
+                else MuteDisplay(c.log.every)
+            )
+            sinks = Sinks(c, folder.path) if self.chief else None
+            self.metrics.listeners += [self.display.record, *([sinks.record] if sinks else [])]
+            self.profiler = Profiler(c.run.profile if self.chief else "", folder.path)
             try:
                 self._write_run_record()
                 if self.given_weights:
-                    self._save()  # nothing else in the folder says where they came from
+                    self._save(wait=True)  # nothing else in the folder says where they came from
                 self._loop(batches)
             except Interrupted as reason:
                 self._save_and_stop(str(reason))
             finally:
                 self.profiler.close()
                 self.display.close()
+                if sinks is not None:
+                    sinks.close()
 
     def _loop(self, batches: Prefetcher[np.ndarray[Any, Any]]) -> None:
         c = self.config
         resumed = self.step
         self.clock.start()
         while True:
+            self._report_save()
             last = self.step >= c.run.steps
             validate = last or (c.eval.every and self.step % c.eval.every == 0)
             sample = last or (c.eval.sample_every and self.step and self.step % c.eval.sample_every == 0)
@@ -222,12 +281,13 @@ class Trainer:
             if validate or sample or save:
                 self._read_results(0)
                 with self.clock.pause():
+                    self.engine.finish()
                     if validate:
                         self._validate()
-                    if sample:
+                    if sample and self.chief:
                         self._sample()
                     if save:
-                        self._save()
+                        self._save(wait=last)
             if last:
                 return
             self.profiler.before(self.step)
@@ -237,27 +297,29 @@ class Trainer:
             self._read_results(0 if norms else self._late)
 
     def _batches(self) -> Callable[[int], np.ndarray[Any, Any]]:
-        """The batch of each later step, as a pure function of the step: computed ahead in a thread."""
+        """This rank's part of each later step's batch, as a pure function of the step: computed ahead in a thread."""
         c, step, samples = self.config, self.step, self.samples
 
         def batch(at: int) -> np.ndarray[Any, Any]:
             first = 0 if c.run.overfit else samples + c.tokens_between(step, at) // c.T
-            return self.setup.train_loader.batch(first, c.tokens_at(at) // c.T)
+            mine = c.tokens_at(at) // c.T // self.group.world
+            return self.setup.train_loader.batch(first + self.group.rank * mine, mine)
 
         return batch
 
     def _update(self, batch: np.ndarray[Any, Any], lr: float) -> None:
         """One update from `batch` (samples, T + 1). Between micro-steps a stop abandons it without a trace."""
         B, rows = self.config.batch.B, torch.from_numpy(batch)
-        self.engine.begin_step(lr=lr, step=self.step, valid=rows.shape[0] * self.config.T)
+        samples = rows.shape[0] * self.group.world
+        self.engine.begin_step(lr=lr, step=self.step, valid=samples * self.config.T)
         for start in range(0, rows.shape[0], B):
             self.stop.check()
-            part = rows[start : start + B]
-            self.engine.micro_step(part[:, :-1], part[:, 1:], first=start == 0)
+            part, last = rows[start : start + B], start + B == rows.shape[0]
+            self.engine.micro_step(part[:, :-1], part[:, 1:], first=start == 0, last=last)
         self.stop.check()
         results = self.engine.update()
         self.step += 1
-        self.samples += rows.shape[0]
+        self.samples += samples
         self._unread.append(Update(self.step, self.samples, lr, results))
 
     def _read_results(self, leave: int) -> None:
@@ -268,7 +330,9 @@ class Trainer:
     # ------------------------------------------------------------------------------------- the parts of an iteration
 
     def _validate(self) -> None:
-        result = validate(self.engine, self.setup.val_loader, self.lengths, self.config.eval.tokens, self.stop.check)
+        result = validate(
+            self.engine, self.setup.val_loader, self.lengths, self.config.eval.tokens, self.stop.check, self.group
+        )
         self.metrics.write(
             "val", self.step, self.tokens, loss=result.loss, tokens_evaluated=result.tokens, bpb=result.bits_per_byte
         )
@@ -276,7 +340,9 @@ class Trainer:
         self.display.note(f"step {self.step}: val loss {result.loss:.6f} ({result.bits_per_byte:.4f} bits per byte)")
 
         if self.setup.hellaswag and self.step:
-            score = accuracy(self.engine, self.setup.hellaswag, self.stop.check)
+            # Several ranks have different numbers of batches: nothing to agree on in between.
+            check = self.stop.check if self.group.world == 1 else lambda: None
+            score = accuracy(self.engine, self.setup.hellaswag, check, self.group)
             # llm.c's definition under the plain name, as in main.log; lm-eval's differs (docs/evaluation.md).
             for task, value in (("hellaswag", score.acc_norm), ("hellaswag-acc", score.acc)):
                 self.metrics.write("eval", self.step, self.tokens, task=task, accuracy=value, examples=score.examples)
@@ -286,19 +352,52 @@ class Trainer:
     def _sample(self) -> None:
         e = self.config.eval
         how = Sampling(e.sample_tokens, e.temperature, e.top_k, seed=SAMPLE_SEED)
-        pieces = sample_text(self.engine, self.setup.tokenizer, e.prompt, how, self.stop.check)
+        check = self.stop.check if self.group.world == 1 else lambda: None
+        pieces = sample_text(self.engine, self.setup.tokenizer, e.prompt, how, check)
         text = e.prompt + "".join(pieces)
         self.run_folder.append_sample(self.step, text)
         self.metrics.write("sample", self.step, self.tokens, text=text)
         if self.step < self.config.run.steps:  # the summary shows the last one
             self.display.sample(text)
 
-    def _save(self) -> None:
+    def _save(self, wait: bool = False) -> None:
+        """Begin a save of the state after the last completed update; `wait`: to its end, and raise if it fails."""
         self._read_results(0)  # the count of skips belongs to the checkpoint
-        if self.saved_step == self.step:
+        began = time.perf_counter()
+        with self.watchdog.paused():  # a disk may take as long as it takes
+            self._report_save(wait=True)  # one at a time
+            if self.saved_step != self.step:
+                self.engine.finish()
+                self.saver.start(snapshot(self.engine, self.step, self._manifest(), self.staging), self.tokens, began)
+                self.saved_step = self.step
+            if wait or self.staging is None:
+                self._report_save(wait=True, must=wait)
+
+    def _report_save(self, wait: bool = False, must: bool = False) -> None:
+        """Say what became of the save under way, if it is over; `must`: a failed one ends the run."""
+        try:
+            saved = self.saver.result(wait)
+        except Error as error:
+            self.saved_step = -1
+            if must or self.config.checkpoint.on_error == "stop":
+                raise
+            log.warning("not saved, training goes on (checkpoint.on_error): %s", error)
+            self.metrics.write("event", self.step, self.tokens, what="save_failed", detail=str(error))
             return
-        began, c = time.perf_counter(), self.config
-        manifest = {
+        if saved is None:
+            return
+        self.metrics.write(
+            "checkpoint", saved.step, saved.tokens, path=str(saved.path.relative_to(self.run_folder.path)),
+            seconds=saved.seconds, stall=saved.stall, bytes=saved.nbytes,
+        )  # fmt: skip
+        self.display.note(f"step {saved.step}: saved {saved.path}")
+        if self.on_save is not None and self.chief:
+            with self.watchdog.paused():
+                self.on_save(saved.path)
+
+    def _manifest(self) -> dict[str, Any]:
+        c = self.config
+        return {
             "config": dict(c.items()),
             "samples": self.samples,
             "skips_in_a_row": self.skips_in_a_row,
@@ -311,22 +410,13 @@ class Trainer:
             "compute": self.setup.compute,
             "kernels": self._numerics(),
         }
-        path = save_checkpoint(self.run_folder.checkpoints, snapshot(self.engine, self.step, manifest))
-        prune_checkpoints(self.run_folder.checkpoints, c.checkpoint.keep, c.checkpoint.major, verify="size")
-        self.saved_step = self.step
-        size = sum(f.stat().st_size for f in path.iterdir())
-        relative = str(path.relative_to(self.run_folder.path))
-        seconds = time.perf_counter() - began
-        self.metrics.write("checkpoint", self.step, self.tokens, path=relative, seconds=seconds, bytes=size)
-        self.display.note(f"step {self.step}: saved {path}")
-        if self.on_save is not None:
-            self.on_save(path)
 
     def _log(self, update: Update) -> None:
         """Report an update, and end the run if too many in a row were skipped."""
         stats, c, step = named_stats(update.results), self.config, update.step
         tokens = update.samples * c.T
         timing = self.clock.lap(c.tokens_at(step - 1))
+        self.watchdog.step(timing.seconds)
         skipped = stats["skip"] != 0.0
         values = {
             "loss": stats["loss"], "norm": stats["norm"], "lr": update.lr, "ms": 1000 * timing.seconds,
@@ -335,7 +425,7 @@ class Trainer:
             "eta_s": self.clock.eta(c.tokens_between(step, c.run.steps)),
         }  # fmt: skip
         epoch = (update.samples - 1) // self.setup.train_loader.samples_per_epoch
-        self.metrics.write("step", step, tokens, **values, skipped=skipped, epoch=epoch)
+        self.metrics.write("step", step, tokens, **values, **self.sensors.read(), skipped=skipped, epoch=epoch)
         self.main_log.train(step - 1, stats["loss"], update.lr, stats["norm"])
         self.display.step(step, c.run.steps, {**values, "precision": self.setup.compute})
         if c.log.norms_every and step % c.log.norms_every == 0:
@@ -350,10 +440,10 @@ class Trainer:
         why = f"loss {stats['loss']:.4g} (z {stats['loss_z']:.1f}), norm {stats['norm']:.4g} (z {stats['norm_z']:.1f})"
         self.metrics.write("event", step, tokens, what="skip", detail=why)
         self.display.note(f"step {step}: update skipped, weights untouched: {why}")
-        if self.skips_in_a_row >= self.config.guard.max_skips:
-            self._save()
+        if (count := self.skips_in_a_row) >= self.config.guard.max_skips:
+            self._save(wait=True)
             raise TooManySkips(
-                f"{self.skips_in_a_row} updates in a row were skipped (guard.max_skips), the last with {why}; lower "
+                f"{count} updates in a row were skipped (guard.max_skips), the last with {why}; lower "
                 f"optim.lr or raise the guard's limits. The weights before them are saved in {self.run_folder.path}."
             )
 
@@ -361,7 +451,7 @@ class Trainer:
         """Save the state after the last completed update, and leave."""
         if self.step == 0:
             raise Interrupted(reason)
-        self._save()
+        self._save(wait=True)
         self.metrics.write("event", self.step, self.tokens, what="stopped", detail=reason)
         raise Stopped(f"{reason} after step {self.step}, saved; continue with: daybreak train {self.run_folder.path}")
 

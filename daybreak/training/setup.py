@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +13,24 @@ from threading import Thread
 
 import torch
 
+from daybreak import __version__
 from daybreak.config import Config
 from daybreak.data.dataset import Dataset, dataset_name
 from daybreak.data.loader import Loader
 from daybreak.data.mixing import open_loaders, parse_mix
 from daybreak.data.prepare import prepare
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
-from daybreak.engine import plan_engine
-from daybreak.engine.device import check_fits, cpu_has_bf16, engine_options, missing_on, pick_compute, pick_device
+from daybreak.engine.device import cpu_has_bf16, missing_on, pick_compute, pick_device, set_precision
+from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
-from daybreak.state.checkpoint import list_checkpoints
-from daybreak.state.restore import Weights
+from daybreak.parallel import Group
+from daybreak.state.checkpoint import published
+from daybreak.state.restore import Weights, check_host_memory
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
 from daybreak.state.throughput import peak_flops
+from daybreak.training.sinks import check_sinks
 from daybreak.training.stop import Stop
 
 log = logging.getLogger("daybreak")
@@ -47,54 +53,104 @@ class Setup:
     peak: float | None
     hellaswag: list[Example]  # scored at each validation
     continues: bool  # a checkpoint will be loaded
+    group: Group
 
 
 def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     """Check everything that can be wrong, then create the run's folder (or open it, for `resume`).
 
-    Raises ConfigError, DataError; a new run leaves no folder behind when it does.
+    Collective over stop.group: ranks that differ in configuration, data or code are refused, and rank 0 alone prepares
+    data and writes. Raises ConfigError, DataError; a new run leaves no folder behind when it does.
     """
-    config.check()
+    group = stop.group
+    config.check(ranks=group.world)
     folder = RunFolder(resume or Path(config.run.dir) / (config.run.name or config.model.arch))
     if resume is None:
-        folder.check_free()
-    device = pick_device(config.run.device)
+        group.first(folder.check_free)
+    device = _own_device(config.run.device, group)
     if device.type == "cuda":  # looking for libraries imports them, which takes seconds: meanwhile the data is opened
         Thread(target=missing_on, args=(device,), daemon=True).start()
     compute = pick_compute(config.precision.compute, device)
     _set_precision(config, device, compute)
-    dataset, train_loader, val_loader = open_data(config, stop.check)
+    check_sinks(config)
+    group.first(lambda: _prepare_embedded(config, stop.look if group.world > 1 else stop.check))
+    dataset, train_loader, val_loader = open_data(config)
     tokenizer = get_tokenizer(dataset.tokenizer_name, dataset.folder)
     if tokenizer.V > config.model.V:
         raise ConfigError(
             f"model.V = {config.model.V} is smaller than the {tokenizer.V} ids of tokenizer {tokenizer.name!r} that "
             f"{dataset.name!r} was made with; use --model.V {tokenizer.V}."
         )
-    config = config.concrete(train_loader.samples_per_epoch * config.T)
-    e, b = config.eval, config.batch
+    config = config.concrete(train_loader.samples_per_epoch * config.T, ranks=group.world)
+    if group.world > 1:
+        group.agree(dict(config.items()))
+        data = {"training data": train_loader, "validation data": val_loader}
+        group.agree({name: loader.fingerprint[:16] for name, loader in data.items()}, DataError)
+        group.agree({"daybreak": code_fingerprint(), "torch": torch.__version__, "compute": compute})
+    e = config.eval
     hellaswag = load_examples(Path(e.hellaswag), tokenizer, e.hellaswag_examples) if e.hellaswag else []
-    options = engine_options(config, device)
-    arena = plan_engine(config.model, B=b.B, device_type=device.type, missing=missing_on(device), **options)[2]
-    check_fits(arena, device, b.B, b.recompute)
+    arena, outside = plan_memory(config, device, missing_on(device), group)
+    check_fits(arena, device, config, group.world, outside)
+    if config.checkpoint.background and group.world == 1:
+        check_host_memory(arena, device)
     log.info(
         "%s: %d samples of %d tokens an epoch, %d tokens at the shards' ends unused; fingerprint %s",
         dataset.name, train_loader.samples_per_epoch, config.T, train_loader.dropped_tokens,
         train_loader.fingerprint[:16],
     )  # fmt: skip
-    if resume is None:
-        folder.create()
-    write_atomic(folder.config, config.to_toml())  # on resume too: what was changed now holds from now on
-    folder.write_env()
-    if tokenizer.source:
-        write_atomic(folder.path / TOKENIZER_FILE, tokenizer.source)
+
+    def write() -> bool:
+        if resume is None:
+            folder.create()
+        write_atomic(folder.config, config.to_toml())  # on resume too: what was changed now holds from now on
+        folder.write_env()
+        if tokenizer.source:
+            write_atomic(folder.path / TOKENIZER_FILE, tokenizer.source)
+        return bool(published(folder.checkpoints))
+
+    continues = group.first(write)
+    group.everywhere(lambda: _see(folder))
+    name, peak = describe_device(device, compute)
     return Setup(
-        config, Run(folder.path), dataset, train_loader, val_loader, tokenizer, device, compute,
-        *describe_device(device, compute), hellaswag, bool(list_checkpoints(folder.checkpoints)),
+        config, Run(folder.path), dataset, train_loader, val_loader, tokenizer, device, compute, name,
+        peak and peak * group.world, hellaswag, continues, group,
     )  # fmt: skip
 
 
+def _own_device(name: str, group: Group) -> torch.device:
+    """run.device, of several ranks on a machine each its own where the name leaves that open."""
+    if group.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{group.local_rank % torch.cuda.device_count()}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _see(folder: RunFolder) -> None:
+    """Raise ConfigError unless this rank sees the folder that rank 0 made; some file systems take a moment."""
+    deadline = time.monotonic() + 10
+    while not folder.config.is_file():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"{folder.path} is not to be seen on {socket.gethostname()}; give a --run.dir that all machines share."
+            )
+        time.sleep(0.1)
+
+
+def code_fingerprint() -> str:
+    """Version and hash of the package's own source, which every rank has to have in common."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"{__version__} {digest.hexdigest()[:12]}"
+
+
 def _set_precision(config: Config, device: torch.device, compute: str) -> None:
-    torch.set_float32_matmul_precision("high" if config.precision.tf32 and device.type == "cuda" else "highest")
+    set_precision(config, device)
+    for backend, reason in missing_on(device).items():
+        log.warning("slower without %s: %s (daybreak doctor says more)", backend, reason)
     if device.type == "cpu" and compute == "bf16" and not cpu_has_bf16():
         log.warning("this CPU has no bf16 instructions: precision.compute = bf16 will be slower than fp32 here.")
 
@@ -112,13 +168,18 @@ def open_data(config: Config, check: Callable[[], None] = lambda: None) -> tuple
 
     The embedded one is prepared on first use; `check` may stop that.
     """
+    _prepare_embedded(config, check)
+    d = config.data
+    return open_loaders(d, config.T, config.run.seed, config.model.V, shuffle=not config.run.overfit)
+
+
+def _prepare_embedded(config: Config, check: Callable[[], None]) -> None:
     d = config.data
     if EMBEDDED in (d.name, *(name for name, _ in parse_mix(d.name))) and not d.train:
         folder = Path(d.dir) / dataset_name(EMBEDDED, d.tokenizer)
         if not Path(EMBEDDED).is_dir() and not (folder / "manifest.json").is_file():
             log.info("preparing %s: the Python standard library on this machine, as text", folder)
             prepare([EMBEDDED], data_dir=d.dir, tokenizer=d.tokenizer or "gpt2", progress=lambda *_: check())
-    return open_loaders(d, config.T, config.run.seed, config.model.V, shuffle=not config.run.overfit)
 
 
 def check_data(checkpoint: Weights, setup: Setup, same_data: bool) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from daybreak.parallel import ALONE, Group
+
 
 class Interrupted(Exception):
     """Raised by `Stop.check` between micro-steps, batches and sampled tokens. The loop turns it into exit 75."""
@@ -24,6 +26,9 @@ class Stop:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.reason = ""
         self.save_requested = False
+        self.group: Group = ALONE  # whose ranks stop and save together
+        self._save_agreed = False
+        self.checks = 0  # how often `check` was called: as long as it grows, something is being done
         self._clock = clock
         self._deadline = float("inf")
 
@@ -33,15 +38,29 @@ class Stop:
         self._max_hours = max_hours
 
     def check(self) -> None:
-        """Raise Interrupted if the run should stop."""
+        """Raise Interrupted if the run should stop, on every rank as soon as one was asked to. Collective."""
+        self.checks += 1
         if not self.reason and self._clock() >= self._deadline:
             self.reason = f"--max-hours {self._max_hours:g} is over"
+        if self.group.world > 1:
+            stop, save = self.group.numbers([bool(self.reason), self.save_requested], largest=True)
+            if stop:
+                self.reason = next(reason for reason in self.group.gather(self.reason) if reason)
+            self._save_agreed |= bool(save)
+            self.save_requested = False
+        self.look()
+
+    def look(self) -> None:
+        """The same without asking the other ranks, where only one of them is at work."""
         if self.reason:
             raise Interrupted(self.reason)
 
     def take_save_request(self) -> bool:
-        """Whether a save was asked for since the last call."""
-        requested, self.save_requested = self.save_requested, False
+        """Whether a save was asked for since the last call (and all ranks know, since the last `check`)."""
+        requested = self._save_agreed if self.group.world > 1 else self.save_requested
+        self._save_agreed = False
+        if self.group.world == 1:
+            self.save_requested = False
         return requested
 
     @contextmanager

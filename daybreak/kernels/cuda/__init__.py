@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import shutil
 from functools import cache
 from typing import Any
 
@@ -34,8 +36,8 @@ except ImportError:  # macOS, or a torch without it: the kernels are never launc
 NEEDS = {
     "triton": ("triton",),
     "cublaslt": (),
-    "cudnn": ("cudnn",),
-    "fa4": ("cudnn", "flash_attn.cute"),
+    "cudnn": ("triton", "cudnn"),  # shapes that cuDNN does not take go through the Triton kernels
+    "fa4": ("triton", "cudnn", "flash_attn.cute"),
 }
 
 
@@ -54,6 +56,9 @@ def missing_backends(capability: tuple[int, int] | None = None) -> dict[str, str
         for name, modules in NEEDS.items()
         if (absent := [m for m in modules if not _has(m)])
     }
+    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        for name in ("triton", "cudnn", "fa4"):
+            missing.setdefault(name, "Triton needs a C compiler: install gcc or set CC")
     if capability:
         for name in ("cublaslt", "cudnn", "fa4"):
             module = importlib.import_module(f"daybreak.kernels.cuda.{name}")

@@ -18,8 +18,9 @@ from daybreak.errors import Error
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import attention as flash
 
-MAX_FORWARD_PLANS = 4  # training, and a few shapes of evaluation
-PLAN_LENGTHS = 64  # forward plans are built for multiples of this many tokens only: not for a sample that grows
+# Forward plans are built for multiples of this many tokens only, not for every length of a prompt. A rule of the shape
+# alone: which kernel serves a shape may not depend on what the process did before.
+PLAN_LENGTHS = 64
 FORWARD_WORKSPACE = 1 << 20  # the forward was seen to take nothing
 SPARE = 1 << 20
 MIN_VERSION = 91000
@@ -70,7 +71,7 @@ def attention_forward(
     key = (scale, *((x.shape, x.stride()) for x in tensors))
     plan = FORWARD_PLANS.get(key)
     if plan is None:
-        if len(FORWARD_PLANS) == MAX_FORWARD_PLANS or q.shape[1] % PLAN_LENGTHS or not served(q):
+        if q.shape[1] % PLAN_LENGTHS or not served(q):
             flash.attention_forward(out, lse, q, k, v, scale=scale)
             return
         plan = FORWARD_PLANS[key] = Plan(tensors, scale, backward=False)

@@ -15,6 +15,7 @@ from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
 
+FAR = log(4)  # a batch of so many times more or fewer rows wants other tiles
 TABLES = Path(__file__).parent / "tables"
 DTYPES = ("bf16", "fp32", "tf32")
 EPILOGUES = ("plain", "bias", "gelu", "dgelu")
@@ -100,8 +101,9 @@ def nearest(table: Mapping[str, dict[str, Any]], key: Key) -> tuple[str, dict[st
         return "table", entry
     rows = "k" if key.trans == "nt" else "n"
     others = [
-        (abs(log(getattr(other, rows) / getattr(key, rows))), text)
+        (apart, text)
         for text in table
         if (other := _parsed(text))._replace(**{rows: getattr(key, rows)}) == key
+        and (apart := abs(log(getattr(other, rows) / getattr(key, rows)))) <= FAR
     ]
     return (f"table ({min(others)[1]})", table[min(others)[1]]) if others else ("", {})

@@ -126,7 +126,7 @@ def target(key: Key, x: Operands) -> tuple[Tensor, Tensor]:
         if key.dtype == "tf32":  # 10 bits of each operand's fraction, rounded or cut
             sizes = Operands(x.a.abs(), x.b.abs(), x.c.abs(), x.d, None if x.bias is None else x.bias.abs(), x.aux)
             carried = carried + 2.0**-9 * 1.13 * product(key, sizes, torch.empty_like(first), torch.float32)
-        return want, half_ulp * want.abs() + 1e-5 * want.abs().amax() + carried
+        return want, half_ulp * want.abs() + 1e-5 * max(1.0, key.k / 8192) * want.abs().amax() + carried
 
 
 @contextlib.contextmanager

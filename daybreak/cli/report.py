@@ -1,0 +1,49 @@
+"""`daybreak report` and `daybreak watch`: runs as a page, as a file or live."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+
+log = logging.getLogger("daybreak")
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write (default: report.html in RUN).")
+def report(runs: tuple[str, ...], out: Path | None) -> None:
+    """Write one self-contained HTML page about RUN..., and llm.c's main.log files.
+
+    \b
+    Examples:
+      daybreak report runs/tiny
+      daybreak report runs/a runs/b log124M/main.log -o compare.html
+    """
+    from daybreak.report.page import write_report
+
+    click.echo(write_report(runs, out))
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8267, show_default=True, help="0 = any free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Another one needs DAYBREAK_KEY, a secret.")
+def watch(runs: tuple[str, ...], port: int, host: str) -> None:
+    """Follow RUN... in a browser, live, until Ctrl-C.
+
+    \b
+    Examples:
+      daybreak watch runs/tiny
+      daybreak watch runs/a runs/b --port 9000
+    """
+    from daybreak.report.watch import Watch
+
+    with Watch(runs, host, port) as server:
+        click.echo(server.url)
+        log.info("Ctrl-C ends it; the runs go on.")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            log.info("")

@@ -1,0 +1,287 @@
+"""What ranks exchange: gradients in buckets while backward still runs, updated weights while the next step begins.
+
+ZeRO stages (Rajbhandari et al. 2020): 0 sums gradients on all ranks (all-reduce) and every rank updates everything;
+1 sums each rank's shard on that rank (reduce-scatter), which alone holds the exact weights and moments of it, and
+gathers the updated weights; 2 does so in every micro-step, into a wider shard, and whole gradients never exist.
+
+A bucket is a range of the flat buffers whose length is a multiple of ranks x ALIGN: rank r's shard is its r-th part.
+Only the flat buffers' very end is padded, so any number of parameters and ranks will do. Buckets are cut near the
+borders of what becomes final together; at a border the few elements that do not divide go to the side that is final
+later. On CUDA, NCCL runs on a stream of its own: `start` forks it from the schedule's, `wait` joins it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daybreak.engine.params import ALIGN, ParamTable
+from daybreak.parallel import ALONE, Group
+
+IN_FLIGHT = 2  # stage 2: buckets whose exchange may be under way while backward fills the next
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Elements [start, stop) of the flat buffers, final at `moment`; this rank's shard is at `at` of its own."""
+
+    start: int
+    stop: int
+    moment: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of the flat buffers that this rank updates; state and summed gradient begin at `at`."""
+
+    start: int
+    stop: int
+    at: int
+    decay: bool
+
+
+class Sharding:
+    """Who owns what, computed from the table alone; no process group is needed.
+
+    moment_of: row name -> when its gradient is final (Model.final_at). bucket_bytes: neighbours that are final one
+    after the other are joined up to this size. `numel` is the padded length of the flat buffers, `shard` a rank's.
+    """
+
+    def __init__(
+        self, table: ParamTable, moment_of: Callable[[str], int], group: Group, zero: int, bucket_elements: int
+    ) -> None:
+        self.table, self.rank, self.world = table, group.rank, group.world
+        self.zero = zero if group.world > 1 else 0
+        unit = self.world * ALIGN
+        self.numel = -(-table.numel // unit) * unit
+        self.segments = _segments(table, moment_of, bucket_elements)  # (start, stop, moment) of whole rows
+        cuts = [0]
+        for left, right in pairwise(self.segments):
+            cut = left[1] // unit * unit if left[2] < right[2] else -(-left[1] // unit) * unit
+            cuts.append(max(cut, cuts[-1]))
+        cuts.append(self.numel)
+        # Bucket k belongs to segment k, and may be empty; it is final when every row that it touches is.
+        self.buckets = []
+        at = 0
+        for start, stop in pairwise(cuts):
+            touched = [m for a, b, m in self.segments if a < stop and start < b]
+            self.buckets.append(Bucket(start, stop, max(touched, default=0), at))
+            at += (stop - start) // self.world
+        self.shard = at
+        self.order = sorted((k for k, b in enumerate(self.buckets) if b.stop > b.start), key=self._moment)
+        self.last_moment = max(moment for _, _, moment in self.segments)
+        self._segment_of = {
+            name: k for k, (a, b, _) in enumerate(self.segments) for name in table.rows if a <= table.offsets[name] < b
+        }
+
+    def _moment(self, k: int) -> int:
+        return self.buckets[k].moment
+
+    def size(self, k: int) -> int:
+        """Elements of one rank's shard of bucket k."""
+        return (self.buckets[k].stop - self.buckets[k].start) // self.world
+
+    def shards(self) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, place in this rank's compact buffers) of its shard of every bucket, in flat order: what a
+        checkpoint has from it, at every stage."""
+        if self.world == 1:
+            yield 0, self.numel, 0
+            return
+        for k, b in enumerate(self.buckets):
+            start = min(b.start + self.rank * self.size(k), self.table.numel)
+            yield start, min(start + self.size(k), self.table.numel), b.at
+
+    def held(self) -> Iterator[tuple[int, int, int]]:
+        """The same of what this rank has optimizer state for: its shards, or at stage 0 everything."""
+        yield from self.shards() if self.zero else [(0, self.table.numel, 0)]
+
+    def pieces(self) -> list[Piece]:
+        """What one optimizer launch each updates: the ranges held, cut where the optimizer's group changes."""
+        found = []
+        for group in self.table.groups:
+            for start, stop, at in self.held():
+                low, high = max(start, group.start), min(stop, group.stop)
+                if low < high:
+                    found.append(Piece(low, high, at + low - start, group.decay))
+        return found
+
+    def within(self, name: str, ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[slice, slice]]:
+        """For the parts of a row inside `ranges`: where they are in the flattened row, and in the compact buffer."""
+        first = self.table.offsets[name]
+        for start, stop, at in ranges:
+            low, high = max(start, first), min(stop, first + self.table.rows[name].numel)
+            if low < high:
+                yield slice(low - first, high - first), slice(at + low - start, at + high - start)
+
+    # ---- stage 2: gradients live in one buffer a segment, from their first writing to their exchange
+
+    def buffer(self, k: int) -> tuple[int, int]:
+        """The flat range that segment k's gradient buffer covers: its rows and its bucket."""
+        (a, b, _), bucket = self.segments[k], self.buckets[k]
+        return (min(a, bucket.start), max(b, bucket.stop)) if bucket.stop > bucket.start else (a, b)
+
+    def gradient(self, name: str, ask: Callable[[int], Tensor]) -> Tensor:
+        """A row's gradient inside its segment's buffer, which `ask` gives."""
+        k = self._segment_of[name]
+        row, at = self.table.rows[name], self.table.offsets[name] - self.buffer(k)[0]
+        return ask(k)[at : at + row.numel].view(row.shape)
+
+    def strips(self, j: int) -> Iterator[tuple[int, int, int]]:
+        """(bucket, start, stop) of what segment j's rows have to hand to other segments' buckets."""
+        a, b, _ = self.segments[j]
+        for k, bucket in enumerate(self.buckets):
+            low, high = max(a, bucket.start), min(b, bucket.stop)
+            if k != j and low < high:
+                yield k, low, high
+
+    def gaps(self, k: int) -> Iterator[slice]:
+        """Parts of segment k's buffer that no row covers: alignment, and the flat buffers' end."""
+        a, b, _ = self.segments[k]
+        first, last = self.buffer(k)
+        at = a
+        for name, offset in sorted(self.table.offsets.items(), key=lambda item: item[1]):
+            if a <= offset < b:
+                if at < offset:
+                    yield slice(at - first, offset - first)
+                at = offset + self.table.rows[name].numel
+        if at < b:
+            yield slice(at - first, b - first)
+        if k == len(self.segments) - 1 and b < last:
+            yield slice(b - first, last - first)
+
+    def volume(self, dtype: torch.dtype, micro_steps: int) -> float:
+        """Bytes a rank sends in a step of `micro_steps`, padding counted: scalars apart, exactly 2 P (N-1)/N, at
+        stage 2 (A+1) P (N-1)/N."""
+        trips = micro_steps + 1 if self.zero == 2 else 2
+        return trips * self.numel * dtype.itemsize * (self.world - 1) / self.world
+
+
+def exposed_seconds(
+    plan: Sharding, itemsize: int, final: Mapping[int, float], end: float, bandwidth: float, latency: float = 0.0
+) -> float:
+    """Modelled seconds by which the exchange of gradients outlasts a backward that ends at `end`.
+
+    final: moment -> seconds after backward's start at which its gradients are final. bandwidth: bytes a second that
+    one rank sends (and receives) on its slowest link; latency: seconds a bucket takes besides. Buckets travel one
+    after the other, each once it is final; NCCL's slowing of the products meanwhile is not modelled.
+    """
+    at, trips = 0.0, 1 if plan.zero else 2
+    for k in plan.order:
+        sent = trips * plan.size(k) * (plan.world - 1) * itemsize
+        at = max(at, final[plan.buckets[k].moment]) + latency + sent / bandwidth
+    return max(at - end, 0.0)
+
+
+def _segments(table: ParamTable, moment_of: Callable[[str], int], limit: int) -> list[tuple[int, int, int]]:
+    """Consecutive rows that become final together, and runs of them that do so one after the other, up to `limit`."""
+    runs: list[tuple[int, int, int]] = []
+    end = max(map(moment_of, table.rows))  # nothing is made to wait for the very end
+    for name, start in sorted(table.offsets.items(), key=lambda item: item[1]):
+        stop = start + -(-table.rows[name].numel // ALIGN) * ALIGN
+        moment = moment_of(name)
+        first, _, before = runs[-1] if runs else (0, 0, -2)
+        if moment == before or (before + 1 == moment < end and stop - first <= limit):
+            runs[-1] = (first, stop, moment)
+        else:
+            runs.append((start, stop, moment))
+    return runs
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One exchange as recorded: what, over which bucket, and the bytes that each rank sends for it."""
+
+    what: str
+    bucket: int
+    sent: float
+
+
+class Collectives:
+    """Runs a `Sharding`'s exchanges over a process group. On one process every method does nothing.
+
+    `record`: every exchange that was started, in order, for whoever counts them (tests; bounded by `reset`).
+    """
+
+    def __init__(self, sharding: Sharding, group: Group = ALONE) -> None:
+        self.plan, self.group = sharding, group
+        self.active = group.world > 1
+        self.last = True  # the micro-step under way is the step's last
+        self.first = True
+        self.stale = False  # updated weights are still to be gathered
+        self.record: list[Exchange] = []
+        self.flying: list[int] = []  # buckets started and not waited for, oldest first
+        self._reducing: dict[int, Any] = {}
+        self._gathering: dict[int, Any] = {}
+
+    def exchanges(self) -> bool:
+        """Whether this micro-step's gradients are exchanged: the last one's, at stage 2 all."""
+        return self.active and (self.last or self.plan.zero == 2)
+
+    # ---- gradients
+
+    def reduce(self, k: int, grads: Tensor, out: Tensor | None) -> None:
+        """Start to sum bucket k's gradients: on all ranks, or this rank's shard into `out`."""
+        self._note("all_reduce" if out is None else "reduce_scatter", k, grads)
+        dist = self.group.dist
+        if out is None:
+            self._reducing[k] = dist.all_reduce(grads, async_op=True)
+        else:
+            self._reducing[k] = self.group.reduce_scatter(out, grads)
+
+    def wait(self, k: int) -> None:
+        """Until bucket k's sum is there (on CUDA: for the stream, not for the host)."""
+        self.group.progress += 1
+        self._reducing.pop(k).wait()
+
+    def sum_scalars(self, state: dict[str, Tensor]) -> None:
+        """loss = the sum of all ranks' losses; norm = of shards' norms, that of the whole gradient."""
+        if not self.active:
+            return
+        sums = state["sums"]
+        sums[0].copy_(state["loss"])
+        torch.mul(state["norm"], state["norm"], out=sums[1])
+        self.group.progress += 1
+        self.group.dist.all_reduce(sums)
+        state["loss"].copy_(sums[0])
+        if self.plan.zero:  # at stage 0 every rank has the whole gradient's, from the same bits
+            torch.sqrt(sums[1], out=state["norm"])
+
+    # ---- weights
+
+    def gather(self, weights: Tensor) -> None:
+        """Start to gather all updated weights, in the order in which forward wants them."""
+        if not (self.active and self.plan.zero):
+            return
+        for k in reversed(self.plan.order):
+            b, size = self.plan.buckets[k], self.plan.size(k)
+            mine = weights[b.start + self.plan.rank * size :][:size]
+            self._note("all_gather", k, weights[b.start : b.stop])
+            self._gathering[k] = self.group.all_gather_into(weights[b.start : b.stop], mine)
+        self.stale = False
+
+    def need(self, name: str) -> None:
+        """Wait for the buckets that hold a row's weights."""
+        if not self._gathering:
+            return
+        first = self.plan.table.offsets[name]
+        last = first + self.plan.table.rows[name].numel
+        for k in list(self._gathering):
+            if self.plan.buckets[k].start < last and first < self.plan.buckets[k].stop:
+                self._gathering.pop(k).wait()
+
+    def finish(self) -> None:
+        """Wait for all that is being gathered."""
+        for k in list(self._gathering):
+            self._gathering.pop(k).wait()
+
+    def _note(self, what: str, k: int, whole: Tensor) -> None:
+        self.group.progress += 1
+        share = whole.nbytes * (self.plan.world - 1) / self.plan.world
+        if len(self.record) < 10_000:
+            self.record.append(Exchange(what, k, share * (2 if what == "all_reduce" else 1)))

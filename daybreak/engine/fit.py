@@ -1,0 +1,114 @@
+"""Whether a run fits a device, and the flag that makes it fit: what `plan` prints and running out of memory says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from daybreak.config import Config
+from daybreak.engine.arena import Arena
+from daybreak.engine.device import available_bytes, engine_options, missing_on
+from daybreak.engine.schedule import plan_engine
+from daybreak.errors import OutOfMemory
+from daybreak.parallel import ALONE, Group
+
+# What a process has on a card beside its arena: CUDA context, modules, library handles, graphs. One H100 80GB HBM3,
+# torch 2.11.0+cu130, 25 Nov 2026: between 2,040 and 2,163 MiB in five runs (bench/results/gpu_step.csv).
+OUTSIDE = 2080 << 20
+
+
+def plan_memory(
+    config: Config, device: torch.device, missing: Collection[str], group: Group = ALONE
+) -> tuple[Arena, int]:
+    """The arena of a configuration on a kind of device, and the bytes that come on top of it there."""
+    options = engine_options(config, device)
+    B, kind = config.batch.B, device.type
+    arena = plan_engine(config.model, B=B, device_type=kind, missing=missing, group=group, **options)[2]
+    if device.type != "cuda":
+        return arena, 0
+    outside, c = OUTSIDE, config
+    if arena.choices["attention_backward"] == "fa4":
+        from daybreak.kernels.cuda.fa4 import workspace_bytes
+
+        outside += 2 * workspace_bytes(c.batch.B, c.T, c.model.NH, c.model.HS)  # its own, in two graphs' pools
+    return arena, outside
+
+
+class Fit:
+    """Configurations against the bytes that a device has for them; every size is planned once."""
+
+    def __init__(self, device: torch.device, missing: Collection[str], budget: int, ranks: int = 1) -> None:
+        self.device, self.missing, self.budget, self.ranks = device, missing, budget, ranks
+        self.group = Group(world=ranks)  # to plan with: nothing is connected
+        self._needs: dict[Config, int] = {}
+
+    def need(self, config: Config) -> int:
+        """Bytes of a configuration on one device, all included."""
+        if config not in self._needs:
+            arena, outside = plan_memory(config, self.device, self.missing, self.group)
+            self._needs[config] = arena.nbytes + outside
+        return self._needs[config]
+
+    def largest_B(self, config: Config) -> int:
+        """The most rows of a micro-step that fit; 0 if not even one does."""
+        lo, hi, guess = 0, 1 << 20, config.batch.B
+        seen: list[tuple[int, int]] = []
+        while hi - lo > 1:
+            size = self.need(config.override({"batch.B": guess}))
+            lo, hi = (guess, hi) if size <= self.budget else (lo, guess)
+            seen.append((guess, size))
+            if len(seen) == 1:
+                guess = 2 * guess if lo else 1
+            else:  # bytes grow almost in proportion to B: follow the line through the last two
+                (b0, s0), (b1, s1) = seen[-2:]
+                guess = b1 + int((self.budget - s1) * (b1 - b0) // (s1 - s0)) if s1 != s0 else (lo + hi) // 2
+            guess = min(max(guess, lo + 1), hi - 1)
+        return lo
+
+    def best_B(self, config: Config) -> int:
+        """The most rows that fit and divide the tokens of every step; 0 if there are none."""
+        totals = [tokens for _, tokens in config.batch.ramp]
+        totals += [config.batch.total_tokens] if config.batch.total_tokens else []
+        largest = self.largest_B(config)
+        return next((b for b in range(largest, 0, -1) if all(t % (b * config.T * self.ranks) == 0 for t in totals)), 0)
+
+    def advice(self, config: Config) -> str:
+        """The flags that make it fit, the least change first: fewer rows, shared optimizer state, recomputation, no
+        masters, a shorter T."""
+        share = {"parallel.zero": 1} if self.ranks > 1 and not config.parallel.zero else {}
+        changes: list[dict[str, Any]] = [{}, share] if share else [{}]
+        changes += [{**share, "batch.recompute": r} for r in (2, 3) if r > config.batch.recompute]
+        if self.device.type == "cuda" and config.precision.masters != "none":
+            changes.append({**share, "batch.recompute": 3, "precision.masters": "none"})
+        short = [config.T >> i for i in range(1, 20) if config.T >> i >= 64 and config.T % (1 << i) == 0]
+        changes += [{**changes[-1], "batch.T": T} for T in short]
+        for change in changes:
+            if B := self.best_B(config.override(change)):
+                return " ".join(f"--{key} {value}" for key, value in [*change.items(), ("batch.B", B)])
+        return "a smaller model or a device with more memory"
+
+
+def check_fits(
+    arena: Arena, device: torch.device, config: Config | None = None, ranks: int = 1, outside: int = 0
+) -> None:
+    """Raise OutOfMemory, with the plan and the flags that help (none to give for `config` None), if the arena and what
+    comes on top of it do not fit the device's free memory."""
+    free, need = available_bytes(device), arena.nbytes + outside
+    if free is None or need <= free:
+        return
+    parts = ", ".join(f"{name} {size >> 20} MiB" for name, size in arena.sizes().items() if size >> 20)
+    fix = Fit(device, missing_on(device), free, ranks).advice(config) if config else "a device with more memory"
+    raise OutOfMemory(f"the run needs {need >> 20} MiB ({parts}) and {device} has {free >> 20} MiB free; try {fix}.")
+
+
+def ran_out(device: torch.device, config: Config, ranks: int = 1) -> OutOfMemory:
+    """The error for an allocation that failed although the arena had fitted: others, or libraries, took the rest."""
+    free = available_bytes(device) or 0
+    if device.type == "cuda":
+        free += torch.cuda.memory_reserved(device)  # what this process holds is its own
+    fit = Fit(device, missing_on(device), 0, ranks)
+    need = fit.need(config)
+    fit.budget = min(free, need - 1)  # less than what has just failed, in any case
+    return OutOfMemory(f"{device} ran out of memory: the run takes {need >> 20} MiB; try {fit.advice(config)}.")

@@ -1,0 +1,175 @@
+"""What one optimizer step is, as calls, and the memory that those calls need: micro-steps, update, evaluation, writing.
+
+The functions are what runs; `plan_engine` records the very same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daybreak.config_keys import GuardConfig, OptimConfig
+from daybreak.engine.arena import Arena, Entry, Frame, Memory, plan_arena
+from daybreak.engine.collectives import Collectives, Sharding
+from daybreak.engine.models import Model, build_model
+from daybreak.engine.params import ParamTable
+from daybreak.errors import ConfigError
+from daybreak.kernels import acc_dtype, choose
+from daybreak.kernels.guard import STATS, WINDOW
+from daybreak.parallel import ALONE, Group
+from daybreak.shapes import GPT2Config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+# The layout of `hyper`: device scalars that change from step to step. bias1 = 1 - beta1^t, bias2 = 1 - beta2^t.
+HYPER = ("lr", "t", "inv_valid", "bias1", "bias2")
+State = dict[str, Tensor]
+
+
+def micro_step(model: Model, f: Frame, s: State, *, first: bool, last: bool = True) -> None:
+    """Forward and backward of the batch in s["tokens"], s["targets"]: gradients and the step's loss so far.
+
+    Between ranks: the first fetches the weights that others updated, the last exchanges gradients under its backward.
+    """
+    c, scale = f.comm, s["hyper"][2]
+    c.first, c.last = first, last
+    if first and c.stale:
+        c.gather(s["weights"])
+    hidden = model.forward(f, s["tokens"])
+    c.finish()
+    fresh = first or c.plan.zero == 2  # there the sum over micro-steps is the shard's
+    model.head_loss(f, hidden, s["targets"].view(-1), s["losses"], scale, backward=True, first=fresh)
+    f.k.loss_sum(s["loss"], s["losses"], scale, accumulate=not first)
+    model.backward(f, s["tokens"], first=fresh)
+
+
+def update(f: Frame, s: State, optim: OptimConfig, guard: GuardConfig, seed: int) -> None:
+    """Gradient norm, the guard's decision, and one AdamW launch per parameter group (and bucket, of a shard)."""
+    c, grads = f.comm, s["shard" if f.comm.plan.zero else "grads"]
+    f.k.global_norm(s["norm"], grads)
+    if c.active:
+        scalars = [s["loss"], s["norm"]]
+        f.do("sum_scalars", lambda: c.sum_scalars(s), scalars, scalars)
+    f.k.step_guard(
+        s["stats"], s["windows"], s["counts"], s["loss"], s["norm"],
+        clip=optim.clip, max_loss_z=guard.loss_z, max_norm_z=guard.norm_z,
+    )  # fmt: skip
+    for piece in c.plan.pieces():
+        part = slice(piece.at, piece.at + piece.stop - piece.start)
+        weights = s["weights"][piece.start : piece.stop]
+        exact = weights if weights.dtype == s["m"].dtype else None
+        f.k.adamw_update(
+            weights, s["masters"][part] if "masters" in s else exact, s["m"][part], s["v"][part], grads[part],
+            s["stats"], s["hyper"], beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
+            weight_decay=optim.weight_decay if piece.decay else 0.0, seed=seed, offset=piece.start,
+        )  # fmt: skip
+
+
+def evaluate(model: Model, f: Frame, s: State, B: int, T: int) -> None:
+    """Per-token losses of the first B rows and T columns of the input buffers, without gradients."""
+    hidden = model.forward(f, s["tokens"][:B, :T])
+    n = B * T
+    targets, losses = s["targets"].view(-1)[:n], s["losses"][:n]
+    model.head_loss(f, hidden, targets, losses, s["hyper"][2], backward=False, first=True)
+
+
+def next_token(model: Model, f: Frame, s: State, b: int) -> None:
+    """`logits` that follow one more token, s["next"][0], at place s["next"][1] of each of the first b rows of `kv`."""
+    tokens, positions = s["next"][:, :b]
+    model.head_logits(f, model.forward(f, tokens[:, None], Memory(s["kv"][:, :, :b], positions)))
+
+
+def pick_masters(name: str, dtype: torch.dtype, device_type: str) -> str:
+    """precision.masters -> fp32, split or none. Only bf16 weights need anything beside them."""
+    if dtype != torch.bfloat16:
+        return "none"
+    return name if name != "auto" else "split" if device_type == "cuda" else "fp32"
+
+
+def state_entries(
+    plan: Sharding, cfg: GPT2Config, B: int, T: int, dtype: torch.dtype, train: bool, masters: str, kv: tuple[int, ...]
+) -> list[Entry]:
+    """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and keys and
+    values (of shape `kv`) of texts under way."""
+    V, C, N, acc, f64, i64 = cfg.V, cfg.C, plan.numel, acc_dtype(dtype), torch.float64, torch.int64
+    held = plan.shard if plan.zero else N
+    entries = [Entry("weights", "weights", (N,), dtype)]
+    if train:
+        if masters != "none":
+            entries += [Entry("masters", "masters", (held,), acc if masters == "fp32" else torch.int16)]
+        if plan.zero < 2:
+            entries += [Entry("grads", "grads", (N,), dtype)]
+        if plan.zero:
+            entries += [Entry("shard", "grads", (held,), dtype if plan.zero == 1 else acc)]
+        entries += [Entry(name, name, (held,), acc) for name in ("m", "v")]
+    small = [
+        ("batch", (2, B, T), i64), ("losses", (B * T,), acc), ("hyper", (len(HYPER),), f64),
+        ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
+        ("counts", (2,), i64), ("next", (2, kv[2]), i64), ("next_logits", (kv[2], V), torch.float32),
+        ("last_hidden", (kv[2], C), dtype),
+    ]  # fmt: skip
+    entries += [Entry("kv", "kv", kv, dtype)]
+    if plan.world > 1:
+        small += [("sums", (2,), f64)]
+    return entries + [Entry(name, "state", shape, kind) for name, shape, kind in small]
+
+
+def plan_engine(
+    cfg: GPT2Config,
+    *,
+    B: int,
+    T: int,
+    compute: str = "fp32",
+    recompute: int = 0,
+    train: bool = True,
+    masters: str = "auto",
+    device_type: str = "cpu",
+    kernels: Mapping[str, str] | None = None,
+    missing: Collection[str] = (),
+    rows: int = 1,
+    group: Group = ALONE,
+    zero: int = 0,
+    bucket_bytes: int = 1 << 25,
+) -> tuple[Model, ParamTable, Arena]:
+    """The model, its parameter table and the complete memory list of one rank; no device is touched.
+
+    kernels: group of operations -> backend, where not the best (see kernels.choose); missing: backends that are not
+    there; rows: texts that can be written at a time. group: ranks that train together; Group(rank, world) will do.
+    Raises ConfigError for a shape that cannot exist.
+    """
+    cfg.check()
+    if device_type == "cuda" and cfg.HS > 256:
+        raise ConfigError(
+            f"model.NH = {cfg.NH} makes heads of {cfg.HS}, and CUDA's attention takes 256 at most; use more."
+        )
+    model = build_model(cfg, recompute, device_type)
+    table = ParamTable(model.rows())
+    dtype = DTYPES[compute]
+    optim, guard = OptimConfig(), GuardConfig()
+
+    sharding = Sharding(table, model.final_at, group, zero, bucket_bytes // dtype.itemsize)
+
+    def training(f: Any) -> None:
+        micro_step(model, f, f.state, first=True)
+        update(f, f.state, optim, guard, 0)
+
+    def accumulating(f: Any) -> None:
+        micro_step(model, f, f.state, first=False)
+
+    def evaluation(f: Any) -> None:
+        evaluate(model, f, f.state, B, T)
+
+    def generation(f: Any) -> None:
+        next_token(model, f, f.state, rows)
+        for b in range(2, rows + 1):  # many short texts may need more scratch than one long one
+            t = min(T, B * T // b)
+            model.forward(f, f.state["tokens"].view(-1)[: b * t].view(b, t), Memory(f.state["kv"][:, :, :b]))
+
+    schedules = [training, accumulating, evaluation] if train else [evaluation]
+    assert rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
+    schedules, kv = [*schedules, generation], model.memory_shape(rows, T)
+    state = state_entries(sharding, cfg, B, T, dtype, train, pick_masters(masters, dtype, device_type), kv)
+    choices = choose(device_type, dtype, kernels, missing)
+    return model, table, plan_arena(table, dtype, state, schedules, choices, Collectives(sharding, group))

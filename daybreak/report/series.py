@@ -1,0 +1,184 @@
+"""A run's metrics as columns, read as they grow: of a daybreak run, or of an llm.c `main.log`.
+
+A million steps are read once and kept as flat arrays of doubles; what a page gets of them is thinned out so that every
+peak and dip survives.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from array import array
+from pathlib import Path
+from typing import Any
+
+from daybreak.config import Config, read_toml
+from daybreak.errors import ConfigError
+from daybreak.state.metrics import _decode
+
+TRAIN = ("loss", "norm", "lr", "ms", "tok_s", "mfu", "mem_mib", "temp_c", "power_w", "loss_z", "skipped")
+MOST_POINTS = 4000  # of one curve on a page: more than a screen has pixels
+OUTLIER_Z = 5.0
+LOG_LINE = re.compile(rb"s:(\d+) (?:tel:(\S+)|eval:(\S+)|trl:(\S+)(?: lr:(\S+) norm:(\S+))?)\s*$")
+
+
+class Curve:
+    """Columns of equal length: step, tokens, hours of running, and values; NaN is nothing."""
+
+    def __init__(self, *names: str) -> None:
+        self.columns = {name: array("d") for name in ("step", "tokens", "hours", *names)}
+
+    def append(self, values: dict[str, Any]) -> None:
+        for name, column in self.columns.items():
+            value = values.get(name)
+            column.append(math.nan if value is None else value)
+
+    def cut(self, step: float) -> None:
+        """Forget what comes after `step`: a resumed run, or a repeated line, takes its place."""
+        steps = self.columns["step"]
+        keep = len(steps)
+        while keep and steps[keep - 1] > step:
+            keep -= 1
+        for column in self.columns.values():
+            del column[keep:]
+
+    def thinned(self, by: str) -> dict[str, list[float | None]]:
+        """At most MOST_POINTS rows: of each stretch its first, and those with the least and largest `by`."""
+        n, values = len(self.columns["step"]), self.columns[by]
+        rows = range(n)
+        if n > MOST_POINTS:
+            kept, parts = {n - 1}, MOST_POINTS // 3
+            for i in range(parts):
+                part = range(i * n // parts, (i + 1) * n // parts)
+                real = [j for j in part if values[j] == values[j]] or [part[0]]
+                kept |= {part[0], min(real, key=values.__getitem__), max(real, key=values.__getitem__)}
+            rows = sorted(kept)  # type: ignore[assignment]
+        return {k: [c[i] if math.isfinite(c[i]) else None for i in rows] for k, c in self.columns.items()}
+
+
+class Follower:
+    """One run. `update` reads what was appended since; `payload` is what a page shows of it."""
+
+    def __init__(self, path: Path | str) -> None:
+        path = Path(path)
+        self.folder = path if path.is_dir() else path.parent
+        ours = path.is_dir() and (path / "config.toml").is_file()
+        self.file = path / ("metrics.jsonl" if ours else "main.log") if path.is_dir() else path
+        if not ours and not self.file.is_file():
+            raise ConfigError(f"{path} is not a run; give a folder that daybreak train made, or llm.c's main.log.")
+        self.config: Config | None = read_toml(path / "config.toml") if ours else None
+        self.name = self.folder.resolve().name
+        self.start: dict[str, Any] = {}  # the newest `run` record
+        self.offset, self._rest = 0, b""
+        self._clear()
+
+    def _clear(self) -> None:
+        self.train, self.val = Curve(*TRAIN), Curve("loss", "bpb")
+        self.evals: dict[str, Curve] = {}
+        self.notes: list[dict[str, Any]] = []  # samples, checkpoints, events, restarts
+        self.hours, self._last_t = 0.0, math.nan
+
+    def update(self) -> bool:
+        """Read on. Whether there was anything new; half a line waits for its other half."""
+        size = self.file.stat().st_size if self.file.is_file() else 0
+        if size < self.offset:  # another file under this name
+            self.offset, self._rest = 0, b""
+            self._clear()
+        if size == self.offset:
+            return False
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            data = self._rest + file.read(size - self.offset)
+        self.offset = size
+        *lines, self._rest = data.split(b"\n")
+        take = self._metrics_line if self.config else self._log_line
+        for line in lines:
+            take(line)
+        return True
+
+    def _metrics_line(self, line: bytes) -> None:
+        try:
+            r = _decode(json.loads(line))
+            kind, step, t = r["kind"], r["step"], r["t"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return  # cut short by a crash
+        if kind == "run":
+            if self.start:
+                for curve in (self.train, self.val, *self.evals.values()):
+                    curve.cut(step)
+                self.notes = [n for n in self.notes if n["step"] <= step]
+                self.notes.append({"kind": "restart", "step": step})
+            self.start, self._last_t = r, t  # what passed between two attempts costs nothing
+        self.hours += max(t - self._last_t, 0.0) / 3600 if t == t and self._last_t == self._last_t else 0.0
+        self._last_t, r["hours"] = t, self.hours
+        if kind == "step":
+            self.train.append(r)
+        elif kind == "val":
+            self.val.cut(step - 1)
+            self.val.append(r)
+        elif kind == "eval":
+            curve = self.evals.setdefault(r["task"], Curve("accuracy"))
+            curve.cut(step - 1)
+            curve.append(r)
+        elif r.get("what") != "norms" and kind != "run":
+            self.notes.append(r)
+
+    def _log_line(self, line: bytes) -> None:
+        if not (match := LOG_LINE.match(line)):
+            return
+        step, val, score, loss, lr, norm = match.groups()
+        at = int(step) + (loss is not None)  # llm.c numbers updates from 0
+        curve = self.train if loss else self.val if val else self.evals.setdefault("hellaswag", Curve("accuracy"))
+        curve.cut(at - 1)  # a resumed run repeats steps
+        numbers = {"loss": loss or val, "accuracy": score, "lr": lr, "norm": norm}
+        curve.append({"step": at, **{k: float(v) for k, v in numbers.items() if v}})
+
+    def payload(self) -> dict[str, Any]:
+        """Everything that a page shows, as JSON can hold it."""
+        c, train = self.config, self.train.columns
+        skipped = [n for n in self.notes if n.get("what") == "skip"]
+        z = [s for s, z in zip(train["step"], train["loss_z"], strict=True) if abs(z) > OUTLIER_Z][-1000:]
+        return {
+            "name": self.name,
+            "parameters": self.start.get("parameters"),
+            "flops_per_token": self.start.get("flops_per_token"),
+            "device": self.start.get("device", "llm.c" if c is None else ""),
+            "steps": c.run.steps if c else None,
+            "price": c.cost.price if c else 0.0,
+            "state": self._state(),
+            "train": self.train.thinned("loss"),
+            "val": self.val.thinned("loss"),
+            "evals": {task: curve.thinned("accuracy") for task, curve in self.evals.items()},
+            "outliers": z,
+            "skipped": [{"step": n["step"], "detail": n["detail"]} for n in skipped][-1000:],
+            "restarts": [n["step"] for n in self.notes if n["kind"] == "restart"],
+            "samples": [{"step": n["step"], "text": n["text"]} for n in self.notes if n["kind"] == "sample"][-100:],
+            "checkpoints": [n for n in self.notes if n["kind"] == "checkpoint"][-100:],
+            "tok_s": quantiles(self._rates()),
+            "config": dict(c.items()) if c else {},
+            "env": self._json("env.json"),
+        }
+
+    def _rates(self) -> list[float]:
+        """Tokens a second of each step by itself."""
+        tokens, ms = self.train.columns["tokens"], self.train.columns["ms"]
+        return [1000 * (b - a) / t for a, b, t in zip(tokens, tokens[1:], ms[1:], strict=False) if t > 0]
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.folder / name).read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def _state(self) -> str:
+        if self.config is None:
+            return "llm.c's main.log"
+        ended = self._json("exit.json")
+        return f"exit {ended['code']}: {ended['reason']}" if "code" in ended else "running, or killed"
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """5, 25, 50, 75 and 95 % points (nearest rank) of the real numbers among `values`."""
+    real = sorted(v for v in values if math.isfinite(v))
+    return {f"{q} %": real[max(0, math.ceil(q * len(real) / 100) - 1)] for q in (5, 25, 50, 75, 95) if real}

@@ -1,0 +1,91 @@
+"""Saving beside training: a thread writes a snapshot that nothing else touches, one at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from daybreak.errors import Error
+from daybreak.parallel import ALONE, Group
+from daybreak.state.checkpoint import Snapshot, prune_checkpoints, save_checkpoint
+
+log = logging.getLogger("daybreak")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A finished save: where, the tokens trained on, how long training waited and how long it took in all."""
+
+    path: Path
+    step: int
+    tokens: int
+    stall: float  # seconds
+    seconds: float
+    nbytes: int
+
+
+class Saver:
+    """Writes checkpoints below `root` in a thread, and removes old ones (`keep`, `major`: see prune_checkpoints).
+
+    With several ranks `start` writes at once, on all of them together.
+
+    first: called in the thread before a checkpoint is written, for what must be on the disk before it.
+    """
+
+    def __init__(
+        self, root: Path, keep: int, major: int, first: Callable[[], None] = lambda: None, group: Group = ALONE
+    ) -> None:
+        self.root, self.keep, self.major, self.first, self.group = root, keep, major, first, group
+        self._pool = ThreadPoolExecutor(1, "save")
+        self._future: Future[Saved] | None = None
+
+    def start(self, snap: Snapshot, tokens: int, began: float) -> None:
+        """Begin to write `snap`, whose tensors must not change until `result` returns. `began`: perf_counter then."""
+        assert self._future is None, "one save at a time"
+        stall = time.perf_counter() - began
+        if self.group.world == 1:
+            self._future = self._pool.submit(self._write, snap, tokens, began, stall)
+            return
+        self._future = Future()  # ranks exchange in one order: what they write together is no thread's
+        try:
+            self._future.set_result(self._write(snap, tokens, began, stall))
+        except Error as error:
+            self._future.set_exception(error)
+
+    def _write(self, snap: Snapshot, tokens: int, began: float, stall: float) -> Saved:
+        if self.group.rank == 0:
+            self.first()
+        path = save_checkpoint(self.root, snap, self.group)
+        nbytes = sum(file.stat().st_size for file in path.iterdir())
+        try:
+            if self.group.rank == 0:
+                prune_checkpoints(self.root, self.keep, self.major, verify="size")
+        except OSError as error:  # the new one is safe
+            log.warning("Old checkpoints below %s could not be removed (%s).", self.root, error.strerror)
+        return Saved(path, snap.step, tokens, stall, time.perf_counter() - began, nbytes)
+
+    def result(self, wait: bool) -> Saved | None:
+        """The save under way, once it is over (`wait` for that); None while it is not, or where there is none.
+
+        Raises what went wrong with it. Every save is reported once.
+        """
+        if self._future is None or not (wait or self._future.done()):
+            return None
+        try:
+            return self._future.result()
+        finally:
+            self._future = self._future if not self._future.done() else None  # Ctrl-C in a notebook: ask again
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """A save under way is finished, however training ended."""
+        self._pool.shutdown()
+        if self._future is not None and (failed := self._future.exception()) is not None:
+            log.warning("%s", failed)

@@ -1,0 +1,127 @@
+"""torchrun itself: workers that die come back, a stopped run stays stopped, a machine goes and returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+from test_dist_train import recipe, shards, wait_for_steps  # noqa: F401  (a fixture)
+from test_training import losses
+
+import daybreak
+from daybreak.config import Config
+
+AGENTS: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    yield
+    for agent in AGENTS:
+        end(agent)
+    AGENTS.clear()
+
+
+def workers(agent: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of an agent's workers, oldest first."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return sorted(pid for pid, line in lines.items() if b"daybreak" in line)
+
+
+def end(agent: subprocess.Popen[bytes]) -> None:
+    """As a machine that loses power: the agent and its workers at once."""
+    if agent.poll() is None:
+        for pid in [agent.pid, *workers(agent)]:
+            os.kill(pid, signal.SIGKILL)
+        agent.wait()
+
+
+def torchrun(root: Path, name: str, *args: Any, target: Path) -> subprocess.Popen[bytes]:
+    line = [sys.executable, "-m", "torch.distributed.run", *map(str, args), "-m", "daybreak", "train", str(target)]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int("--nnodes" in args))  # see docs/distributed.md
+    with open(root / f"{name}.txt", "w") as out:
+        AGENTS.append(subprocess.Popen(line, cwd=root, env=env, stdout=out, stderr=subprocess.STDOUT))
+    return AGENTS[-1]
+
+
+def starts(folder: Path) -> list[int]:
+    """The step at which each attempt started."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines if '"kind":"run"' in line]
+
+
+def wait_for_starts(folder: Path, count: int, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while len(starts(folder)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_worker_comes_back_and_a_stopped_one_does_not(shards: Path, tmp_path: Path) -> None:  # noqa: F811
+    target = recipe(shards, tmp_path, "e", run__steps=100000, eval__every=0, checkpoint__every=5)
+    port = f"localhost:{ranks.free_port()}"
+    agent = torchrun(
+        tmp_path, "agent", "--nproc-per-node", 2, "--max-restarts", 3, "--rdzv-backend", "c10d", "--rdzv-endpoint",
+        port, target=target,
+    )  # fmt: skip
+    folder = tmp_path / "e"
+    wait_for_steps(folder, 12)
+    os.kill(workers(agent)[1], signal.SIGKILL)
+    wait_for_starts(folder, 2)
+    wait_for_steps(folder, 20)
+    assert starts(folder)[0] == 0
+    assert starts(folder)[1] >= 10
+    os.kill(workers(agent)[0], signal.SIGTERM)
+    assert agent.wait(60) == 0, (tmp_path / "agent.txt").read_text()
+    assert len(starts(folder)) == 2  # no third
+    assert json.loads((folder / "exit.json").read_text())["code"] == 75
+    run = daybreak.load(folder)
+    last = int(run.checkpoints[0].name[5:])
+    assert last == run.metrics("step")[-1]["step"]
+    straight = daybreak.train(
+        Config.from_target(str(target)).override({"run.name": "straight", "run.steps": last, "checkpoint.every": 0})
+    )
+    for a, b in zip(losses(straight)[:20], losses(run)[:20], strict=True):
+        assert b[1] == pytest.approx(a[1], rel=1e-4)
+
+
+def test_two_hosts_one_of_which_goes_and_returns(shards: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Two agents of two ranks each on addresses of their own, which meet by name. The second dies and returns."""
+    target = recipe(shards, tmp_path, "h", run__steps=100000, eval__every=0, checkpoint__every=5, parallel__zero=1)
+    meet = f"localhost:{ranks.free_port()}"
+    shared = [
+        "--nnodes", 2, "--nproc-per-node", 2, "--max-restarts", 5, "--rdzv-backend", "c10d", "--rdzv-endpoint", meet,
+        "--rdzv-id", "7", "--rdzv-conf",
+        "join_timeout=60,close_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=2",
+    ]  # fmt: skip
+
+    def host(number: int, first: bool) -> subprocess.Popen[bytes]:
+        return torchrun(
+            tmp_path, f"host{number}", *shared[:-1], f"{shared[-1]},is_host={int(first)}", "--local-addr",
+            f"127.0.0.{1 + number}", target=target,
+        )  # fmt: skip
+
+    one, two = host(1, True), host(2, False)
+    folder = tmp_path / "h"
+    wait_for_steps(folder, 12)
+    assert len(workers(one)) == len(workers(two)) == 2
+    end(two)
+    two = host(2, False)
+    wait_for_starts(folder, 2)
+    wait_for_steps(folder, 20)
+    assert starts(folder)[-1] >= 10
+    assert len(list(daybreak.load(folder).checkpoints[0].glob("optimizer-*"))) == 4
+    os.kill(workers(two)[0], signal.SIGTERM)
+    assert [one.wait(60), two.wait(60)] == [0, 0], (tmp_path / "host1.txt").read_text()
+    assert json.loads((folder / "exit.json").read_text())["code"] == 75

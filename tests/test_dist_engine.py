@@ -1,0 +1,177 @@
+"""ZeRO stages on 1 to 4 real ranks (gloo): equal to one process, equal across ranks, and sending what they should."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+
+from daybreak.engine import plan_engine
+from daybreak.engine.collectives import Sharding, exposed_seconds
+from daybreak.engine.models import build_model
+from daybreak.engine.params import ALIGN, ParamTable
+from daybreak.parallel import Group
+from daybreak.shapes import GPT2Config, parse_shape
+
+SCRIPT = Path(__file__).parent / "dist_engine.py"
+ROWS = {1: 6, 2: 3, 3: 2, 4: 1}  # per micro-step: 2, 2, 2 and 3 micro-steps of the same 12 samples
+STAGES = (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, str], list[dict[str, Any]]]:
+    """(ranks, stage, run) -> what each rank ended with. Runs: 50 steps in fp64 and fp32, 4 of fp32 again, 4 in bf16."""
+    out, found = tmp_path_factory.mktemp("out"), {}
+    runs = {"fp64": ("fp64", 50, "auto"), "fp32": ("fp32", 50, "auto")}
+    runs |= {"split": ("bf16", 4, "split"), "masters": ("bf16", 4, "fp32"), "none": ("bf16", 4, "none")}
+    for world, B in ROWS.items():
+        stages = STAGES if world > 1 else (0,)
+        jobs = [f"{z},{compute},{steps},{B},{m}" for compute, steps, m in runs.values() for z in stages]
+        jobs = [job for job in jobs if "bf16" not in job or world < 3]
+        codes = ranks.finish(ranks.start(world, [SCRIPT, out, *jobs], out))
+        assert codes == [0] * world, ranks.said(out, 0)
+        for run, (compute, _, masters) in runs.items():
+            for z in stages:
+                files = [out / f"{world}-{z}-{compute}-{masters}-{rank}.pt" for rank in range(world)]
+                if files[0].exists():
+                    found[world, z, run] = [torch.load(file) for file in files]
+    return found
+
+
+def apart(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("zero", STAGES)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_equal_to_one_process(results: Any, world: int, zero: int) -> None:
+    exact, one = results[world, zero, "fp64"][0], results[1, 0, "fp64"][0]
+    assert len(exact["losses"]) == 50
+    assert apart(exact["losses"], one["losses"]) < 1e-9
+    assert apart(exact["norms"], one["norms"]) < 1e-9
+    single, one = results[world, zero, "fp32"][0], results[1, 0, "fp32"][0]
+    for name, norm in one["first"].items():
+        assert single["first"][name] == pytest.approx(norm, rel=1e-6), name
+    assert apart(single["losses"][:3], one["losses"][:3]) < 1e-6
+    assert apart(single["losses"], one["losses"]) < 1e-4
+    assert one["losses"][-1] < one["losses"][0] - 0.01  # it moved
+
+
+def test_weights_are_the_same_bits_on_every_rank(results: Any) -> None:
+    for (world, zero, run), each in results.items():
+        for rank, result in enumerate(each[1:], 1):
+            assert result["losses"] == each[0]["losses"]
+            for name, weight in each[0]["weights"].items():
+                assert torch.equal(weight, result["weights"][name]), (world, zero, run, rank, name)
+
+
+def test_masters_split_or_whole_train_with_the_same_bits_and_random_rounding_with_any_sharding(results: Any) -> None:
+    for zero in STAGES:
+        split, whole = results[2, zero, "split"][0], results[2, zero, "masters"][0]
+        assert split["losses"] == whole["losses"]
+        assert all(torch.equal(w, whole["weights"][name]) for name, w in split["weights"].items())
+    a, b = results[2, 0, "none"][0], results[2, 1, "none"][0]  # the same sums, another owner: the same random bits
+    other = sum(int((w != b["weights"][name]).sum()) for name, w in a["weights"].items())
+    assert other < 3  # of 28,000 elements; the global norm's last bit is another
+
+
+def test_run_to_run_bits(results: Any, tmp_path: Path) -> None:
+    jobs = [f"{zero},fp32,50,3,auto" for zero in STAGES]
+    assert ranks.finish(ranks.start(2, [SCRIPT, tmp_path, *jobs], tmp_path)) == [0, 0]
+    for zero in STAGES:
+        again, before = torch.load(tmp_path / f"2-{zero}-fp32-auto-0.pt"), results[2, zero, "fp32"][0]
+        assert again["losses"] == before["losses"]
+        assert all(torch.equal(w, before["weights"][name]) for name, w in again["weights"].items())
+
+
+@pytest.mark.parametrize("zero", STAGES)
+@pytest.mark.parametrize(("world", "steps"), [(2, 2), (3, 2), (4, 3)])
+def test_volume_is_the_formula(results: Any, world: int, steps: int, zero: int) -> None:
+    """The second step: its weights' gathering belongs to the first update, as the third's will to this one."""
+    result = results[world, zero, "fp32"][0]
+    P, trips = result["numel"] * 4, {0: 2, 1: 2, 2: steps + 1}[zero]
+    assert sum(sent for _, _, sent in result["record"]) == pytest.approx(trips * P * (world - 1) / world, rel=1e-12)
+    assert result["volume"] == pytest.approx(trips * P * (world - 1) / world, rel=1e-12)
+    assert result["numel"] - results[1, 0, "fp32"][0]["numel"] < world * ALIGN  # all the padding there is
+
+
+def test_order_of_calls(results: Any) -> None:
+    """Buckets start in the order in which backward ends, block 0 behind the embedding; forward's order comes back."""
+    result = results[2, 1, "fp32"][0]
+    moments = [result["buckets"][k][2] for what, k, _ in result["record"] if what == "reduce_scatter"]
+    assert moments == sorted(moments)
+    assert moments[0] == 0
+    assert set(moments) == {0, 1, 2}  # block 1, the embedding, block 0
+    gathered = [k for what, k, _ in result["record"] if what == "all_gather"]
+    reduced = [k for what, k, _ in result["record"] if what == "reduce_scatter"]
+    assert gathered == reduced[::-1]
+    assert [what for what, _, _ in result["record"]][: len(gathered)] == ["all_gather"] * len(gathered)
+    calls = result["calls"]
+    starts = [i for i, name in enumerate(calls) if name == "reduce_scatter"]
+    embedding = calls.index("embedding_backward")
+    assert len(starts) == len(reduced)
+    assert starts[0] < embedding  # under backward, not after it
+    after = calls[embedding + 1 :]
+    hidden = after[after.index("reduce_scatter") : after.index("wait")]
+    assert hidden.count("matmul_backward_weight") == 2  # what the embedding's exchange hides behind
+    assert calls.index("wait") > starts[-1]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 8, 64, 513])
+@pytest.mark.parametrize("bucket", [1, 5000, 1 << 23])
+@pytest.mark.parametrize("shape", ["tiny", "d12"])
+def test_every_element_has_one_owner(world: int, bucket: int, shape: str) -> None:
+    cfg = GPT2Config(L=3, C=24, NH=2, max_T=12, V=61) if shape == "tiny" else parse_shape(shape)
+    model = build_model(cfg)
+    table = ParamTable(model.rows())
+    ranges, state = [], set()
+    for rank in range(world):
+        plan = Sharding(table, model.final_at, Group(rank, world), 1, bucket)
+        shards = [r for r in plan.shards() if r[0] < r[1]]
+        ranges += [(a, b) for a, b, _ in shards]
+        state.add(plan.shard)
+        assert sum(p.stop - p.start for p in plan.pieces()) == sum(b - a for a, b, _ in shards)
+        assert all(b - a <= plan.shard for a, b, _ in shards) or world == 1
+    assert len(state) == 1  # equal shards
+    ranges.sort()
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == table.numel
+    assert all(a[1] == b[0] for a, b in pairwise(ranges))
+    for bucket_ in plan.buckets:  # no bucket is sent before the last of its rows is final
+        for name, at in table.offsets.items():
+            if at < bucket_.stop and bucket_.start < at + table.rows[name].numel:
+                assert model.final_at(name) <= bucket_.moment
+
+
+def test_model_of_the_exposed_exchange() -> None:
+    """By hand: 2 ranks, three buckets of which the middle one waits for the first, the last for its own gradient."""
+    table = ParamTable(build_model(GPT2Config(L=2, C=128, NH=2, max_T=128, V=256)).rows())
+    plan = Sharding(table, build_model(GPT2Config(L=2, C=128, NH=2, max_T=128, V=256)).final_at, Group(0, 2), 1, 1)
+    block, embedding = 12 * 128 * 128, (256 + 128) * 128
+    vectors = 2 * 13 * 128 + 2 * 128
+    assert [plan.size(k) * 2 for k in plan.order] == [block, embedding, block, vectors]
+    rate = 2.0 * block  # bytes a second; a block's shard, 2 bytes an element, goes in half a second
+    ready = {0: 1.0, 1: 1.25, 2: 9.0}
+    last = 9.0 + 0.1 + 0.5 + 0.1 + 0.5 * vectors / block
+    assert exposed_seconds(plan, 2, ready, 9.0, rate, 0.1) == pytest.approx(last - 9.0)
+    early = 1.0 + 0.6 + 0.1 + 0.5 * embedding / block + 0.6 + 0.1 + 0.5 * vectors / block
+    assert exposed_seconds(plan, 2, {0: 1.0, 1: 1.25, 2: 1.25}, 1.25, rate, 0.1) == pytest.approx(early - 1.25)
+
+
+def test_stage_2_needs_less_memory_than_1_than_0() -> None:
+    """d12 on 8 ranks in bf16, to the byte of the plan; at stage 2 whole gradients are nowhere."""
+    sizes, buffers = [], {}
+    for zero in STAGES:
+        arena = plan_engine(parse_shape("d12"), B=1, T=64, compute="bf16", group=Group(0, 8), zero=zero)[2]
+        sizes.append(arena.nbytes)
+        buffers[zero] = arena.sizes()
+    P = 124_475_904
+    assert buffers[0]["m"] == pytest.approx(4 * P, rel=1e-3)
+    assert buffers[1]["m"] == buffers[2]["m"] == pytest.approx(4 * P / 8, rel=1e-3)
+    assert buffers[1]["grads"] == pytest.approx(2 * P + 2 * P / 8, rel=1e-3)
+    assert buffers[2]["grads"] == pytest.approx(4 * P / 8, rel=1e-3)
+    assert sizes[0] > sizes[1] > sizes[2]

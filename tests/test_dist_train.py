@@ -1,0 +1,349 @@
+"""Whole runs on several real ranks: resumed on other numbers of them, stopped together, failing with one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from safetensors.torch import load_file
+from test_training import config, losses, markov, write_shard
+
+import daybreak
+from daybreak.config import Config
+from daybreak.parallel import launched
+
+WAIT = 5.0  # parallel.timeout of the runs that fail: what "in time" is measured against
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "x_train_000000.bin", markov(1200, 1))
+    write_shard(folder / "x_val_000000.bin", markov(600, 3))
+    examples = [[0, i % 4, 4, 3, 1, 2, 3, *[x for e in range(4) for x in (2, i % 90 + e, 7)]] for i in range(10)]
+    body = []
+    for i, (_, label, count, *rest) in enumerate(examples):
+        values = [i, label, count, *rest]
+        body += [65535, 2 * len(values) + 4, *values]
+    header = struct.pack("<4i", 20240522, 1, 10, 2 * len(examples[0]) + 4).ljust(1024, b"\0")
+    (folder / "hs.bin").write_bytes(header + np.array(body, "<u2").tobytes())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Any:
+    yield
+    ranks.end_all()
+
+
+def recipe(shards: Path, root: Path, name: str, **values: Any) -> Path:
+    """12 samples of 16 tokens a step; an epoch is 74 samples, so it ends within the 7th step."""
+    base: dict[str, Any] = {
+        "batch__B": 1, "batch__total_tokens": 192, "run__steps": 12, "optim__horizon": 12, "eval__every": 4,
+        "parallel__bucket_bytes": 16384, "parallel__timeout": 60,
+    }  # fmt: skip
+    path = root / f"{name}.toml"
+    path.write_text(config(shards, root, name, **base | values).to_toml())
+    return path
+
+
+def train(world: int, root: Path, *args: Any, **more: str) -> list[int]:
+    command = ["-m", "daybreak", "train", *args, "--quiet", "--json"]
+    return ranks.finish(ranks.start(world, command, root, **more))
+
+
+@pytest.mark.parametrize("compute", ["fp64", "bf16"])
+def test_resume_on_other_ranks_and_stages(shards: Path, tmp_path: Path, compute: str) -> None:
+    """4 -> 2 -> 1 -> 3 ranks and stage 1 -> 0 -> 2, mid-epoch and across its end: the run of one process."""
+    name = {"precision__compute": compute, "eval__hellaswag": ""}
+    straight = daybreak.train(Config.from_target(str(recipe(shards, tmp_path, "straight", **name))))
+    moves = [(4, 1, 3), (2, 0, 5), (1, 0, 8), (3, 2, 12)] if compute == "fp64" else [(2, 1, 4), (1, 2, 12)]
+    target: Path = recipe(shards, tmp_path, "moved", **name, run__steps=moves[0][2])
+    for world, zero, steps in moves:
+        if world > 1:
+            assert train(world, tmp_path, target, "--parallel.zero", zero, "--steps", steps) == [0] * world
+        else:
+            saved = daybreak.load(target).config.override({"run.steps": steps, "parallel.zero": zero})
+            daybreak.train(saved, resume=target)
+        target = tmp_path / "moved"
+        newest = daybreak.load(target).checkpoints[0]
+        assert len(list(newest.glob("optimizer-*"))) == world
+    moved = daybreak.load(target)
+    limit = 1e-9 if compute == "fp64" else 3e-3
+    for a, b in zip(losses(straight), losses(moved), strict=True):
+        assert a[:1] + a[3:] == b[:1] + b[3:]
+        assert b[1] == pytest.approx(a[1], rel=limit)
+    for a, b in zip(straight.metrics("step"), moved.metrics("step"), strict=True):
+        assert (a["tokens"], a["epoch"]) == (b["tokens"], b["epoch"])
+    for val in moved.metrics("val"):
+        same = [v["loss"] for v in straight.metrics("val") if v["step"] == val["step"]]
+        assert not same or val["loss"] == pytest.approx(same[0], rel=limit)
+    if compute == "fp64":
+        a, b = (load_file(run.checkpoints[0] / "model.safetensors") for run in (straight, moved))
+        assert all(torch.allclose(a[name], b[name], rtol=1e-9, atol=1e-12) for name in a)
+
+
+def test_each_rank_writes_its_slice_and_any_rank_can_be_read(shards: Path, tmp_path: Path) -> None:
+    """The optimizer's files by hand: ranges of all ranks cover the flat buffer once, equal to one process's moments."""
+    one = daybreak.train(Config.from_target(str(recipe(shards, tmp_path, "one", run__steps=3))))
+    many = recipe(shards, tmp_path, "many", run__steps=3, parallel__zero=1)
+    assert train(3, tmp_path, many) == [0, 0, 0]
+    folder = daybreak.load(tmp_path / "many").checkpoints[0]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    found = {key: torch.full((manifest["flat_numel"],), torch.nan) for key in ("m", "v")}
+    sizes = []
+    for rank in range(3):
+        path = folder / f"optimizer-{rank:05d}-of-00003.safetensors"
+        sizes.append(path.stat().st_size)
+        for name, tensor in load_file(path).items():
+            if "[" in name:
+                start, stop = map(int, name[2:-1].split(":"))
+                assert found[name[0]][start:stop].isnan().all()  # nobody else's
+                found[name[0]][start:stop] = tensor
+    assert max(sizes) < 1.2 * min(sizes)
+    whole = load_file(one.checkpoints[0] / "optimizer-00000-of-00001.safetensors")
+    for key, tensor in found.items():
+        (name,) = [n for n in whole if n.startswith(f"{key}[")]
+        assert torch.allclose(tensor, whole[name], rtol=1e-4, atol=1e-9)
+
+
+def test_all_ranks_agree(shards: Path, tmp_path: Path) -> None:
+    """Validation, HellaSwag, skipped outliers, a save request and a stop that only one rank was told of."""
+    same = {
+        "data__tokenizer": "gpt2", "model__V": 50257, "model__C": 8, "model__L": 1, "run__steps": 4,
+        "eval__hellaswag": str(shards / "hs.bin"), "eval__every": 2, "precision__compute": "fp64", "eval__tokens": 350,
+    }  # fmt: skip
+    one = daybreak.train(Config.from_target(str(recipe(shards, tmp_path, "one", **same))))
+    assert train(3, tmp_path, recipe(shards, tmp_path, "three", **same, parallel__zero=2)) == [0, 0, 0]
+    three = daybreak.load(tmp_path / "three")
+    for a, b in zip(one.metrics("val"), three.metrics("val"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-9)
+        assert b["bpb"] == pytest.approx(a["bpb"], rel=1e-9)
+        assert a["tokens_evaluated"] == b["tokens_evaluated"]
+    counts = [
+        [(r["step"], r["task"], r["accuracy"], r["examples"]) for r in run.metrics("eval")] for run in (one, three)
+    ]
+    assert counts[0] == counts[1]
+    assert len(counts[0]) == 4
+    assert (three.path / "main.log").read_text() == (one.path / "main.log").read_text()
+
+
+def wait_for_steps(folder: Path, steps: int) -> None:
+    deadline = time.monotonic() + 60
+    while (
+        not (folder / "metrics.jsonl").is_file()
+        or (folder / "metrics.jsonl").read_text().count('"kind":"step"') < steps
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_one_rank_is_told_to_save_and_one_to_stop(shards: Path, tmp_path: Path) -> None:
+    endless = recipe(shards, tmp_path, "s", run__steps=100000, eval__every=0)
+    processes = ranks.start(2, ["-m", "daybreak", "train", endless], tmp_path)
+    wait_for_steps(tmp_path / "s", 3)
+    processes[1].send_signal(signal.SIGUSR1)
+    deadline = time.monotonic() + 60
+    while not daybreak.load(tmp_path / "s").checkpoints:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    saved = daybreak.load(tmp_path / "s").checkpoints[0].name
+    wait_for_steps(tmp_path / "s", int(saved[5:]) + 3)  # it went on
+    processes[1].send_signal(signal.SIGTERM)
+    assert ranks.finish(processes, 30) == [75, 75]
+    run = daybreak.load(tmp_path / "s")
+    assert json.loads((run.path / "exit.json").read_text())["code"] == 75
+    assert len(run.checkpoints) == 2
+    assert "stopped by SIGTERM" in ranks.said(tmp_path, 0)
+
+
+# ---- failing
+
+
+def refused(tmp_path: Path, processes: list[Any], code: int, *words: str, within: float = WAIT + 20) -> str:
+    """Every rank ends with `code` in time; the sentence has the words and is said by somebody, without a traceback."""
+    began = time.monotonic()
+    codes = ranks.finish(processes, within)
+    text = "".join(path.read_text() for path in sorted(tmp_path.glob("rank-*.txt")))
+    assert codes == [code] * len(codes), (codes, text)
+    assert time.monotonic() - began < within
+    for word in words:
+        assert word in text, text
+    assert "Traceback" not in text
+    return text
+
+
+def command(target: Path, *more: Any) -> list[Any]:
+    return ["-m", "daybreak", "train", target, "--parallel.timeout", WAIT, "--quiet", *more]
+
+
+def test_a_batch_that_does_not_divide(shards: Path, tmp_path: Path) -> None:
+    target = recipe(shards, tmp_path, "a")
+    processes = ranks.start(2, command(target, "--batch.B", 4), tmp_path)
+    refused(
+        tmp_path,
+        processes,
+        2,
+        "batch.total_tokens = 192 must be a multiple of batch.B * T * ranks = 4 * 16 * 2 = 128; use 128 or 256",
+    )
+    assert not (tmp_path / "a").exists()
+
+
+def test_nobody_there_a_port_in_use_too_few_ranks(shards: Path, tmp_path: Path) -> None:
+    target, port = recipe(shards, tmp_path, "a"), ranks.free_port()
+    alone = ranks.start(2, command(target), tmp_path, range(1, 2), port=str(port))
+    refused(tmp_path, alone, 2, f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}", "within 5 s")
+    few = ranks.start(3, command(target), tmp_path, range(2), port=str(ranks.free_port()))
+    refused(tmp_path, few, 2, "2 of 3 ranks came to 127.0.0.1:", "missing: 2")
+    with ranks.socket.socket() as busy:
+        busy.bind(("", port))
+        busy.listen()
+        taken = ranks.start(2, command(target), tmp_path, range(1), port=str(port))
+        refused(tmp_path, taken, 2, f"rank 0 cannot listen on 127.0.0.1:{port}", "in use")
+    assert not (tmp_path / "a").exists()
+
+
+def test_ranks_that_differ(shards: Path, tmp_path: Path) -> None:
+    """Configuration, data, and code: each pair of ranks is started with its own."""
+    target, port = recipe(shards, tmp_path, "a"), str(ranks.free_port())
+    both = [
+        ranks.start(2, command(target, "--optim.lr", lr), tmp_path, range(r, r + 1), port=port)[0]
+        for r, lr in enumerate((0.1, 0.2))
+    ]
+    refused(tmp_path, both, 2, "rank 1 on ", "has optim.lr = 0.2, rank 0 on ", "has 0.1")
+
+    other, port = tmp_path / "other", str(ranks.free_port())
+    shutil.copytree(shards, other)
+    write_shard(other / "x_train_000000.bin", markov(1200, 9))
+    globs = [{"data.train": str(f / "*train*"), "data.val": str(f / "*val*")} for f in (shards, other)]
+    assert globs[0] != globs[1]
+    links = []
+    for rank, folder in enumerate((shards, other)):  # the same names on two machines, with other contents
+        home = tmp_path / f"host{rank}"
+        home.mkdir()
+        (home / "d").symlink_to(folder)
+        path = home / "r.toml"
+        path.write_text(
+            Config.from_target(str(target)).override({"data.train": "d/*train*", "data.val": "d/*val*"}).to_toml()
+        )
+        links += ranks.start(2, command(path), home, range(rank, rank + 1), port=port)
+    codes = ranks.finish(links, WAIT + 20)
+    text = "".join((tmp_path / f"host{r}/rank-{r}.txt").read_text() for r in range(2))
+    assert codes == [4, 4], text
+    assert "has training data = " in text
+
+    copy, port = tmp_path / "copy", str(ranks.free_port())
+    shutil.copytree(Path(daybreak.__file__).parent, copy / "daybreak", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(copy / "daybreak/shapes.py", "a") as file:
+        file.write("# another version\n")
+    paths = os.environ.get("PYTHONPATH", "")
+    both = [
+        ranks.start(2, command(target), tmp_path, range(rank, rank + 1), port=port, PYTHONPATH=path)[0]
+        for rank, path in enumerate((paths, f"{copy}:{paths}"))
+    ]
+    refused(tmp_path, both, 2, "has daybreak = '0.1.0 ")
+    assert not (tmp_path / "a").exists()
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))
+from daybreak.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_one_rank_is_out_of_disk(shards: Path, tmp_path: Path) -> None:
+    target, port = recipe(shards, tmp_path, "a", run__steps=50, checkpoint__every=5), str(ranks.free_port())
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED)
+    both = ranks.start(2, command(target), tmp_path, range(1), port=port)
+    both += ranks.start(2, [script, *command(target)[2:]], tmp_path, range(1, 2), port=port)
+    refused(tmp_path, both, 1, "could not be written (File too large): free space")
+    run = daybreak.load(tmp_path / "a")
+    verdict = json.loads((run.path / "exit.json").read_text())
+    assert verdict["code"] == 1
+    assert verdict["reason"].startswith("rank 1: checkpoint ")
+    assert run.checkpoints == []
+    assert list((run.path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"), [(signal.SIGSTOP, 7, "hangs: the others have waited 5 s"), (signal.SIGKILL, 1, "died")]
+)
+def test_one_rank_hangs_or_dies(shards: Path, tmp_path: Path, number: int, code: int, words: str) -> None:
+    target = recipe(shards, tmp_path, "a", run__steps=100000, eval__every=0)
+    processes = ranks.start(3, command(target), tmp_path)
+    wait_for_steps(tmp_path / "a", 3)
+    processes[1].send_signal(number)
+    try:
+        refused(tmp_path, [processes[0], processes[2]], code, "rank 1 on ", words)
+    finally:
+        processes[1].kill()
+        processes[1].wait()
+    verdict = json.loads((tmp_path / "a/exit.json").read_text())
+    assert verdict["code"] == code
+    assert "rank 1 on" in verdict["reason"]
+
+
+def test_launchers_variables() -> None:
+    assert launched({})["WORLD_SIZE"] == "1"
+    ompi = {
+        "OMPI_COMM_WORLD_RANK": "5",
+        "OMPI_COMM_WORLD_SIZE": "8",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "MASTER_ADDR": "a",
+    }
+    assert launched(ompi) | {"MASTER_PORT": ""} == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "",
+    }
+    slurm = {
+        "SLURM_PROCID": "3",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "gpu[07-08],x1",
+    }
+    assert launched(slurm)["MASTER_ADDR"] == "gpu07"
+    assert launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})["WORLD_SIZE"] == "1"  # a batch script without srun
+    assert launched({**slurm, "RANK": "0", "WORLD_SIZE": "2"})["WORLD_SIZE"] == "2"  # srun of torchrun
+    with pytest.raises(daybreak.Error, match="a rank must be a whole number below the number of processes"):
+        launched({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_under_mpirun(shards: Path, tmp_path: Path) -> None:
+    """llm.c's own command with the variables that mpirun sets (mpirun itself is not needed for them)."""
+    line = [
+        "-m", "daybreak.llmc", "-i", shards / "*train*", "-j", shards / "*val*", "-e", "d6", "-b", "1", "-t", "8",
+        "-x", "2", "-o", "log", "-z", "1", "-v", "2", "-m", "1", "-n", "2", "-g", "4",
+    ]  # fmt: skip
+    processes, port = [], ranks.free_port()
+    for rank in range(2):
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        env |= {f"OMPI_COMM_WORLD_{k}": str(v) for k, v in (("RANK", rank), ("SIZE", 2), ("LOCAL_RANK", rank))}
+        env |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        with open(tmp_path / f"rank-{rank}.txt", "w") as out:
+            processes.append(
+                ranks.subprocess.Popen([sys.executable, *map(str, line)], cwd=tmp_path, env=env, stdout=out, stderr=out)
+            )
+    assert ranks.finish(processes) == [0, 0], ranks.said(tmp_path, 0)
+    assert "| num_processes         | 2 " in ranks.said(tmp_path, 0)
+    assert "| zero_stage            | 1 " in ranks.said(tmp_path, 0)
+    assert ranks.said(tmp_path, 1) == ""
+    assert (tmp_path / "log/main.log").read_text().count("trl:") == 2
+    assert (tmp_path / "log/DONE_00000002").exists()

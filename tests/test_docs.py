@@ -1,0 +1,150 @@
+"""The documentation holds: its tables are what the code counts, its fences run, both READMEs agree, it builds."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from daybreak.config import resolve
+from daybreak.engine import arena, plan_engine
+from daybreak.kernels import Impl, Op, Recorder
+from daybreak.report.bench import flops_of, nbytes_of
+from daybreak.report.cards import MEASURED
+from daybreak.report.plan import plan
+from daybreak.shapes import parse_shape
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+OPERATIONS = sorted((DOCS / "operations").glob("*.md"))
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+COPY, PRODUCT = 2.94e12, 683e12  # bytes/s, FLOP/s: the card's own limits, measured beside the step (bench/NOTES.md)
+
+
+class Counting(Recorder):
+    """Also adds up what each call moves and computes."""
+
+    costs: ClassVar[dict[str, list[float]]] = {}
+
+    def _recorder(self, operation: Op, impl: Impl) -> Any:
+        record, names = super()._recorder(operation, impl), operation.parameters
+
+        def count(*args: Any, **kwargs: Any) -> None:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            cost = self.costs[operation.name]
+            for i, x in enumerate(
+                (1, nbytes_of(operation.name, given, operation.writes), flops_of(operation.name, given))
+            ):
+                cost[i] += x
+            record(*args, **kwargs)
+
+        return count
+
+
+def costs_table() -> str:
+    """Calls, bytes, FLOPs and the least time of one micro-step and update of d48, B = 16, recompute 2, on an H100."""
+    options = {"B": 16, "T": 1024, "compute": "bf16", "recompute": 2, "device_type": "cuda"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arena, "Recorder", Counting)
+        patch.setattr(Counting, "costs", defaultdict(lambda: [0, 0, 0]))
+        patch.setattr("daybreak.engine.schedule.plan_arena", first_schedule_only)
+        plan_engine(parse_shape("d48"), **options)
+        rows, total = [], 0.0
+        for name, (calls, size, flops) in sorted(Counting.costs.items()):
+            floor = 1e3 * max(size / COPY, flops / PRODUCT)
+            total += floor
+            page = next(f"operations/{p.name}" for p in OPERATIONS if f"`{name}`" in p.read_text())
+            work = f"{flops / 1e12:.2f}" if flops else ""
+            rows.append(f"| [{name}]({page}) | {calls} | {size / 1e9:.2f} | {work} | {floor:.2f} |")
+    head = "| operation | calls | GB | TFLOP | least ms |\n|---|---|---|---|---|\n"
+    return head + "\n".join(rows) + f"\n| **all** | | | | **{total:.1f}** |\n"
+
+
+def first_schedule_only(table: Any, dtype: Any, state: Any, schedules: Any, *rest: Any) -> Any:
+    return arena.plan_arena(table, dtype, state, schedules[:1], *rest)
+
+
+def memory_table() -> str:
+    """Planned against reported memory of every stored measurement, without `kv`: those runs did not have it yet."""
+    rows = []
+    for m in MEASURED:
+        p = plan(resolve(m.shape)[0].override({"batch.B": m.B, "batch.recompute": m.recompute}), gpu="h100")
+        then = p.nbytes - p.arena.sizes()["kv"]
+        planned, arena_mib = (then + p.outside) / 2**20, then / 2**20
+        rows.append(f"| {m.shape}, B {m.B}, recompute {m.recompute} | {arena_mib:,.0f} | {planned:,.0f} | {m.mib:,} | "
+                    f"{100 * (planned / m.mib - 1):+.1f} % |")  # fmt: skip
+    return "| | arena, MiB | with what lies outside | the driver | |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+@pytest.mark.parametrize(("page", "table"), [("tour.md", costs_table), ("plan.md", memory_table)])
+def test_generated_tables_are_up_to_date(page: str, table: Any) -> None:
+    """On a difference: paste what the assertion prints."""
+    text = (DOCS / page).read_text()
+    assert table() in text, "\n" + table()
+
+
+def fences(text: str, label: str) -> list[tuple[str, str]]:
+    return re.findall(rf"^```(\w+) {label}\n(.*?)^```$", text, re.M | re.S)
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: str(p.relative_to(DOCS)))
+def test_every_fence_is_labelled(page: Path) -> None:
+    opened = re.findall(r"^```(\S+.*)$", page.read_text(), re.M)
+    assert {x.split(" ")[-1] for x in opened} <= {"ci", "gpu", "network", "text"}
+
+
+def test_every_derivation_holds() -> None:
+    """Each operation's page checks its formulas against autograd in fp64: all of them, in one process."""
+    code = [text for page in OPERATIONS for language, text in fences(page.read_text(), "ci") if language == "python"]
+    assert len(code) == len(OPERATIONS)
+    done = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["plan.md", "watching.md"])
+def test_the_examples_run(name: str, tmp_path: Path) -> None:
+    command = f'daybreak() {{ {sys.executable} -m daybreak "$@"; }}\n'
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for _, text in fences((DOCS / name).read_text(), "ci"):
+        done = subprocess.run(["bash", "-euc", command + text], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_operation_has_its_page() -> None:
+    from daybreak.kernels import all_ops
+
+    text = "\n".join(page.read_text() for page in OPERATIONS)
+    assert [name for name in all_ops() if f"`{name}`" not in text] == []
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "README.zh-CN.md", *DOCS.rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_chinese_readme_shows_the_same() -> None:
+    """Code blocks, and every figure of every table, in the same order."""
+    ours, theirs = ((ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
+    blocks = [re.findall(r"^```.*?^```$", text, re.M | re.S) for text in (ours, theirs)]
+    assert blocks[0] == blocks[1]
+    tables = [re.findall(r"^\|.*\|$", text, re.M) for text in (ours, theirs)]
+    assert len(tables[0]) == len(tables[1])
+    for a, b in zip(*tables, strict=True):
+        assert a.count("|") == b.count("|")
+        assert NUMBER.findall(a) == NUMBER.findall(b), (a, b)
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site/tour/index.html").is_file()

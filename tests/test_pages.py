@@ -1,0 +1,303 @@
+"""`report` and `watch`: figures from files made by hand, a page that runs nothing foreign, in a browser.
+
+The browser is Chromium where it is installed; the tests that need it are skipped elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import json
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import daybreak
+from daybreak.cli.main import main
+from daybreak.config import Config
+from daybreak.report import series
+from daybreak.report.page import page_data, render, to_json
+from daybreak.report.series import Curve, Follower, quantiles
+from daybreak.report.watch import Watch
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+EVIL = "</script><script>document.title='owned'</script><img src=x onerror=document.title='owned'>\u2028"
+
+
+class MadeRun:
+    """A run folder whose metrics are written line by line, from the contract."""
+
+    def __init__(self, path: Path, **keys: Any) -> None:
+        self.path = path
+        path.mkdir()
+        (path / "config.toml").write_text(Config().override({"run.steps": 10, **keys}).to_toml())
+        self.line("run", 0, 0.0, name=path.name, config_hash="0", device="card", parameters=100, flops_per_token=600.0)
+
+    def line(self, kind: str, step: int, t: float, end: str = "\n", **fields: Any) -> None:
+        record = {"v": 1, "kind": kind, "step": step, "tokens": 1000 * step, "t": t, **fields}
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + end)
+
+    def step(self, step: int, t: float, loss: Any, **more: Any) -> None:
+        fields = {
+            "loss": loss, "norm": 0.5, "lr": 1e-3, "ms": 2000.0, "tok_s": 500.0, "mfu": None, "loss_z": None,
+            "norm_z": None, "skipped": False, "mem_mib": 10, "eta_s": 1.0, "epoch": 0,
+        }  # fmt: skip
+        self.line("step", step, t, **{**fields, **more})
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> MadeRun:
+    """Four steps, then a restart from step 2 an hour later that repeats 3 and goes to 5; one update skipped."""
+    run = MadeRun(tmp_path / "made", **{"cost.price": 36.0})
+    run.step(1, 100.0, 6.0)
+    run.step(2, 200.0, 5.0)
+    run.line("val", 2, 200.0, loss=5.5, tokens_evaluated=10, bpb=2.0)
+    run.line("sample", 2, 210.0, text=EVIL)
+    run.step(3, 300.0, 9.0)
+    run.step(4, 400.0, 9.0)
+    run.line("val", 4, 410.0, loss=9.5, tokens_evaluated=10, bpb=3.0)
+    run.line("run", 2, 4000.0, name="made", config_hash="0", device="card", parameters=100, flops_per_token=600.0)
+    run.step(3, 4100.0, 4.0)
+    run.step(4, 4200.0, "NaN", skipped=True, loss_z=7.5)
+    run.line("event", 4, 4200.0, what="skip", detail="loss nan")
+    run.step(5, 4300.0, 3.0, temp_c=60.0, power_w=690.0)
+    run.line("eval", 4, 4310.0, task="hellaswag", accuracy=0.25, examples=100)
+    run.line("checkpoint", 5, 4320.0, path="checkpoints/step-00000005", seconds=1.5, bytes=1000)
+    return run
+
+
+def read(path: Path) -> dict[str, Any]:
+    run = Follower(path)
+    run.update()
+    return run.payload()
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def test_a_run_as_columns(made: MadeRun) -> None:
+    p = read(made.path)
+    assert p["train"]["step"] == [1, 2, 3, 4, 5]
+    assert p["train"]["loss"] == [6.0, 5.0, 4.0, None, 3.0]  # the abandoned 3 and 4 are gone
+    assert p["train"]["tokens"] == [1000, 2000, 3000, 4000, 5000]
+    seconds = [100, 200, 510, 610, 710]  # 410 until the first attempt's last word; the hour between costs nothing
+    assert p["train"]["hours"] == pytest.approx([s / 3600 for s in seconds])
+    assert p["train"]["temp_c"] == [None] * 4 + [60.0]
+    assert (p["val"]["step"], p["val"]["loss"], p["val"]["bpb"]) == ([2], [5.5], [2.0])
+    assert p["evals"]["hellaswag"]["accuracy"] == [0.25]
+    assert (p["restarts"], p["outliers"]) == ([2], [4])
+    assert p["skipped"] == [{"step": 4, "detail": "loss nan"}]
+    assert p["samples"] == [{"step": 2, "text": EVIL}]
+    assert [c["path"] for c in p["checkpoints"]] == ["checkpoints/step-00000005"]
+    assert p["tok_s"] == dict.fromkeys(("5 %", "25 %", "50 %", "75 %", "95 %"), 500.0)  # 1,000 tokens in 2 s
+    assert (p["price"], p["flops_per_token"], p["steps"], p["state"]) == (36.0, 600.0, 10, "running, or killed")
+    (made.path / "exit.json").write_text('{"code": 75, "reason": "stopped", "t": 1}')
+    assert read(made.path)["state"] == "exit 75: stopped"
+
+
+def test_following_a_file_that_grows(made: MadeRun) -> None:
+    run = Follower(made.path)
+    assert run.update()
+    assert not run.update()
+    made.line("val", 5, 4400.0, end="", loss=2.5, tokens_evaluated=1, bpb=1.0)  # half a line yet
+    assert run.update()
+    assert run.payload()["val"]["loss"] == [5.5]
+    with open(made.path / "metrics.jsonl", "a") as file:
+        file.write("\nnot json\n")
+    run.update()
+    assert run.payload()["val"]["loss"] == [5.5, 2.5]
+    (made.path / "metrics.jsonl").write_text("")  # begun anew under the same name
+    made.step(1, 1.0, 8.0)
+    run.update()
+    assert run.payload()["train"]["loss"] == [8.0]
+
+
+def test_llmc_logs(tmp_path: Path) -> None:
+    """The lines of llm.c's logger; a resumed run repeats steps, and the later ones count."""
+    (tmp_path / "main.log").write_text(
+        "s:0 tel:10.9500\ns:0 trl:10.9000 lr:0.000001 norm:20.00\ns:1 trl:9.9000 lr:0.000002 norm:5.50\n"
+        "s:2 tel:9.5000\ns:2 eval:0.2601\ns:2 trl:9.3000 lr:0.000003 norm:4.25\ns:2 tel:9.4000\ns:2 eval:0.2611\n"
+        "s:2 trl:9.2000 lr:0.000003 norm:4.00\ns:3 trl:nan\n"
+    )
+    for given in (tmp_path, tmp_path / "main.log"):
+        p = read(given)
+        assert p["train"]["step"] == [1, 2, 3, 4]
+        assert p["train"]["loss"] == [10.9, 9.9, 9.2, None]
+        assert p["train"]["norm"] == [20.0, 5.5, 4.0, None]
+        assert (p["val"]["step"], p["val"]["loss"]) == ([0, 2], [10.95, 9.4])
+        assert p["evals"]["hellaswag"]["accuracy"] == [0.2611]
+        assert set(p["train"]["tokens"]) == {None}  # the log does not say
+
+
+def test_thinning_keeps_every_stretch_s_extremes() -> None:
+    curve, n = Curve("loss"), 100_000
+    for i in range(n):
+        curve.append({"step": i, "loss": {7: 99.0, 54_321: -5.0, 99_998: 50.0}.get(i, 1.0 + (i % 10) / 10)})
+    got = curve.thinned("loss")
+    assert len(got["step"]) <= series.MOST_POINTS + 1
+    assert got["step"] == sorted(set(got["step"]))
+    assert (got["step"][0], got["step"][-1]) == (0, n - 1)
+    assert {99.0, -5.0, 50.0} <= set(got["loss"])
+    assert got["step"][got["loss"].index(99.0)] == 7
+
+
+def test_quantiles() -> None:
+    assert quantiles([]) == {}
+    want = {"5 %": 5.0, "25 %": 25.0, "50 %": 50.0, "75 %": 75.0, "95 %": 95.0}
+    assert quantiles([float("nan"), *map(float, range(100, 0, -1))]) == want
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_file_stands_alone_and_its_policy_fits(made: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(made.path)]) == 0
+    out = made.path / "report.html"
+    assert capsys.readouterr().out == f"{out}\n"
+    text = out.read_text()
+    assert not re.search(r"(src|href)\s*=|@import|url\(", re.sub(r"<script.*?</script>", "", text, flags=re.S))
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.S)
+    assert len(scripts) == 2
+    for kind, blocks in (("script-src", scripts), ("style-src", re.findall(r"<style>(.*?)</style>", text, re.S))):
+        hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(b.encode()).digest()).decode()}'" for b in blocks]
+        assert f"{kind} {' '.join(hashes)};" in policy
+    assert "unsafe" not in policy
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+    assert data["runs"][0]["samples"][0]["text"] == EVIL
+    assert data["references"]["1558M"]["GPT-2"] == {"loss": 2.831273, "hellaswag": 0.488946}
+
+
+def test_json_that_cannot_leave_its_element() -> None:
+    assert "<" not in to_json({"text": "</script><!--"})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_json(float("nan"))
+
+
+def dom(url: str, *flags: str) -> str:
+    """The document after its scripts ran, in a real browser."""
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", *flags]
+    return subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_the_report_in_a_browser(made: MadeRun, tmp_path: Path) -> None:
+    (tmp_path / "main.log").write_text("s:0 tel:10.9500\ns:0 trl:10.9000 lr:0.000001 norm:20.00\n")
+    out = tmp_path / "both.html"
+    assert main(["report", str(made.path), str(tmp_path / "main.log"), "-o", str(out)]) == 0
+    page = dom(f"file://{out}#x=dollars&logy=1&smooth=0.5&reference=124M")
+    assert re.search(r"<title>made, test_the_report_in_a_browser\d* · daybreak</title>", page)  # nothing foreign ran
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert captions[:3] == ["training loss", "validation loss", "HellaSwag accuracy (llm.c's rules)"]
+    assert {"temperature, °C", "power, W", "memory, MiB"} <= set(captions)
+    assert "utilisation (MFU)" not in captions  # unknown here
+    assert page.count("<canvas") == len(captions)
+    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", re.search(r'id="summary">(.*?)</table>', page)[1])
+    head, first, second = cells[:12], cells[12:24], cells[24:36]
+    row = dict(zip(head, first, strict=True))
+    assert (row["step"], row["of"], row["tokens"], row["loss"], row["validation"]) == ("5", "10", "5,000", "3", "5.5")
+    assert (row["dollars"], row["HellaSwag"], row["tok/s"]) == ("7.10", "0.25", "500")  # 710 s at $36 an hour
+    assert dict(zip(head, second, strict=True))["validation"] == "10.95"
+    assert "&lt;img src=x" in page  # the sample, as text
+    assert "<img" not in page
+
+
+# --------------------------------------------------------------------------------------------------------- the server
+
+
+@pytest.fixture
+def server(made: MadeRun) -> Iterator[Watch]:
+    yield from serving(Watch([str(made.path)]))
+
+
+def serving(watch: Watch) -> Iterator[Watch]:
+    thread = threading.Thread(target=watch.serve_forever, args=(0.02,))
+    thread.start()
+    yield watch
+    watch.shutdown()
+    watch.server_close()
+    thread.join()
+
+
+def get(watch: Watch, path: str, host: str | None = None, method: str = "GET") -> tuple[int, str, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", watch.server_port, timeout=10)
+    connection.request(method, path, headers={"Host": host or f"127.0.0.1:{watch.server_port}"})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode(), answer.headers
+
+
+def test_what_the_server_answers(server: Watch, made: MadeRun) -> None:
+    status, page, headers = get(server, "/")
+    assert status == 200
+    assert "<h1>daybreak</h1>" in page
+    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert "Access-Control-Allow-Origin" not in headers
+    status, body, headers = get(server, "/data")
+    data = json.loads(body)
+    assert data["live"] is True
+    assert headers["Content-Security-Policy"] == "default-src 'none'"
+    assert get(server, f"/data?v={data['version']}")[:2] == (204, "")
+    made.step(6, 5000.0, 2.0)
+    status, body, _ = get(server, f"/data?v={data['version']}")
+    assert (status, json.loads(body)["runs"][0]["train"]["loss"][-1]) == (200, 2.0)
+    for path in ("/metrics.jsonl", "/../config.toml", "/data/x", "/%2e%2e/exit.json"):
+        assert get(server, path)[0] == 404
+    assert get(server, "/", method="POST")[0] == 501
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1", "evil.example:{port}", "127.0.0.1.evil.example:{port}"])
+def test_another_host_s_name_gets_nothing(server: Watch, host: str) -> None:
+    status, body, _ = get(server, "/data", host.format(port=server.server_port))
+    assert (status, body) == (403, "this is not the host that you asked for\n")
+    assert get(server, "/data", f"localhost:{server.server_port}")[0] == 200
+
+
+def test_beyond_loopback_only_with_a_key(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("", "short"):
+        monkeypatch.setenv("DAYBREAK_KEY", key)
+        with pytest.raises(daybreak.Error, match=r"--host 0\.0\.0\.0 lets others in: set DAYBREAK_KEY") as error:
+            Watch([str(made.path)], "0.0.0.0")
+        assert error.value.exit_code == 2
+    monkeypatch.setenv("DAYBREAK_KEY", "k" * 32)
+    for watch in serving(Watch([str(made.path)], "0.0.0.0")):
+        assert get(watch, "/data")[0] == get(watch, "/?key=wrong")[0] == 401
+        assert get(watch, "/data?key=" + "k" * 32)[0] == 200
+        assert watch.url.endswith("/?key=" + "k" * 32)
+
+
+def test_a_port_in_use_and_no_run(
+    server: Watch, made: MadeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["watch", str(made.path), "--port", str(server.server_port)]) == 2
+    said = f"127.0.0.1:{server.server_port} cannot be listened on (Address already in use); try another --port."
+    assert said in capsys.readouterr().err
+    for verb in ("watch", "report"):
+        assert main([verb, str(tmp_path / "none")]) == 2
+        assert "none is not a run; give a folder that daybreak train made" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_watching_in_a_browser(server: Watch, made: MadeRun) -> None:
+    """The page that was served polls: a step written after it was made is in it."""
+    first = get(server, "/")[1]
+    made.step(6, 5000.0, 2.0)
+    assert '"version"' in first
+    page = dom(server.url)
+    assert '<p id="state" class="gone">live</p>' in page
+    assert "<title>made · daybreak</title>" in page
+    assert re.search(r'class="number">6</td>', page)
+
+
+def test_what_is_rendered_changes_with_nothing_but_the_data(made: MadeRun) -> None:
+    run = Follower(made.path)
+    run.update()
+    assert render(page_data([run]))[1] == render(page_data([run], live=True))[1]

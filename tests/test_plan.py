@@ -1,0 +1,246 @@
+"""What `plan` says before a run: memory against what cards reported, time and money by hand, advice that holds."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import daybreak
+import daybreak.engine.fit as fit_module
+from daybreak.cli.main import main
+from daybreak.config import Config, parse_value, recipe_names, resolve
+from daybreak.engine.fit import OUTSIDE, Fit
+from daybreak.report.cards import CARDS, MEASURED, find_card
+from daybreak.report.plan import figures, plan, recipe_notes
+from daybreak.training import loop
+
+ROOT = Path(__file__).resolve().parents[1]
+CSV = ROOT / "bench/results/gpu_step.csv"
+MIB = 1 << 20
+SMALL = {"model.L": 2, "model.C": 32, "model.NH": 2, "model.max_T": 64, "model.V": 257, "data.tokenizer": "bytes",
+         "batch.B": 2, "run.device": "cpu", "eval.tokens": 256, "eval.sample_tokens": 4}  # fmt: skip
+
+
+def on(target: str, gpu: str | None = "h100", gpus: int = 1, **keys: object) -> daybreak.report.plan.Plan:
+    values = {k.replace("__", "."): v for k, v in keys.items()}
+    return plan(resolve(target)[0].override(values), gpu=gpu, gpus=gpus)
+
+
+def said(p: daybreak.report.plan.Plan) -> dict[str, tuple[str, str]]:
+    return {what: (value, basis) for what, value, basis in figures(p)}
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("m", MEASURED, ids=lambda m: f"{m.shape}-B{m.B}-r{m.recompute}")
+def test_planned_memory_is_within_two_percent_of_the_drivers(m) -> None:
+    p = on(m.shape, batch__B=m.B, batch__recompute=m.recompute)
+    then = p.nbytes - p.arena.sizes()["kv"]  # the cache for sampling is younger than the measurements
+    assert (then + p.outside) / MIB == pytest.approx(m.mib, rel=0.005)
+    assert (p.nbytes + p.outside) / MIB == pytest.approx(m.mib, rel=0.02)
+    assert OUTSIDE < p.outside < OUTSIDE + 500 * MIB
+
+
+def test_stored_measurements_are_those_of_the_results_file() -> None:
+    if not CSV.is_file():
+        pytest.skip("bench/results/gpu_step.csv is not in this checkout")
+    rows = [r for r in csv.DictReader(CSV.open()) if r["memory_mib"]]
+    for m in MEASURED:
+        key = (m.shape, str(m.B), str(m.recompute), m.card)
+        row = [r for r in rows if (r["model"], r["B"], r["recompute"], r["card"]) == key][-1]
+        assert (float(row["tok_s"]), float(row["mfu"]), int(row["memory_mib"])) == (m.tok_s, m.mfu, m.mib)
+
+
+@pytest.mark.parametrize(("target", "gpu"), [("d12", "4090"), ("d12", "h100"), ("d24", "a100-40gb"), ("d6", "l4")])
+@pytest.mark.parametrize("recompute", [0, 3])
+def test_the_largest_micro_batch_is_the_largest(target: str, gpu: str, recompute: int) -> None:
+    p = on(target, gpu, batch__recompute=recompute)
+    B = p.fit.largest_B(p.config)
+    need = [p.fit.need(p.config.override({"batch.B": b})) for b in (B, B + 1)]
+    assert need[0] <= int(0.98 * CARDS[gpu].mib) * MIB < need[1]
+
+
+@pytest.mark.parametrize("mib", [30_000, 24_000, 20_500])
+@pytest.mark.parametrize("total", [0, 131_072])
+def test_following_the_advice_makes_it_fit(mib: int, total: int) -> None:
+    config = resolve("d48")[0].override({"precision.compute": "bf16", "batch.B": 16, "batch.total_tokens": total})
+    fit = Fit(torch.device("cuda"), (), mib * MIB)
+    assert fit.need(config) > fit.budget
+    words = fit.advice(config).split()
+    flags = {f[2:]: parse_value(f[2:], v) for f, v in zip(words[::2], words[1::2], strict=True)}
+    changed = config.override(flags)
+    changed.check()
+    assert fit.need(changed) <= fit.budget
+
+
+def test_advice_where_nothing_helps() -> None:
+    config = resolve("d12")[0].override({"precision.compute": "bf16"})
+    fit = Fit(torch.device("cuda"), (), 1 << 30)
+    assert fit.largest_B(config) == 0
+    assert fit.advice(config) == "a smaller model or a device with more memory"
+
+
+def test_least_change_first() -> None:
+    config = resolve("d12")[0].override({"precision.compute": "bf16", "batch.B": 64, "batch.total_tokens": 524288})
+    budgets = {mib: Fit(torch.device("cuda"), (), mib * MIB).advice(config) for mib in (15_000, 4_100)}
+    assert budgets[15_000] == "--batch.B 32"  # rows that divide the step
+    assert budgets[4_100].startswith("--batch.recompute")
+
+
+# ---------------------------------------------------------------------------------------------- time, money, disk
+
+
+def test_the_figures_of_the_large_recipe_by_hand() -> None:
+    p = on("gpt2-1558M", gpus=8, cost__price=28.0)
+    tokens, rate = 32_000 * 1_048_576, 52_767 * 8 * 0.94
+    got = said(p)
+    assert p.tokens == tokens
+    assert p.flops_per_token == 9_817_977_600
+    assert p.hours == pytest.approx(tokens / rate / 3600)
+    assert got["step"][0].startswith("1,048,576 tokens: 8 micro-steps of B 16 x T 1024 on 8 x NVIDIA H100 80GB HBM3")
+    assert got["run"][0] == "32,000 steps, 33.6 billion tokens, 3.29e+20 FLOPs"
+    assert got["speed"][0] == f"{rate:,.0f} tok/s"
+    assert got["speed"][1].startswith("modelled, from d48 B 16, recompute 2 on one NVIDIA H100")
+    assert got["time"][0] == "23h29m"
+    assert got["cost"] == (f"${tokens / rate / 3600 * 28:,.2f}", "as the time; $28.00 an hour")
+    assert got["disk: data"][0] == "67.1 GB"  # two bytes a token
+    assert got["disk: checkpoints"][0] == "74.8 GB"  # four of 12 bytes a parameter
+    assert got["fits"][0] == "--batch.B 16 --batch.recompute 0"
+
+
+def test_every_basis_of_a_speed() -> None:
+    rate, basis = on("d48", batch__B=28, batch__recompute=2).tok_s
+    assert rate == 53_579
+    assert basis.startswith(
+        "measured d48 B 28, recompute 2 on one NVIDIA H100 80GB HBM3 (bench/results/gpu_step.csv, 25"
+    )
+    p = on("d48", "a100", batch__B=16, batch__recompute=2)
+    rate, basis = p.tok_s
+    assert rate == pytest.approx(0.5239 * 312e12 / p.flops_per_token)
+    assert basis.startswith("modelled: 52.4% of its peak, as d48 B 16, recompute 2 on one NVIDIA H100 80GB HBM3")
+    for unknown in (on("d12", precision__compute="fp32"), on("tiny", None, run__device="cpu")):
+        assert said(unknown)["speed"] == ("n/a", "")
+        assert said(unknown)["time"][0] == "n/a"
+        assert "cost" not in said(unknown)
+    assert "cost" not in said(on("gpt2-124M"))  # no price, no dollars
+    assert said(on("d12"))["run"] == ("n/a", "one epoch of its data; give --steps")
+
+
+def test_what_does_not_fit_says_the_flag() -> None:
+    got = said(on("d48", "4090", batch__B=8))
+    assert "fits" not in got
+    value, basis = got["DOES NOT FIT"]
+    assert re.fullmatch(r"--batch.recompute 3 --batch.B [1-9]", value)
+    assert basis == "makes it fit: planned"
+
+
+def test_several_cards_share_out_state() -> None:
+    """ZeRO 1 on 8 cards: an eighth each of masters and moments (10 bytes a parameter), a gradient shard (2) more."""
+    alone, shared = (on("gpt2-1558M", gpus=8, parallel__zero=zero) for zero in (0, 1))
+    assert alone.nbytes - shared.nbytes == pytest.approx((10 * 7 - 2) / 8 * alone.parameters, rel=0.001)
+    sent = 2 * 2 * alone.parameters * 7 / 8  # bf16 there and back
+    for p, stage in ((alone, 0), (shared, 1)):
+        value, basis = said(p)["exchange"]
+        assert float(value.split()[0]) == pytest.approx(sent / 1e9, rel=0.01)
+        assert (value.split(" ", 1)[1], basis) == ("GB sent a step by each", f"counted, ZeRO stage {stage}")
+    small = said(on("gpt2-1558M", "a100-40gb", gpus=8))["DOES NOT FIT"][0]
+    flags = dict(zip(small.split()[::2], small.split()[1::2], strict=True))
+    assert flags["--parallel.zero"] == "1"
+    keys = {k[2:].replace(".", "__"): int(v) for k, v in flags.items()}
+    assert "fits" in said(on("gpt2-1558M", "a100-40gb", gpus=8, **keys))
+
+
+def test_checkpoints_on_the_disk_are_as_large_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text("Every figure is exact or says on what it rests.\n" * 200)
+    assert main(["prepare", "my.txt", "--tokenizer", "bytes"]) == 0
+    large = {"model.C": 128, "data.name": "my", "run.steps": 4, "checkpoint.every": 1, "checkpoint.keep": 2}
+    config = Config().override({**SMALL, **large, "run.name": "x"})
+    p, run = plan(config), daybreak.train(config)
+    sizes = [sum(f.stat().st_size for f in path.iterdir()) for path in run.checkpoints]
+    assert sizes == [pytest.approx(p.checkpoint_bytes, rel=0.03)] * 2
+    assert p.checkpoints_kept == 3
+
+
+# ------------------------------------------------------------------------------------------------- recipes, cards
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n != "tiny"])
+def test_a_recipes_head_is_true(name: str) -> None:
+    text = " ".join(recipe_notes(name))
+    steps, step, gflop, flops = re.search(
+        r"([\d,]+) steps x ([\d,]+) tokens x ([\d.]+) GFLOP per token = ([\d.e]+) FLOPs", text
+    ).groups()
+    p = on(name, gpus=8)
+    assert (int(steps.replace(",", "")), int(step.replace(",", ""))) == (p.config.run.steps, p.config.tokens_at(0))
+    assert float(gflop) == round(p.flops_per_token / 1e9, 2)
+    assert float(flops) == pytest.approx(p.flops_per_token * p.tokens, rel=0.03)
+    assert "published" in text
+    assert "Expected" in text
+
+
+def test_cards() -> None:
+    assert find_card("H100") is CARDS["h100"]
+    assert find_card("RTX4090") is CARDS["4090"]
+    assert all(capability[0] in (8, 9, 10) for capability in (c.capability for c in CARDS.values()))
+    p = on("d12", "a100")
+    assert p.arena.choices["attention_backward"] == "triton"
+    assert p.outside == OUTSIDE
+    with pytest.raises(daybreak.Error, match=r"--gpu h10 is not known; did you mean h100\? Known: h100, "):
+        find_card("h10")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "sentence"),
+    [
+        ("plan d12 --gpu v100", 2, "--gpu v100 is not known; did you mean"),
+        ("plan d12 --gpus 0", 2, "Invalid value for '--gpus': 0 is not in the range x>=1; see daybreak plan --help."),
+        ("plan gpt2-124M --gpu a100 --gpus 3", 2, "must be a multiple of batch.B * T * ranks = 64 * 1024 * 3"),
+        ("plan d12 --price -1", 2, "cost.price = -1.0 must be at least 0"),
+    ],
+)
+def test_wrong_use(line: str, code: int, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == code
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "gpt2-124M", "--gpu", "h100", "--gpus", "8", "--price", "28"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("124,475,904 parameters: L 12, C 768, NH 12")
+    assert "HellaSwag about 29.9 %" in out  # published, with its source
+    assert re.search(r"^cost +\$", out, re.M)
+
+
+# ------------------------------------------------------------------------------------------- out of memory, running
+
+
+def test_too_large_for_the_free_memory(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fit_module, "available_bytes", lambda device: 600 * MIB)
+    assert main(["train", "tiny", "--name", "x", "--batch.B", "4096", "--batch.T", "128"]) == 6
+    error = capsys.readouterr().err
+    flags = re.search(r"has 600 MiB free; try --batch\.B (\d+)\.", error)
+    assert flags, error
+    assert not (tmp_path / "runs").exists()
+    config = resolve("tiny")[0].override({"run.device": "cpu"})
+    assert plan(config.override({"batch.B": int(flags[1])})).nbytes <= 600 * MIB
+    assert plan(config.override({"batch.B": 2 * int(flags[1])})).nbytes > 600 * MIB
+
+
+def test_running_out_later_says_the_same(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(loop, "Engine", fail)
+    assert main(["train", "tiny", "--name", "x", "--run.device", "cpu"]) == 6
+    assert re.search(r"cpu ran out of memory: the run takes \d+ MiB; try --batch\.B 7\.", capsys.readouterr().err)
+    assert '"code": 6' in (tmp_path / "runs/x/exit.json").read_text()

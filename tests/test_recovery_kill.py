@@ -1,0 +1,100 @@
+"""SIGKILL at every phase of a save and at random moments: `train` again ends with the bits of an undisturbed run."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from recovery import assert_intact, assert_same, config, make_shards, recipe, spawn, train
+
+import daybreak
+from daybreak.state.checkpoint import list_checkpoints
+
+STEPS = 150
+# The very start, then every phase of a save. The second save of a process is hit: it has an older one to lose.
+PHASES = {
+    "the run's first file": ("audit:os.rename:config.toml", 1),
+    "before the copy": ("call:daybreak.state.restore:Staging.take", 2),
+    "after the copy": ("after:daybreak.state.restore:Staging.take", 2),
+    "metrics on disk": ("call:daybreak.state.metrics:Lines.sync", 2),
+    "temporary folder": ("audit:os.mkdir:tmp-step", 2),
+    "model opened": ("audit:open:tmp-step.*model.safetensors.*'x'", 2),
+    "model half written": ("after:daybreak.state.safetensors_io:_header", 3),
+    "model written": ("audit:open:tmp-step.*optimizer.*'x'", 2),
+    "optimizer half written": ("after:daybreak.state.safetensors_io:_header", 4),
+    "manifest begun": ("audit:open:tmp-step.*manifest", 2),
+    "manifest written": ("after:daybreak.state.checkpoint:_write_manifest", 2),
+    "published, in memory": ("audit:os.rename:tmp-step.*/step-", 2),
+    "published": ("after:daybreak.state.checkpoint:_publish", 2),
+    "an old one leaves": ("audit:os.rename:/step-.*tmp-step", 1),
+    "an old one half gone": ("audit:os.remove:model.safetensors", 1),
+    "saved, before it is said": ("call:daybreak.training.loop:MetricsWriter.write", 21),
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> daybreak.Run:
+    """Never disturbed; and saved by the other way, while training waits."""
+    runs = tmp_path_factory.mktemp("straight")
+    return daybreak.train(config(shards, runs, "straight", run__steps=STEPS, checkpoint__background=False))
+
+
+def finish(folder: Path, straight: daybreak.Run, args: list[Path] | None = None) -> None:
+    code, err = train(args or [folder])
+    assert code == 0, err
+    assert_intact(folder)
+    assert_same(straight, daybreak.Run(folder))
+
+
+def kill_again_and_again(
+    accidents: list[dict[str, object] | float], shards: Path, tmp_path: Path, straight: daybreak.Run, full: bool
+) -> int:
+    """One run, killed as often as there are accidents (a float: after so many seconds). How many kills there were."""
+    folder, args = tmp_path / "killed", [recipe(config(shards, tmp_path, "killed", run__steps=STEPS), tmp_path)]
+    kills = 0
+    for number, accident in enumerate(accidents):
+        if (folder / "exit.json").exists():  # it got through: begin another
+            assert_same(straight, daybreak.Run(folder))
+            shutil.rmtree(folder)
+            args = [recipe(config(shards, tmp_path, "killed", run__steps=STEPS), tmp_path)]
+        process = spawn(args, None if isinstance(accident, float) else accident)
+        if isinstance(accident, float):
+            time.sleep(accident)
+            process.kill()
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == -9 or (isinstance(accident, float) and process.returncode == 0), (accident, err)
+        kills += process.returncode == -9
+        if (folder / "config.toml").exists():
+            assert_intact(folder)
+            args = [folder]
+            if full:
+                shutil.copytree(folder, tmp_path / f"{number}" / "killed")
+                finish(tmp_path / f"{number}" / "killed", straight)
+                shutil.rmtree(tmp_path / f"{number}")
+    finish(folder, straight, args)
+    assert not list((folder / "checkpoints").glob(".*"))
+    return kills
+
+
+def test_a_kill_in_every_phase_of_a_save(shards, tmp_path, straight, full, figures):
+    accidents = [{"do": "kill", "at": at, "n": n} for at, n in list(PHASES.values())[:: 1 if full else 2]]
+    kills = kill_again_and_again(accidents, shards, tmp_path, straight, full)
+    assert kills == len(accidents) >= 8
+    figures["kills, one in each phase of a save"] = kills
+    assert len(list_checkpoints(straight.path / "checkpoints")) == 2
+
+
+def test_kills_at_random_moments(shards, tmp_path, straight, full, figures):
+    rng = random.Random(7)
+    accidents = [rng.uniform(1.0, 3.5) for _ in range(50 if full else 5)]
+    kills = kill_again_and_again(accidents, shards, tmp_path, straight, full)
+    assert kills >= len(accidents) // 2
+    figures["kills at random moments"] = kills

@@ -1,0 +1,221 @@
+"""Signals in every phase, the watchdog, the restart loop and the Slurm script: real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from recovery import CHILD, assert_intact, assert_same, config, exit_code, make_shards, recipe, spawn, train, wait_for
+
+import daybreak
+
+STEPS, ENGINE = 150, "daybreak.engine.step:Engine"
+# Where the signal arrives: accident, its place and time.
+PHASES = {
+    "reading the data": ("term", "call:daybreak.training.loop:open_run", 1),
+    "allocating, compiling": ("int", "call:daybreak.training.loop:Engine", 1),
+    "validating step 0": ("term", f"call:{ENGINE}.eval_losses", 1),
+    "a first micro-step": ("term", f"call:{ENGINE}.micro_step", 17),
+    "loading a checkpoint": ("term", "call:daybreak.training.loop:restore", 1),
+    "a second micro-step": ("int", f"call:{ENGINE}.micro_step", 24),
+    "an update": ("term", f"call:{ENGINE}.update", 9),
+    "copying for a save": ("term", "call:daybreak.state.restore:Staging.take", 2),
+    "writing a save": ("int", "call:daybreak.state.checkpoint:_write_manifest", 2),
+    "publishing a save": ("term", "after:daybreak.state.checkpoint:_publish", 2),
+    "recording a step": ("term", "call:daybreak.state.metrics:Lines.append", 30),
+    "validating": ("term", f"call:{ENGINE}.eval_losses", 2),
+    "sampling": ("term", f"call:{ENGINE}.next_logits", 3),
+    "the last save": ("int", "after:daybreak.training.loop:Trainer._sample", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> daybreak.Run:
+    return daybreak.train(config(shards, tmp_path_factory.mktemp("straight"), "straight", run__steps=STEPS))
+
+
+def test_a_signal_in_every_phase_saves_and_loses_nothing(shards, tmp_path, straight, full, figures):
+    folder = tmp_path / "s"
+    args = [recipe(config(shards, tmp_path, "s", run__steps=STEPS), tmp_path)]
+    phases = list(PHASES.items())[:: 1 if full else 2]
+    for name, (do, at, n) in phases:
+        code, err = train(args, {"do": do, "at": at, "n": n})
+        if name == "the last save":  # it was the end anyway
+            assert (code, exit_code(folder)) == (0, 0)
+            continue
+        assert code == 75, (name, err)
+        assert "daybreak: stopped by SIG" in err, name
+        assert exit_code(folder) == 75
+        args = [folder]
+        steps = daybreak.Run(folder).metrics("step")
+        assert assert_intact(folder) == (steps[-1]["step"] if steps else -1), name  # not one update was lost
+    assert train(args)[0] == 0
+    assert_same(straight, daybreak.Run(folder))
+    figures["signals, one in each phase of a run"] = len(phases)
+
+
+@pytest.mark.parametrize("at", [f"call:{ENGINE}.micro_step", "call:daybreak.state.checkpoint:_write_manifest"])
+def test_a_second_signal_leaves_at_once(shards, tmp_path, straight, at):
+    args = [recipe(config(shards, tmp_path, "t", run__steps=STEPS), tmp_path)]
+    code, _ = train(args, {"do": "twice", "at": at, "n": 2 if "state" in at else 30})
+    assert code == 128 + signal.SIGTERM
+    assert not (tmp_path / "t/exit.json").exists()  # as after kill -9
+    assert_intact(tmp_path / "t")
+    assert train([tmp_path / "t"])[0] == 0
+    assert_same(straight, daybreak.Run(tmp_path / "t"))
+
+
+def test_sigusr1_saves_and_goes_on(shards, tmp_path):
+    args = [recipe(config(shards, tmp_path, "u", run__steps=40, checkpoint__every=0, checkpoint__keep=0), tmp_path)]
+    assert train(args, {"do": "usr1", "at": f"call:{ENGINE}.micro_step", "n": 23})[0] == 0
+    assert [int(path.name[5:]) for path in daybreak.Run(tmp_path / "u").checkpoints] == [40, 12]
+
+
+# ---- the watchdog
+
+QUICK = ("--guard.hang_factor", "5", "--guard.hang_seconds", "1.5")
+
+
+@pytest.mark.parametrize("where", ["micro_step", "eval_losses"])
+def test_a_hung_run_ends_with_7_and_its_stacks(shards, tmp_path, straight, where):
+    args = [recipe(config(shards, tmp_path, "h", run__steps=STEPS), tmp_path)]
+    n = 60 if where == "micro_step" else 6  # the sixth batch of validation is of step 50
+    began = time.monotonic()
+    code, err = train([*args, *QUICK], {"do": "hang", "at": f"call:{ENGINE}.{where}", "n": n})
+    assert code == exit_code(tmp_path / "h") == 7, err
+    assert time.monotonic() - began < 30
+    reason = json.loads((tmp_path / "h/exit.json").read_text())["reason"]
+    assert reason.startswith("nothing happened for 1.")
+    crash = (tmp_path / "h/crash.txt").read_text()
+    assert "recovery_child.py" in crash
+    assert "in happen" in crash
+    assert "in _loop" in crash
+    assert_intact(tmp_path / "h")
+    assert train([tmp_path / "h"])[0] == 0
+    assert_same(straight, daybreak.Run(tmp_path / "h"))
+
+
+def test_a_process_that_was_stopped_is_not_hung(shards, tmp_path):
+    made = config(shards, tmp_path, "z", run__steps=100000, checkpoint__every=0)
+    process = spawn([recipe(made, tmp_path), *QUICK])
+    wait_for(tmp_path / "z", process, 20)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    process.send_signal(signal.SIGCONT)
+    wait_for(tmp_path / "z", process, 50)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+
+
+def test_a_slow_disk_neither_hangs_nor_stalls_training(shards, tmp_path, straight):
+    made = config(shards, tmp_path, "slow", run__steps=STEPS, checkpoint__every=60)
+    slow = {"do": "slow", "at": "call:daybreak.state.checkpoint:_publish"}
+    assert train([recipe(made, tmp_path), *QUICK[:3], "0.5"], slow)[0] == 0
+    run = daybreak.Run(tmp_path / "slow")
+    first, second = run.metrics("checkpoint")[:2]
+    assert (first["step"], second["step"]) == (60, 120)
+    assert first["stall"] < 0.5 < 1.0 <= first["seconds"]
+    at = {r["step"]: r["t"] for r in run.metrics("step")}
+    assert at[70] < first["t"] - 0.3  # steps went on while it was written
+    assert_same(straight, run)
+
+
+# ---- restarting
+
+
+def tools(folder: Path, **scripts: str) -> dict[str, str]:
+    """An environment whose PATH begins with these commands."""
+    for name, text in scripts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "RESTART_WAIT": "0"}
+
+
+ROOT = Path(__file__).parents[1]
+RESTART = ROOT / "scripts/restart.sh"
+COUNTED = "#!/bin/bash\nn=$(cat count 2>/dev/null || echo 0)\necho $((n+1)) > count\n"
+
+
+def test_the_restart_loop_ends_in_the_undisturbed_run(shards, tmp_path, straight):
+    """A kill before the first save, a hang and a kill between saves: each is started again, and progress is counted."""
+    bad = [{"do": "kill", "at": f"call:{ENGINE}.micro_step", "n": 5},
+           {"do": "hang", "at": f"call:{ENGINE}.micro_step", "n": 60},
+           {"do": "kill", "at": f"call:{ENGINE}.micro_step", "n": 60}]  # fmt: skip
+    cases = "".join(f"  {i}) exec {sys.executable} {CHILD} '{json.dumps(b)}' \"$@\" ;;\n" for i, b in enumerate(bad))
+    shim = COUNTED + f'case $n in\n{cases}esac\nexec {sys.executable} -m daybreak "$@"\n'
+    made = recipe(
+        config(shards, tmp_path, "r", run__steps=STEPS, guard__hang_factor=5, guard__hang_seconds=1), tmp_path
+    )
+    command = ["bash", RESTART, tmp_path / "r", "daybreak", "train", made, "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path, env=tools(tmp_path, daybreak=shim), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "count").read_text() == "4\n"
+    assert_same(straight, daybreak.Run(tmp_path / "r"))
+
+
+@pytest.mark.parametrize(
+    ("code", "starts", "ends"),
+    [*((code, 1, code) for code in (0, 2, 3, 4, 5, 6, 75)), (1, 3, 1), (7, 3, 7), (None, 3, 137)],
+)
+def test_the_restart_loop_follows_the_rule(tmp_path, code, starts, ends):
+    """1, 7 and a missing exit.json are tried again, three starts without progress are the end; the rest is final.
+    The process itself says 1, as torchrun does, whatever exit.json says."""
+    said = "kill -9 $$" if code is None else f'echo \'{{"code": {code}, "reason": "x", "t": 0}}\' > r/exit.json'
+    shim = COUNTED + f"mkdir -p r/checkpoints; touch r/config.toml\n{said}\nexit 1\n"
+    done = subprocess.run(["bash", RESTART, "r", "daybreak", "train", "tiny", "--name", "r"], cwd=tmp_path,
+                          env=tools(tmp_path, daybreak=shim), capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == ends, done.stderr
+    assert (tmp_path / "count").read_text() == f"{starts}\n"
+
+
+def test_progress_starts_the_count_anew(tmp_path):
+    """Five crashes, each after a new checkpoint, then two without: two more starts than a loop that only counts."""
+    shim = COUNTED + (
+        "d=r/checkpoints/step-0000000$((n < 5 ? n : 5)); mkdir -p $d; touch r/config.toml $d/manifest.json\n"
+        'echo \'{"code": 1, "reason": "x", "t": 0}\' > r/exit.json\nexit 1\n'
+    )
+    subprocess.run(["bash", RESTART, "r", "daybreak", "train", "tiny"], cwd=tmp_path,
+                   env=tools(tmp_path, daybreak=shim), capture_output=True)  # fmt: skip
+    assert (tmp_path / "count").read_text() == "8\n"
+
+
+def test_a_signal_to_the_restart_loop_reaches_the_run(shards, tmp_path):
+    made = recipe(config(shards, tmp_path, "r", run__steps=100000), tmp_path)
+    shim = f'#!/bin/sh\nexec {sys.executable} -m daybreak "$@"\n'
+    command = ["bash", RESTART, tmp_path / "r", "daybreak", "train", made, "--quiet"]
+    loop = subprocess.Popen(command, cwd=tmp_path, env=tools(tmp_path, daybreak=shim), text=True)
+    wait_for(tmp_path / "r", loop, 20)
+    loop.terminate()
+    assert loop.wait(60) == exit_code(tmp_path / "r") == 75
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, 0), (1, 1), (2, 0), (3, 0), (5, 0), (7, 1), (75, 1), (None, 1)])
+def test_the_slurm_script_requeues_by_the_rule(tmp_path, code, requeued):
+    """srun and scontrol are stand-ins that record how they are called: there is no Slurm here."""
+    said = "" if code is None else f'echo \'{{"code": {code}, "reason": "x", "t": 0}}\' > r/exit.json'
+    srun = f'#!/bin/bash\necho "$@" >> sruns\nmkdir -p r/checkpoints; touch r/config.toml\n{said}\nexit 1\n'
+    env = tools(tmp_path, srun=srun, scontrol='#!/bin/bash\necho "$@" >> scontrols\n') | {"SLURM_JOB_ID": "77"}
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    command = ["bash", "scripts/slurm.sbatch", "r", "daybreak", "train", "tiny", "--name", "r"]
+    for attempt in range(3):
+        subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=20)
+        (tmp_path / "r/exit.json").unlink(missing_ok=True)
+        calls = (tmp_path / "scontrols").read_text() if (tmp_path / "scontrols").exists() else ""
+        # 75 is no failure: it is always continued. A failure is, twice: the third start without progress is the last.
+        wanted = requeued * (attempt + 1 if code == 75 else min(attempt + 1, 2))
+        assert calls == "requeue 77\n" * wanted
+    starts = (tmp_path / "sruns").read_text().splitlines()
+    assert starts[0].endswith("daybreak train tiny --name r")
+    assert starts[1].endswith("daybreak train r")

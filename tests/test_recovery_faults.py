@@ -367,30 +367,30 @@ def size(path: Path) -> int:
 
 def test_soak(shards, tmp_path, full, figures):
     """Thousands of steps, a save every five, killed at random: memory and open files stay where they were."""
-    steps, kills = (40_000, 6) if full else (1500, 1)
+    steps, kills = (40_000, 6) if full else (800, 1)
     made = config(shards, tmp_path, "soak", run__steps=steps, eval__every=1000, eval__sample_every=1000)
     folder, args, rng = tmp_path / "soak", [recipe(made, tmp_path)], random.Random(3)
     memory: list[list[int]] = []
     files: list[list[int]] = []
     seconds = 0.0
     for attempt in range(kills + 1):
-        process, began, trace = spawn(args, stderr=subprocess.DEVNULL), time.monotonic(), list[int]()
+        process, began, started = spawn(args, stderr=subprocess.DEVNULL), time.monotonic(), 0.0
+        args, before = [folder], size(folder / "metrics.jsonl") + 1000
+        memory.append([])
         files.append([])
-        before = size(folder / "metrics.jsonl") + 1000
-        until = began + (rng.uniform(8, 25) if full else 4.0) if attempt < kills else float("inf")
-        args = [folder]
-        while process.poll() is None and time.monotonic() < until:
-            time.sleep(0.1)
-            if size(folder / "metrics.jsonl") > before:  # it trains
+        life = (rng.uniform(5, 20) if full else 1.0) if attempt < kills else float("inf")
+        while process.poll() is None and (not started or time.monotonic() < started + life):
+            time.sleep(0.05)
+            if size(folder / "metrics.jsonl") > before and not (folder / "exit.json").exists():  # it trains
+                started = started or time.monotonic()
                 try:
-                    trace.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) >> 8)
+                    memory[-1].append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) >> 8)
                     files[-1].append(len(os.listdir(f"/proc/{process.pid}/fd")))
                 except (OSError, IndexError):
                     break
         process.kill()
         process.wait(60)
         seconds += time.monotonic() - began
-        memory.append(trace)
         assert_intact(folder)
     last, files_ = memory[-1][:-2], [n for trace in files for n in trace[:-2]]  # not the process's end
     half = len(last) // 2

@@ -1,5 +1,6 @@
 """One thread per test process: two torch threads collapse when anything else wants a core."""
 
+import logging
 import os
 import platform
 import time
@@ -32,6 +33,15 @@ GROUPS |= {f"tests/test_{name}.py": "pages" for name in ("plan", "display", "sin
 RECOVERY = ("kill", "faults", "fuzz", "signals", "restart")
 GROUPS |= {f"tests/test_recovery_{name}.py": "recovery" for name in RECOVERY}
 spent = dict.fromkeys(BUDGETS, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before():
+    """The command line, called in the tests' process, sets up the log: undone after each test."""
+    log = logging.getLogger("daybreak")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
 
 
 def pytest_runtest_logreport(report):

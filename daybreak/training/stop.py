@@ -43,11 +43,11 @@ class Stop:
         if not self.reason and self._clock() >= self._deadline:
             self.reason = f"--max-hours {self._max_hours:g} is over"
         if self.group.world > 1:
-            stop, save = self.group.numbers([bool(self.reason), self.save_requested], largest=True)
+            asked, self.save_requested = self.save_requested, False  # before the exchange: one may come during it
+            stop, save = self.group.numbers([bool(self.reason), asked], largest=True)
             if stop:
                 self.reason = next(reason for reason in self.group.gather(self.reason) if reason)
             self._save_agreed |= bool(save)
-            self.save_requested = False
         self.look()
 
     def look(self) -> None:

@@ -47,7 +47,9 @@ class Stop:
             stop, save = self.group.numbers([bool(self.reason), asked], largest=True)
             if stop:
                 self.reason = next(reason for reason in self.group.gather(self.reason) if reason)
+                raise Interrupted(self.reason)
             self._save_agreed |= bool(save)
+            return  # a signal that came during the exchange is for the next check: all ranks stop at the same one
         self.look()
 
     def look(self) -> None:

@@ -360,7 +360,8 @@ def test_user_errors_are_one_sentence(made: Path) -> None:
         (["-d", "300"], "batch.total_tokens = 300 must be a multiple of batch.B * T = 2 * 64 = 128"),
         (["-t", "65", "-d", "130"], "batch.T = 65 must be at most model.max_T = 64"),
         (["-i", "gone*"], "no token shard matches 'gone*'"),
-        (["-pi", "tcp", "-pn", "2", "-ps", "127.0.0.1"], "2 processes were started, but this version trains on one"),
+        (["-pi", "tcp", "-pn", "2"], "-pi tcp needs -ps: address of rank 0"),
+        (["-pi", "tcp", "-pn", "2", "-pr", "2", "-ps", "127.0.0.1"], "-pr 2 must be below -pn 2"),
     ]:
         assert reason in llmc(made, *SMALL, "-x", "1", *argv, code=4 if "gone*" in argv else 2, here=True)
     assert not (made / "runs").exists()

@@ -298,13 +298,15 @@ def _lifetimes(frame: PlanFrame, calls: list[Call]) -> list[Entry]:
 
 def _place(entries: list[Entry]) -> list[Entry]:
     """Offsets such that tensors alive at the same call never overlap: largest first, lowest free gap."""
-    placed: list[Entry] = []  # by offset
+    placed: list[tuple[int, int, int, int]] = []  # (offset, end, first, last), by offset
+    found = []
     for e in sorted(entries, key=lambda e: (-e.padded, e.first, e.name)):
-        offset, size = 0, e.padded
-        for other in placed:
-            if other.first <= e.last and e.first <= other.last:
-                if offset + size <= other.offset:
+        offset, size, first, last = 0, e.padded, e.first, e.last
+        for start, end, begins, ends in placed:
+            if begins <= last and first <= ends:
+                if offset + size <= start:
                     break
-                offset = max(offset, other.offset + other.padded)
-        insort(placed, replace(e, offset=offset), key=lambda p: p.offset)
-    return sorted(placed, key=lambda e: (e.first, e.offset))
+                offset = max(offset, end)
+        insort(placed, (offset, offset + size, first, last))
+        found.append(replace(e, offset=offset))
+    return sorted(found, key=lambda e: (e.first, e.offset))

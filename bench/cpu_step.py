@@ -177,12 +177,14 @@ def commit() -> str:
     return git.stdout.strip() or "unknown"
 
 
-def write(path: Path, setting: dict[str, object], results: dict[str, dict[str, list[float]]]) -> None:
-    """One row per measured step, with the setting in every row."""
+def write(
+    path: Path, setting: dict[str, object], results: dict[str, dict[str, list[float]]], what: str = "dtype"
+) -> None:
+    """One row per measured step, with the setting in every row. what: what the results are of."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow([*setting, "dtype", "contender", "round", "seconds"])
+        rows.writerow([*setting, what, "contender", "round", "seconds"])
         for dtype, seconds in results.items():
             for name, values in seconds.items():
                 rows.writerows([*setting.values(), dtype, name, i, f"{v:.6f}"] for i, v in enumerate(values))

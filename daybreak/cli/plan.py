@@ -8,15 +8,42 @@ import click
 
 from daybreak.cli.options import config_options, overrides_of
 from daybreak.config import resolve
+from daybreak.errors import ConfigError
+
+
+class Counts(click.ParamType[tuple[int, ...]]):
+    """N or N,N,...: numbers of at least 1."""
+
+    name = "counts"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        one: Any = click.IntRange(1)
+        return tuple(one.convert(part, param, ctx) for part in str(value).split(","))
 
 
 @click.command()
 @click.argument("target")
 @click.option("--gpu", metavar="CARD", help="Plan for this card (h100, a100, 4090 ...) instead of this machine.")
-@click.option("--gpus", type=click.IntRange(1), default=1, metavar="N", help="Number of cards, one process each.")
+@click.option(
+    "--gpus",
+    type=Counts(),
+    default="1",
+    metavar="N[,N...]",
+    help="Number of cards, one process each; several numbers are compared.",
+)
+@click.option(
+    "--network",
+    type=click.FloatRange(0, min_open=True),
+    default=50.0,
+    show_default=True,
+    metavar="X",
+    help="GB/s of each card's network port, where several hosts are compared.",
+)
 @click.option("--price", "cost__price", metavar="P", help="Dollars per hour of the whole machine (cost.price).")
 @config_options
-def plan(target: str, gpu: str | None, gpus: int, **flags: Any) -> None:
+def plan(target: str, gpu: str | None, gpus: tuple[int, ...], network: float, **flags: Any) -> None:
     """Show what a run takes before it starts: memory, time, money, disk.
 
     Works without a GPU and without data. TARGET and --section.key VALUE are those of `daybreak train`.
@@ -24,6 +51,7 @@ def plan(target: str, gpu: str | None, gpus: int, **flags: Any) -> None:
     \b
     Examples:
       daybreak plan gpt2-1558M --gpu h100 --gpus 8 --price 28
+      daybreak plan gpt2-1558M --gpu h100 --gpus 8,16,64,512 --parallel.zero 1
       daybreak plan d12 --gpu 4090 --batch.B 16
       daybreak plan runs/tiny
     """
@@ -32,4 +60,10 @@ def plan(target: str, gpu: str | None, gpus: int, **flags: Any) -> None:
     from daybreak.report.plan import plan as make_plan
     from daybreak.report.plan import print_plan, recipe_notes
 
-    print_plan(make_plan(config, gpu=gpu, gpus=gpus), recipe_notes(target))
+    if len(gpus) > 1 and gpu is None:
+        raise ConfigError(f"--gpus {','.join(map(str, gpus))} compares one kind of card; say which with --gpu.")
+    print_plan(make_plan(config, gpu=gpu, gpus=gpus[0]), recipe_notes(target))
+    if len(gpus) > 1 and gpu is not None:
+        from daybreak.report.scaling import print_scaling, scaling
+
+        print_scaling(config, gpu, scaling(config, gpu, gpus, network), network)

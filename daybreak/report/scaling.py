@@ -1,0 +1,150 @@
+"""A step's time on N GPUs, modelled: what `plan --gpus 8,16,64,512` prints.
+
+One GPU's time for its share of the tokens (cards.token_rate), and what the exchange adds where backward and the next
+forward do not hide it: buckets as `Sharding` cuts them travel one after the other, each once its gradients are final.
+A rank sends as fast as the slower of its link inside the host and the host's network ports together, because NCCL's
+rings cross the network once a host, a port each. What NCCL takes from the products and what stragglers cost is in
+cards.EIGHT_GPUS; other traffic, and NCCL's trees, are not modelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from daybreak.config import Config
+from daybreak.engine import DTYPES
+from daybreak.engine.collectives import Sharding
+from daybreak.errors import ConfigError
+from daybreak.report.cards import EIGHT_GPUS, find_card, token_rate
+from daybreak.report.plan import ENOUGH_TOKENS, MIB, Plan, plan
+from daybreak.state.metrics import format_duration
+
+HOST = 8  # GPUs of one machine
+NETWORK = 50.0  # GB/s of a GPU's own network port: 400 Gb/s, as in NVIDIA's DGX H100
+REACHED = 0.73  # share of a link's nominal rate that collectives reach: about 330 of NVLink's 450 GB/s on 8 H100
+HOP = 5e-6  # seconds a ring needs for each rank that it passes
+
+
+def bandwidth(card: str, gpus: int, network: float = NETWORK) -> float:
+    """Bytes a second that each of `gpus` cards (a short name) sends to its neighbour in a ring."""
+    link = find_card(card).link
+    return REACHED * 1e9 * (link if gpus <= HOST else min(link, HOST * network))
+
+
+def exposed_gradients(
+    sharding: Sharding, itemsize: int, final: Mapping[int, float], end: float, rate: float, latency: float = 0.0
+) -> float:
+    """Seconds by which the exchange of gradients outlasts a backward that ends at `end`.
+
+    final: moment -> seconds after backward's start at which its gradients are final. rate: bytes a second that a rank
+    sends; latency: seconds that a bucket takes besides.
+    """
+    at, trips = 0.0, 1 if sharding.zero else 2
+    for k in sharding.order:
+        sent = trips * sharding.size(k) * (sharding.world - 1) * itemsize
+        at = max(at, final[sharding.buckets[k].moment]) + trips * latency + sent / rate
+    return max(at - end, 0.0)
+
+
+def exposed_weights(sharding: Sharding, itemsize: int, forward: float, rate: float, latency: float = 0.0) -> float:
+    """Seconds that a forward of `forward` seconds waits for updated weights: for its first bucket, and for the last if
+    that is later than the layers before it. Nothing at stage 0."""
+    if not sharding.zero:
+        return 0.0
+    times = [latency + sharding.size(k) * (sharding.world - 1) * itemsize / rate for k in reversed(sharding.order)]
+    return times[0] + max(0.0, sum(times[1:]) - forward)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A step on `gpus` cards, B rows a micro-step. Seconds: of one card that had its share to do alone, of the step, of
+    the whole exchange, of the part of it that nothing hides. MiB a card."""
+
+    gpus: int
+    B: int
+    micro_steps: int
+    alone: float
+    seconds: float
+    exchange: float
+    exposed: float
+    mib: int
+    fits: bool
+
+
+def scale(p: Plan, gpu: str, network: float = NETWORK) -> Scale:
+    """The step of a plan for the card that `gpu` names. Raises ConfigError where the card's speed is not known."""
+    c = p.config
+    one = token_rate(c.model, c.T, c.batch.B, c.batch.recompute, p.flops_per_token, p.card, 1)
+    if one is None:
+        raise ConfigError(f"--gpus {p.gpus}: the speed of one {p.card} is not known; take another --gpu.")
+    micro = c.batch.B * c.T / (one[0] * (EIGHT_GPUS if p.gpus > 1 else 1.0))
+    sharding, size = p.arena.sharding, DTYPES[p.compute].itemsize
+    forward = micro / (4 if c.batch.recompute == 3 else 3)  # backward costs two forwards; whole blocks again, three
+    backward = micro - forward
+    rate, latency = bandwidth(gpu, p.gpus, network), HOP * (p.gpus - 1)
+    final = {m: backward * (m + 1) / (sharding.last_moment + 1) for m in range(sharding.last_moment + 1)}
+    late = exposed_gradients(sharding, size, final, backward, rate, latency) if p.gpus > 1 else 0.0
+    if sharding.zero == 2:  # each micro-step's exchange may go on under the next one's forward; the last one's may not
+        late += (p.micro_steps - 1) * max(0.0, late - forward)
+    late += exposed_weights(sharding, size, forward, rate, latency)
+    sent = sharding.volume(DTYPES[p.compute], p.micro_steps)
+    total = p.nbytes + p.outside
+    fits = p.budget is None or total <= p.budget
+    alone = p.micro_steps * c.batch.B * c.T / one[0]
+    return Scale(
+        p.gpus, c.batch.B, p.micro_steps, alone, p.micro_steps * micro + late, sent / rate, late, total // MIB, fits
+    )
+
+
+def scaling(config: Config, gpu: str, counts: Sequence[int], network: float = NETWORK) -> list[Scale]:
+    """One `Scale` for each number of GPUs; where the total batch does not divide, with the most rows that do.
+
+    Raises ConfigError for an unknown card, or a number of GPUs among which no number of rows divides the batch.
+    """
+    found = []
+    for gpus in counts:
+        total = config.batch.total_tokens
+        rows = [b for b in range(config.batch.B, 0, -1) if not total or total % (b * config.T * gpus) == 0]
+        if not rows:
+            raise ConfigError(
+                f"--gpus {gpus}: batch.total_tokens = {total} is not a multiple of batch.T * ranks = "
+                f"{config.T} * {gpus}; choose a number of GPUs that divides it, or another total."
+            )
+        found.append(scale(plan(config.override({"batch.B": rows[0]}), gpu=gpu, gpus=gpus), gpu, network))
+    return found
+
+
+def print_scaling(config: Config, gpu: str, rows: Sequence[Scale], network: float = NETWORK) -> None:
+    """The table, on stdout, with what it rests on."""
+    columns = {"GPUs": 5, "B": 6, "micro": 7, "ms/step": 10, "exchange": 10, "exposed": 9, "tok/s": 13, "of N x 1": 10,
+               "time": 8, "MiB/GPU": 9}  # fmt: skip
+    lines: list[str | list[str]] = [
+        "",
+        "A step by number of GPUs (modelled; exchange and its exposed part in ms)",
+        [*columns],
+    ]
+    for r in rows:
+        tokens = r.B * config.T * r.micro_steps * r.gpus
+        few = "*" if r.B < config.batch.B and r.B * config.T < ENOUGH_TOKENS else ""
+        times = (f"{1e3 * seconds:,.1f}" for seconds in (r.seconds, r.exchange, r.exposed))
+        lines.append([
+            f"{r.gpus}", f"{r.B}{few}", f"{r.micro_steps}", *times, f"{tokens / r.seconds:,.0f}",
+            f"{r.alone / r.seconds:.1%}", format_duration(r.seconds * config.run.steps or None),
+            f"{r.mib}{'' if r.fits else '!'}",
+        ])  # fmt: skip
+    for line in lines:
+        print(
+            line if isinstance(line, str) else "".join(f"{x:>{w}}" for x, w in zip(line, columns.values(), strict=True))
+        )
+    link = find_card(gpu).link
+    print(
+        f"ZeRO stage {config.parallel.zero}, buckets of {config.parallel.bucket_bytes >> 20} MiB; {REACHED:.0%} of "
+        f"{link:g} GB/s inside a host of {HOST} and of {min(link, HOST * network):g} between hosts (--network "
+        f"{network:g} a GPU), {HOP * 1e6:g} us a rank and bucket; {EIGHT_GPUS} of one GPU's speed besides, as llm.c's "
+        "on 8 GPUs. Not yet checked on several GPUs."
+    )
+    if any(r.B < config.batch.B for r in rows):
+        print("*: so few rows keep a card less busy than is believed here.")
+    if not all(r.fits for r in rows):
+        print("!: does not fit; --gpus with that number alone says what helps.")

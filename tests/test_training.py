@@ -150,6 +150,18 @@ def test_the_run_folder(shards: Path, tmp_path: Path) -> None:
     assert run.metrics("val")[-1]["tokens_evaluated"] == 512
 
 
+def test_the_order_of_a_step(shards: Path, tmp_path: Path) -> None:
+    """llm.c's: what is due after K updates is done in the order validation, sample, checkpoint, then update K + 1."""
+    every = {"eval__every": 2, "eval__sample_every": 2, "checkpoint__every": 2, "checkpoint__background": False}
+    run = daybreak.train(config(shards, tmp_path, "order", run__steps=4, **every))
+    records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    kinds = [(r["kind"], r["step"]) for r in records if r["kind"] in ("val", "sample", "step", "checkpoint")]
+    assert kinds == [
+        ("val", 0), ("step", 1), ("step", 2), ("val", 2), ("sample", 2), ("checkpoint", 2), ("step", 3), ("step", 4),
+        ("val", 4), ("sample", 4), ("checkpoint", 4),
+    ]  # fmt: skip
+
+
 def test_validation_does_not_depend_on_the_batch(shards: Path, tmp_path: Path) -> None:
     a = daybreak.train(config(shards, tmp_path, "b4", run__steps=1))
     b = daybreak.train(config(shards, tmp_path, "b8", run__steps=1, batch__B=8))

@@ -1,0 +1,101 @@
+"""The Python API: its signatures, and what calling it from a program or a notebook must not do."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import daybreak
+from daybreak.config import Config
+
+SIGNATURES = {
+    "load": "(path: 'Path | str') -> 'Run'",
+    "plan": "(config: 'Config', *, gpu: 'str | None' = None, gpus: 'int' = 1) -> 'Plan'",
+    "train": "(config: 'Config', *, resume: 'Path | str | None' = None, fork_from: 'Path | str | None' = None, "
+    "init_from: 'Path | str | None' = None, stop: 'Stop | None' = None, "
+    "on_save: 'Callable[[Path], None] | None' = None) -> 'Run'",
+    "Run": "(path: 'Path | str') -> 'None'",
+    "Run.metrics": "(self, kind: 'str | None' = None) -> 'list[dict[str, Any]]'",
+    "Run.checkpoint": "(self, step: 'int | None' = None) -> 'Checkpoint'",
+    "Config.from_target": "(target: 'str', overrides: 'Iterable[tuple[str, str]]' = ()) -> 'Config'",
+    "Config.override": "(self, values: 'Mapping[str, Any]') -> 'Config'",
+}
+
+
+def tiny(tmp_path: Path, name: str) -> Config:
+    text = tmp_path / "text.txt"
+    text.write_text("What you read is what runs, in that order, with those buffers.\n" * 400)
+    from daybreak.cli.main import main
+
+    if not (tmp_path / "data").exists():
+        assert main(["prepare", str(text), "--tokenizer", "bytes", "--name", "text"]) == 0
+    keys = {"model.L": 1, "model.C": 16, "model.NH": 1, "model.max_T": 32, "model.V": 257, "data.name": "text",
+            "data.tokenizer": "bytes", "batch.B": 2, "run.device": "cpu", "run.steps": 3, "run.name": name,
+            "eval.tokens": 64, "eval.sample_tokens": 4}  # fmt: skip
+    return Config().override(keys)
+
+
+def test_signatures() -> None:
+    """People's scripts call these: a change here is a change for them."""
+    assert daybreak.__all__ == ["Config", "Error", "Run", "__version__", "load", "plan", "train"]
+    for path, want in SIGNATURES.items():
+        found: object = daybreak
+        for part in path.split("."):
+            found = getattr(found, part)
+        assert str(inspect.signature(found)) == want, path  # type: ignore[arg-type]
+    assert (Path(daybreak.__file__).parent / "py.typed").is_file()
+    assert issubclass(daybreak.Error, Exception)
+    assert isinstance(daybreak.Error.exit_code, int)
+
+
+def test_training_from_a_thread_leaves_the_program_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a notebook's kernel does it: no signal handler (only the main thread could set one), no sys.exit."""
+    monkeypatch.chdir(tmp_path)
+    config, found = tiny(tmp_path, "thread"), []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    generator, grad = torch.get_rng_state(), torch.is_grad_enabled()
+    thread = threading.Thread(target=lambda: found.append(daybreak.train(config)))
+    thread.start()
+    thread.join()
+    assert len(found[0].metrics("step")) == 3
+    assert {number: signal.getsignal(number) for number in before} == before
+    daybreak.train(config.override({"run.name": "main"}))
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.is_grad_enabled() == grad
+
+
+def test_errors_have_their_exit_code_and_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for call, code in (
+        (lambda: daybreak.load("runs/none"), 2),
+        (lambda: daybreak.plan(tiny(tmp_path, "a").override({"model.NH": 3})), 2),
+        (lambda: daybreak.train(tiny(tmp_path, "b").override({"data.name": "missing"})), 4),
+    ):
+        with pytest.raises(daybreak.Error) as error:
+            call()
+        assert error.value.exit_code == code
+        assert "\n" not in str(error.value)
+
+
+def test_what_nobody_foresaw_leaves_crash_txt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def broken(path: Path) -> None:
+        raise ZeroDivisionError(f"at {path.name}")
+
+    with pytest.raises(ZeroDivisionError):
+        daybreak.train(tiny(tmp_path, "crash"), on_save=broken)
+    run = tmp_path / "runs/crash"
+    assert json.loads((run / "exit.json").read_text())["code"] == 1
+    assert "ZeroDivisionError: at step-00000003" in json.loads((run / "exit.json").read_text())["reason"]
+    crash = (run / "crash.txt").read_text()
+    assert "Traceback" in crash
+    assert "in broken" in crash
+    assert len(daybreak.load(run).checkpoints) == 1  # what was saved before stays

@@ -23,7 +23,7 @@ SIGNATURES = {
     "Run": "(path: 'Path | str') -> 'None'",
     "Run.metrics": "(self, kind: 'str | None' = None) -> 'list[dict[str, Any]]'",
     "Run.checkpoint": "(self, step: 'int | None' = None) -> 'Checkpoint'",
-    "Config.from_target": "(target: 'str', overrides: 'Iterable[tuple[str, str]]' = ()) -> 'Config'",
+    "Config.from_target": "(target: 'str') -> 'Config'",
     "Config.override": "(self, values: 'Mapping[str, Any]') -> 'Config'",
 }
 

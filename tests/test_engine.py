@@ -20,7 +20,9 @@ from torch import Tensor
 import daybreak.engine.gpt2 as schedule
 from daybreak.config_keys import OptimConfig
 from daybreak.engine import Engine
-from daybreak.shapes import GPT2Config
+from daybreak.engine.models import build_model
+from daybreak.engine.params import ParamTable, init_parameters
+from daybreak.shapes import GPT2Config, parse_shape
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parent / "golden"
@@ -348,16 +350,35 @@ def test_parameters_and_initial_weights():
             assert torch.equal(rounded.master(name), want.bfloat16().float()), name
 
 
+LLMC_FIRST = {  # llm.c's own first weights of GPT-2 124M, seed 42, before they are rounded to bf16
+    "wte": [0.0385382995, 0.0297456831, 0.0180143435, -0.0421104282],
+    "wpe": [-0.00916235521, -0.018614769, -0.0294702277, -0.00321658584],
+    "h.0.qkvw": [-0.0045566773, 0.00723999506, 0.0163001623, -0.0109933],
+    "h.0.attprojw": [0.00113274355, 0.00542639615, 0.00018079413, 0.00136883021],
+}
+LLMC_LAST = 0.00170378527  # of wte's 50257 rows; the padding below is zero
+
+
+def test_initial_weights_of_gpt2_are_llmc_s() -> None:
+    """To 1e-6 of what they are drawn with: both take logarithms and sines from different libraries."""
+    found: dict[str, torch.Tensor] = {}
+
+    def store(name: str, value: torch.Tensor) -> None:
+        if name in LLMC_FIRST:
+            found[name] = value
+
+    init_parameters(ParamTable(build_model(parse_shape("d12")).rows()), 42, store)
+    for name, want in LLMC_FIRST.items():
+        std = 0.02 / math.sqrt(24) if name.endswith("projw") else 0.02
+        assert found[name].flatten()[:4].tolist() == pytest.approx(want, abs=1e-6 * std), name
+    assert found["wte"][50256, -1].item() == pytest.approx(LLMC_LAST, abs=1e-6 * 0.02)
+    assert not found["wte"][50257:].any()
+
+
 def test_oracle_agrees_with_llmc():
     """llm.c's own first weights of GPT-2 124M and its learning rates: the oracle is held to the original."""
     values = initial_values(Shape(12, 768, 12, 1024, 50257))
-    known = {
-        "wte": [0.0385382995, 0.0297456831, 0.0180143435, -0.0421104282],
-        "wpe": [-0.00916235521, -0.018614769, -0.0294702277, -0.00321658584],
-        "h.0.qkvw": [-0.0045566773, 0.00723999506, 0.0163001623, -0.0109933],
-        "h.0.attprojw": [0.00113274355, 0.00542639615, 0.00018079413, 0.00136883021],
-    }
-    for name, want in known.items():
+    for name, want in LLMC_FIRST.items():
         assert values[name][0, :4].tolist() == pytest.approx(want, abs=2e-8), name
     rates = [
         ("cosine", 0.0, {0: 8.57142879e-07, 349: 3.0e-04, 700: 6.0e-04, 5000: 5.20795758e-04, 18000: 3.35075879e-06}),

@@ -31,7 +31,7 @@ PHASES = {
     "publishing a save": ("term", "after:daybreak.state.checkpoint:_publish", 2),
     "recording a step": ("term", "call:daybreak.state.metrics:Lines.append", 30),
     "validating": ("term", f"call:{ENGINE}.eval_losses", 2),
-    "sampling": ("term", f"call:{ENGINE}.decode", 3),
+    "sampling": ("term", f"call:{ENGINE}.decode", 2),  # not in the last token: then all is done
     "the last save": ("int", "after:daybreak.training.loop:Trainer._sample", 1),
 }
 

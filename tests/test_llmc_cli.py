@@ -292,14 +292,14 @@ def test_main_log_and_checkpoints_are_llmc_s(made: Path) -> None:
 def test_either_kind_of_checkpoint_goes_on_with_y_1(made: Path) -> None:
     """14 steps in one go; 10, then 4 from our checkpoint; 10, then 4 from the .bin files alone."""
     n2 = ["-x", "14", "-n", "4"]
-    llmc(made, *SMALL, *n2, "-o", "whole", "-y", "1")  # nothing there yet: a fresh start
+    llmc(made, *SMALL, *n2, "-o", "whole", "-y", "1", here=True)  # nothing there yet: a fresh start
     for name in ("ours", "theirs"):
         shutil.copytree(made / "log", made / name)
     for path in [p for p in (made / "theirs").iterdir() if not re.match(r"DONE|model_|state_|main\.log", p.name)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.copy(made / "m/gpt2_tokenizer.bin", made / "theirs")
     for name in ("ours", "theirs"):
-        out = llmc(made, *SMALL, *n2, "-o", name, "-y", "1")
+        out = llmc(made, *SMALL, *n2, "-o", name, "-y", "1", here=name == "theirs")
         assert "| weight init method    | intermediate checkpoint" in out
         assert "step   11/14" in out
         assert "step   10/14" not in out
@@ -307,7 +307,7 @@ def test_either_kind_of_checkpoint_goes_on_with_y_1(made: Path) -> None:
         assert (made / name / "DONE_00000014").is_file()
     # Killed between our last checkpoint and its DONE: scripts wait for that file.
     (made / "whole/DONE_00000014").unlink()
-    llmc(made, *SMALL, *n2, "-o", "whole", "-y", "1")
+    llmc(made, *SMALL, *n2, "-o", "whole", "-y", "1", here=True)
     assert (made / "whole/DONE_00000014").is_file()
     refused = llmc(made, *SMALL, "-o", "log", code=2, here=True)
     assert "-o log is not empty; continue what is in it with -y 1, or remove it" in refused

@@ -100,13 +100,13 @@ def read_jsonl(path: Path, field: str = "text") -> Iterator[tuple[int, str]]:
             )
         if text := record[field]:
             empty = False
-            yield line, _without_surrogates(text)
+            yield line, without_surrogates(text)
     if empty:
         raise DataError(f"{path} holds no documents.")
 
 
-def _without_surrogates(text: str) -> str:
-    """JSON may escape half a surrogate pair, which has no UTF-8; it becomes U+FFFD."""
+def without_surrogates(text: str) -> str:
+    """The text with each half of a surrogate pair, which JSON may escape and UTF-8 does not have, as U+FFFD."""
     try:
         text.encode()
         return text

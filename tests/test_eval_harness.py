@@ -4,6 +4,8 @@ from a data set on the Hub to scores."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from test_data_formats import tokenizer_json
 from test_data_hub import parquet
 from test_engine_hf import LAYER, WHOLE
 from test_prepare import prose
+from torch.utils import collect_env
 
 from daybreak.cli.main import main
 from daybreak.data.tokenizer import get_tokenizer
@@ -53,6 +56,15 @@ def export(engine: Engine, folder: Path) -> None:
     )
     (folder / "t.json").unlink()
     fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _packages_are_listed_once() -> Iterator[None]:
+    """The harness runs pip for every result, to keep what is installed: half of the time of these tests."""
+    whole = collect_env.get_pretty_env_info
+    collect_env.get_pretty_env_info = cache(whole)
+    yield
+    collect_env.get_pretty_env_info = whole
 
 
 @pytest.fixture(scope="module")

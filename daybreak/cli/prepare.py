@@ -72,16 +72,17 @@ def prepare(
       daybreak prepare book.txt --name mybook
       daybreak prepare fineweb-edu-100B --pretokenized 20
     """
-    from daybreak.data import prepare as data
+    from daybreak.data.prepare import prepare as prepare_dataset
+    from daybreak.data.prepare import pretokenized as fetch_shards
 
     if pretokenized is not None and len(sources) != 1:
         raise ConfigError(f"--pretokenized takes one NAME or hf:owner/name, not {' '.join(sources)!r}.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written stays
     with _progress() as progress:
         if pretokenized is not None:
-            manifest = data.pretokenized(sources[0], pretokenized, name=name, data_dir=data_dir, progress=progress)
+            manifest = fetch_shards(sources[0], pretokenized, name=name, data_dir=data_dir, progress=progress)
         else:
-            manifest = data.prepare(
+            manifest = prepare_dataset(
                 sources,
                 name=name,
                 data_dir=data_dir,

@@ -43,11 +43,6 @@ class Remote(NamedTuple):
     get: Callable[[Path, bool], Path]
 
 
-def _hub() -> Any:
-    extra("huggingface_hub.utils", "data", "downloading").disable_progress_bars()
-    return extra("huggingface_hub", "data", "downloading")
-
-
 def download(remote: Remote, folder: Path) -> Path:
     """The checked file in `folder`, after up to ATTEMPTS tries. DataError says what was wrong the last time."""
     reason = ""
@@ -116,7 +111,8 @@ def hub_files(
 
     Test splits are left out. DataError, in one sentence.
     """
-    hub, endpoint = _hub(), os.environ.get("HF_ENDPOINT") or None
+    hub, endpoint = extra("huggingface_hub", "data", "downloading"), os.environ.get("HF_ENDPOINT") or None
+    extra("huggingface_hub.utils", "data", "downloading").disable_progress_bars()
     api = hub.HfApi(endpoint=endpoint)
     try:
         info = api.dataset_info(repo, revision=revision, timeout=30)

@@ -44,7 +44,6 @@ from daybreak.data.shards import (
     locked,
     read_header,
     sha256_of,
-    token_width,
     write_atomic,
 )
 from daybreak.data.sources import SPLITS, Piece, Source
@@ -163,7 +162,7 @@ def prepare(
     identity = [source.origin, source.revision, source.state, encoder.fingerprint, shard_tokens, val_fraction,
                 text_field, UNIT]  # fmt: skip
     if source.remote:
-        _announce(source, final, token_width(encoder.V))
+        _announce(source, final, encoder.dtype.itemsize)
     try:
         with workspace(final, identity) as (folder, journal):
             job = _Job(folder, name, source, encoder, shard_tokens, identity, journal)
@@ -192,7 +191,7 @@ class _Job:
         journal: Journal | None,
     ) -> None:  # fmt: skip
         self.folder, self.name, self.source, self.tokenizer, self.identity = folder, name, source, tokenizer, identity
-        width = token_width(tokenizer.V)
+        width = tokenizer.dtype.itemsize
         self.splits = {split: _Split(f"{name}_{split}", folder, shard_tokens, width) for split in SPLITS}
         self.digest = hashlib.sha256()
         # Written so far: pieces in all; the file they end in, its pieces among them, the documents before that file.

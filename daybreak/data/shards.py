@@ -42,11 +42,6 @@ class ShardInfo:
         return HEADER_BYTES + self.tokens * self.width
 
 
-def token_width(V: int) -> int:
-    """Bytes per token of the shards of a vocabulary of V ids."""
-    return 2 if V <= 1 << 16 else 4
-
-
 def read_header(path: str | Path) -> ShardInfo:
     """Check a shard's magic, version, token count and exact file size. DataError names file, value and rule."""
     path = Path(path)

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -74,9 +75,9 @@ class Tokenizer:
         self.fingerprint = digest.hexdigest()
 
     @property
-    def dtype(self) -> type[np.uint16 | np.uint32]:
-        """Of the ids: uint16 where they fit."""
-        return np.uint16 if self.V <= 1 << 16 else np.uint32
+    def dtype(self) -> np.dtype[Any]:
+        """Of the ids, in memory and in shards: uint16 where they fit, else uint32."""
+        return np.dtype(np.uint16 if self.V <= 1 << 16 else np.uint32)
 
     def encode(self, text: str) -> NDArray[np.integer]:
         """Token ids of `text`, shape (n,). Special tokens in it are plain text; a lone surrogate becomes U+FFFD."""

@@ -202,20 +202,13 @@ def _longest(texts: Sequence[Text], T: int) -> int:
     return min(T, max(len(text.ids) for text in texts))
 
 
-def sample_tokens(
-    engine: Engine,
-    prompt: Sequence[int],
-    count: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    seed: int = 1337,
-) -> Iterator[int]:
-    """Yield `count` token ids that follow `prompt` (not empty). The model sees at most the last T tokens."""
-    text, batch = Text(prompt, Sampling(count, temperature, top_k, seed=seed)), Batch(engine)
-    for i in range(count):
-        batch.step() if i else batch.add([text])
-        yield text.made[i].id
+def write_all(engine: Engine, texts: Sequence[Text]) -> None:
+    """Write texts to their ends, as many at a time as the cache has rows."""
+    batch, waiting = Batch(engine), texts
+    while waiting or batch.texts:
+        batch.step()
+        joining, waiting = waiting[: batch.room], waiting[batch.room :]
+        batch.add(joining)
 
 
 def open_document(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -253,13 +246,7 @@ class Sampler:
     def texts(self, prompts: Sequence[str], how: Sampling = DEFAULT) -> list[str]:
         """What follows each of the prompts, the i-th sampled with seed + i. Raises ConfigError."""
         how.check()
-        batch, texts = Batch(self.engine), list[Text]()
-        for i, prompt in enumerate(prompts):
-            ids = open_document(self.tokenizer, prompt)
-            texts.append(Text(ids, replace(how, seed=how.seed + i), self.tokenizer))
-        waiting = texts
-        while waiting or batch.texts:
-            batch.step()
-            joining, waiting = waiting[: batch.room], waiting[batch.room :]
-            batch.add(joining)
+        ids = [open_document(self.tokenizer, prompt) for prompt in prompts]
+        texts = [Text(x, replace(how, seed=how.seed + i), self.tokenizer) for i, x in enumerate(ids)]
+        write_all(self.engine, texts)
         return [text.text for text in texts]

@@ -17,13 +17,14 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from daybreak.config import Config, nearest, read_toml
 from daybreak.config_keys import Rule, at_least, one_of
 from daybreak.errors import ConfigError, Error
-from daybreak.parallel import RANK_VARIABLES, connect
+from daybreak.parallel import connect, exit_code, launched
 from daybreak.shapes import is_shape, parse_shape
 
 TINY = "dev/data/tinyshakespeare/tiny_shakespeare"
@@ -80,7 +81,7 @@ FLAGS = [  # in the order of llm.c's table
     Flag("-s", 20, "sample text every N steps; 0 or less = only at the end", "sample_every"),
     Flag("-g", 64, "a sample is this many tokens less one", "genT", rule=at_least(2)),
     Flag("-a", 0, "1 = train on the first validation batch over and over", "overfit_single_batch", rule=SWITCH),
-    Flag("-w", 1, "weights exact to fp32; 0 = bf16 with stochastic rounding", "use_master_weights", "b", rule=SWITCH),
+    Flag("-w", 1, "weights exact to fp32; 0 = bf16 with stochastic rounding", "use_master_weights", "s", rule=SWITCH),
     Flag("-ge", -1, "GELU fusion", "gelu_fusion", rule=one_of(-1, 0, 1, 2), no_effect="the kernels decide"),
     Flag("-r", 1, "recompute: 0 none, 1 GELU, 2 GELU and LayerNorm", "recompute", "d", "batch.recompute",
          one_of(0, 1, 2)),
@@ -139,12 +140,7 @@ def launch(values: Values, environ: Mapping[str, str]) -> dict[str, str]:
     """
     how, world, rank = values["-pi"], values["-pn"], values["-pr"]
     if how == "mpi":
-        for names in RANK_VARIABLES:
-            if names[0] in environ and names[1] in environ:
-                found = [environ[names[0]], environ[names[1]], environ.get(names[2], environ[names[0]])]
-                made = dict(zip(RANK_VARIABLES[0], found, strict=True))
-                return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT, **made}
-        return dict(zip(RANK_VARIABLES[0], ("0", "1", "0"), strict=True))
+        return launched({"MASTER_PORT": PORT, **environ})  # where the launcher says, if it does
     if rank >= world:
         raise ConfigError(f"-pr {rank} must be below -pn {world}, the number of processes.")
     made = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank % values["-pg"])}
@@ -209,10 +205,9 @@ def parameter_table(values: Values, config: Config, world: int, start: str) -> l
     parameters = sum(math.prod(shape) for _, _, shape in layout(m))
     shown = values | {"-i": d.train, "-o": values["-o"] or "NULL", "-d": config.batch.total_tokens}
     shown |= {"-ge": max(values["-ge"], 0), "-w": "enabled" if values["-w"] else "disabled"}
-    first = [(f.row, format(shown[f.name], f.form if f.form != "b" else "s")) for f in FLAGS if f.row]
     parts: list[list[tuple[str, object]]] = [
         [("Parameter", "Value")],
-        [*first],
+        [(f.row, format(shown[f.name], f.form)) for f in FLAGS if f.row],
         [("device", name), ("peak TFlops", f"{peak / 1e12:.1f}" if peak else "n/a"),
          ("precision", "TF32" if tf32 else compute.upper())],
         [("weight init method", start), ("max_sequence_length T", m.max_T), ("vocab_size V", m.V),
@@ -223,12 +218,11 @@ def parameter_table(values: Values, config: Config, world: int, start: str) -> l
         [("num_processes", world), ("zero_stage", config.parallel.zero)],
     ]  # fmt: skip
     rule = f"+{'-' * 23}+{'-' * 52}+"
-    lines = [rule]
-    for part in parts:
-        lines += [*(f"| {key:<21} | {value!s:<50} |" for key, value in part), rule]
+    rows = [[*(f"| {key:<21} | {value!s:<50} |" for key, value in part), rule] for part in parts]
     size = parameters * (2 if compute == "bf16" else 4)
     return [
-        *lines,
+        rule,
+        *chain(*rows),
         f"num_parameters: {parameters} => bytes: {size}",
         f"allocated {size >> 20} MiB for model parameters",
         f"batch_size B={values['-b']} * seq_len T={values['-t']} * num_processes={world} and "
@@ -285,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Error as error:
         if not error.elsewhere:
             print(f"daybreak.llmc: {error}", file=sys.stderr)
-        return error.exit_code
+        return exit_code(error, os.environ)
     except KeyboardInterrupt:
         return 130
     except Exception:

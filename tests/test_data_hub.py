@@ -23,8 +23,7 @@ from test_prepare import prose, read_documents, read_split
 from daybreak.cli.main import main
 from daybreak.data import hub as client
 from daybreak.data.dataset import open_dataset
-from daybreak.data.prepare import prepare
-from daybreak.data.pretokenized import pretokenized
+from daybreak.data.prepare import prepare, pretokenized
 from daybreak.errors import ConfigError, DataError
 
 
@@ -129,14 +128,14 @@ def test_killed_and_run_again_it_ends_in_the_same_bytes(hub: Hub, tmp_path: Path
             "--workers", "1", "--data-dir"]  # fmt: skip
     slow = """if True:
         import os, sys, time, daybreak.data.prepare as p, daybreak.cli.main as m
-        p.UNIT, write, left = 4000, p.write_file, [int(os.environ["JOURNALS"])]
+        p.UNIT, write, left = 4000, p.write_atomic, [int(os.environ["JOURNALS"])]
         def slowly(*args):
             write(*args)
             left[0] -= 1
             if not left[0]:
                 print("here", flush=True)
                 time.sleep(60)
-        p.write_file = slowly
+        p.write_atomic = slowly
         sys.exit(m.main(sys.argv[1:]))
     """
     data, code = tmp_path / "killed", [sys.executable, "-c", slow]

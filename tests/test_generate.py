@@ -10,7 +10,7 @@ from oracle import GPT2, Shape, random_values
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.engine import Engine, plan_engine
 from daybreak.errors import ConfigError
-from daybreak.generate import Batch, Sampling, Text, pick, sample_text, sample_tokens, token_of
+from daybreak.generate import Batch, Sampling, Text, pick, sample_text, token_of, write_all
 from daybreak.shapes import GPT2Config
 
 
@@ -62,12 +62,15 @@ def test_the_edges() -> None:
 def test_greedy_follows_the_logits_beyond_the_window() -> None:
     engine = Engine(GPT2Config(L=2, C=32, NH=2, max_T=8, V=257), B=1, T=8, train=False)
     prompt = [256, 10, 20]
-    tokens = list(sample_tokens(engine, prompt, 12, temperature=0.0))
+    made = Text(prompt, Sampling(12, temperature=0.0))
+    write_all(engine, [made])
     text = list(prompt)
-    for token in tokens:
+    for token in made.made:
         logits = engine.logits(torch.tensor([text[-8:]]))[0, -1]
-        assert token == int(logits.argmax())
-        text.append(token)
+        assert token.id == int(logits.argmax())
+        text.append(token.id)
+    assert made.ids == text
+    assert len(text) == 15
 
 
 def test_a_text_depends_on_its_seed_alone() -> None:
@@ -143,12 +146,12 @@ def test_greedy_is_the_same_with_and_without_the_cache() -> None:
 
 def test_sampled_texts_do_not_depend_on_their_company() -> None:
     engine, _ = engine_and_oracle(3)
-    alone = [list(sample_tokens(engine, [7 * i, 3], 15, seed=i)) for i in range(3)]
-    texts, batch = [Text([7 * i, 3], Sampling(15, seed=i)) for i in range(3)], Batch(engine)
-    batch.add(texts)
-    while batch.texts:
-        batch.step()
-    assert [[token.id for token in text.made] for text in texts] == alone
+    alone, together = ([Text([7 * i, 3], Sampling(15, seed=i)) for i in range(5)] for _ in range(2))
+    for text in alone:
+        write_all(engine, [text])
+    write_all(engine, together)  # more than the cache has rows
+    assert [text.ids for text in together] == [text.ids for text in alone]
+    assert {len(text.made) for text in together} == {15}
 
 
 def test_the_cache_is_planned() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError, Error
-from daybreak.generate import Sampler, Sampling, sample_tokens
+from daybreak.generate import Sampler, Sampling, Text, write_all
 from daybreak.interop import huggingface, open_source
 from daybreak.interop.source import Export, identify_tokenizer, make_run
 from daybreak.shapes import GPT2Config
@@ -100,11 +100,12 @@ def test_generate_and_pipeline_continue_as_we_do(run: Path, tmp_path: Path) -> N
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     tok = get_tokenizer("gpt2-1024")
     prompt = [tok.eot, *map(int, tok.encode("The meaning of"))]
-    ours = list(sample_tokens(engine_of("fp32", 1), prompt, 30, temperature=0.0))
-    assert len(set(ours)) > 3
-    assert tok.eot not in ours
+    ours = Text(prompt, Sampling(30, temperature=0.0))
+    write_all(engine_of("fp32", 1), [ours])
+    assert len({token.id for token in ours.made}) > 3
+    assert tok.eot not in ours.ids[1:]
     theirs = model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)
-    assert theirs[0, len(prompt) :].tolist() == ours
+    assert theirs[0].tolist() == ours.ids
     text = "".join(Sampler(run).text("The meaning of", Sampling(12, 0.0)))
     assert text
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)

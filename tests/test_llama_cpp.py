@@ -9,7 +9,7 @@ import pytest
 from interop_runs import inside, write_run
 
 from daybreak.data.tokenizer import get_tokenizer
-from daybreak.generate import sample_tokens
+from daybreak.generate import Sampling, Text, write_all
 from daybreak.state.run import Run
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which is built from source")
@@ -27,7 +27,9 @@ def test_llama_cpp_continues_as_we_do(tmp_path: Path, dtype: str, tokenizer: str
     if dtype != "f32":  # greedy tokens are promised for exact weights only
         return
     prompt = [tok.eot, *map(int, tok.encode("The meaning of life"))]
-    ours = list(sample_tokens(Run(tmp_path / "run").load_engine()[0], prompt, 100, temperature=0.0))
+    text = Text(prompt, Sampling(100, temperature=0.0))
+    write_all(Run(tmp_path / "run").load_engine()[0], [text])
+    ours = [token.id for token in text.made]
     assert len(set(ours)) > 3
     llama.eval(prompt)
     theirs = []

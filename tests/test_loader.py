@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import struct
 import threading
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from daybreak.data.loader import Loader, Prefetcher, permutation
+from daybreak.data.loader import Loader, ahead, permutation
 from daybreak.data.shards import ShardInfo, fingerprint_shards
 from daybreak.errors import DataError
 
@@ -185,36 +187,43 @@ def test_fingerprint_is_the_shards(tmp_path: Path) -> None:
     assert Loader(shards, 3, seed=1, V=257).fingerprint == fingerprint_shards([s.path for s in shards])
 
 
-def test_prefetcher_works_ahead_within_its_depth_and_in_order() -> None:
+def test_ahead_works_within_its_depth_and_in_order() -> None:
     computed: list[int] = []
-    filled = threading.Event()
 
     def square(i: int) -> int:
         computed.append(i)
-        if len(computed) == 3:
-            filled.set()
+        time.sleep(0.001 * (i % 3))
         return i * i
 
-    with Prefetcher(square, start=5, depth=3) as ahead:
-        assert filled.wait(10)
-        assert computed == [5, 6, 7]  # the consumer has taken none: the thread waits at its depth
-        assert [next(ahead) for _ in range(20)] == [i * i for i in range(5, 25)]
-    assert len(computed) <= 23
+    with closing(ahead(square, itertools.count(5), threads=2, depth=3)) as squares:
+        for i in range(20):
+            assert next(squares) == (5 + i) ** 2
+            wait_until(lambda i=i: len(computed) == i + 3)  # two more than were taken
+            assert sorted(computed) == list(range(5, 5 + i + 3))
+    assert len(computed) == 22
     with pytest.raises(StopIteration):
-        next(ahead)
-    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+        next(squares)
+    assert not any(thread.name.startswith("ahead") for thread in threading.enumerate())
+    assert list(ahead(square, range(4), threads=1, depth=9)) == [0, 1, 4, 9]
+    assert list(ahead(square, range(0), threads=1, depth=1)) == []
 
 
-def test_prefetcher_raises_in_turn() -> None:
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not reached() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def test_ahead_raises_in_turn() -> None:
     def fails_at_two(i: int) -> int:
         if i == 2:
             raise DataError("shard 2 is gone")
         return i
 
-    ahead = Prefetcher(fails_at_two, depth=4)
-    assert [next(ahead), next(ahead)] == [0, 1]
-    for _ in range(2):
-        with pytest.raises(DataError, match="shard 2 is gone"):
-            next(ahead)
-    ahead.close()
-    ahead.close()
+    items = ahead(fails_at_two, itertools.count(), threads=1, depth=4)
+    assert [next(items), next(items)] == [0, 1]
+    with pytest.raises(DataError, match="shard 2 is gone"):
+        next(items)
+    with pytest.raises(StopIteration):
+        next(items)
+    assert not any(thread.name.startswith("ahead") for thread in threading.enumerate())

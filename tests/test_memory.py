@@ -18,8 +18,8 @@ from daybreak.data.shards import read_header
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.engine import Engine, plan_engine
 from daybreak.engine.device import cpu_has_bf16
-from daybreak.evaluate.validation import token_lengths, validate
-from daybreak.generate import sample_tokens
+from daybreak.evaluate.validation import validate
+from daybreak.generate import Sampling, Text, write_all
 from daybreak.shapes import GPT2Config, parse_shape
 from daybreak.state.checkpoint import save_checkpoint
 from daybreak.state.restore import snapshot
@@ -95,7 +95,7 @@ def test_nothing_is_allocated_after_the_first_step(tmp_path: Path, compute: str,
     shard.write_bytes(header.tobytes() + rng.integers(0, 257, 5000).astype("<u2").tobytes())
     loader = Loader([read_header(shard)], 48, V=257)
     engine = Engine(SHAPE, B=4, T=48, compute=compute, recompute=recompute, guard=GuardConfig(loss_z=3.0))
-    lengths = token_lengths(get_tokenizer("bytes"), 257)
+    lengths = get_tokenizer("bytes").lengths(257)
 
     def everything(step: int) -> None:
         batch = torch.from_numpy(loader.batch(8 * step, 8))
@@ -105,7 +105,7 @@ def test_nothing_is_allocated_after_the_first_step(tmp_path: Path, compute: str,
         engine.update()
         engine.stats()
         validate(engine, loader, lengths, 48 * 6)  # the last batch is a partial one
-        list(sample_tokens(engine, [256], 5, temperature=0.8, top_k=20))
+        write_all(engine, [Text([256], Sampling(5, temperature=0.8, top_k=20))])
         save_checkpoint(tmp_path / "checkpoints", snapshot(engine, step, {}))
 
     # On CPUs with bf16 instructions oneDNN packs the operands of a bf16 product into workspace of its own.

@@ -17,6 +17,7 @@ import pytest
 import torch
 from snapshots import exit_of, fork
 
+from daybreak.data.shards import write_atomic
 from daybreak.errors import ConfigError, Error
 from daybreak.state.metrics import (
     COMMON,
@@ -28,7 +29,7 @@ from daybreak.state.metrics import (
     read_metrics,
     step_line,
 )
-from daybreak.state.run_folder import RunFolder, package_commit, write_atomic
+from daybreak.state.run_folder import RunFolder, package_commit
 from daybreak.state.throughput import Throughput, peak_flops
 
 torch.set_num_threads(1)
@@ -396,7 +397,7 @@ def test_write_atomic_keeps_the_old_text_when_the_new_cannot_be_written(tmp_path
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="plug"):
         write_atomic(tmp_path / "x", "new")
-    assert (tmp_path / "x").read_text() == "old"
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "old")]
 
 
 def test_reading_a_run_does_not_import_torch():

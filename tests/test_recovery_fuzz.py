@@ -28,10 +28,9 @@ import torch
 import daybreak
 from daybreak.config import read_toml
 from daybreak.data.dataset import Manifest
-from daybreak.data.hf_tokenizer import load_hf_tokenizer
 from daybreak.data.loader import Loader
 from daybreak.data.shards import read_header
-from daybreak.data.tokenizer import load_ranks
+from daybreak.data.tokenizer import get_tokenizer, load_ranks
 from daybreak.evaluate.multiple_choice import read_eval_bin
 from daybreak.interop import huggingface
 from daybreak.interop.llmc_files import open_folder, open_model, read_tokenizer
@@ -170,7 +169,7 @@ def read_source(source: Any) -> None:
 
 
 def read_hf_tokenizer(folder: Path) -> None:
-    tokenizer = load_hf_tokenizer(str(folder / "tokenizer.json"), None)
+    tokenizer = get_tokenizer(str(folder / "tokenizer.json"))
     assert all(isinstance(tokenizer.token_bytes(i), bytes) for i in range(tokenizer.V))
     tokenizer.decode(tokenizer.encode("ab a<|endoftext|>b"))
 

@@ -27,10 +27,9 @@ def test_reads_a_shard(tmp_path: Path) -> None:
     info = read_header(path)
     assert info == ShardInfo(path, 6)
     assert info.size == 1036 == path.stat().st_size
-    for shard in (info, path, str(path)):
-        tokens = open_shard(shard)
-        assert tokens.dtype == np.uint16
-        assert tokens.tolist() == TOKENS
+    tokens = open_shard(info)
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == TOKENS
     with pytest.raises(ValueError, match="read-only"):
         tokens[0] = 1
 
@@ -54,10 +53,9 @@ def test_reads_a_shard(tmp_path: Path) -> None:
 def test_refuses_what_is_not_a_shard(tmp_path: Path, data: bytes, reason: str) -> None:
     path = tmp_path / "bad.bin"
     path.write_bytes(data)
-    for read in (read_header, open_shard):
-        with pytest.raises(DataError, match=r"bad\.bin") as error:
-            read(path)
-        assert reason in str(error.value)
+    with pytest.raises(DataError, match=r"bad\.bin") as error:
+        read_header(path)
+    assert reason in str(error.value)
 
 
 def test_missing_shard(tmp_path: Path) -> None:
@@ -67,10 +65,11 @@ def test_missing_shard(tmp_path: Path) -> None:
 
 def test_writer_lays_out_the_same_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    with ShardWriter(path) as writer:
-        writer.write(TOKENS[:2])
-        writer.write(np.array(TOKENS[2:], np.int64))
-        assert not path.exists()
+    writer = ShardWriter(path)
+    writer.write(TOKENS[:2])
+    writer.write(np.array(TOKENS[2:], np.int64))
+    assert not path.exists()
+    assert writer.close() == ShardInfo(path, 6)
     assert path.read_bytes() == shard_bytes(TOKENS)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
 
@@ -79,18 +78,16 @@ def test_writer_leaves_nothing_half_written(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(shard_bytes([7]))
 
-    def interrupted() -> None:
-        with ShardWriter(path) as writer:
-            writer.write(TOKENS)
-            raise RuntimeError("interrupted")
-
-    with pytest.raises(RuntimeError, match="interrupted"):
-        interrupted()
-    with pytest.raises(AssertionError, match="uint16"), ShardWriter(path) as writer:
+    writer = ShardWriter(path)
+    writer.write(TOKENS)
+    with pytest.raises(AssertionError, match="uint16"):
         writer.write([65536])
-    with pytest.raises(DataError, match="empty token shard"), ShardWriter(path):
-        pass
+    writer.abandon()
     assert path.read_bytes() == shard_bytes([7])
+    writer = ShardWriter(path, resume=4)  # the first four of what was written, and what follows now
+    writer.write(TOKENS[4:])
+    writer.close()
+    assert path.read_bytes() == shard_bytes(TOKENS)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.bin"]
 
 
@@ -98,14 +95,14 @@ def test_resolve_shards(tmp_path: Path) -> None:
     for name in ("b_2.bin", "b_10.bin", "a.bin", "notes.txt", "odd[1].bin"):
         (tmp_path / name).write_bytes(shard_bytes([1]))
 
-    def names(*patterns: str) -> list[str]:
-        return [path.name for path in resolve_shards(*(str(tmp_path / pattern) for pattern in patterns))]
+    def names(pattern: str) -> list[str]:
+        return [path.name for path in resolve_shards(str(tmp_path / pattern))]
 
     assert names("b_*.bin") == ["b_10.bin", "b_2.bin"]
     assert names("") == ["a.bin", "b_10.bin", "b_2.bin", "odd[1].bin"]
-    assert names("odd[1].bin", "a*.bin") == ["odd[1].bin", "a.bin"]
+    assert names("odd[1].bin") == ["odd[1].bin"]
     with pytest.raises(DataError, match=r"no token shard matches '.*c_\*\.bin'"):
-        names("a.bin", "c_*.bin")
+        names("c_*.bin")
 
 
 def test_fingerprint_sees_names_sizes_headers_and_blocks(tmp_path: Path) -> None:

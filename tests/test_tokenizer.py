@@ -111,15 +111,6 @@ def test_bad_bytes_and_bad_ids(name: str) -> None:
             tokenizer.decode([0, bad])
 
 
-def test_batch_is_in_order_for_any_number_of_threads() -> None:
-    rng = random.Random(2)
-    texts = [random_text(rng, rng.randrange(200)) for _ in range(50)]
-    tokenizer = get_tokenizer("gpt2")
-    for threads in (1, 4):
-        for text, ids in zip(texts, tokenizer.encode_batch(texts, threads), strict=True):
-            assert ids.tolist() == tokenizer.encode(text).tolist()
-
-
 def test_fingerprint_is_of_the_content() -> None:
     digest = hashlib.sha256()
     vocabulary = sorted(RANKS, key=RANKS.__getitem__)

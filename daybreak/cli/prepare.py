@@ -73,7 +73,7 @@ def prepare(
       daybreak prepare fineweb-edu-100B --pretokenized 20
     """
     from daybreak.data.prepare import prepare as prepare_dataset
-    from daybreak.data.pretokenized import pretokenized as fetch_shards
+    from daybreak.data.prepare import pretokenized as fetch_shards
 
     if pretokenized is not None and len(sources) != 1:
         raise ConfigError(f"--pretokenized takes one NAME or hf:owner/name, not {' '.join(sources)!r}.")

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from daybreak.errors import ConfigError, DataError
 
-TEXT_SUFFIXES = (".txt", ".md")
+TEXT_SUFFIXES = (".txt", ".md")  # each file one document; of the others, a list of them
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
 SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, ".parquet")
 BLOCK = 1 << 20  # bytes or characters
@@ -30,11 +30,6 @@ def extra(module: str, name: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise ConfigError(f"{what} needs {module.partition('.')[0]}: pip install 'daybreak[{name}]'.") from None
-
-
-def is_text(name: str | Path) -> bool:
-    """Whether a file of this name is one document rather than a list of them."""
-    return str(name).endswith(TEXT_SUFFIXES)
 
 
 def read_text(path: Path) -> Iterator[str]:
@@ -100,13 +95,13 @@ def read_jsonl(path: Path, field: str = "text") -> Iterator[tuple[int, str]]:
             )
         if text := record[field]:
             empty = False
-            yield line, _without_surrogates(text)
+            yield line, without_surrogates(text)
     if empty:
         raise DataError(f"{path} holds no documents.")
 
 
-def _without_surrogates(text: str) -> str:
-    """JSON may escape half a surrogate pair, which has no UTF-8; it becomes U+FFFD."""
+def without_surrogates(text: str) -> str:
+    """The text with each half of a surrogate pair, which JSON may escape and UTF-8 does not have, as U+FFFD."""
     try:
         text.encode()
         return text

@@ -12,13 +12,14 @@ import logging
 import os
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from daybreak.data.formats import JSONL_SUFFIXES, SUFFIXES, extra
+from daybreak.data.loader import ahead
+from daybreak.data.shards import sha256_of
 from daybreak.data.sources import Part, Piece, Source, split_parts, text_size
 from daybreak.errors import DataError
 
@@ -40,17 +41,6 @@ class Remote(NamedTuple):
     sha256: str
     split: str
     get: Callable[[Path, bool], Path]
-
-
-def _hub() -> Any:
-    extra("huggingface_hub.utils", "data", "downloading").disable_progress_bars()
-    return extra("huggingface_hub", "data", "downloading")
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 (hex) of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(remote: Remote, folder: Path) -> Path:
@@ -121,7 +111,8 @@ def hub_files(
 
     Test splits are left out. DataError, in one sentence.
     """
-    hub, endpoint = _hub(), os.environ.get("HF_ENDPOINT") or None
+    hub, endpoint = extra("huggingface_hub", "data", "downloading"), os.environ.get("HF_ENDPOINT") or None
+    extra("huggingface_hub.utils", "data", "downloading").disable_progress_bars()
     api = hub.HfApi(endpoint=endpoint)
     try:
         info = api.dataset_info(repo, revision=revision, timeout=30)
@@ -187,18 +178,10 @@ def _expand(url: str) -> list[str]:
 def _opened(remotes: Sequence[Remote], first: int, folder: Path) -> Iterator[tuple[int, Path]]:
     """(index, local path) of each file from `first` on, downloaded ahead and deleted when the next is asked for."""
     folder.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(AHEAD, "download") as pool:
-        pending: deque[Future[Path]] = deque()
-        try:
-            for i in range(first, len(remotes)):
-                while len(pending) < AHEAD and i + len(pending) < len(remotes):
-                    pending.append(pool.submit(download, remotes[i + len(pending)], folder))
-                path = pending.popleft().result()
-                yield i, path
-                path.unlink()
-        finally:
-            for future in pending:
-                future.cancel()
+    with closing(ahead(lambda remote: download(remote, folder), remotes[first:], AHEAD, AHEAD)) as paths:
+        for i, path in enumerate(paths, first):
+            yield i, path
+            path.unlink()
 
 
 def remote_source(

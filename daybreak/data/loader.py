@@ -7,11 +7,11 @@ between calls, so ranks, micro-batches and resumed runs only choose which part o
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
-from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from daybreak.data.shards import ShardInfo, fingerprint_shards, open_shard
 from daybreak.errors import DataError
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _ROUNDS = 8
 _SCAN = 1 << 24  # tokens
@@ -147,49 +148,22 @@ def document_starts(tokens: NDArray[Any], eot: int, T: int) -> NDArray[np.int64]
     return at[chosen]
 
 
-class Prefetcher(Generic[Item]):
-    """Iterates over fn(start), fn(start + 1), ..., computed up to `depth` items ahead in a background thread.
+def ahead(
+    fn: Callable[[Item], Result], items: Iterable[Item], threads: int, depth: int
+) -> Generator[Result, None, None]:
+    """fn of each item, in their order, on `threads` threads, at most `depth` begun and not yet taken.
 
-    What fn raises is raised by `next` in its turn and ends the iteration. `close` (or a `with` block) stops the thread.
+    What fn raises is raised in its turn and ends the iteration, as closing the generator does.
     """
-
-    def __init__(self, fn: Callable[[int], Item], start: int = 0, depth: int = 2) -> None:
-        self._ready: SimpleQueue[tuple[Item | None, BaseException | None]] = SimpleQueue()
-        self._slots = threading.Semaphore(depth)
-        self._stop = False
-        self._end: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(fn, start), name="prefetch", daemon=True)
-        self._thread.start()
-
-    def _run(self, fn: Callable[[int], Item], index: int) -> None:
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads, "ahead") as pool:
         try:
-            while self._slots.acquire() and not self._stop:
-                self._ready.put((fn(index), None))
-                index += 1
-            raise StopIteration
-        except BaseException as error:  # the consumer's to handle, whatever it is
-            self._ready.put((None, error))
-
-    def __iter__(self) -> Prefetcher[Item]:
-        return self
-
-    def __next__(self) -> Item:
-        if self._end is None:
-            item, self._end = self._ready.get()
-        if self._end is not None:
-            raise self._end
-        self._slots.release()
-        return item  # type: ignore[return-value]  # None only beside an error
-
-    def close(self) -> None:
-        """Stop and join the thread; the iteration is over. May be called again."""
-        self._stop = True
-        self._end = self._end or StopIteration()
-        self._slots.release()
-        self._thread.join()
-
-    def __enter__(self) -> Prefetcher[Item]:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+            for item in items:
+                pending.append(pool.submit(fn, item))
+                if len(pending) >= depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

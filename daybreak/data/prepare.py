@@ -1,4 +1,4 @@
-"""Text to token shards: `data/NAME/{manifest.json, NAME_train_%06d.bin, NAME_val_%06d.bin}`.
+"""Text to token shards: `data/NAME/{manifest.json, NAME_train_%06d.bin, NAME_val_%06d.bin}`; or ready-made ones.
 
 Every document is preceded by EOT and documents run on across shards, as in llm.c. The text is cut into units that
 depend on the source alone; threads encode them (tiktoken releases the GIL) and they are written in order, so the files
@@ -9,27 +9,43 @@ whenever a shard is full and twice a minute, lets the same command go on after a
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from daybreak.data.catalogue import resolve_source
-from daybreak.data.dataset import MANIFEST, Manifest, ShardRecord, SplitRecord, check_name, dataset_name
-from daybreak.data.shards import MAX_TOKENS, ShardWriter, fsync_folder, read_header, token_width
+from daybreak.data.catalogue import CATALOGUE, known_name, resolve_source
+from daybreak.data.dataset import (
+    MANIFEST,
+    Manifest,
+    ShardRecord,
+    SplitRecord,
+    check_name,
+    dataset_name,
+    token_counts,
+)
+from daybreak.data.hub import SPEC, Remote, download, hub_files
+from daybreak.data.loader import ahead
+from daybreak.data.shards import (
+    MAX_TOKENS,
+    ShardWriter,
+    fsync_folder,
+    locked,
+    read_header,
+    sha256_of,
+    write_atomic,
+)
 from daybreak.data.sources import SPLITS, Piece, Source
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError
@@ -37,6 +53,7 @@ from daybreak.errors import ConfigError, DataError
 log = logging.getLogger("daybreak")
 UNIT = 1 << 20  # characters a worker encodes at a time
 JOURNAL, JOURNAL_SECONDS = "journal.json", 30.0
+PARALLEL = 4  # ready-made shards downloaded at once
 
 Progress = Callable[[int, int, int], None]
 Journal = dict[str, Any]
@@ -84,9 +101,7 @@ class _Split:
     def finish_shard(self) -> None:
         if self.writer is not None:
             info, self.writer = self.writer.close(), None
-            with info.path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self.shards.append(ShardRecord(info.path.name, info.tokens, info.size, digest))
+            self.shards.append(ShardRecord(info.path.name, info.tokens, info.size, sha256_of(info.path)))
 
     def state(self) -> Journal:
         """What `restore` needs, all of it on the disk."""
@@ -123,7 +138,7 @@ def prepare(
     shard_tokens: int = 100_000_000,
     workers: int = 0,
     text_field: str = "text",
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total, tokens: None,
 ) -> Manifest:
     """Tokenize a catalogue name, hf:owner/name, URLs or files (`catalogue.resolve_source`) into `data_dir/NAME`.
 
@@ -147,7 +162,7 @@ def prepare(
     identity = [source.origin, source.revision, source.state, encoder.fingerprint, shard_tokens, val_fraction,
                 text_field, UNIT]  # fmt: skip
     if source.remote:
-        _announce(source, final, token_width(encoder.V))
+        _announce(source, final, encoder.dtype.itemsize)
     try:
         with workspace(final, identity) as (folder, journal):
             job = _Job(folder, name, source, encoder, shard_tokens, identity, journal)
@@ -176,7 +191,7 @@ class _Job:
         journal: Journal | None,
     ) -> None:  # fmt: skip
         self.folder, self.name, self.source, self.tokenizer, self.identity = folder, name, source, tokenizer, identity
-        width = token_width(tokenizer.V)
+        width = tokenizer.dtype.itemsize
         self.splits = {split: _Split(f"{name}_{split}", folder, shard_tokens, width) for split in SPLITS}
         self.digest = hashlib.sha256()
         # Written so far: pieces in all; the file they end in, its pieces among them, the documents before that file.
@@ -191,22 +206,21 @@ class _Job:
     def count(self, key: str) -> int:
         return sum(getattr(split, key) for split in self.splits.values())
 
-    def run(self, workers: int, progress: Progress | None) -> Manifest:
+    def run(self, workers: int, progress: Progress) -> Manifest:
         try:
-            for unit, encoded in _encode(_units(self._pieces()), self.tokenizer, workers):
+            encode = partial(_encode_unit, self.tokenizer)
+            for unit, encoded in ahead(encode, _units(self._pieces()), workers, 2 * workers):
                 for key, part in encoded.items():
                     self.splits[key].write(part)
                 self._advance(unit)
-                if progress is not None:
-                    progress(done := self.count("bytes"), max(done, self.source.size), self.count("tokens"))
+                progress(done := self.count("bytes"), max(done, self.source.size), self.count("tokens"))
             train, val = (self.splits[key].record() for key in SPLITS)
         finally:
             for split in self.splits.values():
                 split.close()
         if not (train.tokens and val.tokens):
             raise DataError(f"{self.source.origin} is too little text to split into train and val; add more.")
-        if progress is not None:
-            progress(self.count("bytes"), self.count("bytes"), self.count("tokens"))
+        progress(self.count("bytes"), self.count("bytes"), self.count("tokens"))
         revision = self.source.revision or f"sha256:{self.digest.hexdigest()}"
         t, s = self.tokenizer, self.source
         manifest = Manifest(self.name, t.name, t.fingerprint, s.origin, revision, s.licence, train, val)
@@ -238,25 +252,16 @@ class _Job:
         if shards > self.shards or time.monotonic() - self.saved > JOURNAL_SECONDS:
             self.shards, self.saved = shards, time.monotonic()
             state = {split: self.splits[split].state() for split in SPLITS}
-            write_file(self.folder / JOURNAL, json.dumps({"identity": self.identity, "place": p, **state}))
-
-
-def write_file(path: Path, text: str) -> None:
-    """Replace a small file, on the disk when this returns."""
-    partial = path.with_name(f".{path.name}.new")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+            write_atomic(self.folder / JOURNAL, json.dumps({"identity": self.identity, "place": p, **state}))
 
 
 def finish(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
     """Complete a workspace: the manifest, a tokenizer that is not one of ours, and nothing else but the shards."""
-    write_file(folder / MANIFEST, manifest.to_json())
+    write_atomic(folder / MANIFEST, manifest.to_json())
     if tokenizer.source:
-        write_file(folder / TOKENIZER_FILE, tokenizer.source)
-    (folder / JOURNAL).unlink(missing_ok=True)
+        write_atomic(folder / TOKENIZER_FILE, tokenizer.source)
+    for leftover in (folder / JOURNAL, *folder.glob(".*")):  # hidden: what a kill left of a writing
+        leftover.unlink(missing_ok=True)
     shutil.rmtree(folder / "download", ignore_errors=True)
 
 
@@ -273,7 +278,8 @@ def _units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield unit
 
 
-def _encode_unit(tokenizer: Tokenizer, unit: Sequence[Piece]) -> dict[str, Encoded]:
+def _encode_unit(tokenizer: Tokenizer, unit: list[Piece]) -> tuple[list[Piece], dict[str, Encoded]]:
+    """The unit and what its part of each split encodes to."""
     eot: NDArray[np.integer] = np.array([tokenizer.eot], tokenizer.dtype)
     found = {}
     for split in dict.fromkeys(piece.split for piece in unit):
@@ -283,27 +289,7 @@ def _encode_unit(tokenizer: Tokenizer, unit: Sequence[Piece]) -> dict[str, Encod
             parts += [eot, tokenizer.encode(piece.text)] if piece.starts else [tokenizer.encode(piece.text)]
         size = sum(len(piece.text.encode()) for piece in pieces)
         found[split] = Encoded(np.concatenate(parts), sum(piece.starts for piece in pieces), size)
-    return found
-
-
-def _encode(
-    units: Iterable[list[Piece]], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[list[Piece], dict[str, Encoded]]]:
-    """The units and what they encode to, in their order, at most two a worker in flight."""
-    pending: deque[tuple[list[Piece], Future[dict[str, Encoded]]]] = deque()
-    with ThreadPoolExecutor(workers, "prepare") as pool:
-        try:
-            for unit in units:
-                pending.append((unit, pool.submit(_encode_unit, tokenizer, unit)))
-                if len(pending) >= 2 * workers:
-                    done, future = pending.popleft()
-                    yield done, future.result()
-            while pending:
-                done, future = pending.popleft()
-                yield done, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()
+    return unit, found
 
 
 def check_replaceable(final: Path, origin: str, tokenizer: str) -> None:
@@ -331,14 +317,8 @@ def workspace(final: Path, identity: Any) -> Iterator[tuple[Path, Journal | None
     """
     folder, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{final} is being prepared by another process; wait for it or choose another --name."
-            ) from None
+    busy = DataError(f"{final} is being prepared by another process; wait for it or choose another --name.")
+    with locked(folder, busy):
         journal = _read_journal(folder, identity)
         try:
             yield folder, journal
@@ -355,8 +335,6 @@ def workspace(final: Path, identity: Any) -> Iterator[tuple[Path, Journal | None
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    finally:
-        os.close(fd)
 
 
 def _read_journal(folder: Path, identity: Any) -> Journal | None:
@@ -373,3 +351,78 @@ def _read_journal(folder: Path, identity: Any) -> Journal | None:
     for leftover in folder.iterdir():
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     return None
+
+
+# ---- ready-made shards
+
+
+def pretokenized(
+    source: str, shards: int = 0, *, name: str | None = None, data_dir: str | Path = "data",
+    progress: Progress = lambda done, total, tokens: None,
+) -> Manifest:  # fmt: skip
+    """The validation shards and the first `shards` training shards (0: all) of GPT-2 tokens, into `data_dir/NAME`.
+
+    source: a catalogue name that has them, or hf:owner/name[@revision]. Each file is checked: size, sha256, magic
+    number, header. A download that ended early goes on with the files that are missing. progress(bytes, total bytes,
+    tokens). DataError, ConfigError.
+    """
+    known = known_name(source)
+    spec = SPEC.fullmatch(f"hf:{CATALOGUE[known].shards}" if known else source)
+    if spec is None:
+        ready = ", ".join(n for n, entry in CATALOGUE.items() if entry.shards)
+        raise ConfigError(f"there are no ready-made shards of {source!r}; there are of {ready}, or give hf:owner/name.")
+    name = name or known or spec["repo"].partition("/")[2]
+    check_name(name)
+    commit, licence, files = hub_files(spec["repo"], spec["revision"], spec["config"] or "", ((".bin",),))
+    val = [file for file in files if "val" in file.name and "train" not in file.name]
+    train = [file for file in files if "train" in file.name]
+    if not (train and val):
+        raise DataError(f"hf:{spec['repo']} has no *train*.bin and *val*.bin token shards.")
+    train = train[: shards or None]
+    wanted = {
+        f"{name}_{split}_{i:06d}.bin": f for split, fs in (("train", train), ("val", val)) for i, f in enumerate(fs)
+    }
+    tokenizer, final = get_tokenizer("gpt2"), Path(data_dir) / name
+    check_replaceable(final, f"hf:{spec['repo']}", tokenizer.name)
+    total, done, tokens = sum(max(f.size, 0) for f in wanted.values()), 0, 0
+    try:
+        with workspace(final, [spec["repo"], commit, name]) as (folder, journal):
+            if journal is None:
+                write_atomic(folder / JOURNAL, f'{{"identity": ["{spec["repo"]}", "{commit}", "{name}"]}}')
+            left = total - sum(path.stat().st_size for path in folder.glob("*.bin") if path.name in wanted)
+            free = shutil.disk_usage(folder).free
+            log.info("%s: %d shards, %.1f GB to download, %.1f GB are free", name, len(wanted), left / 1e9, free / 1e9)
+            if left > free:
+                raise DataError(f"{name} needs {left / 1e9:.1f} GB, {free / 1e9:.1f} are free; ask for fewer shards.")
+            records = {}
+            for record in ahead(lambda item: _shard(folder, *item), wanted.items(), PARALLEL, 2 * PARALLEL):
+                records[record.file] = record
+                done, tokens = done + record.size, tokens + record.tokens
+                progress(done, total, tokens)
+            for path in folder.glob("*.bin"):  # of an earlier attempt at more shards
+                if path.name not in records:
+                    path.unlink()
+            lengths, splits = tokenizer.lengths(tokenizer.V), []
+            for split in ("train", "val"):
+                these = tuple(r for file, r in records.items() if file.startswith(f"{name}_{split}_"))
+                counts = token_counts([read_header(folder / r.file) for r in these], tokenizer.V)
+                splits.append(SplitRecord(int(counts.sum()), int(counts[tokenizer.eot]), int(counts @ lengths), these))
+            manifest = Manifest(
+                name, tokenizer.name, tokenizer.fingerprint, f"hf:{spec['repo']}", commit, licence, *splits
+            )
+            finish(folder, manifest, tokenizer)
+            return manifest
+    except OSError as error:
+        raise DataError(f"preparing {name!r} failed: {error}.") from error
+
+
+def _shard(folder: Path, file: str, remote: Remote) -> ShardRecord:
+    path = folder / file
+    if not path.exists():
+        download(remote, folder / "download").replace(path)
+    try:
+        info = read_header(path)
+    except DataError:
+        path.unlink()  # so that the next attempt does not trust it
+        raise
+    return ShardRecord(file, info.tokens, info.size, sha256_of(path))

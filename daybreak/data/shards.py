@@ -5,19 +5,20 @@ GPT-2's form has uint16 ids; the Llama-3 form, for vocabularies above 65,536, ha
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from daybreak.errors import DataError
+from daybreak.errors import DataError, Error
 
 MAGIC, VERSION = 20240520, 1
 MAGIC32, VERSION32 = 20240801, 7
@@ -39,11 +40,6 @@ class ShardInfo:
     def size(self) -> int:
         """File size in bytes."""
         return HEADER_BYTES + self.tokens * self.width
-
-
-def token_width(V: int) -> int:
-    """Bytes per token of the shards of a vocabulary of V ids."""
-    return 2 if V <= 1 << 16 else 4
 
 
 def read_header(path: str | Path) -> ShardInfo:
@@ -75,26 +71,20 @@ def read_header(path: str | Path) -> ShardInfo:
     return info
 
 
-def open_shard(shard: ShardInfo | str | Path) -> np.memmap[tuple[int], np.dtype[Any]]:
-    """The tokens of a shard, (tokens,), uint16 or uint32, mapped read-only. A path is checked first (DataError)."""
-    info = shard if isinstance(shard, ShardInfo) else read_header(shard)
-    return np.memmap(info.path, _DTYPES[info.width], "r", HEADER_BYTES, (info.tokens,))
+def open_shard(shard: ShardInfo) -> np.memmap[tuple[int], np.dtype[Any]]:
+    """The tokens of a shard, (tokens,), uint16 or uint32, mapped read-only."""
+    return np.memmap(shard.path, _DTYPES[shard.width], "r", HEADER_BYTES, (shard.tokens,))
 
 
-def resolve_shards(*patterns: str | Path) -> list[Path]:
-    """The files that glob patterns, folders (their *.bin) and file names stand for, sorted by path within each.
-
-    Raises DataError for one that matches nothing.
-    """
-    paths: list[Path] = []
-    for pattern in patterns:
-        found = [str(pattern)] if Path(pattern).is_file() else sorted(glob.glob(str(pattern)))
-        if Path(pattern).is_dir():
-            found = [str(path) for path in sorted(Path(pattern).glob("*.bin"))]
-        if not found:
-            raise DataError(f"no token shard matches {str(pattern)!r}; give a glob, a folder or a .bin file.")
-        paths += [Path(name) for name in found]
-    return paths
+def resolve_shards(pattern: str | Path) -> list[Path]:
+    """The files, sorted, that a glob pattern, a folder (its *.bin) or a file's name stands for. DataError for none."""
+    path = Path(pattern)
+    found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(pattern)))]
+    if path.is_dir():
+        found = sorted(path.glob("*.bin"))
+    if not found:
+        raise DataError(f"no token shard matches {str(pattern)!r}; give a glob, a folder or a .bin file.")
+    return found
 
 
 def fingerprint_shards(paths: Iterable[str | Path]) -> str:
@@ -127,10 +117,51 @@ def fsync_folder(path: Path) -> None:
         os.close(fd)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the name `path` when the block ends well, on the disk then: readers, and a crash at any
+    moment, see the old one or the new, never a part."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small file, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def locked(folder: Path, busy: Error) -> Iterator[None]:
+    """Hold a folder for this process, until it ends however it ends. Raises `busy` if another holds it."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class ShardWriter:
     """Writes one shard: tokens stream to a hidden name beside `path`, which appears complete at `close` or not at all.
 
-    As a context manager: an exception inside the block discards the shard. Raises DataError if it ends up empty.
     `resume` goes on after the first that many tokens of an unfinished (or finished) shard at `path`.
     """
 
@@ -156,15 +187,12 @@ class ShardWriter:
 
     def close(self) -> ShardInfo:
         """Finish the header, flush to disk and give the file its name."""
-        if not self.tokens:
-            self.discard()
-            raise DataError(f"{self.path} would be an empty token shard.")
+        assert self.tokens, "an empty shard"
         header = np.zeros(HEADER_BYTES // 4, "<i4")
         header[:3] = *((MAGIC, VERSION) if self.width == 2 else (MAGIC32, VERSION32)), self.tokens
         self._file.seek(0)
         self._file.write(header.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.flush()
         self._file.close()
         os.replace(self._partial, self.path)
         fsync_folder(self.path.parent)
@@ -178,17 +206,3 @@ class ShardWriter:
     def abandon(self) -> None:
         """Close the file and leave what was written where `resume` finds it."""
         self._file.close()
-
-    def discard(self) -> None:
-        """Drop everything written."""
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()

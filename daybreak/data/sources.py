@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from daybreak.data.formats import SUFFIXES, TEXT_SUFFIXES, is_text, read_documents, read_text
+from daybreak.data.formats import SUFFIXES, TEXT_SUFFIXES, read_documents, read_text
 from daybreak.errors import DataError
 
 log = logging.getLogger("daybreak")
@@ -127,7 +127,7 @@ def _parts(paths: Sequence[Path]) -> list[Part]:
 
 def _documents(name: str, path: Path, field: str) -> Iterator[tuple[str, Iterator[str]]]:
     """(key, pieces) of each document. A text file is one document, a line or row of another format one each."""
-    if is_text(name):
+    if name.endswith(TEXT_SUFFIXES):
         yield name, cut(read_text(path))
     else:
         for place, text in read_documents(path, field):
@@ -156,7 +156,7 @@ def _lone_document(name: str, path: Path, field: str, fraction: float) -> Iterat
         return None
     pieces: Iterable[str] = documents[0][1]
     size = path.stat().st_size
-    if not is_text(name):  # in memory already; the file's size counts what is around the text
+    if not name.endswith(TEXT_SUFFIXES):  # in memory already; the file's size counts what is around the text
         pieces = list(pieces)
         size = sum(len(piece.encode()) for piece in pieces)
     return _by_position(pieces, size, fraction)

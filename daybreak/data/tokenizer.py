@@ -9,17 +9,19 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
+import json
 import re
 import struct
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
+from daybreak.data.formats import extra, without_surrogates
 from daybreak.errors import ConfigError, DataError
 
 RANKS_FILE = Path(__file__).with_name("gpt2.tiktoken")
@@ -37,6 +39,8 @@ _OTHER_SPACE = re.compile(
 )  # what is left to GPT2_PATTERN
 EOT_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+# What starts a document of another's tokenizer: the first of these that the vocabulary has.
+EOT_NAMES = ("<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|bos|>", "<s>", "<bos>", "</s>", "<eos>")
 
 
 class Tokenizer:
@@ -44,7 +48,7 @@ class Tokenizer:
 
     `pattern` splits text before byte-pair merging, which follows the order of `vocabulary`; an empty pattern means
     one token per byte. Instances are immutable and may be shared between threads. `source` is the text of the file that
-    defines a tokenizer which is not one of ours (see data.hf_tokenizer), to be kept beside what was made with it.
+    defines a tokenizer which is not one of ours (see HFTokenizer), to be kept beside what was made with it.
     """
 
     source = ""
@@ -71,16 +75,16 @@ class Tokenizer:
         self.fingerprint = digest.hexdigest()
 
     @property
-    def dtype(self) -> type[np.uint16 | np.uint32]:
-        """Of the ids: uint16 where they fit."""
-        return np.uint16 if self.V <= 1 << 16 else np.uint32
+    def dtype(self) -> np.dtype[Any]:
+        """Of the ids, in memory and in shards: uint16 where they fit, else uint32."""
+        return np.dtype(np.uint16 if self.V <= 1 << 16 else np.uint32)
 
     def encode(self, text: str) -> NDArray[np.integer]:
         """Token ids of `text`, shape (n,). Special tokens in it are plain text; a lone surrogate becomes U+FFFD."""
         try:
             data = np.frombuffer(text.encode(), np.uint8)
         except UnicodeEncodeError:
-            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+            return self.encode(without_surrogates(text))
         if self._fast is None:
             return data.astype(np.uint16)
         # Not encode_ordinary: building its list holds the GIL.
@@ -92,13 +96,6 @@ class Tokenizer:
         ids = self._fast.encode_to_numpy(text, disallowed_special=())
         return np.asarray(ids[ids != self._nul] if last.size else ids, np.uint16)
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[NDArray[np.integer]]:
-        """`encode` of each text, in order, on `threads` threads (tiktoken releases the GIL)."""
-        if threads <= 1:
-            return [self.encode(text) for text in texts]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(self.encode, texts))
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. DataError for an id outside [0, V)."""
         return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", "replace")
@@ -108,6 +105,61 @@ class Tokenizer:
         if not 0 <= token < self.V:
             raise DataError(f"token id {token} is outside the {self.V} ids of tokenizer {self.name!r}.")
         return self._bytes[token]
+
+    def lengths(self, V: int) -> NDArray[np.int64]:
+        """UTF-8 bytes of each token id below V; 0 for the end-of-text token and ids beyond the tokenizer's."""
+        own = [0 if token == self.eot else len(data) for token, data in enumerate(self._bytes)]
+        return np.array(own + [0] * (V - self.V), np.int64)
+
+
+def byte_letters() -> list[str]:
+    """GPT-2's printable stand-in for each byte value: itself where it is printable, else a letter from U+0100 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = iter(range(256, 512))
+    return [chr(b) if b in plain else chr(next(rest)) for b in range(256)]
+
+
+class HFTokenizer(Tokenizer):
+    """Bring your own: a Hugging Face tokenizer.json, through the `tokenizers` library (extra `data`).
+
+    `V` is its largest id + 1; `eot` its first token of EOT_NAMES (not V - 1 as elsewhere).
+    """
+
+    def __init__(self, source: str, where: str) -> None:
+        library = extra("tokenizers", "data", where)
+        try:
+            self._hf = library.Tokenizer.from_str(source)
+        except Exception as error:
+            raise DataError(f"{where} is not a Hugging Face tokenizer ({error}).") from None
+        self._hf.no_truncation()
+        self._hf.no_padding()
+        vocabulary: dict[str, int] = self._hf.get_vocab(with_added_tokens=True)
+        eot = next((vocabulary[name] for name in EOT_NAMES if name in vocabulary), None)
+        if eot is None:
+            raise ConfigError(f"{where} has no token that could start a document ({', '.join(EOT_NAMES)}); add one.")
+        self.source, self.fingerprint = source, hashlib.sha256(source.encode()).hexdigest()
+        self.name, self.eot, self.V = f"hf-{self.fingerprint[:12]}", eot, max(vocabulary.values()) + 1
+        spec = json.loads(source)
+        added = {t["content"] for t in spec.get("added_tokens") or []}
+        letters = {letter: byte for byte, letter in enumerate(byte_letters())} if '"ByteLevel"' in source else {}
+        if (most := 4 * len(vocabulary) + (1 << 16)) < self.V:  # gaps exist, but each id takes memory everywhere
+            raise DataError(f"{where} has ids up to {self.V - 1} for {len(vocabulary)} tokens; the most is {most}.")
+        self._bytes = [b""] * self.V
+        for token, i in vocabulary.items():
+            if token in added or (letters and not set(token) <= letters.keys()):
+                self._bytes[i] = token.encode()
+            elif letters:
+                self._bytes[i] = bytes(letters[c] for c in token)
+            elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):  # SentencePiece's byte fallback
+                self._bytes[i] = bytes([int(match[1], 16)])
+            else:
+                self._bytes[i] = token.replace("\u2581", " ").encode()
+        # Text is ordinary text: its "<|endoftext|>" must not become the token.
+        self._hf.encode_special_tokens = True
+
+    def encode(self, text: str) -> NDArray[np.integer]:
+        """Token ids of `text`, shape (n,), without what the file's post-processor would add around it."""
+        return np.array(self._hf.encode(without_surrogates(text), None, False, False).ids, self.dtype)
 
 
 def load_ranks(path: Path) -> list[bytes]:
@@ -138,9 +190,7 @@ def get_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
     Raises ConfigError for another name, with the nearest match.
     """
     if name.endswith(".json") or re.fullmatch(r"hf-[0-9a-f]{12}", name):
-        from daybreak.data.hf_tokenizer import load_hf_tokenizer
-
-        return load_hf_tokenizer(name, folder)
+        return _hf_tokenizer(name, folder)
     return _own_tokenizer(name)
 
 
@@ -159,3 +209,15 @@ def _own_tokenizer(name: str) -> Tokenizer:
         f"unknown tokenizer {name!r}; did you mean {near!r}? Known: gpt2, bytes, gpt2-N (N lowest ranks), "
         "FILE.json (Hugging Face)."
     )
+
+
+def _hf_tokenizer(name: str, folder: Path | None) -> HFTokenizer:
+    """The tokenizer of a .json file, or the one called hf-... in `folder`. ConfigError, DataError."""
+    path = Path(name) if name.endswith(".json") else (folder or Path()) / TOKENIZER_FILE
+    try:
+        tokenizer = HFTokenizer(path.read_text("utf-8"), str(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tokenizer {name!r}: cannot read {path} ({error}).") from None
+    if not name.endswith(".json") and name != tokenizer.name:
+        raise DataError(f"{path} is tokenizer {tokenizer.name}, not {name}; bring the old file back.")
+    return tokenizer

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from daybreak.data.loader import Loader
-from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.parallel import ALONE, Group
 
@@ -24,24 +24,16 @@ class Validation:
     bits_per_byte: float
 
 
-def token_lengths(tokenizer: Tokenizer, V: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """UTF-8 bytes of each token id below V; 0 for the end-of-text token and ids beyond the tokenizer's."""
-    lengths = np.zeros(V, np.int64)
-    for token in range(tokenizer.V):
-        if token != tokenizer.eot:
-            lengths[token] = len(tokenizer.token_bytes(token))
-    return lengths
-
-
 def validate(
     engine: Engine,
     loader: Loader,
-    lengths: np.ndarray[tuple[int], np.dtype[np.int64]],
+    lengths: NDArray[np.int64],
     budget: int,
     check: Callable[[], None] = lambda: None,
     group: Group = ALONE,
 ) -> Validation:
     """Loss of the first budget // T samples of `loader` (at least one, at most all). `check` runs before each batch.
+    lengths: bytes of each token (`Tokenizer.lengths`).
     Collective: ranks take batches in turn.
 
     Bits per byte leave out tokens without bytes (end of text) on both sides.

@@ -12,13 +12,8 @@ from daybreak.errors import ConfigError
 if TYPE_CHECKING:
     from daybreak.interop.source import Source
 
-# The published GPT-2 models, by the names people use for them.
-HUB = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-}
+# The published GPT-2 models, by the names people use for them; openai-community/NAME on the hub.
+HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 def open_source(name: str | Path, tokenizer: str = "", step: int | None = None) -> Source:
@@ -38,9 +33,10 @@ def open_source(name: str | Path, tokenizer: str = "", step: int | None = None) 
         return huggingface.open_folder(path, tokenizer)
     if path.is_file():
         return llmc_files.open_model(path, tokenizer)
-    published = str(name) in HUB or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name))
-    if published and not path.exists() and (str(name) in HUB or not path.parent.exists()):  # runs/typo stays here
-        return huggingface.open_folder(huggingface.download(HUB.get(str(name), str(name))), tokenizer)
+    repository = f"openai-community/{name}" if str(name) in HUB else str(name)
+    elsewhere = str(name) in HUB or not path.parent.exists()  # runs/typo stays here
+    if elsewhere and not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
+        return huggingface.open_folder(huggingface.download(repository), tokenizer)
     known = f"{', '.join(HUB)}, OWNER/NAME, a Hugging Face folder, a .bin or a checkpoint folder of llm.c"
     if path.exists():
         raise ConfigError(f"{name} has neither config.json nor DONE_* files; give {known}.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from daybreak.data.formats import extra
 from daybreak.data.tokenizer import EOT_TEXT
 from daybreak.errors import ConfigError
 from daybreak.interop.huggingface import merges, vocabulary_text
@@ -35,10 +36,7 @@ def export(source: Export, out: Path, dtype: str = "f32") -> None:
 
     Raises ConfigError without the `gguf` package, for rows that Q8_0 cannot divide into blocks, or if `out` exists.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError("--to gguf needs the package gguf; pip install 'daybreak[gguf]'.") from None
+    gguf = extra("gguf", "gguf", "--to gguf")
     if dtype == "q8_0" and source.model.C % Q8_BLOCK:
         raise ConfigError(f"--dtype q8_0 needs model.C to be a multiple of {Q8_BLOCK}, not {source.model.C}; use f16.")
     kind = gguf.GGMLQuantizationType[DTYPES[dtype]]

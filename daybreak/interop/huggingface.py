@@ -6,16 +6,25 @@ Its linear layers are Conv1D, weights (in, out): transposed on the way. The head
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from daybreak.data.tokenizer import EOT_TEXT, Tokenizer
-from daybreak.errors import CheckpointError, ConfigError, Error
-from daybreak.interop.source import DTYPES, Export, Source, appearing, default_tokenizer, identify_tokenizer, layout
+from daybreak.data.formats import extra
+from daybreak.data.tokenizer import EOT_TEXT, Tokenizer, byte_letters
+from daybreak.errors import CheckpointError, Error
+from daybreak.interop.source import (
+    DTYPES,
+    Export,
+    Source,
+    appearing,
+    checked_shape,
+    default_tokenizer,
+    identify_tokenizer,
+    layout,
+)
 from daybreak.shapes import GPT2Config
 from daybreak.state.safetensors_io import Entry, SafetensorsFile, write_safetensors
 
@@ -53,12 +62,9 @@ def _is_conv1d(name: str) -> bool:
 
 def download(repository: str) -> Path:
     """Fetch a model from the hub into its cache and return its folder. Raises Error when that fails."""
+    hub = extra("huggingface_hub", "hf", "downloading")
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ConfigError("downloading needs the hub's client; pip install 'daybreak[hf]'.") from None
-    try:
-        return Path(snapshot_download(repository, allow_patterns=FILES))
+        return Path(hub.snapshot_download(repository, allow_patterns=FILES))
     except Exception as error:  # its own classes, and those of two HTTP libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Error(
@@ -131,12 +137,7 @@ def _shape(path: Path) -> GPT2Config:
     L, C, NH, max_T, V = sizes.values()
     if config.get("n_inner") not in (None, 4 * C):
         raise CheckpointError(f"{path}: n_inner = {config['n_inner']!r} is not supported; it must be 4 * n_embd.")
-    cfg = GPT2Config(L=L, C=C, NH=NH, max_T=max_T, V=V)
-    try:
-        cfg.check()
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return cfg
+    return checked_shape(path, GPT2Config(L=L, C=C, NH=NH, max_T=max_T, V=V))
 
 
 def _tensor_files(path: Path) -> dict[str, tuple[SafetensorsFile, Entry]]:
@@ -247,13 +248,6 @@ def _in_their_layout(source: Export, name: str, dtype: torch.dtype) -> Tensor:
 # ---- tokenizers
 
 
-def byte_letters() -> list[str]:
-    """GPT-2's printable stand-in for each byte value: itself where it is printable, else a letter from U+0100 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = iter(range(256, 512))
-    return [chr(b) if b in plain else chr(next(rest)) for b in range(256)]
-
-
 def vocabulary_text(tokenizer: Tokenizer) -> list[str]:
     """Every token but end of text, in order of id, spelled with `byte_letters`."""
     letters = byte_letters()
@@ -269,16 +263,11 @@ def merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     for rank, word in enumerate(words):
         parts = [word[i : i + 1] for i in range(len(word))]
         while len(parts) > 2:
-            at = min(range(len(parts) - 1), key=lambda i: _lower(ranks, parts, i, rank))
+            at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:
             found.append((text[ranks[parts[0]]], text[ranks[parts[1]]]))
     return found
-
-
-def _lower(ranks: dict[bytes, int], parts: Sequence[bytes], i: int, limit: int) -> int:
-    rank = ranks.get(parts[i] + parts[i + 1], limit)
-    return rank if rank < limit else 1 << 30
 
 
 def write_tokenizer(tokenizer: Tokenizer, max_T: int, folder: Path) -> None:

@@ -10,8 +10,7 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 from daybreak.config import Config
 from daybreak.data.dataset import open_dataset
 from daybreak.data.loader import Loader
-from daybreak.data.shards import fsync_folder
+from daybreak.data.shards import replacing, write_atomic
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import CheckpointError, ConfigError, Error
@@ -33,10 +32,12 @@ from daybreak.interop.source import (
     Export,
     Source,
     appearing,
+    checked_shape,
     default_tokenizer,
     identify_tokenizer,
     layout,
     tensors,
+    writing,
 )
 from daybreak.shapes import GPT2Config
 
@@ -105,11 +106,7 @@ def _shape(path: Path) -> tuple[GPT2Config, torch.dtype, int]:
     header = _header(path, MODEL, "a model file", tuple(VERSIONS))
     dtype = VERSIONS[int(header[1])]
     max_T, V, L, NH, C, Vp = (int(x) for x in header[2:8])
-    cfg = GPT2Config(L=L, C=C, NH=NH, max_T=max_T, V=V)
-    try:
-        cfg.check()
-    except ConfigError as error:
-        _refuse(path, f"describes a model that cannot exist: {str(error).rstrip('.')}")
+    cfg = checked_shape(path, GPT2Config(L=L, C=C, NH=NH, max_T=max_T, V=V))
     if Vp != cfg.Vp:
         _refuse(path, f"pads its vocabulary of {V} to {Vp} instead of {cfg.Vp}")
     # Without `layout`, whose length a damaged header would decide.
@@ -157,9 +154,8 @@ def _open_state(path: Path, count: int) -> _State:
         _refuse(path, f"has a header of rank {rank} of {world}, step {step}, flags {masters} and {shuffle}")
     size = path.stat().st_size
     for numel in {count, count // world} if count % world == 0 else {count}:
-        if size == HEADER + 4 * numel * (2 + masters) + _loader_bytes(
-            path, HEADER + 4 * numel * (2 + masters), shuffle
-        ):
+        end = HEADER + 4 * numel * (2 + masters)
+        if size == end + _loader_bytes(path, end, shuffle):
             return _State(path, world, rank, step, bool(masters), numel)
     _refuse(path, f"has {size} bytes, which fits neither ZeRO stage 0 nor 1 of the model beside it; copy it again")
 
@@ -250,22 +246,6 @@ def read_tokenizer(path: Path) -> list[bytes]:
 # ---- writing
 
 
-@contextmanager
-def _file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears, fsynced, when the block ends well."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise Error(f"{path} could not be written ({error.strerror}); free space or choose another place.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _start(file: IO[bytes], fields: Mapping[int, int]) -> None:
     header = np.zeros(256, "<i4")
     for index, value in fields.items():
@@ -279,12 +259,11 @@ def _write(file: IO[bytes], x: Tensor) -> None:
 
 def write_model(path: Path, source: Export, dtype: str = "bf16") -> None:
     """A model file: version 5 for bf16 (rounded to nearest), 3 for fp32."""
-    c, torch_dtype = source.model, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    version = next(v for v, d in VERSIONS.items() if d == torch_dtype)
-    with _file(path) as file:
+    c, version = source.model, {"fp32": 3, "bf16": 5}[dtype]
+    with replacing(path) as file:
         _start(file, dict(enumerate((MODEL, version, c.max_T, c.V, c.L, c.NH, c.C, c.Vp))))
         for name in source.shapes:
-            _write(file, source.read(name, torch_dtype))
+            _write(file, source.read(name, VERSIONS[version]))
 
 
 def write_state(path: Path, source: Export, *, rank: int, world: int, zero: int, samples: Sequence[int]) -> None:
@@ -293,7 +272,7 @@ def write_state(path: Path, source: Export, *, rank: int, world: int, zero: int,
     samples: of each training shard, at llm.c's B, T and number of processes; empty = a loader that does not shuffle.
     """
     parts = world if zero else 1
-    with _file(path) as file:
+    with replacing(path) as file:
         fields = {0: STATE, 1: 1, 2: world, 3: rank, 4: 1, 5: int(bool(samples)), 10: source.step}
         seed = ROUNDING_SEED + rank
         _start(file, fields | {20: seed, 22: seed})  # u64 of which the upper halves are 0
@@ -335,7 +314,7 @@ def _fresh_loader(samples: Sequence[int], seed: int) -> bytes:
 
 def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
     """A tokenizer file, version 2."""
-    with _file(path) as file:
+    with replacing(path) as file:
         _start(file, dict(enumerate((TOKENIZER, 2, tokenizer.V, tokenizer.eot))))
         for token in range(tokenizer.V):
             data = tokenizer.token_bytes(token)
@@ -352,34 +331,19 @@ def write_checkpoint(
     odd = next((name for name, shape in source.shapes.items() if zero and prod(shape) % world), None)
     if odd:
         raise ConfigError(f"--ranks {world} does not divide the tensor {odd!r}, as ZeRO 1 needs; use --zero 0.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_model(folder / model_name(source.step), source, dtype)
-    for rank in range(world):
-        write_state(folder / state_name(source.step, rank), source, rank=rank, world=world, zero=zero, samples=samples)
-    fsync_folder(folder)
-    with _file(folder / done_name(source.step)):
-        pass
-    fsync_folder(folder)
+    step = source.step
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_model(folder / model_name(step), source, dtype)
+        for rank in range(world):
+            write_state(folder / state_name(step, rank), source, rank=rank, world=world, zero=zero, samples=samples)
+        write_atomic(folder / done_name(step), "")
 
 
 def remove_checkpoint(folder: Path, step: int) -> None:
     """Remove a step's files, DONE first: a half removed set must not count."""
     for path in (folder / done_name(step), folder / model_name(step), *folder.glob(f"state_{step:08d}_*.bin")):
         path.unlink(missing_ok=True)
-
-
-def write_debug_state(
-    path: Path, cfg: GPT2Config, x: Tensor, y: Tensor, logits: Tensor, loss: float, grads: Mapping[str, Tensor]
-) -> None:
-    """What llm.c's unit test compares with: x, y (B, T); logits (B, T, V); the loss; every gradient; all fp32."""
-    B, T = x.shape
-    assert logits.shape == (B, T, cfg.V)
-    with _file(path) as file:
-        _start(file, dict(enumerate((DEBUG, 2, B, T))))
-        for tokens in (x, y):
-            _write(file, tokens.to(torch.int32))
-        for part in (logits, torch.tensor([loss]), *(grads[name] for name, _, _ in layout(cfg))):
-            _write(file, part.float())
 
 
 def export(
@@ -412,7 +376,8 @@ def loader_samples(config: Config, ranks: int) -> list[int]:
 
 
 def _export_debug_state(source: Export, config: Config, path: Path) -> None:
-    """A debug state of the first 4 rows of up to 64 tokens of the validation split, computed in fp32."""
+    """What llm.c's unit test compares with: x, y (B, T); logits (B, T, V); the loss; every gradient; all computed in
+    fp32, on the first 4 rows of up to 64 tokens of the validation split."""
     c, d = source.model, config.data
     T = min(64, c.max_T)
     shards = open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer).val
@@ -422,5 +387,10 @@ def _export_debug_state(source: Export, config: Config, path: Path) -> None:
     engine.load_params({name: source.read(name) for name in source.shapes})
     logits = engine.logits(x)
     engine.forward_backward(x[None], y[None])
-    grads = {name: engine.grad(name) for name in source.shapes}
-    write_debug_state(path, c, x, y, logits, engine.eval_losses(x, y).mean().item(), grads)
+    grads = [engine.grad(name) for name in source.shapes]
+    with replacing(path) as file:
+        _start(file, dict(enumerate((DEBUG, 2, *x.shape))))
+        for tokens in (x, y):
+            _write(file, tokens.to(torch.int32))
+        for part in (logits, engine.eval_losses(x, y).mean(), *grads):
+            _write(file, part.float())

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from daybreak.config import Config
-from daybreak.data.shards import fsync_folder
+from daybreak.data.shards import fsync_folder, write_atomic
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, ConfigError, Error
 from daybreak.kernels.guard import WINDOW
 from daybreak.shapes import GPT2Config, model_config
 from daybreak.state.checkpoint import Checkpoint, Snapshot, save_checkpoint
-from daybreak.state.run_folder import RunFolder, write_atomic
+from daybreak.state.run_folder import RunFolder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -177,6 +177,24 @@ def default_tokenizer(cfg: GPT2Config, given: str, where: Path) -> str:
     return name
 
 
+def checked_shape(path: Path, cfg: GPT2Config) -> GPT2Config:
+    """The shape that a file describes. CheckpointError if there can be no such model."""
+    try:
+        cfg.check()
+    except ConfigError as error:
+        raise CheckpointError(f"{path} describes a model that cannot exist: {error}") from None
+    return cfg
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise Error, in a sentence about `path`, when the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise Error(f"{path} could not be written ({error.strerror}); free space or choose another place.") from error
+
+
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, which takes its place when the block ends well and vanishes when it does not.
@@ -187,12 +205,11 @@ def appearing(path: Path) -> Iterator[Path]:
         raise ConfigError(f"{path} exists already; choose another name, or remove it.")
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise Error(f"{path} could not be written ({error.strerror}); free space or choose another place.") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

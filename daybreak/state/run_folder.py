@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import logging
@@ -10,29 +9,18 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from daybreak import __version__
-from daybreak.data.shards import fsync_folder
+from daybreak.data.shards import locked, write_atomic
 from daybreak.errors import ConfigError
 
 log = logging.getLogger("daybreak")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "triton")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a small file: readers, and a crash at any moment, see the old text or the new, never a part."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
 
 
 @dataclass(frozen=True)
@@ -120,18 +108,9 @@ class RunFolder:
         except OSError as error:
             log.warning("%s could not be written (%s).", self.crash, error.strerror)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the run for this process, until it ends however it ends. ConfigError if another holds it."""
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"{self.path} is being trained by another process; wait or stop it.") from None
-            yield
-        finally:
-            os.close(fd)
+        return locked(self.path, ConfigError(f"{self.path} is being trained by another process; wait or stop it."))
 
     def append_sample(self, step: int, text: str) -> None:
         """Append one generated text to samples.txt under a heading with its step, if the disk lets us."""

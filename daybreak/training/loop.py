@@ -14,9 +14,10 @@ import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ import torch
 
 from daybreak.config import Config, check_resume, is_untouched_import
 from daybreak.data.dataset import unigram_entropy
-from daybreak.data.loader import Prefetcher
+from daybreak.data.loader import ahead
 from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
 from daybreak.engine.device import Sensors, engine_options, numerics, pick_device, used_mib
 from daybreak.engine.fit import ran_out
 from daybreak.errors import Error, Stopped, TooManySkips
 from daybreak.evaluate.multiple_choice import accuracy
-from daybreak.evaluate.validation import token_lengths, validate
+from daybreak.evaluate.validation import validate
 from daybreak.generate import Sampling, sample_text
 from daybreak.interop import open_source
 from daybreak.parallel import connect, launched
@@ -182,7 +183,7 @@ class Trainer:
         self._unread: deque[Update] = deque()  # updates whose results the host has not looked at yet
         self._late = 1 if setup.device.type == "cuda" else 0  # how many to leave so, for the device to stay busy
         self.sensors = Sensors(setup.device)
-        self.lengths = token_lengths(setup.tokenizer, c.model.V)
+        self.lengths = setup.tokenizer.lengths(c.model.V)
 
     # ------------------------------------------------------------------------------------------------- starting
 
@@ -245,7 +246,7 @@ class Trainer:
             # Of several ranks a silent one is found, and named, by those that wait for it.
             factor = guard.hang_factor if self.group.world == 1 else 0.0
             self.watchdog = open_.enter_context(Watchdog(folder, lambda: self.stop.checks, factor, guard.hang_seconds))
-            batches = open_.enter_context(Prefetcher(self._batches(), self.step))
+            batches = open_.enter_context(closing(ahead(self._batches(), count(self.step), threads=1, depth=3)))
             self.display: Display = (
                 make_display(c.log.display, c.log.every, title, c.cost.price)
                 if self.chief
@@ -267,7 +268,7 @@ class Trainer:
                 if sinks is not None:
                     sinks.close()
 
-    def _loop(self, batches: Prefetcher[np.ndarray[Any, Any]]) -> None:
+    def _loop(self, batches: Iterator[np.ndarray[Any, Any]]) -> None:
         c = self.config
         resumed = self.step
         self.clock.start()

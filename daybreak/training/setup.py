@@ -19,6 +19,7 @@ from daybreak.data.dataset import Dataset, dataset_name
 from daybreak.data.loader import Loader
 from daybreak.data.mixing import open_loaders, parse_mix
 from daybreak.data.prepare import prepare
+from daybreak.data.shards import write_atomic
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.engine.device import cpu_has_bf16, missing_on, pick_compute, pick_device, set_precision
 from daybreak.engine.fit import check_fits, plan_memory
@@ -28,7 +29,7 @@ from daybreak.parallel import Group
 from daybreak.state.checkpoint import published
 from daybreak.state.restore import Weights, check_host_memory
 from daybreak.state.run import Run
-from daybreak.state.run_folder import RunFolder, cpu_model, write_atomic
+from daybreak.state.run_folder import RunFolder, cpu_model
 from daybreak.state.throughput import peak_flops
 from daybreak.training.sinks import check_sinks
 from daybreak.training.stop import Stop

@@ -373,30 +373,3 @@ def attention_decode(
         out, cache, q, k, v, positions, out.stride(0), q.stride(0), *cache.stride()[:3], scale * math.log2(math.e),
         HS=HS, D=max(16, 1 << (HS - 1).bit_length()), STEP=DECODE_STEP, num_warps=DECODE_WARPS,
     )  # fmt: skip
-
-
-def _aot(kernel: Any, index: int, HS: int, table: dict[int, tuple[Config, Config, Config]]) -> tuple[Any, ...]:
-    """A case for ahead-of-time compilation: contiguous T in whole blocks."""
-    rows, step, warps, stages = table[max(64, HS)][index]
-    kind = "*fp32" if table is FP32 else "*bf16"
-    constants = {"HS": HS, "D": HS, "ROWS": rows, "STEP": step, "EVEN": True, "PRECISION": "ieee", "UPCAST": False}
-    names = [name for name in getattr(kernel, "arg_names", ()) if name not in constants]
-    tensors = ("out", "dq", "dk", "dv", "dout", "q", "k", "v")
-    special = {"lse": "*fp32", "delta": "*fp32", "NH": "i32?", "scale": "fp32", "scale2": "fp32"}
-    types = {name: kind if name in tensors else special.get(name, "i32") for name in names}
-    return kernel, types, constants, warps, stages
-
-
-_KERNELS = (_forward_kernel, _backward_queries_kernel, _backward_keys_kernel)
-_TABLES = (
-    (64, SMALL),
-    (64, LARGE),
-    (64, FP32),
-    (128, LARGE),
-    (128, FP32),
-)  # the first of each kernel must fit every card
-AOT = [_aot(kernel, i, HS, table) for HS, table in _TABLES for i, kernel in enumerate(_KERNELS)]
-_CONSTANTS = {"HS": 64, "D": 64, "STEP": DECODE_STEP}
-_TYPES = dict.fromkeys(("out", "cache", "q", "k", "v"), "*bf16") | {"positions": "*i64", "scale2": "fp32"}
-_TYPES |= dict.fromkeys(("out_b", "x_b", "cache_v", "cache_b", "cache_h"), "i64")
-AOT.append((_decode_kernel, _TYPES, _CONSTANTS, DECODE_WARPS))

@@ -77,13 +77,3 @@ def step_guard(
         stats, windows, counts, loss, norm,
         CLIP=clip, MAX_LOSS_Z=max_loss_z, MAX_NORM_Z=max_norm_z, WINDOW=guard.WINDOW, num_warps=WARPS,
     )  # fmt: skip
-
-
-AOT = [
-    (
-        _step_guard_kernel,
-        {"stats": "*fp64", "windows": "*fp64", "counts": "*i64", "loss": "*fp64", "norm": "*fp64"},
-        {"CLIP": 1.0, "MAX_LOSS_Z": 5.0, "MAX_NORM_Z": 5.0, "WINDOW": guard.WINDOW},
-        WARPS,
-    )
-]

@@ -1,6 +1,6 @@
 """Searches cuBLASLt's algorithms for the products of a schedule and writes the table that kernels.cuda.cublaslt reads.
 
-    table = search(cublaslt.choices())      # the products a step has used, or any list of keys
+    table = search(keys)      # report.bench.step_products: all that a step makes; or any list
     write(table)
 
 A figure counts only as training sees it, so everything is timed at the power limit: the device is heated first and
@@ -349,18 +349,19 @@ def search(keys: Iterable[str | Key], *, budget_s: float = 300.0, log: Log = pri
     plans: dict[str, dict[str, Any]] = {}
     tools.heat(HEAT_S)
     # A product with bias comes before the same with GELU, which may use it.
-    for key in sorted(wanted | set(twins.values()), key=lambda key: (key.epilogue == "gelu", key)):
+    todo = sorted(wanted | set(twins.values()), key=lambda key: (key.epilogue == "gelu", key))
+    for key in todo:
         if time.perf_counter() - start > budget_s:
             log(f"{key}: left out, the budget of {budget_s:.0f} s is spent")
             continue
         entry = tools.tune(key, plans.get(str(twins[key])) if key in twins else None)
         if entry is None:
-            log(f"{key}: no algorithm")
+            log(f"{key}: no sound algorithm")
             continue
         plans[str(key)] = entry
         figures = " ".join(f"{name} {entry[name]}" for name in ("tflops", "first_tflops", "torch_tflops"))
         log(f"{key}: {figures} of {entry['candidates']}: {entry['config']}")
-    log(f"{len(plans)} products in {time.perf_counter() - start:.0f} s")
+    log(f"{len(plans)} of {len(todo)} products in {time.perf_counter() - start:.0f} s")
     return {
         "schema": 1,
         "card": tools.blas.card,

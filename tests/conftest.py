@@ -24,7 +24,7 @@ INTEROP = ("test_interop_hf", "test_interop_llmc", "test_interop_gguf", "test_ll
 DATA = ("test_data_formats", "test_data_hub", "test_data_mixing", "test_eval_choice", "test_eval_harness")
 GROUPS = {
     **{f"tests/test_kernel_{name}.py": "kernels" for name in KERNELS},
-    "tests/test_aot.py": "kernels",
+    **{f"tests/test_{name}.py": "kernels" for name in ("aot", "bench_kernels")},
     **{f"tests/{name}.py": "interop" for name in INTEROP},
     **{f"tests/{name}.py": "data" for name in DATA},
     **{f"tests/test_dist_{name}.py": "distributed" for name in ("engine", "train", "elastic")},

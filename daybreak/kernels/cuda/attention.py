@@ -294,16 +294,9 @@ def _setting(q: Tensor, kernel: int) -> tuple[int, dict[str, Any]]:
     rows, step, warps, stages = configs[kernel]
     tf32 = wide and torch.backends.cuda.matmul.allow_tf32
     return -(-T // rows), {
-        "HS": HS,
-        "D": D,
-        "ROWS": rows,
-        "STEP": step,
-        "EVEN": T % rows == 0,
-        "PRECISION": "tf32" if tf32 else "ieee",
-        "UPCAST": INTERPRET,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+        "HS": HS, "D": D, "ROWS": rows, "STEP": step, "EVEN": T % rows == 0, "PRECISION": "tf32" if tf32 else "ieee",
+        "UPCAST": INTERPRET, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -330,19 +323,9 @@ def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, 
 
 @backend("triton", temps=backward_temps)
 def attention_backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    scratch: Scratch,
-) -> None:
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    *, scale: float, scratch: Scratch,
+) -> None:  # fmt: skip
     """dq, dk, dv (B, T, NH, HS) from dout and what forward kept; all views strided."""
     B, T, NH, _ = q.shape
     assert lse.is_contiguous()

@@ -62,16 +62,9 @@ def _step_guard_kernel(
 
 @backend("triton")
 def step_guard(
-    stats: Tensor,
-    windows: Tensor,
-    counts: Tensor,
-    loss: Tensor,
-    norm: Tensor,
-    *,
-    clip: float,
-    max_loss_z: float,
-    max_norm_z: float,
-) -> None:
+    stats: Tensor, windows: Tensor, counts: Tensor, loss: Tensor, norm: Tensor,
+    *, clip: float, max_loss_z: float, max_norm_z: float,
+) -> None:  # fmt: skip
     """stats (6) fp64, windows (2, 128) fp64 and counts (2) int64 from the step's mean loss and gradient norm (0-d)."""
     _step_guard_kernel[(1,)](
         stats, windows, counts, loss, norm,

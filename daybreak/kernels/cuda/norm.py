@@ -129,15 +129,9 @@ def layernorm_forward(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Ten
 
 
 def backward_temps(
-    dx: Tensor,
-    dw: Tensor,
-    db: Tensor,
-    dbias: Tensor | None,
-    again: Tensor | None,
-    dout: Tensor,
-    *_: object,
-    **__: object,
-) -> Temps:
+    dx: Tensor, dw: Tensor, db: Tensor, dbias: Tensor | None, again: Tensor | None, dout: Tensor,
+    *_: object, **__: object,
+) -> Temps:  # fmt: skip
     """The programs' sums for dw, db and, if asked for, dbias."""
     n, C = dout.shape
     return [((2 if dbias is None else 3, _backward_launch(n, C)[0], C), float32)]
@@ -145,22 +139,10 @@ def backward_temps(
 
 @backend("triton", temps=backward_temps)
 def layernorm_backward(
-    dx: Tensor,
-    dw: Tensor,
-    db: Tensor,
-    dbias: Tensor | None,
-    again: Tensor | None,
-    dout: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    w: Tensor,
-    b: Tensor,
-    *,
-    accumulate_dx: bool,
-    accumulate: bool,
-    scratch: Scratch,
-) -> None:
+    dx: Tensor, dw: Tensor, db: Tensor, dbias: Tensor | None, again: Tensor | None,
+    dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor, b: Tensor,
+    *, accumulate_dx: bool, accumulate: bool, scratch: Scratch,
+) -> None:  # fmt: skip
     """dx (n, C), dw, db, dbias (C) and again (n, C) from dout (n, C): see the reference. dx may be dout."""
     n, C = dout.shape
     (part,) = scratch(backward_temps(dx, dw, db, dbias, again, dout))

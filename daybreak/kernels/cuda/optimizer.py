@@ -135,21 +135,9 @@ def _adamw_kernel(
 
 @backend("triton")
 def adamw_update(
-    weights: Tensor,
-    masters: Tensor | None,
-    m: Tensor,
-    v: Tensor,
-    grads: Tensor,
-    stats: Tensor,
-    hyper: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed: int,
-    offset: int,
-) -> None:
+    weights: Tensor, masters: Tensor | None, m: Tensor, v: Tensor, grads: Tensor, stats: Tensor, hyper: Tensor,
+    *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int, offset: int,
+) -> None:  # fmt: skip
     """One pass in fp32, scalars read on the device; gradients and weights in bf16 or fp32."""
     if masters is None:
         layout, exact = "plain" if weights.dtype == torch.float32 else "none", weights

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():  # Triton's kernels run under its interpreter;
 # Minutes that a group of tests may take on 2 cores. A file belongs to the group whose list names it, else foundation.
 BUDGETS = {"foundation": 4.0, "kernels": 3.0, "interop": 2.0, "data": 2.0, "pages": 1.0, "recovery": 3.0}
 BUDGETS["distributed"] = 3.0
-KERNELS = ("attention", "bias", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer")
+KERNELS = ("attention", "bias", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer", "tune")
 INTEROP = ("test_interop_hf", "test_interop_llmc", "test_interop_gguf", "test_llmc_cli", "test_generate", "test_serve")
 DATA = ("test_data_formats", "test_data_hub", "test_data_mixing", "test_eval_choice", "test_eval_harness")
 GROUPS = {

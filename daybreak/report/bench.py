@@ -252,7 +252,6 @@ def tune_products(config: Config, folder: str) -> None:
         raise ConfigError("run.device must be a CUDA device with cuBLASLt to tune its matrix products.")
     set_precision(config, device)
     torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # torch's figure, as the engine has it
     print(tune.write(tune.search(step_products(config, device)), Path(folder)))
 
 

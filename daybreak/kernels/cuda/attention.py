@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
-from daybreak.kernels import attention as _reference  # noqa: F401  registers the operations
 from daybreak.kernels.cuda import tl, triton
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"

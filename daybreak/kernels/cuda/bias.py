@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor, float32
 
-import daybreak.kernels.matmul  # noqa: F401  (registers the operation first)
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 

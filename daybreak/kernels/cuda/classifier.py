@@ -10,13 +10,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from daybreak.kernels import backend
-from daybreak.kernels import classifier as reference
 from daybreak.kernels.cuda import tl, triton
 
 PROGRAMS = 256  # about two for each of an H100's 132 multiprocessors; a power of two, as the chunks of logits are
 TILE, WARPS = 4096, 16  # columns at a time: 16 bytes of bf16 a thread, and as many again under way
 SUM_BLOCK, SUM_WARPS = 8192, 32
-assert reference.classifier  # the operations that this file gives a backend to are registered first
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from daybreak.kernels import Scratch, Temps, backend, embedding
+from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 
 GROUP, MAX_COLS = 4, 2048  # tile of forward: one position in 4 rows of the batch
@@ -21,7 +21,6 @@ CHUNK = 32  # sorted positions that one program adds up
 RUN_COLS = 256  # columns of one program of one warp: 16 bytes of bf16 a thread
 PARTS = 16  # partial sums that are read at a time
 POSITION_ROWS, POSITION_COLS = 8, 1024
-assert embedding.embedding_forward  # the operations that this file gives a backend to are registered first
 
 
 # ------------------------------------------------------------------------------------------------------------ forward

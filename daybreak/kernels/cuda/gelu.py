@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import daybreak.kernels.gelu
-import daybreak.kernels.matmul  # noqa: F401  (these two register the operations first)
 from daybreak.kernels import backend
 from daybreak.kernels.cuda import tl, triton
 

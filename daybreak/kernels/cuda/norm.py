@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from torch import Tensor, float32
 
-from daybreak.kernels import Scratch, Temps, backend, norm
+from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 from daybreak.kernels.cuda.bias import column_sums
+from daybreak.kernels.norm import EPS
 
 # Warps of all programs together: what an H100's 132 multiprocessors hold at once by the registers a thread takes.
 FORWARD_WARPS = 28 * 132  # 72 registers
@@ -125,7 +126,7 @@ def layernorm_forward(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Ten
     """out (n, C) = layernorm(x (n, C)) * w (C) + b (C); mean, rstd (n) in fp32 are kept for backward."""
     n, C = x.shape
     programs, block, warps = _forward_launch(n, C)
-    _layernorm_forward_kernel[(programs,)](out, mean, rstd, x, w, b, n, C, norm.EPS, BLOCK=block, num_warps=warps)
+    _layernorm_forward_kernel[(programs,)](out, mean, rstd, x, w, b, n, C, EPS, BLOCK=block, num_warps=warps)
 
 
 def backward_temps(

@@ -22,7 +22,7 @@ import math
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,7 +240,7 @@ class Search:
         """GELU as a pass of its own behind the table's product with bias."""
         if not entry:
             return None
-        plan = Plan(self.blas, key._replace(epilogue="bias", ldd=key.ldaux, ldc=key.ldaux, ldaux=0))
+        plan = Plan(self.blas, with_bias(key))
         algo = Algo.from_buffer_copy(bytes.fromhex(entry["algo"]))
 
         def launch(x: Operands) -> int:
@@ -300,7 +300,7 @@ class Search:
         if not found:
             return None
         first, tried = found[0], len(found)
-        if key.epilogue == "gelu" and (separate := self.two_passes(key, bias_entry)):
+        if separate := self.two_passes(key, bias_entry):
             found.append(separate)
         for candidate, seconds in zip(found, self.times([c.launch for c in found], sets, SHORT_S, 2), strict=True):
             candidate.seconds = seconds
@@ -322,22 +322,24 @@ class Search:
         return entry
 
 
-def search(keys: Iterable[Key]) -> dict[str, Any]:
+def with_bias(key: Key) -> Key:
+    """The product before a GELU, with its bias alone, into GELU's input."""
+    return key._replace(epilogue="bias", ldd=key.ldaux, ldc=key.ldaux, ldaux=0)
+
+
+def search(keys: Collection[Key]) -> dict[str, Any]:
     """A table for these products on the current device: the fastest sound algorithm of each. Products that BUDGET_S
     no longer reaches are left out, which is said."""
     tools, start = Search(), time.perf_counter()
-    wanted = set(keys)
-    twins = {key: key._replace(epilogue="bias", ldd=key.ldaux, ldc=key.ldaux, ldaux=0) for key in wanted}
-    twins = {key: twin for key, twin in twins.items() if key.epilogue == "gelu"}
     plans: dict[str, dict[str, Any]] = {}
     tools.heat(HEAT_S)
     # A product with bias comes before the same with GELU, which may use it.
-    todo = sorted(wanted | set(twins.values()), key=lambda key: (key.epilogue == "gelu", key))
-    for key in todo:
+    todo = {*keys, *(with_bias(key) for key in keys if key.epilogue == "gelu")}
+    for key in sorted(todo, key=lambda key: (key.epilogue == "gelu", key)):
         if time.perf_counter() - start > BUDGET_S:
             print(f"{key}: left out, the budget of {BUDGET_S:.0f} s is spent")
             continue
-        entry = tools.tune(key, plans.get(str(twins[key])) if key in twins else None)
+        entry = tools.tune(key, plans.get(str(with_bias(key))) if key.epilogue == "gelu" else None)
         if entry is None:
             print(f"{key}: no sound algorithm")
             continue

@@ -42,7 +42,7 @@ TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump
 # ---------------------------------------------------------------------------------------------------------- the cases
 
 
-def attention_case(kernel: Any, index: int, HS: int, table: dict[int, tuple[attention.Config, ...]]) -> Case:
+def attention_case(kernel: Any, index: int, HS: int, table: dict[int, Any]) -> Case:
     """Contiguous T in whole blocks."""
     rows, step, warps, stages = table[max(64, HS)][index]
     kind = "*fp32" if table is attention.FP32 else "*bf16"

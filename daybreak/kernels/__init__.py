@@ -6,8 +6,7 @@ function that the kernel uses. Every row-wise loop is over bounded chunks, so sc
 
 An operation has one implementation per backend. `choose` picks, for a device and dtype, the first backend of its
 group's order that exists; `Kernels` binds the picks to one device. A `Recorder` runs nothing and notes what each call
-reads and writes: from that list the arena takes lifetimes, and a test sees an unintended
-change of schedule.
+reads and writes: from that list the arena takes lifetimes, and a test sees an unintended change of schedule.
 """
 
 from __future__ import annotations

@@ -354,7 +354,7 @@ def _gemm(
         max(c.stride(0), m) if mode == "add" and c is not None else max(d.stride(0), m), max(d.stride(0), m),
         0 if aux is None else max(aux.stride(0), m), low & -low or 16,
     )  # fmt: skip
-    if d.is_meta:
+    if d.is_meta:  # a schedule that is only listed
         _listed.add(Key(*key))
         return True
     device = d.get_device()

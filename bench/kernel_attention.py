@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from kernel_harness import Case, launch, rand
+from timing import Case, launch, rand
 from torch import Tensor
 
 from daybreak.kernels.cuda import missing_backends

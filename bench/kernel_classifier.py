@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from kernel_harness import DEVICE, Case, launch, rand
+from timing import DEVICE, Case, launch, rand
 
 F32, F64 = torch.float32, torch.float64
 CHUNK = 8192  # rows of logits that the engine keeps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from kernel_harness import DEVICE, Case, launch, rand
+from timing import DEVICE, Case, launch, rand
 from torch import Tensor
 
 SORTED = "sorts the tokens to fix the order of its sums: under 1 % of the micro-step instead"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from kernel_harness import DEVICE, Case, launch, rand
+from timing import DEVICE, Case, launch, rand
 
 from daybreak.kernels.guard import STATS, WINDOW
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 
-from kernel_harness import Case, launch, rand
+from timing import Case, launch, rand
 
 BACKENDS = ("cublaslt", "torch")
 EXEMPT = "a matrix product: bound by arithmetic, not by memory"

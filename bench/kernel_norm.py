@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from kernel_harness import Case, launch, rand
+from timing import Case, launch, rand
 from torch import Tensor
 
 BF16, F32 = torch.bfloat16, torch.float32

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from kernel_harness import DEVICE, Case, launch, rand
+from timing import DEVICE, Case, launch, rand
 
 LAYERS = {768: 12, 1024: 24, 1280: 36, 1600: 48}  # of GPT-2's sizes, by width
 OPTIONS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "seed": 42, "offset": 0}

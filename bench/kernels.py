@@ -1,7 +1,7 @@
 """Every kernel of bench/kernel_GROUP.py against this card's own limits: bytes over its copy rate, FLOPs over its rate
 of a large matrix product.
 
-    python bench/kernels.py [--groups norm,attention] [--shapes d48,d12] [--out bench/results/kernels.csv]
+    python bench/kernels.py [--groups norm,attention] [--shapes d48,d12] [--ops NAME,NAME] [--out FILE.csv]
 
 The kernels' tests run first: an operation whose tests fail gets no figure. Memory-bound kernels must reach 85 % of
 the copy rate, or say why they need not.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_harness import Case, copy_rate, product_rate, seconds
+from timing import Case, copy_rate, product_rate, seconds
 
 from daybreak.kernels import all_ops
 
@@ -100,50 +101,49 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def main() -> int:
-    """Test, measure, print, write."""
+def main(arguments: list[str] | None = None) -> int:
+    """Test, measure, print, write each row as soon as it is there. 0 if every kernel passes its tests and the rule."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", help="files kernel_GROUP.py to run, by comma (default: all)")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="of %(default)s")
     parser.add_argument("--ops", help="only these operations, by comma")
-    parser.add_argument("--out", type=Path, help="CSV to write")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path(os.devnull), help="CSV to write")
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench/kernels.py needs a CUDA device", file=sys.stderr)
         return 2
-    found = sorted(p.stem.removeprefix("kernel_") for p in HERE.glob("kernel_*.py") if p.stem != "kernel_harness")
-    groups = args.groups.split(",") if args.groups else found
-    if unknown := sorted(set(groups) - set(found)):
-        parser.error(f"no bench/kernel_{unknown[0]}.py; there are {', '.join(found)}")
+    found = sorted(p.stem.removeprefix("kernel_") for p in HERE.glob("kernel_*.py"))
+    groups, shapes = args.groups.split(",") if args.groups else found, args.shapes.split(",")
+    for given, known in ((groups, found), (shapes, SHAPES)):
+        if unknown := sorted(set(given) - set(known)):
+            parser.error(f"there is no {unknown[0]}, only {', '.join(known)}")
     all_ops("cuda")
-    chosen = []
-    for shape in args.shapes.split(","):
-        for group in groups:
-            chosen += [(shape, case) for case in importlib.import_module(f"kernel_{group}").cases(*SHAPES[shape])]
+    modules = [importlib.import_module(f"kernel_{group}") for group in groups]
+    chosen = [(shape, case) for shape in shapes for module in modules for case in module.cases(*SHAPES[shape])]
     if args.ops:
         chosen = [(shape, case) for shape, case in chosen if case.op in args.ops.split(",")]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     tested = passing({case.op for _, case in chosen})
     copy, product = copy_rate(), product_rate()
-    here = machine()
+    limits, here = {"copy TB/s": f"{copy / 1e12:.3f}", "product TFLOP/s": f"{product / 1e12:.0f}"}, machine()
     print(", ".join(here.values()))
-    print(f"copy {copy / 1e12:.3f} TB/s, 8192^3 bf16 product {product / 1e12:.0f} TFLOP/s")
-    rows = []
-    for shape, case in chosen:
-        if case.op not in tested:
-            print(f"{case.op:<27} {case.backend:<9} {shape:<4} its tests fail or are missing: no figure")
-            continue
-        rows.append(measure(case, shape, copy, product))
-        show(rows[-1])
-        torch.cuda.empty_cache()
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        limits = {"copy TB/s": f"{copy / 1e12:.3f}", "product TFLOP/s": f"{product / 1e12:.0f}"}
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, *limits, *here])
-            writer.writeheader()
-            writer.writerows(row | limits | here for row in rows)
-    short = len(chosen) - len(rows)
-    return 1 if short or any(r["verdict"] != "PASS" and not r["verdict"].startswith("exempt") for r in rows) else 0
+    print(f"copy {copy / 1e12:.3f} TB/s, 8192^3 bf16 product {product / 1e12:.0f} TFLOP/s", flush=True)
+    good = True
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *limits, *here])
+        writer.writeheader()
+        for shape, case in chosen:
+            if case.op not in tested:
+                print(f"{case.op:<27} {case.backend:<9} {shape:<4} its tests fail or are missing: no figure")
+                good = False
+                continue
+            row = measure(case, shape, copy, product)
+            show(row)
+            writer.writerow(row | limits | here)
+            file.flush()  # what was measured outlives a time limit
+            good = good and row["verdict"].startswith(("PASS", "exempt"))
+            torch.cuda.empty_cache()
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tests/aot.py [FILE ...]      files of daybreak/kernels/cuda, all by default; not under TRITON_INTERPRET
 
-A file lists its cases in AOT, tuples of
+The cases of a file are tuples of
 
     (kernel, {"argument": type}, {"CONSTEXPR": value}, num_warps[, num_stages])
 
@@ -13,7 +13,6 @@ architectures the first case of each kernel.
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import subprocess
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,150 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from daybreak.kernels import all_ops
+from daybreak.kernels.cuda import attention, bias, classifier, embedding, gelu, guard, norm, optimizer
+from daybreak.kernels.guard import WINDOW
 
 FOLDER = Path(__file__).parents[1] / "daybreak" / "kernels" / "cuda"
 MAIN = 90  # the architecture that every case is compiled for
 OTHERS = (80, 89, 100)
+Case = tuple[Any, ...]
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+# ---------------------------------------------------------------------------------------------------------- the cases
+
+
+def attention_case(kernel: Any, index: int, HS: int, table: dict[int, Any]) -> Case:
+    """Contiguous T in whole blocks."""
+    rows, step, warps, stages = table[max(64, HS)][index]
+    kind = "*fp32" if table is attention.FP32 else "*bf16"
+    constants = {"HS": HS, "D": HS, "ROWS": rows, "STEP": step, "EVEN": True, "PRECISION": "ieee", "UPCAST": False}
+    tensors = ("out", "dq", "dk", "dv", "dout", "q", "k", "v")
+    special = {"lse": "*fp32", "delta": "*fp32", "NH": "i32?", "scale": "fp32", "scale2": "fp32"}
+    names = [name for name in kernel.arg_names if name not in constants]
+    return kernel, {x: kind if x in tensors else special.get(x, "i32") for x in names}, constants, warps, stages
+
+
+def attention_cases() -> list[Case]:
+    a = attention
+    kernels = (a._forward_kernel, a._backward_queries_kernel, a._backward_keys_kernel)
+    # The first of each kernel must fit every card.
+    tables = ((64, a.SMALL), (64, a.LARGE), (64, a.FP32), (128, a.LARGE), (128, a.FP32))
+    found = [attention_case(kernel, i, HS, table) for HS, table in tables for i, kernel in enumerate(kernels)]
+    types = dict.fromkeys(("out", "cache", "q", "k", "v"), "*bf16") | {"positions": "*i64", "scale2": "fp32"}
+    types |= dict.fromkeys(("out_b", "x_b", "cache_v", "cache_b", "cache_h"), "i64")
+    return [*found, (a._decode_kernel, types, {"HS": 64, "D": 64, "STEP": a.DECODE_STEP}, a.DECODE_WARPS)]
+
+
+def bias_cases(dtype: str) -> list[Case]:
+    sums = {"out0": dtype, "out1": dtype, "out2": dtype, "part": "*fp32", "P": "i32?", "C": "i32"}
+    partial = {"part": "*fp32", "dout": dtype, "n": "i32", "O": "i32"}
+    constants = {"ROWS": bias.ROWS, "COLS": bias.COLS}
+    return [
+        (bias._column_sums_kernel, sums, {"ACCUMULATE": True, "ROWS": bias.SUM_ROWS, "COLS": bias.SUM_COLS}, 4),
+        (bias._bias_partial_kernel, partial, constants, bias.WARPS),
+    ]
+
+
+def classifier_cases() -> list[Case]:
+    c = classifier
+    rest = {"losses": "*fp32", "targets": "*i64", "scale": "*fp64", "n": "i32", "V": "i32?", "Vp": "i32"}
+    found: list[Case] = []
+    for dtype, vec in (("*bf16", 8), ("*fp32", 4)):
+        for backward in (True, False):
+            constants = {"BACKWARD": backward, "TILE": c.TILE, "VEC": vec}
+            found.append((c._classifier_kernel, {"logits": dtype, **rest}, constants, c.WARPS))
+    types = {"total": "*fp64", "losses": "*fp32", "scale": "*fp64", "n": "i32"}
+    return [*found, (c._loss_sum_kernel, types, {"ACCUMULATE": True, "BLOCK": c.SUM_BLOCK}, c.SUM_WARPS)]
+
+
+def embedding_cases(C: int, dtype: str) -> list[Case]:
+    e = embedding
+    cols, warps = e._forward_launch(C)
+    sizes = {"B": "i32", "T": "i32", "C": "i32"}
+    position = {"ACCUMULATE": True, "ROWS": e.POSITION_ROWS, "COLS": e.POSITION_COLS}
+    sort = {"SHIFT": 8, "DIGITS": 1 << e.DIGIT_BITS, "BLOCK": e.SORT_BLOCK}
+    lists = {"keys": "*i32", "rows": "*i32"}
+    runs = {"dwte": dtype, "part": "*fp32", "keys": "*i32", "n": "i32", "chunks": "i32", "C": "i32"}
+    forward = {"out": dtype, "tokens": "*i64", "wte": dtype, "wpe": dtype, **sizes}
+    scatter = {"keys_out": "*i32", "rows_out": "*i32", **lists, "table": "*i32", "n": "i32", "blocks": "i32"}
+    return [
+        (e._forward_kernel, forward, {"GROUP": e.GROUP, "COLS": cols}, warps),
+        (e._positions_kernel, {"dwpe": dtype, "dout": dtype, **sizes}, position, e.POSITION_COLS // 256),
+        (e._digit_counts_kernel, {"table": "*i32", "keys": "*i32", "n": "i32"}, sort, e.SORT_WARPS),
+        (e._scatter_kernel, scatter, {"FIRST": False, "TABLE_ROWS": e.PARTS, **sort}, e.SORT_WARPS),
+        (e._scatter_kernel, {**scatter, "keys": "*i64"}, {"FIRST": True, "TABLE_ROWS": e.PARTS, **sort}, e.SORT_WARPS),
+        (e._runs_kernel, {**runs, "rows": "*i32", "dout": dtype}, {"CHUNK": e.CHUNK, "COLS": e.RUN_COLS}, 1),
+        (e._long_runs_kernel, runs, {"CHUNK": e.CHUNK, "PARTS": e.PARTS, "COLS": e.RUN_COLS}, 4),
+    ]
+
+
+def gelu_cases(dtype: str) -> list[Case]:
+    constants = {"BLOCK": gelu.BLOCK}
+    return [
+        (gelu._gelu_forward_kernel, {"out": dtype, "x": dtype, "size": "i32"}, constants, gelu.WARPS),
+        (gelu._gelu_backward_kernel, {"grad": dtype, "x": dtype, "size": "i32"}, constants, gelu.WARPS),
+    ]
+
+
+def guard_cases() -> list[Case]:
+    types = {"stats": "*fp64", "windows": "*fp64", "counts": "*i64", "loss": "*fp64", "norm": "*fp64"}
+    constants = {"CLIP": 1.0, "MAX_LOSS_Z": 5.0, "MAX_NORM_Z": 5.0, "WINDOW": WINDOW}
+    return [(guard._step_guard_kernel, types, constants, guard.WARPS)]
+
+
+def norm_cases(C: int, dtype: str) -> list[Case]:
+    names = {"x": dtype, "w": dtype, "b": dtype, "n": "i32", "C": "i32"}
+    stats = {"mean": "*fp32", "rstd": "*fp32"}
+    _, block, warps = norm._forward_launch(1 << 14, C)
+    forward = {"out": dtype, **stats, **names, "eps": "fp32"}
+    constants = {"BLOCK": block}
+    found: list[Case] = [(norm._layernorm_forward_kernel, forward, constants, warps)]
+    _, block, warps = norm._backward_launch(1 << 14, C)
+    backward = {"dx": dtype, "again": dtype, "part": "*fp32", "dout": dtype, **stats, **names}
+    for accumulate_dx, dbias, again in ((True, True, True), (True, True, False), (False, True, False)):
+        flags = {"ACCUMULATE_DX": accumulate_dx, "DBIAS": dbias, "AGAIN": again}
+        found.append((norm._layernorm_backward_kernel, backward, {"BLOCK": block, **flags}, warps))
+    return found
+
+
+def adamw_case(layout: str, weights: str, masters: str, grads: str) -> Case:
+    scalars = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "weight_decay"), "fp32")
+    types = {
+        "weights": weights, "masters": masters, "m": "*fp32", "v": "*fp32", "grads": grads, "stats": "*fp64",
+        "hyper": "*fp64", "n": "i32", "offset": "i32", "key": "i32?", **scalars,
+    }  # fmt: skip
+    return optimizer._adamw_kernel, types, {"LAYOUT": layout, "BLOCK": optimizer.ADAMW_BLOCK}, optimizer.ADAMW_WARPS
+
+
+def optimizer_cases() -> list[Case]:
+    o = optimizer
+    squares = {"partial": "*fp64", "n": "i32", "stride": "i32"}
+    root = {"norm": "*fp64", "partial": "*fp64", "programs": "i32"}
+    return [
+        (o._square_sums_kernel, {**squares, "grads": "*bf16"}, {"BLOCK": o.NORM_BLOCK}, o.NORM_WARPS),
+        (o._square_sums_kernel, {**squares, "grads": "*fp32"}, {"BLOCK": o.NORM_BLOCK}, o.NORM_WARPS),
+        (o._norm_kernel, root, {"BLOCK": o.NORM_PROGRAMS}, 4),
+        adamw_case("plain", "*fp32", "*fp32", "*fp32"),
+        adamw_case("masters", "*bf16", "*fp32", "*bf16"),
+        adamw_case("split", "*bf16", "*i16", "*bf16"),
+        adamw_case("split", "*bf16", "*i16", "*fp32"),
+        adamw_case("none", "*bf16", "*bf16", "*bf16"),
+    ]
+
+
+CASES: dict[str, list[Case]] = {
+    "attention": attention_cases(),
+    "bias": [*bias_cases("*bf16"), *bias_cases("*fp32")],
+    "classifier": classifier_cases(),
+    "embedding": [*embedding_cases(1600, "*bf16"), *embedding_cases(768, "*fp32")],
+    "gelu": [*gelu_cases("*bf16"), *gelu_cases("*fp32")],
+    "guard": guard_cases(),
+    "norm": [*norm_cases(1600, "*bf16"), *norm_cases(768, "*bf16")],
+    "optimizer": optimizer_cases(),
+}
+
+# --------------------------------------------------------------------------------------------------------- compiling
 
 
 def files() -> list[str]:
@@ -42,18 +180,11 @@ def files() -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
 
 
-def module(name: str) -> Any:
-    all_ops()  # the operations are registered before their backends
-    return importlib.import_module(f"daybreak.kernels.cuda.{name}")
-
-
 def kernels(name: str) -> list[str]:
     """Kernels that a file defines: jitted functions that are launched, `name[grid](...)`, or named so."""
-    jitted = {
-        k
-        for k, v in vars(module(name)).items()
-        if isinstance(v, triton.JITFunction) and v.fn.__module__ == module(name).__name__
-    }
+    module = import_module(f"daybreak.kernels.cuda.{name}")
+    own = module.__name__
+    jitted = {k for k, v in vars(module).items() if isinstance(v, triton.JITFunction) and v.fn.__module__ == own}
     launched = set(re.findall(r"\b(\w+)\[", (FOLDER / f"{name}.py").read_text()))
     return sorted(k for k in jitted if k.endswith("_kernel") or k in launched)
 
@@ -71,7 +202,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def compile_case(name: str, index: int, arch: int) -> dict[str, Any]:
     """Compile one case of a file for one architecture."""
-    kernel, signature, constants, warps, *stages = module(name).AOT[index]
+    kernel, signature, constants, warps, *stages = CASES[name][index]
     row = {"file": name, "kernel": kernel.fn.__name__, "case": index, "arch": arch, "warps": warps}
     types = {k: t.rstrip("?") for k, t in signature.items() if t != "constexpr"}
     arguments = kernel.arg_names
@@ -98,7 +229,7 @@ def work(names: list[str]) -> list[tuple[str, int, int]]:
     todo = []
     for name in names:
         seen = set()
-        for index, case in enumerate(getattr(module(name), "AOT", ())):
+        for index, case in enumerate(CASES.get(name, ())):
             first = case[0] not in seen
             seen.add(case[0])
             todo += [(name, index, arch) for arch in (MAIN, *(OTHERS if first else ()))]

@@ -19,12 +19,12 @@ if not torch.cuda.is_available():  # Triton's kernels run under its interpreter;
 # Minutes that a group of tests may take on 2 cores. A file belongs to the group whose list names it, else foundation.
 BUDGETS = {"foundation": 4.0, "kernels": 3.0, "interop": 2.0, "data": 2.0, "pages": 1.0, "recovery": 3.0}
 BUDGETS["distributed"] = 3.0
-KERNELS = ("attention", "bias", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer")
+KERNELS = ("attention", "bias", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer", "tune")
 INTEROP = ("test_interop_hf", "test_interop_llmc", "test_interop_gguf", "test_llmc_cli", "test_generate", "test_serve")
 DATA = ("test_data_formats", "test_data_hub", "test_data_mixing", "test_eval_choice", "test_eval_harness")
 GROUPS = {
     **{f"tests/test_kernel_{name}.py": "kernels" for name in KERNELS},
-    "tests/test_aot.py": "kernels",
+    **{f"tests/test_{name}.py": "kernels" for name in ("aot", "bench_kernels")},
     **{f"tests/{name}.py": "interop" for name in INTEROP},
     **{f"tests/{name}.py": "data" for name in DATA},
     **{f"tests/test_dist_{name}.py": "distributed" for name in ("engine", "train", "elastic")},

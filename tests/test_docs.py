@@ -32,8 +32,8 @@ class Counting(Recorder):
 
     costs: ClassVar[dict[str, list[float]]] = {}
 
-    def _recorder(self, operation: Op, impl: Impl) -> Any:
-        record, names = super()._recorder(operation, impl), operation.parameters
+    def _bind(self, operation: Op, impl: Impl) -> Any:
+        record, names = super()._bind(operation, impl), operation.parameters
 
         def count(*args: Any, **kwargs: Any) -> None:
             given = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -15,9 +15,12 @@ import torch
 from oracle import GPT2, Shape, random_values
 from torch import Tensor
 
+from daybreak.config import Config
 from daybreak.engine import Engine
 from daybreak.engine.device import missing_on
 from daybreak.kernels import CUDA_ORDER
+from daybreak.kernels.cuda import cublaslt
+from daybreak.report.bench import step_products
 from daybreak.shapes import GPT2Config
 
 pytestmark = [
@@ -169,8 +172,27 @@ def test_every_backend_serves(group: str, name: str, rest: str) -> None:
     assert name in engine.frame.k.choices.values()
     accumulated(engine)
     assert max(errors(engine, plain_gradients(T, "bf16")).values()) < 0.03
+    engine.init(engine.seed)
     losses = train(engine, SMALL, 3)  # the optimizer and the guard too
     assert losses[-1] == pytest.approx(train(build(SMALL, compute="bf16"), SMALL, 3)[-1], rel=5e-3)
+
+
+def test_the_tuner_lists_what_a_step_asks_of_cublaslt() -> None:
+    """`bench --tune` lists products from the schedule; the keys must be those that training looks up, pointer for
+    pointer."""
+    device = torch.device("cuda", 0)
+    if "cublaslt" in missing_on(device):
+        pytest.skip(missing_on(device)["cublaslt"])
+    blas = cublaslt.blas_of(0)
+    assert blas is not None
+    blas.plans.clear()
+    blas.used.clear()
+    for shape, t in ((SMALL, T), (ODD, 63)):
+        build(shape, t, compute="bf16")
+        flags = {f"model.{key}": value for key, value in shape._asdict().items()}
+        flags |= {"batch.B": B, "batch.T": t, "precision.compute": "bf16"}
+        keys = step_products(Config.from_target("d12").override(flags), device)
+        assert {str(key) for key in keys} <= set(cublaslt.choices())
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))

@@ -10,7 +10,7 @@ import torch
 from kernel_harness import DEVICE, close, draw, each_dtype, either, f64, output, poison, run, skip_unless_served
 from torch import Tensor
 
-from daybreak.kernels.cuda import cublaslt, products
+from daybreak.kernels.cuda import cublaslt, products, tune
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 each_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("cublaslt", marks=gpu)])
@@ -282,3 +282,27 @@ def test_the_nearest_number_of_rows_serves():
     assert found("bf16 nt m1600 n4800 k28672 plain beta1") == "bf16 nt m1600 n4800 k16384 plain beta1"
     assert found("bf16 nt m1600 n4800 k28672 plain beta0") == ""
     assert found("bf16 tn m1600 n16384 k1600 bias beta0") == ""
+
+
+def towards_zero(x: Tensor) -> Tensor:
+    """x (fp64) in fp32, cut: what a tensor core does with its sums."""
+    near = x.float()
+    return torch.where(near.double().abs() > x.abs(), torch.nextafter(near, torch.zeros_like(near)), near)
+
+
+@pytest.mark.parametrize("k", [16384, 50304, 65536])
+def test_the_tuner_takes_a_long_sum_of_a_tensor_core_and_no_wrong_one(k):
+    """16 products at a time, each sum cut to fp32: its error grows with k, as a limit of its own kind must."""
+    key = products.dense("bf16", "nt", 64, 64, k)
+    x = tune.operands(key, torch.device("cpu"))
+    want, limit = tune.target(key, x)
+    a, b = x.a.double(), x.b.double()
+    total, most = torch.zeros(64, 64), b[:16].t() @ a[:16]
+    for start in range(0, k, 16):
+        total = towards_zero(total.double() + b[start : start + 16].t() @ a[start : start + 16])
+
+    def excess(result: Tensor) -> float:
+        return ((result.bfloat16().float() - want).abs() / limit).amax().item()
+
+    assert excess(total) <= 1
+    assert excess((total.double() - most).float()) > 1  # a slice of 16 forgotten

@@ -13,7 +13,7 @@ from torch import Tensor
 import daybreak.kernels.cuda.optimizer as cuda_file
 import daybreak.kernels.optimizer as optimizer_file
 from daybreak.kernels import Kernels, acc_dtype, all_ops, temps_bytes
-from daybreak.kernels.optimizer import join_masters, random_bits, round_weights, split_masters, stream_key
+from daybreak.kernels.optimizer import GOLDEN, WORD, join_masters, mix, round_weights, split_masters, stream_key
 
 BF16, F32, I16, I32 = torch.bfloat16, torch.float32, torch.int16, torch.int32
 OPTIONS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "seed": 7, "offset": 0}
@@ -232,6 +232,12 @@ def between(n: int, backend: str, *, step: float = 2.0**-12, t: int = 1, **optio
     grads = torch.full((n,), -1.0, dtype=BF16, device=DEVICE)
     state.update(grads, backend, lr=2 * step, t=t, **plain, **options)
     return state.weights
+
+
+def random_bits(index: int, key: int, t: int) -> int:
+    """The 16 bits that round element `index` of all parameters in update t."""
+    a = mix(key ^ t & WORD)
+    return mix((mix(index & WORD ^ a) + mix((a + GOLDEN) & WORD) + GOLDEN * (index >> 32)) & WORD) >> 16
 
 
 @each_backend

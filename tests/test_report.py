@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -84,6 +86,47 @@ def test_bench_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
     assert "2 micro-steps" in capsys.readouterr().out
     assert main(["bench", "d12", *flags.split(), "--run.device", "cpu", "--tune", "."]) == 2
     assert "run.device must be a CUDA device" in capsys.readouterr().err
+
+
+def products_of_gpt2(B: int, C: int) -> set[str]:
+    """The products of a step in bf16 with T = 1024 and GPT-2's vocabulary, written down from the layers."""
+    n, rows, Vp = B * 1024, 8192, 50304  # rows: of one chunk of logits
+    found = {
+        f"tn m{3 * C} n{n} k{C} bias beta0", f"tn m{C} n{n} k{C} bias add", f"tn m{4 * C} n{n} k{C} gelu beta0",
+        f"tn m{C} n{n} k{4 * C} bias add", f"tn m{Vp} n{rows} k{C} plain beta0", f"nn m{C} n{rows} k{Vp} plain beta0",
+        f"nn m{C} n{n} k{3 * C} plain beta0", f"nn m{C} n{n} k{C} plain beta0", f"nn m{C} n{n} k{4 * C} plain beta0",
+        f"nn m{4 * C} n{n} k{C} dgelu beta0",
+    }  # fmt: skip
+    for mode in ("beta0", "beta1"):  # the first micro-step writes a weight's gradient, others add to it
+        sides = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
+        found |= {f"nt m{i} n{o} k{n} plain {mode}" for i, o in sides} | {f"nt m{C} n{Vp} k{rows} plain {mode}"}
+    return {f"bf16 {product}" for product in found}
+
+
+@pytest.mark.parametrize(("shape", "B", "C"), [("d48", 16, 1600), ("d12", 64, 768)])
+@pytest.mark.parametrize("recompute", [0, 2, 3])
+def test_the_tuner_gets_every_product_of_a_step(shape: str, B: int, C: int, recompute: int) -> None:
+    flags = {"batch.B": B, "batch.recompute": recompute, "precision.compute": "bf16"}
+    keys = report.step_products(daybreak.Config.from_target(shape).override(flags), torch.device("cuda"))
+    assert {str(key) for key in keys} == products_of_gpt2(B, C)
+
+
+def test_the_tuner_is_called_for_the_products_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench --tune` from the configuration to the table; of the card only its answers are missing."""
+    from daybreak.kernels.cuda import tune
+
+    given: list[object] = []
+    monkeypatch.setattr(report, "pick_device", torch.device)
+    monkeypatch.setattr(report, "missing_on", lambda device: {})
+    monkeypatch.setattr(report, "set_precision", lambda config, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", given.append)
+    monkeypatch.setattr(tune, "search", lambda keys: given.append(keys) or {"plans": {}})
+    monkeypatch.setattr(tune, "write", lambda table, folder: given.append((table, folder)))
+    flags = {"batch.B": 64, "precision.compute": "bf16", "run.device": "cuda"}
+    report.tune_products(daybreak.Config.from_target("d12").override(flags), "tables")
+    assert given[0] == torch.device("cuda")
+    assert {str(key) for key in given[1]} == products_of_gpt2(64, 768)
+    assert given[2] == ({"plans": {}}, Path("tables"))
 
 
 def test_doctor_names_the_backends() -> None:

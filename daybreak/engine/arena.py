@@ -85,7 +85,7 @@ class PlanFrame:
     ) -> None:  # fmt: skip
         self.table, self.dtype, self.comm = table, dtype, comm
         self.recorder = Recorder(choices)
-        self.k: Kernels = self.recorder  # type: ignore[assignment]  # same attributes, by construction
+        self.k: Kernels = self.recorder
         self.activations: dict[str, tuple[Tensor, torch.dtype]] = {}
         self.state = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in state}
         self.state["tokens"], self.state["targets"] = self.state["batch"]

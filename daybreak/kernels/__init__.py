@@ -5,9 +5,8 @@ returns or allocates a tensor; temporaries come from `scratch`, whose size the p
 function that the kernel uses. Every row-wise loop is over bounded chunks, so scratch does not grow with the batch.
 
 An operation has one implementation per backend. `choose` picks, for a device and dtype, the first backend of its
-group's order that exists; `Kernels` binds the picks to one device. `Recorder` has the same attributes, runs nothing,
-and notes what each call reads and writes: from that list the arena takes lifetimes, and a test sees an unintended
-change of schedule.
+group's order that exists; `Kernels` binds the picks to one device. A `Recorder` runs nothing and notes what each call
+reads and writes: from that list the arena takes lifetimes, and a test sees an unintended change of schedule.
 """
 
 from __future__ import annotations
@@ -32,19 +31,7 @@ CUDA_ORDER = {
     "attention": ("fa4", "cudnn", "triton", "torch"),
     **dict.fromkeys(("classifier", "embedding", "gelu", "guard", "norm", "optimizer"), ("triton", "torch")),
 }
-CUDA_FILES = (
-    "attention",
-    "bias",
-    "classifier",
-    "cublaslt",
-    "cudnn",
-    "embedding",
-    "fa4",
-    "gelu",
-    "guard",
-    "norm",
-    "optimizer",
-)
+CUDA_FILES = (*(name for name in FILES if name != "matmul"), "bias", "cublaslt", "cudnn", "fa4")
 ON_HOST = ("adamw_update", "embedding_backward", "step_guard")  # their references read values on the host
 CUDA_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -184,9 +171,9 @@ class Kernels:
         self.scratch = Scratch(scratch)
         self.choices = dict(choices or choose("cpu", torch.float32))
         for name, chosen in self.choices.items():
-            setattr(self, name, self._bind(OPS[name].impls[chosen]))
+            setattr(self, name, self._bind(OPS[name], OPS[name].impls[chosen]))
 
-    def _bind(self, impl: Impl) -> Callable[..., None]:
+    def _bind(self, operation: Op, impl: Impl) -> Callable[..., None]:
         if impl.temps is None:
             return impl.fn
 
@@ -214,15 +201,14 @@ def storage_key(x: Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
 
-class Recorder:
-    """Stands in for `Kernels` while planning: notes calls, computes nothing. Works on storage-less (meta) tensors."""
+class Recorder(Kernels):
+    """Kernels while planning: notes calls, computes nothing. Works on storage-less (meta) tensors."""
 
     def __init__(self, choices: Mapping[str, str] | None = None) -> None:
         self.calls: list[Call] = []
-        for name, chosen in (choices or choose("cpu", torch.float32)).items():
-            setattr(self, name, self._recorder(OPS[name], OPS[name].impls[chosen]))
+        super().__init__(torch.empty(0, dtype=torch.uint8), choices)
 
-    def _recorder(self, operation: Op, impl: Impl) -> Callable[..., None]:
+    def _bind(self, operation: Op, impl: Impl) -> Callable[..., None]:
         names = operation.parameters
 
         def record(*args: Any, **kwargs: Any) -> None:
@@ -234,6 +220,3 @@ class Recorder:
             self.calls.append(Call(operation.name, reads, writes, scratch))
 
         return record
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        raise AttributeError(f"no operation {name!r}; daybreak/kernels defines {', '.join(OPS)}")

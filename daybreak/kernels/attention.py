@@ -103,19 +103,9 @@ def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, 
 
 @op("dq", "dk", "dv", temps=backward_temps)
 def attention_backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    scratch: Scratch,
-) -> None:
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    *, scale: float, scratch: Scratch,
+) -> None:  # fmt: skip
     """dq, dk, dv (B, T, NH, HS) from dout and what forward kept."""
     B, T, NH, HS = q.shape
     block, group = _sizes(q)

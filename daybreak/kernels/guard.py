@@ -29,16 +29,9 @@ def z_score(window: list[float], count: int, x: float) -> float:
 
 @op("stats", "windows", "counts")
 def step_guard(
-    stats: Tensor,
-    windows: Tensor,
-    counts: Tensor,
-    loss: Tensor,
-    norm: Tensor,
-    *,
-    clip: float,
-    max_loss_z: float,
-    max_norm_z: float,
-) -> None:
+    stats: Tensor, windows: Tensor, counts: Tensor, loss: Tensor, norm: Tensor,
+    *, clip: float, max_loss_z: float, max_norm_z: float,
+) -> None:  # fmt: skip
     """Decide the step: stats (6,) fp64 as in STATS, from the mean loss and the gradient norm.
 
     windows (2, 128) fp64 and counts (2,) int64 hold the accepted losses and norms. A limit of 0 switches that test

@@ -42,15 +42,9 @@ def layernorm_forward(
 
 
 def backward_temps(
-    dx: Tensor,
-    dw: Tensor,
-    db: Tensor,
-    dbias: Tensor | None,
-    again: Tensor | None,
-    dout: Tensor,
-    *_: object,
-    **__: object,
-) -> Temps:
+    dx: Tensor, dw: Tensor, db: Tensor, dbias: Tensor | None, again: Tensor | None, dout: Tensor,
+    *_: object, **__: object,
+) -> Temps:  # fmt: skip
     n, C = dout.shape
     rows, acc = chunk_rows(n, C), acc_dtype(dout.dtype)
     return [*[((rows, C), acc)] * 3, *[((rows, 1), acc)] * 2, *[((C,), acc)] * 6]
@@ -58,22 +52,10 @@ def backward_temps(
 
 @op("dx", "dw", "db", "dbias", "again", temps=backward_temps)
 def layernorm_backward(
-    dx: Tensor,
-    dw: Tensor,
-    db: Tensor,
-    dbias: Tensor | None,
-    again: Tensor | None,
-    dout: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    w: Tensor,
-    b: Tensor,
-    *,
-    accumulate_dx: bool,
-    accumulate: bool,
-    scratch: Scratch,
-) -> None:
+    dx: Tensor, dw: Tensor, db: Tensor, dbias: Tensor | None, again: Tensor | None,
+    dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor, b: Tensor,
+    *, accumulate_dx: bool, accumulate: bool, scratch: Scratch,
+) -> None:  # fmt: skip
     """Gradients of layernorm: dx (n, C), dw (C), db (C) from dout (n, C), and what the same pass gets for free.
 
     `accumulate_dx` adds into dx (the residual stream's gradient), `accumulate` adds into dw, db, dbias (micro-steps).

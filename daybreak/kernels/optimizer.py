@@ -59,22 +59,9 @@ def adamw_temps(weights: Tensor, masters: Tensor | None, m: Tensor, *_: object, 
 
 @op("weights", "masters", "m", "v", temps=adamw_temps)
 def adamw_update(
-    weights: Tensor,
-    masters: Tensor | None,
-    m: Tensor,
-    v: Tensor,
-    grads: Tensor,
-    stats: Tensor,
-    hyper: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed: int,
-    offset: int,
-    scratch: Scratch,
-) -> None:
+    weights: Tensor, masters: Tensor | None, m: Tensor, v: Tensor, grads: Tensor, stats: Tensor, hyper: Tensor,
+    *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int, offset: int, scratch: Scratch,
+) -> None:  # fmt: skip
     """Update flat weights (N, compute dtype), masters (N, see above), m and v (N) in fp32 or fp64, from grads (N).
 
     stats (6,) fp64: stats[2] is the clip scale, stats[3] the skip flag (see kernels.guard). hyper (5,) fp64: learning
@@ -194,20 +181,6 @@ def stream_key(seed: int) -> int:
     return mix(mix((seed + GOLDEN) & WORD) ^ (seed >> 32 & WORD))
 
 
-def random_bits(index: int, key: int, t: int) -> int:
-    """The 16 bits that round element `index` of all parameters in update t, with key = stream_key(seed).
-
-    a = mix(key ^ t), b = mix(a + GOLDEN) choose the stream; mix(mix(low word ^ a) + b + GOLDEN high word) >> 16.
-    """
-    a, b = _stream(key, t)
-    return mix((mix(index & WORD ^ a) + b + GOLDEN * (index >> 32)) & WORD) >> 16
-
-
-def _stream(key: int, t: int) -> tuple[int, int]:
-    a = mix(key ^ t & WORD)
-    return a, mix((a + GOLDEN) & WORD)
-
-
 def _mix_words(x: Tensor, spare: Tensor) -> Tensor:
     """`mix` of 32-bit words in int64, in place: products wrap at 2^64, their low words are right."""
     for shift, multiplier in MIX:
@@ -218,12 +191,15 @@ def _mix_words(x: Tensor, spare: Tensor) -> Tensor:
 def _round_randomly(
     weights: Tensor, values: Tensor, nan: Tensor, words: Tensor, spare: Tensor, first: int, key: int, t: int
 ) -> None:
-    """weights (bf16) = values (fp32), rounded away from zero where the low 16 bits plus `random_bits` carry over.
+    """weights (bf16) = values (fp32), rounded away from zero where the low 16 bits plus 16 random bits carry over.
 
-    So with probability (low 16 bits) / 65536: the expected weight is the value, and what bf16 holds, infinity included,
-    stays. Finite values beyond the largest bf16 may become infinite, as in any rounding. words, spare: int64.
+    The carry has probability (low 16 bits) / 65536, so the expected weight is the value; what bf16 holds, infinity
+    included, stays. Finite values beyond the largest bf16 may become infinite, as in any rounding. The random bits of
+    element i of all parameters in update t: with key = stream_key(seed), a = mix(key ^ t), b = mix(a + GOLDEN),
+    mix(mix(low word of i ^ a) + b + GOLDEN * high word of i) >> 16. words, spare: int64.
     """
-    a, b = _stream(key, t)
+    a = mix(key ^ t & WORD)
+    b = mix((a + GOLDEN) & WORD)
     torch.arange(first, first + values.numel(), out=words)
     _mix_words(words.bitwise_and_(WORD).bitwise_xor_(a), spare)
     torch.arange(first, first + values.numel(), out=spare)

@@ -12,19 +12,26 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from daybreak.config import Config
-from daybreak.engine import Engine
+from daybreak.engine import DTYPES, Engine, plan_engine
+from daybreak.engine.arena import PlanFrame
 from daybreak.engine.capture import Pending
+from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import engine_options, missing_on, pick_device, set_precision, used_mib
 from daybreak.engine.fit import check_fits, plan_memory
+from daybreak.engine.schedule import micro_step
 from daybreak.errors import ConfigError
-from daybreak.kernels import OPS
+from daybreak.kernels import OPS, all_ops
+from daybreak.kernels.cuda.products import Key
+from daybreak.parallel import ALONE
 from daybreak.state.throughput import peak_flops
 
 WARM_STEPS = 5  # not counted
@@ -215,20 +222,37 @@ def bench(config: Config, seconds: float = 10.0) -> Bench:
     return result
 
 
+def step_products(config: Config, device: torch.device) -> list[Key]:
+    """Every matrix product of a step, of its first and its later micro-steps: the schedule itself, run on tensors
+    without storage."""
+    from daybreak.kernels.cuda import cublaslt
+
+    options, ops = engine_options(config, device), all_ops("cuda")
+    model, table, arena = plan_engine(config.model, B=config.batch.B, device_type="cuda", **options)
+    state = [e for e in arena.entries if e.buffer not in ("activations", "scratch")]
+    frame = PlanFrame(table, DTYPES[options["compute"]], state, Collectives(arena.sharding, ALONE))
+    kernels = dict.fromkeys(ops, lambda *_, **__: None)
+    kernels |= {name: partial(ops[name].impls["cublaslt"].fn, scratch=None) for name in PRODUCTS}
+    frame.k = SimpleNamespace(**kernels)  # type: ignore[assignment]  # the same attributes
+
+    def run() -> None:
+        for first in (True, False):
+            micro_step(model, frame, frame.state, first=first)
+
+    return cublaslt.listed(run)
+
+
 def tune_products(config: Config, folder: str) -> None:
     """Search the fastest algorithm of every product of a configuration's step; the table goes to a file in `folder`."""
-    from daybreak.kernels.cuda import cublaslt, tune
+    from daybreak.kernels.cuda import tune
 
     config.check()
     device = pick_device(config.run.device)
     if device.type != "cuda" or "cublaslt" in missing_on(device):
         raise ConfigError("run.device must be a CUDA device with cuBLASLt to tune its matrix products.")
     set_precision(config, device)
-    engine = Engine(config.model, B=config.batch.B, device=device, **engine_options(config, device))
-    keys = list(cublaslt.choices())
-    del engine
-    torch.cuda.empty_cache()
-    print(tune.write(tune.search(keys), Path(folder)))
+    torch.cuda.set_device(device)
+    print(tune.write(tune.search(step_products(config, device)), Path(folder)))
 
 
 def print_bench(b: Bench) -> None:

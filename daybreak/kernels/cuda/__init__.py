@@ -13,6 +13,8 @@ import shutil
 from functools import cache
 from typing import Any
 
+from daybreak.kernels import all_ops
+
 try:
     import triton
     import triton.language as tl
@@ -33,6 +35,7 @@ except ImportError:  # macOS, or a torch without it: the kernels are never launc
 
     triton = tl = _Absent()
 
+all_ops()  # the operations are registered before their backends in this package
 NEEDS = {
     "triton": ("triton",),
     "cublaslt": (),

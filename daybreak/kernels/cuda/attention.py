@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
-from daybreak.kernels import attention as _reference  # noqa: F401  registers the operations
 from daybreak.kernels.cuda import tl, triton
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -294,16 +293,9 @@ def _setting(q: Tensor, kernel: int) -> tuple[int, dict[str, Any]]:
     rows, step, warps, stages = configs[kernel]
     tf32 = wide and torch.backends.cuda.matmul.allow_tf32
     return -(-T // rows), {
-        "HS": HS,
-        "D": D,
-        "ROWS": rows,
-        "STEP": step,
-        "EVEN": T % rows == 0,
-        "PRECISION": "tf32" if tf32 else "ieee",
-        "UPCAST": INTERPRET,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+        "HS": HS, "D": D, "ROWS": rows, "STEP": step, "EVEN": T % rows == 0, "PRECISION": "tf32" if tf32 else "ieee",
+        "UPCAST": INTERPRET, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -330,19 +322,9 @@ def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, 
 
 @backend("triton", temps=backward_temps)
 def attention_backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    scratch: Scratch,
-) -> None:
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    *, scale: float, scratch: Scratch,
+) -> None:  # fmt: skip
     """dq, dk, dv (B, T, NH, HS) from dout and what forward kept; all views strided."""
     B, T, NH, _ = q.shape
     assert lse.is_contiguous()
@@ -373,30 +355,3 @@ def attention_decode(
         out, cache, q, k, v, positions, out.stride(0), q.stride(0), *cache.stride()[:3], scale * math.log2(math.e),
         HS=HS, D=max(16, 1 << (HS - 1).bit_length()), STEP=DECODE_STEP, num_warps=DECODE_WARPS,
     )  # fmt: skip
-
-
-def _aot(kernel: Any, index: int, HS: int, table: dict[int, tuple[Config, Config, Config]]) -> tuple[Any, ...]:
-    """A case for ahead-of-time compilation: contiguous T in whole blocks."""
-    rows, step, warps, stages = table[max(64, HS)][index]
-    kind = "*fp32" if table is FP32 else "*bf16"
-    constants = {"HS": HS, "D": HS, "ROWS": rows, "STEP": step, "EVEN": True, "PRECISION": "ieee", "UPCAST": False}
-    names = [name for name in getattr(kernel, "arg_names", ()) if name not in constants]
-    tensors = ("out", "dq", "dk", "dv", "dout", "q", "k", "v")
-    special = {"lse": "*fp32", "delta": "*fp32", "NH": "i32?", "scale": "fp32", "scale2": "fp32"}
-    types = {name: kind if name in tensors else special.get(name, "i32") for name in names}
-    return kernel, types, constants, warps, stages
-
-
-_KERNELS = (_forward_kernel, _backward_queries_kernel, _backward_keys_kernel)
-_TABLES = (
-    (64, SMALL),
-    (64, LARGE),
-    (64, FP32),
-    (128, LARGE),
-    (128, FP32),
-)  # the first of each kernel must fit every card
-AOT = [_aot(kernel, i, HS, table) for HS, table in _TABLES for i, kernel in enumerate(_KERNELS)]
-_CONSTANTS = {"HS": 64, "D": 64, "STEP": DECODE_STEP}
-_TYPES = dict.fromkeys(("out", "cache", "q", "k", "v"), "*bf16") | {"positions": "*i64", "scale2": "fp32"}
-_TYPES |= dict.fromkeys(("out_b", "x_b", "cache_v", "cache_b", "cache_h"), "i64")
-AOT.append((_decode_kernel, _TYPES, _CONSTANTS, DECODE_WARPS))

@@ -6,18 +6,14 @@ rows. Which rows meet in which partial sum depends on the shape and on PROGRAMS 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, float32
 
-import daybreak.kernels.matmul  # noqa: F401  (registers the operation first)
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 
 PROGRAMS = 1056  # eight for each of an H100's 132 multiprocessors: one wave
 ROWS, COLS, WARPS = 8, 512, 4  # tile of stage one: four loads of 16 bytes a thread under way at once
 SUM_ROWS, SUM_COLS = 128, 32  # tile of stage two
-REVERSE = True  # from the last row to the first: the end of what the producer wrote is still in the L2 cache
 
 
 @triton.jit
@@ -56,27 +52,22 @@ def column_sums(outs: list[Tensor], part: Tensor, accumulate: bool) -> None:
 
 
 @triton.jit
-def _bias_partial_kernel(
-    part, dout, n, O,
-    ROWS: tl.constexpr, COLS: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """part[s] (O) = sum of the row tiles s, s + S, s + 2 S, ... of dout (n, O), for s = program_id(1) of S."""
+def _bias_partial_kernel(part, dout, n, O, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """part[s] (O) = sum of the row tiles s, s + S, s + 2 S, ... of dout (n, O), for s = program_id(1) of S.
+
+    Tiles count from the last row to the first: the end of what the producer wrote is still in the L2 cache.
+    """
     s, S = tl.program_id(1), tl.num_programs(1)
     rows, cols = tl.arange(0, ROWS), tl.program_id(0) * COLS + tl.arange(0, COLS)
     mask = cols < O
     step = (S * ROWS).to(tl.int64) * O
-    if REVERSE:  # tiles count from the end: row n - 1 - i
-        at = (n - 1 - s * ROWS).to(tl.int64) * O
-        inner = cols[None, :] - rows[:, None] * O
-        step = -step
-    else:
-        at = (s * ROWS).to(tl.int64) * O
-        inner = rows[:, None] * O + cols[None, :]
+    at = (n - 1 - s * ROWS).to(tl.int64) * O
+    inner = cols[None, :] - rows[:, None] * O
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for start in range(s * ROWS, n, S * ROWS):
         tile = tl.load(dout + at + inner, mask=(start + rows < n)[:, None] & mask[None, :], other=0.0)
         acc += tile.to(tl.float32)
-        at += step
+        at -= step
     tl.store(part + s * O + cols, tl.sum(acc, 0), mask=mask)
 
 
@@ -92,19 +83,5 @@ def bias_backward(db: Tensor, dout: Tensor, *, accumulate: bool, scratch: Scratc
     """db (O) = column sums of dout (n, O), added to db if `accumulate`; fp32 sums, rounded once."""
     (part,) = scratch(bias_temps(db, dout))
     n, O = dout.shape
-    _bias_partial_kernel[(triton.cdiv(O, COLS), part.shape[1])](
-        part, dout, n, O, ROWS=ROWS, COLS=COLS, REVERSE=REVERSE, num_warps=WARPS
-    )
+    _bias_partial_kernel[(triton.cdiv(O, COLS), part.shape[1])](part, dout, n, O, ROWS=ROWS, COLS=COLS, num_warps=WARPS)
     column_sums([db], part, accumulate)
-
-
-def _aot(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
-    sums = {"out0": dtype, "out1": dtype, "out2": dtype, "part": "*fp32", "P": "i32?", "C": "i32"}
-    partial = {"part": "*fp32", "dout": dtype, "n": "i32", "O": "i32"}
-    return [
-        (_column_sums_kernel, sums, {"ACCUMULATE": True, "ROWS": SUM_ROWS, "COLS": SUM_COLS}, 4),
-        (_bias_partial_kernel, partial, {"ROWS": ROWS, "COLS": COLS, "REVERSE": REVERSE}, WARPS),
-    ]
-
-
-AOT = [*_aot("*bf16"), *_aot("*fp32")]

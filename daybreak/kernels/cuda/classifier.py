@@ -7,19 +7,14 @@ PROGRAMS rows are under way at once, 26 MB at a vocabulary of 50304 in bf16. No 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from daybreak.kernels import backend
-from daybreak.kernels import classifier as reference
 from daybreak.kernels.cuda import tl, triton
 
 PROGRAMS = 256  # about two for each of an H100's 132 multiprocessors; a power of two, as the chunks of logits are
 TILE, WARPS = 4096, 16  # columns at a time: 16 bytes of bf16 a thread, and as many again under way
-REVERSE = True  # from the last row to the first: the end of what the product wrote is still in the L2 cache
 SUM_BLOCK, SUM_WARPS = 8192, 32
-assert reference.classifier  # the operations that this file gives a backend to are registered first
 
 
 @triton.jit
@@ -32,7 +27,7 @@ def _online(m, s, x):
 @triton.jit
 def _classifier_kernel(
     losses, logits, targets, scale, n, V, Vp,
-    BACKWARD: tl.constexpr, TILE: tl.constexpr, VEC: tl.constexpr, REVERSE: tl.constexpr,
+    BACKWARD: tl.constexpr, TILE: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """A tile is (TILE / VEC, VEC): a thread holds whole rows of it, so the running sums need no other thread.
 
@@ -41,9 +36,7 @@ def _classifier_kernel(
     cols = tl.arange(0, TILE // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     factor = tl.load(scale).to(tl.float32)
     for i in range(tl.program_id(0), n, tl.num_programs(0)):
-        row = i
-        if REVERSE:
-            row = n - 1 - i
+        row = n - 1 - i  # the last first: the end of what the product wrote is still in the L2 cache
         target = tl.load(targets + row).to(tl.int32)
         z = logits + row.to(tl.int64) * Vp
         # A row without a target is one of no columns: the first pass reads nothing, the second writes zeros.
@@ -88,7 +81,7 @@ def classifier(losses: Tensor, logits: Tensor, targets: Tensor, scale: Tensor, *
     n, Vp = logits.shape
     _classifier_kernel[(min(n, PROGRAMS),)](
         losses, logits, targets, scale, n, V, Vp,
-        BACKWARD=backward, TILE=TILE, VEC=16 // logits.element_size(), REVERSE=REVERSE, num_warps=WARPS,
+        BACKWARD=backward, TILE=TILE, VEC=16 // logits.element_size(), num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -111,17 +104,3 @@ def loss_sum(total: Tensor, losses: Tensor, scale: Tensor, *, accumulate: bool) 
     _loss_sum_kernel[(1,)](
         total, losses, scale, losses.numel(), ACCUMULATE=accumulate, BLOCK=SUM_BLOCK, num_warps=SUM_WARPS
     )
-
-
-def _aot(dtype: str, vec: int, backward: bool) -> tuple[Any, dict[str, str], dict[str, Any], int]:
-    signature = {
-        "losses": "*fp32", "logits": dtype, "targets": "*i64", "scale": "*fp64", "n": "i32", "V": "i32?", "Vp": "i32",
-    }  # fmt: skip
-    return _classifier_kernel, signature, {"BACKWARD": backward, "TILE": TILE, "VEC": vec, "REVERSE": REVERSE}, WARPS
-
-
-SUM_TYPES = {"total": "*fp64", "losses": "*fp32", "scale": "*fp64", "n": "i32"}
-AOT = [
-    *(_aot(dtype, vec, backward) for dtype, vec in (("*bf16", 8), ("*fp32", 4)) for backward in (True, False)),
-    (_loss_sum_kernel, SUM_TYPES, {"ACCUMULATE": True, "BLOCK": SUM_BLOCK}, SUM_WARPS),
-]

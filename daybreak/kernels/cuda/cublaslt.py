@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -306,7 +307,15 @@ def choices() -> dict[str, str]:
     return {key: used for blas in _devices.values() if blas for key, used in sorted(blas.used.items())}
 
 
+def listed(run: Callable[[], None]) -> list[Key]:
+    """The products that `run` makes on tensors without storage (meta), in order of their keys: nothing is computed."""
+    _listed.clear()
+    run()
+    return sorted(_listed)
+
+
 _devices: dict[int, Blas | None] = {}
+_listed: set[Key] = set()
 
 
 def blas_of(device: int) -> Blas | None:
@@ -330,10 +339,6 @@ def _gemm(
     bias: Tensor | None = None, aux: Tensor | None = None, c: Tensor | None = None,
 ) -> bool:  # fmt: skip
     """D = epilogue(op(A) op(B) + C): c None, d itself or another. False if the library cannot: nothing was queued."""
-    device = d.get_device()
-    blas = _devices[device] if device in _devices else blas_of(device)
-    if blas is None:
-        return False
     n, m = d.shape
     mode = "beta0" if c is None else "beta1" if c is d else "add"
     k = a.shape[1] if trans[0] == "t" else a.shape[0]
@@ -349,6 +354,13 @@ def _gemm(
         max(c.stride(0), m) if mode == "add" and c is not None else max(d.stride(0), m), max(d.stride(0), m),
         0 if aux is None else max(aux.stride(0), m), low & -low or 16,
     )  # fmt: skip
+    if d.is_meta:  # a schedule that is only listed
+        _listed.add(Key(*key))
+        return True
+    device = d.get_device()
+    blas = _devices[device] if device in _devices else blas_of(device)
+    if blas is None:
+        return False
     plans = blas.plans
     if key not in plans:
         plans[key] = blas.plan(Key(*key))

@@ -81,19 +81,9 @@ def attention_forward(
 
 @backend("cudnn", temps=backward_temps, dtypes=(torch.bfloat16,))
 def attention_backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    scratch: Scratch,
-) -> None:
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    *, scale: float, scratch: Scratch,
+) -> None:  # fmt: skip
     """dq, dk, dv (B, T, NH, HS) from dout and what forward kept; all views strided."""
     if not served(q):
         flash.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale=scale, scratch=scratch)

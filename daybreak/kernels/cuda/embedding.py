@@ -8,12 +8,10 @@ up, so a token that is every tenth of the batch keeps no program waiting. Every 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from daybreak.kernels import Scratch, Temps, backend, embedding
+from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 
 GROUP, MAX_COLS = 4, 2048  # tile of forward: one position in 4 rows of the batch
@@ -23,7 +21,6 @@ CHUNK = 32  # sorted positions that one program adds up
 RUN_COLS = 256  # columns of one program of one warp: 16 bytes of bf16 a thread
 PARTS = 16  # partial sums that are read at a time
 POSITION_ROWS, POSITION_COLS = 8, 1024
-assert embedding.embedding_forward  # the operations that this file gives a backend to are registered first
 
 
 # ------------------------------------------------------------------------------------------------------------ forward
@@ -242,26 +239,3 @@ def embedding_backward(
     grid = (chunks, triton.cdiv(C, RUN_COLS))
     _runs_kernel[grid](dwte, part, keys, rows, dout, n, chunks, C, CHUNK=CHUNK, COLS=RUN_COLS, num_warps=1)
     _long_runs_kernel[grid](dwte, part, keys, n, chunks, C, CHUNK=CHUNK, PARTS=PARTS, COLS=RUN_COLS, num_warps=4)
-
-
-def _aot(C: int, dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
-    cols, warps = _forward_launch(C)
-    sizes = {"B": "i32", "T": "i32", "C": "i32"}
-    position = {"ACCUMULATE": True, "ROWS": POSITION_ROWS, "COLS": POSITION_COLS}
-    sort = {"SHIFT": 8, "DIGITS": 1 << DIGIT_BITS, "BLOCK": SORT_BLOCK}
-    lists = {"keys": "*i32", "rows": "*i32"}
-    runs = {"dwte": dtype, "part": "*fp32", "keys": "*i32", "n": "i32", "chunks": "i32", "C": "i32"}
-    forward = {"out": dtype, "tokens": "*i64", "wte": dtype, "wpe": dtype, **sizes}
-    scatter = {"keys_out": "*i32", "rows_out": "*i32", **lists, "table": "*i32", "n": "i32", "blocks": "i32"}
-    return [
-        (_forward_kernel, forward, {"GROUP": GROUP, "COLS": cols}, warps),
-        (_positions_kernel, {"dwpe": dtype, "dout": dtype, **sizes}, position, POSITION_COLS // 256),
-        (_digit_counts_kernel, {"table": "*i32", "keys": "*i32", "n": "i32"}, sort, SORT_WARPS),
-        (_scatter_kernel, scatter, {"FIRST": False, "TABLE_ROWS": PARTS, **sort}, SORT_WARPS),
-        (_scatter_kernel, {**scatter, "keys": "*i64"}, {"FIRST": True, "TABLE_ROWS": PARTS, **sort}, SORT_WARPS),
-        (_runs_kernel, {**runs, "rows": "*i32", "dout": dtype}, {"CHUNK": CHUNK, "COLS": RUN_COLS}, 1),
-        (_long_runs_kernel, runs, {"CHUNK": CHUNK, "PARTS": PARTS, "COLS": RUN_COLS}, 4),
-    ]
-
-
-AOT = [*_aot(1600, "*bf16"), *_aot(768, "*fp32")]

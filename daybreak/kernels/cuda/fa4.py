@@ -44,12 +44,7 @@ def workspace_bytes(B: int, T: int, NH: int, HS: int) -> int:
     return sum(-(-size // (2 << 20)) * (2 << 20) for size in pieces)
 
 
-@backend("fa4", temps=cudnn.forward_temps, dtypes=(torch.bfloat16,))
-def attention_forward(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, scratch: Scratch
-) -> None:
-    """out (B, T, NH, HS) = causal attention of strided q, k, v; lse (B, NH, T) fp32: cuDNN's."""
-    cudnn.attention_forward(out, lse, q, k, v, scale=scale, scratch=scratch)
+backend("fa4", temps=cudnn.forward_temps, dtypes=(torch.bfloat16,))(cudnn.attention_forward)  # forward is cuDNN's
 
 
 def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, *_: object, **__: object) -> Temps:
@@ -59,19 +54,9 @@ def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, 
 
 @backend("fa4", temps=backward_temps, dtypes=(torch.bfloat16,))
 def attention_backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    scratch: Scratch,
-) -> None:
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    *, scale: float, scratch: Scratch,
+) -> None:  # fmt: skip
     """dq, dk, dv (B, T, NH, HS) from dout and what forward kept; all views strided, on 16-byte boundaries."""
     if not cudnn.served(q):
         flash.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale=scale, scratch=scratch)

@@ -1,23 +1,20 @@
 """GELU and its derivative, element-wise, alone and behind a matrix product; formulas in kernels/gelu.py.
 
+Both go from the last element to the first: the end of what the producer wrote is still in the L2 cache.
+
 (1 + tanh u)/2 = 1 / (1 + exp(-2u)): one exponential, which runs into 0 or infinity at the ends, where the quotient is
 exact; and near -0 gelu(x) keeps its relative accuracy, which 1 + tanh u loses.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-import daybreak.kernels.gelu
-import daybreak.kernels.matmul  # noqa: F401  (these two register the operations first)
 from daybreak.kernels import backend
 from daybreak.kernels.cuda import tl, triton
 
 BLOCK, WARPS = 2048, 4  # 16 values a thread: two loads of 16 bytes in bf16 from each input
-REVERSE = True  # from the last element to the first: the end of what the producer wrote is still in the L2 cache
 
 
 @triton.jit
@@ -27,23 +24,19 @@ def _sigmoid_2u(x):
 
 
 @triton.jit
-def _gelu_forward_kernel(out, x, size, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+def _gelu_forward_kernel(out, x, size, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
-    if REVERSE:
-        pid = tl.num_programs(0) - 1 - pid
-    at = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = (tl.num_programs(0) - 1 - pid).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     xf = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, (xf * _sigmoid_2u(xf)).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _gelu_backward_kernel(grad, x, size, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+def _gelu_backward_kernel(grad, x, size, BLOCK: tl.constexpr):
     """grad *= gelu'(x), in place: gelu' = s + x s (1 - s) 2u' with s = (1 + tanh u)/2."""
     pid = tl.program_id(0)
-    if REVERSE:
-        pid = tl.num_programs(0) - 1 - pid
-    at = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = (tl.num_programs(0) - 1 - pid).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     xf = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     df = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
@@ -56,7 +49,7 @@ def _gelu_backward_kernel(grad, x, size, BLOCK: tl.constexpr, REVERSE: tl.conste
 def gelu_forward(out: Tensor, x: Tensor) -> None:
     """out = gelu(x), any shape, both contiguous."""
     size = x.numel()
-    _gelu_forward_kernel[(triton.cdiv(size, BLOCK),)](out, x, size, BLOCK=BLOCK, REVERSE=REVERSE, num_warps=WARPS)
+    _gelu_forward_kernel[(triton.cdiv(size, BLOCK),)](out, x, size, BLOCK=BLOCK, num_warps=WARPS)
 
 
 @backend("triton")
@@ -76,15 +69,4 @@ def matmul_gelu_backward_input(dpre: Tensor, dout: Tensor, w: Tensor, pre: Tenso
 def multiply_by_slope(grad: Tensor, pre: Tensor) -> None:
     """grad *= gelu'(pre), any shape, both contiguous."""
     size = pre.numel()
-    _gelu_backward_kernel[(triton.cdiv(size, BLOCK),)](grad, pre, size, BLOCK=BLOCK, REVERSE=REVERSE, num_warps=WARPS)
-
-
-def _aot(dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
-    constants = {"BLOCK": BLOCK, "REVERSE": REVERSE}
-    return [
-        (_gelu_forward_kernel, {"out": dtype, "x": dtype, "size": "i32"}, constants, WARPS),
-        (_gelu_backward_kernel, {"grad": dtype, "x": dtype, "size": "i32"}, constants, WARPS),
-    ]
-
-
-AOT = [*_aot("*bf16"), *_aot("*fp32")]
+    _gelu_backward_kernel[(triton.cdiv(size, BLOCK),)](grad, pre, size, BLOCK=BLOCK, num_warps=WARPS)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from daybreak.kernels import backend, guard
+from daybreak.kernels import backend
 from daybreak.kernels.cuda import tl, triton
+from daybreak.kernels.guard import WINDOW
 
 WARPS = 4
-assert guard.step_guard  # the operation that this file gives a backend to is registered first
 
 
 @triton.jit
@@ -62,28 +62,11 @@ def _step_guard_kernel(
 
 @backend("triton")
 def step_guard(
-    stats: Tensor,
-    windows: Tensor,
-    counts: Tensor,
-    loss: Tensor,
-    norm: Tensor,
-    *,
-    clip: float,
-    max_loss_z: float,
-    max_norm_z: float,
-) -> None:
+    stats: Tensor, windows: Tensor, counts: Tensor, loss: Tensor, norm: Tensor,
+    *, clip: float, max_loss_z: float, max_norm_z: float,
+) -> None:  # fmt: skip
     """stats (6) fp64, windows (2, 128) fp64 and counts (2) int64 from the step's mean loss and gradient norm (0-d)."""
     _step_guard_kernel[(1,)](
         stats, windows, counts, loss, norm,
-        CLIP=clip, MAX_LOSS_Z=max_loss_z, MAX_NORM_Z=max_norm_z, WINDOW=guard.WINDOW, num_warps=WARPS,
+        CLIP=clip, MAX_LOSS_Z=max_loss_z, MAX_NORM_Z=max_norm_z, WINDOW=WINDOW, num_warps=WARPS,
     )  # fmt: skip
-
-
-AOT = [
-    (
-        _step_guard_kernel,
-        {"stats": "*fp64", "windows": "*fp64", "counts": "*i64", "loss": "*fp64", "norm": "*fp64"},
-        {"CLIP": 1.0, "MAX_LOSS_Z": 5.0, "MAX_NORM_Z": 5.0, "WINDOW": guard.WINDOW},
-        WARPS,
-    )
-]

@@ -1,42 +1,35 @@
 """LayerNorm in one pass over memory each way; formulas in kernels/norm.py.
 
 A row lies in the registers of one program, which takes rows in strides and asks for its next row before it works on
-the one it has: memory stays busy through the reductions. Backward keeps its sums over rows (dw, db, dbias) in fp32
-registers from first row to last and writes them out once; a second, small kernel adds up what the programs wrote. How
-many programs there are depends on the shape alone, so the sums have the same bits on every card.
+the one it has: memory stays busy through the reductions. The last row comes first: the end of what the producer wrote
+is still in the L2 cache. Backward keeps its sums over rows (dw, db, dbias) in fp32 registers from first row to last and
+writes them out once; a second, small kernel adds up what the programs wrote. How many programs there are depends on the
+shape alone, so the sums have the same bits on every card.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, float32
 
-from daybreak.kernels import Scratch, Temps, backend, norm
+from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 from daybreak.kernels.cuda.bias import column_sums
+from daybreak.kernels.norm import EPS
 
 # Warps of all programs together: what an H100's 132 multiprocessors hold at once by the registers a thread takes.
 FORWARD_WARPS = 28 * 132  # 72 registers
 BACKWARD_WARPS = 16 * 132  # up to 120: three accumulators and a prefetched row
 MIN_PROGRAMS = 132
-REVERSE_FORWARD = True  # from the last row to the first: the end of what the producer wrote is still in the L2 cache
-REVERSE_BACKWARD = True
 
 
 @triton.jit
-def _layernorm_forward_kernel(
-    out, mean, rstd, x, w, b, n, C, eps,
-    BLOCK: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
+def _layernorm_forward_kernel(out, mean, rstd, x, w, b, n, C, eps, BLOCK: tl.constexpr):
     pid, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
     wf = tl.load(w + cols, mask=mask, other=0.0).to(tl.float32)
     bf = tl.load(b + cols, mask=mask, other=0.0).to(tl.float32)
-    row, step = pid, programs
-    if REVERSE:
-        row, step = n - 1 - pid, -programs
+    row, step = n - 1 - pid, -programs
     at, stride = row.to(tl.int64) * C, step.to(tl.int64) * C
     following = tl.load(x + at + cols, mask=mask, other=0.0)
     for i in range(pid, n, programs):
@@ -55,7 +48,7 @@ def _layernorm_forward_kernel(
 @triton.jit
 def _layernorm_backward_kernel(
     dx, again, part, dout, x, mean, rstd, w, b, n, C,
-    BLOCK: tl.constexpr, ACCUMULATE_DX: tl.constexpr, DBIAS: tl.constexpr, AGAIN: tl.constexpr, REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr, ACCUMULATE_DX: tl.constexpr, DBIAS: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """part (3, programs, C) in fp32: this program's sums of dout xhat, of dout and of dx over its rows."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
@@ -67,9 +60,7 @@ def _layernorm_backward_kernel(
     dw = tl.zeros((BLOCK,), tl.float32)
     db = tl.zeros((BLOCK,), tl.float32)
     dbias = tl.zeros((BLOCK,), tl.float32)
-    row, step = pid, programs
-    if REVERSE:
-        row, step = n - 1 - pid, -programs
+    row, step = n - 1 - pid, -programs
     at, stride = row.to(tl.int64) * C, step.to(tl.int64) * C
     dout_next = tl.load(dout + at + cols, mask=mask, other=0.0)
     x_next = tl.load(x + at + cols, mask=mask, other=0.0)
@@ -135,21 +126,13 @@ def layernorm_forward(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Ten
     """out (n, C) = layernorm(x (n, C)) * w (C) + b (C); mean, rstd (n) in fp32 are kept for backward."""
     n, C = x.shape
     programs, block, warps = _forward_launch(n, C)
-    _layernorm_forward_kernel[(programs,)](
-        out, mean, rstd, x, w, b, n, C, norm.EPS, BLOCK=block, REVERSE=REVERSE_FORWARD, num_warps=warps
-    )
+    _layernorm_forward_kernel[(programs,)](out, mean, rstd, x, w, b, n, C, EPS, BLOCK=block, num_warps=warps)
 
 
 def backward_temps(
-    dx: Tensor,
-    dw: Tensor,
-    db: Tensor,
-    dbias: Tensor | None,
-    again: Tensor | None,
-    dout: Tensor,
-    *_: object,
-    **__: object,
-) -> Temps:
+    dx: Tensor, dw: Tensor, db: Tensor, dbias: Tensor | None, again: Tensor | None, dout: Tensor,
+    *_: object, **__: object,
+) -> Temps:  # fmt: skip
     """The programs' sums for dw, db and, if asked for, dbias."""
     n, C = dout.shape
     return [((2 if dbias is None else 3, _backward_launch(n, C)[0], C), float32)]
@@ -157,22 +140,10 @@ def backward_temps(
 
 @backend("triton", temps=backward_temps)
 def layernorm_backward(
-    dx: Tensor,
-    dw: Tensor,
-    db: Tensor,
-    dbias: Tensor | None,
-    again: Tensor | None,
-    dout: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    w: Tensor,
-    b: Tensor,
-    *,
-    accumulate_dx: bool,
-    accumulate: bool,
-    scratch: Scratch,
-) -> None:
+    dx: Tensor, dw: Tensor, db: Tensor, dbias: Tensor | None, again: Tensor | None,
+    dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor, b: Tensor,
+    *, accumulate_dx: bool, accumulate: bool, scratch: Scratch,
+) -> None:  # fmt: skip
     """dx (n, C), dw, db, dbias (C) and again (n, C) from dout (n, C): see the reference. dx may be dout."""
     n, C = dout.shape
     (part,) = scratch(backward_temps(dx, dw, db, dbias, again, dout))
@@ -180,23 +151,6 @@ def layernorm_backward(
     _layernorm_backward_kernel[(programs,)](
         dx, dx if again is None else again, part, dout, x, mean, rstd, w, b, n, C,
         BLOCK=block, ACCUMULATE_DX=accumulate_dx, DBIAS=dbias is not None, AGAIN=again is not None,
-        REVERSE=REVERSE_BACKWARD, num_warps=warps,
+        num_warps=warps,
     )  # fmt: skip
     column_sums([dw, db] if dbias is None else [dw, db, dbias], part, accumulate)
-
-
-def _aot(C: int, dtype: str) -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
-    names = {"x": dtype, "w": dtype, "b": dtype, "n": "i32", "C": "i32"}
-    stats = {"mean": "*fp32", "rstd": "*fp32"}
-    _, block, warps = _forward_launch(1 << 14, C)
-    forward = {"out": dtype, **stats, **names, "eps": "fp32"}
-    cases = [(_layernorm_forward_kernel, forward, {"BLOCK": block, "REVERSE": REVERSE_FORWARD}, warps)]
-    _, block, warps = _backward_launch(1 << 14, C)
-    backward = {"dx": dtype, "again": dtype, "part": "*fp32", "dout": dtype, **stats, **names}
-    for accumulate_dx, dbias, again in ((True, True, True), (True, True, False), (False, True, False)):
-        flags = {"ACCUMULATE_DX": accumulate_dx, "DBIAS": dbias, "AGAIN": again, "REVERSE": REVERSE_BACKWARD}
-        cases.append((_layernorm_backward_kernel, backward, {"BLOCK": block, **flags}, warps))
-    return cases
-
-
-AOT = [*_aot(1600, "*bf16"), *_aot(768, "*bf16")]

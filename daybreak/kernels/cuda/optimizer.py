@@ -6,8 +6,6 @@ buffer, and no buffer needs another distribution over threads than the rest.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -137,21 +135,9 @@ def _adamw_kernel(
 
 @backend("triton")
 def adamw_update(
-    weights: Tensor,
-    masters: Tensor | None,
-    m: Tensor,
-    v: Tensor,
-    grads: Tensor,
-    stats: Tensor,
-    hyper: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed: int,
-    offset: int,
-) -> None:
+    weights: Tensor, masters: Tensor | None, m: Tensor, v: Tensor, grads: Tensor, stats: Tensor, hyper: Tensor,
+    *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int, offset: int,
+) -> None:  # fmt: skip
     """One pass in fp32, scalars read on the device; gradients and weights in bf16 or fp32."""
     if masters is None:
         layout, exact = "plain" if weights.dtype == torch.float32 else "none", weights
@@ -164,32 +150,3 @@ def adamw_update(
         beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, weight_decay,
         LAYOUT=layout, BLOCK=ADAMW_BLOCK, num_warps=ADAMW_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def _adamw_case(layout: str, weights: str, masters: str, grads: str) -> tuple[Any, dict[str, str], dict[str, Any], int]:
-    scalars = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "weight_decay"), "fp32")
-    signature = {
-        "weights": weights, "masters": masters, "m": "*fp32", "v": "*fp32", "grads": grads, "stats": "*fp64",
-        "hyper": "*fp64", "n": "i32", "offset": "i32", "key": "i32?", **scalars,
-    }  # fmt: skip
-    return _adamw_kernel, signature, {"LAYOUT": layout, "BLOCK": ADAMW_BLOCK}, ADAMW_WARPS
-
-
-# What to compile ahead of time: kernel, types of its arguments, constants, warps.
-AOT = [
-    *(
-        (
-            _square_sums_kernel,
-            {"partial": "*fp64", "grads": grads, "n": "i32", "stride": "i32"},
-            {"BLOCK": NORM_BLOCK},
-            8,
-        )
-        for grads in ("*bf16", "*fp32")
-    ),
-    (_norm_kernel, {"norm": "*fp64", "partial": "*fp64", "programs": "i32"}, {"BLOCK": NORM_PROGRAMS}, 4),
-    _adamw_case("plain", "*fp32", "*fp32", "*fp32"),
-    _adamw_case("masters", "*bf16", "*fp32", "*bf16"),
-    _adamw_case("split", "*bf16", "*i16", "*bf16"),
-    _adamw_case("split", "*bf16", "*i16", "*fp32"),
-    _adamw_case("none", "*bf16", "*bf16", "*bf16"),
-]

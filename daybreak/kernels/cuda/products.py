@@ -54,6 +54,7 @@ def dense(dtype: str, trans: str, m: int, n: int, k: int, epilogue: str = "plain
     )
 
 
+@cache
 def parse(text: str) -> Key:
     """The key that `str` wrote."""
     dtype, trans, *words = text.split()
@@ -87,11 +88,6 @@ def tables_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-@cache
-def _parsed(text: str) -> Key:
-    return parse(text)
-
-
 def nearest(table: Mapping[str, dict[str, Any]], key: Key) -> tuple[str, dict[str, Any]]:
     """The entry of a product, or that of the same product with the nearest number of rows in the batch; else empty.
 
@@ -103,7 +99,7 @@ def nearest(table: Mapping[str, dict[str, Any]], key: Key) -> tuple[str, dict[st
     others = [
         (apart, text)
         for text in table
-        if (other := _parsed(text))._replace(**{rows: getattr(key, rows)}) == key
+        if (other := parse(text))._replace(**{rows: getattr(key, rows)}) == key
         and (apart := abs(log(getattr(other, rows) / getattr(key, rows)))) <= FAR
     ]
     return (f"table ({min(others)[1]})", table[min(others)[1]]) if others else ("", {})

@@ -1,7 +1,7 @@
 """Searches cuBLASLt's algorithms for the products of a schedule and writes the table that kernels.cuda.cublaslt reads.
 
-    table = search(cublaslt.choices())      # the products a step has used, or any list of keys
-    write(table)
+    table = search(keys)      # report.bench.step_products: all that a step makes
+    write(table, folder)
 
 A figure counts only as training sees it, so everything is timed at the power limit: the device is heated first and
 never idles, operands rotate through more memory than the L2 cache holds, candidates take turns in rounds, every other
@@ -22,7 +22,7 @@ import math
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from daybreak.kernels.cuda import cublaslt, products
 from daybreak.kernels.cuda.cublaslt import CAP_TILES, CONFIG, WORKSPACE, Algo, Blas, Plan
-from daybreak.kernels.cuda.products import TABLES, Key, parse
+from daybreak.kernels.cuda.products import Key
 
 GAIN = 0.01
 HEAT_S, SHORT_S, ROUND_S, ROUNDS = 2.0, 0.004, 0.02, 5
@@ -41,7 +41,7 @@ TANH = 2.0**-10.98  # relative error of tanh.approx.f32 (PTX ISA), which an epil
 ROTATE = 256 << 20  # bytes of operands that take turns
 TILES = (20, 23, 24, 31, 32)  # 128x128, 128x256, 256x128, 192x128, 128x192: tried beside those offered
 CLUSTERS = (2, 3, 4, 5, 6)  # 1x1, 2x1, 4x1, 1x2, 2x2
-Log = Callable[[str], None]
+BUDGET_S = 300.0
 
 
 @dataclass
@@ -83,35 +83,22 @@ def operands(key: Key, device: torch.device) -> Operands:
     return Operands(a, b, c, d, bias, aux)
 
 
-def product(key: Key, x: Operands, out: Tensor, dtype: torch.dtype) -> Tensor:
-    """The product alone, with the addend and the bias, by torch in `dtype`."""
+def product(key: Key, x: Operands) -> Tensor:
+    """The product alone, with the addend and the bias, by torch in fp32."""
     left = x.b if key.trans[1] == "n" else x.b.t()
     right = x.a.t() if key.trans[0] == "t" else x.a
     addend = x.bias if x.bias is not None else None if key.mode == "beta0" else x.c
     if addend is None:
-        torch.mm(left.to(dtype), right.to(dtype), out=out)
-    else:
-        torch.addmm(addend.to(dtype), left.to(dtype), right.to(dtype), out=out)
-    if x.bias is not None and key.mode != "beta0":
-        out.add_(x.c)
-    return out
-
-
-def by_torch(key: Key, x: Operands) -> None:
-    """What torch makes of it, in as many passes as it needs."""
-    first = x.aux if key.epilogue == "gelu" and x.aux is not None else x.d
-    product(key, x, first, x.d.dtype)
-    if key.epilogue == "gelu":
-        torch.ops.aten.gelu.out(first, approximate="tanh", out=x.d)
-    elif key.epilogue == "dgelu" and x.aux is not None:
-        torch.ops.aten.gelu_backward.grad_input(x.d, x.aux, approximate="tanh", grad_input=x.d)
+        return left.float() @ right.float()
+    out = torch.addmm(addend.float(), left.float(), right.float())
+    return out.add_(x.c) if x.bias is not None and key.mode != "beta0" else out
 
 
 def target(key: Key, x: Operands) -> tuple[Tensor, Tensor]:
     """The result in fp32, and how far from it a sound one may be: the rounding of the result, the sum's own error, and
     what the operands' rounding (TF32), the rounding of GELU's input and the hardware's tanh carry to the result."""
-    with precision("highest"):
-        first = product(key, x, torch.empty(x.d.shape, device=x.d.device), torch.float32)
+    with full_precision():
+        first = product(key, x)
         want, half_ulp = first, 2.0**-8 if key.dtype == "bf16" else 0.0
         carried = torch.zeros((), device=x.d.device)
         if key.mode != "beta0":  # Hopper's kernels round the product before they add C
@@ -125,15 +112,15 @@ def target(key: Key, x: Operands) -> tuple[Tensor, Tensor]:
             carried = first.abs() * TANH * (0.5 + 0.8 * pre.abs() * (1 + 0.1342 * pre * pre))
         if key.dtype == "tf32":  # 10 bits of each operand's fraction, rounded or cut
             sizes = Operands(x.a.abs(), x.b.abs(), x.c.abs(), x.d, None if x.bias is None else x.bias.abs(), x.aux)
-            carried = carried + 2.0**-9 * 1.13 * product(key, sizes, torch.empty_like(first), torch.float32)
+            carried = carried + 2.0**-9 * 1.13 * product(key, sizes)
         return want, half_ulp * want.abs() + 1e-5 * max(1.0, key.k / 8192) * want.abs().amax() + carried
 
 
 @contextlib.contextmanager
-def precision(name: str) -> Iterator[None]:
-    """torch's fp32 products in this precision for a while."""
+def full_precision() -> Iterator[None]:
+    """torch's fp32 products without TF32 for a while."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
@@ -192,8 +179,8 @@ def variations(plan: Plan, offered: list[Algo]) -> list[Algo]:
 class Search:
     """The tools of one search on the current device."""
 
-    def __init__(self, log: Log) -> None:
-        self.log, self.device = log, torch.device("cuda", torch.cuda.current_device())
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
         blas = cublaslt.blas_of(self.device.index)
         if blas is None:
             raise RuntimeError("cuBLASLt was not found: there is nothing to tune")
@@ -253,7 +240,7 @@ class Search:
         """GELU as a pass of its own behind the table's product with bias."""
         if not entry:
             return None
-        plan = Plan(self.blas, key._replace(epilogue="bias", ldd=key.ldaux, ldc=key.ldaux, ldaux=0))
+        plan = Plan(self.blas, with_bias(key))
         algo = Algo.from_buffer_copy(bytes.fromhex(entry["algo"]))
 
         def launch(x: Operands) -> int:
@@ -296,7 +283,7 @@ class Search:
         kept: list[Candidate] = []
         for candidate in [found[0], *near]:
             if why := self.sound(key, candidate, x, start, wanted):
-                self.log(f"  refused: {candidate.config}: {why}")
+                print(f"  refused: {candidate.config}: {why}")
             else:
                 kept.append(candidate)
             if len(kept) > FINALISTS:
@@ -313,7 +300,7 @@ class Search:
         if not found:
             return None
         first, tried = found[0], len(found)
-        if key.epilogue == "gelu" and (separate := self.two_passes(key, bias_entry)):
+        if separate := self.two_passes(key, bias_entry):
             found.append(separate)
         for candidate, seconds in zip(found, self.times([c.launch for c in found], sets, SHORT_S, 2), strict=True):
             candidate.seconds = seconds
@@ -321,10 +308,7 @@ class Search:
         if not finalists:
             return None
         self.heat(0.1)
-        with precision("high" if key.dtype == "tf32" else "highest"):
-            runs: list[Callable[[Operands], Any]] = [c.launch for c in finalists]
-            runs.append(lambda x: by_torch(key, x))
-            *medians, torch_s = self.times(runs, sets, ROUND_S, ROUNDS)
+        medians = self.times([c.launch for c in finalists], sets, ROUND_S, ROUNDS)
         for candidate, seconds in zip(finalists, medians, strict=True):
             candidate.seconds = seconds
         winner = min(finalists, key=lambda c: c.seconds)
@@ -333,34 +317,36 @@ class Search:
         tera = 2e-12 * key.m * key.n * key.k
         entry: dict[str, Any] = {"config": winner.config, "candidates": tried, "us": round(1e6 * winner.seconds, 1)}
         entry |= {"algo": bytes(winner.algo).hex()} if winner.algo is not None else {"separate": True}
-        for name, seconds in (("tflops", winner.seconds), ("first_tflops", first.seconds), ("torch_tflops", torch_s)):
-            entry[name] = round(tera / seconds, 1)
+        entry |= {"tflops": round(tera / winner.seconds, 1), "first_tflops": round(tera / first.seconds, 1)}
         plan.destroy()
         return entry
 
 
-def search(keys: Iterable[str | Key], *, budget_s: float = 300.0, log: Log = print) -> dict[str, Any]:
-    """A table for these products on the current device: the fastest sound algorithm of each. Products that the budget
-    no longer reaches are left out, which is logged."""
-    tools, start = Search(log), time.perf_counter()
-    wanted = {parse(key) if isinstance(key, str) else key for key in keys}
-    twins = {key: key._replace(epilogue="bias", ldd=key.ldaux, ldc=key.ldaux, ldaux=0) for key in wanted}
-    twins = {key: twin for key, twin in twins.items() if key.epilogue == "gelu"}
+def with_bias(key: Key) -> Key:
+    """The product before a GELU, with its bias alone, into GELU's input."""
+    return key._replace(epilogue="bias", ldd=key.ldaux, ldc=key.ldaux, ldaux=0)
+
+
+def search(keys: Collection[Key]) -> dict[str, Any]:
+    """A table for these products on the current device: the fastest sound algorithm of each. Products that BUDGET_S
+    no longer reaches are left out, which is said."""
+    tools, start = Search(), time.perf_counter()
     plans: dict[str, dict[str, Any]] = {}
     tools.heat(HEAT_S)
     # A product with bias comes before the same with GELU, which may use it.
-    for key in sorted(wanted | set(twins.values()), key=lambda key: (key.epilogue == "gelu", key)):
-        if time.perf_counter() - start > budget_s:
-            log(f"{key}: left out, the budget of {budget_s:.0f} s is spent")
+    todo = {*keys, *(with_bias(key) for key in keys if key.epilogue == "gelu")}
+    for key in sorted(todo, key=lambda key: (key.epilogue == "gelu", key)):
+        if time.perf_counter() - start > BUDGET_S:
+            print(f"{key}: left out, the budget of {BUDGET_S:.0f} s is spent")
             continue
-        entry = tools.tune(key, plans.get(str(twins[key])) if key in twins else None)
+        entry = tools.tune(key, plans.get(str(with_bias(key))) if key.epilogue == "gelu" else None)
         if entry is None:
-            log(f"{key}: no algorithm")
+            print(f"{key}: no sound algorithm")
             continue
         plans[str(key)] = entry
-        figures = " ".join(f"{name} {entry[name]}" for name in ("tflops", "first_tflops", "torch_tflops"))
-        log(f"{key}: {figures} of {entry['candidates']}: {entry['config']}")
-    log(f"{len(plans)} products in {time.perf_counter() - start:.0f} s")
+        figures = " ".join(f"{name} {entry[name]}" for name in ("tflops", "first_tflops"))
+        print(f"{key}: {figures} of {entry['candidates']}: {entry['config']}")
+    print(f"{len(plans)} of {len(todo)} products in {time.perf_counter() - start:.0f} s")
     return {
         "schema": 1,
         "card": tools.blas.card,
@@ -382,7 +368,7 @@ def machine() -> str:
     return run.stdout.strip().splitlines()[0] if run.returncode == 0 and run.stdout.strip() else "n/a"
 
 
-def write(table: dict[str, Any], folder: Path = TABLES) -> Path:
+def write(table: dict[str, Any], folder: Path) -> Path:
     """Write a table to its file; products of an earlier search that this one lacks stay in it."""
     path = folder / products.table_path(table["card"], table["cublaslt"]).name
     before = products.read_table(path, table["card"], table["cublaslt"])

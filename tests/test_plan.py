@@ -154,7 +154,8 @@ def test_several_cards_share_out_state() -> None:
     flags = dict(zip(small.split()[::2], small.split()[1::2], strict=True))
     assert flags["--parallel.zero"] == "1"
     keys = {k[2:].replace(".", "__"): int(v) for k, v in flags.items()}
-    assert "fits" in said(on("gpt2-774M", "l4", gpus=8, **keys))
+    advised = on("gpt2-774M", "l4", gpus=8, **keys)
+    assert advised.nbytes + advised.outside <= advised.budget
 
 
 def test_checkpoints_on_the_disk_are_as_large_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

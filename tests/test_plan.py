@@ -15,8 +15,9 @@ import daybreak.engine.fit as fit_module
 from daybreak.cli.main import main
 from daybreak.config import Config, parse_value, recipe_names, resolve
 from daybreak.engine.fit import OUTSIDE, Fit
-from daybreak.report.cards import CARDS, MEASURED, find_card
+from daybreak.report.cards import MEASURED, find_card
 from daybreak.report.plan import figures, plan, recipe_notes
+from daybreak.state.throughput import CARDS
 from daybreak.training import loop
 
 ROOT = Path(__file__).resolve().parents[1]

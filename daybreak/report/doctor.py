@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import sys
 from pathlib import Path
 
 import torch
@@ -129,8 +128,3 @@ def _last_attempt(run: Run) -> str:
         return "no exit.json: the run is going on, or was killed"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"exit.json cannot be read ({error})"
-
-
-def print_lines(lines: list[str]) -> None:
-    """To stdout."""
-    print("\n".join(lines), file=sys.stdout)

@@ -63,13 +63,7 @@ def prepare(
         if pretokenized is not None:
             manifest = fetch_shards(sources[0], pretokenized, name=name, data_dir=data_dir, progress=progress)
         else:
-            manifest = prepare_dataset(
-                sources,
-                name=name,
-                data_dir=data_dir,
-                progress=progress,
-                **options,
-            )
+            manifest = prepare_dataset(sources, name=name, data_dir=data_dir, progress=progress, **options)
     train, val = manifest.train, manifest.val
     shards = len(train.shards) + len(val.shards)
     click.echo(

@@ -154,14 +154,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if record["kind"] == "run":  # a start from this step: what an abandoned attempt said beyond it is void
                 latest = {k: r for k, r in latest.items() if r["step"] <= key[1]}
             latest.pop(key, None)  # so that the order within a step is the order of the last records
-            latest[key] = _decode(record)
+            latest[key] = decode_record(record)
         except (ValueError, KeyError, TypeError, AttributeError):
             if number < len(lines):
                 log.warning("%s line %d is not a metrics record; it is left out.", path, number)
     return sorted(latest.values(), key=lambda record: record["step"])
 
 
-def _decode(record: dict[str, Any]) -> dict[str, Any]:
+def decode_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl with its non-finite floats restored."""
     spec = COMMON | FIELDS.get(record["kind"], {})
     return {k: NON_FINITE.get(v, v) if isinstance(v, str) and _is_float(spec.get(k)) else v for k, v in record.items()}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 
+from daybreak.config import nearest
 from daybreak.errors import ConfigError
 from daybreak.shapes import GPT2Config
 from daybreak.state.throughput import CARDS, Card, peak_flops
@@ -15,8 +15,8 @@ def find_card(name: str) -> Card:
     """The card of a short name. Raises ConfigError, with the nearest, for an unknown one."""
     key = name.lower().removeprefix("rtx").removeprefix("-")
     if key not in CARDS:
-        near = difflib.get_close_matches(key, CARDS, 1, 0.0)[0]
-        raise ConfigError(f"--gpu {name} is not known; did you mean {near}? Known: {', '.join(CARDS)}.")
+        said = f"did you mean {nearest(key, CARDS)}? Known: {', '.join(CARDS)}."
+        raise ConfigError(f"--gpu {name} is not known; {said}")
     return CARDS[key]
 
 

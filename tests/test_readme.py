@@ -56,7 +56,8 @@ def test_the_examples_run_and_write_where_it_is_said(tmp_path_factory: pytest.Te
 def test_every_place_that_is_written_to_is_named(name: str) -> None:
     said = (ROOT / name).read_text().rpartition("## ")[2]
     code = "".join(path.read_text() for path in (ROOT / "daybreak").rglob("*.py"))
-    for variable in ("HF_HOME", "TRITON_CACHE_DIR", "WANDB_CACHE_DIR", *re.findall(r'environ.get\("(\w*CACHE\w*)"\)', code)):
+    ours = re.findall(r'environ.get\("(\w*CACHE\w*)"\)', code)
+    for variable in ("HF_HOME", "TRITON_CACHE_DIR", "WANDB_CACHE_DIR", *ours):
         assert f"`{variable}`" in said
     for option in ("data.dir", "--data-dir", "run.dir", "-o", "--tune"):
         assert option in said

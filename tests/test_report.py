@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -13,11 +10,9 @@ import daybreak.report.bench as report
 from daybreak.cli.main import main
 from daybreak.engine import Engine
 from daybreak.kernels import CUDA_ORDER, OPS
-from daybreak.kernels.cuda import cublaslt, products
 from daybreak.report.bench import Bench, Cost, flops_of, meter, nbytes_of, print_bench
 from daybreak.report.doctor import machine
 from daybreak.shapes import GPT2Config
-from daybreak.training.setup import _say_untuned
 
 SHAPE = GPT2Config(L=2, C=32, NH=2, max_T=16, V=200)
 
@@ -89,26 +84,6 @@ def test_bench_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None
     assert "2 micro-steps" in capsys.readouterr().out
     assert main(["bench", "d12", *flags.split(), "--run.device", "cpu", "--tune", "."]) == 2
     assert "run.device must be a CUDA device" in capsys.readouterr().err
-
-
-def test_what_doctor_and_train_say_of_a_card_without_a_table() -> None:
-    shipped = [json.loads(path.read_text()) for path in products.TABLES.glob("*.json")]
-    assert shipped
-    for table in shipped:
-        card, version = table["card"], table["cublaslt"]
-        assert products.untuned(card, version) == ""
-        for other in ((card, version + 1), ("NVIDIA H100 PCIe", version)):
-            assert products.untuned(*other).startswith(
-                "no table of measured products is for {} and cuBLASLt {}: the library's first".format(*other)
-            )
-
-
-def test_train_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    table = json.loads(next(products.TABLES.glob("*.json")).read_text())
-    for version, lines in ((table["cublaslt"], 0), (table["cublaslt"] + 1, 1)):
-        monkeypatch.setitem(cublaslt._devices, 0, SimpleNamespace(card=table["card"], version=version))
-        _say_untuned(torch.device("cuda", 0))
-        assert [r.getMessage()[:29] for r in caplog.records] == lines * ["no table of measured products"]
 
 
 def test_doctor_names_the_backends() -> None:

@@ -8,12 +8,31 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 from daybreak.state.metrics import format_duration, step_line
 
 log = logging.getLogger("daybreak")
 SPARK = "▁▂▃▄▅▆▇█"
+
+
+class Display(Protocol):
+    """Receives what happened; `values` are the keyword arguments of state.metrics.step_line."""
+
+    def step(self, step: int, steps: int, values: dict[str, Any]) -> None:
+        """A finished update; `step` counts from 1."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, just written."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line: a validation loss, a checkpoint, a warning."""
+
+    def sample(self, text: str) -> None:
+        """A generated text."""
+
+    def close(self) -> None:
+        """The end, however it came."""
 
 
 def _say(text: str) -> None:
@@ -31,23 +50,20 @@ class PlainDisplay:
         self.every = every
 
     def step(self, step: int, steps: int, values: dict[str, Any]) -> None:
-        """A finished update; `step` counts from 1, `values` are those of state.metrics.step_line."""
         if step % self.every == 0 or step == steps:
             _say(step_line(step, steps, values))
 
     def record(self, record: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, just written."""
+        pass
 
     def note(self, text: str) -> None:
-        """Something worth a line: a validation loss, a checkpoint, a warning."""
         _say(text)
 
     def sample(self, text: str) -> None:
-        """A generated text."""
         _say(f"generating:\n---\n{text}\n---")
 
     def close(self) -> None:
-        """The end, however it came."""
+        pass
 
 
 class MuteDisplay(PlainDisplay):
@@ -150,9 +166,6 @@ def _card(step: dict[str, Any]) -> str:
     """Temperature and power, where a step's record has them."""
     parts = [f"{step[key]:.0f} {unit}" for key, unit in (("temp_c", "°C"), ("power_w", "W")) if step.get(key)]
     return ", ".join(parts)
-
-
-Display = PlainDisplay | LiveDisplay
 
 
 def make_display(kind: str, every: int, title: str, price: float = 0.0) -> Display:

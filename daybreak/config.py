@@ -17,36 +17,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from daybreak.config_keys import (
-    BatchConfig,
-    CheckpointConfig,
-    CostConfig,
-    DataConfig,
-    EvalConfig,
-    GuardConfig,
-    KernelsConfig,
-    LogConfig,
-    OptimConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    Rule,
-    RunConfig,
-    ScheduleConfig,
-)
+from daybreak import config_keys as keys
 from daybreak.errors import ConfigError
 from daybreak.shapes import GPT2Config, is_shape, model_config, parse_shape, shape_names
 
 SCHEMA = 1
 RECIPES = Path(__file__).parent / "recipes"
 
-MODEL_DOCS = {
-    "model.arch": "architecture",
-    "model.L": "layers",
-    "model.C": "channels",
-    "model.NH": "attention heads",
-    "model.max_T": "longest sequence in tokens",
-    "model.V": "vocabulary in tokens",
-}
+MODEL_DOCS = {"arch": "architecture", "L": "layers", "C": "channels", "NH": "attention heads",
+              "max_T": "longest sequence in tokens", "V": "vocabulary in tokens"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,19 +33,19 @@ class Config:
     """Everything that decides a training run. Sections in the order of config.toml."""
 
     model: GPT2Config = field(default_factory=GPT2Config)
-    data: DataConfig = field(default_factory=DataConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    kernels: KernelsConfig = field(default_factory=KernelsConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    cost: CostConfig = field(default_factory=CostConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    data: keys.DataConfig = field(default_factory=keys.DataConfig)
+    batch: keys.BatchConfig = field(default_factory=keys.BatchConfig)
+    optim: keys.OptimConfig = field(default_factory=keys.OptimConfig)
+    schedule: keys.ScheduleConfig = field(default_factory=keys.ScheduleConfig)
+    precision: keys.PrecisionConfig = field(default_factory=keys.PrecisionConfig)
+    kernels: keys.KernelsConfig = field(default_factory=keys.KernelsConfig)
+    parallel: keys.ParallelConfig = field(default_factory=keys.ParallelConfig)
+    eval: keys.EvalConfig = field(default_factory=keys.EvalConfig)
+    checkpoint: keys.CheckpointConfig = field(default_factory=keys.CheckpointConfig)
+    guard: keys.GuardConfig = field(default_factory=keys.GuardConfig)
+    log: keys.LogConfig = field(default_factory=keys.LogConfig)
+    cost: keys.CostConfig = field(default_factory=keys.CostConfig)
+    run: keys.RunConfig = field(default_factory=keys.RunConfig)
 
     @classmethod
     def from_target(cls, target: str) -> Config:
@@ -237,15 +216,10 @@ SECTIONS = [section.name for section in fields(Config)]
 DEFAULTS: dict[str, Any] = dict(Config().items())
 KINDS: dict[str, type] = {name: type(value) for name, value in DEFAULTS.items()}
 _METADATA = {f"{s.name}.{f.name}": f.metadata for s in fields(Config) for f in fields(getattr(Config(), s.name))}
-RULES: dict[str, Rule | None] = {name: metadata.get("rule") for name, metadata in _METADATA.items()}
-DOCS: dict[str, str] = {name: m.get("doc", MODEL_DOCS.get(name, "")) for name, m in _METADATA.items()}
-_KIND_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    tuple: "a list of [step, tokens] pairs",
-}
+RULES: dict[str, keys.Rule | None] = {name: metadata.get("rule") for name, metadata in _METADATA.items()}
+DOCS: dict[str, str] = {name: m.get("doc") or MODEL_DOCS[name.removeprefix("model.")] for name, m in _METADATA.items()}
+_KIND_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
+               tuple: "a list of [step, tokens] pairs"}  # fmt: skip
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -331,10 +305,8 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
         return Config(model=parse_shape(target)), None
     if path.is_dir():
         raise ConfigError(f"{target} is not a run: it has no config.toml; give a folder that daybreak train made.")
-    if (Path(RunConfig().dir) / path / "config.toml").is_file():
-        raise ConfigError(
-            f"unknown target {target!r}; to resume the run of that name give its folder: {RunConfig().dir}/{target}."
-        )
+    if (named := Path(DEFAULTS["run.dir"]) / path / "config.toml").is_file():
+        raise ConfigError(f"unknown target {target!r}; to resume the run of that name give its folder: {named.parent}.")
     known = recipe_names() + shape_names()
     raise ConfigError(
         f"unknown target {target!r}; did you mean {nearest(target, known)!r}? "

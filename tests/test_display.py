@@ -14,7 +14,7 @@ from daybreak.training.display import LiveDisplay, PlainDisplay, make_display, s
 
 VALUES: dict[str, Any] = {
     "loss": 3.21987, "norm": 0.3456, "lr": 6e-4, "ms": 310.4, "tok_s": 52_767.4, "mfu": 0.5239, "loss_z": 0.1,
-    "norm_z": None, "mem_mib": 48_228, "eta_s": 7200.0,
+    "norm_z": None, "mem_mib": 48_228, "eta_s": 7200.0, "precision": "bf16",
 }  # fmt: skip
 
 

@@ -214,13 +214,15 @@ def test_main_log_is_llm_c_s_byte_for_byte(tmp_path):
 
 def test_step_line():
     common = {"loss": 5.270009, "norm": 1.25, "lr": 6e-4, "ms": 2747.19, "tok_s": 381400.4, "mem_mib": 64756}
-    line = step_line(1, 10, loss_z=None, norm_z=NAN, mfu=None, eta_s=None, **common)
+    common |= {"precision": "bf16"}
+    line = step_line(1, 10, {**common, "loss_z": None, "norm_z": NAN, "mfu": None, "eta_s": None})
     assert line == (
         "step    1/10 | loss 5.270009 (+nanz)| norm 1.2500 (+nanz)| lr 6.00e-04 | 2747.19 ms | n/a MFU | "
         "381400 tok/s | 64756 MiB | ETA n/a"
     )
     assert line[20:28] == "5.270009"  # the columns that llm.c's loss checker reads
-    assert step_line(20000, 32000, loss_z=-0.123, norm_z=7.0, mfu=0.47374, eta_s=3725, **common) == (
+    values = {**common, "loss_z": -0.123, "norm_z": 7.0, "mfu": 0.47374, "eta_s": 3725}
+    assert step_line(20000, 32000, values) == (
         "step 20000/32000 | loss 5.270009 (-0.12z)| norm 1.2500 (+7.00z)| lr 6.00e-04 | 2747.19 ms | 47.4% bf16 MFU | "
         "381400 tok/s | 64756 MiB | ETA 1h02m"
     )

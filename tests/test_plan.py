@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from daybreak.engine.fit import OUTSIDE, Fit
 from daybreak.engine.models import build_model
 from daybreak.engine.params import ParamTable
 from daybreak.parallel import Group
-from daybreak.report.cards import CARDS, EIGHT_GPUS, MEASURED, find_card
+from daybreak.report.cards import EIGHT_GPUS, MEASURED, find_card
 from daybreak.report.plan import figures, plan, recipe_notes
 from daybreak.report.scaling import bandwidth, exposed_gradients, exposed_weights, scaling
 from daybreak.shapes import GPT2Config
+from daybreak.state.throughput import CARDS
 from daybreak.training import loop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,7 @@ SMALL = {"model.L": 2, "model.C": 32, "model.NH": 2, "model.max_T": 64, "model.V
          "batch.B": 2, "run.device": "cpu", "eval.tokens": 256, "eval.sample_tokens": 4}  # fmt: skip
 
 
+@cache  # a plan keeps every size that it has looked for
 def on(target: str, gpu: str | None = "h100", gpus: int = 1, **keys: object) -> daybreak.report.plan.Plan:
     values = {k.replace("__", "."): v for k, v in keys.items()}
     return plan(resolve(target)[0].override(values), gpu=gpu, gpus=gpus)
@@ -71,10 +74,10 @@ def test_the_largest_micro_batch_is_the_largest(target: str, gpu: str, recompute
     assert need[0] <= int(0.98 * CARDS[gpu].mib) * MIB < need[1]
 
 
-@pytest.mark.parametrize("mib", [30_000, 24_000, 20_500])
+@pytest.mark.parametrize("mib", [6_000, 4_200, 3_900, 3_700])  # each asks for more changes than the one before
 @pytest.mark.parametrize("total", [0, 131_072])
 def test_following_the_advice_makes_it_fit(mib: int, total: int) -> None:
-    config = resolve("d48")[0].override({"precision.compute": "bf16", "batch.B": 16, "batch.total_tokens": total})
+    config = resolve("d12")[0].override({"precision.compute": "bf16", "batch.B": 16, "batch.total_tokens": total})
     fit = Fit(torch.device("cuda"), (), mib * MIB)
     assert fit.need(config) > fit.budget
     words = fit.advice(config).split()
@@ -129,12 +132,14 @@ def test_every_basis_of_a_speed() -> None:
     rate, basis = p.tok_s
     assert rate == pytest.approx(0.5239 * 312e12 / p.flops_per_token)
     assert basis.startswith("modelled: 52.4% of its peak, as d48 B 16, recompute 2 on one NVIDIA H100 80GB HBM3")
-    for unknown in (on("d12", precision__compute="fp32"), on("tiny", None, run__device="cpu")):
+    for unknown in (on("d6", precision__compute="fp32"), on("tiny", None, run__device="cpu")):
         assert said(unknown)["speed"] == ("n/a", "")
         assert said(unknown)["time"][0] == "n/a"
         assert "cost" not in said(unknown)
-    assert "cost" not in said(on("gpt2-124M"))  # no price, no dollars
-    assert said(on("d12"))["run"] == ("n/a", "one epoch of its data; give --steps")
+    timed = said(on("d6", run__steps=1000))
+    assert timed["time"][0] != "n/a"
+    assert "cost" not in timed  # no price, no dollars
+    assert said(on("d6"))["run"] == ("n/a", "one epoch of its data; give --steps")
 
 
 def test_what_does_not_fit_says_the_flag() -> None:
@@ -147,18 +152,19 @@ def test_what_does_not_fit_says_the_flag() -> None:
 
 def test_several_cards_share_out_state() -> None:
     """ZeRO 1 on 8 cards: an eighth each of masters and moments (10 bytes a parameter), a gradient shard (2) more."""
-    alone, shared = (on("gpt2-350M", gpus=8, parallel__zero=zero) for zero in (0, 1))
+    alone, shared = (on("gpt2-124M", gpus=8, parallel__zero=zero) for zero in (0, 1))
     assert alone.nbytes - shared.nbytes == pytest.approx((10 * 7 - 2) / 8 * alone.parameters, rel=0.001)
     sent = 2 * 2 * alone.parameters * 7 / 8  # bf16 there and back
     for p, stage in ((alone, 0), (shared, 1)):
         value, basis = said(p)["exchange"]
-        assert float(value.split()[0]) == pytest.approx(sent / 1e9, rel=0.01)
-        assert (value.split(" ", 1)[1], basis) == ("GB sent a step by each", f"counted, ZeRO stage {stage}")
-    small = said(on("gpt2-1558M", "a100-40gb", gpus=8))["DOES NOT FIT"][0]
+        assert float(value.split()[0]) == pytest.approx(sent / 1e6, rel=0.01)
+        assert (value.split(" ", 1)[1], basis) == ("MB sent a step by each", f"counted, ZeRO stage {stage}")
+    small = said(on("gpt2-774M", "l4", gpus=8))["DOES NOT FIT"][0]
     flags = dict(zip(small.split()[::2], small.split()[1::2], strict=True))
     assert flags["--parallel.zero"] == "1"
     keys = {k[2:].replace(".", "__"): int(v) for k, v in flags.items()}
-    assert "fits" in said(on("gpt2-1558M", "a100-40gb", gpus=8, **keys))
+    advised = on("gpt2-774M", "l4", gpus=8, **keys)
+    assert advised.nbytes + advised.outside <= advised.budget
 
 
 def test_checkpoints_on_the_disk_are_as_large_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -23,13 +25,15 @@ def test_every_runnable_fence_is_labelled() -> None:
     assert {re.split(r" ", x)[-1] for x in opened} <= {"ci", "gpu", "network", "text"}
 
 
-def test_the_examples_run(tmp_path: Path) -> None:
+def test_the_examples_run_and_write_where_it_is_said(tmp_path_factory: pytest.TempPathFactory) -> None:
+    tmp_path, home = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("home")
     (tmp_path / "my.txt").write_text("".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")))
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     (bin_ / "daybreak").write_text(f'#!/bin/sh\nexec {sys.executable} -m daybreak "$@"\n')
     (bin_ / "daybreak").chmod(0o755)
     env = os.environ | {"PATH": f"{bin_}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
     ran = 0
     for language, text in fences("ci"):
         command = {"bash": ["bash", "-euc", text], "python": [sys.executable, "-c", text]}[language]
@@ -43,6 +47,27 @@ def test_the_examples_run(tmp_path: Path) -> None:
             ["daybreak", "train", "runs/mine"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
         ).stdout
     )
+    exported = {"mine-hf", "mine.gguf", "mine-llmc"}
+    assert {path.name for path in tmp_path.iterdir()} == {"my.txt", "bin", "data", "runs"} | exported
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_every_place_that_is_written_to_is_named(name: str) -> None:
+    said = (ROOT / name).read_text().rpartition("## ")[2]
+    code = "".join(path.read_text() for path in (ROOT / "daybreak").rglob("*.py"))
+    ours = re.findall(r'environ.get\("(\w*CACHE\w*)"\)', code)
+    for variable in ("HF_HOME", "TRITON_CACHE_DIR", "WANDB_CACHE_DIR", *ours):
+        assert f"`{variable}`" in said
+    for option in ("data.dir", "--data-dir", "run.dir", "-o", "--tune"):
+        assert option in said
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_what_works_is_said_once(name: str) -> None:
+    rows = re.findall(r"^\|.*\|$", (ROOT / name).read_text().split("|---|---|\n")[1].partition("\n\n")[0], re.M)
+    for feature in ("OpenAI", "top-k", "GGUF", "W&B", "ZeRO", "Parquet", "FlashAttention-4"):
+        assert [feature in row for row in rows].count(True) == 1, feature
 
 
 def test_the_file_tree_names_what_exists() -> None:

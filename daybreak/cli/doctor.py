@@ -19,12 +19,12 @@ def doctor(run: str | None) -> None:
       daybreak doctor
       daybreak doctor runs/tiny
     """
-    from daybreak.report.doctor import check_run, machine, print_lines
+    from daybreak.report.doctor import check_run, machine
 
     if run is None:
-        print_lines(machine())
+        click.echo("\n".join(machine()))
         return
     lines, good = check_run(run)
-    print_lines(lines)
+    click.echo("\n".join(lines))
     if not good:
         raise CheckpointError(f"{run} is damaged, see above; training it again uses the newest good checkpoint.")

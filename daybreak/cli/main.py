@@ -43,7 +43,12 @@ class Verbs(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+VERBS = [prepare, plan, train, evaluate, sample, serve, import_, export, report, watch, doctor, bench]
+
+
+@click.group(
+    cls=Verbs, commands=VERBS, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="daybreak", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
@@ -61,12 +66,6 @@ def cli(ctx: click.Context) -> None:
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
-
-
-for verb in (
-    prepare, plan, train, evaluate, sample, serve, import_, export, report, watch, doctor, bench
-):  # fmt: skip
-    cli.add_command(verb)
 
 
 class _Stderr(logging.Handler):

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,39 +20,20 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("sources", metavar="NAME|FILE...", nargs=-1, required=True)
-@click.option(
-    "--pretokenized",
-    is_flag=False,
-    flag_value=0,
-    type=click.IntRange(0),
-    metavar="[N]",
-    help="Ready-made GPT-2 token shards from the Hub: the first N training shards (default: all).",
-)
+@click.option("--pretokenized", is_flag=False, flag_value=0, type=click.IntRange(0), metavar="[N]",
+              help="Ready-made GPT-2 token shards from the Hub: "
+                   "the first N training shards (default: all).")  # fmt: skip
 @click.option("--name", metavar="NAME", help="Name of the dataset (default: the first source's, -TOKENIZER appended).")
-@click.option(
-    "--tokenizer",
-    default="gpt2",
-    show_default=True,
-    metavar="T",
-    help="gpt2, bytes, gpt2-N (its first N), or a tokenizer.json.",
-)
+@click.option("--tokenizer", default="gpt2", show_default=True, metavar="T",
+              help="gpt2, bytes, gpt2-N (its first N), or a tokenizer.json.")  # fmt: skip
 @click.option("--data-dir", default="data", show_default=True, metavar="DIR", help="Folder that holds the datasets.")
 @click.option("--val-fraction", type=float, metavar="F", help="Fraction held out (default: the source's own split).")
 @click.option("--shard-tokens", type=int, default=100_000_000, show_default=True, metavar="N", help="Tokens per shard.")
 @click.option("--workers", type=int, default=0, show_default=True, metavar="N", help="Threads; 0 = all cores.")
-@click.option(
-    "--text-field", default="text", show_default=True, metavar="KEY", help="Field (.jsonl) or column that is the text."
-)
+@click.option("--text-field", default="text", show_default=True, metavar="KEY",
+              help="Field (.jsonl) or column that is the text.")  # fmt: skip
 def prepare(
-    sources: tuple[str, ...],
-    pretokenized: int | None,
-    name: str | None,
-    tokenizer: str,
-    data_dir: str,
-    val_fraction: float | None,
-    shard_tokens: int,
-    workers: int,
-    text_field: str,
+    sources: tuple[str, ...], pretokenized: int | None, name: str | None, data_dir: str, **options: Any
 ) -> None:
     """Tokenize text into the shards that training reads. Stopped early, the same command goes on.
 
@@ -82,17 +63,7 @@ def prepare(
         if pretokenized is not None:
             manifest = fetch_shards(sources[0], pretokenized, name=name, data_dir=data_dir, progress=progress)
         else:
-            manifest = prepare_dataset(
-                sources,
-                name=name,
-                data_dir=data_dir,
-                tokenizer=tokenizer,
-                val_fraction=val_fraction,
-                shard_tokens=shard_tokens,
-                workers=workers,
-                text_field=text_field,
-                progress=progress,
-            )
+            manifest = prepare_dataset(sources, name=name, data_dir=data_dir, progress=progress, **options)
     train, val = manifest.train, manifest.val
     shards = len(train.shards) + len(val.shards)
     click.echo(

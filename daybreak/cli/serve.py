@@ -44,8 +44,7 @@ def serve(
         engine, tokenizer = Run(path).load_engine(step, rows=rows, device=device)
     else:
         source = open_source(target, "", step)
-        shape = {f"model.{k}": getattr(source.model, k) for k in ("L", "C", "NH", "max_T", "V")}
-        engine = engine_with(Config().override(shape), source, rows=rows, device=device)
+        engine = engine_with(Config(model=source.model), source, rows=rows, device=device)
         tokenizer = get_tokenizer(source.tokenizer)
     name = path.resolve().name if path.exists() else target
 

@@ -31,17 +31,9 @@ if TYPE_CHECKING:
 @click.option("--print-config", is_flag=True, help="Print the complete configuration as TOML, commented, and exit.")
 @click.pass_context
 def train(
-    ctx: click.Context,
-    /,
-    target: str | None,
-    fork: str | None,
-    init_from: str | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    print_config: bool,
-    **flags: Any,
-) -> None:
+    ctx: click.Context, /, target: str | None, fork: str | None, init_from: str | None, as_json: bool, quiet: bool,
+    verbose: bool, print_config: bool, **flags: Any,
+) -> None:  # fmt: skip
     """Train a model, or resume a run.
 
     \b

@@ -1,55 +1,22 @@
-"""Cards that `plan --gpu` knows, and the speeds measured on them. Peaks are in state.throughput.PEAK_FLOPS."""
+"""What `plan` knows of cards: their names, and the speeds measured on them. The cards are in state.throughput."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 
+from daybreak.config import nearest
 from daybreak.errors import ConfigError
 from daybreak.shapes import GPT2Config
-from daybreak.state.throughput import peak_flops
-
-
-@dataclass(frozen=True)
-class Card:
-    """A GPU: the driver's name, its memory as the driver states it, its compute capability, and the nominal GB/s that
-    it sends to another one of its host (NVLink, else PCIe x16; NVIDIA's data sheets, one direction)."""
-
-    name: str
-    mib: int
-    capability: tuple[int, int]
-    link: float
-
-    @property
-    def missing(self) -> set[str]:
-        """Kernel backends that this kind of card cannot run, whatever is installed (kernels.cuda.*.usable)."""
-        return set() if self.capability[0] in (9, 10) else {"cudnn", "fa4"}
-
-
-CARDS = {
-    "h100": Card("NVIDIA H100 80GB HBM3", 81559, (9, 0), 450),
-    "h100-pcie": Card("NVIDIA H100 PCIe", 81559, (9, 0), 64),
-    "h100-nvl": Card("NVIDIA H100 NVL", 95830, (9, 0), 64),
-    "h200": Card("NVIDIA H200", 143771, (9, 0), 450),
-    "gh200": Card("NVIDIA GH200 480GB", 97871, (9, 0), 450),
-    "b200": Card("NVIDIA B200", 183359, (10, 0), 900),
-    "a100": Card("NVIDIA A100-SXM4-80GB", 81920, (8, 0), 300),
-    "a100-40gb": Card("NVIDIA A100-SXM4-40GB", 40960, (8, 0), 300),
-    "a6000": Card("NVIDIA RTX A6000", 49140, (8, 6), 32),
-    "3090": Card("NVIDIA GeForce RTX 3090", 24576, (8, 6), 32),
-    "4090": Card("NVIDIA GeForce RTX 4090", 24564, (8, 9), 32),
-    "l40s": Card("NVIDIA L40S", 46068, (8, 9), 32),
-    "l4": Card("NVIDIA L4", 23034, (8, 9), 32),
-}
+from daybreak.state.throughput import CARDS, Card, peak_flops
 
 
 def find_card(name: str) -> Card:
     """The card of a short name. Raises ConfigError, with the nearest, for an unknown one."""
     key = name.lower().removeprefix("rtx").removeprefix("-")
     if key not in CARDS:
-        near = difflib.get_close_matches(key, CARDS, 1, 0.0)[0]
-        raise ConfigError(f"--gpu {name} is not known; did you mean {near}? Known: {', '.join(CARDS)}.")
+        said = f"did you mean {nearest(key, CARDS)}? Known: {', '.join(CARDS)}."
+        raise ConfigError(f"--gpu {name} is not known; {said}")
     return CARDS[key]
 
 

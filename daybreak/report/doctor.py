@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import sys
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from daybreak.data.mixing import parse_mix
 from daybreak.engine.device import library_versions, missing_on, pick_device
 from daybreak.errors import CheckpointError, Error
 from daybreak.kernels import OPS, choose
-from daybreak.kernels.cuda.products import TABLES
+from daybreak.kernels.cuda.products import untuned
 from daybreak.state.checkpoint import load_checkpoint, published
 from daybreak.state.run import Run
 from daybreak.state.run_folder import cpu_model
@@ -47,7 +46,7 @@ def machine() -> list[str]:
             + (f"{peak / 1e12:.0f} TFLOP/s" if peak else "n/a")
         )
         lines.append("libraries: " + ", ".join(f"{name} {v}" for name, v in library_versions().items()))
-        lines.append(_table_line(properties.name))
+        lines.append(_table_line())
     else:
         lines.append("GPU: none that torch can use")
     missing = missing_on(device)
@@ -61,7 +60,7 @@ def machine() -> list[str]:
     return lines
 
 
-def _table_line(card: str) -> str:
+def _table_line() -> str:
     """Whether the matrix products of this card have been measured."""
     from daybreak.kernels.cuda import cublaslt
 
@@ -70,10 +69,7 @@ def _table_line(card: str) -> str:
         return "products: through torch, there is no cuBLASLt"
     if blas.table:
         return f"products: {len(blas.table)} algorithms measured for this card and cuBLASLt {blas.version}"
-    return (
-        f"products: cuBLASLt {blas.version}'s first heuristics; no table is shipped for it and {card}: daybreak bench "
-        f"TARGET --tune {TABLES} makes one"
-    )
+    return f"products: {untuned(blas.card, blas.version)}"
 
 
 def _driver() -> str:
@@ -132,8 +128,3 @@ def _last_attempt(run: Run) -> str:
         return "no exit.json: the run is going on, or was killed"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"exit.json cannot be read ({error})"
-
-
-def print_lines(lines: list[str]) -> None:
-    """To stdout."""
-    print("\n".join(lines), file=sys.stdout)

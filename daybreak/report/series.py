@@ -15,7 +15,7 @@ from typing import Any
 
 from daybreak.config import Config, read_toml
 from daybreak.errors import ConfigError
-from daybreak.state.metrics import _decode
+from daybreak.state.metrics import decode_record
 
 TRAIN = ("loss", "norm", "lr", "ms", "tok_s", "mfu", "mem_mib", "temp_c", "power_w", "loss_z", "skipped")
 MOST_POINTS = 4000  # of one curve on a page: more than a screen has pixels
@@ -99,7 +99,7 @@ class Follower:
 
     def _metrics_line(self, line: bytes) -> None:
         try:
-            r = _decode(json.loads(line))
+            r = decode_record(json.loads(line))
             kind, step, t = r["kind"], r["step"], r["t"]
         except (ValueError, KeyError, TypeError, AttributeError):
             return  # cut short by a crash

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from daybreak.errors import ConfigError
@@ -41,14 +42,13 @@ class Watch(ThreadingHTTPServer):
         self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost", "[::1]", host)}
         self.url = f"http://{host}:{self.server_port}/" + (f"?key={self.key}" if self.key else "")
 
-    def answer(self, version: str | None) -> str | None:
-        """The data as JSON, or None if it is that of `version` already."""
+    def data(self, version: str | None = None) -> dict[str, Any]:
+        """What the page shows, read anew; empty if that is `version` already."""
         with self.reading:
             for run in self.runs:
                 run.update()
-            if version == str(sum(run.offset for run in self.runs)):
-                return None
-            return to_json(page_data(self.runs, live=True))
+            known = version == str(sum(run.offset for run in self.runs))
+            return {} if known else page_data(self.runs, live=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -65,14 +65,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif not hmac.compare_digest(query.get("key", [""])[0].encode(), self.server.key.encode()):
             self._send(HTTPStatus.UNAUTHORIZED, "text/plain", "the key is missing or wrong: ?key=...\n")
         elif url.path == "/":
-            with self.server.reading:
-                for run in self.server.runs:
-                    run.update()
-                text, policy = render(page_data(self.server.runs, live=True))
-            self._send(HTTPStatus.OK, "text/html; charset=utf-8", text, policy)
+            self._send(HTTPStatus.OK, "text/html; charset=utf-8", *render(self.server.data()))
         elif url.path == "/data":
-            body = self.server.answer(query.get("v", [None])[0])
-            self._send(HTTPStatus.NO_CONTENT if body is None else HTTPStatus.OK, "application/json", body or "")
+            data = self.server.data(query.get("v", [None])[0])
+            status = HTTPStatus.OK if data else HTTPStatus.NO_CONTENT
+            self._send(status, "application/json", to_json(data) if data else "")
         else:
             self._send(HTTPStatus.NOT_FOUND, "text/plain", "there is only /\n")
 

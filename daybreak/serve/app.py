@@ -30,12 +30,12 @@ from starlette.routing import Route
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError
+from daybreak.report.watch import LOOPBACK
 from daybreak.serve.completions import Answer, Completion, Refused, parse
 from daybreak.serve.writer import Job, News, Writer
 
 MAX_BODY = 1 << 20  # bytes
 GRACE = 20  # seconds that requests under way have at the end
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -177,7 +177,7 @@ def serve(engine: Engine, tokenizer: Tokenizer, name: str, *, host: str, port: i
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise ConfigError(f"--host {host} --port {port} cannot be used ({reason}); choose others.") from None
-    app = Service(engine, tokenizer, name, key).app([*LOOPBACK, host, *names])
+    app = Service(engine, tokenizer, name, key).app([*LOOPBACK, "[::1]", host, *names])
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=GRACE, lifespan="on"
     )

@@ -10,7 +10,7 @@ import codecs
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from daybreak.config import nearest
@@ -63,7 +63,7 @@ class Completion:
     def texts(self, tokenizer: Tokenizer) -> list[Text]:
         """The texts to write, choice i sampled with seed + i."""
         pairs = [prompt for prompt in self.prompts for _ in range(self.n)]
-        hows = [Sampling(**(vars(self.how) | {"seed": self.how.seed + i})) for i in range(len(pairs))]
+        hows = [replace(self.how, seed=self.how.seed + i) for i in range(len(pairs))]
         return [Text(prompt.ids, how, tokenizer) for prompt, how in zip(pairs, hows, strict=True)]
 
 

@@ -445,7 +445,7 @@ def _verify_files(path: Path, files: Mapping[str, Any], verify: Verify) -> None:
         _refuse(path / name, f"cannot be read ({error.strerror})")
 
 
-def newest_good(root: Path, verify: Verify = "full") -> Checkpoint | None:
+def newest_good(root: Path) -> Checkpoint | None:
     """The newest intact checkpoint below `root`; None when there is no checkpoint at all.
 
     Each damaged one that is passed over is named in a warning. Raises CheckpointError when all are damaged, or when
@@ -454,7 +454,7 @@ def newest_good(root: Path, verify: Verify = "full") -> Checkpoint | None:
     candidates = published(root)
     for path in candidates:
         try:
-            return load_checkpoint(path, verify)
+            return load_checkpoint(path)
         except NewerFormat:
             raise
         except CheckpointError as error:

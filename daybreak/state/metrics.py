@@ -8,9 +8,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from daybreak.errors import Error
@@ -94,7 +93,7 @@ class Lines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -155,14 +154,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if record["kind"] == "run":  # a start from this step: what an abandoned attempt said beyond it is void
                 latest = {k: r for k, r in latest.items() if r["step"] <= key[1]}
             latest.pop(key, None)  # so that the order within a step is the order of the last records
-            latest[key] = _decode(record)
+            latest[key] = decode_record(record)
         except (ValueError, KeyError, TypeError, AttributeError):
             if number < len(lines):
                 log.warning("%s line %d is not a metrics record; it is left out.", path, number)
     return sorted(latest.values(), key=lambda record: record["step"])
 
 
-def _decode(record: dict[str, Any]) -> dict[str, Any]:
+def decode_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl with its non-finite floats restored."""
     spec = COMMON | FIELDS.get(record["kind"], {})
     return {k: NON_FINITE.get(v, v) if isinstance(v, str) and _is_float(spec.get(k)) else v for k, v in record.items()}
 
@@ -189,28 +189,15 @@ class MainLog(Lines):
         self.append(f"s:{step} trl:{loss:.4f} lr:{lr:.6f} norm:{norm:.2f}\n")
 
 
-def step_line(
-    step: int,
-    steps: int,
-    *,
-    loss: float,
-    loss_z: float | None,
-    norm: float,
-    norm_z: float | None,
-    lr: float,
-    ms: float,
-    mfu: float | None,
-    tok_s: float,
-    mem_mib: int,
-    eta_s: float | None,
-    precision: str = "bf16",
-) -> str:
-    """llm.c's console line plus memory and time left. `step` counts from 1; z is +nan until its window is full."""
-    z_loss, z_norm = (math.nan if z is None else z for z in (loss_z, norm_z))
-    used = "n/a" if mfu is None else f"{100 * mfu:.1f}% {precision}"
+def step_line(step: int, steps: int, v: Mapping[str, Any]) -> str:
+    """llm.c's console line plus memory and time left. `step` counts from 1; `v`: fields of a step's record (FIELDS),
+    and its precision."""
+    z_loss, z_norm = (math.nan if z is None else z for z in (v["loss_z"], v["norm_z"]))
+    used = "n/a" if v["mfu"] is None else f"{100 * v['mfu']:.1f}% {v['precision']}"
     return (
-        f"step {step:4d}/{steps} | loss {loss:7.6f} ({z_loss:+.2f}z)| norm {norm:6.4f} ({z_norm:+.2f}z)| "
-        f"lr {lr:.2e} | {ms:.2f} ms | {used} MFU | {tok_s:.0f} tok/s | {mem_mib} MiB | ETA {format_duration(eta_s)}"
+        f"step {step:4d}/{steps} | loss {v['loss']:7.6f} ({z_loss:+.2f}z)| norm {v['norm']:6.4f} ({z_norm:+.2f}z)| "
+        f"lr {v['lr']:.2e} | {v['ms']:.2f} ms | {used} MFU | {v['tok_s']:.0f} tok/s | {v['mem_mib']} MiB | "
+        f"ETA {format_duration(v['eta_s'])}"
     )
 
 

@@ -30,7 +30,7 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Stagi
     extra: Mapping[str, Tensor] = {name: state[name] for name in WINDOWS}
     parts = dict[str, list[tuple[int, Tensor]]]()
     if staging is not None:
-        staging.take(engine, optimizer, extra)
+        staging.take(engine)
         model = {name: table.view(staging.weights, name) for name in engine.names()}
         optimizer, extra = staging.optimizer, staging.extra
     elif plan.world > 1:
@@ -81,13 +81,10 @@ class Staging:
             return flat
 
         self.weights = host(table.numel, _exact(state.get("masters", state["weights"]).dtype))
-        spans = [(0, table.numel)]
-        self.optimizer = {k: [(a, host(b - a, state[k].dtype)) for a, b in spans] for k in ("m", "v")}
+        self.optimizer = {k: [(0, host(table.numel, state[k].dtype))] for k in ("m", "v")}
         self.extra = {name: torch.empty_like(state[name], device="cpu") for name in WINDOWS}
 
-    def take(
-        self, engine: Engine, optimizer: Mapping[str, list[tuple[int, Tensor]]], extra: Mapping[str, Tensor]
-    ) -> None:
+    def take(self, engine: Engine) -> None:
         """Copy the state of `engine`; back when it is all here."""
         rounded = engine.state["weights"]
         exact = engine.state.get("masters", rounded)
@@ -97,11 +94,8 @@ class Staging:
             if exact.dtype == torch.int16:
                 value = join_masters(torch.empty(value.shape, device=exact.device), rounded[part], value)
             self.weights[part].copy_(value, non_blocking=True)
-        for key, ranges in optimizer.items():
-            for (_, there), (_, here) in zip(ranges, self.optimizer[key], strict=True):
-                here.copy_(there, non_blocking=True)
-        for name, value in extra.items():
-            self.extra[name].copy_(value, non_blocking=True)
+        for name, here in ({key: flat for key, [(_, flat)] in self.optimizer.items()} | self.extra).items():
+            here.copy_(engine.state[name], non_blocking=True)
         if engine.device.type == "cuda":
             torch.cuda.current_stream(engine.device).synchronize()
 

@@ -10,8 +10,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,43 +22,14 @@ log = logging.getLogger("daybreak")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "triton")
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The names inside `path` (a public contract). Creating and writing is rank 0's business."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.toml"
-
-    @property
-    def env(self) -> Path:
-        return self.path / "env.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def main_log(self) -> Path:
-        return self.path / "main.log"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.txt"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def exit(self) -> Path:
-        return self.path / "exit.json"
-
-    @property
-    def crash(self) -> Path:
-        return self.path / "crash.txt"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config, self.env, self.exit = path / "config.toml", path / "env.json", path / "exit.json"
+        self.metrics, self.main_log, self.samples = path / "metrics.jsonl", path / "main.log", path / "samples.txt"
+        self.checkpoints, self.crash = path / "checkpoints", path / "crash.txt"
 
     def create(self) -> None:
         """Make the folder. Raises ConfigError when the run exists (nothing is ever written over) or the disk refuses.
@@ -146,10 +116,8 @@ def describe_environment() -> dict[str, Any]:
 def _versions() -> Mapping[str, str]:
     found = {}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -166,10 +134,8 @@ def package_commit(root: Path) -> str | None:
 
 def cpu_model() -> str:
     """The processor's name as the system gives it; the architecture where it gives none."""
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()

@@ -98,11 +98,7 @@ def _header(tensors: list[tuple[str, torch.Tensor]], metadata: Mapping[str, str]
     for name, tensor in tensors:
         assert name != "__metadata__"
         end = offset + tensor.numel() * tensor.element_size()
-        table[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+        table[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from daybreak.errors import Error
 from daybreak.parallel import ALONE, Group
@@ -84,7 +83,7 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """A save under way is finished, however training ended."""
         self._pool.shutdown()
         if self._future is not None and (failed := self._future.exception()) is not None:

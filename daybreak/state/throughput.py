@@ -7,30 +7,48 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# Dense bf16 tensor-core peak, FLOP/s, by the exact name the driver reports. H100 SXM, PCIe, A100, 4090, 3090 and
-# A6000 are llm.c's figures (so that utilisation compares); the others are NVIDIA's data sheets without sparsity.
-PEAK_FLOPS = {
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 80GB HBM3": 988.8e12,
-    "NVIDIA H100 NVL": 835.5e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA GH200 480GB": 989.4e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA RTX A6000": 77.4e12,
-    "NVIDIA GeForce RTX 3090": 71.2e12,
-    "NVIDIA GeForce RTX 4090": 165.2e12,
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU: the driver's name, its memory as the driver states it, its compute capability, its peak in FLOP/s, the
+    nominal GB/s that it sends to another one of its host (one direction of NVLink, else PCIe x16; data sheets)."""
+
+    name: str
+    mib: int
+    capability: tuple[int, int]
+    peak: float
+    link: float
+
+    @property
+    def missing(self) -> set[str]:
+        """Kernel backends that this kind of card cannot run, whatever is installed (kernels.cuda.*.usable)."""
+        return set() if self.capability[0] in (9, 10) else {"cudnn", "fa4"}
+
+
+# Peaks are dense bf16 of the tensor cores. Those of H100 SXM, PCIe, A100, 4090, 3090 and A6000 are llm.c's (so that
+# utilisation compares); the others are NVIDIA's data sheets without sparsity. By the short names of `plan --gpu`.
+CARDS = {
+    "h100": Card("NVIDIA H100 80GB HBM3", 81559, (9, 0), 988.8e12, 450),
+    "h100-pcie": Card("NVIDIA H100 PCIe", 81559, (9, 0), 756e12, 64),
+    "h100-nvl": Card("NVIDIA H100 NVL", 95830, (9, 0), 835.5e12, 64),
+    "h200": Card("NVIDIA H200", 143771, (9, 0), 989.4e12, 450),
+    "gh200": Card("NVIDIA GH200 480GB", 97871, (9, 0), 989.4e12, 450),
+    "b200": Card("NVIDIA B200", 183359, (10, 0), 2250e12, 900),
+    "a100": Card("NVIDIA A100-SXM4-80GB", 81920, (8, 0), 312e12, 300),
+    "a100-40gb": Card("NVIDIA A100-SXM4-40GB", 40960, (8, 0), 312e12, 300),
+    "a100-pcie": Card("NVIDIA A100 80GB PCIe", 81920, (8, 0), 312e12, 32),
+    "a100-pcie-40gb": Card("NVIDIA A100-PCIE-40GB", 40960, (8, 0), 312e12, 32),
+    "a6000": Card("NVIDIA RTX A6000", 49140, (8, 6), 77.4e12, 32),
+    "3090": Card("NVIDIA GeForce RTX 3090", 24576, (8, 6), 71.2e12, 32),
+    "4090": Card("NVIDIA GeForce RTX 4090", 24564, (8, 9), 165.2e12, 32),
+    "l40s": Card("NVIDIA L40S", 46068, (8, 9), 362e12, 32),
+    "l4": Card("NVIDIA L4", 23034, (8, 9), 121e12, 32),
 }
 
 
 def peak_flops(device_name: str) -> float | None:
     """Peak bf16 FLOP/s of one card, or None (utilisation is then n/a) when no figure for this exact name is known."""
-    return PEAK_FLOPS.get(device_name)
+    return next((card.peak for card in CARDS.values() if card.name == device_name), None)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class PlainDisplay:
 
     def step(self, step: int, steps: int, values: dict[str, Any]) -> None:
         if step % self.every == 0 or step == steps:
-            _say(step_line(step, steps, **values))
+            _say(step_line(step, steps, values))
 
     def record(self, record: dict[str, Any]) -> None:
         pass

@@ -99,6 +99,8 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
         dataset.name, train_loader.samples_per_epoch, config.T, train_loader.dropped_tokens,
         train_loader.fingerprint[:16],
     )  # fmt: skip
+    if group.rank == 0 and "cublaslt" in arena.choices.values():
+        _say_untuned(device)
 
     def write() -> bool:
         if resume is None:
@@ -154,6 +156,15 @@ def _set_precision(config: Config, device: torch.device, compute: str) -> None:
         log.warning("slower without %s: %s (daybreak doctor says more)", backend, reason)
     if device.type == "cpu" and compute == "bf16" and not cpu_has_bf16():
         log.warning("this CPU has no bf16 instructions: precision.compute = bf16 will be slower than fp32 here.")
+
+
+def _say_untuned(device: torch.device) -> None:
+    """One line where this card's products have not been measured."""
+    from daybreak.kernels.cuda import cublaslt, products  # here: costs the import of Triton
+
+    blas = cublaslt.blas_of(device.index)
+    if blas is not None and (said := products.untuned(blas.card, blas.version)):
+        log.warning("%s", said)
 
 
 def describe_device(device: torch.device, compute: str) -> tuple[str, float | None]:

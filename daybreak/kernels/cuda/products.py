@@ -80,6 +80,16 @@ def read_table(path: Path, card: str, version: int) -> dict[str, dict[str, Any]]
     return plans if (table["card"], table["cublaslt"]) == (card, version) else {}
 
 
+def untuned(card: str, version: int) -> str:
+    """What there is to say where no table is for this card and just this version of the library; empty where one is."""
+    if read_table(table_path(card, version), card, version):
+        return ""
+    return (
+        f"no table of measured products is for {card} and cuBLASLt {version}: the library's first heuristics are used, "
+        f"slower, and with other bits than measured ones; daybreak bench TARGET --tune {TABLES} makes a table"
+    )
+
+
 def tables_digest() -> str:
     """Fingerprint of the shipped tables: two installations with equal ones make equal choices."""
     digest = hashlib.sha256()

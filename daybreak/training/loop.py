@@ -28,8 +28,8 @@ from daybreak.data.dataset import unigram_entropy
 from daybreak.data.loader import Prefetcher
 from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
-from daybreak.engine.device import Sensors, engine_options, numerics, pick_device, used_mib
-from daybreak.engine.fit import ran_out
+from daybreak.engine.device import Sensors, engine_options, numerics, used_mib
+from daybreak.engine.fit import explaining_memory
 from daybreak.errors import Error, Stopped, TooManySkips
 from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import token_lengths, validate
@@ -117,10 +117,11 @@ def _train(
         folder.forget_exit()  # an earlier attempt's verdict is not this one's
     code, reason = 1, "unknown"
     try:
-        with stop.group.failing_together():
+        with stop.group.failing_together(), explaining_memory(config, stop.group):
             setup = open_run(config, resume=resume, stop=stop)
-            folder = setup.run.folder
-            with folder.locked() if resume is None and chief else nullcontext():
+            new = setup.run.folder
+            with new.locked() if resume is None and chief else nullcontext():
+                folder = new  # ours from here on: the exit.json of a run that another process holds is that one's
                 trainer = Trainer(setup, stop, on_save)
                 trainer.load(fork, init)
                 trainer.run()
@@ -130,10 +131,6 @@ def _train(
         code, reason = Stopped.exit_code, str(stopped)
         again = f"; continue with: daybreak train {folder.path}" if folder is not None else ""
         raise Stopped(f"{reason} before the first update{again}.") from None
-    except (torch.OutOfMemoryError, MemoryError):
-        out = ran_out(pick_device(config.run.device), config)
-        code, reason = out.exit_code, str(out)
-        raise out from None
     except OSError as error:
         code, reason = 1, f"{error.filename or 'a file'} failed ({error.strerror})"
         raise Error(f"{reason}; free space or mend the disk, then train the run's folder again.") from error
@@ -216,7 +213,7 @@ class Trainer:
             log.warning("from here on bits may differ from an uninterrupted run: %s", ", ".join(changed))
 
     def _numerics(self) -> dict[str, str]:
-        return numerics(self.setup.device, self.engine.frame.k.choices)
+        return numerics(self.config, self.setup.device, self.engine.frame.k.choices, self.group.world)
 
     @property
     def tokens(self) -> int:

@@ -67,8 +67,10 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     folder = RunFolder(resume or Path(config.run.dir) / (config.run.name or config.model.arch))
     if resume is None:
         group.first(folder.check_free)
-    device = _own_device(config.run.device, group)
-    if device.type == "cuda":  # looking for libraries imports them, which takes seconds: meanwhile the data is opened
+    device = pick_device(config.run.device, group)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # looking for libraries imports them, which takes seconds: meanwhile the data is opened
         Thread(target=missing_on, args=(device,), daemon=True).start()
     compute = pick_compute(config.precision.compute, device)
     _set_precision(config, device, compute)
@@ -90,7 +92,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     e = config.eval
     hellaswag = load_examples(Path(e.hellaswag), tokenizer, e.hellaswag_examples) if e.hellaswag else []
     arena, outside = plan_memory(config, device, missing_on(device), group)
-    check_fits(arena, device, config, group.world, outside)
+    group.everywhere(lambda: check_fits(arena, device, config, group.world, outside))
     if config.checkpoint.background and group.world == 1:
         check_host_memory(arena, device)
     log.info(
@@ -115,16 +117,6 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
         config, Run(folder.path), dataset, train_loader, val_loader, tokenizer, device, compute, name,
         peak and peak * group.world, hellaswag, continues, group,
     )  # fmt: skip
-
-
-def _own_device(name: str, group: Group) -> torch.device:
-    """run.device, of several ranks on a machine each its own where the name leaves that open."""
-    if group.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{group.local_rank % torch.cuda.device_count()}"
-    device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 def _see(folder: RunFolder) -> None:

@@ -73,6 +73,7 @@ class Group:
         self.progress = 0  # collectives entered: who is behind is who the others wait for
         self.dist: Any = None  # torch.distributed, once connected
         self.store: Any = None
+        self.holds_store = False  # it ends with this process
         self._reason: tuple[int, int, str] | None = None  # (rank, exit code, sentence): why all end, once it is known
         self.capturable = True  # into CUDA graphs: NCCL's calls, not gloo's
         self._closing = threading.Event()
@@ -163,7 +164,7 @@ class Group:
         return self._reason is not None
 
     def _be_heard(self) -> None:
-        """Rank 0, whose store it may be, stays until all ranks know the reason; those that died never will."""
+        """Whose store it is stays until all ranks know the reason; those that died never will."""
         deadline, heard = time.monotonic() + 3 * BEAT, [f"heard/{rank}" for rank in range(self.world)]
         while self.store.check(["failed"]) and not self.store.check(heard) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -235,7 +236,9 @@ class Group:
         """Leave the group."""
         if self.dist is not None and not self._closing.is_set():
             with suppress(RuntimeError):
-                self._be_heard() if self.rank == 0 else self.store.set(f"heard/{self.rank}", "")
+                self.store.set(f"heard/{self.rank}", "")
+                if self.holds_store:
+                    self._be_heard()
             self._closing.set()
             self.dist.destroy_process_group()
 
@@ -263,6 +266,7 @@ def connect(environ: Mapping[str, str], timeout: float) -> Group:
     group = Group(rank, world, int(env["LOCAL_RANK"]), timeout)
     where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
     agents = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process listens, not rank 0
+    group.holds_store = rank == 0 and not agents
     method, wait = environ.get("INIT_METHOD", ""), timedelta(seconds=timeout)
     if rank and not method:
         _reach(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout, rank)

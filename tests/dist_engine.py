@@ -45,7 +45,7 @@ def train(
         if step == 0:
             first = {name: grad for name, _, grad in engine.norms()}
         if step == 1:
-            record = [(e.what, e.bucket, e.sent) for e in engine.comm.record]
+            record = list(engine.comm.record)
         engine.comm.record.clear()
     engine.finish()
     volume = engine.arena.sharding.volume(engine.frame.dtype, mine // B)
@@ -54,7 +54,7 @@ def train(
         "losses": losses, "norms": norms, "first": first, "record": record, "volume": volume, "numel": plan.numel,
         "weights": {name: engine.param(name).clone() for name in engine.names()}, "nbytes": engine.arena.nbytes,
         "buckets": [(b.start, b.stop, b.moment) for b in plan.buckets],
-        "calls": engine.call_list(),
+        "calls": [call.name for call in engine.arena.calls],
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import ranks
 import torch
 
 from daybreak.engine import plan_engine
-from daybreak.engine.collectives import Sharding, exposed_seconds
+from daybreak.engine.collectives import Sharding
 from daybreak.engine.models import build_model
 from daybreak.engine.params import ALIGN, ParamTable
 from daybreak.parallel import Group
@@ -161,21 +161,6 @@ def test_every_element_has_one_owner(world: int, bucket: int, shape: str) -> Non
         for name, at in table.offsets.items():
             if at < bucket_.stop and bucket_.start < at + table.rows[name].numel:
                 assert model.final_at(name) <= bucket_.moment
-
-
-def test_model_of_the_exposed_exchange() -> None:
-    """By hand: 2 ranks, three buckets of which the middle one waits for the first, the last for its own gradient."""
-    table = ParamTable(build_model(GPT2Config(L=2, C=128, NH=2, max_T=128, V=256)).rows())
-    plan = Sharding(table, build_model(GPT2Config(L=2, C=128, NH=2, max_T=128, V=256)).final_at, Group(0, 2), 1, 1)
-    block, embedding = 12 * 128 * 128, (256 + 128) * 128
-    vectors = 2 * 13 * 128 + 2 * 128
-    assert [plan.size(k) * 2 for k in plan.order] == [block, embedding, block, vectors]
-    rate = 2.0 * block  # bytes a second; a block's shard, 2 bytes an element, goes in half a second
-    ready = {0: 1.0, 1: 1.25, 2: 9.0}
-    last = 9.0 + 0.1 + 0.5 + 0.1 + 0.5 * vectors / block
-    assert exposed_seconds(plan, 2, ready, 9.0, rate, 0.1) == pytest.approx(last - 9.0)
-    early = 1.0 + 0.6 + 0.1 + 0.5 * embedding / block + 0.6 + 0.1 + 0.5 * vectors / block
-    assert exposed_seconds(plan, 2, {0: 1.0, 1: 1.25, 2: 1.25}, 1.25, rate, 0.1) == pytest.approx(early - 1.25)
 
 
 def test_stage_2_needs_less_memory_than_1_than_0() -> None:

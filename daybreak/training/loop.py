@@ -43,7 +43,7 @@ from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder
 from daybreak.state.saver import Saver
 from daybreak.state.throughput import Throughput
-from daybreak.training.display import Display, MuteDisplay, make_display
+from daybreak.training.display import Display, make_display
 from daybreak.training.profile import Profiler
 from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
@@ -243,11 +243,9 @@ class Trainer:
             factor = guard.hang_factor if self.group.world == 1 else 0.0
             self.watchdog = open_.enter_context(Watchdog(folder, lambda: self.stop.checks, factor, guard.hang_seconds))
             batches = open_.enter_context(Prefetcher(self._batches(), self.step))
-            self.display: Display = (
-                make_display(c.log.display, c.log.every, title, c.cost.price)
-                if self.chief
-                else MuteDisplay(c.log.every)
-            )
+            self.display = Display()
+            if self.chief:
+                self.display = make_display(c.log.display, c.log.every, title, c.cost.price)
             sinks = Sinks(c, folder.path) if self.chief else None
             self.metrics.listeners += [self.display.record, *([sinks.record] if sinks else [])]
             self.profiler = Profiler(c.run.profile if self.chief else "", folder.path)

@@ -76,7 +76,8 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     _set_precision(config, device, compute)
     check_sinks(config)
     group.first(lambda: _prepare_embedded(config, stop.look if group.world > 1 else stop.check))
-    dataset, train_loader, val_loader = open_data(config)
+    d, shuffle = config.data, not config.run.overfit
+    dataset, train_loader, val_loader = open_loaders(d, config.T, config.run.seed, config.model.V, shuffle=shuffle)
     tokenizer = get_tokenizer(dataset.tokenizer_name, dataset.folder)
     if tokenizer.V > config.model.V:
         raise ConfigError(
@@ -155,17 +156,8 @@ def describe_device(device: torch.device, compute: str) -> tuple[str, float | No
     return name, peak_flops(name) if compute == "bf16" else None
 
 
-def open_data(config: Config, check: Callable[[], None] = lambda: None) -> tuple[Dataset, Loader, Loader]:
-    """The configured dataset or mixture with its loaders, see `open_loaders`.
-
-    The embedded one is prepared on first use; `check` may stop that.
-    """
-    _prepare_embedded(config, check)
-    d = config.data
-    return open_loaders(d, config.T, config.run.seed, config.model.V, shuffle=not config.run.overfit)
-
-
 def _prepare_embedded(config: Config, check: Callable[[], None]) -> None:
+    """The data set that is made from this machine's own files is prepared on first use; `check` may stop that."""
     d = config.data
     if EMBEDDED in (d.name, *(name for name, _ in parse_mix(d.name))) and not d.train:
         folder = Path(d.dir) / dataset_name(EMBEDDED, d.tokenizer)

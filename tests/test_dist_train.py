@@ -175,23 +175,27 @@ def test_one_rank_is_told_to_save_and_one_to_stop(shards: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("where", ["HellaSwag", "sampling"])
 def test_all_ranks_are_told_to_stop_while_they_are_at_something_else(shards: Path, tmp_path: Path, where: str) -> None:
-    """SIGTERM to three ranks in the evaluation after step 2, each call of which takes a second: all save that step."""
-    slow = {"HellaSwag": "evaluate.multiple_choice:losses_of", "sampling": "engine.step:Engine.decode"}
+    """SIGTERM to three ranks in the evaluation after step 2, each batch or token of which takes a second: all leave it,
+    and save that step."""
+    slow = {"HellaSwag": ("eval_losses", 23), "sampling": ("decode", 1)}  # the second validation's end, the first token
     values = {"data__tokenizer": "gpt2", "model__V": 50257, "model__C": 8, "model__L": 1, "eval__every": 2}
     if where == "HellaSwag":
         values["eval__hellaswag"] = str(shards / "hs.bin")
-    target = recipe(shards, tmp_path, "s", **values, run__steps=100000, eval__sample_every=2, eval__sample_tokens=4)
-    args = [json.dumps({"do": "slow", "at": f"call:daybreak.{slow[where]}"}), "train", target]
+    target = recipe(shards, tmp_path, "s", **values, run__steps=100000, eval__sample_every=2, eval__sample_tokens=15)
+    what, n = slow[where]
+    args = [json.dumps({"do": "slow", "at": f"call:daybreak.engine.step:Engine.{what}", "n": n}), "train", target]
     processes = ranks.start(3, args, tmp_path, run=ranks.accident)
     wait_for(tmp_path / "s", '"kind":"val","step":2', 1)
     for process in processes:
         process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
     assert ranks.finish(processes, 30) == [75, 75, 75]
+    assert time.monotonic() - began < 10  # of the 14 s that there were to go
     run = daybreak.load(tmp_path / "s")
     assert [path.name for path in run.checkpoints] == ["step-00000002"]
     assert len(run.metrics("step")) == 2
-    done = run.metrics("eval") if where == "HellaSwag" else run.metrics("sample")
-    assert [record["step"] for record in done][:1] == [2]  # it was under way
+    assert [record["step"] for record in run.metrics("val")] == [0, 2]
+    assert run.metrics("eval") == []
 
 
 # ---- failing

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -335,9 +336,7 @@ class Trainer:
         self.display.note(f"step {self.step}: val loss {result.loss:.6f} ({result.bits_per_byte:.4f} bits per byte)")
 
         if self.setup.hellaswag and self.step:
-            # Several ranks have different numbers of batches: nothing to agree on in between.
-            check = self.stop.check if self.group.world == 1 else lambda: None
-            score = accuracy(self.engine, self.setup.hellaswag, check, self.group)
+            score = accuracy(self.engine, self.setup.hellaswag, self.stop.check, self.group)
             # llm.c's definition under the plain name, as in main.log; lm-eval's differs (docs/evaluation.md).
             for task, value in (("hellaswag", score.acc_norm), ("hellaswag-acc", score.acc)):
                 self.metrics.write("eval", self.step, self.tokens, task=task, accuracy=value, examples=score.examples)
@@ -349,6 +348,8 @@ class Trainer:
         how = Sampling(e.sample_tokens, e.temperature, e.top_k, seed=SAMPLE_SEED)
         check = self.stop.check if self.group.world == 1 else lambda: None
         pieces = sample_text(self.engine, self.setup.tokenizer, e.prompt, how, check)
+        if self.group.world > 1:  # the others are not asked in between: what there is when it is to stop is the sample
+            pieces = takewhile(lambda _: not self.stop.reason, pieces)
         text = e.prompt + "".join(pieces)
         self.run_folder.append_sample(self.step, text)
         self.metrics.write("sample", self.step, self.tokens, text=text)

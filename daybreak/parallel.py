@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -79,6 +79,8 @@ class Group:
         self.progress = 0  # collectives entered: who is behind is who the others wait for
         self.dist: Any = None  # torch.distributed, once connected
         self.store: Any = None
+        self.holds_store = False  # it ends with this process
+        self._reason: tuple[int, int, str] | None = None  # (rank, exit code, sentence): why all end, once it is known
         self.capturable = True  # into CUDA graphs: NCCL's calls, not gloo's
         self._closing = threading.Event()
 
@@ -154,12 +156,24 @@ class Group:
         """Tell the other ranks why this one ends. Returns what counts: the first reason that anybody gave."""
         if self.store is None:
             return code, text
-        try:
-            mine = json.dumps([self.rank, code, text])
-            rank, code, text = json.loads(self.store.compare_set("failed", "", mine))
-            return code, text if rank == self.rank else text if text.startswith("rank ") else f"rank {rank}: {text}"
-        except (RuntimeError, ValueError):  # the store was rank 0's, which is gone
-            return code, text
+        with suppress(RuntimeError):  # the store was rank 0's, which is gone
+            self.store.compare_set("failed", "", json.dumps([self.rank, code, text]))
+            self._hear()
+        rank, code, text = self._reason or (self.rank, code, text)
+        return code, text if rank == self.rank or text.startswith("rank ") else f"rank {rank}: {text}"
+
+    def _hear(self) -> bool:
+        """Whether anybody has given a reason, which from then on this rank knows without the store."""
+        if self._reason is None and self.store.check(["failed"]):
+            self._reason = json.loads(self.store.get("failed"))
+            self.store.set(f"heard/{self.rank}", "")
+        return self._reason is not None
+
+    def _be_heard(self) -> None:
+        """Whose store it is stays until all ranks know the reason; those that died never will."""
+        deadline, heard = time.monotonic() + 3 * BEAT, [f"heard/{rank}" for rank in range(self.world)]
+        while self.store.check(["failed"]) and not self.store.check(heard) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -186,19 +200,14 @@ class Group:
     def explain(self, error: BaseException) -> Error:
         """The Error that an exception of torch.distributed means: what another rank said, or who is behind."""
         late = "imed out" in str(error) or "imeout" in str(error)
-        try:
-            deadline = time.monotonic() + 3 * BEAT
-            before = self._beats()
-            while time.monotonic() < deadline:  # a rank that ends with a reason says it within moments
-                if self.store.check(["failed"]):
-                    break
+        with suppress(RuntimeError, ValueError):
+            deadline, before = time.monotonic() + 3 * BEAT, self._beats()
+            while not self._hear() and time.monotonic() < deadline:  # who ends with a reason says it within moments
                 time.sleep(0.05)
-            else:
+            if self._reason is None:
                 self.fail(*self._blame(before, self._beats(), late))
-            code, text = self.fail(1, str(error))
-        except (RuntimeError, ValueError):
-            code, text = 1, "rank 0 does not answer any more: its process or machine is gone; start the run again."
-        return _from_elsewhere(code, text)
+        gone = "rank 0 does not answer any more: its process or machine is gone; start the run again."
+        return _from_elsewhere(*self.fail(1, gone))
 
     def _beats(self) -> list[list[Any]]:
         """[host, signs of life, collectives entered] of every rank."""
@@ -225,12 +234,17 @@ class Group:
         while not self._closing.wait(BEAT):
             try:
                 self._beat()
+                self._hear()
             except RuntimeError:  # the store is gone, and with it whoever could read
                 return
 
     def close(self) -> None:
         """Leave the group."""
         if self.dist is not None and not self._closing.is_set():
+            with suppress(RuntimeError):
+                self.store.set(f"heard/{self.rank}", "")
+                if self.holds_store:
+                    self._be_heard()
             self._closing.set()
             self.dist.destroy_process_group()
 
@@ -258,6 +272,7 @@ def connect(environ: Mapping[str, str], timeout: float) -> Group:
     group = Group(rank, world, int(env["LOCAL_RANK"]), timeout)
     where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
     agents = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process listens, not rank 0
+    group.holds_store = rank == 0 and not agents
     method, wait = environ.get("INIT_METHOD", ""), timedelta(seconds=timeout)
     if rank and not method:
         _reach(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout, rank)

@@ -1,19 +1,19 @@
-"""Run by test_dist_engine in every rank: every ZeRO stage in this world, one engine after the other.
-
-Each trains on the same 12 samples a step; the results go to OUT/WORLD-ZERO-COMPUTE-RANK.pt.
-"""
+"""What the tests of several ranks let each of them do."""
 
 from __future__ import annotations
 
 import os
-import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from daybreak.config_keys import OptimConfig
+from daybreak.config_keys import GuardConfig, OptimConfig
 from daybreak.engine import Engine
-from daybreak.parallel import connect
+from daybreak.errors import DataError, Error
+from daybreak.kernels.guard import WINDOW
+from daybreak.parallel import Group, connect
 from daybreak.shapes import GPT2Config
 
 SAMPLES, T, V = 12, 8, 61
@@ -24,9 +24,12 @@ def batch(step: int) -> torch.Tensor:
     return torch.randint(0, V, (SAMPLES, T + 1), generator=torch.Generator().manual_seed(step))
 
 
-def train(group, zero: int, compute: str, steps: int, B: int, masters: str = "auto", bucket: int = 16384) -> dict:
+def train(
+    group: Group, zero: int, compute: str, steps: int, B: int, masters: str = "auto", bucket: int = 16384
+) -> dict[str, Any]:
+    clip = 0.0 if masters == "none" else 0.5  # the norm's last bit depends on the stage, and with it the clip's scale
     engine = Engine(
-        SHAPE, B=B, T=T, compute=compute, seed=3, optim=OptimConfig(clip=0.5), masters=masters, group=group, zero=zero,
+        SHAPE, B=B, T=T, compute=compute, seed=3, optim=OptimConfig(clip=clip), masters=masters, group=group, zero=zero,
         bucket_bytes=bucket,
     )  # fmt: skip
     mine = SAMPLES // group.world
@@ -42,7 +45,7 @@ def train(group, zero: int, compute: str, steps: int, B: int, masters: str = "au
         if step == 0:
             first = {name: grad for name, _, grad in engine.norms()}
         if step == 1:
-            record = [(e.what, e.bucket, e.sent) for e in engine.comm.record]
+            record = list(engine.comm.record)
         engine.comm.record.clear()
     engine.finish()
     volume = engine.arena.sharding.volume(engine.frame.dtype, mine // B)
@@ -51,19 +54,58 @@ def train(group, zero: int, compute: str, steps: int, B: int, masters: str = "au
         "losses": losses, "norms": norms, "first": first, "record": record, "volume": volume, "numel": plan.numel,
         "weights": {name: engine.param(name).clone() for name in engine.names()}, "nbytes": engine.arena.nbytes,
         "buckets": [(b.start, b.stop, b.moment) for b in plan.buckets],
-        "calls": engine.call_list(),
+        "calls": [call.name for call in engine.arena.calls],
     }  # fmt: skip
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    out, jobs = Path(sys.argv[1]), [job.split(",") for job in sys.argv[2:]]
+def run(args: list[str]) -> int:
+    """One training after the other, each on the same 12 samples a step. args: OUT, then ZERO,COMPUTE,STEPS,B,MASTERS of
+    each; the results go to OUT/WORLD-ZERO-COMPUTE-MASTERS-RANK.pt."""
+    out, jobs = Path(args[0]), [job.split(",") for job in args[1:]]
     group = connect(os.environ, 60)
     for zero, compute, steps, B, masters in jobs:
         result = train(group, int(zero), compute, int(steps), int(B), masters)
         torch.save(result, out / f"{group.world}-{zero}-{compute}-{masters}-{group.rank}.pt")
     group.close()
+    return 0
 
 
-if __name__ == "__main__":
-    main()
+def outliers(args: list[str]) -> int:
+    """Updates with a full window of losses, before the second and third of which rank 1 alone sees another loss. What
+    every rank then has goes to OUT/ZERO-RANK.pt: args is OUT."""
+    group = connect(os.environ, 60)
+    for zero in range(3):
+        engine = Engine(SHAPE, B=4, T=T, seed=3, guard=GuardConfig(loss_z=4.0), group=group, zero=zero)
+        history = torch.linspace(4.0, 4.3, WINDOW, dtype=torch.float64)
+        engine.state["windows"][0].copy_(history)
+        engine.state["counts"].fill_(WINDOW)
+        found = []
+        for step, added in enumerate((0.0, 1.0, torch.nan, 0.0)):
+            rows = batch(step)[group.rank * 4 : (group.rank + 1) * 4]
+            engine.begin_step(lr=3e-3, step=step, valid=SAMPLES * T)
+            engine.micro_step(rows[:, :-1], rows[:, 1:], first=True)
+            engine.state["loss"].add_(added if group.rank == 1 else 0.0)
+            engine.update()
+            engine.finish()
+            kept = {name: engine.state[name].clone() for name in ("weights", "m", "v", "windows", "counts")}
+            found.append((engine.stats(), kept))
+        torch.save(found, Path(args[0]) / f"{zero}-{group.rank}.pt")
+    group.close()
+    return 0
+
+
+def blame(args: list[str]) -> int:
+    """Rank 0 fails and leaves at once; rank 1 waits for it; rank 2 is at work for a while, and then waits for it."""
+    group = connect(os.environ, 60)
+    try:
+        with group.failing_together():
+            if group.rank == 0:
+                raise DataError("the reason.")
+            time.sleep(4.0 if group.rank == 2 else 0.0)
+            group.gather(None)
+    except Error as error:
+        print(error)
+        return error.exit_code
+    finally:
+        group.close()
+    return 0

@@ -1,26 +1,133 @@
-"""Real processes that train together: start them, wait for them, read what they say."""
+"""Real processes that train together: start them, wait for them, read what they say.
+
+They are forked from a server that has imported everything once, which a fresh interpreter takes seconds for. `python`
+is for tests of what an interpreter itself does.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
+import multiprocessing
 import os
+import random
+import resource
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import recovery_child
+
+Run = Callable[[list[str]], int]
+QUIET = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "FATAL", "PYTHONWARNINGS": "ignore"}
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(
+    ["pytest", "torch.distributed", "daybreak.cli.main", "daybreak.llmc", "daybreak.training.loop"]
+)
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port nobody listens at, below those that the system gives to whoever asks for any."""
+    while True:
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port := random.randrange(20000, 32000)))
+            return port
 
 
 def environment(rank: int, world: int, port: int, **more: str) -> dict[str, str]:
     own = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "FATAL", "PYTHONWARNINGS": "ignore"}
-    return os.environ | quiet | {k: str(v) for k, v in own.items()} | more
+    return {k: str(v) for k, v in own.items()} | more
+
+
+# ---- what a rank does: functions of its arguments
+
+
+def daybreak(args: list[str]) -> int:
+    """The command line."""
+    from daybreak.cli.main import main
+
+    return main(args)
+
+
+def llmc(args: list[str]) -> int:
+    """llm.c's command line."""
+    from daybreak.llmc import main
+
+    return main(args)
+
+
+def accident(args: list[str]) -> int:
+    """`daybreak ARGS[1:]` with an accident on the way: the JSON in ARGS[0], see recovery_child."""
+    recovery_child.Accident(**json.loads(args[0]))
+    return daybreak(args[1:])
+
+
+def out_of_memory(args: list[str]) -> int:
+    """`daybreak ARGS[1:]` whose fifth update fails with the text ARGS[0]."""
+    from daybreak.engine import Engine
+
+    update, calls = Engine.update, itertools.count(1)
+
+    def failing(engine: Engine) -> Any:
+        if next(calls) == 5:
+            raise RuntimeError(args[0])
+        return update(engine)
+
+    with patch.object(Engine, "update", failing):
+        return daybreak(args[1:])
+
+
+def small_files(args: list[str]) -> int:
+    """`daybreak ARGS` on a disk that takes no file above 30 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))
+    return daybreak(args)
+
+
+# ---- processes
+
+
+class Forked:
+    """A forked process with the methods of subprocess.Popen that tests use; its output goes to a file."""
+
+    def __init__(self, run: Run, args: list[str], cwd: Path, out: Path, env: Mapping[str, str]) -> None:
+        with patch.dict(os.environ, QUIET):
+            forkserver.ensure_running()
+        self._process = FORK.Process(target=_begin, args=(run, args, str(cwd), str(out), dict(env)), daemon=True)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self._process), timeout or 0)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def send_signal(self, number: int) -> None:
+        if self._process.exitcode is None:
+            os.kill(self._process.pid or 0, number)
+
+
+def _begin(run: Run, args: list[str], cwd: str, out: str, env: dict[str, str]) -> None:
+    fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.chdir(cwd)
+    os.environ.update(env)
+    sys.exit(run(args))
 
 
 STARTED: list[Any] = []
@@ -35,16 +142,26 @@ def end_all() -> None:
     STARTED.clear()
 
 
-def start(world: int, command: list[Any], cwd: Path, ranks: range | None = None, **more: str) -> list[Any]:
-    """Start ranks of one launch of `python COMMAND`; each one's output is in CWD/rank-N.txt."""
-    port, made = int(more.pop("port", 0)) or free_port(), []
+def start(
+    world: int, args: list[Any], cwd: Path, ranks: range | None = None, run: Run = daybreak, **more: Any
+) -> list[Any]:
+    """Start ranks of one launch of `run(ARGS)`; each one's output is in CWD/rank-N.txt."""
+    port = int(more.pop("port", 0)) or free_port()
+    made = []
     for rank in ranks if ranks is not None else range(world):
-        with open(cwd / f"rank-{rank}.txt", "w") as out:
-            line = [sys.executable, *map(str, command)]
-            env = environment(rank, world, port, **more)
-            made.append(subprocess.Popen(line, cwd=cwd, env=env, stdout=out, stderr=subprocess.STDOUT))
+        env = environment(rank, world, port, **more)
+        made.append(Forked(run, [str(arg) for arg in args], cwd, cwd / f"rank-{rank}.txt", env))
     STARTED.extend(made)
     return made
+
+
+def python(args: list[Any], cwd: Path, out: str, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start an interpreter, `python ARGS`; its output is in CWD/OUT."""
+    line = [sys.executable, *map(str, args)]
+    with open(cwd / out, "w") as file:
+        env = os.environ | QUIET | env
+        STARTED.append(subprocess.Popen(line, cwd=cwd, env=env, stdout=file, stderr=subprocess.STDOUT))
+    return STARTED[-1]
 
 
 def finish(processes: list[Any], seconds: float = 120) -> list[int]:

@@ -123,7 +123,7 @@ def test_decoding_computes_the_logits_of_the_whole_text(compute: str, limit: flo
 def without_cache(engine: Engine, prompt: list[int], count: int) -> list[int]:
     text = list(prompt)
     for _ in range(count):
-        text.append(int(engine.next_logits(torch.tensor(text[-engine.T :])).argmax()))
+        text.append(int(engine.logits(torch.tensor([text[-engine.T :]]))[0, -1].argmax()))
     return text[len(prompt) :]
 
 

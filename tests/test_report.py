@@ -41,7 +41,7 @@ def test_flops_of_a_call() -> None:
 def test_every_call_of_a_step_is_metered() -> None:
     engine = Engine(SHAPE, B=2, T=16)
     costs = meter(engine)
-    calls = engine.call_list()
+    calls = [call.name for call in engine.arena.calls]
     assert {name: c.calls for name, c in costs.items()} == {name: calls.count(name) for name in set(calls)}
     assert all(c.seconds > 0 and c.nbytes > 0 and c.backend == "torch" for c in costs.values())
     L, n, C = SHAPE.L, 32, SHAPE.C

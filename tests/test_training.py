@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 
 import daybreak
 from daybreak.config import Config
+from daybreak.state.checkpoint import load_checkpoint
+from daybreak.state.run_folder import RunFolder
 from daybreak.training.stop import Stop
 
 V = 97
@@ -117,13 +119,27 @@ def test_other_kernels_are_told(
     shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resumed run whose bits rest on other things than before says which, in one line; an equal one says nothing."""
-    run = daybreak.train(config(shards, tmp_path, "a", run__steps=3))
     caplog.set_level(logging.WARNING, logger="daybreak")
+    run = daybreak.train(config(shards, tmp_path, "a", run__steps=3))
     daybreak.train(run.config.override({"run.steps": 4}), resume=run.path)
     assert caplog.messages == []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     daybreak.train(run.config.override({"run.steps": 5}), resume=run.path)
     assert caplog.messages == ["from here on bits may differ from an uninterrupted run: threads 1 -> 7"]
+    caplog.clear()
+    other = {"run.steps": 6, "batch.B": 2, "batch.recompute": 1}
+    daybreak.train(run.config.override(other), resume=run.path)
+    changed = "batch.B 4 -> 2, batch.recompute 0 -> 1"
+    assert caplog.messages == [f"from here on bits may differ from an uninterrupted run: {changed}"]
+    assert load_checkpoint(daybreak.Run(run.path).checkpoints[0]).manifest["kernels"]["ranks"] == "1"
+
+
+def test_a_run_that_another_process_holds_is_left_alone(shards: Path, tmp_path: Path) -> None:
+    """Two starts that both found the name free: the one that comes second to the lock leaves nothing behind."""
+    (tmp_path / "a").mkdir()
+    with RunFolder(tmp_path / "a").locked(), pytest.raises(daybreak.Error, match="is being trained by another process"):
+        daybreak.train(config(shards, tmp_path, "a"))
+    assert not (tmp_path / "a/exit.json").exists()
 
 
 def test_it_learns(shards: Path, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ class Frame(Protocol):
 
     k: Kernels
     comm: Collectives
+    state: dict[str, Tensor]
 
     def w(self, name: str) -> Tensor:
         """A weight, in compute dtype."""
@@ -63,6 +64,7 @@ class Frame(Protocol):
 
     def final(self, moment: int) -> None:
         """Backward has finished the gradients that Model.final_at gives this moment: they may be exchanged."""
+        exchange(self, moment)
 
     def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
         """Call fn, which is no kernel: what it writes and reads is on the call list."""
@@ -76,7 +78,7 @@ class Memory(NamedTuple):
     positions: Tensor | None = None
 
 
-class PlanFrame:
+class PlanFrame(Frame):
     """Hands out storage-less tensors and remembers what was asked for."""
 
     def __init__(
@@ -98,9 +100,6 @@ class PlanFrame:
             return self.table.view(self.state["grads"], name)
         return self.comm.plan.gradient(name, lambda k: grad_buffer(self, k))
 
-    def final(self, moment: int) -> None:
-        exchange(self, moment)
-
     def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
         read, written = (tuple(storage_key(t) for t in tensors) for tensors in (reads, writes))
         self.recorder.calls.append(Call(name, read, written, 0))
@@ -115,7 +114,7 @@ class PlanFrame:
         return tensor.view(-1)[: math.prod(shape)].view(shape)
 
 
-class LiveFrame:
+class LiveFrame(Frame):
     """Hands out views of allocated buffers."""
 
     def __init__(
@@ -144,10 +143,6 @@ class LiveFrame:
     def g(self, name: str) -> Tensor:
         return self.grads[name]
 
-    def final(self, moment: int) -> None:
-        if self.comm.active:
-            exchange(self, moment)
-
     def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
         fn()
 
@@ -164,7 +159,7 @@ def grad_buffer(f: Frame, k: int) -> Tensor:
     return f.a(f"grads.{k}", stop - start)
 
 
-def exchange(f: PlanFrame | LiveFrame, moment: int) -> None:
+def exchange(f: Frame, moment: int) -> None:
     """Start to exchange the buckets that are final now, and wait for those whose memory is wanted, or, at the end,
     for all."""
     c, plan = f.comm, f.comm.plan
@@ -190,7 +185,7 @@ def exchange(f: PlanFrame | LiveFrame, moment: int) -> None:
         _land(f, c.flying.pop(0))
 
 
-def _hand_over(f: PlanFrame | LiveFrame, j: int) -> None:
+def _hand_over(f: Frame, j: int) -> None:
     """Clear what no row covers of segment j's buffer, and copy what belongs to others' buckets there."""
     plan, mine = f.comm.plan, grad_buffer(f, j)
     first = plan.buffer(j)[0]
@@ -203,7 +198,7 @@ def _hand_over(f: PlanFrame | LiveFrame, j: int) -> None:
         f.do("strip", partial(to.copy_, source), [to], [source])
 
 
-def _land(f: PlanFrame | LiveFrame, k: int) -> None:
+def _land(f: Frame, k: int) -> None:
     """Wait for bucket k's sum; at stage 2 add it to this rank's, and its memory is free again."""
     c, plan = f.comm, f.comm.plan
     b, size = plan.buckets[k], plan.size(k)

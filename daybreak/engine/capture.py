@@ -27,11 +27,6 @@ class Graphs:
         self.enabled = enabled
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
-    @property
-    def captured(self) -> bool:
-        """Whether there is anything to replay."""
-        return bool(self._graphs)
-
     def capture(self, key: Hashable, fn: Callable[[], None]) -> None:
         """Record fn, which has run before (its kernels are compiled and its libraries loaded)."""
         graph = torch.cuda.CUDAGraph()

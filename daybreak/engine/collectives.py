@@ -12,7 +12,7 @@ later. On CUDA, NCCL runs on a stream of its own: `start` forks it from the sche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -74,28 +74,26 @@ class Sharding:
             self.buckets.append(Bucket(start, stop, max(touched, default=0), at))
             at += (stop - start) // self.world
         self.shard = at
-        self.order = sorted((k for k, b in enumerate(self.buckets) if b.stop > b.start), key=self._moment)
+        filled = [k for k, b in enumerate(self.buckets) if b.stop > b.start]
+        self.order = sorted(filled, key=lambda k: self.buckets[k].moment)
         self.last_moment = max(moment for _, _, moment in self.segments)
         self._segment_of = {
             name: k for k, (a, b, _) in enumerate(self.segments) for name in table.rows if a <= table.offsets[name] < b
         }
-
-    def _moment(self, k: int) -> int:
-        return self.buckets[k].moment
 
     def size(self, k: int) -> int:
         """Elements of one rank's shard of bucket k."""
         return (self.buckets[k].stop - self.buckets[k].start) // self.world
 
     def shards(self) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, place in this rank's compact buffers) of its shard of every bucket, in flat order: what a
-        checkpoint has from it, at every stage."""
+        """(start, stop, place in this rank's buffers, which stages 1 and 2 make compact) of its shard of every bucket,
+        in flat order: what a checkpoint has from it, at every stage."""
         if self.world == 1:
             yield 0, self.numel, 0
             return
         for k, b in enumerate(self.buckets):
             start = min(b.start + self.rank * self.size(k), self.table.numel)
-            yield start, min(start + self.size(k), self.table.numel), b.at
+            yield start, min(start + self.size(k), self.table.numel), b.at if self.zero else start
 
     def held(self) -> Iterator[tuple[int, int, int]]:
         """The same of what this rank has optimizer state for: its shards, or at stage 0 everything."""
@@ -162,22 +160,6 @@ class Sharding:
         return trips * self.numel * dtype.itemsize * (self.world - 1) / self.world
 
 
-def exposed_seconds(
-    plan: Sharding, itemsize: int, final: Mapping[int, float], end: float, bandwidth: float, latency: float = 0.0
-) -> float:
-    """Modelled seconds by which the exchange of gradients outlasts a backward that ends at `end`.
-
-    final: moment -> seconds after backward's start at which its gradients are final. bandwidth: bytes a second that
-    one rank sends (and receives) on its slowest link; latency: seconds a bucket takes besides. Buckets travel one
-    after the other, each once it is final; NCCL's slowing of the products meanwhile is not modelled.
-    """
-    at, trips = 0.0, 1 if plan.zero else 2
-    for k in plan.order:
-        sent = trips * plan.size(k) * (plan.world - 1) * itemsize
-        at = max(at, final[plan.buckets[k].moment]) + latency + sent / bandwidth
-    return max(at - end, 0.0)
-
-
 def _segments(table: ParamTable, moment_of: Callable[[str], int], limit: int) -> list[tuple[int, int, int]]:
     """Consecutive rows that become final together, and runs of them that do so one after the other, up to `limit`."""
     runs: list[tuple[int, int, int]] = []
@@ -193,19 +175,11 @@ def _segments(table: ParamTable, moment_of: Callable[[str], int], limit: int) ->
     return runs
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """One exchange as recorded: what, over which bucket, and the bytes that each rank sends for it."""
-
-    what: str
-    bucket: int
-    sent: float
-
-
 class Collectives:
     """Runs a `Sharding`'s exchanges over a process group. On one process every method does nothing.
 
-    `record`: every exchange that was started, in order, for whoever counts them (tests; bounded by `reset`).
+    `record`: (what, bucket, bytes that each rank sends for it) of the exchanges that were started, in order, for
+    whoever counts them; it ends at 10,000.
     """
 
     def __init__(self, sharding: Sharding, group: Group = ALONE) -> None:
@@ -214,7 +188,7 @@ class Collectives:
         self.last = True  # the micro-step under way is the step's last
         self.first = True
         self.stale = False  # updated weights are still to be gathered
-        self.record: list[Exchange] = []
+        self.record: list[tuple[str, int, float]] = []
         self.flying: list[int] = []  # buckets started and not waited for, oldest first
         self._reducing: dict[int, Any] = {}
         self._gathering: dict[int, Any] = {}
@@ -241,8 +215,6 @@ class Collectives:
 
     def sum_scalars(self, state: dict[str, Tensor]) -> None:
         """loss = the sum of all ranks' losses; norm = of shards' norms, that of the whole gradient."""
-        if not self.active:
-            return
         sums = state["sums"]
         sums[0].copy_(state["loss"])
         torch.mul(state["norm"], state["norm"], out=sums[1])
@@ -255,9 +227,7 @@ class Collectives:
     # ---- weights
 
     def gather(self, weights: Tensor) -> None:
-        """Start to gather all updated weights, in the order in which forward wants them."""
-        if not (self.active and self.plan.zero):
-            return
+        """Start to gather all updated weights, in the order in which forward wants them; where they are `stale`."""
         for k in reversed(self.plan.order):
             b, size = self.plan.buckets[k], self.plan.size(k)
             mine = weights[b.start + self.plan.rank * size :][:size]
@@ -284,4 +254,4 @@ class Collectives:
         self.group.progress += 1
         share = whole.nbytes * (self.plan.world - 1) / self.plan.world
         if len(self.record) < 10_000:
-            self.record.append(Exchange(what, k, share * (2 if what == "all_reduce" else 1)))
+            self.record.append((what, k, share * (2 if what == "all_reduce" else 1)))

@@ -17,14 +17,18 @@ import torch
 
 from daybreak.config import Config
 from daybreak.errors import ConfigError
+from daybreak.parallel import ALONE, Group
 
 
-def pick_device(name: str) -> torch.device:
-    """run.device -> a device that exists here. Raises ConfigError otherwise."""
+def pick_device(name: str, group: Group = ALONE) -> torch.device:
+    """run.device -> a device that exists here: of several ranks on a machine each its own, where the name leaves that
+    open. Raises ConfigError otherwise."""
     if torch.version.hip is not None:
         raise ConfigError("this torch is a ROCm build, which daybreak does not support; use an NVIDIA or CPU build.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and group.world > 1 and torch.cuda.is_available():
+        name = f"cuda:{group.local_rank % torch.cuda.device_count()}"
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -61,9 +65,13 @@ def missing_on(device: torch.device) -> dict[str, str]:
     return missing_backends(torch.cuda.get_device_capability(device))
 
 
-def numerics(device: torch.device, choices: Mapping[str, str]) -> dict[str, str]:
-    """What the bits of a step rest on beside the configuration: kernels, library, card or threads, measured tables."""
-    what = {**choices, "torch": str(torch.__version__), "device": device.type}
+def numerics(config: Config, device: torch.device, choices: Mapping[str, str], ranks: int) -> dict[str, str]:
+    """What the bits of a step rest on and a resume may change: how the step is cut, kernels, library, card or threads,
+    measured tables."""
+    c, p = config.batch, config.parallel
+    shared = f" (parallel.zero {p.zero}, parallel.bucket_bytes {p.bucket_bytes})" if ranks > 1 else ""
+    what = {"batch.B": str(c.B), "batch.recompute": str(c.recompute), "ranks": f"{ranks}{shared}"}
+    what |= {**choices, "torch": str(torch.__version__), "device": device.type}
     if device.type == "cpu":
         return {**what, "device": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads())}
     what["device"] = torch.cuda.get_device_name(device)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import errno
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from daybreak.config import Config
 from daybreak.engine.arena import Arena
-from daybreak.engine.device import available_bytes, engine_options, missing_on
+from daybreak.engine.device import available_bytes, engine_options, missing_on, pick_device
 from daybreak.engine.schedule import plan_engine
-from daybreak.errors import OutOfMemory
+from daybreak.errors import Error, OutOfMemory
 from daybreak.parallel import ALONE, Group
 
 # What a process has on a card beside its arena: CUDA context, modules, library handles, graphs. One H100 80GB HBM3,
 # torch 2.11.0+cu130, 25 Nov 2026: between 2,040 and 2,163 MiB in five runs (bench/results/gpu_step.csv).
 OUTSIDE = 2080 << 20
+# How torch, Triton, the CUDA driver and runtime, cuBLAS, cuDNN and the system say that an allocation failed.
+NO_MEMORY = re.compile(r"out.of.memory|alloc(ation)?_failed|memoryallocation|allocate memory", re.IGNORECASE)
 
 
 def plan_memory(
@@ -103,11 +108,32 @@ def check_fits(
     raise OutOfMemory(f"the run needs {need >> 20} MiB ({parts}) and {device} has {free >> 20} MiB free; try {fix}.")
 
 
-def ran_out(device: torch.device, config: Config, ranks: int = 1) -> OutOfMemory:
-    """The error for an allocation that failed although the arena had fitted: others, or libraries, took the rest."""
-    free = available_bytes(device) or 0
-    if device.type == "cuda":
-        free += torch.cuda.memory_reserved(device)  # what this process holds is its own
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed, whoever made it."""
+    if isinstance(error, OSError):  # its text may have a file's name in it
+        return error.errno == errno.ENOMEM
+    told = not isinstance(error, Error) and NO_MEMORY.search(str(error))
+    return isinstance(error, MemoryError) or bool(told)
+
+
+@contextmanager
+def explaining_memory(config: Config, group: Group = ALONE) -> Iterator[None]:
+    """An allocation that fails inside, although the arena had fitted (others, or libraries, took the rest), becomes
+    OutOfMemory with the flags that help."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _ran_out(pick_device(config.run.device, group), config, group.world) from None
+
+
+def _ran_out(device: torch.device, config: Config, ranks: int) -> OutOfMemory:
+    free = 0
+    with suppress(RuntimeError):  # a card may be so full that it does not even say so
+        free = available_bytes(device) or 0
+        if device.type == "cuda":
+            free += torch.cuda.memory_reserved(device)  # what this process holds is its own
     fit = Fit(device, missing_on(device), 0, ranks)
     need = fit.need(config)
     fit.budget = min(free, need - 1)  # less than what has just failed, in any case

@@ -8,7 +8,6 @@ contiguous memory can be reduced while backward still runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -38,7 +37,6 @@ class Row:
 class Group:
     """Consecutive rows that share an optimizer rule: elements [start, stop) of every flat buffer."""
 
-    name: str
     start: int
     stop: int
     decay: bool
@@ -53,13 +51,13 @@ class ParamTable:
         self.offsets: dict[str, int] = {}
         self.groups: list[Group] = []
         offset = 0
-        for name, decay in (("decay", True), ("no_decay", False)):
+        for decay in (True, False):
             start = offset
             for row in reversed(rows):
                 if row.decay == decay:
                     self.offsets[row.name] = offset
                     offset += -(-row.numel // ALIGN) * ALIGN
-            self.groups.append(Group(name, start, offset, decay))
+            self.groups.append(Group(start, offset, decay))
         self.numel = offset
 
     @property
@@ -78,10 +76,10 @@ class ParamTable:
 
 
 @torch.no_grad()
-def init_parameters(table: ParamTable, seed: int, store: Callable[[str, Tensor], None], workers: int = 1) -> None:
-    """Draw initial weights and hand each to store(name, fp32 CPU tensor), from up to `workers` threads.
+def fill_parameters(table: ParamTable, flat: Tensor, seed: int) -> None:
+    """Draw initial weights into a flat CPU buffer (N, any float dtype) on all of torch's threads.
 
-    Equal to llm.c's and PyTorch's, whatever `workers` is: torch.nn.init.normal_ with one CPU generator, tensor after
+    Equal to llm.c's and PyTorch's, however many those are: torch.nn.init.normal_ with one CPU generator, tensor after
     tensor in forward order. Turning the generator's numbers into normal ones is the slow part; the generator runs
     ahead to the beginning of each tensor, so that several can be drawn at once.
     """
@@ -92,10 +90,10 @@ def init_parameters(table: ParamTable, seed: int, store: Callable[[str, Tensor],
             generator = torch.Generator()
             generator.set_state(state)
             value[: row.drawn_rows].normal_(0.0, row.std, generator=generator)
-        store(row.name, value)
+        table.view(flat, row.name).copy_(value)
 
     ahead, skipped = torch.Generator().manual_seed(seed), torch.empty(1 << 20)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         jobs = []
         for row in table.rows.values():
             jobs.append(pool.submit(draw, row, ahead.get_state() if row.std is not None else None))
@@ -103,15 +101,6 @@ def init_parameters(table: ParamTable, seed: int, store: Callable[[str, Tensor],
                 _skip(ahead, math.prod((row.drawn_rows or row.shape[0], *row.shape[1:])), skipped)
         for job in jobs:
             job.result()
-
-
-def fill_parameters(table: ParamTable, flat: Tensor, seed: int) -> None:
-    """Draw initial weights into a flat CPU buffer (N, any float dtype) on all of torch's threads."""
-
-    def store(name: str, value: Tensor) -> None:
-        table.view(flat, name).copy_(value)
-
-    init_parameters(table, seed, store, torch.get_num_threads())
 
 
 def _skip(generator: torch.Generator, numel: int, buffer: Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from daybreak.engine.device import missing_on
 from daybreak.engine.models import build_model
 from daybreak.engine.params import ParamTable, fill_parameters
 from daybreak.engine.schedule import DTYPES, HYPER, State, evaluate, micro_step, next_token, plan_engine, update
-from daybreak.kernels import ON_HOST
+from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
 from daybreak.kernels.optimizer import join_masters, round_weights, split_masters
 from daybreak.parallel import ALONE, Group
@@ -36,21 +36,12 @@ def named_stats(pending: Pending) -> dict[str, float]:
     return dict(zip(STATS, pending.values(), strict=True))
 
 
-class Draw:
-    """Initial weights being drawn into host memory, in threads of their own."""
-
-    def __init__(self, cfg: GPT2Config, seed: int, dtype: torch.dtype) -> None:
-        cfg.check()
-        table = ParamTable(build_model(cfg).rows())
-        self._flat = torch.zeros(table.numel, dtype=dtype)
-        self._pool = ThreadPoolExecutor(1)
-        self._done = self._pool.submit(fill_parameters, table, self._flat, seed)
-
-    def result(self) -> Tensor:
-        """The flat weights (N) in compute dtype, once they are complete."""
-        self._done.result()
-        self._pool.shutdown()
-        return self._flat
+def draw(cfg: GPT2Config, seed: int, dtype: torch.dtype) -> Tensor:
+    """The flat initial weights (N) in host memory."""
+    table = ParamTable(build_model(cfg).rows())
+    flat = torch.zeros(table.numel, dtype=dtype)
+    fill_parameters(table, flat, seed)
+    return flat
 
 
 class Engine:
@@ -91,7 +82,10 @@ class Engine:
         self.optim, self.guard = optim or OptimConfig(), guard or GuardConfig()
         self.seed = seed  # of the initial weights and of stochastic rounding
         # On CUDA the draw takes seconds and so do loading and compiling kernels: they go on side by side.
-        drawing = Draw(cfg, seed, DTYPES[compute]) if init and self.device.type == "cuda" else None
+        drawing: Future[Tensor] | None = None
+        if init and self.device.type == "cuda":
+            cfg.check()
+            drawing = ThreadPoolExecutor(1).submit(draw, cfg, seed, DTYPES[compute])
         self.model, self.table, self.arena = plan_engine(
             cfg, B=B, T=T, compute=compute, recompute=recompute, train=train, masters=masters,
             device_type=self.device.type, kernels=kernels, missing=missing_on(self.device), rows=rows, group=group,
@@ -118,7 +112,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------- weights
 
-    def init(self, seed: int, drawing: Draw | None = None) -> None:
+    def init(self, seed: int, drawing: Future[Tensor] | None = None) -> None:
         """Fresh weights from `seed`, always drawn on the CPU (or already, by `drawing`); optimizer state and windows
         zeroed."""
         for name in ("m", "v", "masters", "windows", "counts"):  # split masters of rounded weights are zero
@@ -126,10 +120,10 @@ class Engine:
                 self.state[name].zero_()
         weights = self.state["weights"]
         drawn = weights[: self.table.numel]
-        if drawing is not None or weights.device.type != "cpu":
-            drawn.copy_((drawing or Draw(self.cfg, seed, weights.dtype)).result())
-        else:
+        if weights.device.type == "cpu":
             fill_parameters(self.table, drawn, seed)
+        else:
+            drawn.copy_(drawing.result() if drawing else draw(self.cfg, seed, weights.dtype))
         masters = self.state.get("masters")
         if masters is not None and masters.dtype != torch.int16:  # they start from the rounded weights
             for start, stop, at in self.comm.plan.held():
@@ -137,7 +131,7 @@ class Engine:
 
     def prepare(self) -> None:
         """On CUDA: run the schedule once without effect, so that everything is compiled, and capture its graphs."""
-        if not self.graphs.enabled or self.graphs.captured:
+        if not self.graphs.enabled:
             return
         self.state["tokens"].zero_()
         self.state["targets"].fill_(-1)
@@ -180,8 +174,7 @@ class Engine:
     def master_parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first element, 1-D tensor) of the parts of a weight that are this rank's to save, as exact as `master`'s."""
         masters, plan = self.state.get("masters"), self.comm.plan
-        ranges = [(a, b, at if plan.zero else a) for a, b, at in plan.shards()]
-        for where, at in plan.within(name, iter(ranges)):
+        for where, at in plan.within(name, plan.shards()):
             value = self.param(name).view(-1)[where]
             if masters is not None and masters.dtype == torch.int16:
                 value = join_masters(torch.empty(value.shape, device=self.device), value, masters[at])
@@ -243,7 +236,6 @@ class Engine:
 
         On CUDA it returns once the work is queued."""
         assert tokens.shape == targets.shape == (self.B, self.T), "a micro-batch is (B, T); copy_ would broadcast"
-        self.prepare()
         slot = self._batch.take()
         self._batch.slots[slot][0].copy_(tokens)
         self._batch.slots[slot][1].copy_(targets)
@@ -266,17 +258,15 @@ class Engine:
         micro_step(self.model, self.frame, self.state, first=True)
         self._update()
 
-    def forward_backward(self, tokens: Tensor, targets: Tensor) -> None:
+    def forward_backward(self, tokens: Tensor, targets: Tensor, *, lr: float = 0.0, step: int = 0) -> None:
         """Gradients of the mean loss over all valid targets of all ranks' tokens, targets (A, B, T): A micro-steps."""
-        self.begin_step(lr=0.0, step=0, valid=int(self.comm.group.numbers([int((targets >= 0).sum())])[0]))
+        self.begin_step(lr=lr, step=step, valid=int(self.comm.group.numbers([int((targets >= 0).sum())])[0]))
         for i in range(tokens.shape[0]):
             self.micro_step(tokens[i], targets[i], first=i == 0, last=i == tokens.shape[0] - 1)
 
     def train_step(self, tokens: Tensor, targets: Tensor, *, lr: float, step: int) -> None:
         """A whole step: tokens, targets (A, B, T), this rank's; `step` counts from 0."""
-        self.begin_step(lr=lr, step=step, valid=int(self.comm.group.numbers([int((targets >= 0).sum())])[0]))
-        for i in range(tokens.shape[0]):
-            self.micro_step(tokens[i], targets[i], first=i == 0, last=i == tokens.shape[0] - 1)
+        self.forward_backward(tokens, targets, lr=lr, step=step)
         self.update()
 
     def stats(self) -> dict[str, float]:
@@ -299,16 +289,11 @@ class Engine:
     def _front(self, name: str, b: int, t: int) -> Tensor:
         return self.state[name].view(-1)[: b * t].view(b, t)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """The final layernorm's output (b, t, C) for tokens (b, t); a view that the next call overwrites."""
-        b, t = tokens.shape
-        inputs = self._front("tokens", b, t)
-        inputs.copy_(tokens)
-        return self.model.forward(self.frame, inputs).view(b, t, -1)
-
     def logits(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits (b, t, V) in compute dtype at every position of tokens (b, t), into `out` or a new tensor."""
-        hidden = self.hidden(tokens).view(-1, self.cfg.C)
+        inputs = self._front("tokens", *tokens.shape)
+        inputs.copy_(tokens)
+        hidden = self.model.forward(self.frame, inputs)
         n, V = hidden.shape[0], self.cfg.V
         result = torch.empty(n, V, dtype=hidden.dtype, device=self.device) if out is None else out.view(n, V)
         step = self.model.head_rows(self.B * self.T, hidden.dtype)
@@ -317,18 +302,13 @@ class Engine:
             result[rows].copy_(self.model.head_logits(self.frame, hidden[rows])[:, :V])
         return result.view(*tokens.shape, V)
 
-    def next_logits(self, tokens: Tensor) -> Tensor:
-        """Logits (V) in fp32 that follow tokens (t); a view that the next call overwrites."""
-        self.model.head_logits(self.frame, self.hidden(tokens[None])[0, -1:])
-        return self._next_logits(1)[0]
-
     def _next_logits(self, b: int) -> Tensor:
         logits = self.frame.a("logits", b, self.cfg.Vp)
         return self.state["next_logits"][:b].copy_(logits[:, : self.cfg.V])
 
     def prefill(self, row: int, texts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (b, V) in fp32 that follow b texts of any lengths, whose keys and values are kept in the cache's rows
-        from `row` on, for `decode` to go on from. b times the longest is at most B T. A view, as `next_logits`."""
+        from `row` on, for `decode` to go on from. b times the longest is at most B T. The next call overwrites it."""
         b, t = len(texts), max(map(len, texts))
         inputs, last = self._front("tokens", b, t), self.state["last_hidden"][:b]
         inputs.copy_(torch.tensor([[*text, *[0] * (t - len(text))] for text in texts]))  # no token sees what follows it
@@ -351,22 +331,15 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------- looking in
 
-    def call_list(self) -> list[str]:
-        """Names of the kernel calls of one micro-step and update, in order."""
-        return [call.name for call in self.arena.calls]
-
     def norms(self) -> Iterator[tuple[str, float, float]]:
         """(name, weight norm, gradient norm) of every parameter; costs a pass over both. Collective."""
-        plan, norm = self.comm.plan, torch.linalg.vector_norm
-        if not plan.zero:
-            for name in self.table.rows:
-                yield name, norm(self.master(name)).item(), norm(self.grad(name)).item()
-            return
+        plan, sums = self.comm.plan, self.state["shard" if self.comm.plan.zero else "grads"]
         squares = []
         for name in self.table.rows:
-            squares.append(sum(norm(part, dtype=torch.float64).item() ** 2 for _, part in self.master_parts(name)))
-            grads = [self.state["shard"][at] for _, at in plan.within(name, plan.shards())]
-            squares.append(sum(norm(part, dtype=torch.float64).item() ** 2 for part in grads))
+            grads = [sums[at] for _, at in plan.within(name, plan.shards())]
+            for parts in ([part for _, part in self.master_parts(name)], grads):
+                norms = (torch.linalg.vector_norm(part, dtype=acc_dtype(part.dtype)).item() for part in parts)
+                squares.append(sum(norm**2 for norm in norms))
         found = iter(self.comm.group.numbers(squares))
         for name in self.table.rows:
             yield name, math.sqrt(next(found)), math.sqrt(next(found))

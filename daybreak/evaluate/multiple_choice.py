@@ -135,11 +135,16 @@ def losses_of(
 def accuracy(
     engine: Engine, examples: Iterable[Example], check: Callable[[], None] = lambda: None, group: Group = ALONE
 ) -> Accuracy:
-    """Score examples by the rules above. `check` runs before each batch. Collective: ranks share the examples out."""
+    """Score examples by the rules above. `check` runs before each batch, equally often on every rank. Collective: ranks
+    share the examples out."""
     everything = list(examples)
-    examples = everything[group.rank :: group.world]
+    shares = [everything[rank :: group.world] for rank in range(group.world)]
+    batches = [-(-sum(len(e.endings) for e in share) // engine.B) for share in shares]
+    examples = shares[group.rank]
     rows = [(e.context, ending) for e in examples for ending in e.endings]
     each = iter(losses_of(engine, rows, check))
+    for _ in range(max(batches) - batches[group.rank]):
+        check()
     right = np.zeros(2, np.int64)
     for e in examples:
         losses = [next(each).astype(np.float64) for _ in e.endings]

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 from daybreak.state.metrics import format_duration, step_line
 
@@ -16,8 +16,9 @@ log = logging.getLogger("daybreak")
 SPARK = "▁▂▃▄▅▆▇█"
 
 
-class Display(Protocol):
-    """Receives what happened; `values` are the keyword arguments of state.metrics.step_line."""
+class Display:
+    """Receives what happened; `values` are the keyword arguments of state.metrics.step_line. This one shows nothing: of
+    several ranks the first says it all."""
 
     def step(self, step: int, steps: int, values: dict[str, Any]) -> None:
         """A finished update; `step` counts from 1."""
@@ -43,7 +44,7 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-class PlainDisplay:
+class PlainDisplay(Display):
     """llm.c's line every `every` steps."""
 
     def __init__(self, every: int) -> None:
@@ -53,30 +54,11 @@ class PlainDisplay:
         if step % self.every == 0 or step == steps:
             _say(step_line(step, steps, values))
 
-    def record(self, record: dict[str, Any]) -> None:
-        pass
-
     def note(self, text: str) -> None:
         _say(text)
 
     def sample(self, text: str) -> None:
         _say(f"generating:\n---\n{text}\n---")
-
-    def close(self) -> None:
-        pass
-
-
-class MuteDisplay(PlainDisplay):
-    """Of all ranks but the first: what they have to say is said there."""
-
-    def step(self, step: int, steps: int, values: dict[str, Any]) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-    def sample(self, text: str) -> None:
-        pass
 
 
 def sparkline(values: list[float], width: int) -> str:
@@ -91,7 +73,7 @@ def sparkline(values: list[float], width: int) -> str:
     return "".join(SPARK[round((x - low) * scale)] for x in means)
 
 
-class LiveDisplay:
+class LiveDisplay(Display):
     """A panel that redraws in place: progress, curve, scores, speed, card, time, money, the last sample. Notes scroll
     above it. price: dollars per hour, 0 = unknown; clock: seconds, for the money spent since the start."""
 

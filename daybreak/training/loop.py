@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from daybreak.data.dataset import unigram_entropy
 from daybreak.data.loader import ahead
 from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
-from daybreak.engine.device import Sensors, engine_options, numerics, pick_device, used_mib
-from daybreak.engine.fit import ran_out
+from daybreak.engine.device import Sensors, engine_options, numerics, used_mib
+from daybreak.engine.fit import explaining_memory
 from daybreak.errors import Error, Stopped, TooManySkips
 from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import validate
@@ -44,7 +44,7 @@ from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder
 from daybreak.state.saver import Saver
 from daybreak.state.throughput import Throughput
-from daybreak.training.display import Display, MuteDisplay, make_display
+from daybreak.training.display import Display, make_display
 from daybreak.training.profile import Profiler
 from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
@@ -118,10 +118,11 @@ def _train(
         folder.forget_exit()  # an earlier attempt's verdict is not this one's
     code, reason = 1, "unknown"
     try:
-        with stop.group.failing_together():
+        with stop.group.failing_together(), explaining_memory(config, stop.group):
             setup = open_run(config, resume=resume, stop=stop)
-            folder = setup.run.folder
-            with folder.locked() if resume is None and chief else nullcontext():
+            new = setup.run.folder
+            with new.locked() if resume is None and chief else nullcontext():
+                folder = new  # ours from here on: the exit.json of a run that another process holds is that one's
                 trainer = Trainer(setup, stop, on_save)
                 trainer.load(fork, init)
                 trainer.run()
@@ -131,10 +132,6 @@ def _train(
         code, reason = Stopped.exit_code, str(stopped)
         again = f"; continue with: daybreak train {folder.path}" if folder is not None else ""
         raise Stopped(f"{reason} before the first update{again}.") from None
-    except (torch.OutOfMemoryError, MemoryError):
-        out = ran_out(pick_device(config.run.device), config)
-        code, reason = out.exit_code, str(out)
-        raise out from None
     except OSError as error:
         code, reason = 1, f"{error.filename or 'a file'} failed ({error.strerror})"
         raise Error(f"{reason}; free space or mend the disk, then train the run's folder again.") from error
@@ -217,7 +214,7 @@ class Trainer:
             log.warning("from here on bits may differ from an uninterrupted run: %s", ", ".join(changed))
 
     def _numerics(self) -> dict[str, str]:
-        return numerics(self.setup.device, self.engine.frame.k.choices)
+        return numerics(self.config, self.setup.device, self.engine.frame.k.choices, self.group.world)
 
     @property
     def tokens(self) -> int:
@@ -247,11 +244,9 @@ class Trainer:
             factor = guard.hang_factor if self.group.world == 1 else 0.0
             self.watchdog = open_.enter_context(Watchdog(folder, lambda: self.stop.checks, factor, guard.hang_seconds))
             batches = open_.enter_context(closing(ahead(self._batches(), count(self.step), threads=1, depth=3)))
-            self.display: Display = (
-                make_display(c.log.display, c.log.every, title, c.cost.price)
-                if self.chief
-                else MuteDisplay(c.log.every)
-            )
+            self.display = Display()
+            if self.chief:
+                self.display = make_display(c.log.display, c.log.every, title, c.cost.price)
             sinks = Sinks(c, folder.path) if self.chief else None
             self.metrics.listeners += [self.display.record, *([sinks.record] if sinks else [])]
             self.profiler = Profiler(c.run.profile if self.chief else "", folder.path)
@@ -341,9 +336,7 @@ class Trainer:
         self.display.note(f"step {self.step}: val loss {result.loss:.6f} ({result.bits_per_byte:.4f} bits per byte)")
 
         if self.setup.hellaswag and self.step:
-            # Several ranks have different numbers of batches: nothing to agree on in between.
-            check = self.stop.check if self.group.world == 1 else lambda: None
-            score = accuracy(self.engine, self.setup.hellaswag, check, self.group)
+            score = accuracy(self.engine, self.setup.hellaswag, self.stop.check, self.group)
             # llm.c's definition under the plain name, as in main.log; lm-eval's differs (docs/evaluation.md).
             for task, value in (("hellaswag", score.acc_norm), ("hellaswag-acc", score.acc)):
                 self.metrics.write("eval", self.step, self.tokens, task=task, accuracy=value, examples=score.examples)
@@ -355,6 +348,8 @@ class Trainer:
         how = Sampling(e.sample_tokens, e.temperature, e.top_k, seed=SAMPLE_SEED)
         check = self.stop.check if self.group.world == 1 else lambda: None
         pieces = sample_text(self.engine, self.setup.tokenizer, e.prompt, how, check)
+        if self.group.world > 1:  # the others are not asked in between: what there is when it is to stop is the sample
+            pieces = takewhile(lambda _: not self.stop.reason, pieces)
         text = e.prompt + "".join(pieces)
         self.run_folder.append_sample(self.step, text)
         self.metrics.write("sample", self.step, self.tokens, text=text)

@@ -68,14 +68,17 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     folder = RunFolder(resume or Path(config.run.dir) / (config.run.name or config.model.arch))
     if resume is None:
         group.first(folder.check_free)
-    device = _own_device(config.run.device, group)
-    if device.type == "cuda":  # looking for libraries imports them, which takes seconds: meanwhile the data is opened
+    device = pick_device(config.run.device, group)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # looking for libraries imports them, which takes seconds: meanwhile the data is opened
         Thread(target=missing_on, args=(device,), daemon=True).start()
     compute = pick_compute(config.precision.compute, device)
     _set_precision(config, device, compute)
     check_sinks(config)
     group.first(lambda: _prepare_embedded(config, stop.look if group.world > 1 else stop.check))
-    dataset, train_loader, val_loader = open_data(config)
+    d, shuffle = config.data, not config.run.overfit
+    dataset, train_loader, val_loader = open_loaders(d, config.T, config.run.seed, config.model.V, shuffle=shuffle)
     tokenizer = get_tokenizer(dataset.tokenizer_name, dataset.folder)
     if tokenizer.V > config.model.V:
         raise ConfigError(
@@ -91,7 +94,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     e = config.eval
     hellaswag = load_examples(Path(e.hellaswag), tokenizer, e.hellaswag_examples) if e.hellaswag else []
     arena, outside = plan_memory(config, device, missing_on(device), group)
-    check_fits(arena, device, config, group.world, outside)
+    group.everywhere(lambda: check_fits(arena, device, config, group.world, outside))
     if config.checkpoint.background and group.world == 1:
         check_host_memory(arena, device)
     log.info(
@@ -118,16 +121,6 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
         config, Run(folder.path), dataset, train_loader, val_loader, tokenizer, device, compute, name,
         peak and peak * group.world, hellaswag, continues, group,
     )  # fmt: skip
-
-
-def _own_device(name: str, group: Group) -> torch.device:
-    """run.device, of several ranks on a machine each its own where the name leaves that open."""
-    if group.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{group.local_rank % torch.cuda.device_count()}"
-    device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 def _see(folder: RunFolder) -> None:
@@ -175,17 +168,8 @@ def describe_device(device: torch.device, compute: str) -> tuple[str, float | No
     return name, peak_flops(name) if compute == "bf16" else None
 
 
-def open_data(config: Config, check: Callable[[], None] = lambda: None) -> tuple[Dataset, Loader, Loader]:
-    """The configured dataset or mixture with its loaders, see `open_loaders`.
-
-    The embedded one is prepared on first use; `check` may stop that.
-    """
-    _prepare_embedded(config, check)
-    d = config.data
-    return open_loaders(d, config.T, config.run.seed, config.model.V, shuffle=not config.run.overfit)
-
-
 def _prepare_embedded(config: Config, check: Callable[[], None]) -> None:
+    """The data set that is made from this machine's own files is prepared on first use; `check` may stop that."""
     d = config.data
     if EMBEDDED in (d.name, *(name for name, _ in parse_mix(d.name))) and not d.train:
         folder = Path(d.dir) / dataset_name(EMBEDDED, d.tokenizer)

@@ -42,27 +42,24 @@ class Stop:
         self.checks += 1
         if not self.reason and self._clock() >= self._deadline:
             self.reason = f"--max-hours {self._max_hours:g} is over"
-        if self.group.world > 1:
-            asked, self.save_requested = self.save_requested, False  # before the exchange: one may come during it
-            stop, save = self.group.numbers([bool(self.reason), asked], largest=True)
-            if stop:
-                self.reason = next(reason for reason in self.group.gather(self.reason) if reason)
-                raise Interrupted(self.reason)
-            self._save_agreed |= bool(save)
-            return  # a signal that came during the exchange is for the next check: all ranks stop at the same one
-        self.look()
+        asked, self.save_requested = self.save_requested, False  # before the exchange: one may come during it
+        stop, save = self.group.numbers([bool(self.reason), asked], largest=True)
+        if stop:
+            self.reason = next(reason for reason in self.group.gather(self.reason) if reason)
+            raise Interrupted(self.reason)
+        self._save_agreed |= bool(save)
+        # A signal that came during the exchange is for the next check: all ranks stop at the same one.
 
     def look(self) -> None:
-        """The same without asking the other ranks, where only one of them is at work."""
+        """Raise Interrupted without asking the other ranks, where only one of them is at work."""
         if self.reason:
             raise Interrupted(self.reason)
 
     def take_save_request(self) -> bool:
         """Whether a save was asked for since the last call (and all ranks know, since the last `check`)."""
-        requested = self._save_agreed if self.group.world > 1 else self.save_requested
-        self._save_agreed = False
+        requested, self._save_agreed = self._save_agreed, False
         if self.group.world == 1:
-            self.save_requested = False
+            requested, self.save_requested = requested or self.save_requested, False
         return requested
 
     @contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 from daybreak.config import Config, nearest, read_toml
 from daybreak.config_keys import Rule, at_least, one_of
 from daybreak.errors import ConfigError, Error
-from daybreak.parallel import RANK_VARIABLES, connect
+from daybreak.parallel import connect, exit_code, launched
 from daybreak.shapes import is_shape, parse_shape
 
 TINY = "dev/data/tinyshakespeare/tiny_shakespeare"
@@ -139,12 +139,7 @@ def launch(values: Values, environ: Mapping[str, str]) -> dict[str, str]:
     """
     how, world, rank = values["-pi"], values["-pn"], values["-pr"]
     if how == "mpi":
-        for names in RANK_VARIABLES:
-            if names[0] in environ and names[1] in environ:
-                found = [environ[names[0]], environ[names[1]], environ.get(names[2], environ[names[0]])]
-                made = dict(zip(RANK_VARIABLES[0], found, strict=True))
-                return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT, **made}
-        return dict(zip(RANK_VARIABLES[0], ("0", "1", "0"), strict=True))
+        return launched({"MASTER_PORT": PORT, **environ})  # where the launcher says, if it does
     if rank >= world:
         raise ConfigError(f"-pr {rank} must be below -pn {world}, the number of processes.")
     made = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank % values["-pg"])}
@@ -285,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Error as error:
         if not error.elsewhere:
             print(f"daybreak.llmc: {error}", file=sys.stderr)
-        return error.exit_code
+        return exit_code(error, os.environ)
     except KeyboardInterrupt:
         return 130
     except Exception:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from daybreak.errors import ConfigError, Error, Hung, by_exit_code
+from daybreak.errors import ConfigError, Error, Hung, Stopped, by_exit_code
 
 log = logging.getLogger("daybreak")
 PORT = "29500"  # torch's own default
@@ -63,6 +63,12 @@ def launched(environ: Mapping[str, str]) -> dict[str, str]:
 def restarted(environ: Mapping[str, str]) -> bool:
     """Whether torchrun has started these workers again after a failure or a change of machines."""
     return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def exit_code(error: Error, environ: Mapping[str, str]) -> int:
+    """What the process ends with. torchrun starts workers again that fail: one that was asked to stop, and has saved,
+    has not failed; exit.json says 75."""
+    return 0 if isinstance(error, Stopped) and "TORCHELASTIC_RUN_ID" in environ else error.exit_code
 
 
 class Group:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from interop_runs import MAX_T, daybreak, inside, shape_of, values_of, write_shards
+from interop_runs import MAX_T, ROOT, daybreak, inside, shape_of, values_of, write_shards
 from oracle import GPT2, AdamW
 from test_interop_llmc import model_bytes, write_checkpoint
 
@@ -161,13 +165,17 @@ def test_processes_find_each_other() -> None:
         return launch(parse(list(argv)), environ)
 
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    assert found() == alone
-    torchrun = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
     here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "12345"}
+    assert found() == alone | here
+    torchrun = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
     assert found(**torchrun) == torchrun | here
     mpirun = {f"OMPI_COMM_WORLD_{k.replace('WORLD_SIZE', 'SIZE')}": v for k, v in torchrun.items()}
     assert found(**mpirun) == torchrun | here
     assert found(PMI_RANK="9", PMI_SIZE="16", MPI_LOCALRANKID="1") == torchrun | here
+    there = {"MASTER_ADDR": "10.0.0.2", "MASTER_PORT": "40000"}  # the launcher knows better where the ranks meet
+    for given in (there, {"MASTER_ADDR": "10.0.0.2"}, {"MASTER_PORT": "40000"}):
+        assert found(**torchrun, **given) == torchrun | here | given
+        assert found(**mpirun, **given) == torchrun | here | given
     assert found("-pi", "tcp", "-pn", "16", "-pr", "9", "-pg", "8", "-ps", "10.0.0.1", RANK="3", WORLD_SIZE="4") == (
         torchrun | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "12345"}
     )
@@ -325,24 +333,29 @@ TINY_124M = {"-i": "shards/*train*", "-j": "shards/*val*", "-e": "d6", "-b": "1"
              "-u": "1", "-g": "4", "-o": "log6", "-n": "2"}  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
-def test_the_published_commands_run(tmp_path: Path, launcher: str) -> None:
-    """The 124M and the 1558M command with a tiny shape, sizes and paths in place, started by either launcher."""
+def published(argv: list[str], **tiny: str) -> list[str]:
+    """One of the published commands with sizes and paths replaced, after the name of the Python."""
+    pairs = {k: (TINY_124M | tiny).get(k, v) for k, v in zip(argv[::2], argv[1::2], strict=True)}
+    return ["-m", "daybreak.llmc", *(x for pair in pairs.items() for x in pair), "-m", "1"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC"))}
+    return kept | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | more
+
+
+def test_the_published_124m_command_runs_under_mpirun(tmp_path: Path) -> None:
+    """As it is, but for a small shape, sizes and paths."""
     write_shards(tmp_path / "shards", 50257)
-    argv = {"torchrun": RUN_1558M, "mpirun": RUN_124M}[launcher]
-    pairs = {k: TINY_124M.get(k, v) for k, v in zip(argv[::2], argv[1::2], strict=True)}
-    command = ["-m", "daybreak.llmc", *(x for pair in pairs.items() for x in pair), "-m", "1"]
-    env = {"PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    if launcher == "torchrun":
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    elif shutil.which("mpirun"):
+    env = environment()
+    if shutil.which("mpirun"):
         start = ["mpirun", "--allow-run-as-root", "-np", "1", sys.executable]
     else:  # the variables that mpirun would set
         start = [sys.executable]
-        env |= dict.fromkeys(("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"), "0") | {
-            "OMPI_COMM_WORLD_SIZE": "1"
-        }
-    done = subprocess.run([*start, *command], cwd=tmp_path, env=os.environ | env, capture_output=True, text=True)
+        env |= {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
+    done = subprocess.run(
+        [*start, *published(RUN_124M)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "step    2/2 | loss 10." in done.stdout
     assert (tmp_path / "log6/DONE_00000002").is_file()
@@ -350,6 +363,69 @@ def test_the_published_commands_run(tmp_path: Path, launcher: str) -> None:
     first = re.search(r"step    1/2 \| loss (\d+\.\d+)", done.stdout)
     assert first
     assert abs(float(first[1]) - 10.825) < 0.3  # ln 50257
+
+
+# Two processes that meet where torchrun says.
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "--max-restarts",
+    "1",
+]
+
+
+def test_the_published_1558m_command_runs_under_torchrun(made: Path) -> None:
+    """Two processes compute what one does: SMALL's run begins with the same weights and the same samples."""
+    command = published(RUN_1558M, **{"-e": "m/model_00000007.bin", "-o": "two", "-b": "2", "-d": "256"})
+    done = subprocess.run(
+        [*TORCHRUN, *command], cwd=made, env=environment(), capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| num_processes         | 2 " in done.stdout
+    assert "| zero_stage            | 1 " in done.stdout
+    assert "=> setting grad_accum_steps=1" in done.stdout
+    assert (made / "two/DONE_00000002").is_file()
+    losses = [float(trl(made / name)[0].split()[0][4:]) for name in ("two", "log")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", ""])
+def test_a_stopped_run_is_saved_and_not_started_again(made: Path, launcher: str) -> None:
+    """One worker gets SIGTERM. torchrun would start again what fails; everybody else is told 75."""
+    name = f"stopped-{launcher}"
+    tiny = {"-e": "m/model_00000007.bin", "-o": name, "-b": "2", "-d": "256", "-s": "0"}
+    tiny |= dict.fromkeys(("-x", "-v", "-n"), "1000000")
+    with open(made / f"{name}.txt", "w") as out:
+        start = TORCHRUN if launcher else [sys.executable]
+        process = subprocess.Popen(
+            [*start, *published(RUN_1558M, **tiny)], cwd=made, env=environment(), stdout=out, stderr=out
+        )
+    workers = [process.pid]
+    try:
+        deadline = time.monotonic() + 60
+        while not ((log := made / name / "main.log").is_file() and len(trl(log.parent)) > 2):
+            assert process.poll() is None, (made / f"{name}.txt").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if launcher:
+            workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        os.kill(workers[-1], signal.SIGTERM)
+        code = process.wait(60)
+    finally:
+        for pid in {process.pid, *workers} if process.poll() is None else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    said = (made / f"{name}.txt").read_text()
+    assert code == (0 if launcher else 75), said
+    assert "daybreak.llmc: stopped by SIGTERM after step" in said
+    assert json.loads((made / name / "exit.json").read_text())["code"] == 75
+    run = Run(made / name)
+    assert len(run.metrics("run")) == 1  # not started again
+    assert run.checkpoints[0].name == f"step-{run.metrics('step')[-1]['step']:08d}"
 
 
 def test_user_errors_are_one_sentence(made: Path) -> None:

@@ -23,7 +23,8 @@ from daybreak.cli.sample import sample
 from daybreak.cli.serve import serve
 from daybreak.cli.train import train
 from daybreak.config import nearest
-from daybreak.errors import ConfigError, Error, Stopped
+from daybreak.errors import ConfigError, Error
+from daybreak.parallel import exit_code
 
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention; training itself saves and exits 75
 
@@ -103,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Error as e:
         if not e.elsewhere or os.environ.get("RANK") == "0":
             print(f"daybreak: {e}", file=sys.stderr)
-        # torchrun starts workers again that fail; one that was asked to stop, and has saved, has not failed.
-        return 0 if isinstance(e, Stopped) and "TORCHELASTIC_RUN_ID" in os.environ else e.exit_code
+        return exit_code(e, os.environ)
     except click.ClickException as e:
         return _fail(_sentence(e), ConfigError.exit_code)
     except (click.Abort, KeyboardInterrupt):

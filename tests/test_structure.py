@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "daybreak"
 # A module imports only from rooms at or before its own in this list.
-ROOMS = ["errors", "shapes", "config_keys", "config", "data", "kernels", "parallel", "engine", "state", "evaluate",
-         "generate", "interop", "training", "report", "serve", "cli", "llmc"]  # fmt: skip
+ROOMS = ["errors", "shapes", "config_keys", "config", "data", "kernels", "parallel", "engine", "state", "generate",
+         "evaluate", "interop", "training", "report", "serve", "cli", "llmc"]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FUNCTION = 100
 MOST_CODE = 12_000  # of all files together: more than we want (9,000); whoever adds must take away

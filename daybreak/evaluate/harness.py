@@ -22,6 +22,7 @@ from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError, DataError, Error
 from daybreak.evaluate.multiple_choice import losses_of
+from daybreak.generate import Batch, Sampling, Text
 
 # What `--tasks` knows beside the harness's own names.
 TASKS = {"lambada": ["lambada_openai"], "arc": ["arc_easy", "arc_challenge"], "truthfulqa": ["truthfulqa_mc2"]}
@@ -82,26 +83,22 @@ def engine_lm(engine: Engine, tokenizer: Tokenizer, greedy: bool = True) -> Any:
             return totals
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            return [self._generate(*request.args) for request in requests]
+            texts = [self._text(*request.args) for request in requests]
+            batch, left = Batch(engine), texts
+            while left or batch.texts:
+                batch.step()
+                now, left = left[: batch.room], left[batch.room :]
+                batch.add(now)
+            return [text.text for text in texts]
 
-        def _generate(self, context: str, options: dict[str, Any]) -> str:
+        def _text(self, context: str, options: dict[str, Any]) -> Text:
             if options.get("do_sample"):
                 raise ConfigError("daybreak eval generates greedily; this task samples (do_sample), which is not done.")
             until = options.get("until") or []
-            until = [until] if isinstance(until, str) else until
             count = min(options.get("max_gen_toks", 256), engine.T - 1)
             ids = (self.tok_encode(context) or [tokenizer.eot])[-(engine.T - count) :]
-            text, made, logits = "", list[int](), engine.prefill(0, [ids])
-            while len(made) < count and not any(stop in text for stop in until):
-                made.append(int(logits[0, : tokenizer.V].argmax()))
-                if made[-1] == tokenizer.eot:
-                    made.pop()
-                    break
-                text = tokenizer.decode(made)
-                logits = engine.decode(made[-1:], [len(ids) + len(made) - 1])
-            for stop in until:
-                text = text.partition(stop)[0]
-            return text
+            how = Sampling(count, temperature=0.0, stop=(until,) if isinstance(until, str) else tuple(until))
+            return Text(ids, how, tokenizer)
 
     return EngineLM()
 

@@ -409,6 +409,7 @@ class Trainer:
             "data": {
                 "fingerprint": self.setup.train_loader.fingerprint,
                 "samples": self.setup.train_loader.counts(self.samples),  # of each source of a mixture
+                "tokens": self.setup.tokens_of(self.samples),
             },
             "seed": c.run.seed,
             "compute": self.setup.compute,
@@ -467,6 +468,9 @@ class Trainer:
             parameters=self.engine.num_parameters, flops_per_token=float(self.engine.flops_per_token),
         )  # fmt: skip
         self.display.note(f"{self.run_folder.path}: {c.run.steps} steps of {c.tokens_at(self.step):,} tokens")
+        sources = self.setup.tokens_of(self.samples + c.tokens_between(self.step, c.run.steps) // c.T)
+        if len(sources) > 1:
+            self.display.note("tokens in all: " + ", ".join(f"{name} {n:,}" for name, n in sources.items()))
         if sum(shard.tokens for shard in self.setup.dataset.train) <= COUNTED_TOKENS:
             entropy = unigram_entropy(self.setup.dataset)
             self.metrics.write("event", self.step, self.tokens, what="unigram_entropy", detail=repr(entropy))

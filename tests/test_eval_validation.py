@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,6 +63,17 @@ def test_a_mixtures_budget_is_the_same_tokens_whatever_B_and_T(
             assert mine == list(range(10_000 * s + 1, 10_000 * s + 1 + counts[s]))  # from the source's beginning
         seen[B, T] = sorted(engine.targets)
     assert seen[1, 16] == seen[4, 16]
+
+
+def test_ranks_share_the_same_samples_out(tmp_path: Path) -> None:
+    mix, lengths, seen = mixture(tmp_path, 16, (5000, 5000), (2, 1)), np.zeros(50257, np.int64), list[int]()
+    for rank in range(3):
+        engine, group = Bits(4, 16), SimpleNamespace(rank=rank, world=3, numbers=lambda values: values)
+        validate(engine, mix, lengths, 3000, group=group)  # type: ignore[arg-type]
+        seen += engine.targets
+    alone = Bits(4, 16)
+    validate(alone, mix, lengths, 3000)  # type: ignore[arg-type]
+    assert sorted(seen) == sorted(alone.targets)
 
 
 def test_bits_per_byte_by_hand(tmp_path: Path) -> None:

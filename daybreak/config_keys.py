@@ -167,8 +167,9 @@ class EvalConfig:
     hellaswag: str = key(
         "", "HellaSwag file scored at each validation but step 0: llm.c's .bin, or the original .jsonl"
     )
+    hellaswag_every: int = key(0, "steps between its scores, and one at the end; 0 = at each validation", at_least(0))
     hellaswag_examples: int = key(0, "score this many of its examples, evenly spaced; 0 = all", at_least(0))
-    tokens: int = key(1048576, "validation budget in tokens, in whole batches and at most the split", at_least(1))
+    tokens: int = key(1048576, "validation budget in tokens, in whole samples and at most the split", at_least(1))
     sample_every: int = key(0, "steps between text samples; 0 = only at the end", at_least(0))
     sample_tokens: int = key(128, "tokens per sample", at_least(1))
     prompt: str = key("", "text the samples continue; empty = start of a document")

@@ -32,6 +32,8 @@ class Hub:
         self.faults: dict[str, list[str]] = {}
         self.gets: Counter[str] = Counter()
         self.ranges: list[str] = []
+        self.asked: list[str] = []  # paths
+        self.token = ""  # without it nothing is to be seen
         self.url = ""
 
     def add(self, name: str, files: dict[str, bytes], card: dict[str, Any] | None = None) -> None:
@@ -65,6 +67,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
+        self.hub.asked.append(path)
+        if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.answer(401, b'{"error": "Invalid credentials"}', X_Error_Code="GatedRepo")
         for name, files in self.hub.repos.items():
             if path.startswith(f"/datasets/{name}/resolve/"):
                 return self.resolve(files, path.split("/resolve/")[1].partition("/")[2])

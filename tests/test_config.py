@@ -72,6 +72,7 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "parallel.timeout": (300.0, "20", 20.0, (0.0,)),
     "eval.every": (250, "0", 0, (-1,)),
     "eval.hellaswag": ("", "h.jsonl", "h.jsonl", ()),
+    "eval.hellaswag_every": (0, "500", 500, (-1,)),
     "eval.hellaswag_examples": (0, "100", 100, (-1,)),
     "eval.tokens": (1048576, "1000", 1000, (0,)),
     "eval.sample_every": (0, "5", 5, (-1,)),

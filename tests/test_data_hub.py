@@ -84,6 +84,59 @@ def test_the_cards_splits_and_a_column(hub: Hub, tmp_path: Path) -> None:
         prepare("hf:web", data_dir=tmp_path)
 
 
+def lines(*texts: str) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def test_a_revision_and_a_token(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.token = "hf_secret"
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(DataError, match=r"hf:org/web@v1.0 cannot be listed|hf:org/web cannot be listed.*HF_TOKEN"):
+        prepare("hf:org/web@v1.0:sample-10BT", data_dir=tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.asked.clear()
+    manifest = prepare("hf:org/web@v1.0:sample-10BT", data_dir=tmp_path, tokenizer="bytes")
+    assert (manifest.source, manifest.revision) == ("hf:org/web@v1.0:sample-10BT", COMMIT)
+    assert hub.asked[0] == "/api/datasets/org/web/revision/v1.0"
+    assert {path.split("/")[5] for path in hub.asked if "/resolve/" in path} == {COMMIT}  # that commit's files
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "val"),
+    [
+        ("*.jsonl", ["a", "b", "v"], []),
+        (["a.jsonl", "b.jsonl"], ["a", "b"], []),
+        ({"train": "a.jsonl", "validation": "v.jsonl", "test": "b.jsonl"}, ["a"], ["v"]),
+        ({"train": ["a.jsonl", "b.jsonl"], "valid": ["v.jsonl"]}, ["a", "b"], ["v"]),
+        ([{"split": "train", "path": ["b.jsonl"]}, {"split": "val", "path": "v.jsonl"}], ["b"], ["v"]),
+    ],
+)
+def test_every_way_a_card_lists_its_files(
+    hub: Hub, tmp_path: Path, files: object, train: list[str], val: list[str]
+) -> None:
+    there = {f"en/{name}.jsonl": lines(f"{name} 1", f"{name} 2") for name in "abv"}
+    config = {"config_name": "c", "data_dir": "en/", "data_files": files}
+    hub.add("o/n", {**there, "a.jsonl": lines("not in the folder")}, {"configs": [config]})
+    prepare("hf:o/n:c", data_dir=tmp_path, tokenizer="bytes", name="n")
+    found = {split: read_documents(tmp_path / "n", split, "bytes") for split in ("train", "val")}
+    if not val:  # of files without a split the first document is
+        found["train"] = sorted(found["train"] + found["val"])
+        found["val"] = []
+    assert found == {
+        "train": [f"{n} {i}" for n in train for i in (1, 2)],
+        "val": [f"{n} {i}" for n in val for i in (1, 2)],
+    }
+
+
+def test_json_is_refused_and_what_is_read_is_said(hub: Hub, tmp_path: Path) -> None:
+    hub.add("o/json", {"data.json": lines("a", "b")})
+    with pytest.raises(DataError, match=r"hf:o/json has no \.parquet, \.jsonl, .* file among \*\*"):
+        prepare("hf:o/json", data_dir=tmp_path)
+    (tmp_path / "data.json").write_bytes(lines("a", "b"))
+    with pytest.raises(DataError, match=r"cannot read \.json files; convert to .* \.jsonl"):
+        prepare(tmp_path / "data.json", data_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     "faults", [["drop"], ["drop", "drop"], ["429"], ["500"], ["html"], ["short"], ["flip", "html"]]
 )

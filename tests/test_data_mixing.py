@@ -124,7 +124,11 @@ def test_training_on_a_mixture_resumes_and_tells_its_counts(
     assert main(["train", "runs/cut", "--steps", "6"]) == 0
     ends = [tmp_path / "runs" / name / "checkpoints/step-00000006" for name in ("whole", "cut")]
     assert (ends[0] / "model.safetensors").read_bytes() == (ends[1] / "model.safetensors").read_bytes()
-    samples = json.loads((ends[0] / "manifest.json").read_text())["data"]["samples"]
+    said = capsys.readouterr().err
+    data = json.loads((ends[0] / "manifest.json").read_text())["data"]
+    samples = data["samples"]
+    assert data["tokens"] == {"a": 16 * samples[0], "b": 16 * samples[1]}
+    assert said.count(f"tokens in all: a {16 * samples[0]}, b {16 * samples[1]}\n") == 2  # cut said three steps' first
     assert sum(samples) == 24
     assert samples[0] < samples[1]
     assert main([*argv[:-6], "--data", "a=1,nothere=1", "--name", "x"]) == 4

@@ -150,5 +150,9 @@ def test_in_the_loop_and_again_from_the_checkpoint(
     assert main(["eval", "runs/r", "--hellaswag", "h.jsonl", "--limit", "9", "--json"]) == 0
     norm, plain = json.loads(capsys.readouterr().out)
     assert (norm["value"], plain["value"], norm["examples"]) == (evals[2]["accuracy"], evals[3]["accuracy"], 9)
+    assert main([*argv, "--eval.hellaswag_every", "3", "--name", "own"]) == 0  # its own steps, and the end
+    own = Run("runs/own")
+    assert [r["step"] for r in own.metrics("eval") if r["task"] == "hellaswag"] == [3, 4]
+    assert [r["step"] for r in own.metrics("val")] == [0, 2, 4]
     assert main([*argv[:-4], "--eval.hellaswag", "none.jsonl", "--name", "x"]) == 4
     assert not (tmp_path / "runs/x").exists()

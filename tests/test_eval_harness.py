@@ -1,9 +1,10 @@
-"""lm-evaluation-harness: our adapter and the harness's own Hugging Face model agree example by example; the whole way
-from a data set on the Hub to scores."""
+"""lm-evaluation-harness: a run through our adapter and its export through the harness's own Hugging Face model agree
+example by example; definitions by hand; the whole way from a data set on the Hub to scores."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -14,48 +15,22 @@ import numpy as np
 import pytest
 import torch
 from hub_server import serve
-from test_data_formats import tokenizer_json
+from interop_runs import write_run
 from test_data_hub import parquet
-from test_engine_hf import LAYER, WHOLE
+from test_eval_choice import Table
 from test_prepare import prose
 from torch.utils import collect_env
 
 from daybreak.cli.main import main
 from daybreak.data.tokenizer import get_tokenizer
-from daybreak.engine import Engine
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate import harness
-from daybreak.shapes import GPT2Config
+from daybreak.evaluate.multiple_choice import accuracy, load_examples
 from daybreak.state.run import Run
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("lm_eval")
-SHAPE = GPT2Config(L=2, C=32, NH=2, max_T=320, V=1257)
-
-
-def export(engine: Engine, folder: Path) -> None:
-    """Our weights as a Hugging Face folder, by the names of test_engine_hf, with the same tokenizer."""
-    cfg = engine.cfg
-    config = transformers.GPT2Config(
-        vocab_size=cfg.V, n_positions=cfg.max_T, n_embd=cfg.C, n_layer=cfg.L, n_head=cfg.NH, bos_token_id=1256,
-        eos_token_id=1256,
-    )  # fmt: skip
-    model = transformers.GPT2LMHeadModel(config)
-    theirs = dict(model.named_parameters())
-    with torch.no_grad():
-        for ours, name in WHOLE.items():
-            theirs[f"transformer.{name}"].copy_(engine.master(ours)[: cfg.V] if ours == "wte" else engine.master(ours))
-        for i in range(cfg.L):
-            for ours, (name, conv) in LAYER.items():
-                x = engine.master(f"h.{i}.{ours}")
-                theirs[f"transformer.h.{i}.{name}"].copy_(x.T if conv else x)
-    model.save_pretrained(folder)
-    tokenizer_json(folder / "t.json")
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "t.json"), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
-    (folder / "t.json").unlink()
-    fast.save_pretrained(folder)
+SUBJECTS = ["abstract_algebra", "anatomy"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,44 +45,109 @@ def _packages_are_listed_once() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sets")
-    evaldata.write_sets(folder, 6, ["abstract_algebra", "anatomy"])
+    evaldata.write_sets(folder, 6, SUBJECTS)
     return folder
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The adapter over an engine with loud random weights, and the harness's model of the same weights."""
-    engine = Engine(SHAPE, B=3, T=320, seed=3, train=False)
-    for name in engine.names():
-        if name.endswith("w") and "ln" not in name:
-            engine.param(name).mul_(6)
-    folder = tmp_path_factory.mktemp("hf")
-    export(engine, folder)
-    return harness.engine_lm(engine, get_tokenizer("gpt2-1256")), harness.hf_lm(folder, 4, "cpu")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with loud random weights in both precisions and what `daybreak export --to hf` makes of them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for dtype in ("fp32", "bf16"):
+        write_run(folder / dtype, "gpt2-1256", max_T=320, precision__compute=dtype)
+        argv = ["export", str(folder / dtype), "--to", "hf", str(folder / f"{dtype}-hf"), "--dtype", dtype]
+        assert main(argv) == 0
+    return folder
 
 
-TASKS = {"hellaswag": 10, "lambada_openai": None, "arc_easy": None, "arc_challenge": 25, "piqa": None, "winogrande": 5,
-         "mmlu_anatomy": 5, "truthfulqa_mc1": 0, "truthfulqa_mc2": 0, "gsm8k": 1}  # fmt: skip
+@pytest.fixture(scope="module")
+def both(runs: Path) -> tuple[Any, Any]:
+    """The adapter and the harness's model, in fp32."""
+    engine, tokenizer = Run(runs / "fp32").load_engine(B=3, rows=3)
+    return harness.engine_lm(engine, tokenizer), harness.hf_lm(runs / "fp32-hf", 4, "cpu")
 
 
-def test_both_ways_agree_on_every_example(both: tuple[Any, Any], sets: Path) -> None:
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the harness returned to each `daybreak eval`, as it comes."""
+    kept, run = [], harness.run_harness
+
+    def keep(*args: Any) -> Any:
+        kept.append(run(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(harness, "run_harness", keep)
+    return kept
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], *argv: object) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert main(["eval", *map(str, argv), "--json"]) == 0
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def pairs(a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The same example of two results, in turn."""
+    assert a["samples"].keys() == b["samples"].keys()
+    for task in a["samples"]:
+        assert len(a["samples"][task]) == len(b["samples"][task]) > 0
+        for x, y in zip(a["samples"][task], b["samples"][task], strict=True):
+            assert x["arguments"] == y["arguments"]
+            yield x, y
+
+
+SHOTS = {  # shots of the task's own, and others
+    None: "lambada,piqa,arc", 10: "hellaswag", 5: "winogrande,mmlu_anatomy", 0: "truthfulqa_mc1,truthfulqa_mc2",
+}  # fmt: skip
+
+
+def test_a_run_and_its_export_agree_on_every_example(
+    runs: Path, sets: Path, results: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     compared = 0
-    for task, shots in TASKS.items():
-        ours, theirs = (harness.run_harness(lm, [task], shots, sets, None) for lm in both)
-        assert len(ours["samples"][task]) == len(theirs["samples"][task]) > 0
-        for a, b in zip(ours["samples"][task], theirs["samples"][task], strict=True):
-            assert a["arguments"] == b["arguments"]
-            if task == "gsm8k":
+    for shots, tasks in {**SHOTS, 1: "gsm8k"}.items():
+        options = ["--tasks", tasks, "--data-files", sets, *([] if shots is None else ["--shots", shots])]
+        ours, theirs = (evaluate(capsys, runs / target, *options) for target in ("fp32", "fp32-hf"))
+        for a, b in pairs(*results[-2:]):
+            if tasks == "gsm8k":
                 assert a["resps"] == b["resps"]
+                assert len(a["resps"][0][0]) > 20
                 continue
             for ((x, x_greedy),), ((y, y_greedy),) in zip(a["resps"], b["resps"], strict=True):
-                assert float(x) == pytest.approx(float(y), rel=1e-4, abs=1e-3), task
-                assert x_greedy == y_greedy
+                assert float(x) == pytest.approx(float(y), rel=1e-4, abs=1e-3)
+                assert x_greedy == y_greedy or shots is not None  # left out where a task only compares
                 compared += 1
-        for s, t in zip(harness.scores_of(ours), harness.scores_of(theirs), strict=True):
-            assert (s.task, s.metric, s.examples, s.shots) == (t.task, t.metric, t.examples, t.shots)
-            assert s.value == pytest.approx(t.value, rel=1e-3, abs=1e-9)
-    assert compared > 150
+        for s, t in zip(ours, theirs, strict=True):
+            assert s["value"] == pytest.approx(t["value"], rel=1e-3, abs=1e-9)
+            assert s | {"value": 0} == t | {"value": 0}
+    assert compared > 120
+
+
+def test_in_bf16_they_agree_to_its_rounding(
+    runs: Path, sets: Path, results: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """bf16 keeps 8 bits: a rounding moves a logit by up to u = 2^-8 of the logits' spread s, u s / sqrt(3) as a
+    standard deviation. About 10 roundings a layer add up independently over L layers; a log-likelihood is a logit less
+    a logarithm of a sum of them, so at most twice that in variance, and twice again as both models round: a standard
+    deviation of 2 u s sqrt(10 L / 3) a token, sqrt(n) of it for n tokens. None may be six of them away."""
+    engine, tokenizer = Run(runs / "bf16").load_engine()
+    ids = torch.from_numpy(tokenizer.encode(prose(60))[:320].astype(np.int64))[None]
+    deviation = 2 * 2**-8 * float(engine.logits(ids).float().std()) * math.sqrt(10 * engine.cfg.L / 3)
+    for target in ("bf16", "bf16-hf", "fp32"):
+        evaluate(capsys, runs / target, "--tasks", "piqa,arc,hellaswag", "--data-files", sets)
+    errors, values, rounded = [], [], 0
+    for (a, b), (_, c) in zip(pairs(*results[:2]), pairs(results[0], results[2]), strict=True):
+        for (_, text), ((x, _),), ((y, _),), ((z, _),) in zip(
+            a["arguments"], a["resps"], b["resps"], c["resps"], strict=True
+        ):
+            n = math.sqrt(len(tokenizer.encode(text)))
+            errors.append((float(x) - float(y)) / n)
+            values.append(float(x) / n)
+            rounded += x != z
+    assert max(map(abs, errors)) < 6 * deviation
+    assert np.std(values) > 60 * deviation  # another example's likelihood would not do
+    assert rounded > 0.9 * len(errors)  # it was bf16
 
 
 def test_rolling_likelihoods_agree(both: tuple[Any, Any]) -> None:
@@ -126,10 +166,12 @@ def test_greedy_is_told_rightly(both: tuple[Any, Any]) -> None:
     ids, made = lm.tok_encode("the cat is in the barn"), []
     for _ in range(4):
         made.append(int(theirs.model(torch.tensor([ids + made])).logits[0, -1].argmax()))
-    said, word = get_tokenizer("gpt2-1256").decode(made), get_tokenizer("gpt2-1256").decode(made[2:3])
-    ways = [{"max_gen_toks": 4}, {"max_gen_toks": 4, "until": word}, {"max_gen_toks": 4, "until": ["@", word]}]
-    asked = [Instance("generate_until", {}, ("the cat is in the barn", way), 0) for way in ways]
-    assert lm.generate_until(asked) == [said, *[said.partition(word)[0]] * 2]
+    text = get_tokenizer("gpt2-1256").decode(made)
+    stop = text[3:5]
+    asked = [{"max_gen_toks": 4}, {"max_gen_toks": 4, "until": [stop]}, {"max_gen_toks": 2}, {"max_gen_toks": 4}]
+    requests = [Instance("generate_until", {}, ("the cat is in the barn", how), i) for i, how in enumerate(asked)]
+    short = get_tokenizer("gpt2-1256").decode(made[:2])
+    assert lm.generate_until(requests) == [text, text.partition(stop)[0], short, text]  # of three rows
     wrong = [*made[:-1], (made[-1] + 1) % 1257]
     (likeliest, yes), (other, no) = lm._loglikelihood_tokens([(("", ""), ids, made), (("", ""), ids, wrong)])
     assert (yes, no) == (True, False)
@@ -138,16 +180,75 @@ def test_greedy_is_told_rightly(both: tuple[Any, Any]) -> None:
         lm.generate_until([Instance("generate_until", {}, ("x", {"do_sample": True}), 0)])
 
 
-def test_leaderboard(both: tuple[Any, Any], sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(harness.LEADERBOARD, "mmlu_anatomy", (5, "acc"))
-    monkeypatch.delitem(harness.LEADERBOARD, "mmlu")  # its 57 subjects take a minute
-    scores = harness.leaderboard(both[0], sets, 3)
-    assert [(s.task, s.metric, s.shots, s.examples) for s in scores[:-1]] == [
-        ("arc_challenge", "acc_norm", 25, 3), ("hellaswag", "acc_norm", 10, 3), ("truthfulqa_mc2", "acc", 0, 3),
-        ("winogrande", "acc", 5, 3), ("gsm8k", "exact_match (strict-match)", 5, 3), ("mmlu_anatomy", "acc", 5, 3),
+def test_leaderboard_from_the_command_line(
+    runs: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: list[Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """MMLU is two of its 57 subjects, as a group of the same kind: all of them take minutes."""
+    from lm_eval.tasks import TaskManager
+
+    group = {"group": "mmlu_two", "task": [f"mmlu_{subject}" for subject in SUBJECTS]}
+    (tmp_path / "two.yaml").write_text(json.dumps(group | {"aggregate_metric_list": [{"metric": "acc"}]}))
+    known = TaskManager(include_path=str(tmp_path))
+    monkeypatch.setattr(harness, "_task_manager", lambda: known)
+    six = [("mmlu_two" if task == "mmlu" else task, how) for task, how in harness.LEADERBOARD.items()]
+    monkeypatch.setattr(harness, "LEADERBOARD", dict(six))
+    assert main(["eval", str(runs / "fp32"), "--leaderboard", "--data-files", str(sets), "--limit", "3"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(words[0], words[1], *words[-4:]) for words in lines[:-1]] == [
+        ("arc_challenge", "acc_norm", "3", "examples,", "25", "shots"),
+        ("hellaswag", "acc_norm", "3", "examples,", "10", "shots"),
+        ("mmlu_two", "acc", "6", "examples,", "5", "shots"),
+        ("truthfulqa_mc2", "acc", "3", "examples,", "0", "shots"),
+        ("winogrande", "acc", "3", "examples,", "5", "shots"),
+        ("gsm8k", "exact_match", "3", "examples,", "5", "shots"),
+    ]
+    marks = []  # from what the harness says of each example
+    for (_, (_, metric)), result in zip(six, results, strict=True):
+        by_task = [
+            np.mean([s[metric] for s in samples if "strict" in s["filter"] or metric != "exact_match"])
+            for samples in result["samples"].values()
+        ]
+        marks.append(float(np.mean(by_task)))
+    assert [float(words[-5]) for words in lines] == pytest.approx([*marks, np.mean(marks)], abs=5.1e-5)
+    assert lines[-1][0] == "mean"
+    assert 0 < float(lines[-1][1]) < 1
+
+
+ONE = {"ind": 0, "activity_label": "X", "ctx_a": "A.", "ctx_b": "b", "ctx": "A. b", "label": "2", "split": "val",
+       "split_type": "indomain", "source_id": "own~0", "endings": ["éé", "ab", "cccccc", "dd"]}  # fmt: skip
+
+
+def test_three_definitions_of_the_best_ending_by_hand(tmp_path: Path) -> None:
+    # Bytes as tokens; the space before an ending costs nothing, each byte of é 1, a and b 1.5, c 1, d 5.
+    # Sums 4, 3, 6, 10: the second. llm.c, means of tokens (the space is one): 4 / 5, 3 / 3, 6 / 7, 10 / 3: the first.
+    # The harness, sums by characters of the ending: 4 / 2, 3 / 2, 6 / 6, 10 / 2: the third.
+    costs = {0xC3: 1.0, 0xA9: 1.0, ord("a"): 1.5, ord("b"): 1.5, ord("c"): 1.0, ord("d"): 5.0}
+    tokenizer, where = get_tokenizer("bytes"), tmp_path / "Rowan/hellaswag"
+    where.mkdir(parents=True)
+    for label, acc, acc_norm, llmc in (("0", 0, 0, 1), ("1", 1, 0, 0), ("2", 0, 1, 0)):
+        for split in ("train", "validation"):
+            (where / f"{split}.jsonl").write_text(json.dumps(ONE | {"label": label}) + "\n")
+        lm = harness.engine_lm(Table(costs), tokenizer, greedy=False)  # type: ignore[arg-type]
+        scores = harness.scores_of(harness.run_harness(lm, ["hellaswag"], 0, tmp_path, None))
+        assert [(s.metric, s.value) for s in scores] == [("acc", acc), ("acc_norm", acc_norm)]
+        found = accuracy(Table(costs), load_examples(where / "train.jsonl", tokenizer))  # type: ignore[arg-type]
+        assert (found.acc, found.acc_norm) == (acc, llmc)
+
+
+def test_both_hellaswags_in_one_command(
+    runs: Path, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "h.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in evaldata.hellaswag(6)))
+    run, harness_only = runs / "fp32", ["--tasks", "hellaswag", "--data-files", sets]
+    together = evaluate(capsys, run, "--hellaswag", path, *harness_only)
+    assert [(s["task"], s["metric"]) for s in together] == [
+        ("hellaswag, in-loop", "acc_norm (llm.c: mean loss per token)"), ("hellaswag, in-loop", "acc (sum of losses)"),
+        ("hellaswag, lm-eval", "acc"), ("hellaswag, lm-eval", "acc_norm"),
     ]  # fmt: skip
-    assert scores[-1].task == "mean"
-    assert scores[-1].value == pytest.approx(np.mean([s.value for s in scores[:-1]]))
+    apart = evaluate(capsys, run, "--hellaswag", path) + evaluate(capsys, run, *harness_only)
+    assert [s["value"] for s in together] == [s["value"] for s in apart]
 
 
 def test_what_cannot_be_evaluated(both: tuple[Any, Any], tmp_path: Path) -> None:
@@ -176,15 +277,10 @@ def test_from_a_data_set_on_the_hub_to_scores(
     shape = [f"--model.{k}={v}" for k, v in (("L", 1), ("C", 16), ("NH", 2), ("max_T", 192), ("V", 1257))]
     assert main(["train", "d6", *shape, "--data", "animals-gpt2-1256", "--name", "r", "--steps", "6", "--batch.B", "2",
                  "--eval.tokens", "384", "--eval.sample_tokens", "2", "--eval.hellaswag", "h.jsonl"]) == 0  # fmt: skip
-    run = Run("runs/r")
-    assert {r["task"] for r in run.metrics("eval")} == {"hellaswag", "hellaswag-acc"}
-    engine, _ = run.load_engine()
-    export(engine, tmp_path / "hf")
-    capsys.readouterr()
-    scores = []
-    for target in ("runs/r", "hf"):
-        assert main(["eval", target, "--tasks", "hellaswag,lambada,arc,piqa", "--data-files", str(sets), "--json"]) == 0
-        scores.append(json.loads(capsys.readouterr().out))
+    assert {r["task"] for r in Run("runs/r").metrics("eval")} == {"hellaswag", "hellaswag-acc"}
+    assert main(["export", "runs/r", "--to", "hf", "hf"]) == 0
+    options = ["--tasks", "hellaswag,lambada,arc,piqa", "--data-files", sets]
+    scores = [evaluate(capsys, target, *options) for target in ("runs/r", "hf")]
     assert [(s["task"], s["metric"]) for s in scores[0]] == [
         ("hellaswag", "acc"), ("hellaswag", "acc_norm"), ("lambada_openai", "perplexity"), ("lambada_openai", "acc"),
         ("arc_easy", "acc"), ("arc_easy", "acc_norm"), ("arc_challenge", "acc"), ("arc_challenge", "acc_norm"),

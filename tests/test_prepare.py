@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -369,3 +370,31 @@ def test_resolve_source_names_several_files(tmp_path: Path) -> None:
     assert source.name == "b"
     assert source.size == 10
     assert [(piece.split, piece.text) for piece in source.pieces()] == [("val", "b.txt"), ("train", "a.txt")]
+
+
+def test_what_it_takes_is_said_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for i in range(2):
+        (tmp_path / f"texts/{i}.txt").write_text("it is one byte a token. " * 25_000)
+    caplog.set_level(logging.INFO, "daybreak")
+
+    def attempt(free: int, tokenizer: str = "bytes") -> str:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free})())
+        caplog.clear()
+        prepare([tmp_path / "texts"], data_dir=tmp_path / "data", tokenizer=tokenizer)
+        return caplog.text
+
+    # 1.2 MB of text are as many bytes' tokens, of two bytes each.
+    line = "texts: 1.2 MB of text, about 1.2e+06 tokens, 2.4 MB of shards (estimated from the files' sizes); "
+    assert f"{line}2.5 MB are free" in attempt(2_500_000)
+    assert "too small" not in caplog.text
+    assert "the disk may be too small" in attempt(1_300_000)
+    shutil.rmtree(tmp_path / "data/texts-bytes")
+    with pytest.raises(DataError, match=r"texts needs about 2.4 MB of disk, 1.1 MB are free at .*; make room"):
+        attempt(1_100_000)
+    assert not list((tmp_path / "data").iterdir())
+    said = attempt(10**9, "gpt2")
+    tokens = float(said.partition("about ")[2].partition(" tokens")[0])
+    assert 0.6 < tokens / (50_000 * 7) < 1.6  # each of these sentences has seven of GPT-2's

@@ -36,10 +36,10 @@ def evaluate(
     Examples:
       daybreak eval runs/mine --tasks hellaswag,lambada
       daybreak eval runs/mine --leaderboard --data-files sets
-      daybreak eval runs/mine --hellaswag hellaswag_val.jsonl
+      daybreak eval runs/mine --hellaswag hellaswag_val.jsonl --tasks hellaswag     (llm.c's and lm-eval's)
     """
-    if (tasks is not None) + leaderboard + (hellaswag is not None) != 1:
-        raise ConfigError("eval needs one of --tasks A,B, --leaderboard and --hellaswag FILE.")
+    if (chosen := (tasks is not None) + leaderboard) > 1 or not (chosen or hellaswag is not None):
+        raise ConfigError("eval needs --tasks A,B or --leaderboard, --hellaswag FILE, or one of each.")
     path, folder = Path(target), Path(data_files) if data_files else None
     is_run = (path / "config.toml").is_file()
     if not is_run and not (path / "config.json").is_file():
@@ -55,19 +55,21 @@ def evaluate(
 
     if is_run:
         run = Run(path)
-        engine, tokenizer = run.load_engine(step, B=batch, device=device)
+        engine, tokenizer = run.load_engine(step, B=batch, rows=batch if chosen else 1, device=device)
+    scores: list[Score] = []
     if hellaswag is not None:
-        found = accuracy(engine, load_examples(Path(hellaswag), tokenizer, limit or 0))
-        values = [("acc_norm (llm.c: mean loss per token)", found.acc_norm), ("acc (sum of losses)", found.acc)]
-        scores = [harness.Score("hellaswag, in-loop", m, v, found.examples, 0) for m, v in values]
-    else:
+        both = accuracy(engine, load_examples(Path(hellaswag), tokenizer, limit or 0))
+        values = [("acc_norm (llm.c: mean loss per token)", both.acc_norm), ("acc (sum of losses)", both.acc)]
+        scores = [harness.Score("hellaswag, in-loop", m, v, both.examples, 0) for m, v in values]
+    if chosen:
         names = [t for name in (tasks or "").split(",") for t in harness.TASKS.get(name.strip(), [name.strip()])]
         greedy = not leaderboard and any(not t.startswith(harness.CHOICE) for t in names)
         lm: Any = harness.engine_lm(engine, tokenizer, greedy) if is_run else harness.hf_lm(path, batch, device)
         if leaderboard:
-            scores = harness.leaderboard(lm, folder, limit)
+            found = harness.leaderboard(lm, folder, limit)
         else:
-            scores = harness.scores_of(harness.run_harness(lm, names, shots, folder, limit))
+            found = harness.scores_of(harness.run_harness(lm, names, shots, folder, limit))
+        scores += [s._replace(task=f"{s.task}, lm-eval") for s in found] if scores else found
     _print(scores, as_json)
 
 

@@ -207,5 +207,5 @@ def remote_source(
     return Source(
         name=name, origin=" ".join(names), revision=revision, licence=licence or "unknown",
         size=sum(text_size(r.name, max(r.size, 0)) for r in remotes), pieces=pieces,
-        state=[[r.name, r.size, r.sha256] for r in remotes], remote=True,
+        state=[[r.name, r.size, r.sha256] for r in remotes],
     )  # fmt: skip

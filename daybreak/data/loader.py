@@ -131,6 +131,10 @@ class Loader:
         """How many of the first `samples` samples come from each source: there is one (see mixing.MixLoader)."""
         return [samples]
 
+    def parts(self, tokens: int) -> list[tuple[Loader, int]]:
+        """(loader, samples from its first) that hold the first `tokens` tokens: at least one sample, at most all."""
+        return [(self, max(1, min(tokens // self.T, self.samples_per_epoch)))]
+
     def _start(self, place: int, s: int) -> int:
         place -= int(self._ends[s - 1]) if s else 0
         return place * self.T if self._starts is None else int(self._starts[s][place])

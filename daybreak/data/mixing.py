@@ -83,6 +83,12 @@ class MixLoader(Loader):
         partial = np.bincount(self._block(block)[0][:rest], minlength=len(self.shares))
         return [block * n + int(extra) for n, extra in zip(self.shares, partial, strict=True)]
 
+    def parts(self, tokens: int) -> list[tuple[Loader, int]]:
+        """As `Loader.parts`, each source's share of the tokens, and of no more than keep the shares when one ends."""
+        each = list(zip(self.shares, self.loaders, strict=True))
+        tokens = min(tokens, *(-(-ld.samples_per_epoch * self.T * BLOCK // n) for n, ld in each))
+        return [part for n, loader in each for part in loader.parts(tokens * n // BLOCK)]
+
     def batch(self, first_sample: int, count: int) -> NDArray[Any]:
         """As `Loader.batch`."""
         out = np.empty((count, self.T + 1), self.dtype)

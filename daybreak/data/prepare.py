@@ -52,6 +52,7 @@ from daybreak.errors import ConfigError, DataError
 
 log = logging.getLogger("daybreak")
 UNIT = 1 << 20  # characters a worker encodes at a time
+PROSE = "Most of what people write is prose like this sentence: GPT-2 makes a token of about four of its bytes."
 JOURNAL, JOURNAL_SECONDS = "journal.json", 30.0
 PARALLEL = 4  # ready-made shards downloaded at once
 
@@ -161,25 +162,31 @@ def prepare(
     check_replaceable(final, source.origin, encoder.name)
     identity = [source.origin, source.revision, source.state, encoder.fingerprint, shard_tokens, val_fraction,
                 text_field, UNIT]  # fmt: skip
-    if source.remote:
-        _announce(source, final, encoder.dtype.itemsize)
     try:
         with workspace(final, identity) as (folder, journal):
+            _announce(source, folder, encoder)
             job = _Job(folder, name, source, encoder, shard_tokens, identity, journal)
             return job.run(workers or os.cpu_count() or 1, progress)
     except OSError as error:
         raise DataError(f"preparing {name!r} failed: {error}.") from error
 
 
-def _announce(source: Source, final: Path, width: int) -> None:
-    """What it will take, before it starts. Text is taken to have 4.3 bytes a token."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    tokens, free = source.size / 4.3, shutil.disk_usage(final.parent).free
+def _announce(source: Source, folder: Path, tokenizer: Tokenizer) -> None:
+    """What it will take, before it starts. Text is taken to have as many bytes a token as PROSE. DataError where
+    twice the room would not do for what `folder` still lacks."""
+    tokens = source.size * tokenizer.encode(PROSE).size / len(PROSE)
+    size, done = tokens * tokenizer.dtype.itemsize, sum(path.stat().st_size for path in folder.glob("*.bin"))
+    mb, free = 1e-6, shutil.disk_usage(folder).free
     log.info(
-        "%s: about %.3g tokens, %.1f GB of shards (estimated from the files' sizes); %.1f GB are free",
-        source.name, tokens, tokens * width / 1e9, free / 1e9,
+        "%s: %s MB of text, about %.3g tokens, %s MB of shards (estimated from the files' sizes); %s MB are free",
+        source.name, f"{source.size * mb:,.1f}", tokens, f"{size * mb:,.1f}", f"{free * mb:,.1f}",
     )  # fmt: skip
-    if tokens * width > free:
+    if size - done > 2 * free:
+        raise DataError(
+            f"{source.name} needs about {size * mb:,.1f} MB of disk, {free * mb:,.1f} MB are free at {folder.parent}; "
+            "make room or name another --data-dir."
+        )
+    if size - done > free:
         log.warning("the disk may be too small; what is prepared by then is kept, and the same command goes on.")
 
 

@@ -62,8 +62,7 @@ class Pieces(Protocol):
 class Source:
     """Documents to prepare. `size` estimates their UTF-8 bytes; an empty `revision` makes prepare hash the text.
 
-    `state` (JSON) changes when the text does: an unfinished preparation goes on only if it is the same. `remote`: the
-    text is downloaded piece by piece.
+    `state` (JSON) changes when the text does: an unfinished preparation goes on only if it is the same.
     """
 
     name: str
@@ -73,7 +72,6 @@ class Source:
     size: int
     pieces: Pieces
     state: Any = None
-    remote: bool = False
 
 
 def cut(blocks: Iterable[str], size: int = PIECE) -> Iterator[str]:

@@ -91,10 +91,10 @@ def engine_lm(engine: Engine, tokenizer: Tokenizer, greedy: bool = True) -> Any:
             if options.get("do_sample"):
                 raise ConfigError("daybreak eval generates greedily; this task samples (do_sample), which is not done.")
             until = options.get("until") or []
-            until = [until] if isinstance(until, str) else until
             count = min(options.get("max_gen_toks", 256), engine.T - 1)
             ids = (self.tok_encode(context) or [tokenizer.eot])[-(engine.T - count) :]
-            return Text(ids, Sampling(count, temperature=0.0, stop=tuple(until)), tokenizer)
+            how = Sampling(count, temperature=0.0, stop=(until,) if isinstance(until, str) else tuple(until))
+            return Text(ids, how, tokenizer)
 
     return EngineLM()
 

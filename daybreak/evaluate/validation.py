@@ -32,21 +32,21 @@ def validate(
     check: Callable[[], None] = lambda: None,
     group: Group = ALONE,
 ) -> Validation:
-    """Loss of the first budget // T samples of `loader` (at least one, at most all). `check` runs before each batch.
-    lengths: bytes of each token (`Tokenizer.lengths`).
+    """Loss of the first `budget` tokens of `loader` in whole samples (`Loader.parts`); of a mixture, of each source's
+    share of them. `check` runs before each batch; lengths: bytes of each token (`Tokenizer.lengths`).
     Collective: ranks take batches in turn.
 
     Bits per byte leave out tokens without bytes (end of text) on both sides.
     """
-    samples = max(1, min(budget // engine.T, loader.samples_per_epoch))
     total = text_total = 0.0
     tokens = size = 0
-    for round_ in range(0, samples, engine.B * group.world):
+    rounds = ((*part, at) for part in loader.parts(budget) for at in range(0, part[1], engine.B * group.world))
+    for source, samples, round_ in rounds:
         check()
         first = round_ + group.rank * engine.B
         if first >= samples:
             continue
-        batch = torch.from_numpy(loader.batch(first, min(engine.B, samples - first)))
+        batch = torch.from_numpy(source.batch(first, min(engine.B, samples - first)))
         losses = engine.eval_losses(batch[:, :-1], batch[:, 1:]).cpu().numpy()
         length = lengths[batch[:, 1:].numpy()]
         total += losses.sum(dtype=np.float64)

@@ -271,15 +271,19 @@ class Trainer:
             self._report_save()
             last = self.step >= c.run.steps
             validate = last or (c.eval.every and self.step % c.eval.every == 0)
+            n = c.eval.hellaswag_every
+            score = self.setup.hellaswag and self.step and (last or self.step % n == 0 if n else validate)
             sample = last or (c.eval.sample_every and self.step and self.step % c.eval.sample_every == 0)
             due = bool(c.checkpoint.every) and self.step % c.checkpoint.every == 0 and self.step != resumed
             save = self.stop.take_save_request() or last or due  # whatever is due, a request is answered by it
-            if validate or sample or save:
+            if validate or score or sample or save:
                 self._read_results(0)
                 with self.clock.pause():
                     self.engine.finish()
                     if validate:
                         self._validate()
+                    if score:
+                        self._score()
                     if sample and self.chief:
                         self._sample()
                     if save:
@@ -335,13 +339,13 @@ class Trainer:
         self.main_log.val(self.step, result.loss)
         self.display.note(f"step {self.step}: val loss {result.loss:.6f} ({result.bits_per_byte:.4f} bits per byte)")
 
-        if self.setup.hellaswag and self.step:
-            score = accuracy(self.engine, self.setup.hellaswag, self.stop.check, self.group)
-            # llm.c's definition under the plain name, as in main.log; lm-eval's differs (docs/evaluation.md).
-            for task, value in (("hellaswag", score.acc_norm), ("hellaswag-acc", score.acc)):
-                self.metrics.write("eval", self.step, self.tokens, task=task, accuracy=value, examples=score.examples)
-            self.main_log.eval(self.step, score.acc_norm)
-            self.display.note(f"step {self.step}: HellaSwag {score.acc_norm:.4f} (llm.c's acc_norm)")
+    def _score(self) -> None:
+        score = accuracy(self.engine, self.setup.hellaswag, self.stop.check, self.group)
+        # llm.c's definition under the plain name, as in main.log; lm-eval's differs (docs/evaluation.md).
+        for task, value in (("hellaswag", score.acc_norm), ("hellaswag-acc", score.acc)):
+            self.metrics.write("eval", self.step, self.tokens, task=task, accuracy=value, examples=score.examples)
+        self.main_log.eval(self.step, score.acc_norm)
+        self.display.note(f"step {self.step}: HellaSwag {score.acc_norm:.4f} (llm.c's acc_norm)")
 
     def _sample(self) -> None:
         e = self.config.eval
@@ -401,6 +405,7 @@ class Trainer:
             "data": {
                 "fingerprint": self.setup.train_loader.fingerprint,
                 "samples": self.setup.train_loader.counts(self.samples),  # of each source of a mixture
+                "tokens": self.setup.tokens_of(self.samples),
             },
             "seed": c.run.seed,
             "compute": self.setup.compute,
@@ -459,6 +464,9 @@ class Trainer:
             parameters=self.engine.num_parameters, flops_per_token=float(self.engine.flops_per_token),
         )  # fmt: skip
         self.display.note(f"{self.run_folder.path}: {c.run.steps} steps of {c.tokens_at(self.step):,} tokens")
+        sources = self.setup.tokens_of(self.samples + c.tokens_between(self.step, c.run.steps) // c.T)
+        if len(sources) > 1:
+            self.display.note("tokens in all: " + ", ".join(f"{name} {n:,}" for name, n in sources.items()))
         if sum(shard.tokens for shard in self.setup.dataset.train) <= COUNTED_TOKENS:
             entropy = unigram_entropy(self.setup.dataset)
             self.metrics.write("event", self.step, self.tokens, what="unigram_entropy", detail=repr(entropy))

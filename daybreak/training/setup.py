@@ -56,6 +56,12 @@ class Setup:
     continues: bool  # a checkpoint will be loaded
     group: Group
 
+    def tokens_of(self, samples: int) -> dict[str, int]:
+        """How many tokens of each source the first `samples` samples are."""
+        names = [] if self.config.data.train else [name for name, _ in parse_mix(self.config.data.name)]
+        counts = self.train_loader.counts(samples)
+        return {name: n * self.config.T for name, n in zip(names or [self.dataset.name], counts, strict=True)}
+
 
 def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     """Check everything that can be wrong, then create the run's folder (or open it, for `resume`).

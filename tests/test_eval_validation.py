@@ -1,0 +1,94 @@
+"""Validation: which tokens a budget is, and bits per byte, both by hand."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_loader import write_shard
+
+from daybreak.data.loader import Loader
+from daybreak.data.mixing import MixLoader
+from daybreak.data.tokenizer import get_tokenizer
+from daybreak.evaluate.validation import token_lengths, validate
+
+
+class Bits:
+    """An engine whose token k costs bits[k] bits, whatever comes before it; it remembers what it was asked."""
+
+    def __init__(self, B: int, T: int, bits: dict[int, float] | None = None) -> None:
+        self.B, self.T, self.bits, self.targets = B, T, bits or {}, list[int]()
+
+    def eval_losses(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        assert tokens.shape[0] <= self.B
+        assert tokens.shape[1] == self.T
+        self.targets += targets.flatten().tolist()
+        costs = [[self.bits.get(t, 0.0) * math.log(2) for t in row] for row in targets.tolist()]
+        return torch.tensor(costs, dtype=torch.float64)
+
+
+def mixture(folder: Path, T: int, sizes: tuple[int, ...], weights: tuple[float, ...]) -> MixLoader:
+    """Source s holds the tokens 10,000 s, 10,000 s + 1, ..."""
+    shards = [write_shard(folder / f"{s}.bin", range(10_000 * s, 10_000 * s + n)) for s, n in enumerate(sizes)]
+    return MixLoader([Loader([shard], T, shuffle=False, V=50257) for shard in shards], weights, 0, shuffle=False)
+
+
+@pytest.mark.parametrize(
+    ("budget", "sizes", "tokens"),
+    [
+        (2000, (5000, 5000, 5000), (1400, 400, 200)),  # weights 7, 2, 1
+        (2001, (9999, 9999, 9999), (1400, 400, 200)),
+        (9999, (5000, 101, 5000), (336, 96, 48)),  # the second is too small: no source is more than its share
+        (1, (500, 500, 500), (1, 1, 1)),  # at least a sample of each
+    ],
+)
+def test_a_mixtures_budget_is_the_same_tokens_whatever_B_and_T(
+    tmp_path: Path, budget: int, sizes: tuple[int, ...], tokens: tuple[int, ...]
+) -> None:
+    seen = {}
+    for B, T in ((1, 16), (4, 16), (3, 32)):
+        engine = Bits(B, T)
+        lengths = np.zeros(50257, np.int64)
+        found = validate(engine, mixture(tmp_path, T, sizes, (7, 2, 1)), lengths, budget)  # type: ignore[arg-type]
+        assert found.tokens == len(engine.targets)
+        counts = Counter(token // 10_000 for token in engine.targets)
+        for s, wanted in enumerate(tokens):
+            assert abs(counts[s] - wanted) <= T
+            mine = sorted(token for token in engine.targets if token // 10_000 == s)
+            assert mine == list(range(10_000 * s + 1, 10_000 * s + 1 + counts[s]))  # from the source's beginning
+        seen[B, T] = sorted(engine.targets)
+    assert seen[1, 16] == seen[4, 16]
+
+
+def test_ranks_share_the_same_samples_out(tmp_path: Path) -> None:
+    mix, lengths, seen = mixture(tmp_path, 16, (5000, 5000), (2, 1)), np.zeros(50257, np.int64), list[int]()
+    for rank in range(3):
+        engine, group = Bits(4, 16), SimpleNamespace(rank=rank, world=3, numbers=lambda values: values)
+        validate(engine, mix, lengths, 3000, group=group)  # type: ignore[arg-type]
+        seen += engine.targets
+    alone = Bits(4, 16)
+    validate(alone, mix, lengths, 3000)  # type: ignore[arg-type]
+    assert sorted(seen) == sorted(alone.targets)
+
+
+def test_bits_per_byte_by_hand(tmp_path: Path) -> None:
+    # "Hello café 日本!" is Hello (5 bytes), " café" (6), and the 3 + 3 bytes of 日本 behind a space in five tokens
+    # (2, 1, 1, 2, 1), "!" (1): 19 bytes. The second time its end of text costs 40 bits, which count for the loss alone.
+    tokenizer = get_tokenizer("gpt2")
+    ids = [15496, 40304, 10545, 245, 98, 17312, 105, 0]
+    assert tokenizer.encode("Hello café 日本!").tolist() == ids
+    bits = dict(zip(ids, (9.0, 20.0, 7.0, 3.0, 1.0, 8.0, 2.0, 0.5), strict=True)) | {50256: 40.0}
+    stream = [50256, *ids, 50256, *ids]
+    loader = Loader([write_shard(tmp_path / "a.bin", stream)], 17, shuffle=False, V=50257)
+    lengths = token_lengths(tokenizer, 50304)
+    assert [int(lengths[token]) for token in (*ids, 50256, 50300)] == [5, 6, 2, 1, 1, 2, 1, 1, 0, 0]
+    found = validate(Bits(1, 17, bits), loader, lengths, 17)  # type: ignore[arg-type]
+    assert found.bits_per_byte == pytest.approx(2 * 50.5 / (2 * 19), rel=1e-12)
+    assert found.loss == pytest.approx((2 * 50.5 + 40) / 17 * math.log(2), rel=1e-12)
+    nothing = Loader([write_shard(tmp_path / "b.bin", [50256] * 18)], 17, shuffle=False, V=50257)
+    assert math.isnan(validate(Bits(1, 17, bits), nothing, lengths, 17).bits_per_byte)  # type: ignore[arg-type]

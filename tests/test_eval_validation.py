@@ -15,7 +15,7 @@ from test_loader import write_shard
 from daybreak.data.loader import Loader
 from daybreak.data.mixing import MixLoader
 from daybreak.data.tokenizer import get_tokenizer
-from daybreak.evaluate.validation import token_lengths, validate
+from daybreak.evaluate.validation import validate
 
 
 class Bits:
@@ -85,7 +85,7 @@ def test_bits_per_byte_by_hand(tmp_path: Path) -> None:
     bits = dict(zip(ids, (9.0, 20.0, 7.0, 3.0, 1.0, 8.0, 2.0, 0.5), strict=True)) | {50256: 40.0}
     stream = [50256, *ids, 50256, *ids]
     loader = Loader([write_shard(tmp_path / "a.bin", stream)], 17, shuffle=False, V=50257)
-    lengths = token_lengths(tokenizer, 50304)
+    lengths = tokenizer.lengths(50304)
     assert [int(lengths[token]) for token in (*ids, 50256, 50300)] == [5, 6, 2, 1, 1, 2, 1, 1, 0, 0]
     found = validate(Bits(1, 17, bits), loader, lengths, 17)  # type: ignore[arg-type]
     assert found.bits_per_byte == pytest.approx(2 * 50.5 / (2 * 19), rel=1e-12)

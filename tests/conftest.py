@@ -36,12 +36,14 @@ spent = dict.fromkeys(BUDGETS, 0.0)
 
 
 @pytest.fixture(autouse=True)
-def _log_as_before():
-    """The command line, called in the tests' process, sets up the log: undone after each test."""
+def _as_before():
+    """The command line, called in the tests' process, sets up the log and tells libraries to stay offline: undone."""
     log = logging.getLogger("daybreak")
-    before = log.handlers[:], log.level, log.propagate
+    before, environ = (log.handlers[:], log.level, log.propagate), dict(os.environ)
     yield
     log.handlers[:], log.level, log.propagate = before
+    for name in [name for name in os.environ if name.startswith("HF_") and name not in environ]:
+        del os.environ[name]
 
 
 def pytest_runtest_logreport(report):

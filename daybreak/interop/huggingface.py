@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.data.tokenizer import EOT_TEXT, Tokenizer
+from daybreak.data.tokenizer import EOT_TEXT, TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, ConfigError, Error
 from daybreak.interop.source import DTYPES, Export, Source, appearing, default_tokenizer, identify_tokenizer, layout
 from daybreak.shapes import GPT2Config
@@ -36,6 +36,7 @@ ARITHMETIC: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (True,),
 }  # fmt: skip
 SIZES = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+FINGERPRINT = "daybreak_tokenizer_fingerprint"  # a key of config.json that others ignore
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json"]
 
 
@@ -103,7 +104,11 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
 
     if "lm_head.weight" in files and not torch.equal(raw("lm_head.weight"), raw(prefix + WHOLE["wte"])):
         raise CheckpointError(f"{path}: lm_head.weight differs from wte; an untied head is not supported.")
-    return Source(path, cfg, tokenizer or _tokenizer(path) or default_tokenizer(cfg, "", path), read)
+    name = tokenizer or _tokenizer(path) or default_tokenizer(cfg, "", path)
+    made = _json(path / "config.json").get(FINGERPRINT)
+    if made is not None and made != get_tokenizer(name).fingerprint:
+        raise CheckpointError(f"{path} was exported with another tokenizer than {name!r} (its {FINGERPRINT} differs).")
+    return Source(path, cfg, name, read)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -211,6 +216,7 @@ def _config(source: Export, dtype: str) -> dict[str, Any]:
         "n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.02,
         "bos_token_id": source.tokenizer.eot, "eos_token_id": source.tokenizer.eot, "use_cache": True,
         "dtype": name, "torch_dtype": name,  # the new name of the key and the old one
+        FINGERPRINT: source.tokenizer.fingerprint,
     }  # fmt: skip
 
 
@@ -282,7 +288,16 @@ def _lower(ranks: dict[bytes, int], parts: Sequence[bytes], i: int, limit: int) 
 
 
 def write_tokenizer(tokenizer: Tokenizer, max_T: int, folder: Path) -> None:
-    """tokenizer.json, vocab.json, merges.txt and their configuration. Ids equal daybreak's for every text."""
+    """tokenizer.json, vocab.json, merges.txt and their configuration. Ids equal daybreak's for every text.
+
+    Of a tokenizer that is a tokenizer.json itself: that file as it is, and its configuration.
+    """
+    if tokenizer.source:
+        start = dict.fromkeys(("bos_token", "eos_token"), tokenizer.token_bytes(tokenizer.eot).decode())
+        (folder / TOKENIZER_FILE).write_text(tokenizer.source, encoding="utf-8")
+        own = {"tokenizer_class": "PreTrainedTokenizerFast", **start, "model_max_length": max_T}
+        _write_json(folder / "tokenizer_config.json", own)
+        return
     pairs = merges(tokenizer)
     vocab = {text: i for i, text in enumerate([*vocabulary_text(tokenizer), EOT_TEXT])}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.data.tokenizer import EOT_TEXT, TOKENIZER_FILE, Tokenizer, get_tokenizer
+from daybreak.data.tokenizer import EOT_TEXT, Tokenizer
 from daybreak.errors import CheckpointError, ConfigError, Error
 from daybreak.interop.source import DTYPES, Export, Source, appearing, default_tokenizer, identify_tokenizer, layout
 from daybreak.shapes import GPT2Config
@@ -104,11 +104,13 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
 
     if "lm_head.weight" in files and not torch.equal(raw("lm_head.weight"), raw(prefix + WHOLE["wte"])):
         raise CheckpointError(f"{path}: lm_head.weight differs from wte; an untied head is not supported.")
-    name = tokenizer or _tokenizer(path) or default_tokenizer(cfg, "", path)
+    source = Source(path, cfg, tokenizer or _tokenizer(path) or default_tokenizer(cfg, "", path), read)
     made = _json(path / "config.json").get(FINGERPRINT)
-    if made is not None and made != get_tokenizer(name).fingerprint:
-        raise CheckpointError(f"{path} was exported with another tokenizer than {name!r} (its {FINGERPRINT} differs).")
-    return Source(path, cfg, name, read)
+    if made not in (None, source.manifest["tokenizer"]["fingerprint"]):
+        raise CheckpointError(
+            f"{path} was exported with another tokenizer than {source.tokenizer!r} ({FINGERPRINT} differs)."
+        )
+    return source
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -294,7 +296,7 @@ def write_tokenizer(tokenizer: Tokenizer, max_T: int, folder: Path) -> None:
     """
     if tokenizer.source:
         start = dict.fromkeys(("bos_token", "eos_token"), tokenizer.token_bytes(tokenizer.eot).decode())
-        (folder / TOKENIZER_FILE).write_text(tokenizer.source, encoding="utf-8")
+        (folder / "tokenizer.json").write_text(tokenizer.source, encoding="utf-8")
         own = {"tokenizer_class": "PreTrainedTokenizerFast", **start, "model_max_length": max_T}
         _write_json(folder / "tokenizer_config.json", own)
         return

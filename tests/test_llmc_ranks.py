@@ -39,10 +39,18 @@ def _nothing_left() -> Any:
     ranks.end_all()
 
 
-def start(folder: Path, rank: int, *argv: str, port: int = 12345) -> list[Any]:
-    return ranks.start(
-        2, ["-c", MAIN.format(port), *SMALL, *argv, "-pn", "2", "-pr", str(rank)], folder, range(rank, rank + 1)
-    )
+def process(folder: Path, rank: int, command: list[str], **more: str) -> Any:
+    """An interpreter whose output is in folder/rank-N.txt."""
+    with open(folder / f"rank-{rank}.txt", "w") as out:
+        line = [sys.executable, *command]
+        ranks.STARTED.append(subprocess.Popen(line, cwd=folder, env=environment(**more), stdout=out, stderr=out))
+    return ranks.STARTED[-1]
+
+
+def start(folder: Path, *argv: str, port: int = 12345) -> list[Any]:
+    """Two ranks that are told by flags who they are; the second comes first."""
+    command = ["-c", MAIN.format(port), *SMALL, *argv, "-pn", "2", "-pr"]
+    return [process(folder, rank, [*command, str(rank)]) for rank in (1, 0)]
 
 
 def wait_until(done: Callable[[], bool], folder: Path) -> None:
@@ -56,13 +64,13 @@ def test_ranks_that_meet_in_a_file_start_again_after_a_kill(made: Path) -> None:
     """What killed ranks left in the file is nobody's."""
     fs = ["-o", "fs", "-y", "1", "-s", "0", "-pi", "fs", "-pf", "meet"]
     (made / "meet").mkdir()
-    both = [p for rank in range(2) for p in start(made, rank, *fs, "-x", "1000000", "-v", "1000000")]
+    both = start(made, *fs, "-x", "1000000", "-v", "1000000")
     wait_until(lambda: (made / "fs/main.log").is_file() and len(trl(made / "fs")) > 2, made)
-    for process in both:
-        process.kill()
-        process.wait()
+    for p in both:
+        p.kill()
+        p.wait()
     assert (made / "meet/daybreak.sync").is_file()
-    codes = ranks.finish([p for rank in range(2) for p in start(made, rank, *fs, "-x", "2")], 60)
+    codes = ranks.finish(start(made, *fs, "-x", "2"), 60)
     assert codes == [0, 0], ranks.said(made, 0) + ranks.said(made, 1)
     assert "| num_processes         | 2 " in ranks.said(made, 0)
 
@@ -70,7 +78,7 @@ def test_ranks_that_meet_in_a_file_start_again_after_a_kill(made: Path) -> None:
 def test_ranks_that_meet_at_an_address(made: Path) -> None:
     """Under another port than llm.c's, which others on this machine may want."""
     tcp, port = ["-o", "tcp", "-x", "2", "-pi", "tcp", "-ps", "127.0.0.1"], ranks.free_port()
-    codes = ranks.finish([p for rank in (1, 0) for p in start(made, rank, *tcp, port=port)], 60)
+    codes = ranks.finish(start(made, *tcp, port=port), 60)
     assert codes == [0, 0], ranks.said(made, 0) + ranks.said(made, 1)
     assert "| num_processes         | 2 " in ranks.said(made, 0)
     assert list(trl(made / "tcp")) == [0, 1]
@@ -78,15 +86,10 @@ def test_ranks_that_meet_at_an_address(made: Path) -> None:
 
 def under_mpirun(folder: Path, command: list[str]) -> str:
     """Two processes with the variables that mpirun sets."""
-    processes = list[Any]()
+    processes, port = list[Any](), str(ranks.free_port())
     for rank in range(2):
         mpi = {f"OMPI_COMM_WORLD_{k}": str(v) for k, v in (("RANK", rank), ("SIZE", 2), ("LOCAL_RANK", rank))}
-        env = environment(**mpi, MASTER_PORT=str(processes[0].port if processes else ranks.free_port()))
-        with open(folder / f"rank-{rank}.txt", "w") as out:
-            process: Any = subprocess.Popen([sys.executable, *command], cwd=folder, env=env, stdout=out, stderr=out)
-        process.port = env["MASTER_PORT"]
-        processes.append(process)
-        ranks.STARTED.append(process)
+        processes.append(process(folder, rank, command, **mpi, MASTER_PORT=port))
     assert ranks.finish(processes, 60) == [0, 0], ranks.said(folder, 0) + ranks.said(folder, 1)
     assert ranks.said(folder, 1) == ""
     return ranks.said(folder, 0)

@@ -92,7 +92,7 @@ FLAGS = [  # in the order of llm.c's table
     Flag("-f", 1, "fp32 products may use TF32", rule=SWITCH),
     Flag("-h", 0, f"HellaSwag at each validation, if {HELLASWAG} is there", rule=SWITCH),
     Flag("-lg", -1, "GPU status every N steps", no_effect="memory is on every step's line"),
-    Flag("-z", 0, "ZeRO stage", rule=one_of(0, 1, 2, 3)),
+    Flag("-z", 0, "ZeRO stage: 0, 1, or 2 (daybreak's own); 3 falls back to 2", rule=one_of(0, 1, 2, 3)),
     Flag("-pn", 1, "processes (-pi tcp or fs)", rule=at_least(1)),
     Flag("-pr", 0, "rank of this process (-pi tcp or fs)", rule=NATURAL),
     Flag("-pg", 8, "GPUs per machine (-pi tcp or fs)", rule=at_least(1)),
@@ -174,7 +174,7 @@ def translate(values: Values, world: int = 1, base: Config | None = None, tokeni
         "precision.tf32": bool(values["-f"]),
         "precision.masters": "auto" if values["-w"] else "none",
         "eval.hellaswag": HELLASWAG if values["-h"] and Path(HELLASWAG).is_file() else "",
-        "parallel.zero": values["-z"] if world > 1 else 0,
+        "parallel.zero": min(values["-z"], 2) if world > 1 else 0,
         "log.display": "plain",
         "run.dir": str(out.parent),
         "run.name": out.name,
@@ -232,18 +232,21 @@ def parameter_table(values: Values, config: Config, world: int, start: str) -> l
 
 
 class _Stdout(logging.Handler):
-    """Everything on stdout, as llm.c does it, and validation losses in its form."""
+    """Everything on stdout, as llm.c does it, and results of evaluation in its form."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = re.sub(r"^step \d+: (val loss [^ ]+) .*", r"\1", self.format(record))
+        text = re.sub(r"^step \d+: (val loss [^ ]+|HellaSwag: .*=.*) \(.*", r"\1", self.format(record))
         print(text, flush=True)
 
 
 # ---- the .bin checkpoints
 
 
-def bin_writer(values: Values, config: Config) -> Callable[[Path], None]:
-    """What to do with each checkpoint that training saved: write llm.c's files of it, and delete old ones."""
+def bin_writer(values: Values, config: Config, world: int) -> Callable[[Path], None]:
+    """What to do with each checkpoint that training saved: write llm.c's files of it, and delete old ones.
+
+    They are those of `world` processes, at ZeRO 1 (llm.c's only stage) if we have one and it divides every tensor.
+    """
     from daybreak.interop import llmc_files
     from daybreak.interop.source import Export
     from daybreak.state.checkpoint import load_checkpoint
@@ -256,8 +259,9 @@ def bin_writer(values: Values, config: Config) -> Callable[[Path], None]:
         if step == 0 or (step % every and step != saved["config"]["run.steps"]):
             return  # saved for another reason: a signal, given weights
         dtype = "bf16" if saved["compute"] == "bf16" else "fp32"
-        samples = llmc_files.loader_samples(config, 1)
-        llmc_files.write_checkpoint(folder, Export(checkpoint), dtype=dtype, samples=samples)
+        source, samples = Export(checkpoint), llmc_files.loader_samples(config, world)
+        zero = int(config.parallel.zero > 0 and all(math.prod(x) % world == 0 for x in source.shapes.values()))
+        llmc_files.write_checkpoint(folder, source, dtype=dtype, world=world, zero=zero, samples=samples)
         for old in llmc_files.done_steps(folder)[keep:] if keep else []:
             if not major or old % major:
                 llmc_files.remove_checkpoint(folder, old)
@@ -307,6 +311,8 @@ def _run(argv: list[str]) -> None:
         for flag in FLAGS:
             if flag.no_effect and values[flag.name] != flag.default:
                 print(f"{flag.name} {values[flag.name]}: no effect ({flag.no_effect})", flush=True)
+        if values["-z"] > max(config.parallel.zero, 1):
+            print(f"-z {values['-z']}: not supported for {world} process(es), falling back to {config.parallel.zero}")
     else:
         logging.getLogger("daybreak").setLevel(logging.WARNING)
 
@@ -315,7 +321,7 @@ def _run(argv: list[str]) -> None:
     from daybreak.training.loop import train
     from daybreak.training.stop import Stop
 
-    on_save = bin_writer(values, config) if config.checkpoint.every else None
+    on_save = bin_writer(values, config, world) if config.checkpoint.every else None
     with Stop().handling_signals() as stop:
         stop.group = group
         run = train(config, resume=resume, init_from=init, stop=stop, on_save=on_save)

@@ -284,7 +284,7 @@ def connect(environ: Mapping[str, str], timeout: float) -> Group:
         else:
             port = int(env["MASTER_PORT"])
             root = dist.TCPStore(env["MASTER_ADDR"], port, world, rank == 0, wait, wait_for_workers=False)
-        meeting = _assemble(group, root, where, agents)
+        meeting = _assemble(group, root, method or where, agents or bool(method))
         group.store = dist.PrefixStore(f"daybreak/{meeting}", root)
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
@@ -327,8 +327,8 @@ def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
     """Wait until every rank is there, and return a name for this meeting that no earlier one in this store had.
 
     Each rank leaves a word of its own and waits for rank 0's answer to just that word: what ranks that are gone left
-    in a store that outlives them (torchrun's, where `again` is true) is answered to nobody. ConfigError names who is
-    missing, was started twice, or expects another number of ranks.
+    in a store that outlives them (torchrun's, or a file: `again` is true) is answered to nobody. ConfigError names who
+    is missing, was started twice, or expects another number of ranks.
     """
     rank, world, deadline = group.rank, group.world, time.monotonic() + group.timeout
     word = f"{world} {os.urandom(8).hex()}"

@@ -21,6 +21,7 @@ BUDGETS = {"foundation": 4.0, "kernels": 3.0, "interop": 2.0, "data": 2.0, "page
 BUDGETS["distributed"] = 3.0
 KERNELS = ("attention", "bias", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer", "tune")
 INTEROP = ("test_interop_hf", "test_interop_llmc", "test_interop_gguf", "test_llmc_cli", "test_generate", "test_serve")
+INTEROP += ("test_llmc_ranks",)
 DATA = ("test_data_formats", "test_data_hub", "test_data_mixing", "test_eval_choice", "test_eval_harness")
 GROUPS = {
     **{f"tests/test_kernel_{name}.py": "kernels" for name in KERNELS},

@@ -356,6 +356,19 @@ def test_train_resume_fork_and_sample(trained: Path) -> None:
     assert one.stdout.endswith("---\n" + two.stdout)  # sample i has seed + i
 
 
+def test_how_to_sample_is_said_on_the_command_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(*flags: str) -> str:
+        assert main(["sample", str(trained / "runs/small"), "--tokens", "40", "--prompt", "men", *flags]) == 0
+        return capsys.readouterr().out
+
+    plain, greedy = sample(), sample("--temperature", "0")
+    assert len({plain, greedy, sample("--temperature", "0.5")}) == 3
+    assert sample("--top-k", "1") == sample("--top-p", "1e-6") == greedy
+    assert len({plain, sample("--top-k", "3"), sample("--top-p", "0.5")}) == 3
+    stop = plain.rstrip("\n")[10:12]
+    assert sample("--stop", stop, "--stop", "never there") == plain[: plain.index(stop)] + "\n"
+
+
 def test_sigterm_saves_and_is_exit_75(trained: Path) -> None:
     argv = [sys.executable, "-m", "daybreak", "train", "d12", "--name", "long", "--steps", "1000000", *SMALL]
     process = subprocess.Popen(argv, cwd=trained, env=environment(), stderr=subprocess.PIPE, text=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from interop_runs import MAX_T, daybreak, inside, shape_of, values_of, write_run, write_shards
 from safetensors.torch import load_file, save_file
+from test_data_formats import tokenizer_json
 
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.engine import Engine
@@ -78,6 +79,28 @@ def test_transformers_computes_our_logits_at_every_position(run: Path, tmp_path:
         assert 0 < their_error < 0.02 * want.norm()
         assert (mine - want).norm() <= 1.5 * their_error
         assert (mine - low).abs().max() <= 0.02 * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_logits_at_the_width_and_length_of_gpt2(tmp_path: Path, dtype: str) -> None:
+    """768 channels, 12 heads, 1,024 positions: a model of transformers, imported; every position."""
+    torch.manual_seed(0)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    sizes = {"vocab_size": 1025, "n_positions": 1024, "n_embd": 768, "n_layer": 2, "n_head": 12}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).to(kind).eval()
+    theirs.save_pretrained(tmp_path / "m")
+    source = open_source(tmp_path / "m", "gpt2-1024")
+    engine = Engine(source.model, B=1, T=1024, compute=dtype, train=False)
+    engine.load_params({name: source.read(name) for name in source.names()})
+    tokens = torch.randint(1025, (1, 1024), generator=torch.Generator().manual_seed(1))
+    ours = engine.logits(tokens).float()
+    with torch.no_grad():
+        low = theirs(tokens).logits.float()
+        want = theirs.double()(tokens).logits
+    wrong, their = ((x - want).norm(dim=-1) / want.norm(dim=-1) for x in (ours, low))  # at each position
+    assert wrong.shape == (1, 1024)
+    assert wrong.max() <= 2 * their.max()
+    assert wrong.max() <= {"fp32": 2e-6, "bf16": 0.03}[dtype]
 
 
 def test_the_tensors_are_the_weights(run: Path, tmp_path: Path) -> None:
@@ -150,6 +173,27 @@ def test_shards_and_a_folder_that_is_taken(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"out exists already"):
         exported(run, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_tokenizer_json_goes_with_the_weights(tmp_path: Path) -> None:
+    """A run with a tokenizer of its own: transformers gets that file; no other format has a place for it."""
+    tokenizer_json(tmp_path / "t.json")
+    tok = get_tokenizer(str(tmp_path / "t.json"))
+    write_run(tmp_path / "run", str(tmp_path / "t.json"))
+    (tmp_path / "t.json").rename(tmp_path / "run/tokenizer.json")
+    inside(tmp_path, "export", "run", "--to", "hf", "out")
+    assert (tmp_path / "out/tokenizer.json").read_text("utf-8") == tok.source
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.model_max_length) == (tok.eot, tok.eot, MAX_T)
+    for text in TEXTS[:5]:
+        assert theirs(text)["input_ids"] == tok.encode(text).tolist()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.eos_token_id == tok.eot
+    assert json.loads((tmp_path / "out/config.json").read_text())[huggingface.FINGERPRINT] == tok.fingerprint
+    for to in ("gguf", "llmc"):
+        said = inside(tmp_path, "export", "run", "--to", to, "no", code=2).stderr
+        assert f"run has a tokenizer.json of its own ({tok.name}), which has no image in --to {to}; use hf.\n" in said
+    assert not (tmp_path / "no").exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- in
@@ -283,6 +327,7 @@ BAD = [
     (_pickled, "pytorch_model.bin is not read, since loading it can run code"),
     (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
     (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
+    (_edit(daybreak_tokenizer_fingerprint="0"), "was exported with another tokenizer than 'gpt2-1024'"),
     (_other_words, "tokenizer.json has a vocabulary of 1025 tokens that is none of daybreak's"),
     (lambda f: (f / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 7}}}'), "with ids 0, 1, 2"),
     (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "vocab.json")], "give --data.tokenizer NAME"),

@@ -24,6 +24,7 @@ from test_interop_llmc import model_bytes, write_checkpoint
 
 from daybreak.config import Config, resolve
 from daybreak.errors import ConfigError
+from daybreak.evaluate.multiple_choice import Example, write_eval_bin
 from daybreak.interop import open_source
 from daybreak.llmc import ALL_TOKENS, BY_NAME, FLAGS, HELLASWAG, launch, main, parse, translate
 from daybreak.state.run import Run
@@ -116,6 +117,12 @@ def test_every_flag_has_its_meaning_and_no_other(name: str, tmp_path: Path, monk
         changed.pop("run.name", None)
     assert changed == meaning
     assert bool(BY_NAME[name].no_effect) == (not meaning)
+
+
+def test_stages_of_zero() -> None:
+    """2 is daybreak's own; 3 falls back to it; one process has nothing to share out."""
+    assert [settings(["-e", "d12", "-z", str(z)])["parallel.zero"] for z in range(4)] == [0, 1, 2, 2]
+    assert [settings(["-e", "d12", "-z", str(z)], world=1)["parallel.zero"] for z in range(4)] == [0] * 4
 
 
 def test_the_defaults_are_llmc_s() -> None:
@@ -289,6 +296,25 @@ def test_main_log_and_checkpoints_are_llmc_s(made: Path) -> None:
     assert torch.equal(source.read("h.1.fcw"), weights["h.1.fcw"])
 
 
+def test_hellaswag_and_fallbacks_are_said_as_llmc_does(made: Path, tmp_path: Path) -> None:
+    shape = shape_of("gpt2", L=1, C=32, NH=2)
+    (tmp_path / "m.bin").write_bytes(model_bytes(shape, values_of(shape), 3))
+    (tmp_path / "shards").symlink_to(made / "shards")
+    (tmp_path / HELLASWAG).parent.mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    texts = rng.integers(0, 1024, (7, 5, 6)).tolist()
+    examples = [Example(x[0], x[1:], label) for x, label in zip(texts, (0, 1, 2, 3, 0, 1, 2), strict=True)]
+    write_eval_bin(tmp_path / HELLASWAG, examples)
+    said = llmc(tmp_path, *SMALL, "-e", "m.bin", "-o", "log", "-x", "1", "-h", "1", "-z", "3", here=True)
+    assert "| run hellaswag         | yes " in said
+    found = re.search(r"^HellaSwag: (\d)/7 = (0\.\d{6})$", said, re.M)
+    assert found, said
+    assert float(found[2]) == pytest.approx(int(found[1]) / 7, abs=1e-6)
+    assert f"s:1 eval:{int(found[1]) / 7:.4f}\n" in (tmp_path / "log/main.log").read_text()
+    assert "-z 3: not supported for 1 process(es), falling back to 0\n" in said
+    assert "| zero_stage            | 0 " in said
+
+
 def test_either_kind_of_checkpoint_goes_on_with_y_1(made: Path) -> None:
     """14 steps in one go; 10, then 4 from our checkpoint; 10, then 4 from the .bin files alone."""
     n2 = ["-x", "14", "-n", "4"]
@@ -376,21 +402,6 @@ TORCHRUN = [
     "--max-restarts",
     "1",
 ]
-
-
-def test_the_published_1558m_command_runs_under_torchrun(made: Path) -> None:
-    """Two processes compute what one does: SMALL's run begins with the same weights and the same samples."""
-    command = published(RUN_1558M, **{"-e": "m/model_00000007.bin", "-o": "two", "-b": "2", "-d": "256"})
-    done = subprocess.run(
-        [*TORCHRUN, *command], cwd=made, env=environment(), capture_output=True, text=True, timeout=90
-    )
-    assert done.returncode == 0, done.stderr
-    assert "| num_processes         | 2 " in done.stdout
-    assert "| zero_stage            | 1 " in done.stdout
-    assert "=> setting grad_accum_steps=1" in done.stdout
-    assert (made / "two/DONE_00000002").is_file()
-    losses = [float(trl(made / name)[0].split()[0][4:]) for name in ("two", "log")]
-    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", ""])

@@ -49,6 +49,10 @@ def export(
     from daybreak.state.run import Run
 
     source, path = Export(Run(run).checkpoint(step)), Path(out)
+    if to != "hf" and source.tokenizer.source:
+        raise ConfigError(
+            f"{run} has a tokenizer.json of its own ({source.tokenizer.name}), which has no image in --to {to}; use hf."
+        )
     if to == "hf":
         huggingface.export(source, path, dtype)
     elif to == "gguf":

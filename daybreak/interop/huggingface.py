@@ -45,6 +45,7 @@ ARITHMETIC: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (True,),
 }  # fmt: skip
 SIZES = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
+FINGERPRINT = "daybreak_tokenizer_fingerprint"  # a key of config.json that others ignore
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json"]
 
 
@@ -109,7 +110,13 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
 
     if "lm_head.weight" in files and not torch.equal(raw("lm_head.weight"), raw(prefix + WHOLE["wte"])):
         raise CheckpointError(f"{path}: lm_head.weight differs from wte; an untied head is not supported.")
-    return Source(path, cfg, tokenizer or _tokenizer(path) or default_tokenizer(cfg, "", path), read)
+    source = Source(path, cfg, tokenizer or _tokenizer(path) or default_tokenizer(cfg, "", path), read)
+    made = _json(path / "config.json").get(FINGERPRINT)
+    if made not in (None, source.manifest["tokenizer"]["fingerprint"]):
+        raise CheckpointError(
+            f"{path} was exported with another tokenizer than {source.tokenizer!r} ({FINGERPRINT} differs)."
+        )
+    return source
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -212,6 +219,7 @@ def _config(source: Export, dtype: str) -> dict[str, Any]:
         "n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.02,
         "bos_token_id": source.tokenizer.eot, "eos_token_id": source.tokenizer.eot, "use_cache": True,
         "dtype": name, "torch_dtype": name,  # the new name of the key and the old one
+        FINGERPRINT: source.tokenizer.fingerprint,
     }  # fmt: skip
 
 
@@ -271,7 +279,16 @@ def merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 
 def write_tokenizer(tokenizer: Tokenizer, max_T: int, folder: Path) -> None:
-    """tokenizer.json, vocab.json, merges.txt and their configuration. Ids equal daybreak's for every text."""
+    """tokenizer.json, vocab.json, merges.txt and their configuration. Ids equal daybreak's for every text.
+
+    Of a tokenizer that is a tokenizer.json itself: that file as it is, and its configuration.
+    """
+    if tokenizer.source:
+        start = dict.fromkeys(("bos_token", "eos_token"), tokenizer.token_bytes(tokenizer.eot).decode())
+        (folder / "tokenizer.json").write_text(tokenizer.source, encoding="utf-8")
+        own = {"tokenizer_class": "PreTrainedTokenizerFast", **start, "model_max_length": max_T}
+        _write_json(folder / "tokenizer_config.json", own)
+        return
     pairs = merges(tokenizer)
     vocab = {text: i for i, text in enumerate([*vocabulary_text(tokenizer), EOT_TEXT])}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -137,7 +137,7 @@ class Export:
         keys = checkpoint.manifest["config"]
         self.model = model_config({k.removeprefix("model."): v for k, v in keys.items() if k.startswith("model.")})
         self.shapes = {name: shape for name, _, shape in layout(self.model)}
-        self.tokenizer: Tokenizer = get_tokenizer(checkpoint.manifest["tokenizer"]["name"])
+        self.tokenizer: Tokenizer = get_tokenizer(checkpoint.manifest["tokenizer"]["name"], checkpoint.path.parents[1])
         self._offsets = {name: start for name, start, _ in checkpoint.layout}
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -345,7 +345,8 @@ class Trainer:
         for task, value in (("hellaswag", score.acc_norm), ("hellaswag-acc", score.acc)):
             self.metrics.write("eval", self.step, self.tokens, task=task, accuracy=value, examples=score.examples)
         self.main_log.eval(self.step, score.acc_norm)
-        self.display.note(f"step {self.step}: HellaSwag {score.acc_norm:.4f} (llm.c's acc_norm)")
+        right = f"{round(score.acc_norm * score.examples)}/{score.examples} = {score.acc_norm:f}"
+        self.display.note(f"step {self.step}: HellaSwag: {right} (llm.c's acc_norm)")
 
     def _sample(self) -> None:
         e = self.config.eval

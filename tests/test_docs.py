@@ -12,7 +12,18 @@ from typing import Any, ClassVar
 
 import pytest
 
-from daybreak.config import resolve
+from daybreak.config import (
+    _KIND_WORDS,
+    DEFAULTS,
+    DOCS,
+    KINDS,
+    MAY_CHANGE_KEYS,
+    MAY_CHANGE_SECTIONS,
+    RULES,
+    Config,
+    _toml,
+    resolve,
+)
 from daybreak.engine import arena, plan_engine
 from daybreak.kernels import Impl, Op, Recorder
 from daybreak.report.bench import flops_of, nbytes_of
@@ -21,8 +32,8 @@ from daybreak.report.plan import plan
 from daybreak.shapes import parse_shape
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
-OPERATIONS = sorted((DOCS / "operations").glob("*.md"))
+PAGES = ROOT / "docs"
+OPERATIONS = sorted((PAGES / "operations").glob("*.md"))
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 COPY, PRODUCT = 2.94e12, 683e12  # bytes/s, FLOP/s: the card's own limits, measured beside the step (bench/NOTES.md)
 
@@ -82,10 +93,27 @@ def memory_table() -> str:
     return "| | arena, MiB | with what lies outside | the driver | |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
-@pytest.mark.parametrize(("page", "table"), [("tour.md", costs_table), ("plan.md", memory_table)])
+def keys_table() -> str:
+    """Every configuration key, section by section: default, meaning, rule (without one, its type)."""
+    text = f"A resumed run may change the sections {', '.join(MAY_CHANGE_SECTIONS)}, and of the others:\n"
+    text += ", ".join(f"`{name}`" for name in MAY_CHANGE_KEYS) + ".\n\n"
+    for section, keys in vars(Config()).items():
+        text += f"### {section}\n{(type(keys).__doc__ or '').splitlines()[0]}\n\n"
+        text += "| key | default | meaning | allowed |\n|---|---|---|---|\n"
+        for name in (f"{section}.{key}" for key in vars(keys)):
+            rule, default = RULES[name], _toml(DEFAULTS[name])
+            allowed = rule.text.removeprefix("must be ").removeprefix("is not supported: ") if rule else ""
+            text += f"| `{name}` | `{default}` | {DOCS[name]} | {allowed or _KIND_WORDS[KINDS[name]]} |\n"
+        text += "\n"
+    return text.rstrip("\n") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("page", "table"), [("tour.md", costs_table), ("plan.md", memory_table), ("parameters.md", keys_table)]
+)
 def test_generated_tables_are_up_to_date(page: str, table: Any) -> None:
     """On a difference: paste what the assertion prints."""
-    text = (DOCS / page).read_text()
+    text = (PAGES / page).read_text()
     assert table() in text, "\n" + table()
 
 
@@ -93,7 +121,7 @@ def fences(text: str, label: str) -> list[tuple[str, str]]:
     return re.findall(rf"^```(\w+) {label}\n(.*?)^```$", text, re.M | re.S)
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: str(p.relative_to(DOCS)))
+@pytest.mark.parametrize("page", sorted(PAGES.rglob("*.md")), ids=lambda p: str(p.relative_to(PAGES)))
 def test_every_fence_is_labelled(page: Path) -> None:
     opened = re.findall(r"^```(\S+.*)$", page.read_text(), re.M)
     assert {x.split(" ")[-1] for x in opened} <= {"ci", "gpu", "network", "text"}
@@ -111,7 +139,7 @@ def test_every_derivation_holds() -> None:
 def test_the_examples_run(name: str, tmp_path: Path) -> None:
     command = f'daybreak() {{ {sys.executable} -m daybreak "$@"; }}\n'
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for _, text in fences((DOCS / name).read_text(), "ci"):
+    for _, text in fences((PAGES / name).read_text(), "ci"):
         done = subprocess.run(["bash", "-euc", command + text], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
@@ -124,10 +152,16 @@ def test_every_operation_has_its_page() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "README.zh-CN.md", *DOCS.rglob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "README.zh-CN.md", *PAGES.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readme_leads_to_every_page(name: str) -> None:
+    linked = set(re.findall(r"\]\((docs/[^)#]+)", (ROOT / name).read_text()))
+    assert {f"docs/{page.name}" for page in PAGES.glob("*.md")} - linked == {"docs/index.md"}
 
 
 def test_the_chinese_readme_shows_the_same() -> None:

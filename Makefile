@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= tiny
 
-.PHONY: demo test test-recovery test-llama check bench docs clean install test-install
+.PHONY: demo test test-all test-recovery test-llama check bench docs clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -26,6 +26,9 @@ demo: install
 test: test-install check
 	$(BIN)/python -m pytest
 
+# Everything: the tests, recovery at full scale, llama.cpp, the site.
+test-all: test test-recovery test-llama docs
+
 # The recovery contract at full scale: 50 random kills, 100,000 mutations, the soak; writes bench/results/recovery.csv.
 test-recovery: test-install
 	$(BIN)/python -m pytest --full tests/test_recovery_*.py
@@ -40,6 +43,7 @@ check: test-install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --python-version 3.13
+	$(BIN)/python -m pytest tests/test_structure.py
 
 bench: test-install
 	$(BIN)/python bench/cpu_step.py

@@ -135,12 +135,18 @@ def test_every_derivation_holds() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["plan.md", "watching.md"])
-def test_the_examples_run(name: str, tmp_path: Path) -> None:
+TESTED = [*OPERATIONS, PAGES / "interop.md"]  # each in a test of its own
+WITH_EXAMPLES = [p for p in PAGES.rglob("*.md") if p not in TESTED and fences(p.read_text(), "ci")]
+
+
+@pytest.mark.parametrize("page", sorted(WITH_EXAMPLES), ids=lambda p: p.stem)
+def test_the_examples_run(page: Path, tmp_path: Path) -> None:
+    """Every `ci` fence of a page, in order, in one empty folder."""
     command = f'daybreak() {{ {sys.executable} -m daybreak "$@"; }}\n'
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for _, text in fences((PAGES / name).read_text(), "ci"):
-        done = subprocess.run(["bash", "-euc", command + text], cwd=tmp_path, env=env, capture_output=True, text=True)
+    for language, text in fences(page.read_text(), "ci"):
+        argv = [sys.executable, "-c", text] if language == "python" else ["bash", "-euc", command + text]
+        done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 

@@ -29,20 +29,14 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            why = "" if count else _driver_trouble()
+            why = ""
+            try:
+                torch.cuda.init()  # type: ignore[no-untyped-call]
+            except (RuntimeError, AssertionError) as error:  # no driver, or one too old for this torch
+                why = f": {str(error).partition('. ')[0]}" if "driver" in str(error) else ""
             raise ConfigError(f"run.device = {name!r} does not exist here ({count} CUDA devices{why}); use cpu.")
         device = torch.device("cuda", device.index or 0)
     return device
-
-
-def _driver_trouble() -> str:
-    """What torch says of the driver (there is none, it is too old), or nothing."""
-    try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    except (RuntimeError, AssertionError) as error:
-        if "driver" in str(error):
-            return f": {str(error).partition('. ')[0]}"
-    return ""
 
 
 def pick_compute(name: str, device: torch.device) -> str:

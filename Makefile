@@ -31,7 +31,7 @@ test-all: test test-recovery test-llama docs
 
 # The recovery contract at full scale: 50 random kills, 100,000 mutations, the soak; writes bench/results/recovery.csv.
 test-recovery: test-install
-	$(BIN)/python -m pytest --full tests/test_recovery_*.py
+	$(BIN)/python -m pytest --full tests/test_recovery_*.py tests/test_pages.py
 
 # llama.cpp itself on an exported GGUF: builds llama-cpp-python from source, several minutes on 2 cores.
 test-llama: test-install

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +36,7 @@ from daybreak.shapes import parse_shape
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs"
 OPERATIONS = sorted((PAGES / "operations").glob("*.md"))
+KERNELS = ROOT / "bench/results/kernels.csv"
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 COPY, PRODUCT = 2.94e12, 683e12  # bytes/s, FLOP/s: the card's own limits, measured beside the step (bench/NOTES.md)
 
@@ -58,23 +61,43 @@ class Counting(Recorder):
         return count
 
 
-def costs_table() -> str:
-    """Calls, bytes, FLOPs and the least time of one micro-step and update of d48, B = 16, recompute 2, on an H100."""
+@cache
+def costs() -> dict[str, tuple[float, ...]]:
+    """Operation -> calls, bytes, FLOPs, least ms: one micro-step and update of d48, B = 16, recompute 2, on an H100."""
     options = {"B": 16, "T": 1024, "compute": "bf16", "recompute": 2, "device_type": "cuda"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arena, "Recorder", Counting)
         patch.setattr(Counting, "costs", defaultdict(lambda: [0, 0, 0]))
         patch.setattr("daybreak.engine.schedule.plan_arena", first_schedule_only)
         plan_engine(parse_shape("d48"), **options)
-        rows, total = [], 0.0
-        for name, (calls, size, flops) in sorted(Counting.costs.items()):
-            floor = 1e3 * max(size / COPY, flops / PRODUCT)
-            total += floor
-            page = next(f"operations/{p.name}" for p in OPERATIONS if f"`{name}`" in p.read_text())
-            work = f"{flops / 1e12:.2f}" if flops else ""
-            rows.append(f"| [{name}]({page}) | {calls} | {size / 1e9:.2f} | {work} | {floor:.2f} |")
+        found = sorted(Counting.costs.items())
+    return {name: (n, size, flops, 1e3 * max(size / COPY, flops / PRODUCT)) for name, (n, size, flops) in found}
+
+
+def cost_cells(name: str) -> str:
+    calls, size, flops, floor = costs()[name]
+    return f"{calls} | {size / 1e9:.2f} | {f'{flops / 1e12:.2f}' if flops else ''} | {floor:.2f}"
+
+
+def costs_table() -> str:
+    """The costs of every operation, each with its page."""
+    pages = {name: next(p.name for p in OPERATIONS if f"`{name}`" in p.read_text()) for name in costs()}
+    rows = [f"| [{name}](operations/{page}) | {cost_cells(name)} |" for name, page in pages.items()]
     head = "| operation | calls | GB | TFLOP | least ms |\n|---|---|---|---|---|\n"
+    total = sum(cost[-1] for cost in costs().values())
     return head + "\n".join(rows) + f"\n| **all** | | | | **{total:.1f}** |\n"
+
+
+def page_table(page: Path) -> str:
+    """The costs of one page's operations, and how near their limit kernels came, if bench/kernels.py has been run."""
+    text = page.read_text().partition("\n## ")[0]
+    rows = list(csv.DictReader(KERNELS.open())) if KERNELS.is_file() else []
+    table = "| operation | calls | GB | TFLOP | least ms | measured, of the limit |\n|---|---|---|---|---|---|\n"
+    for name in (name for name in costs() if f"`{name}`" in text):
+        near = [f"{r['percent']} % ({' '.join([r['backend'], r['note']]).strip()})"
+                for r in rows if (r["op"], r["shape"]) == (name, "d48") and r["percent"]]  # fmt: skip
+        table += f"| {name} | {cost_cells(name)} | {'; '.join(near) or 'not measured yet'} |\n"
+    return table
 
 
 def first_schedule_only(table: Any, dtype: Any, state: Any, schedules: Any, *rest: Any) -> Any:
@@ -115,6 +138,12 @@ def test_generated_tables_are_up_to_date(page: str, table: Any) -> None:
     """On a difference: paste what the assertion prints."""
     text = (PAGES / page).read_text()
     assert table() in text, "\n" + table()
+
+
+@pytest.mark.parametrize("page", OPERATIONS, ids=lambda p: p.stem)
+def test_every_operation_s_page_says_what_it_costs(page: Path) -> None:
+    """On a difference: paste what the assertion prints."""
+    assert page_table(page) in page.read_text(), "\n" + page_table(page)
 
 
 def fences(text: str, label: str) -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ test: test-install check
 # Everything: the tests, recovery at full scale, llama.cpp, the site.
 test-all: test test-recovery test-llama docs
 
-# The recovery contract at full scale: 50 random kills, 100,000 mutations, the soak; writes bench/results/recovery.csv.
+# The recovery contract at full scale: 50 random kills, 100,000 mutations, the soak, a page of a million steps; writes bench/results/recovery.csv.
 test-recovery: test-install
 	$(BIN)/python -m pytest --full tests/test_recovery_*.py tests/test_pages.py
 

@@ -257,7 +257,7 @@ def test_several_runs_in_one_watch(made: MadeRun, tmp_path: Path) -> None:
 def test_a_million_steps_in_a_browser(tmp_path: Path, full: bool) -> None:
     """The page of a million steps is drawn within 10 s, its last value and an extreme on it (make test-recovery)."""
     if not full:
-        pytest.skip("reading a million steps takes 13 s: with --full")
+        pytest.skip("writing, reading and drawing a million steps: with --full")
     run = MadeRun(tmp_path / "long")
     with open(run.path / "metrics.jsonl", "a") as file:
         for i in range(1, 1_000_001):

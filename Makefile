@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= tiny
 
-.PHONY: demo test test-recovery test-llama check bench docs clean install test-install
+.PHONY: demo test test-all test-recovery test-llama check bench docs clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -26,9 +26,12 @@ demo: install
 test: test-install check
 	$(BIN)/python -m pytest
 
-# The recovery contract at full scale: 50 random kills, 100,000 mutations, the soak; writes bench/results/recovery.csv.
+# Everything: the tests, recovery at full scale, llama.cpp, the site.
+test-all: test test-recovery test-llama docs
+
+# The recovery contract at full scale: 50 random kills, 100,000 mutations, the soak, a page of a million steps; writes bench/results/recovery.csv.
 test-recovery: test-install
-	$(BIN)/python -m pytest --full tests/test_recovery_*.py
+	$(BIN)/python -m pytest --full tests/test_recovery_*.py tests/test_pages.py
 
 # llama.cpp itself on an exported GGUF: builds llama-cpp-python from source, several minutes on 2 cores.
 test-llama: test-install
@@ -40,6 +43,7 @@ check: test-install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --python-version 3.13
+	$(BIN)/python -m pytest tests/test_structure.py
 
 bench: test-install
 	$(BIN)/python bench/cpu_step.py

@@ -16,6 +16,7 @@ import click
 import pytest
 
 import daybreak
+from daybreak import llmc
 from daybreak.cli.main import cli, main
 from daybreak.config import KINDS, Config, resolve
 
@@ -76,6 +77,9 @@ def _errors_folder(folder: Path) -> None:
     (folder / "typo.toml").write_text("[optim]\nlearningrate = 1e-3\nlr = 1e-3\n")
     (folder / "broken.toml").write_text("[optim\n")
     (folder / "latin1.txt").write_bytes("first\nna\xefve\n".encode("latin-1"))
+    (folder / "foreign").mkdir()
+    for split in ("train", "val"):
+        (folder / f"foreign/book_{split}_000000.bin").write_bytes(bytes(4096))
     (folder / "good.txt").write_text("a b c\n" * 100)
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
 
@@ -153,10 +157,11 @@ ERRORS: list[tuple[str, int, str]] = [
     ("watch runs/old --host 0.0.0.0", 2,
      "--host 0.0.0.0 lets others in: set DAYBREAK_KEY to a secret of 16 or more characters first."),
     ("prepare", 2, "Missing argument 'NAME|FILE...'; see daybreak prepare --help."),
-    ("prepare nothere.txt", 4, ""),
-    ("prepare latin1.txt", 4, ""),
-    ("prepare bad.jsonl", 4, ""),
-    ("prepare good.txt --shard-tokens 0", 2, "shard-tokens = 0 must be from 1 to "),
+    ("prepare nothere.txt", 4, "'nothere.txt' is neither a file nor a folder; Catalogue names: stdlib, "),
+    ("prepare latin1.txt", 4, "latin1.txt line 2: byte 0xef is not UTF-8; convert the file to UTF-8."),
+    ("prepare bad.jsonl", 4, "bad.jsonl line 2 is not valid JSON (Expecting value: line 2 column 1 (char 10)); fix or "
+                             "delete the line."),
+    ("prepare good.txt --shard-tokens 0", 2, "shard-tokens = 0 must be from 1 to 2147483647."),
     ("prepare good.txt --workers x", 2,
      "Invalid value for '--workers': 'x' is not a valid integer; see daybreak prepare --help."),
     ("sample", 2, "Missing argument 'RUN'; see daybreak sample --help."),
@@ -173,6 +178,34 @@ ERRORS: list[tuple[str, int, str]] = [
     ("export runs/old --to hf x", 5, "runs/old has no checkpoint yet; train it first: daybreak train runs/old"),
     ("export runs/old --to gguf good.txt", 5, "runs/old has no checkpoint yet"),
     ("sample runs/old --temp 1", 2, "unknown flag --temp; did you mean --temperature?"),
+    ("train d12 --run.device cuda:99", 2,
+     "run.device = 'cuda:99' does not exist here (0 CUDA devices); use cpu."),
+    ("train d12 --data foreign --run.device cpu", 4,
+     "foreign/book_train_000000.bin is not a GPT-2 token shard: magic number 0 instead of 20240520."),
+    ("eval", 2, "Missing argument 'RUN|HF-DIR'; see daybreak eval --help."),
+    ("eval runs/old", 2, "eval needs one of --tasks A,B, --leaderboard and --hellaswag FILE."),
+    ("eval runs/old --limit 0", 2,
+     "Invalid value for '--limit': 0 is not in the range x>=1; see daybreak eval --help."),
+    ("eval empty --tasks arc", 2,
+     "empty is neither a run (config.toml) nor a Hugging Face model's folder (config.json)."),
+    ("eval runs/old --hellaswag x", 5, "runs/old has no checkpoint yet; train it first: daybreak train runs/old"),
+    ("serve", 2, "Missing argument 'RUN|HF-DIR'; see daybreak serve --help."),
+    ("serve runs/old", 5, "runs/old has no checkpoint yet; train it first: daybreak train runs/old"),
+    ("serve runs/old --port 99999", 2,
+     "Invalid value for '--port': 99999 is not in the range 0<=x<=65535; see daybreak serve --help."),
+    ("doctor empty", 2, "empty is not a run: it has no config.toml; give a folder that daybreak train made."),
+    ("doctor --verbose", 2, "unknown flag --verbose; did you mean --help?"),
+    ("bench", 2, "Missing argument 'TARGET'; see daybreak bench --help."),
+    ("bench d13", 2, f"unknown target 'd13'; did you mean 'd12'? {RECIPES}"),
+    ("bench d12 --seconds -1", 2, "Invalid value for '--seconds': -1.0 is not in the range x>=0.0; see daybreak "
+                                  "bench --help."),
+    ("report runs/old nothere", 2,
+     "nothere is not a run; give a folder that daybreak train made, or llm.c's main.log."),
+    ("watch", 2, "Missing argument 'RUNS...'; see daybreak watch --help."),
+    ("llmc -b", 2, "-b needs a value: rows per micro-batch and process."),
+    ("llmc -t many", 2, "-t many must be a whole number; the default is 1024."),
+    ("llmc -y 1", 2, "-y 1 resumes what is in the output folder; give it with -o."),
+    ("llmc -bb 4", 2, "unknown flag '-bb'; did you mean '-b'? --help lists all."),
 ]  # fmt: skip
 
 
@@ -182,19 +215,72 @@ def test_a_user_error_is_one_sentence_and_a_documented_exit_code(
 ) -> None:
     _errors_folder(here)
     before = sorted(here.rglob("*"))
-    assert main(line.split()) == code
+    verb, *rest = line.split()
+    assert (llmc.main(rest) if verb == "llmc" else main([verb, *rest])) == code
     out, err = capsys.readouterr()
     assert out == ""
-    said = err.removeprefix("daybreak: ").removesuffix("\n")
-    assert err == f"daybreak: {said}\n"
+    name = "daybreak.llmc" if verb == "llmc" else "daybreak"
+    said = err.removeprefix(f"{name}: ").removesuffix("\n")
+    assert err == f"{name}: {said}\n"
     assert "\n" not in said
     if sentence.endswith("."):
         assert said == sentence
     else:
         assert said.startswith(sentence)
-    if code == 4 and line.startswith("prepare"):
-        assert line.split()[1] in said
     assert [p for p in sorted(here.rglob("*")) if p.name != "data"] == before  # no half-made run or dataset
+
+
+@pytest.mark.parametrize(
+    ("raised", "why"),
+    [
+        (RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update your "
+                      "GPU driver by downloading ..."),
+         ": The NVIDIA driver on your system is too old (found version 11040)"),
+        (AssertionError("Torch not compiled with CUDA enabled"), ""),
+    ],
+)  # fmt: skip
+def test_no_card_and_why(
+    raised: Exception, why: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init() -> None:
+        raise raised
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.init", init)
+    assert main(["train", "d12", "--run.device", "cuda"]) == 2
+    said = f"run.device = 'cuda' does not exist here (0 CUDA devices{why}); use cpu."
+    assert capsys.readouterr().err == f"daybreak: {said}\n"
+
+
+def test_a_rocm_build_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.version.hip", "6.4")
+    assert main(["train", "d12"]) == 2
+    said = "this torch is a ROCm build, which daybreak does not support; use an NVIDIA or CPU build."
+    assert capsys.readouterr().err == f"daybreak: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "module", "sentence"),
+    [
+        ("train d12 --log.sinks wandb --run.device cpu --data foreign", "wandb",
+         "log.sinks = 'wandb' needs the package wandb; pip install 'daybreak[wandb]'."),
+        ("serve runs/old", "uvicorn", "daybreak serve needs uvicorn: pip install 'daybreak[serve]'."),
+    ],
+)  # fmt: skip
+def test_a_missing_extra_is_named(
+    line: str,
+    module: str,
+    sentence: str,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _errors_folder(here)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(line.split()) == 2
+    assert capsys.readouterr().err == f"daybreak: {sentence}\n"
 
 
 def test_an_unexpected_exception_is_exit_1_with_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:

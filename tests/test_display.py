@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -77,6 +78,19 @@ def test_what_is_unknown_is_not_invented() -> None:
     assert "left n/a" in text
     for absent in ("val", "HellaSwag", "cost", "$", "°C", "sample", "skipped"):
         assert absent not in text
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_no_color(no_color: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal the panel has colours, unless NO_COLOR is set."""
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    live = LiveDisplay("colours")
+    live.live.stop()
+    with live.console.capture() as got:
+        live.console.print(live.panel(3, 10, VALUES))
+    assert bool(re.search(r"\x1b\[[\d;]*\b[39][0-8][;m]", got.get())) == (not no_color)
 
 
 def test_sparkline() -> None:

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from daybreak.config import resolve
+from daybreak.config import (
+    _KIND_WORDS,
+    DEFAULTS,
+    DOCS,
+    KINDS,
+    MAY_CHANGE_KEYS,
+    MAY_CHANGE_SECTIONS,
+    RULES,
+    Config,
+    _toml,
+    resolve,
+)
 from daybreak.engine import arena, plan_engine
 from daybreak.kernels import Impl, Op, Recorder
 from daybreak.report.bench import flops_of, nbytes_of
@@ -21,8 +34,9 @@ from daybreak.report.plan import plan
 from daybreak.shapes import parse_shape
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
-OPERATIONS = sorted((DOCS / "operations").glob("*.md"))
+PAGES = ROOT / "docs"
+OPERATIONS = sorted((PAGES / "operations").glob("*.md"))
+KERNELS = ROOT / "bench/results/kernels.csv"
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 COPY, PRODUCT = 2.94e12, 683e12  # bytes/s, FLOP/s: the card's own limits, measured beside the step (bench/NOTES.md)
 
@@ -47,23 +61,43 @@ class Counting(Recorder):
         return count
 
 
-def costs_table() -> str:
-    """Calls, bytes, FLOPs and the least time of one micro-step and update of d48, B = 16, recompute 2, on an H100."""
+@cache
+def costs() -> dict[str, tuple[float, ...]]:
+    """Operation -> calls, bytes, FLOPs, least ms: one micro-step and update of d48, B = 16, recompute 2, on an H100."""
     options = {"B": 16, "T": 1024, "compute": "bf16", "recompute": 2, "device_type": "cuda"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arena, "Recorder", Counting)
         patch.setattr(Counting, "costs", defaultdict(lambda: [0, 0, 0]))
         patch.setattr("daybreak.engine.schedule.plan_arena", first_schedule_only)
         plan_engine(parse_shape("d48"), **options)
-        rows, total = [], 0.0
-        for name, (calls, size, flops) in sorted(Counting.costs.items()):
-            floor = 1e3 * max(size / COPY, flops / PRODUCT)
-            total += floor
-            page = next(f"operations/{p.name}" for p in OPERATIONS if f"`{name}`" in p.read_text())
-            work = f"{flops / 1e12:.2f}" if flops else ""
-            rows.append(f"| [{name}]({page}) | {calls} | {size / 1e9:.2f} | {work} | {floor:.2f} |")
+        found = sorted(Counting.costs.items())
+    return {name: (n, size, flops, 1e3 * max(size / COPY, flops / PRODUCT)) for name, (n, size, flops) in found}
+
+
+def cost_cells(name: str) -> str:
+    calls, size, flops, floor = costs()[name]
+    return f"{calls} | {size / 1e9:.2f} | {f'{flops / 1e12:.2f}' if flops else ''} | {floor:.2f}"
+
+
+def costs_table() -> str:
+    """The costs of every operation, each with its page."""
+    pages = {name: next(p.name for p in OPERATIONS if f"`{name}`" in p.read_text()) for name in costs()}
+    rows = [f"| [{name}](operations/{page}) | {cost_cells(name)} |" for name, page in pages.items()]
     head = "| operation | calls | GB | TFLOP | least ms |\n|---|---|---|---|---|\n"
+    total = sum(cost[-1] for cost in costs().values())
     return head + "\n".join(rows) + f"\n| **all** | | | | **{total:.1f}** |\n"
+
+
+def page_table(page: Path) -> str:
+    """The costs of one page's operations, and how near their limit kernels came, if bench/kernels.py has been run."""
+    text = page.read_text().partition("\n## ")[0]
+    rows = list(csv.DictReader(KERNELS.open())) if KERNELS.is_file() else []
+    table = "| operation | calls | GB | TFLOP | least ms | measured, of the limit |\n|---|---|---|---|---|---|\n"
+    for name in (name for name in costs() if f"`{name}`" in text):
+        near = [f"{r['percent']} % ({' '.join([r['backend'], r['note']]).strip()})"
+                for r in rows if (r["op"], r["shape"]) == (name, "d48") and r["percent"]]  # fmt: skip
+        table += f"| {name} | {cost_cells(name)} | {'; '.join(near) or 'not measured yet'} |\n"
+    return table
 
 
 def first_schedule_only(table: Any, dtype: Any, state: Any, schedules: Any, *rest: Any) -> Any:
@@ -82,18 +116,41 @@ def memory_table() -> str:
     return "| | arena, MiB | with what lies outside | the driver | |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
-@pytest.mark.parametrize(("page", "table"), [("tour.md", costs_table), ("plan.md", memory_table)])
+def keys_table() -> str:
+    """Every configuration key, section by section: default, meaning, rule (without one, its type)."""
+    text = f"A resumed run may change the sections {', '.join(MAY_CHANGE_SECTIONS)}, and of the others:\n"
+    text += ", ".join(f"`{name}`" for name in MAY_CHANGE_KEYS) + ".\n\n"
+    for section, keys in vars(Config()).items():
+        text += f"### {section}\n{(type(keys).__doc__ or '').splitlines()[0]}\n\n"
+        text += "| key | default | meaning | allowed |\n|---|---|---|---|\n"
+        for name in (f"{section}.{key}" for key in vars(keys)):
+            rule, default = RULES[name], _toml(DEFAULTS[name])
+            allowed = rule.text.removeprefix("must be ").removeprefix("is not supported: ") if rule else ""
+            text += f"| `{name}` | `{default}` | {DOCS[name]} | {allowed or _KIND_WORDS[KINDS[name]]} |\n"
+        text += "\n"
+    return text.rstrip("\n") + "\n"
+
+
+@pytest.mark.parametrize(
+    ("page", "table"), [("tour.md", costs_table), ("plan.md", memory_table), ("parameters.md", keys_table)]
+)
 def test_generated_tables_are_up_to_date(page: str, table: Any) -> None:
     """On a difference: paste what the assertion prints."""
-    text = (DOCS / page).read_text()
+    text = (PAGES / page).read_text()
     assert table() in text, "\n" + table()
+
+
+@pytest.mark.parametrize("page", OPERATIONS, ids=lambda p: p.stem)
+def test_every_operation_s_page_says_what_it_costs(page: Path) -> None:
+    """On a difference: paste what the assertion prints."""
+    assert page_table(page) in page.read_text(), "\n" + page_table(page)
 
 
 def fences(text: str, label: str) -> list[tuple[str, str]]:
     return re.findall(rf"^```(\w+) {label}\n(.*?)^```$", text, re.M | re.S)
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: str(p.relative_to(DOCS)))
+@pytest.mark.parametrize("page", sorted(PAGES.rglob("*.md")), ids=lambda p: str(p.relative_to(PAGES)))
 def test_every_fence_is_labelled(page: Path) -> None:
     opened = re.findall(r"^```(\S+.*)$", page.read_text(), re.M)
     assert {x.split(" ")[-1] for x in opened} <= {"ci", "gpu", "network", "text"}
@@ -107,12 +164,18 @@ def test_every_derivation_holds() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["plan.md", "watching.md"])
-def test_the_examples_run(name: str, tmp_path: Path) -> None:
+TESTED = [*OPERATIONS, PAGES / "interop.md"]  # each in a test of its own
+WITH_EXAMPLES = [p for p in PAGES.rglob("*.md") if p not in TESTED and fences(p.read_text(), "ci")]
+
+
+@pytest.mark.parametrize("page", sorted(WITH_EXAMPLES), ids=lambda p: p.stem)
+def test_the_examples_run(page: Path, tmp_path: Path) -> None:
+    """Every `ci` fence of a page, in order, in one empty folder."""
     command = f'daybreak() {{ {sys.executable} -m daybreak "$@"; }}\n'
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for _, text in fences((DOCS / name).read_text(), "ci"):
-        done = subprocess.run(["bash", "-euc", command + text], cwd=tmp_path, env=env, capture_output=True, text=True)
+    for language, text in fences(page.read_text(), "ci"):
+        argv = [sys.executable, "-c", text] if language == "python" else ["bash", "-euc", command + text]
+        done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
@@ -124,10 +187,16 @@ def test_every_operation_has_its_page() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "README.zh-CN.md", *DOCS.rglob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "README.zh-CN.md", *PAGES.rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readme_leads_to_every_page(name: str) -> None:
+    linked = set(re.findall(r"\]\((docs/[^)#]+)", (ROOT / name).read_text()))
+    assert {f"docs/{page.name}" for page in PAGES.glob("*.md")} - linked == {"docs/index.md"}
 
 
 def test_the_chinese_readme_shows_the_same() -> None:

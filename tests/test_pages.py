@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,66 @@ def test_the_report_in_a_browser(made: MadeRun, tmp_path: Path) -> None:
     assert dict(zip(head, second, strict=True))["validation"] == "10.95"
     assert "&lt;img src=x" in page  # the sample, as text
     assert "<img" not in page
+
+
+def drawn(page: str) -> dict[str, dict[str, str]]:
+    """Title of a chart -> what it says of itself, and the names in its legend."""
+    found = {}
+    for attributes, title, body in re.findall(
+        r"<figure([^>]*)><figcaption>(.*?)</figcaption>(.*?)</figure>", page, re.S
+    ):
+        found[title] = dict(re.findall(r'data-(\w+)="([^"]*)"', attributes))
+        found[title]["lines"] = ",".join(re.findall(r'class="u-label"[^>]*>([^<]*)<', body)[1:])
+    return found
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_what_is_drawn(made: MadeRun, tmp_path: Path) -> None:
+    """A restart, a dot each for the skipped update and the outlier; the choices change scales, lines and values."""
+    out = tmp_path / "page.html"
+    assert main(["report", str(made.path), "-o", str(out)]) == 0
+    plain = drawn(dom(f"file://{out}#reference="))
+    assert plain["training loss"] == {"marks": "1 2", "scales": "1 1", "last": "3", "lines": "made"}
+    chosen = drawn(dom(f"file://{out}#logx=1&logy=1&smooth=0.5&reference=124M"))
+    loss = chosen["training loss"]
+    assert (loss["scales"], loss["marks"]) == ("3 3", "1 2")
+    assert float(loss["last"]) == pytest.approx((3 / 2 + 4 / 4 + 5 / 8 + 6 / 16) / (15 / 16))  # nothing at step 4
+    assert chosen["learning rate"]["scales"] == "3 1"  # not on the loss's scale, nor smoothed
+    made.line("val", 5, 4400.0, loss=2.5, tokens_evaluated=1, bpb=1.0)  # a line needs two ends
+    assert main(["report", str(made.path), "-o", str(out)]) == 0
+    lines = [drawn(dom(f"file://{out}#reference={name}"))["validation loss"] for name in ("", "124M")]
+    assert [x["lines"] for x in lines] == ["made", "made,GPT-2 124M"]
+    assert lines[1]["last"] == "2.5,3.424958"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_several_runs_in_one_watch(made: MadeRun, tmp_path: Path) -> None:
+    other = MadeRun(tmp_path / "other")
+    other.step(1, 1.0, 8.0)
+    other.step(2, 2.0, 7.0)
+    for watch in serving(Watch([str(made.path), str(other.path)])):
+        page = dom(watch.url + "#reference=")
+    assert "<title>made, other · daybreak</title>" in page
+    loss = drawn(page)["training loss"]
+    assert (loss["lines"], loss["last"], loss["marks"]) == ("made,other", "3,7", "1 2")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_million_steps_in_a_browser(tmp_path: Path, full: bool) -> None:
+    """The page of a million steps is drawn within 10 s, its last value and an extreme on it (make test-recovery)."""
+    if not full:
+        pytest.skip("writing, reading and drawing a million steps: with --full")
+    run = MadeRun(tmp_path / "long")
+    with open(run.path / "metrics.jsonl", "a") as file:
+        for i in range(1, 1_000_001):
+            file.write(f'{{"v":1,"kind":"step","step":{i},"tokens":{i}000,"t":{i}.0,"loss":{2 + i % 7}.5,"norm":0.5,'
+                       '"lr":0.001,"ms":2.0,"tok_s":500.0,"mfu":null,"mem_mib":10,"skipped":false}\n')  # fmt: skip
+    out = tmp_path / "long.html"
+    assert main(["report", str(run.path), "-o", str(out)]) == 0
+    began = time.perf_counter()
+    loss = drawn(dom(f"file://{out}#reference="))["training loss"]
+    assert time.perf_counter() - began < 10
+    assert (loss["lines"], float(loss["last"])) == ("long", 2 + 1_000_000 % 7 + 0.5)
 
 
 # --------------------------------------------------------------------------------------------------------- the server

@@ -123,6 +123,35 @@ def test_the_figures_of_the_large_recipe_by_hand() -> None:
     assert got["fits"][0] == "--batch.B 16 --batch.recompute 0"
 
 
+@pytest.mark.parametrize(("gpu", "gpus"), [("4090", 1), ("h100", 8)])
+def test_a_shape_without_a_step_gets_the_rows_that_fit(gpu: str, gpus: int) -> None:
+    """Nobody has said how many tokens a step takes: the most rows without recomputation, a micro-step a rank."""
+    p = on("d12", gpu, gpus)
+    B = p.fit.largest_B(p.config)
+    flags, basis = said(p)["fits"]
+    assert flags == f"--batch.B {B} --batch.recompute 0"
+    assert basis == f"modelled: the least recomputation with enough rows; a step is {B * 1024 * gpus:,} tokens then"
+    followed = on("d12", gpu, gpus, batch__B=B, batch__recompute=0)
+    assert said(followed)["fits"] == ("as it is", "planned")
+    assert followed.config.tokens_at(0, gpus) == B * 1024 * gpus
+
+
+def test_larger_shapes_without_a_step_recompute_for_enough_rows() -> None:
+    flags = said(on("d36", "4090"))["fits"][0].split()
+    B, level = int(flags[1]), int(flags[3])
+    assert level > 0
+    assert B >= 16
+    p = on("d36", "4090", batch__recompute=level - 1)
+    assert p.fit.largest_B(p.config) < 16
+
+
+def test_what_a_recipe_gets() -> None:
+    """Its step stays what it is: `tiny` has none in tokens, but rows that were chosen."""
+    assert said(on("tiny"))["fits"] == said(on("tiny", None, run__device="cpu"))["fits"] == ("as it is", "planned")
+    basis = "modelled: the least recomputation with enough rows"
+    assert said(on("gpt2-124M", gpus=8))["fits"] == ("--batch.B 64 --batch.recompute 0", basis)
+
+
 def test_every_basis_of_a_speed() -> None:
     rate, basis = on("d48", batch__B=28, batch__recompute=2).tok_s
     assert rate == 53_579

@@ -194,6 +194,7 @@ def raw(port: int, method: str, path: str, body: bytes = b"", **headers: str) ->
     connection.request(method, path, body, {k: v for k, v in given.items() if v})
     answer = connection.getresponse()
     assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+    assert answer.headers["Content-Security-Policy"] == "default-src 'none'"  # of refusals too
     data = answer.read()
     connection.close()
     return answer.status, json.loads(data) if data.startswith(b"{") else data

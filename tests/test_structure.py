@@ -93,6 +93,25 @@ def test_sizes() -> None:
     assert not list(PACKAGE.rglob("utils*.py"))
 
 
+def test_the_size_that_the_documentation_states() -> None:
+    """docs/comparison.md says 'about N lines': to within 700."""
+    said = re.search(r"code to read \| about ([\d,]+) lines", (ROOT / "docs/comparison.md").read_text())
+    assert said
+    assert abs(int(said[1].replace(",", "")) - sum(map(code_lines, FILES))) <= 700
+
+
+def test_the_oracle_is_independent() -> None:
+    """Nothing of daybreak in its code, however imported; its docstring may name it."""
+    tree = ast.parse((ROOT / "tests/oracle.py").read_text())
+    assert "daybreak" not in "\n".join(map(ast.unparse, tree.body[1:]))
+
+
+def test_every_group_of_tests_names_files_that_exist() -> None:
+    from conftest import GROUPS
+
+    assert [name for name in GROUPS if not (ROOT / name).is_file()] == []
+
+
 def test_public_functions_are_described() -> None:
     for path in FILES:
         tree = ast.parse(path.read_text())

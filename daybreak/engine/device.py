@@ -33,7 +33,12 @@ def pick_device(name: str, group: Group = ALONE) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise ConfigError(f"run.device = {name!r} does not exist here ({count} CUDA devices); use cpu.")
+            why = ""
+            try:
+                torch.cuda.init()  # type: ignore[no-untyped-call]
+            except (RuntimeError, AssertionError) as error:  # no driver, or one too old for this torch
+                why = f": {str(error).partition('. ')[0]}" if "driver" in str(error) else ""
+            raise ConfigError(f"run.device = {name!r} does not exist here ({count} CUDA devices{why}); use cpu.")
         device = torch.device("cuda", device.index or 0)
     return device
 

@@ -147,14 +147,16 @@ def grouped(arena: Arena) -> list[tuple[str, str, int, int]]:
 def suggest(p: Plan) -> tuple[str, str]:
     """The flags for this card, and why; or the flags that make the run fit."""
     c, fit = p.config, p.fit
-    if c.batch.total_tokens:  # else another B is another step
-        share = c.tokens_at(0) // p.gpus
+    total = c.batch.total_tokens  # without it another B is another step: for who has not chosen one
+    if total or (p.card and c.batch.B == Config().batch.B):
+        share = c.tokens_at(0) // p.gpus if total else ENOUGH_TOKENS
         stages = [c.parallel.zero] if p.gpus == 1 or c.parallel.zero else [0, 1]
         for level, zero in product(range(4), stages):
             B = fit.best_B(c.override({"batch.recompute": level, "parallel.zero": zero}))
             if min(ENOUGH_TOKENS, share) <= B * c.T:
                 flags = f"--batch.B {B} --batch.recompute {level}" + (f" --parallel.zero {zero}" if zero else "")
-                return flags, "modelled: the least recomputation with enough rows"
+                step = "" if total else f"; a step is {B * c.T * p.gpus:,} tokens then"
+                return flags, "modelled: the least recomputation with enough rows" + step
     if p.budget and p.nbytes + p.outside > p.budget:
         return fit.advice(c), "makes it fit: planned"
     return "as it is", "planned"

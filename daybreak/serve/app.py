@@ -179,8 +179,9 @@ def serve(engine: Engine, tokenizer: Tokenizer, name: str, *, host: str, port: i
         raise ConfigError(f"--host {host} --port {port} cannot be used ({reason}); choose others.") from None
     app = Service(engine, tokenizer, name, key).app([*LOOPBACK, "[::1]", host, *names])
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=GRACE, lifespan="on"
-    )
+        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=GRACE, lifespan="on",
+        headers=[("Content-Security-Policy", "default-src 'none'")],
+    )  # fmt: skip
     # uvicorn raises the signal that ended it once more, when it has put back the handlers it found.
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
     ready(f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}/v1")

@@ -67,7 +67,8 @@ function options(id, names, chosen) {
 }
 
 function marks(u) {  // restarts: dashed lines; skipped updates and outliers: dots at the top
-  const { ctx, bbox } = u;
+  const { ctx, bbox } = u, shown = u.root.parentElement.dataset;
+  let lines = 0, dots = 0;
   ctx.save();
   data.runs.forEach((run, i) => {
     const curve = run.train, xs = AXES[view.x][1](curve, run);
@@ -81,15 +82,18 @@ function marks(u) {  // restarts: dashed lines; skipped updates and outliers: do
     ctx.setLineDash([4, 4]);
     for (const step of run.restarts) {
       const p = place(step);
-      if (inside(p)) ctx.beginPath(), ctx.moveTo(p, bbox.top), ctx.lineTo(p, bbox.top + bbox.height), ctx.stroke();
+      if (inside(p)) lines++, ctx.beginPath(), ctx.moveTo(p, bbox.top), ctx.lineTo(p, bbox.top + bbox.height), ctx.stroke();
     }
     ctx.fillStyle = "#c33";
     for (const step of [...run.outliers, ...run.skipped.map((s) => s.step)]) {
       const p = place(step);
-      if (inside(p)) ctx.beginPath(), ctx.arc(p, bbox.top + 5, 3, 0, 7), ctx.fill();
+      if (inside(p)) dots++, ctx.beginPath(), ctx.arc(p, bbox.top + 5, 3, 0, 7), ctx.fill();
     }
   });
   ctx.restore();
+  // what was drawn, for whoever reads the document: marks, scales (3 = logarithmic), each line's last value
+  shown.marks = `${lines} ${dots}`, shown.scales = `${u.scales.x.distr} ${u.scales.y.distr}`;
+  shown.last = u.data.slice(1).map((ys) => ys.findLast((y) => y != null));
 }
 
 function chart([title, curveOf, column, smooth, lossLike, reference]) {

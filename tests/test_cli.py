@@ -183,7 +183,7 @@ ERRORS: list[tuple[str, int, str]] = [
     ("train d12 --data foreign --run.device cpu", 4,
      "foreign/book_train_000000.bin is not a GPT-2 token shard: magic number 0 instead of 20240520."),
     ("eval", 2, "Missing argument 'RUN|HF-DIR'; see daybreak eval --help."),
-    ("eval runs/old", 2, "eval needs one of --tasks A,B, --leaderboard and --hellaswag FILE."),
+    ("eval runs/old", 2, "eval needs --tasks A,B or --leaderboard, --hellaswag FILE, or one of each."),
     ("eval runs/old --limit 0", 2,
      "Invalid value for '--limit': 0 is not in the range x>=1; see daybreak eval --help."),
     ("eval empty --tasks arc", 2,
@@ -308,7 +308,8 @@ def test_ctrl_c_is_exit_130_and_leaves_nothing(here: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.strip()) == (130, "daybreak: interrupted.")
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1] == "daybreak: interrupted."  # before it: what it would take
     assert not (here / "data/big").exists()
 
 

@@ -53,6 +53,7 @@ from daybreak.errors import ConfigError, DataError
 log = logging.getLogger("daybreak")
 UNIT = 1 << 20  # characters a worker encodes at a time
 PROSE = "Most of what people write is prose like this sentence: GPT-2 makes a token of about four of its bytes."
+SECONDS = 1 << 20  # bytes of text that are over before anybody has read what they will take
 JOURNAL, JOURNAL_SECONDS = "journal.json", 30.0
 PARALLEL = 4  # ready-made shards downloaded at once
 
@@ -177,6 +178,8 @@ def _announce(source: Source, folder: Path, tokenizer: Tokenizer) -> None:
     tokens = source.size * tokenizer.encode(PROSE).size / len(PROSE)
     size, done = tokens * tokenizer.dtype.itemsize, sum(path.stat().st_size for path in folder.glob("*.bin"))
     mb, free = 1e-6, shutil.disk_usage(folder).free
+    if source.size < SECONDS:
+        return
     log.info(
         "%s: %s MB of text, about %.3g tokens, %s MB of shards (estimated from the files' sizes); %s MB are free",
         source.name, f"{source.size * mb:,.1f}", tokens, f"{size * mb:,.1f}", f"{free * mb:,.1f}",

@@ -10,12 +10,13 @@ import pytest
 import ranks
 import torch
 
-from daybreak.engine import plan_engine
+from daybreak.engine import Engine, plan_engine
 from daybreak.engine.collectives import Sharding, exposed_seconds
 from daybreak.engine.models import build_model
 from daybreak.engine.params import ALIGN, ParamTable
 from daybreak.parallel import Group
 from daybreak.shapes import GPT2Config, parse_shape
+from daybreak.state.restore import snapshot
 
 SCRIPT = Path(__file__).parent / "dist_engine.py"
 ROWS = {1: 6, 2: 3, 3: 2, 4: 1}  # per micro-step: 2, 2, 2 and 3 micro-steps of the same 12 samples
@@ -145,6 +146,18 @@ def test_every_element_has_one_owner(world: int, bucket: int, shape: str) -> Non
         for name, at in table.offsets.items():
             if at < bucket_.stop and bucket_.start < at + table.rows[name].numel:
                 assert model.final_at(name) <= bucket_.moment
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_the_space_for_a_save_is_that_of_all_ranks(zero: int) -> None:
+    """Rank 0 looks at the disk before all four write: its own slices are the fourth part of m and v."""
+    shape, snaps = GPT2Config(L=2, C=24, NH=2, max_T=12, V=61), []
+    for group in [Group(), *(Group(rank, 4) for rank in range(4))]:
+        engine = Engine(shape, B=1, T=8, group=group, zero=zero, bucket_bytes=16384)
+        snaps.append(snapshot(engine, 1, {}))
+    alone, written = snaps[0].nbytes, [t.nbytes for s in snaps[1:] for key in s.optimizer.values() for _, t in key]
+    model, extra = (sum(t.nbytes for t in kept.values()) for kept in (snaps[1].model, snaps[1].extra))
+    assert snaps[1].nbytes == alone == sum(written) + model + extra
 
 
 def test_model_of_the_exposed_exchange() -> None:

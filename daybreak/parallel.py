@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from daybreak.errors import ConfigError, Error, Hung, by_exit_code
+from daybreak.errors import ConfigError, Error, Hung, Stopped, by_exit_code
 
 log = logging.getLogger("daybreak")
 PORT = "29500"  # torch's own default
@@ -239,8 +239,9 @@ def _from_elsewhere(code: int, text: str) -> Error:
     return error
 
 
-def connect(environ: Mapping[str, str], timeout: float) -> Group:
-    """Meet the other processes of this launch. Raises ConfigError, within `timeout` seconds, when they do not come."""
+def connect(environ: Mapping[str, str], timeout: float, stopped: Callable[[], str] = str) -> Group:
+    """Meet the other processes of this launch. Raises ConfigError, within `timeout` seconds, when they do not come,
+    and Stopped soon after `stopped` gives a reason to wait no longer."""
     env = launched(environ)
     rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
     if world == 1:
@@ -250,11 +251,16 @@ def connect(environ: Mapping[str, str], timeout: float) -> Group:
 
     dist: Any = torch.distributed
     group = Group(rank, world, int(env["LOCAL_RANK"]), timeout)
+
+    def look() -> None:
+        if reason := stopped():
+            raise Stopped(f"{reason} before all ranks had come; start them again.")
+
     where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
     agents = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process listens, not rank 0
     method, wait = environ.get("INIT_METHOD", ""), timedelta(seconds=timeout)
     if rank and not method:
-        _reach(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout, rank)
+        _reach(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout, rank, look)
     os.environ.update(env)
     try:
         if agents or method:
@@ -263,7 +269,7 @@ def connect(environ: Mapping[str, str], timeout: float) -> Group:
         else:
             port = int(env["MASTER_PORT"])
             root = dist.TCPStore(env["MASTER_ADDR"], port, world, rank == 0, wait, wait_for_workers=False)
-        meeting = _assemble(group, root, where, agents)
+        meeting = _assemble(group, root, where, agents, look)
         group.store = dist.PrefixStore(f"daybreak/{meeting}", root)
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
@@ -286,10 +292,11 @@ def _line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]  # what follows is a C++ stack
 
 
-def _reach(host: str, port: int, timeout: float, rank: int) -> None:
+def _reach(host: str, port: int, timeout: float, rank: int, look: Callable[[], None]) -> None:
     """Wait until somebody listens there: a sentence of ours instead of torch's pages."""
     deadline = time.monotonic() + timeout
     while True:
+        look()
         try:
             socket.create_connection((host, port), timeout=min(5.0, timeout)).close()
             return
@@ -302,7 +309,7 @@ def _reach(host: str, port: int, timeout: float, rank: int) -> None:
         time.sleep(0.2)
 
 
-def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
+def _assemble(group: Group, root: Any, where: str, again: bool, look: Callable[[], None]) -> str:
     """Wait until every rank is there, and return a name for this meeting that no earlier one in this store had.
 
     Each rank leaves a word of its own and waits for rank 0's answer to just that word: what ranks that are gone left
@@ -315,6 +322,14 @@ def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
         root.set(f"word/{rank}", word)
     elif root.compare_set(f"word/{rank}", "", word).decode() != word:
         raise ConfigError(f"rank {rank} of {world} was started twice; give every process its own RANK.")
+
+    def wait(key: str) -> None:
+        while not root.check([key]):
+            look()
+            if time.monotonic() > deadline:
+                root.wait([key], timedelta(seconds=1))  # for the store's own words
+            time.sleep(0.01)
+
     meeting: str = word.split()[1]
     answered = set[str]()
     while rank == 0 and (missing := [r for r in range(world) if not root.check([f"came/{meeting}/{r}"])]):
@@ -324,6 +339,7 @@ def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
                 root.set(f"answer/{other}", f"{world} {meeting}")
                 if r == 0:
                     root.set(f"came/{meeting}/0", "")
+        look()
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"{world - len(missing)} of {world} ranks came to {where} within {group.timeout:g} s "
@@ -333,7 +349,7 @@ def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
     if rank == 0:
         root.set(f"complete/{meeting}", "")
         return meeting
-    root.wait([f"answer/{word}"])
+    wait(f"answer/{word}")
     expected, meeting = root.get(f"answer/{word}").decode().split()
     if expected != str(world):
         raise ConfigError(
@@ -341,5 +357,5 @@ def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
             "same WORLD_SIZE."
         )
     root.set(f"came/{meeting}/{rank}", "")
-    root.wait([f"complete/{meeting}"])
+    wait(f"complete/{meeting}")
     return meeting

@@ -214,6 +214,31 @@ def test_nobody_there_a_port_in_use_too_few_ranks(shards: Path, tmp_path: Path) 
     assert not (tmp_path / "a").exists()
 
 
+def test_a_signal_while_ranks_wait_for_each_other_ends_them_with_75(shards: Path, tmp_path: Path) -> None:
+    """Rank 0 of two that listens, rank 1 that finds nobody, and rank 0 of llm.c's command; each in time."""
+    target = recipe(shards, tmp_path, "a")
+    llmc = ["-m", "daybreak.llmc", "-i", shards / "*train*", "-j", shards / "*val*", "-e", "d6", "-o", "log"]
+    waiting = []
+    for number, (line, rank) in enumerate([(command(target), 0), (command(target), 1), (llmc, 0)]):
+        (home := tmp_path / str(number)).mkdir()
+        line = [*line, "--parallel.timeout", "60"] if line[1] == "daybreak" else line
+        waiting += ranks.start(2, line, home, range(rank, rank + 1))
+    for process in waiting:  # until it handles SIGTERM
+        deadline = time.monotonic() + 60
+        while not int(Path(f"/proc/{process.pid}/status").read_text().split("SigCgt:")[1].split()[0], 16) >> 14 & 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    time.sleep(1)
+    for process in waiting:
+        process.send_signal(signal.SIGTERM)
+    assert ranks.finish(waiting, 30) == [75, 75, 75]
+    for number, rank in enumerate((0, 1, 0)):
+        assert "stopped by SIGTERM before all ranks had come; start them again." in ranks.said(
+            tmp_path / str(number), rank
+        )
+    assert not (tmp_path / "a").exists()
+
+
 def test_ranks_that_differ(shards: Path, tmp_path: Path) -> None:
     """Configuration, data, and code: each pair of ranks is started with its own."""
     target, port = recipe(shards, tmp_path, "a"), str(ranks.free_port())

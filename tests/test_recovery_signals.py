@@ -77,6 +77,11 @@ def test_a_second_signal_leaves_at_once(shards, tmp_path, straight, at):
     assert_same(straight, daybreak.Run(tmp_path / "t"))
 
 
+def test_sigusr1_before_anything_is_loaded_ends_nothing(shards, tmp_path):
+    args = [recipe(config(shards, tmp_path, "e", run__steps=1), tmp_path)]
+    assert train(args, {"do": "usr1", "at": "audit:import:'click'"})[0] == 0
+
+
 def test_sigusr1_saves_and_goes_on(shards, tmp_path):
     args = [recipe(config(shards, tmp_path, "u", run__steps=40, checkpoint__every=0, checkpoint__keep=0), tmp_path)]
     assert train(args, {"do": "usr1", "at": f"call:{ENGINE}.micro_step", "n": 23})[0] == 0

@@ -78,7 +78,7 @@ def train(
     stop.limit_hours(config.run.max_hours)
     if stop.group.world == 1:
         config.check(ranks=int(launched(os.environ)["WORLD_SIZE"]))  # before anybody is waited for
-        stop.group = connect(os.environ, config.parallel.timeout)
+        stop.group = connect(os.environ, config.parallel.timeout, lambda: stop.reason)
     group = stop.group
     try:
         with group.failing_together():

@@ -73,6 +73,7 @@ class Group:
         self.progress = 0  # collectives entered: who is behind is who the others wait for
         self.dist: Any = None  # torch.distributed, once connected
         self.store: Any = None
+        self.leave_stacks: Callable[[], None] = lambda: None  # called in a thread when ranks wait in vain, on each
         self.capturable = True  # into CUDA graphs: NCCL's calls, not gloo's
         self._closing = threading.Event()
 
@@ -183,6 +184,8 @@ class Group:
         try:
             deadline = time.monotonic() + 3 * BEAT
             before = self._beats()
+            if late:
+                self.store.set("late", "")
             while time.monotonic() < deadline:  # a rank that ends with a reason says it within moments
                 if self.store.check(["failed"]):
                     break
@@ -216,10 +219,14 @@ class Group:
         )
 
     def _keep_beating(self) -> None:
+        left = False
         while not self._closing.wait(BEAT):
             try:
                 self._beat()
-            except RuntimeError:  # the store is gone, and with it whoever could read
+                if not left and self.store.check(["late"]):
+                    left = True
+                    self.leave_stacks()
+            except (RuntimeError, OSError):  # the store is gone, and with it whoever could read; or the disk refuses
                 return
 
     def close(self) -> None:

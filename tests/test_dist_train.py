@@ -323,6 +323,22 @@ def test_one_rank_hangs_or_dies(shards: Path, tmp_path: Path, number: int, code:
     assert "rank 1 on" in verdict["reason"]
 
 
+def test_when_a_rank_hangs_every_rank_leaves_its_stacks(shards: Path, tmp_path: Path) -> None:
+    target, port = recipe(shards, tmp_path, "a", run__steps=100000, eval__every=0), str(ranks.free_port())
+    hang = json.dumps({"do": "hang", "at": "call:daybreak.engine.step:Engine.micro_step", "n": 9})
+    child = [Path(__file__).with_name("recovery_child.py"), hang, *command(target)[2:]]
+    stuck = ranks.start(3, child, tmp_path, range(1, 2), port=port)
+    others = [ranks.start(3, command(target), tmp_path, range(r, r + 1), port=port)[0] for r in (0, 2)]
+    refused(tmp_path, others, 7, "rank 1 on ", "hangs: the others have waited 5 s")
+    assert stuck[0].poll() is None
+    parts = (tmp_path / "a/crash.txt").read_text().split("Z rank ")[1:]
+    assert sorted(part[0] for part in parts) == ["0", "1", "2"]
+    (said,) = [part for part in parts if part[0] == "1"]
+    assert "in happen" in said
+    assert "in _loop" in said
+    assert "in _keep_beating" in said
+
+
 def test_launchers_variables() -> None:
     assert launched({})["WORLD_SIZE"] == "1"
     ompi = {

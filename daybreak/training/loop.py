@@ -11,12 +11,14 @@ import json
 import logging
 import math
 import os
+import socket
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,8 @@ def _train(
         with stop.group.failing_together():
             setup = open_run(config, resume=resume, stop=stop)
             folder = setup.run.folder
+            who = f"rank {stop.group.rank} on {socket.gethostname()}: ranks wait for each other in vain"
+            stop.group.leave_stacks = partial(folder.append_stacks, who)
             with folder.locked() if resume is None and chief else nullcontext():
                 trainer = Trainer(setup, stop, on_save)
                 trainer.load(fork, init)

@@ -24,13 +24,24 @@ def batch(step: int) -> torch.Tensor:
     return torch.randint(0, V, (SAMPLES, T + 1), generator=torch.Generator().manual_seed(step))
 
 
+def gradients(engine: Engine) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    """Of each tensor, the parts whose sum over all ranks is here: (first element, values)."""
+    plan = engine.comm.plan
+    if not plan.zero:
+        return {name: [(0, engine.grad(name).flatten().clone())] for name in engine.table.rows}
+    return {
+        name: [(where.start, engine.state["shard"][at].clone()) for where, at in plan.within(name, plan.shards())]
+        for name in engine.table.rows
+    }
+
+
 def train(group, zero: int, compute: str, steps: int, B: int, masters: str = "auto", bucket: int = 16384) -> dict:
     engine = Engine(
         SHAPE, B=B, T=T, compute=compute, seed=3, optim=OptimConfig(clip=0.5), masters=masters, group=group, zero=zero,
         bucket_bytes=bucket,
     )  # fmt: skip
     mine = SAMPLES // group.world
-    losses, norms, first, record = [], [], {}, []
+    losses, norms, first, record, grads = [], [], {}, [], {}
     for step in range(steps):
         rows = batch(step)[group.rank * mine : (group.rank + 1) * mine].view(-1, B, T + 1)
         engine.begin_step(lr=3e-3, step=step, valid=SAMPLES * T)
@@ -41,6 +52,7 @@ def train(group, zero: int, compute: str, steps: int, B: int, masters: str = "au
         norms.append(engine.stats()["norm"])
         if step == 0:
             first = {name: grad for name, _, grad in engine.norms()}
+            grads = gradients(engine)
         if step == 1:
             record = [(e.what, e.bucket, e.sent) for e in engine.comm.record]
         engine.comm.record.clear()
@@ -51,7 +63,7 @@ def train(group, zero: int, compute: str, steps: int, B: int, masters: str = "au
         "losses": losses, "norms": norms, "first": first, "record": record, "volume": volume, "numel": plan.numel,
         "weights": {name: engine.param(name).clone() for name in engine.names()}, "nbytes": engine.arena.nbytes,
         "buckets": [(b.start, b.stop, b.moment) for b in plan.buckets],
-        "calls": engine.call_list(),
+        "calls": engine.call_list(), "grads": grads,
     }  # fmt: skip
 
 

@@ -222,12 +222,13 @@ def test_the_slurm_scripts_requeue_by_the_rule(tmp_path, script, code, requeued)
         (tmp_path / "r").mkdir()
         (tmp_path / "runs/tiny").symlink_to("../r")
     for attempt in range(3):
-        subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=20)
+        job = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=20)
         (tmp_path / "r/exit.json").unlink(missing_ok=True)
         calls = (tmp_path / "scontrols").read_text() if (tmp_path / "scontrols").exists() else ""
         # 75 is no failure: it is always continued. A failure is, twice: the third start without progress is the last.
         wanted = requeued * (attempt + 1 if code == 75 else min(attempt + 1, 2))
         assert calls == "requeue 77\n" * wanted
+        assert job.returncode == (code != 0 and wanted < attempt + 1)
     starts = (tmp_path / "sruns").read_text().splitlines()
     first, later = "tiny --name r", "r"
     if script == "slurm_cluster":

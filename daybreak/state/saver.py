@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from daybreak.errors import Error
 from daybreak.parallel import ALONE, Group
 from daybreak.state.checkpoint import Snapshot, prune_checkpoints, save_checkpoint
 
@@ -54,7 +53,7 @@ class Saver:
         self._future = Future()  # ranks exchange in one order: what they write together is no thread's
         try:
             self._future.set_result(self._write(snap, tokens, began, stall))
-        except Error as error:
+        except Exception as error:  # of any kind, as when a rank dies: the exit waits until this is over
             self._future.set_exception(error)
 
     def _write(self, snap: Snapshot, tokens: int, began: float, stall: float) -> Saved:

@@ -26,6 +26,7 @@ from daybreak.config_keys import Rule, at_least, one_of
 from daybreak.errors import ConfigError, Error
 from daybreak.parallel import connect, exit_code, launched
 from daybreak.shapes import is_shape, parse_shape
+from daybreak.training.stop import Stop
 
 TINY = "dev/data/tinyshakespeare/tiny_shakespeare"
 HELLASWAG = "dev/data/hellaswag/hellaswag_val.bin"
@@ -278,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.handlers, log.propagate = [_Stdout()], False
     log.setLevel(logging.INFO)
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        with Stop().handling_signals() as stop:
+            _run(list(sys.argv[1:] if argv is None else argv), stop)
         return 0
     except Error as error:
         if not error.elsewhere:
@@ -291,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str], stop: Stop) -> None:
     if argv in (["--help"], ["-help"]):
         print("Usage: python -m daybreak.llmc [-flag value]...")
         print("\n".join(f"  {f.name:4} {f.doc} ({f.default!r})" for f in FLAGS))
@@ -302,7 +304,7 @@ def _run(argv: list[str]) -> None:
     if world > 1:
         os.environ.update(found)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    group = connect(os.environ, Config().parallel.timeout)
+    stop.group = group = connect(os.environ, Config().parallel.timeout, lambda: stop.reason)
     with group.failing_together():  # rank 0 looks at the folder, which it soon fills
         config, resume, init, start = group.first(lambda: _begin(values, world))
     config.check(ranks=world)
@@ -319,12 +321,9 @@ def _run(argv: list[str]) -> None:
     from daybreak.interop import llmc_files
     from daybreak.state.checkpoint import checkpoint_step
     from daybreak.training.loop import train
-    from daybreak.training.stop import Stop
 
     on_save = bin_writer(values, config, world) if config.checkpoint.every else None
-    with Stop().handling_signals() as stop:
-        stop.group = group
-        run = train(config, resume=resume, init_from=init, stop=stop, on_save=on_save)
+    run = train(config, resume=resume, init_from=init, stop=stop, on_save=on_save)
     if not chief:
         return
     newest = run.checkpoints[0]

@@ -81,6 +81,7 @@ class Group:
         self.store: Any = None
         self.holds_store = False  # it ends with this process
         self._reason: tuple[int, int, str] | None = None  # (rank, exit code, sentence): why all end, once it is known
+        self.leave_stacks: Callable[[], None] = lambda: None  # called in a thread when ranks wait in vain, on each
         self.capturable = True  # into CUDA graphs: NCCL's calls, not gloo's
         self._closing = threading.Event()
 
@@ -202,6 +203,8 @@ class Group:
         late = "imed out" in str(error) or "imeout" in str(error)
         with suppress(RuntimeError, ValueError):
             deadline, before = time.monotonic() + 3 * BEAT, self._beats()
+            if late:
+                self.store.set("late", "")
             while not self._hear() and time.monotonic() < deadline:  # who ends with a reason says it within moments
                 time.sleep(0.05)
             if self._reason is None:
@@ -231,11 +234,15 @@ class Group:
         )
 
     def _keep_beating(self) -> None:
+        left = False
         while not self._closing.wait(BEAT):
             try:
                 self._beat()
                 self._hear()
-            except RuntimeError:  # the store is gone, and with it whoever could read
+                if not left and self.store.check(["late"]):
+                    left = True
+                    self.leave_stacks()
+            except (RuntimeError, OSError):  # the store is gone, and with it whoever could read; or the disk refuses
                 return
 
     def close(self) -> None:
@@ -259,8 +266,9 @@ def _from_elsewhere(code: int, text: str) -> Error:
     return error
 
 
-def connect(environ: Mapping[str, str], timeout: float) -> Group:
-    """Meet the other processes of this launch. Raises ConfigError, within `timeout` seconds, when they do not come."""
+def connect(environ: Mapping[str, str], timeout: float, stopped: Callable[[], str] = str) -> Group:
+    """Meet the other processes of this launch. Raises ConfigError, within `timeout` seconds, when they do not come,
+    and Stopped soon after `stopped` gives a reason to wait no longer."""
     env = launched(environ)
     rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
     if world == 1:
@@ -270,12 +278,17 @@ def connect(environ: Mapping[str, str], timeout: float) -> Group:
 
     dist: Any = torch.distributed
     group = Group(rank, world, int(env["LOCAL_RANK"]), timeout)
+
+    def look() -> None:
+        if reason := stopped():
+            raise Stopped(f"{reason} before all ranks had come; start them again.")
+
     where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
     agents = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process listens, not rank 0
     group.holds_store = rank == 0 and not agents
     method, wait = environ.get("INIT_METHOD", ""), timedelta(seconds=timeout)
     if rank and not method:
-        _reach(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout, rank)
+        _reach(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout, rank, look)
     os.environ.update(env)
     try:
         if agents or method:
@@ -284,7 +297,7 @@ def connect(environ: Mapping[str, str], timeout: float) -> Group:
         else:
             port = int(env["MASTER_PORT"])
             root = dist.TCPStore(env["MASTER_ADDR"], port, world, rank == 0, wait, wait_for_workers=False)
-        meeting = _assemble(group, root, method or where, agents or bool(method))
+        meeting = _assemble(group, root, method or where, agents or bool(method), look)
         group.store = dist.PrefixStore(f"daybreak/{meeting}", root)
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
@@ -307,10 +320,11 @@ def _line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]  # what follows is a C++ stack
 
 
-def _reach(host: str, port: int, timeout: float, rank: int) -> None:
+def _reach(host: str, port: int, timeout: float, rank: int, look: Callable[[], None]) -> None:
     """Wait until somebody listens there: a sentence of ours instead of torch's pages."""
     deadline = time.monotonic() + timeout
     while True:
+        look()
         try:
             socket.create_connection((host, port), timeout=min(5.0, timeout)).close()
             return
@@ -323,7 +337,7 @@ def _reach(host: str, port: int, timeout: float, rank: int) -> None:
         time.sleep(0.2)
 
 
-def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
+def _assemble(group: Group, root: Any, where: str, again: bool, look: Callable[[], None]) -> str:
     """Wait until every rank is there, and return a name for this meeting that no earlier one in this store had.
 
     Each rank leaves a word of its own and waits for rank 0's answer to just that word: what ranks that are gone left
@@ -336,6 +350,14 @@ def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
         root.set(f"word/{rank}", word)
     elif root.compare_set(f"word/{rank}", "", word).decode() != word:
         raise ConfigError(f"rank {rank} of {world} was started twice; give every process its own RANK.")
+
+    def wait(key: str) -> None:
+        while not root.check([key]):
+            look()
+            if time.monotonic() > deadline:
+                root.wait([key], timedelta(seconds=1))  # for the store's own words
+            time.sleep(0.01)
+
     meeting: str = word.split()[1]
     answered = set[str]()
     while rank == 0 and (missing := [r for r in range(world) if not root.check([f"came/{meeting}/{r}"])]):
@@ -345,6 +367,7 @@ def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
                 root.set(f"answer/{other}", f"{world} {meeting}")
                 if r == 0:
                     root.set(f"came/{meeting}/0", "")
+        look()
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"{world - len(missing)} of {world} ranks came to {where} within {group.timeout:g} s "
@@ -354,7 +377,7 @@ def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
     if rank == 0:
         root.set(f"complete/{meeting}", "")
         return meeting
-    root.wait([f"answer/{word}"])
+    wait(f"answer/{word}")
     expected, meeting = root.get(f"answer/{word}").decode().split()
     if expected != str(world):
         raise ConfigError(
@@ -362,5 +385,5 @@ def _assemble(group: Group, root: Any, where: str, again: bool) -> str:
             "same WORLD_SIZE."
         )
     root.set(f"came/{meeting}/{rank}", "")
-    root.wait([f"complete/{meeting}"])
+    wait(f"complete/{meeting}")
     return meeting

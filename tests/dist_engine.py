@@ -24,6 +24,17 @@ def batch(step: int) -> torch.Tensor:
     return torch.randint(0, V, (SAMPLES, T + 1), generator=torch.Generator().manual_seed(step))
 
 
+def gradients(engine: Engine) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    """Of each tensor, the parts whose sum over all ranks is here: (first element, values)."""
+    plan = engine.comm.plan
+    if not plan.zero:
+        return {name: [(0, engine.grad(name).flatten().clone())] for name in engine.table.rows}
+    return {
+        name: [(where.start, engine.state["shard"][at].clone()) for where, at in plan.within(name, plan.shards())]
+        for name in engine.table.rows
+    }
+
+
 def train(
     group: Group, zero: int, compute: str, steps: int, B: int, masters: str = "auto", bucket: int = 16384
 ) -> dict[str, Any]:
@@ -33,7 +44,7 @@ def train(
         bucket_bytes=bucket,
     )  # fmt: skip
     mine = SAMPLES // group.world
-    losses, norms, first, record = [], [], {}, []
+    losses, norms, first, record, grads = [], [], {}, [], {}
     for step in range(steps):
         rows = batch(step)[group.rank * mine : (group.rank + 1) * mine].view(-1, B, T + 1)
         engine.begin_step(lr=3e-3, step=step, valid=SAMPLES * T)
@@ -44,6 +55,7 @@ def train(
         norms.append(engine.stats()["norm"])
         if step == 0:
             first = {name: grad for name, _, grad in engine.norms()}
+            grads = gradients(engine)
         if step == 1:
             record = list(engine.comm.record)
         engine.comm.record.clear()
@@ -55,6 +67,7 @@ def train(
         "weights": {name: engine.param(name).clone() for name in engine.names()}, "nbytes": engine.arena.nbytes,
         "buckets": [(b.start, b.stop, b.moment) for b in plan.buckets],
         "calls": [call.name for call in engine.arena.calls],
+        "grads": grads,
     }  # fmt: skip
 
 

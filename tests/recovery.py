@@ -73,8 +73,10 @@ def curve(run: daybreak.Run) -> list[tuple[Any, ...]]:
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    optimizer = load_file(checkpoint / "optimizer-00000-of-00001.safetensors")
-    return load_file(checkpoint / "model.safetensors") | {f"optimizer.{k}": v for k, v in optimizer.items()}
+    found = load_file(checkpoint / "model.safetensors")
+    for path in checkpoint.glob("optimizer-*"):
+        found |= {f"optimizer.{k}": v for k, v in load_file(path).items()}
+    return found
 
 
 def assert_same(a: daybreak.Run, b: daybreak.Run) -> None:

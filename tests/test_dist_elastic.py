@@ -96,6 +96,19 @@ def test_a_killed_worker_comes_back_and_a_stopped_one_does_not(shards: Path, tmp
         assert b[1] == pytest.approx(a[1], rel=1e-4)
 
 
+def test_the_agent_itself_is_told_to_stop(shards: Path, tmp_path: Path) -> None:  # noqa: F811
+    target = recipe(shards, tmp_path, "s", run__steps=100000, eval__every=0, checkpoint__every=0)
+    agent = torchrun(tmp_path, "agent", "--standalone", "--nproc-per-node", 2, "--max-restarts", 3, target=target)
+    folder = tmp_path / "s"
+    wait_for_steps(folder, 3)
+    agent.terminate()
+    agent.wait(60)
+    assert json.loads((folder / "exit.json").read_text())["code"] == 75, (tmp_path / "agent.txt").read_text()
+    run = daybreak.load(folder)
+    assert int(run.checkpoints[0].name[5:]) == run.metrics("step")[-1]["step"]
+    assert len(starts(folder)) == 1
+
+
 def test_two_hosts_one_of_which_goes_and_returns(shards: Path, tmp_path: Path) -> None:  # noqa: F811
     """Two agents of two ranks each on addresses of their own, which meet by name. The second dies and returns."""
     target = recipe(shards, tmp_path, "h", run__steps=100000, eval__every=0, checkpoint__every=5, parallel__zero=1)

@@ -267,6 +267,31 @@ def test_ranks_of_other_launches(shards: Path, tmp_path: Path) -> None:
     assert ranks.finish(first, 30) == [75, 75]
 
 
+def test_a_signal_while_ranks_wait_for_each_other_ends_them_with_75(shards: Path, tmp_path: Path) -> None:
+    """Rank 0 of two that listens, rank 1 that finds nobody, and rank 0 of llm.c's command; each in time."""
+    target = recipe(shards, tmp_path, "a")
+    llmc = ["-m", "daybreak.llmc", "-i", shards / "*train*", "-j", shards / "*val*", "-e", "d6", "-o", "log"]
+    waiting = []
+    for number, (line, rank) in enumerate([(command(target), 0), (command(target), 1), (llmc, 0)]):
+        (home := tmp_path / str(number)).mkdir()
+        line = [*line, "--parallel.timeout", "60"] if line[1] == "daybreak" else line
+        waiting += ranks.start(2, line, home, range(rank, rank + 1))
+    for process in waiting:  # until it handles SIGTERM
+        deadline = time.monotonic() + 60
+        while not int(Path(f"/proc/{process.pid}/status").read_text().split("SigCgt:")[1].split()[0], 16) >> 14 & 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    time.sleep(1)
+    for process in waiting:
+        process.send_signal(signal.SIGTERM)
+    assert ranks.finish(waiting, 30) == [75, 75, 75]
+    for number, rank in enumerate((0, 1, 0)):
+        assert "stopped by SIGTERM before all ranks had come; start them again." in ranks.said(
+            tmp_path / str(number), rank
+        )
+    assert not (tmp_path / "a").exists()
+
+
 def test_ranks_that_differ(shards: Path, tmp_path: Path) -> None:
     """Configuration, data, and code: each pair of ranks is started with its own."""
     target, port = recipe(shards, tmp_path, "a"), str(ranks.free_port())
@@ -357,6 +382,22 @@ def test_one_rank_hangs_or_dies(shards: Path, tmp_path: Path, number: int, code:
     verdict = json.loads((tmp_path / "a/exit.json").read_text())
     assert verdict["code"] == code
     assert "rank 1 on" in verdict["reason"]
+
+
+def test_when_a_rank_hangs_every_rank_leaves_its_stacks(shards: Path, tmp_path: Path) -> None:
+    target, port = recipe(shards, tmp_path, "a", run__steps=100000, eval__every=0), str(ranks.free_port())
+    hang = json.dumps({"do": "hang", "at": "call:daybreak.engine.step:Engine.micro_step", "n": 9})
+    child = [Path(__file__).with_name("recovery_child.py"), hang, *command(target)[2:]]
+    stuck = ranks.start(3, child, tmp_path, range(1, 2), port=port)
+    others = [ranks.start(3, command(target), tmp_path, range(r, r + 1), port=port)[0] for r in (0, 2)]
+    refused(tmp_path, others, 7, "rank 1 on ", "hangs: the others have waited 5 s")
+    assert stuck[0].poll() is None
+    parts = (tmp_path / "a/crash.txt").read_text().split("Z rank ")[1:]
+    assert sorted(part[0] for part in parts) == ["0", "1", "2"]
+    (said,) = [part for part in parts if part[0] == "1"]
+    assert "in happen" in said
+    assert "in _loop" in said
+    assert "in _keep_beating" in said
 
 
 def test_launchers_variables() -> None:

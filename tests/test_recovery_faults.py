@@ -354,8 +354,40 @@ def test_a_data_set_prepared_anew_with_another_tokenizer_is_exit_4(tmp_path, mon
     said = capsys.readouterr().out
     assert f"BAD: {shard} is damaged (its sha256 does not match); prepare book again." in said
     assert "the last attempt ended with code 4: the tokenizer changed" in said
+    truncate(shard)
+    assert main(["doctor", str(run.path)]) == 5
+    assert re.search(rf"BAD: {shard} has \d+ bytes but its header says", capsys.readouterr().out)
     shard.unlink()
     assert f"cannot read the token shard {shard}: No such file" in refused(run)
+    capsys.readouterr()
+    assert main(["doctor", str(run.path)]) == 5
+    assert f"BAD: cannot read the token shard {shard}: No such file" in capsys.readouterr().out
+    shutil.rmtree("data/book")  # as on another machine
+    assert main(["doctor", str(run.path)]) == 0
+    assert "data not checked: no dataset 'book' in data" in capsys.readouterr().out
+
+
+def test_doctor_compares_the_fingerprint_of_shards_without_a_manifest(tmp_path, capsys):
+    own = make_shards(tmp_path / "own")
+    run = daybreak.train(config(own, tmp_path, "r", run__steps=4))
+    assert main(["doctor", str(run.path)]) == 0
+    assert "no manifest with sha256 sums: only its fingerprint is compared" in capsys.readouterr().out
+    write_shard(own / "x_train_1.bin", np.zeros(1500))
+    assert main(["doctor", str(run.path)]) == 5
+    was = json.loads((run.checkpoints[0] / "manifest.json").read_text())["data"]["fingerprint"]
+    said = re.search(
+        rf"BAD: the training data changed: its fingerprint was {was} .* is ([0-9a-f]{{64}}) now",
+        capsys.readouterr().out,
+    )
+    assert said
+    for file, sentence in (("x_train_1.bin", "BAD: .*its header says"), ("x_val_0.bin", "BAD: no token shard matches")):
+        truncate(own / file) if "train" in file else (own / file).unlink()
+        assert main(["doctor", str(run.path)]) == 5
+        assert re.search(sentence, capsys.readouterr().out)
+        make_shards(own)
+    shutil.rmtree(own)
+    assert main(["doctor", str(run.path)]) == 0
+    assert "data not checked: no token shard matches" in capsys.readouterr().out
 
 
 # ---- the soak

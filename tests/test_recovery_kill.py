@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import time
 from pathlib import Path
 
 import pytest
-from recovery import assert_intact, assert_same, config, make_shards, recipe, spawn, train
+import ranks
+from recovery import CHILD, assert_intact, assert_same, config, make_shards, recipe, spawn, train
 
 import daybreak
 from daybreak.state.checkpoint import list_checkpoints
@@ -98,3 +100,46 @@ def test_kills_at_random_moments(shards, tmp_path, straight, full, figures):
     kills = kill_again_and_again(accidents, shards, tmp_path, straight, full)
     assert kills >= len(accidents) // 2
     figures["kills at random moments"] = kills
+
+
+# ---- several ranks write one checkpoint
+
+SHARED = [  # (rank, where); the first three in `make test`
+    (0, "after:daybreak.state.checkpoint:create_safetensors"),
+    (1, "call:daybreak.state.checkpoint:_write_optimizer"),  # its part of the model is in the shared file
+    (0, "audit:os.rename:tmp-step.*/step-"),
+    (1, "call:daybreak.state.checkpoint:fill_safetensors"),
+    (1, "after:daybreak.state.checkpoint:_write_optimizer"),
+    (0, "after:daybreak.state.checkpoint:fill_safetensors"),
+    (0, "audit:open:tmp-step.*manifest"),
+    (0, "after:daybreak.state.checkpoint:_write_manifest"),
+    (0, "after:daybreak.state.checkpoint:_publish"),
+]
+
+
+def two_ranks(args: list[object], cwd: Path, accident: tuple[int, str] | None = None) -> list[int]:
+    """Exit codes of two ranks that train; one is killed in the second save of its life."""
+    port, made = str(ranks.free_port()), []
+    for rank in (0, 1):
+        head: list[object] = ["-m", "daybreak"]
+        if accident is not None and accident[0] == rank:
+            head = [CHILD, json.dumps({"do": "kill", "at": accident[1], "n": 2})]
+        made += ranks.start(2, [*head, "train", *args, "--quiet"], cwd, range(rank, rank + 1), port=port)
+    return ranks.finish(made)
+
+
+def test_a_kill_of_one_of_two_ranks_inside_a_save(shards, tmp_path, full, figures):
+    made = config(shards, tmp_path, "straight", run__steps=150 if full else 40, parallel__timeout=30)
+    assert two_ranks([recipe(made, tmp_path)], tmp_path) == [0, 0]
+    folder, args = tmp_path / "killed", [recipe(made.override({"run.name": "killed"}), tmp_path)]
+    points = SHARED if full else SHARED[:3]
+    for rank, at in points:
+        codes = two_ranks(args, tmp_path, (rank, at))
+        assert (codes[rank], codes[1 - rank]) == (-9, 1), (at, ranks.said(tmp_path, 1 - rank))
+        assert assert_intact(folder) >= 5
+        args = [folder]
+    assert two_ranks(args, tmp_path) == [0, 0], ranks.said(tmp_path, 0)
+    assert_intact(folder)
+    assert_same(daybreak.Run(tmp_path / "straight"), daybreak.Run(folder))
+    assert not list((folder / "checkpoints").glob(".*"))
+    figures["kills of one of two ranks inside a save"] = len(points)

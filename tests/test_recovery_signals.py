@@ -77,6 +77,11 @@ def test_a_second_signal_leaves_at_once(shards, tmp_path, straight, at):
     assert_same(straight, daybreak.Run(tmp_path / "t"))
 
 
+def test_sigusr1_before_anything_is_loaded_ends_nothing(shards, tmp_path):
+    args = [recipe(config(shards, tmp_path, "e", run__steps=1), tmp_path)]
+    assert train(args, {"do": "usr1", "at": "audit:import:'click'"})[0] == 0
+
+
 def test_sigusr1_saves_and_goes_on(shards, tmp_path):
     args = [recipe(config(shards, tmp_path, "u", run__steps=40, checkpoint__every=0, checkpoint__keep=0), tmp_path)]
     assert train(args, {"do": "usr1", "at": f"call:{ENGINE}.micro_step", "n": 23})[0] == 0
@@ -202,20 +207,32 @@ def test_a_signal_to_the_restart_loop_reaches_the_run(shards, tmp_path):
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, 0), (1, 1), (2, 0), (3, 0), (5, 0), (7, 1), (75, 1), (None, 1)])
-def test_the_slurm_script_requeues_by_the_rule(tmp_path, code, requeued):
+@pytest.mark.parametrize("script", ["slurm", "slurm_cluster"])
+def test_the_slurm_scripts_requeue_by_the_rule(tmp_path, script, code, requeued):
     """srun and scontrol are stand-ins that record how they are called: there is no Slurm here."""
     said = "" if code is None else f'echo \'{{"code": {code}, "reason": "x", "t": 0}}\' > r/exit.json'
     srun = f'#!/bin/bash\necho "$@" >> sruns\nmkdir -p r/checkpoints; touch r/config.toml\n{said}\nexit 1\n'
-    env = tools(tmp_path, srun=srun, scontrol='#!/bin/bash\necho "$@" >> scontrols\n') | {"SLURM_JOB_ID": "77"}
+    scontrol = '#!/bin/bash\n[ "$1" = show ] && echo host7 || echo "$@" >> scontrols\n'
+    env = tools(tmp_path, srun=srun, scontrol=scontrol)
+    env |= {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host[7-8]", "RECIPE": "tiny"}
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    command = ["bash", "scripts/slurm.sbatch", "r", "daybreak", "train", "tiny", "--name", "r"]
+    command = ["bash", f"scripts/{script}.sbatch", "r", "daybreak", "train", "tiny", "--name", "r"]
+    if script == "slurm_cluster":  # which names the run itself
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "r").mkdir()
+        (tmp_path / "runs/tiny").symlink_to("../r")
     for attempt in range(3):
-        subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=20)
+        job = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=20)
         (tmp_path / "r/exit.json").unlink(missing_ok=True)
         calls = (tmp_path / "scontrols").read_text() if (tmp_path / "scontrols").exists() else ""
         # 75 is no failure: it is always continued. A failure is, twice: the third start without progress is the last.
         wanted = requeued * (attempt + 1 if code == 75 else min(attempt + 1, 2))
         assert calls == "requeue 77\n" * wanted
+        assert job.returncode == (code != 0 and wanted < attempt + 1)
     starts = (tmp_path / "sruns").read_text().splitlines()
-    assert starts[0].endswith("daybreak train tiny --name r")
-    assert starts[1].endswith("daybreak train r")
+    first, later = "tiny --name r", "r"
+    if script == "slurm_cluster":
+        first, later = "tiny --parallel.zero 1", "runs/tiny --parallel.zero 1"
+    assert starts[0].endswith(f"daybreak train {first}")
+    assert starts[1].endswith(f"daybreak train {later}")
+    assert ("--rdzv-endpoint host7:29400" in starts[0]) == (script == "slurm_cluster")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import platform
@@ -10,8 +11,9 @@ from pathlib import Path
 import torch
 
 import daybreak
-from daybreak.data.dataset import open_dataset
-from daybreak.data.mixing import parse_mix
+from daybreak.config import Config
+from daybreak.data.dataset import dataset_name, open_dataset
+from daybreak.data.mixing import open_loaders, parse_mix
 from daybreak.engine.device import library_versions, missing_on, pick_device
 from daybreak.errors import CheckpointError, Error
 from daybreak.kernels import OPS, choose
@@ -83,7 +85,7 @@ def _driver() -> str:
 def check_run(path: str) -> tuple[list[str], bool]:
     """Lines about a run, and whether all is good: each checkpoint and each shard of its data read and verified in full,
     what dead saves left, how the last attempt ended."""
-    run, lines, good = Run(path), list[str](), True
+    run, lines, saved = Run(path), list[str](), ""
     model = {k: v for k, v in run.config.items() if k.startswith("model.")}
     for checkpoint in published(run.folder.checkpoints):
         try:
@@ -91,33 +93,42 @@ def check_run(path: str) -> tuple[list[str], bool]:
             if other := [k for k, v in model.items() if loaded.manifest.get("config", {}).get(k) != v]:
                 raise CheckpointError(f"{checkpoint} is of another model than the run: {other[0]} differs.")
             lines.append(f"good: {checkpoint}, step {loaded.step}")
+            saved = saved or loaded.manifest["data"]["fingerprint"]
         except CheckpointError as error:
             lines.append(f"BAD: {error}")
-            good = False
     lines = lines or [f"{path} has no checkpoint yet"]
     lines += [f"left by a save that died, removed by the next: {p}" for p in run.folder.checkpoints.glob(".tmp-*")]
-    data, intact = _check_data(run)
-    return [*lines, *data, _last_attempt(run)], good and intact
+    lines += [*_check_data(run.config, saved), _last_attempt(run)]
+    return lines, not any(line.startswith("BAD") for line in lines)
 
 
-def _check_data(run: Run) -> tuple[list[str], bool]:
-    """Whether the shards of every data set with a manifest are those it was prepared with, to the last byte."""
-    d, lines, good = run.config.data, list[str](), True
-    for name in [name for name, _ in parse_mix(d.name)] or [d.name]:
-        try:
+def _check_data(config: Config, saved: str) -> list[str]:
+    """Whether the shards of every data set with a manifest are those it was prepared with, to the last byte, and all
+    data is that of the fingerprint `saved` in a checkpoint. Data that is on another machine is not looked at."""
+    d, lines = config.data, list[str]()
+    places = [d.train, d.val]
+    try:
+        for name in [name for name, _ in parse_mix(d.name)] or [d.name]:
+            if not d.train:
+                folders = [Path(d.dir) / dataset_name(name, d.tokenizer), Path(d.dir) / name]
+                places = [name if set(name) & set("*?[") else f"{name}/*.bin", *(f"{folder}/*" for folder in folders)]
             found = open_dataset(name, d.dir, d.train, d.val, d.tokenizer)
-        except Error as error:
-            return [*lines, f"data not checked: {error}"], good
-        if found.manifest is None or found.folder is None:
-            lines.append(f"data not checked: {found.name} has no manifest with sha256 sums")
-            continue
-        for shard in (*found.manifest.train.shards, *found.manifest.val.shards):
-            with open(found.folder / shard.file, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                    lines.append(f"BAD: {file.name} is damaged (its sha256 does not match); prepare {name} again.")
-                    good = False
-        lines.append(f"data of {name}: every shard read")
-    return lines, good
+            if found.manifest is None or found.folder is None:
+                lines.append(f"{found.name} has no manifest with sha256 sums: only its fingerprint is compared")
+                continue
+            for shard in (*found.manifest.train.shards, *found.manifest.val.shards):
+                with open(found.folder / shard.file, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                        lines.append(f"BAD: {file.name} is damaged (its sha256 does not match); prepare {name} again.")
+            lines.append(f"data of {name}: every shard read")
+        now = open_loaders(d, config.T, config.run.seed, config.model.V)[1].fingerprint
+        if saved not in ("", now):
+            lines.append(
+                f"BAD: the training data changed: its fingerprint was {saved} in a checkpoint, it is {now} now."
+            )
+    except (Error, OSError) as error:
+        lines.append(f"{'BAD' if any(map(glob.glob, places)) else 'data not checked'}: {error}")
+    return lines
 
 
 def _last_attempt(run: Run) -> str:

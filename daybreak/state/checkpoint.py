@@ -74,9 +74,9 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        owned = [t for ranges in self.optimizer.values() for _, t in ranges]
-        return sum(t.nbytes for t in (*self.model.values(), *owned, *self.extra.values()))
+        """Bytes of all tensors, those of the other ranks too."""
+        moments = sum(self.flat_numel * ranges[0][1].itemsize for ranges in self.optimizer.values())
+        return moments + sum(t.nbytes for t in (*self.model.values(), *self.extra.values()))
 
 
 def _directory(step: int) -> str:

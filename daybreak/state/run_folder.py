@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import fcntl
 import importlib.metadata
 import json
 import logging
@@ -77,6 +79,14 @@ class RunFolder:
             self.crash.write_text(text)
         except OSError as error:
             log.warning("%s could not be written (%s).", self.crash, error.strerror)
+
+    def append_stacks(self, why: str) -> None:
+        """Append to crash.txt where every thread of this process is. Ranks do so one after the other."""
+        with open(self.crash, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {why}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file)
 
     def locked(self) -> AbstractContextManager[None]:
         """Hold the run for this process, until it ends however it ends. ConfigError if another holds it."""

@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from daybreak.errors import Error
 from daybreak.parallel import ALONE, Group
 from daybreak.state.checkpoint import Snapshot, prune_checkpoints, save_checkpoint
 
@@ -53,7 +52,7 @@ class Saver:
         self._future = Future()  # ranks exchange in one order: what they write together is no thread's
         try:
             self._future.set_result(self._write(snap, tokens, began, stall))
-        except Error as error:
+        except Exception as error:  # of any kind, as when a rank dies: the exit waits until this is over
             self._future.set_exception(error)
 
     def _write(self, snap: Snapshot, tokens: int, began: float, stall: float) -> Saved:

@@ -11,12 +11,14 @@ import json
 import logging
 import math
 import os
+import socket
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ def train(
     stop.limit_hours(config.run.max_hours)
     if stop.group.world == 1:
         config.check(ranks=int(launched(os.environ)["WORLD_SIZE"]))  # before anybody is waited for
-        stop.group = connect(os.environ, config.parallel.timeout)
+        stop.group = connect(os.environ, config.parallel.timeout, lambda: stop.reason)
     group = stop.group
     try:
         with group.failing_together():
@@ -121,6 +123,8 @@ def _train(
         with stop.group.failing_together(), explaining_memory(config, stop.group):
             setup = open_run(config, resume=resume, stop=stop)
             new = setup.run.folder
+            who = f"rank {stop.group.rank} on {socket.gethostname()}: ranks wait for each other in vain"
+            stop.group.leave_stacks = partial(new.append_stacks, who)
             with new.locked() if resume is None and chief else nullcontext():
                 folder = new  # ours from here on: the exit.json of a run that another process holds is that one's
                 trainer = Trainer(setup, stop, on_save)

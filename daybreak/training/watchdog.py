@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import faulthandler
 import math
 import os
 import statistics
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,10 +65,7 @@ class Watchdog:
         )
         os.write(2, f"\ndaybreak: {reason}\n".encode())
         try:
-            with open(self.folder.crash, "w") as file:
-                file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {reason}\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file)
+            self.folder.append_stacks(reason)
         finally:
             self.folder.write_exit(Hung.exit_code, reason)
             os._exit(Hung.exit_code)  # the thread that hangs cannot be asked to

@@ -270,12 +270,12 @@ def test_ranks_of_other_launches(shards: Path, tmp_path: Path) -> None:
 def test_a_signal_while_ranks_wait_for_each_other_ends_them_with_75(shards: Path, tmp_path: Path) -> None:
     """Rank 0 of two that listens, rank 1 that finds nobody, and rank 0 of llm.c's command; each in time."""
     target = recipe(shards, tmp_path, "a")
+    ours = ["-m", "daybreak", "train", target, "--parallel.timeout", "60", "--quiet"]
     llmc = ["-m", "daybreak.llmc", "-i", shards / "*train*", "-j", shards / "*val*", "-e", "d6", "-o", "log"]
     waiting = []
-    for number, (line, rank) in enumerate([(command(target), 0), (command(target), 1), (llmc, 0)]):
+    for number, (line, rank) in enumerate([(ours, 0), (ours, 1), (llmc, 0)]):
         (home := tmp_path / str(number)).mkdir()
-        line = [*line, "--parallel.timeout", "60"] if line[1] == "daybreak" else line
-        waiting += ranks.start(2, line, home, range(rank, rank + 1))
+        waiting.append(ranks.python(line, home, f"rank-{rank}.txt", ranks.environment(rank, 2, port=ranks.free_port())))
     for process in waiting:  # until it handles SIGTERM
         deadline = time.monotonic() + 60
         while not int(Path(f"/proc/{process.pid}/status").read_text().split("SigCgt:")[1].split()[0], 16) >> 14 & 1:
@@ -387,8 +387,7 @@ def test_one_rank_hangs_or_dies(shards: Path, tmp_path: Path, number: int, code:
 def test_when_a_rank_hangs_every_rank_leaves_its_stacks(shards: Path, tmp_path: Path) -> None:
     target, port = recipe(shards, tmp_path, "a", run__steps=100000, eval__every=0), str(ranks.free_port())
     hang = json.dumps({"do": "hang", "at": "call:daybreak.engine.step:Engine.micro_step", "n": 9})
-    child = [Path(__file__).with_name("recovery_child.py"), hang, *command(target)[2:]]
-    stuck = ranks.start(3, child, tmp_path, range(1, 2), port=port)
+    stuck = ranks.start(3, [hang, *command(target)], tmp_path, range(1, 2), port=port, run=ranks.accident)
     others = [ranks.start(3, command(target), tmp_path, range(r, r + 1), port=port)[0] for r in (0, 2)]
     refused(tmp_path, others, 7, "rank 1 on ", "hangs: the others have waited 5 s")
     assert stuck[0].poll() is None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import ranks
-from recovery import CHILD, assert_intact, assert_same, config, make_shards, recipe, spawn, train
+from recovery import assert_intact, assert_same, config, make_shards, recipe, spawn, train
 
 import daybreak
 from daybreak.state.checkpoint import list_checkpoints
@@ -121,10 +121,10 @@ def two_ranks(args: list[object], cwd: Path, accident: tuple[int, str] | None = 
     """Exit codes of two ranks that train; one is killed in the second save of its life."""
     port, made = str(ranks.free_port()), []
     for rank in (0, 1):
-        head: list[object] = ["-m", "daybreak"]
+        line, run = ["train", *args, "--quiet"], ranks.daybreak
         if accident is not None and accident[0] == rank:
-            head = [CHILD, json.dumps({"do": "kill", "at": accident[1], "n": 2})]
-        made += ranks.start(2, [*head, "train", *args, "--quiet"], cwd, range(rank, rank + 1), port=port)
+            line, run = [json.dumps({"do": "kill", "at": accident[1], "n": 2}), *line], ranks.accident
+        made += ranks.start(2, line, cwd, range(rank, rank + 1), port=port, run=run)
     return ranks.finish(made)
 
 

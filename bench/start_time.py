@@ -1,4 +1,4 @@
-"""Seconds from the start of a process to the end of the first forward: `daybreak train d12` on the embedded data.
+"""Seconds from the start of a process to the start of the first forward: `daybreak train d12` on the embedded data.
 
     python bench/start_time.py [--batch.B 1 --run.device cuda ...]
 
@@ -18,8 +18,7 @@ STOP = """
 import os, sys
 from daybreak.cli.main import main
 from daybreak.engine import Engine
-forward = Engine.eval_losses
-Engine.eval_losses = lambda *args: os._exit(forward(*args).sum().item() <= 0)
+Engine.eval_losses = lambda *args: os._exit(0)
 sys.exit(main(sys.argv[1:]) or 9)
 """
 

@@ -8,21 +8,32 @@ library computes them in the epilogue, before its result goes to memory.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, op
 
 FEW = range(2, 17)
+BLOCKS = 16  # of a matrix for one row: as many threads can read it; fixed, so that bits do not depend on how many do
 
 
 def _few_rows(out: Tensor, x: Tensor, w: Tensor) -> bool:
-    """out = x w^T for a few rows in fp32 on a CPU, where oneDNN takes half of MKL's time; False if it is another case.
+    """out = x w^T for a few rows in fp32 on a CPU; False if it is another case.
 
-    w goes in as the left operand, which is read as it lies. The result is a temporary of oneDNN's, the size of out.
+    One row: torch multiplies a vector on one thread, but several matrices on all; reading w is all there is to it.
+    More: oneDNN takes half of MKL's time. w goes in as the left operand, which is read as it lies. The result is a
+    temporary of oneDNN's, the size of out.
     """
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    if x.shape[0] == 1:
+        n = math.gcd(w.shape[0], BLOCKS)
+        torch.bmm(x.expand(n, 1, -1), w.view(n, -1, w.shape[1]).mT, out=out.view(n, 1, -1))
+        return True
     oneDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if oneDNN is None or x.shape[0] not in FEW or x.dtype != torch.float32 or x.device.type != "cpu":
+    if oneDNN is None or x.shape[0] not in FEW:
         return False
     out.copy_(oneDNN(w, x, None, "none", [], "").t())
     return True

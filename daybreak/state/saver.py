@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +30,12 @@ class Saved:
     nbytes: int
 
 
+def _give_way() -> None:
+    """Less priority for this thread: on a CPU it competes with those that train, which wait for the slowest one."""
+    if sys.platform == "linux":  # elsewhere a priority is the whole process's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
 class Saver:
     """Writes checkpoints below `root` in a thread, and removes old ones (`keep`, `major`: see prune_checkpoints).
 
@@ -39,7 +48,7 @@ class Saver:
         self, root: Path, keep: int, major: int, first: Callable[[], None] = lambda: None, group: Group = ALONE
     ) -> None:
         self.root, self.keep, self.major, self.first, self.group = root, keep, major, first, group
-        self._pool = ThreadPoolExecutor(1, "save")
+        self._pool = ThreadPoolExecutor(1, "save", initializer=_give_way)
         self._future: Future[Saved] | None = None
 
     def start(self, snap: Snapshot, tokens: int, began: float) -> None:

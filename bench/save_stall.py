@@ -82,7 +82,7 @@ def main() -> None:
     for name, seconds in found.items():
         low, middle, high = statistics.quantiles(seconds, n=4)
         print(f"{name}: {middle:.3f} s ({low:.3f} .. {high:.3f})")
-        print(",".join(map(str, [*head, name, f"{middle:.4f}", f"{low:.4f}", f"{high:.4f}"])))
+        print(",".join(map(str, [*head, f'"{name}"', f"{middle:.4f}", f"{low:.4f}", f"{high:.4f}"])))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_nothing_is_allocated_after_the_first_step(
 
     The saver's thread is this one here: the meter sees no other.
     """
-    monkeypatch.setattr("daybreak.state.saver.ThreadPoolExecutor", lambda *_: AtOnce())
+    monkeypatch.setattr("daybreak.state.saver.ThreadPoolExecutor", lambda *_, **__: AtOnce())
     rng = np.random.Generator(np.random.PCG64(1))
     shard = tmp_path / "x.bin"
     header = np.zeros(256, "<i4")

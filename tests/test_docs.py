@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import subprocess
 import sys
@@ -162,21 +161,6 @@ def test_every_derivation_holds() -> None:
     assert len(code) == len(OPERATIONS)
     done = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-TESTED = [*OPERATIONS, PAGES / "interop.md"]  # each in a test of its own
-WITH_EXAMPLES = [p for p in PAGES.rglob("*.md") if p not in TESTED and fences(p.read_text(), "ci")]
-
-
-@pytest.mark.parametrize("page", sorted(WITH_EXAMPLES), ids=lambda p: p.stem)
-def test_the_examples_run(page: Path, tmp_path: Path) -> None:
-    """Every `ci` fence of a page, in order, in one empty folder."""
-    command = f'daybreak() {{ {sys.executable} -m daybreak "$@"; }}\n'
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for language, text in fences(page.read_text(), "ci"):
-        argv = [sys.executable, "-c", text] if language == "python" else ["bash", "-euc", command + text]
-        done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
 
 
 def test_every_operation_has_its_page() -> None:

@@ -1,4 +1,5 @@
-"""README's examples run as they stand: fences labelled `ci`, in order, in one empty folder. Its tree is real."""
+"""Examples of README and of the pages run as they stand: fences labelled `ci`, in order, in one empty folder. README's
+tree is real."""
 
 from __future__ import annotations
 
@@ -14,9 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def fences(label: str) -> list[tuple[str, str]]:
+def fences(label: str, text: str = README) -> list[tuple[str, str]]:
     """(language, text) of the code fences with this label."""
-    return re.findall(rf"^```(\w+) {label}\n(.*?)^```$", README, re.M | re.S)
+    return re.findall(rf"^```(\w+) {label}\n(.*?)^```$", text, re.M | re.S)
+
+
+TESTED = [*(ROOT / "docs/operations").glob("*.md"), ROOT / "docs/interop.md"]  # each in a test of its own
+PAGES = [p for p in (ROOT / "docs").rglob("*.md") if p not in TESTED and fences("ci", p.read_text())]
 
 
 def test_every_runnable_fence_is_labelled() -> None:
@@ -50,6 +55,16 @@ def test_the_examples_run_and_write_where_it_is_said(tmp_path_factory: pytest.Te
     exported = {"mine-hf", "mine.gguf", "mine-llmc"}
     assert {path.name for path in tmp_path.iterdir()} == {"my.txt", "bin", "data", "runs"} | exported
     assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize("page", sorted(PAGES), ids=lambda p: p.stem)
+def test_a_page_s_examples_run(page: Path, tmp_path: Path) -> None:
+    command = f'daybreak() {{ {sys.executable} -m daybreak "$@"; }}\n'
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for language, text in fences("ci", page.read_text()):
+        argv = [sys.executable, "-c", text] if language == "python" else ["bash", "-euc", command + text]
+        done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])

@@ -117,8 +117,8 @@ def scaling(config: Config, gpu: str, counts: Sequence[int], network: float = NE
 
 def print_scaling(config: Config, gpu: str, rows: Sequence[Scale], network: float = NETWORK) -> None:
     """The table, on stdout, with what it rests on."""
-    columns = {"GPUs": 5, "B": 6, "micro": 7, "ms/step": 10, "exchange": 10, "exposed": 9, "tok/s": 13, "of N x 1": 10,
-               "time": 8, "MiB/GPU": 9}  # fmt: skip
+    columns = {"GPUs": 5, "B": 5, "micro": 6, "ms/step": 10, "exchange": 9, "exposed": 8, "tok/s": 11, "of N x 1": 9,
+               "time": 7, "MiB/GPU": 8}  # fmt: skip
     lines: list[str | list[str]] = [
         "",
         "A step by number of GPUs (modelled; exchange and its exposed part in ms)",

@@ -22,7 +22,7 @@ from daybreak.state.metrics import format_duration
 
 HOST = 8  # GPUs of one machine
 NETWORK = 50.0  # GB/s of a GPU's own network port: 400 Gb/s, as in NVIDIA's DGX H100
-REACHED = 0.73  # share of a link's nominal rate that collectives reach: about 330 of NVLink's 450 GB/s on 8 H100
+REACHED = 0.73  # share of a link's nominal rate that collectives reach (330 of 450 GB/s): assumed, as HOP is
 HOP = 5e-6  # seconds a ring needs for each rank that it passes
 
 

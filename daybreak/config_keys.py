@@ -138,10 +138,9 @@ class PrecisionConfig:
 class KernelsConfig:
     """Which implementation computes an operation; auto = the best that is there, others are for comparing."""
 
-    matmul: str = key("auto", "matrix products", one_of("auto", "cublaslt", "triton", "torch"))
+    matmul: str = key("auto", "matrix products", one_of("auto", "quack", "cublaslt", "triton", "torch"))
     attention: str = key("auto", "attention", one_of("auto", "fa4", "cudnn", "triton", "torch"))
     norm: str = key("auto", "layernorm", one_of("auto", "triton", "torch"))
-    gelu: str = key("auto", "gelu alone (recomputed)", one_of("auto", "triton", "torch"))
     embedding: str = key("auto", "token and position embedding", one_of("auto", "triton", "torch"))
     classifier: str = key("auto", "softmax cross-entropy", one_of("auto", "triton", "torch"))
     guard: str = key("auto", "the decision to clip or skip", one_of("auto", "triton", "torch"))

@@ -59,7 +59,6 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "kernels.matmul": ("auto", "torch", "torch", ("cutlass",)),
     "kernels.attention": ("auto", "fa4", "fa4", ("fa2",)),
     "kernels.norm": ("auto", "triton", "triton", ("cudnn",)),
-    "kernels.gelu": ("auto", "torch", "torch", ("cudnn",)),
     "kernels.embedding": ("auto", "torch", "torch", ("cudnn",)),
     "kernels.classifier": ("auto", "torch", "torch", ("cudnn",)),
     "kernels.guard": ("auto", "torch", "torch", ("cudnn",)),

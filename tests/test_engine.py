@@ -285,7 +285,6 @@ def test_recompute_changes_memory_and_not_one_bit(compute):
     assert len({everything(engine) for engine in engines}) == 1
     assert len({engine.state["grads"].view(torch.uint8).numpy().tobytes() for engine in engines}) == 1
     counts = [Counter(calls(engine)) for engine in engines]
-    assert [c["gelu_forward"] for c in counts] == [0, 2, 2, 0]
     assert [c["matmul_gelu_forward"] for c in counts] == [2, 2, 2, 4]
     assert [c["layernorm_forward"] for c in counts] == [5, 5, 5, 9]
     sizes = [engine.arena.sizes()["activations"] for engine in engines]

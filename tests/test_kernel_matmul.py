@@ -13,9 +13,13 @@ from torch import Tensor
 from daybreak.kernels.cuda import cublaslt, products, tune
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-each_backend = pytest.mark.parametrize("backend", ["torch", pytest.param("cublaslt", marks=gpu)])
+each_backend = pytest.mark.parametrize(
+    "backend", ["torch", pytest.param("cublaslt", marks=gpu), pytest.param("quack", marks=gpu)]
+)
 # odd sizes, which no fast algorithm takes; sizes that every algorithm takes, none a power of two
 SHAPES = [(1, 63, 1), (5, 1000, 63), (7, 63, 1023), (72, 200, 136)]
+# enough tiles of every side for quack to serve all three products (H100, H200); rows that end within a tile
+LARGE = [pytest.param(4000, 3192, 4008, marks=gpu)]
 ROOT = math.sqrt(2 / math.pi)
 
 
@@ -47,12 +51,12 @@ def within(got: Tensor, want: Tensor, limit: Tensor) -> None:
 
 def hardware_tanh(backend: str) -> float:
     """Relative error of tanh. A library's epilogue may use the instruction tanh.approx.f32 (2^-10.987, PTX ISA)."""
-    return 2.0**-10.98 if backend == "cublaslt" else 0.0
+    return 2.0**-10.98 if backend in ("cublaslt", "quack") else 0.0
 
 
 @each_dtype
 @each_backend
-@pytest.mark.parametrize(("n", "I", "O"), SHAPES)
+@pytest.mark.parametrize(("n", "I", "O"), [*SHAPES, *LARGE])
 def test_matmul(dtype, backend, n, I, O):
     skip_unless_served("matmul_forward", backend, dtype)
     x, w, dout = draw(n, I, dtype=dtype), draw(O, I, dtype=dtype), draw(n, O, dtype=dtype)
@@ -72,7 +76,7 @@ def test_matmul(dtype, backend, n, I, O):
 @each_dtype
 @each_backend
 @either
-@pytest.mark.parametrize(("n", "I", "O"), [(1, 63, 1), (63, 1000, 5), (1023, 63, 7), (200, 136, 72)])
+@pytest.mark.parametrize(("n", "I", "O"), [(1, 63, 1), (63, 1000, 5), (1023, 63, 7), (200, 136, 72), *LARGE])
 def test_weight_gradient(dtype, backend, accumulate, n, I, O):
     skip_unless_served("matmul_backward_weight", backend, dtype)
     x, dout = draw(n, I, dtype=dtype), draw(n, O, dtype=dtype)
@@ -95,7 +99,7 @@ def test_bias_gradient(dtype, accumulate, n, O):
 
 @each_dtype
 @each_backend
-@pytest.mark.parametrize(("n", "I", "O"), SHAPES)
+@pytest.mark.parametrize(("n", "I", "O"), [*SHAPES, *LARGE])
 def test_product_then_gelu(dtype, backend, n, I, O):
     skip_unless_served("matmul_gelu_forward", backend, dtype)
     x, w, b = draw(n, I, dtype=dtype), draw(O, I, dtype=dtype, scale=I**-0.5), draw(O, dtype=dtype)
@@ -110,17 +114,25 @@ def test_product_then_gelu(dtype, backend, n, I, O):
 
 @each_dtype
 @each_backend
-@pytest.mark.parametrize(("n", "I", "O"), SHAPES)
-def test_gradient_through_gelu(dtype, backend, n, I, O):
-    skip_unless_served("matmul_gelu_backward_input", backend, dtype)
+@either
+@pytest.mark.parametrize(("n", "I", "O"), [*SHAPES, *LARGE])
+def test_gradient_through_gelu(dtype, backend, accumulate, n, I, O):
+    skip_unless_served("matmul_gelu_backward", backend, dtype)
     dout, w, pre = draw(n, O, dtype=dtype), draw(O, I, dtype=dtype, scale=O**-0.5), draw(n, I, dtype=dtype)
     dpre, product, slope = poison(n, I, dtype=dtype), f64(dout) @ f64(w), gelu_slope(f64(pre))
-    run("matmul_gelu_backward_input", dpre, dout, w, pre, backend=backend)
+    db, db0 = output(I, dtype=dtype, accumulate=accumulate)
+    again = poison(n, I, dtype=dtype) if accumulate else None
+    run("matmul_gelu_backward", dpre, again, db, dout, w, pre, accumulate=accumulate, backend=backend)
     # torch rounds the product before it multiplies; an error of tanh moves the slope by at most that much
     rounded = 2.0**-8 * slope.abs() * (1 + 2.0**-8) if dtype == torch.bfloat16 else torch.zeros_like(slope)
     p = f64(pre).abs()
     tanh = hardware_tanh(backend) * (0.5 + p * ROOT * (1 + 3 * 0.044715 * p**2))
     within(dpre, product * slope, product.abs() * (rounded + tanh))
+    # the sum of what was stored, or of what it was before its rounding
+    total, half_ulp = f64(dpre).sum(0), 2.0**-8 if dtype == torch.bfloat16 else 0.0
+    within(db, db0 + total, half_ulp * (f64(dpre).abs().sum(0) + (total.abs() if accumulate else 0)))
+    if again is not None:
+        within(again, gelu(f64(pre)), hardware_tanh(backend) * p / 2)
 
 
 @each_backend
@@ -167,9 +179,9 @@ def test_tf32_only_where_it_is_allowed(_):
     assert not used["tf32 tn m256 n128 k512 plain beta0"].startswith("torch")
 
 
-@pytest.mark.parametrize("_", [pytest.param(0, marks=gpu)])
+@pytest.mark.parametrize("backend", [pytest.param("cublaslt", marks=gpu), pytest.param("quack", marks=gpu)])
 @either
-def test_bits_are_the_same_under_load(_, accumulate):
+def test_bits_are_the_same_under_load(backend, accumulate):
     """d48's attention projection, whose weight gradient sums over 16,384 rows, beside other work on another stream."""
     n, C, dtype = 16384, 1600, torch.bfloat16
     x, w, dout = draw(n, C, dtype=dtype), draw(C, C, dtype=dtype), draw(n, C, dtype=dtype, seed=1)
@@ -180,9 +192,9 @@ def test_bits_are_the_same_under_load(_, accumulate):
         with torch.cuda.stream(noise):
             for _ in range(8):
                 busy @ busy
-        run("matmul_forward", out, x, w, backend="cublaslt")
-        run("matmul_backward_input", dx, dout, w, backend="cublaslt")
-        run("matmul_backward_weight", dw, dout, x, accumulate=accumulate, backend="cublaslt")
+        run("matmul_forward", out, x, w, backend=backend)
+        run("matmul_backward_input", dx, dout, w, backend=backend)
+        run("matmul_backward_weight", dw, dout, x, accumulate=accumulate, backend=backend)
         first = first or [out, dx, dw]
         assert all(torch.equal(a, b) for a, b in zip(first, (out, dx, dw), strict=True))
     # the shapes that training runs on must not go through torch

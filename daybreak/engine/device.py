@@ -90,7 +90,8 @@ def numerics(config: Config, device: torch.device, choices: Mapping[str, str], r
 def library_versions() -> dict[str, str]:
     """Versions of what CUDA kernels come from, of those that are installed."""
     found = {"cuDNN": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
-    for package in ("triton", "nvidia-cudnn-frontend", "flash-attn-4", "nvidia-cutlass-dsl", "nvidia-cublas"):
+    packages = ("triton", "nvidia-cudnn-frontend", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl")
+    for package in (*packages, "nvidia-cublas"):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

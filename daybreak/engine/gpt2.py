@@ -147,6 +147,7 @@ class GPT2:
         n, C, acc = B * T, c.C, not first
         whole = self.recompute >= RECOMPUTE_BLOCK
         again = ".again" if whole else ""
+        renew = self.recompute in (RECOMPUTE_GELU, RECOMPUTE_LAYERNORM)  # compute GELU once more
         d_res = f.a("d_residual", n, C)  # gradient of the residual stream, updated in place all the way down
         self._layernorm_backward(f, "lnf", d_res, f.a("d_lnf", n, C), self._residual_into(f, c.L, n), first)
 
@@ -157,10 +158,11 @@ class GPT2:
             fc, residual2 = f.a(h + "fc" + again, n, 4 * C), f.a(h + "residual2" + again, n, C)
 
             # MLP: residual3 = residual2 + fcproj(gelu(fc(ln2))). fcproj's bias gradient came with d_res.
-            k.matmul_backward_weight(f.g(h + "fcprojw"), d_res, self._gelu(f, h, fc), accumulate=acc)
-            d_fc = f.a(h + "d_fc", n, 4 * C)
-            k.matmul_gelu_backward_input(d_fc, d_res, f.w(h + "fcprojw"), fc)
-            k.bias_backward(f.g(h + "fcb"), d_fc, accumulate=acc)
+            d_fc, gelu = f.a(h + "d_fc", n, 4 * C), f.a(h + "gelu" + (".again" if renew else again), n, 4 * C)
+            k.matmul_gelu_backward(
+                d_fc, gelu if renew else None, f.g(h + "fcb"), d_res, f.w(h + "fcprojw"), fc, accumulate=acc
+            )
+            k.matmul_backward_weight(f.g(h + "fcprojw"), d_res, gelu, accumulate=acc)
             d_ln2 = f.a(h + "d_ln2", n, C)
             k.matmul_backward_input(d_ln2, d_fc, f.w(h + "fcw"))
             ln2 = self._layernorm_backward(f, h + "ln2", d_res, d_ln2, residual2, first)
@@ -239,12 +241,3 @@ class GPT2:
     def _heads(self, x: Tensor, B: int, T: int) -> list[Tensor]:
         """(n, j C) as j strided views (B, T, NH, HS): q, k, v of a packed qkv, or one output."""
         return list(x.view(B, T, -1, self.cfg.NH, self.cfg.HS).unbind(2))
-
-    def _gelu(self, f: Frame, h: str, fc: Tensor) -> Tensor:
-        """gelu(fc): what forward (or the block's recomputation) kept, or computed again."""
-        if self.recompute == 0:
-            return f.a(h + "gelu", *fc.shape)
-        again = f.a(h + "gelu.again", *fc.shape)
-        if self.recompute < RECOMPUTE_BLOCK:
-            f.k.gelu_forward(again, fc)
-        return again

@@ -76,6 +76,8 @@ class Engine:
         self.cfg, self.B, self.T, self.compute, self.train, self.rows = cfg, B, T, compute, train, rows
         self.device = torch.device(device)
         if self.device.type == "cuda":  # Triton, events and graphs use the current device
+            index = torch.cuda.current_device() if self.device.index is None else self.device.index
+            self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)
             # torch's own products, where they are used, add up in fp32 too
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -24,14 +24,14 @@ from torch import Tensor
 Temps = Sequence[tuple[tuple[int, ...], torch.dtype]]
 MAX_VIEWS = 64
 CHUNK = 1 << 17  # elements per chunk of a row-wise torch kernel: a few chunks stay in a core's L2 cache
-FILES = ("attention", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer")
+FILES = ("attention", "classifier", "embedding", "guard", "matmul", "norm", "optimizer")
 # Backends on CUDA, best first; every group ends with the plain-torch reference. The CPU has only that.
 CUDA_ORDER = {
-    "matmul": ("cublaslt", "triton", "torch"),
+    "matmul": ("quack", "cublaslt", "triton", "torch"),
     "attention": ("fa4", "cudnn", "triton", "torch"),
-    **dict.fromkeys(("classifier", "embedding", "gelu", "guard", "norm", "optimizer"), ("triton", "torch")),
+    **dict.fromkeys(("classifier", "embedding", "guard", "norm", "optimizer"), ("triton", "torch")),
 }
-CUDA_FILES = (*(name for name in FILES if name != "matmul"), "bias", "cublaslt", "cudnn", "fa4")
+CUDA_FILES = (*(name for name in FILES if name != "matmul"), "bias", "cublaslt", "cudnn", "fa4", "gelu", "quack")
 ON_HOST = ("adamw_update", "embedding_backward", "step_guard")  # their references read values on the host
 CUDA_DTYPES = (torch.bfloat16, torch.float32)
 

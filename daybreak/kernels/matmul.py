@@ -4,6 +4,11 @@ With y = x w^T + b and gradient dy:  dx = dy w,  dw = dy^T x,  db = sum over row
 
 The products with something attached (an addend, GELU, GELU's derivative) are operations of their own because a GEMM
 library computes them in the epilogue, before its result goes to memory.
+
+GELU is the tanh form, which GPT-2 uses (Hendrycks & Gimpel 2016, section 2), with u = sqrt(2/pi) (x + 0.044715 x^3):
+
+gelu(x) = x/2 (1 + tanh u)
+gelu'(x) = (1 + tanh u)/2 + x/2 (1 - tanh^2 u) sqrt(2/pi) (1 + 3 * 0.044715 x^2)
 """
 
 from __future__ import annotations
@@ -66,13 +71,6 @@ def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor) -> None:
     torch.mm(dout, w, out=dx)
 
 
-@op("dpre")
-def matmul_gelu_backward_input(dpre: Tensor, dout: Tensor, w: Tensor, pre: Tensor) -> None:
-    """dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)): through a linear layer and the GELU before it."""
-    torch.mm(dout, w, out=dpre)
-    torch.ops.aten.gelu_backward.grad_input(dpre, pre, approximate="tanh", grad_input=dpre)
-
-
 @op("dw")
 def matmul_backward_weight(dw: Tensor, dout: Tensor, x: Tensor, *, accumulate: bool) -> None:
     """dw (O, I) = dout (n, O)^T @ x (n, I), added to dw if `accumulate`."""
@@ -95,3 +93,24 @@ def bias_backward(db: Tensor, dout: Tensor, *, accumulate: bool, scratch: Scratc
         db.add_(total)
     else:
         torch.sum(dout, 0, out=db)
+
+
+def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor, *_: object, **__: object) -> Temps:
+    return bias_temps(db, dpre)
+
+
+@op("dpre", "gelu", "db", temps=gelu_backward_temps)
+def matmul_gelu_backward(
+    dpre: Tensor, gelu: Tensor | None, db: Tensor, dout: Tensor, w: Tensor, pre: Tensor,
+    *, accumulate: bool, scratch: Scratch,
+) -> None:  # fmt: skip
+    """Back through a linear layer, the GELU before it and the bias before that.
+
+    dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)); db (I) = its column sums, added to db if `accumulate`;
+    gelu (n, I) = gelu(pre) once more, where it is given.
+    """
+    torch.mm(dout, w, out=dpre)
+    torch.ops.aten.gelu_backward.grad_input(dpre, pre, approximate="tanh", grad_input=dpre)
+    if gelu is not None:
+        torch.ops.aten.gelu.out(pre, approximate="tanh", out=gelu)
+    bias_backward(db, dpre, accumulate=accumulate, scratch=scratch)

@@ -35,7 +35,7 @@ from daybreak.parallel import ALONE
 from daybreak.state.throughput import peak_flops
 
 WARM_STEPS = 5  # not counted
-PRODUCTS = ("matmul_forward", "matmul_gelu_forward", "matmul_backward_input", "matmul_gelu_backward_input",
+PRODUCTS = ("matmul_forward", "matmul_gelu_forward", "matmul_backward_input", "matmul_gelu_backward",
             "matmul_backward_weight")  # fmt: skip
 
 
@@ -75,7 +75,8 @@ def nbytes_of(op: str, args: dict[str, Any], writes: tuple[str, ...]) -> int:
     total = 0
     for name, x in args.items():
         if isinstance(x, Tensor):
-            changed = args.get("accumulate_dx" if name == "dx" else "accumulate") if name in writes else False
+            added = name in writes and name not in ("dpre", "gelu")
+            changed = args.get("accumulate_dx" if name == "dx" else "accumulate") if added else False
             changed = changed or (op == "classifier" and name == "logits" and args["backward"])
             changed = changed or (op == "adamw_update" and name in ("masters", "m", "v"))
             total += x.numel() * x.element_size() * (2 if changed else 1)

@@ -38,6 +38,7 @@ except ImportError:  # macOS, or a torch without it: the kernels are never launc
 all_ops()  # the operations are registered before their backends in this package
 NEEDS = {
     "triton": ("triton",),
+    "quack": ("triton", "quack"),  # the bias gradient's second stage is a Triton kernel
     "cublaslt": (),
     "cudnn": ("triton", "cudnn"),  # shapes that cuDNN does not take go through the Triton kernels
     "fa4": ("triton", "cudnn", "flash_attn.cute"),
@@ -60,10 +61,10 @@ def missing_backends(capability: tuple[int, int] | None = None) -> dict[str, str
         if (absent := [m for m in modules if not _has(m)])
     }
     if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
-        for name in ("triton", "cudnn", "fa4"):
+        for name in ("triton", "quack", "cudnn", "fa4"):
             missing.setdefault(name, "Triton needs a C compiler: install gcc or set CC")
     if capability:
-        for name in ("cublaslt", "cudnn", "fa4"):
+        for name in ("cublaslt", "quack", "cudnn", "fa4"):
             module = importlib.import_module(f"daybreak.kernels.cuda.{name}")
             if name not in missing and (reason := module.usable(capability)):
                 missing[name] = reason

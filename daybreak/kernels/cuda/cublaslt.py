@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.kernels import Scratch, Temps, backend, matmul
-from daybreak.kernels.cuda import gelu, missing_backends
+from daybreak.kernels import Scratch, Temps, backend, matmul, temps_bytes
+from daybreak.kernels.cuda import bias, missing_backends
+from daybreak.kernels.cuda import gelu as gelu_kernels
 from daybreak.kernels.cuda.products import Key, nearest, read_table, table_path
 
 WORKSPACE = 32 << 20  # bytes: what the library recommends on Hopper; algorithms that want more are not offered
@@ -232,8 +233,9 @@ class Plan:
     def offered(self, count: int) -> list[Heuristic]:
         """What the library's heuristic offers, best guess first: deterministic, fp32 sums, at most WORKSPACE bytes."""
         key, preference, returned = self.key, _VOID(), ctypes.c_int()
-        if key.ldaux and (key.ldaux % 8 or key.align < 16):  # documented as unsupported
-            return []
+        odd = key.align < 16 or any(ld % 8 for ld in (key.lda, key.ldb, key.ldc, key.ldd, key.ldaux))
+        if odd and (key.ldaux or (key.epilogue == "bias" and key.dtype == "bf16")):
+            return []  # an aux is documented as unsupported; the bias would be added to the product's rounding
         check(self.lib.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)), "a preference")
         wishes: list[tuple[int, Any]] = [(PREF_ALIGN_A + i, ctypes.c_uint32(key.align)) for i in range(4)]
         wishes.append((PREF_WORKSPACE, ctypes.c_uint64(WORKSPACE)))
@@ -377,14 +379,15 @@ def _gemm(
     return True
 
 
-def _temps(*_: object, **__: object) -> Temps:
+def workspace(*_: object, **__: object) -> Temps:
+    """What the library may use."""
     return _TEMPS
 
 
 def gelu_pass(out: Tensor, x: Tensor) -> None:
     """out = gelu(x) in a pass of its own."""
     if "triton" not in missing_backends() and out.is_contiguous() and x.is_contiguous():
-        gelu.gelu_forward(out, x)
+        gelu_kernels.gelu_forward(out, x)
     else:
         torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
 
@@ -392,12 +395,12 @@ def gelu_pass(out: Tensor, x: Tensor) -> None:
 def slope_pass(grad: Tensor, pre: Tensor) -> None:
     """grad *= gelu'(pre) in a pass of its own."""
     if "triton" not in missing_backends() and grad.is_contiguous() and pre.is_contiguous():
-        gelu.multiply_by_slope(grad, pre)
+        gelu_kernels.multiply_by_slope(grad, pre)
     else:
         torch.ops.aten.gelu_backward.grad_input(grad, pre, approximate="tanh", grad_input=grad)
 
 
-@backend("cublaslt", temps=_temps)
+@backend("cublaslt", temps=workspace)
 def matmul_forward(
     out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = None, *, scratch: Scratch
 ) -> None:
@@ -406,7 +409,7 @@ def matmul_forward(
         matmul.matmul_forward(out, x, w, b, add)
 
 
-@backend("cublaslt", temps=_temps)
+@backend("cublaslt", temps=workspace)
 def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tensor, *, scratch: Scratch) -> None:
     """pre (n, O) = x (n, I) @ w (O, I)^T + b (O); out (n, O) = gelu of it, before or after its rounding, as the table
     says which of an epilogue and a separate pass is faster. The epilogue's GELU is the tanh form too."""
@@ -417,24 +420,42 @@ def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tenso
     gelu_pass(out, pre)
 
 
-@backend("cublaslt", temps=_temps)
+@backend("cublaslt", temps=workspace)
 def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor, *, scratch: Scratch) -> None:
     """dx (n, I) = dout (n, O) @ w (O, I)."""
     if not _gemm("nn", "plain", dx, w, dout, scratch):
         torch.mm(dout, w, out=dx)
 
 
-@backend("cublaslt", temps=_temps)
-def matmul_gelu_backward_input(dpre: Tensor, dout: Tensor, w: Tensor, pre: Tensor, *, scratch: Scratch) -> None:
-    """dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)), the factor applied before rounding."""
-    if _gemm("nn", "dgelu", dpre, w, dout, scratch, aux=pre):
+def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor, *_: object, **__: object) -> Temps:
+    """The library's workspace, then partial sums of the bias gradient: one after the other in the same bytes."""
+    return max(_TEMPS, _bias(dpre).bias_temps(db, dpre), key=temps_bytes)
+
+
+def _bias(dout: Tensor) -> Any:
+    """Where this bias gradient is computed."""
+    return bias if "triton" not in missing_backends() and dout.is_contiguous() else matmul
+
+
+@backend("cublaslt", temps=gelu_backward_temps)
+def matmul_gelu_backward(
+    dpre: Tensor, gelu: Tensor | None, db: Tensor, dout: Tensor, w: Tensor, pre: Tensor,
+    *, accumulate: bool, scratch: Scratch,
+) -> None:  # fmt: skip
+    """dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)), the factor applied before rounding; the bias gradient
+    and, where it is wanted, gelu (n, I) in passes of their own."""
+    if not _gemm("nn", "dgelu", dpre, w, dout, scratch, aux=pre):
+        if not _gemm("nn", "plain", dpre, w, dout, scratch):
+            torch.mm(dout, w, out=dpre)
+        slope_pass(dpre, pre)
+    if dpre.is_meta:  # a schedule that is only listed
         return
-    if not _gemm("nn", "plain", dpre, w, dout, scratch):
-        torch.mm(dout, w, out=dpre)
-    slope_pass(dpre, pre)
+    if gelu is not None:
+        gelu_pass(gelu, pre)
+    _bias(dpre).bias_backward(db, dpre, accumulate=accumulate, scratch=scratch)
 
 
-@backend("cublaslt", temps=_temps)
+@backend("cublaslt", temps=workspace)
 def matmul_backward_weight(dw: Tensor, dout: Tensor, x: Tensor, *, accumulate: bool, scratch: Scratch) -> None:
     """dw (O, I) = dout (n, O)^T @ x (n, I), added to dw if `accumulate`, rounded once."""
     if not _gemm("nt", "plain", dw, x, dout, scratch, c=dw if accumulate else None):

@@ -1,4 +1,4 @@
-"""GELU and its derivative, element-wise, alone and behind a matrix product; formulas in kernels/gelu.py.
+"""GELU and its derivative, element-wise, behind a matrix product that has no epilogue for them.
 
 Both go from the last element to the first: the end of what the producer wrote is still in the L2 cache.
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from daybreak.kernels import backend
-from daybreak.kernels.cuda import tl, triton
+from daybreak.kernels import Scratch, Temps, backend
+from daybreak.kernels.cuda import bias, tl, triton
 
 BLOCK, WARPS = 2048, 4  # 16 values a thread: two loads of 16 bytes in bf16 from each input
 
@@ -45,7 +45,6 @@ def _gelu_backward_kernel(grad, x, size, BLOCK: tl.constexpr):
     tl.store(grad + at, (df * slope).to(grad.dtype.element_ty), mask=mask)
 
 
-@backend("triton")
 def gelu_forward(out: Tensor, x: Tensor) -> None:
     """out = gelu(x), any shape, both contiguous."""
     size = x.numel()
@@ -59,11 +58,22 @@ def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tenso
     gelu_forward(out, pre)
 
 
-@backend("triton")
-def matmul_gelu_backward_input(dpre: Tensor, dout: Tensor, w: Tensor, pre: Tensor) -> None:
-    """dpre (n, I) = (dout (n, O) @ w (O, I)) by torch, then * gelu'(pre (n, I)) in place."""
+def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor, *_: object, **__: object) -> Temps:
+    """Partial sums of the bias gradient."""
+    return bias.bias_temps(db, dpre)
+
+
+@backend("triton", temps=gelu_backward_temps)
+def matmul_gelu_backward(
+    dpre: Tensor, gelu: Tensor | None, db: Tensor, dout: Tensor, w: Tensor, pre: Tensor,
+    *, accumulate: bool, scratch: Scratch,
+) -> None:  # fmt: skip
+    """dpre (n, I) = dout (n, O) @ w (O, I) by torch, then * gelu'(pre (n, I)) in place; the rest in other passes."""
     torch.mm(dout, w, out=dpre)
     multiply_by_slope(dpre, pre)
+    if gelu is not None:
+        gelu_forward(gelu, pre)
+    bias.bias_backward(db, dpre, accumulate=accumulate, scratch=scratch)
 
 
 def multiply_by_slope(grad: Tensor, pre: Tensor) -> None:

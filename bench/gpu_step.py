@@ -24,6 +24,7 @@ import torch
 
 from daybreak.engine import Engine
 from daybreak.engine.device import missing_on, used_mib
+from daybreak.kernels import OPS
 from daybreak.report.bench import PRODUCTS, Meter, batches, time_steps
 from daybreak.shapes import parse_shape
 from daybreak.state.throughput import peak_flops
@@ -70,7 +71,7 @@ class Shapes(Meter):
             if name == "matmul_backward_weight":  # dw (O, I), dout (n, O)
                 self.calls.append(("wgrad", (tensors[1].shape[0], *tensors[0].shape)))
             elif name in PRODUCTS:
-                w = tensors[3 if name == "matmul_gelu_forward" else 2]
+                w = args[OPS[name].parameters.index("w")]
                 self.calls.append(("dgrad" if "backward" in name else "forward", (tensors[0].shape[0], *w.shape)))
             elif name.startswith("attention"):
                 q = tensors[2] if name == "attention_forward" else tensors[4]

@@ -76,6 +76,7 @@ class Tools(tune.Search):
         self.blas = SimpleNamespace(card="A Card", version=130100)  # type: ignore[assignment]
         self.busy = torch.ones(2, 2)
         self.noise_out = torch.empty_like(self.busy)
+        self.quack = False
 
     def stream(self) -> int:
         return 0

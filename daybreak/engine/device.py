@@ -80,7 +80,7 @@ def numerics(config: Config, device: torch.device, choices: Mapping[str, str], r
     if device.type == "cpu":
         return {**what, "device": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads())}
     what["device"] = torch.cuda.get_device_name(device)
-    if "cublaslt" in choices.values():
+    if {"cublaslt", "quack"} & set(choices.values()):
         from daybreak.kernels.cuda.products import tables_digest
 
         what["product tables"] = tables_digest()

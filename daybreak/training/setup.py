@@ -108,7 +108,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
         dataset.name, train_loader.samples_per_epoch, config.T, train_loader.dropped_tokens,
         train_loader.fingerprint[:16],
     )  # fmt: skip
-    if group.rank == 0 and "cublaslt" in arena.choices.values():
+    if group.rank == 0 and {"cublaslt", "quack"} & set(arena.choices.values()):
         _say_untuned(device)
 
     def write() -> bool:

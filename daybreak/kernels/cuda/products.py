@@ -1,7 +1,8 @@
 """What a matrix product is called, and the measured tables that name the fastest algorithm of each for a card.
 
 A `Key` says everything a library's choice of algorithm may rest on, in the library's own letters (see cublaslt.py).
-Tables are JSON files in kernels/cuda/tables, one for a card and a version of the library, written by tune.py.
+Tables are JSON files in kernels/cuda/tables, one for a card and a version of the library, written by tune.py. An entry
+holds the library's best algorithm and, where quack was there, under "quack" the tile with which it is faster, or "".
 """
 
 from __future__ import annotations

@@ -1,58 +1,91 @@
 """Matrix products on Hopper by quack (the package quack-kernels: CuTe DSL kernels, the ones behind FlashAttention-4).
 
-At the power limit they are faster than cuBLASLt's (bench/NOTES.md): a tile's epilogue runs while the next tile is
-multiplied, so bias, residual, GELU, its derivative, the bias gradient and GELU once more cost next to nothing, and an
-addend is added in fp32 before the one rounding.
+A tile's epilogue runs while the next tile is multiplied, so bias, residual, GELU, its derivative, the bias gradient and
+GELU once more cost next to nothing, and an addend is added in fp32 before the one rounding. At the power limit that is
+faster than cuBLASLt with passes of its own for the same (bench/NOTES.md).
 
-Which tile a product gets follows from its size and the card's multiprocessors by `tiling`, never from timing: bits
-would change. Products with too few tiles to fill the card (they would have to be split over k), odd strides and small
-batches go to cuBLASLt. Kernels are compiled at the first call, in about two seconds each, and kept in a cache folder.
+Which tile a product gets is told by the table measured for the card, the one that also names cuBLASLt's algorithms; it
+may send a product to cuBLASLt. Products that no table knows go by `tiling`, a rule of their size and the card: timing
+never decides at run time, since bits would change. Products with too few tiles to fill the card (they would have to be
+split over k), odd strides and small batches go to cuBLASLt. Kernels are compiled at the first call, in about two
+seconds each, and kept in a cache folder.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import bias, cublaslt
+from daybreak.kernels.cuda.products import dense, nearest
 
-ROWS, COLS = 128, (128, 160, 192, 208)  # a tile's rows; what its columns may be
+ROWS, COLS = 128, (128, 160, 192, 208)  # a tile's rows; what its columns may be, for `tiling`
 START = 8  # columns' worth of time that starting a tile takes
 FULL = 0.9  # of the card's time that the tiles must fill
 BF16 = (torch.bfloat16,)
 
 
-def tiling(
-    rows: int, columns: int, multiprocessors: int, cluster: tuple[int, int]
-) -> tuple[int, tuple[int, int]] | None:
-    """(columns of a tile, cluster) for an output of this size, `cluster` preferred; None if it does not fill the card.
+class Tile(NamedTuple):
+    """Output entries of one tile; `down` x `across` tiles of a cluster share what they read. `pair`: two groups of
+    warps take a tile each in turns (pingpong), else they share each tile."""
 
-    Two tiles in a cluster share what they read. Measured choices of 30 products are 0.7 % faster (bench/NOTES.md).
+    rows: int
+    columns: int
+    pair: bool
+    down: int
+    across: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns} {'pair' if self.pair else 'shared'} {self.down}x{self.across}"
+
+
+@cache
+def parse(text: str) -> Tile:
+    """The tile that `str` wrote."""
+    match = re.fullmatch(r"(\d+)x(\d+) (pair|shared) (\d)x(\d)", text)
+    if not match:
+        raise ValueError(f"not a tile: {text!r}")
+    return Tile(int(match[1]), int(match[2]), match[3] == "pair", int(match[4]), int(match[5]))
+
+
+def tiling(rows: int, columns: int, multiprocessors: int, cluster: tuple[int, int]) -> Tile | None:
+    """The tile of an output of this size, `cluster` preferred; None if its tiles would not fill the card.
+
+    The best of 30 measured products of d12 and d48 were 0.7 % faster on an H200 (bench/NOTES.md).
     """
     options = []
     for width in COLS:
         for down, across in (cluster, cluster[::-1]):
             tiles = -(-rows // (down * ROWS)) * -(-columns // (across * width)) * down * across
             waves = -(-tiles // multiprocessors)
-            options.append((waves * (width + START), waves * width, width, (down, across)))
-    _, taken, width, best = min(options, key=lambda option: option[0])
-    return (width, best) if rows * columns >= FULL * taken * ROWS * multiprocessors else None
+            options.append((waves * (width + START), waves * width, Tile(ROWS, width, True, down, across)))
+    _, taken, tile = min(options, key=lambda option: option[0])
+    return tile if rows * columns >= FULL * taken * ROWS * multiprocessors else None
 
 
 @cache
-def _tiling(rows: int, columns: int, device: int, cluster: tuple[int, int]) -> Any:
+def _tiling(rows: int, columns: int, device: int, cluster: tuple[int, int]) -> Tile | None:
     return tiling(rows, columns, torch.cuda.get_device_properties(device).multi_processor_count, cluster)
 
 
 @cache
-def _epilogues() -> Any:
+def _measured(trans: str, m: int, n: int, k: int, epilogue: str, mode: str, device: int) -> Tile | str | None:
+    """What the card's table says of a product: a tile, "cublaslt", or None if it does not know it."""
+    blas = cublaslt.blas_of(device)
+    entry = nearest(blas.table, dense("bf16", trans, m, n, k, epilogue, mode))[1] if blas else {}
+    return parse(entry["quack"]) if entry.get("quack") else "cublaslt" if "quack" in entry else None
+
+
+@cache
+def epilogues() -> Any:
     """The kernels' epilogues; the package reads where to keep what it compiles when it is imported."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     os.environ.setdefault("QUACK_CACHE_DIR", str(Path(home) / "daybreak" / "quack"))
@@ -66,26 +99,39 @@ def usable(capability: tuple[int, int]) -> str | None:
     if reason := cublaslt.usable(capability):
         return reason
     try:
-        _epilogues()
+        epilogues()
     except Exception as error:  # packages that do not fit each other raise anything
         return f"the package quack does not work ({type(error).__name__}: {error})"
     return None
 
 
-def _gemm(
-    epilogue: str, d: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None, cluster: tuple[int, int] = (2, 1),
-    **extra: Tensor,
-) -> bool:  # fmt: skip
-    """d (m, n) = epilogue(a (m, k) b (n, k)^T, c, extra), `extra` by name. False: not done, too small or odd."""
-    operands = [d, a, b, *extra.values(), *([] if c is None else [c])]
-    chosen = _tiling(*d.shape, d.get_device(), cluster)
-    if chosen is None or any(x.data_ptr() % 16 or any(s % 8 for s in x.stride() if s != 1) for x in operands):
+def served(*operands: Tensor) -> bool:
+    """Whether strides and addresses are whole steps of 16 bytes."""
+    return not any(x.data_ptr() % 16 or any(s % 8 for s in x.stride() if s != 1) for x in operands)
+
+
+def launch(
+    epilogue: str, tile: Tile, d: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None, **extra: Tensor
+) -> None:
+    """d (m, n) = epilogue(a (m, k) b (n, k)^T, c (m, n), extra), `extra` by name, vectors as (1, n)."""
+    getattr(epilogues(), epilogue).gemm(
+        a, b, d, c, epi_args=extra, tile_M=tile.rows, tile_N=tile.columns, pingpong=tile.pair, cluster_M=tile.down,
+        cluster_N=tile.across,
+    )  # fmt: skip
+
+
+def _product(trans: str, d: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None) -> bool:
+    """d (m, n) = a (m, k) b (n, k)^T + bias (n) + c (m, n). `trans` as in a `Key`. False: cuBLASLt should do it."""
+    operands = [x for x in (d, a, b, c, bias) if x is not None]
+    if not served(*operands):
         return False
-    width, (down, across) = chosen
-    given = {name: x if x.ndim == 2 else x[None] for name, x in extra.items()}
-    getattr(_epilogues(), epilogue).gemm(
-        a, b, d, c, epi_args=given, tile_M=ROWS, tile_N=width, pingpong=True, cluster_M=down, cluster_N=across
-    )
+    (rows, columns), device = d.shape, d.get_device()
+    mode, kind = "beta0" if c is None else "beta1" if c is d else "add", "plain" if bias is None else "bias"
+    tile = _measured(trans, columns, rows, a.shape[1], kind, mode, device) or _tiling(rows, columns, device, (2, 1))
+    if not isinstance(tile, Tile):
+        return False
+    epilogue = ("plain" if c is None else "add") if bias is None else "add_bias" if c is None else "add_bias_and"
+    launch(epilogue, tile, d, a, b, c, **({} if bias is None else {"bias": bias[None]}))
     return True
 
 
@@ -94,22 +140,24 @@ def matmul_forward(
     out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = None, *, scratch: Scratch
 ) -> None:
     """out (n, O) = x (n, I) @ w (O, I)^T + b (O) + add (n, O), rounded once."""
-    epilogue = ("plain" if add is None else "add") if b is None else "add_bias" if add is None else "add_bias_and"
-    if not _gemm(epilogue, out, x, w, add, **({} if b is None else {"bias": b})):
+    if not _product("tn", out, x, w, add, b):
         cublaslt.matmul_forward(out, x, w, b, add, scratch=scratch)
 
 
 @backend("quack", temps=cublaslt.workspace, dtypes=BF16)
 def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tensor, *, scratch: Scratch) -> None:
     """pre (n, O) = x (n, I) @ w (O, I)^T + b (O); out (n, O) = gelu of it, before its rounding."""
-    if not _gemm("add_bias_gelu", pre, x, w, cluster=(1, 2), bias=b, gelu=out):
+    tile = _tiling(*pre.shape, pre.get_device(), (1, 2))
+    if tile and served(out, pre, x, w, b):
+        launch("add_bias_gelu", tile, pre, x, w, bias=b[None], gelu=out)
+    else:
         cublaslt.matmul_gelu_forward(out, pre, x, w, b, scratch=scratch)
 
 
 @backend("quack", temps=cublaslt.workspace, dtypes=BF16)
 def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor, *, scratch: Scratch) -> None:
     """dx (n, I) = dout (n, O) @ w (O, I)."""
-    if not _gemm("plain", dx, dout, w.t()):
+    if not _product("nn", dx, dout, w.t()):
         cublaslt.matmul_backward_input(dx, dout, w, scratch=scratch)
 
 
@@ -130,7 +178,9 @@ def matmul_gelu_backward(
     gelu (n, I) = gelu(pre) if it is wanted, all in one pass."""
     part = scratch(gelu_backward_temps(dpre, gelu, db))[-1]
     extra = {"db": part[0]} if gelu is None else {"db": part[0], "gelu": gelu}
-    if _gemm("times_slope" if gelu is None else "times_slope_gelu", dpre, dout, w.t(), pre, **extra):
+    tile = _tiling(*dpre.shape, dpre.get_device(), (2, 1))
+    if tile and served(dpre, dout, w, pre, *extra.values()):
+        launch("times_slope" if gelu is None else "times_slope_gelu", tile, dpre, dout, w.t(), pre, **extra)
         bias.column_sums([db], part, accumulate)
     else:
         cublaslt.matmul_gelu_backward(dpre, gelu, db, dout, w, pre, accumulate=accumulate, scratch=scratch)
@@ -139,5 +189,5 @@ def matmul_gelu_backward(
 @backend("quack", temps=cublaslt.workspace, dtypes=BF16)
 def matmul_backward_weight(dw: Tensor, dout: Tensor, x: Tensor, *, accumulate: bool, scratch: Scratch) -> None:
     """dw (O, I) = dout (n, O)^T @ x (n, I), added to dw in fp32 if `accumulate`, rounded once."""
-    if not _gemm("add" if accumulate else "plain", dw, dout.t(), x.t(), dw if accumulate else None):
+    if not _product("nt", dw, dout.t(), x.t(), dw if accumulate else None):
         cublaslt.matmul_backward_weight(dw, dout, x, accumulate=accumulate, scratch=scratch)

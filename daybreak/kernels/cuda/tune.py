@@ -1,4 +1,4 @@
-"""Searches cuBLASLt's algorithms for the products of a schedule and writes the table that kernels.cuda.cublaslt reads.
+"""Searches the fastest way to compute a schedule's products and writes the table that cublaslt.py and quack.py read.
 
     table = search(keys)      # report.bench.step_products: all that a step makes
     write(table, folder)
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.kernels.cuda import cublaslt, products
+from daybreak.kernels.cuda import cublaslt, missing_backends, products, quack
 from daybreak.kernels.cuda.cublaslt import CAP_TILES, CONFIG, WORKSPACE, Algo, Blas, Plan
 from daybreak.kernels.cuda.products import Key
 
@@ -42,6 +42,13 @@ ROTATE = 256 << 20  # bytes of operands that take turns
 TILES = (20, 23, 24, 31, 32)  # 128x128, 128x256, 256x128, 192x128, 128x192: tried beside those offered
 CLUSTERS = (2, 3, 4, 5, 6)  # 1x1, 2x1, 4x1, 1x2, 2x2
 BUDGET_S = 300.0
+PAIRED = ((128, 128), (128, 160), (128, 192), (128, 208), (192, 128))
+SHARED = ((256, 128), (256, 160), (256, 192), (256, 208), (128, 256))
+QUACK = [
+    quack.Tile(*size, pair, *cluster)
+    for sizes, pair in ((PAIRED, True), (SHARED, False))
+    for size, cluster in itertools.product(sizes, ((2, 1), (1, 2)))
+]
 
 
 @dataclass
@@ -129,7 +136,8 @@ def full_precision() -> Iterator[None]:
 
 @dataclass
 class Candidate:
-    """A way to compute a product: launches on a set of operands and returns a status. Algorithm None: two passes."""
+    """A way to compute a product: launches on a set of operands and returns a status. Algorithm None: quack's tile
+    `config`, or two passes."""
 
     launch: Callable[[Operands], int]
     algo: Algo | None
@@ -189,6 +197,7 @@ class Search:
         self.noise: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.busy = torch.randn(4096, 4096, device=self.device).bfloat16()
         self.noise_out = torch.empty_like(self.busy)
+        self.quack = "quack" not in missing_backends(torch.cuda.get_device_capability(self.device))
 
     def stream(self) -> int:
         """The current stream's address."""
@@ -235,6 +244,28 @@ class Search:
                 found.append(Candidate(launch, algo, plan.config(algo)))
         torch.cuda.synchronize()
         return found
+
+    def tiles(self, key: Key, x: Operands) -> list[Candidate]:
+        """quack's ways, each compiled and run once; none for a product whose epilogue it has by rule, or not at all."""
+        if not self.quack or key.dtype != "bf16" or key.epilogue not in ("plain", "bias"):
+            return []
+        a, b = x.b if key.trans[1] == "n" else x.b.t(), x.a.t() if key.trans[0] == "n" else x.a
+        if not quack.served(a, b, x.c, x.d):
+            return []
+        found = []
+        for tile in QUACK:
+
+            def launch(x: Operands, tile: quack.Tile = tile) -> int:
+                a, b = x.b if key.trans[1] == "n" else x.b.t(), x.a.t() if key.trans[0] == "n" else x.a
+                c = None if key.mode == "beta0" else x.c
+                name = (
+                    ("plain" if c is None else "add") if x.bias is None else "add_bias" if c is None else "add_bias_and"
+                )
+                quack.launch(name, tile, x.d, a, b, c, **({} if x.bias is None else {"bias": x.bias[None]}))
+                return 0
+
+            found.append(Candidate(launch, None, str(tile)))
+        return compiled(found, x)
 
     def two_passes(self, key: Key, entry: dict[str, Any] | None) -> Candidate | None:
         """GELU as a pass of its own behind the table's product with bias."""
@@ -302,14 +333,20 @@ class Search:
         first, tried = found[0], len(found)
         if separate := self.two_passes(key, bias_entry):
             found.append(separate)
-        for candidate, seconds in zip(found, self.times([c.launch for c in found], sets, SHORT_S, 2), strict=True):
+        tiles = self.tiles(key, sets[0])
+        everything = [*found, *tiles]
+        medians = self.times([c.launch for c in everything], sets, SHORT_S, 2)
+        for candidate, seconds in zip(everything, medians, strict=True):
             candidate.seconds = seconds
         finalists = self.finalists(key, found, sets[0])
         if not finalists:
             return None
+        tiles = self.finalists(key, tiles, sets[0]) if tiles else []
+        everything = [*finalists, *tiles]
         self.heat(0.1)
-        medians = self.times([c.launch for c in finalists], sets, ROUND_S, ROUNDS)
-        for candidate, seconds in zip(finalists, medians, strict=True):
+        for candidate, seconds in zip(
+            everything, self.times([c.launch for c in everything], sets, ROUND_S, ROUNDS), strict=True
+        ):
             candidate.seconds = seconds
         winner = min(finalists, key=lambda c: c.seconds)
         if finalists[0] is first and winner.seconds > (1 - GAIN) * first.seconds:
@@ -318,8 +355,35 @@ class Search:
         entry: dict[str, Any] = {"config": winner.config, "candidates": tried, "us": round(1e6 * winner.seconds, 1)}
         entry |= {"algo": bytes(winner.algo).hex()} if winner.algo is not None else {"separate": True}
         entry |= {"tflops": round(tera / winner.seconds, 1), "first_tflops": round(tera / first.seconds, 1)}
+        if tiles:
+            tile = min(tiles, key=lambda c: c.seconds)
+            entry["quack"] = tile.config if tile.seconds < winner.seconds else ""
+            entry["quack_tflops"] = round(tera / tile.seconds, 1)
         plan.destroy()
         return entry
+
+
+def compiled(candidates: list[Candidate], x: Operands) -> list[Candidate]:
+    """Those of quack's candidates that run, each having run once; processes beside this one compile them."""
+    from quack.cache import CompilePending, pool_scope
+
+    kept, waiting = [], candidates
+    with pool_scope():
+        while waiting:
+            later = []
+            for candidate in waiting:
+                try:
+                    candidate.launch(x)
+                except CompilePending:
+                    later.append(candidate)
+                except Exception as error:  # a tile that this product or this card does not take
+                    print(f"  left out: {candidate.config}: {type(error).__name__}: {str(error)[:80]}")
+                else:
+                    kept.append(candidate)
+            waiting = later
+            time.sleep(0.05 if later else 0)
+    torch.cuda.synchronize()
+    return kept
 
 
 def with_bias(key: Key) -> Key:
@@ -344,8 +408,8 @@ def search(keys: Collection[Key]) -> dict[str, Any]:
             print(f"{key}: no sound algorithm")
             continue
         plans[str(key)] = entry
-        figures = " ".join(f"{name} {entry[name]}" for name in ("tflops", "first_tflops"))
-        print(f"{key}: {figures} of {entry['candidates']}: {entry['config']}")
+        figures = " ".join(f"{n} {entry[n]}" for n in ("tflops", "first_tflops", "quack_tflops") if n in entry)
+        print(f"{key}: {figures} of {entry['candidates']}: {entry.get('quack') or entry['config']}")
     print(f"{len(plans)} of {len(todo)} products in {time.perf_counter() - start:.0f} s")
     return {
         "schema": 1,

@@ -1,0 +1,66 @@
+"""Writing text on a GPU: milliseconds a token beside the least that reading the weights once takes.
+
+    python bench/decode_speed.py d48 [--texts 1,8] [--tokens 256] [--out FILE.csv]
+
+Random weights, greedy, a prompt of 16 tokens; the median step of those from the tenth on, the host's work included.
+The limit: every weight that a step reads (all but the positions, the tied head once), over the measured copy rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from daybreak.engine import Engine
+from daybreak.generate import Batch, Sampling, Text
+from daybreak.report.bench import limits
+from daybreak.shapes import parse_shape
+from daybreak.state.run_folder import package_commit
+
+PROMPT, SKIP = 16, 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--texts", default="1,8")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--out", type=Path)
+    a = parser.parse_args()
+    shape, device = parse_shape(a.model), torch.device("cuda", 0)
+    bandwidth, _ = limits(device)
+    for texts in map(int, a.texts.split(",")):
+        engine = Engine(shape, B=1, T=1024, compute="bf16", device=device, train=False, rows=texts)
+        weights = 2 * (engine.num_parameters - shape.max_T * shape.C)
+        batch = Batch(engine)
+        batch.add([Text(range(100 + i, 100 + i + PROMPT), Sampling(a.tokens, temperature=0.0)) for i in range(texts)])
+        times: list[float] = []
+        while batch.texts:
+            began = time.perf_counter()
+            batch.step()
+            times.append(time.perf_counter() - began)
+        step, floor = statistics.median(times[SKIP:]), weights / bandwidth
+        row = {
+            "model": a.model, "texts": texts, "ms": f"{1e3 * step:.3f}", "floor_ms": f"{1e3 * floor:.3f}",
+            "ratio": f"{step / floor:.2f}", "tokens_s": f"{texts / step:.0f}", "copy_tb_s": f"{bandwidth / 1e12:.3f}",
+            "card": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+            "commit": package_commit(Path(__file__).parents[1]),
+        }  # fmt: skip
+        print(", ".join(f"{key} {value}" for key, value in row.items()))
+        if a.out:
+            fresh = not a.out.exists()
+            with a.out.open("a", newline="") as file:
+                writer = csv.DictWriter(file, list(row))
+                if fresh:
+                    writer.writeheader()
+                writer.writerow(row)
+        del engine, batch
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,8 @@ from daybreak.kernels.norm import EPS
 
 # Warps of all programs together: what an H100's 132 multiprocessors hold at once by the registers a thread takes.
 FORWARD_WARPS = 28 * 132  # 72 registers
-BACKWARD_WARPS = 16 * 132  # up to 120: three accumulators and a prefetched row
+BACKWARD_WARPS = 12 * 132  # of 16 values to a thread: three accumulators and a prefetched row
+BACKWARD_WARPS_8 = 20 * 132  # of 8 values
 MIN_PROGRAMS = 132
 
 
@@ -115,10 +116,11 @@ def _forward_launch(n: int, C: int) -> tuple[int, int, int]:
 
 
 def _backward_launch(n: int, C: int) -> tuple[int, int, int]:
-    """Programs, block and warps of backward: 8 values of a row to a thread, more only above C = 4096."""
+    """Programs, block and warps of backward: 8 values of a row to a thread, 16 above C = 1024."""
     block = _block(C)
-    warps = min(max(block // 256, 4), 32 if block > 8192 else 16)
-    return min(n, max(MIN_PROGRAMS, BACKWARD_WARPS // warps)), block, warps
+    warps = min(max(block // 512, 4), 32 if block > 8192 else 16)
+    together = BACKWARD_WARPS if block > 256 * warps else BACKWARD_WARPS_8
+    return min(n, max(MIN_PROGRAMS, together // warps)), block, warps
 
 
 @backend("triton")

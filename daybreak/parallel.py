@@ -27,6 +27,8 @@ from daybreak.errors import ConfigError, Error, Hung, Stopped, by_exit_code
 log = logging.getLogger("daybreak")
 PORT = "29500"  # torch's own default
 BEAT = 1.0  # seconds between signs of life
+SILENT = 30.0  # seconds without one after which a rank is taken for dead: a compiler may hold Python for a while
+LEAVE = 10.0  # seconds that torch.distributed gets to end
 RANK_VARIABLES = (  # (rank, processes, rank on this machine), as launchers set them
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -83,6 +85,7 @@ class Group:
         self._reason: tuple[int, int, str] | None = None  # (rank, exit code, sentence): why all end, once it is known
         self.leave_stacks: Callable[[], None] = lambda: None  # called in a thread when ranks wait in vain, on each
         self.capturable = True  # into CUDA graphs: NCCL's calls, not gloo's
+        self.before_close: list[Callable[[], None]] = []  # what holds on to NCCL's communicators lets go of them
         self._closing = threading.Event()
 
     # ---- deciding together
@@ -150,6 +153,21 @@ class Group:
         """Start: whole = all ranks' `part`, one after the other; `part` may lie in it. Returns what to wait for."""
         run = getattr(self.dist, "all_gather_single", None) or self.dist.all_gather_into_tensor
         return run(whole, part, async_op=True)
+
+    def wait_for(self, ready: Callable[[], bool]) -> None:
+        """Until ready(). NCCL's kernels wait for ever for a rank that is gone, and the host for them: here the waiting
+        ends, with an Error, soon after another rank gave a reason or fell silent, and after `timeout`."""
+        began = looked = time.monotonic()
+        before: list[list[Any]] | None = None
+        while not ready():
+            now = time.monotonic()
+            if now - looked > (SILENT if before else BEAT):
+                beats = self._beats()
+                dead = before is not None and any(a[1] == b[1] for a, b in zip(before, beats, strict=True))
+                if dead or now - began > self.timeout or self._hear():
+                    raise self.explain(RuntimeError("NCCL timed out" if now - began > self.timeout else "NCCL"))
+                before, looked = beats, now
+            time.sleep(0.0002)
 
     # ---- failing together
 
@@ -253,7 +271,14 @@ class Group:
                 if self.holds_store:
                     self._be_heard()
             self._closing.set()
-            self.dist.destroy_process_group()
+            leaving = threading.Thread(target=self._leave, daemon=True)
+            leaving.start()
+            leaving.join(LEAVE)  # NCCL may wait for a rank that is gone; the process's end does not
+
+    def _leave(self) -> None:
+        for let_go in self.before_close:
+            let_go()
+        self.dist.destroy_process_group()
 
 
 ALONE = Group()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from daybreak import parallel
 from daybreak.config_keys import GuardConfig, OptimConfig
 from daybreak.engine import Engine
 from daybreak.errors import DataError, Error
@@ -116,6 +118,26 @@ def blame(args: list[str]) -> int:
                 raise DataError("the reason.")
             time.sleep(4.0 if group.rank == 2 else 0.0)
             group.gather(None)
+    except Error as error:
+        print(error)
+        return error.exit_code
+    finally:
+        group.close()
+    return 0
+
+
+def waits_for_a_device(args: list[str]) -> int:
+    """What a GPU does to the host when rank 1 is gone, or says why it goes: its work is never over."""
+    parallel.SILENT = 2.0
+    group = connect(os.environ, 60)
+    try:
+        with group.failing_together():
+            if group.rank == 1 and args == ["dies"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if group.rank == 1:
+                raise DataError("the reason.")
+            group.wait_for(iter([False, False, True]).__next__)
+            group.wait_for(lambda: False)
     except Error as error:
         print(error)
         return error.exit_code

@@ -366,6 +366,14 @@ def test_everybody_hears_who_is_to_blame(tmp_path: Path) -> None:
     assert [ranks.said(tmp_path, r) for r in range(3)] == ["the reason.\n", *["rank 0: the reason.\n"] * 2]
 
 
+@pytest.mark.parametrize(("how", "code", "words"), [("dies", 1, "rank 1 on "), ("says why", 4, "rank 1: the reason.")])
+def test_a_device_that_waits_for_a_rank_that_is_gone(tmp_path: Path, how: str, code: int, words: str) -> None:
+    """NCCL's kernels never come back then; the host must."""
+    two = ranks.start(2, [how], tmp_path, run=dist_engine.waits_for_a_device)
+    assert two[0].wait(60) == code
+    assert ranks.said(tmp_path, 0).startswith(words)
+
+
 @pytest.mark.parametrize(
     ("number", "code", "words"), [(signal.SIGSTOP, 7, "hangs: the others have waited 5 s"), (signal.SIGKILL, 1, "died")]
 )

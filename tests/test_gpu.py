@@ -6,6 +6,7 @@ Skipped where there is no such device; the kernels one by one are in test_kernel
 from __future__ import annotations
 
 import itertools
+import threading
 from functools import cache
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from daybreak.config import Config
 from daybreak.engine import Engine
+from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on, set_precision
 from daybreak.kernels import CUDA_ORDER
 from daybreak.kernels.cuda import cublaslt
+from daybreak.parallel import Group
 from daybreak.report.bench import step_products
 from daybreak.shapes import GPT2Config
 
@@ -284,3 +287,28 @@ def test_memory_is_constant_after_the_first_step() -> None:
     engine.eval_losses(tokens[0], targets[0])
     engine.prefill(0, [tokens[0, 0].tolist()])
     assert torch.cuda.memory_reserved() == reserved
+
+
+def test_exchanges_through_nccl_are_captured_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank that sends to itself: its calls are in the graphs, the bits are those without, and it can leave."""
+    alone = build(SMALL, compute="bf16")
+    losses = train(alone, SMALL, 4)
+    dist = torch.distributed
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=alone.device)
+    group, plain = Group(), Collectives.__init__
+    group.dist = dist
+
+    def sends(self: Collectives, *args: Any) -> None:
+        plain(self, *args)
+        self.active = True
+
+    monkeypatch.setattr(Collectives, "__init__", sends)
+    engine = build(SMALL, compute="bf16", group=group)
+    assert train(engine, SMALL, 4) == losses
+    assert same_bits(engine, alone)
+    assert {what for what, _, _ in engine.comm.record} == {"all_reduce"}
+    group.before_close.append(engine.graphs.clear)
+    leaving = threading.Thread(target=group._leave, daemon=True)
+    leaving.start()
+    leaving.join(30)
+    assert not leaving.is_alive()

@@ -43,6 +43,12 @@ class Graphs:
         else:
             fn()
 
+    def clear(self) -> None:
+        """Forget all; a communicator of NCCL cannot be ended while graphs hold its calls."""
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
     def warm(self, key: Hashable, fn: Callable[[], None]) -> None:
         """`run`, with what the first call of fn under this key leaves recorded; that call is a plain one."""
         self.run(key, fn)
@@ -89,10 +95,16 @@ class _Noting:
 
 
 class Ring:
-    """Pinned copies of a small tensor, so that transfers need no waiting. A slot is reused when its own is over."""
+    """Pinned copies of a small tensor, so that transfers need no waiting. A slot is reused when its own is over.
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    `wait`: called with what tells whether the device is there, in place of a wait that nothing can end."""
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+        wait: Callable[[Callable[[], bool]], None] | None = None,
+    ) -> None:  # fmt: skip
         cuda = device.type == "cuda"
+        self._until = wait
         self.slots = [torch.zeros(shape, dtype=dtype, pin_memory=cuda) for _ in range(SLOTS if cuda else 1)]
         self.events = [torch.cuda.Event() for _ in self.slots] if cuda else []  # type: ignore[no-untyped-call]
         self.next = 0
@@ -100,9 +112,15 @@ class Ring:
     def take(self) -> int:
         """The next slot, once nothing in flight uses it."""
         slot, self.next = self.next, (self.next + 1) % len(self.slots)
-        if self.events:
-            self.events[slot].synchronize()
+        self.wait(slot)
         return slot
+
+    def wait(self, slot: int) -> None:
+        """Until the slot's transfer is over."""
+        if self.events and self._until is None:
+            self.events[slot].synchronize()
+        elif self.events and self._until is not None:
+            self._until(self.events[slot].query)
 
     def upload(self, slot: int, target: Tensor) -> None:
         """Copy the slot to the device, in stream order."""
@@ -131,7 +149,6 @@ class Pending:
     def values(self) -> list[float]:
         """The values, waiting for them if need be. Valid for SLOTS - 1 further downloads if not asked before."""
         if self._values is None:
-            if self._ring.events:
-                self._ring.events[self._slot].synchronize()
+            self._ring.wait(self._slot)
             self._values = self._ring.slots[self._slot].tolist()
         return self._values

@@ -99,9 +99,12 @@ class Engine:
         self.state["tokens"], self.state["targets"] = self.state["batch"]
         on_host = any(self.arena.choices[name] == "torch" for name in ON_HOST)
         self.graphs = Graphs(self.device.type == "cuda" and not on_host and group.capturable)
-        self._hyper = Ring((len(HYPER),), torch.float64, self.device)
-        self._batch = Ring((2, B, T), torch.int64, self.device)
-        self._stats = Ring((len(STATS),), torch.float64, self.device)
+        if group.world > 1:
+            group.before_close.append(self.graphs.clear)
+        wait = group.wait_for if group.world > 1 else None  # for the device, which waits for other ranks
+        self._hyper = Ring((len(HYPER),), torch.float64, self.device, wait)
+        self._batch = Ring((2, B, T), torch.int64, self.device, wait)
+        self._stats = Ring((len(STATS),), torch.float64, self.device, wait)
         self._next = Ring((2, rows), torch.int64, self.device)
         # Decoding's reference kernel reads the lengths on the host: no graph then.
         graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"

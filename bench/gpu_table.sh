@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The table of the GPU engine: every row of README's, with its yardstick, on one card.
-# Usage: bench/gpu_table.sh [OUT_DIR [ROW ...]]   rows 1 to 6, all by default: about 11 minutes; 1 2 3 and 4 5 6 about half.
+# Usage: bench/gpu_table.sh [OUT_DIR [ROW ...]]   rows 1 to 6, all by default: about 6 minutes.
 # The first row's first step starts with cold kernel caches on a fresh machine, the others with warm ones.
 set -u -o pipefail
 out=${1:-$(dirname "$0")/results}
@@ -20,9 +20,9 @@ row() { # ROW SCRIPT ARGUMENT...
     || echo "row $number ended with status $?"
 }
 step() { row "$@" --out "$out/gpu_step.csv"; }
-step 1 bench/gpu_step.py d48 --B 16 --tokens 131072 --recompute 2 --seconds 8
-step 2 bench/gpu_step.py d12 --B 64 --tokens 524288 --recompute 2 --seconds 8
-step 3 bench/gpu_step.py d48 --B 28 --tokens 114688 --recompute 2 --seconds 12 --rounds 1 --no-yardstick
+step 1 bench/gpu_step.py d48 --B 16 --tokens 131072 --recompute 1 --seconds 10
+step 2 bench/gpu_step.py d12 --B 64 --tokens 524288 --recompute 0 --seconds 10
+step 3 bench/gpu_step.py d48 --B 16 --tokens 131072 --recompute 2 --seconds 12 --rounds 1 --no-yardstick
 step 4 bench/gpu_step.py d48 --B 34 --tokens 139264 --recompute 2 --seconds 12 --rounds 1 --no-yardstick
-step 5 bench/gpu_step.py d12 --B 64 --tokens 524288 --recompute 0 --seconds 10 --rounds 1 --no-yardstick
+step 5 bench/gpu_step.py d48 --B 28 --tokens 114688 --recompute 2 --seconds 12 --rounds 1 --no-yardstick
 row 6 bench/compile_gpt2.py d12 --B 64 --tokens 524288 --seconds 15

@@ -1,4 +1,4 @@
-"""What the exchange costs a step where there is nobody to exchange with: NCCL with one rank, in the graphs, beside none.
+"""What the exchange costs a step where nobody is: NCCL with one rank, captured in the graphs, beside none at all.
 
     python bench/nccl_cost.py [d12 --B 16 --micro 8 --rounds 5]
 

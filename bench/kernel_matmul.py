@@ -1,4 +1,4 @@
-"""Cases of the matrix products, cuBLASLt and torch side by side."""
+"""Cases of the matrix products, quack, cuBLASLt and torch side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import prod
 
 from timing import Case, launch, rand
 
-BACKENDS = ("cublaslt", "torch")
+BACKENDS = ("quack", "cublaslt", "torch")
 EXEMPT = "a matrix product: bound by arithmetic, not by memory"
 HEAD_ROWS = 8192  # rows of one chunk of bf16 logits: the power of two under 1 GiB, for Vp = 50304
 
@@ -40,7 +40,8 @@ def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
             added = [y] if name in ("attproj", "fcproj") else []
             out += _cases("matmul_forward", name, [y, x, w, (O,), *added], size)
         if name == "fcproj":
-            out += _cases("matmul_gelu_backward_input", name, [x, y, w, x], size)
+            flags = {"accumulate": True}
+            out += _cases("matmul_gelu_backward", f"{name}, gelu again", [x, x, (I,), y, w, x], size, **flags)
         else:
             out += _cases("matmul_backward_input", name, [x, y, w], size)
         for accumulate in (False, True):

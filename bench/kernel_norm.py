@@ -38,10 +38,15 @@ def _backward(n: int, C: int, *, accumulate_dx: bool, dbias: bool, again: bool, 
 
 
 def _gelu(n: int, C: int) -> Case:
-    def make() -> Callable[[], None]:
-        return launch("gelu_forward", "triton", rand(n, 4 * C), rand(n, 4 * C))
+    """The kernel inside matmul_gelu_forward by itself: the operation has no name of its own."""
 
-    return Case("gelu_forward", "triton", 2 * n * 4 * C * 2, 0, make)
+    def make() -> Callable[[], None]:
+        from daybreak.kernels.cuda.gelu import gelu_forward
+
+        out, x = rand(n, 4 * C), rand(n, 4 * C)
+        return lambda: gelu_forward(out, x)
+
+    return Case("matmul_gelu_forward", "triton", 2 * n * 4 * C * 2, 0, make, note="gelu alone")
 
 
 def _matmul_gelu_forward(n: int, C: int) -> Case:
@@ -55,15 +60,16 @@ def _matmul_gelu_forward(n: int, C: int) -> Case:
 
 def _matmul_gelu_backward(n: int, C: int) -> Case:
     def make() -> Callable[[], None]:
-        dpre, pre = rand(n, 4 * C), rand(n, 4 * C)
-        return launch("matmul_gelu_backward_input", "triton", dpre, rand(n, C), rand(C, 4 * C, scale=0.02), pre)
+        dpre, pre, db = rand(n, 4 * C), rand(n, 4 * C), rand(4 * C)
+        args = (dpre, None, db, rand(n, C), rand(C, 4 * C, scale=0.02), pre)
+        return launch("matmul_gelu_backward", "triton", *args, accumulate=True)
 
-    nbytes = 2 * (2 * n * 4 * C + n * C + 4 * C * C)
-    return Case("matmul_gelu_backward_input", "triton", nbytes, 2 * n * C * 4 * C, make, GEMM)
+    nbytes = 2 * (2 * n * 4 * C + n * C + 4 * C * C + 2 * 4 * C)
+    return Case("matmul_gelu_backward", "triton", nbytes, 2 * n * C * 4 * C, make, GEMM)
 
 
 def _gelu_slope(n: int, C: int) -> Case:
-    """The kernel inside matmul_gelu_backward_input by itself: the operation has no name of its own."""
+    """The kernel inside matmul_gelu_backward by itself: the operation has no name of its own."""
 
     def make() -> Callable[[], None]:
         from daybreak.kernels.cuda.gelu import multiply_by_slope
@@ -71,7 +77,7 @@ def _gelu_slope(n: int, C: int) -> Case:
         grad, pre = rand(n, 4 * C), rand(n, 4 * C)
         return lambda: multiply_by_slope(grad, pre)
 
-    return Case("matmul_gelu_backward_input", "triton", 3 * n * 4 * C * 2, 0, make, note="slope alone")
+    return Case("matmul_gelu_backward", "triton", 3 * n * 4 * C * 2, 0, make, note="slope alone")
 
 
 def _bias(n: int, O: int) -> Case:

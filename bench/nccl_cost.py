@@ -39,6 +39,7 @@ def main() -> None:
         self.active = of is group
 
     Collectives.__init__ = sends  # type: ignore[method-assign]
+    Collectives.sum_scalars = lambda self, state: None  # type: ignore[method-assign]  # two numbers, with no room here
     engines = [
         Engine(parse_shape(a.model), B=a.B, T=1024, compute="bf16", device=device, group=of) for of in (ALONE, group)
     ]

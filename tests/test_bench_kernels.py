@@ -32,7 +32,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         if hasattr(module, "missing_backends"):
             monkeypatch.setattr(module, "missing_backends", lambda capability: {})
     for operation in all_ops("cuda").values():
-        for vendor in {"cublaslt", "cudnn", "fa4"} & set(operation.impls):
+        for vendor in {"quack", "cublaslt", "cudnn", "fa4"} & set(operation.impls):
             monkeypatch.setitem(operation.impls, vendor, operation.impls["torch"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))

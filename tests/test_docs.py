@@ -35,9 +35,9 @@ from daybreak.shapes import parse_shape
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs"
 OPERATIONS = sorted((PAGES / "operations").glob("*.md"))
-KERNELS = ROOT / "bench/results/kernels.csv"
+MEASURED_OPERATIONS = ROOT / "bench/results/operations_d48.csv"  # what `daybreak bench d48` printed
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-COPY, PRODUCT = 2.94e12, 683e12  # bytes/s, FLOP/s: the card's own limits, measured beside the step (bench/NOTES.md)
+COPY, PRODUCT = 2.925e12, 690.9e12  # bytes/s, FLOP/s: the card's own limits, measured beside them
 
 
 class Counting(Recorder):
@@ -88,14 +88,13 @@ def costs_table() -> str:
 
 
 def page_table(page: Path) -> str:
-    """The costs of one page's operations, and how near their limit kernels came, if bench/kernels.py has been run."""
+    """The costs of one page's operations, and what they took on an H100."""
     text = page.read_text().partition("\n## ")[0]
-    rows = list(csv.DictReader(KERNELS.open())) if KERNELS.is_file() else []
-    table = "| operation | calls | GB | TFLOP | least ms | measured, of the limit |\n|---|---|---|---|---|---|\n"
+    took = {row["operation"]: row for row in csv.DictReader(MEASURED_OPERATIONS.open())}
+    table = "| operation | calls | GB | TFLOP | least ms | measured ms |\n|---|---|---|---|---|---|\n"
     for name in (name for name in costs() if f"`{name}`" in text):
-        near = [f"{r['percent']} % ({' '.join([r['backend'], r['note']]).strip()})"
-                for r in rows if (r["op"], r["shape"]) == (name, "d48") and r["percent"]]  # fmt: skip
-        table += f"| {name} | {cost_cells(name)} | {'; '.join(near) or 'not measured yet'} |\n"
+        assert int(took[name]["calls"]) == costs()[name][0]
+        table += f"| {name} | {cost_cells(name)} | {took[name]['ms']} ({took[name]['backend']}) |\n"
     return table
 
 
@@ -104,12 +103,11 @@ def first_schedule_only(table: Any, dtype: Any, state: Any, schedules: Any, *res
 
 
 def memory_table() -> str:
-    """Planned against reported memory of every stored measurement, without `kv`: those runs did not have it yet."""
+    """Planned against reported memory of every stored measurement."""
     rows = []
     for m in MEASURED:
         p = plan(resolve(m.shape)[0].override({"batch.B": m.B, "batch.recompute": m.recompute}), gpu="h100")
-        then = p.nbytes - p.arena.sizes()["kv"]
-        planned, arena_mib = (then + p.outside) / 2**20, then / 2**20
+        planned, arena_mib = (p.nbytes + p.outside) / 2**20, p.nbytes / 2**20
         rows.append(f"| {m.shape}, B {m.B}, recompute {m.recompute} | {arena_mib:,.0f} | {planned:,.0f} | {m.mib:,} | "
                     f"{100 * (planned / m.mib - 1):+.1f} % |")  # fmt: skip
     return "| | arena, MiB | with what lies outside | the driver | |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n"

@@ -303,6 +303,7 @@ def test_exchanges_through_nccl_are_captured_and_let_go(monkeypatch: pytest.Monk
         self.active = True
 
     monkeypatch.setattr(Collectives, "__init__", sends)
+    monkeypatch.setattr(Collectives, "sum_scalars", lambda self, state: None)  # of several ranks only is there room
     engine = build(SMALL, compute="bf16", group=group)
     assert train(engine, SMALL, 4) == losses
     assert same_bits(engine, alone)

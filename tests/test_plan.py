@@ -50,9 +50,7 @@ def said(p: daybreak.report.plan.Plan) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize("m", MEASURED, ids=lambda m: f"{m.shape}-B{m.B}-r{m.recompute}")
 def test_planned_memory_is_within_two_percent_of_the_drivers(m) -> None:
     p = on(m.shape, batch__B=m.B, batch__recompute=m.recompute)
-    then = p.nbytes - p.arena.sizes()["kv"]  # the cache for sampling is younger than the measurements
-    assert (then + p.outside) / MIB == pytest.approx(m.mib, rel=0.005)
-    assert (p.nbytes + p.outside) / MIB == pytest.approx(m.mib, rel=0.02)
+    assert (p.nbytes + p.outside) / MIB == pytest.approx(m.mib, rel=0.005)
     assert OUTSIDE < p.outside < OUTSIDE + 500 * MIB
 
 
@@ -107,7 +105,7 @@ def test_least_change_first() -> None:
 
 def test_the_figures_of_the_large_recipe_by_hand() -> None:
     p = on("gpt2-1558M", gpus=8, cost__price=28.0)
-    tokens, rate = 32_000 * 1_048_576, 52_767 * 8 * 0.94
+    tokens, rate = 32_000 * 1_048_576, 56_112 * 8 * 0.94
     got = said(p)
     assert p.tokens == tokens
     assert p.flops_per_token == 9_817_977_600
@@ -115,8 +113,8 @@ def test_the_figures_of_the_large_recipe_by_hand() -> None:
     assert got["step"][0].startswith("1,048,576 tokens: 8 micro-steps of B 16 x T 1024 on 8 x NVIDIA H100 80GB HBM3")
     assert got["run"][0] == "32,000 steps, 33.6 billion tokens, 3.29e+20 FLOPs"
     assert got["speed"][0] == f"{rate:,.0f} tok/s"
-    assert got["speed"][1].startswith("modelled, from d48 B 16, recompute 2 on one NVIDIA H100")
-    assert got["time"][0] == "23h29m"
+    assert got["speed"][1].startswith("modelled, from d48 B 16, recompute 1 on one NVIDIA H100")
+    assert got["time"][0] == "22h05m"
     assert got["cost"] == (f"${tokens / rate / 3600 * 28:,.2f}", "as the time; $28.00 an hour")
     assert got["disk: data"][0] == "67.1 GB"  # two bytes a token
     assert got["disk: checkpoints"][0] == "74.8 GB"  # four of 12 bytes a parameter
@@ -153,15 +151,15 @@ def test_what_a_recipe_gets() -> None:
 
 
 def test_every_basis_of_a_speed() -> None:
-    rate, basis = on("d48", batch__B=28, batch__recompute=2).tok_s
-    assert rate == 53_579
+    rate, basis = on("d48", batch__B=34, batch__recompute=2).tok_s
+    assert rate == 55_763
     assert basis.startswith(
-        "measured d48 B 28, recompute 2 on one NVIDIA H100 80GB HBM3 (bench/results/gpu_step.csv, 25"
+        "measured d48 B 34, recompute 2 on one NVIDIA H100 80GB HBM3 (bench/results/gpu_step.csv, 26"
     )
     p = on("d48", "a100", batch__B=16, batch__recompute=2)
     rate, basis = p.tok_s
-    assert rate == pytest.approx(0.5239 * 312e12 / p.flops_per_token)
-    assert basis.startswith("modelled: 52.4% of its peak, as d48 B 16, recompute 2 on one NVIDIA H100 80GB HBM3")
+    assert rate == pytest.approx(0.5604 * 312e12 / p.flops_per_token)
+    assert basis.startswith("modelled: 56.0% of its peak, as d48 B 16, recompute 2 on one NVIDIA H100 80GB HBM3")
     for unknown in (on("d6", precision__compute="fp32"), on("tiny", None, run__device="cpu")):
         assert said(unknown)["speed"] == ("n/a", "")
         assert said(unknown)["time"][0] == "n/a"
@@ -234,7 +232,7 @@ def test_model_of_the_exchange_by_hand() -> None:
 def test_steps_on_many_cards() -> None:
     config = resolve("gpt2-1558M")[0]
     one, eight, many = scaling(config, "h100", (1, 8, 512))
-    assert one.seconds == one.alone == pytest.approx(1048576 / 52767)
+    assert one.seconds == one.alone == pytest.approx(1048576 / 56112)
     assert one.exposed == one.exchange == 0
     p = on("gpt2-1558M", gpus=8)
     assert eight.exchange == pytest.approx(2 * 2 * p.parameters * 7 / 8 / (0.73 * 450e9), rel=0.01)
@@ -255,7 +253,7 @@ def test_steps_on_many_cards_on_the_command_line(capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if re.match(r" +\d+ +\d+\*? +\d+ ", line)]
     assert [row[:3] for row in rows] == [["1", "64", "8"], ["8", "64", "1"], ["32", "16", "1"]]
-    assert rows[0][6:8] == ["590,721", "100.0%"]
+    assert rows[0][6:8] == ["615,790", "100.0%"]
     assert "73% of 450 GB/s inside a host of 8 and of 400 between hosts" in out
 
 

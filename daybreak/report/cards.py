@@ -33,15 +33,14 @@ class Measured:
     mfu: float
     mib: int
     card: str = "NVIDIA H100 80GB HBM3"
-    source: str = "bench/results/gpu_step.csv, 25 Nov 2026"
+    source: str = "bench/results/gpu_step.csv, 26 Nov 2026"
 
 
 MEASURED = (
-    Measured("d12", 12, 768, 64, 0, 590721, 0.4800, 23730),
-    Measured("d12", 12, 768, 64, 2, 580835, 0.4720, 16818),
-    Measured("d48", 48, 1600, 16, 2, 52767, 0.5239, 48228),
-    Measured("d48", 48, 1600, 28, 2, 53579, 0.5320, 66482),
-    Measured("d48", 48, 1600, 34, 2, 54092, 0.5371, 75608),
+    Measured("d12", 12, 768, 64, 0, 615790, 0.5004, 23770),
+    Measured("d48", 48, 1600, 16, 1, 56112, 0.5571, 53330),
+    Measured("d48", 48, 1600, 16, 2, 56437, 0.5604, 48530),
+    Measured("d48", 48, 1600, 34, 2, 55763, 0.5537, 76128),
 )
 # llm.c's published 381,400 tok/s on 8 H100 over 8 times its 50,700 on one: what gradient exchange costs on one host.
 EIGHT_GPUS = 0.94

@@ -24,6 +24,7 @@ from daybreak.state.run_folder import cpu_model
 from daybreak.state.throughput import peak_flops
 
 GAINS = {  # what an optional package brings: measured on one H100, see bench/results
+    "quack": "faster products, and more fused into them: pip install quack-kernels",
     "fa4": "a faster deterministic attention backward: pip install flash-attn-4 nvidia-cudnn-frontend",
     "cudnn": "a faster attention: pip install nvidia-cudnn-frontend",
     "triton": "the fused kernels; without it everything but products is several times slower: pip install triton",

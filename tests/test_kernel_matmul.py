@@ -10,6 +10,7 @@ import torch
 from kernel_harness import DEVICE, close, draw, each_dtype, either, f64, output, poison, run, skip_unless_served
 from torch import Tensor
 
+from daybreak.kernels import matmul
 from daybreak.kernels.cuda import cublaslt, products, tune
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -330,3 +331,26 @@ def test_the_tuner_takes_a_long_sum_of_a_tensor_core_and_no_wrong_one(k):
 
     assert excess(total) <= 1
     assert excess((total.double() - most).float()) > 1  # a slice of 16 forgotten
+
+
+@pytest.mark.parametrize(("n", "I", "O"), [(72, 200, 136), (40, 136, 520)])
+def test_products_by_onednn_in_pieces(monkeypatch: pytest.MonkeyPatch, n: int, I: int, O: int) -> None:
+    """What AMD's CPUs with AVX-512 do with large fp32 products, here with small ones and pieces of all sides."""
+    if DEVICE != "cpu":
+        pytest.skip("is for CPUs")
+    monkeypatch.setattr(matmul, "onednn", lambda: torch.ops.mkldnn._linear_pointwise)
+    for name, value in (("LARGE", 0), ("PIECE", 1000), ("DEPTH", 16)):
+        monkeypatch.setattr(matmul, name, value)
+    x, w, dout, b = (draw(*s, dtype=torch.float32) for s in ((n, I), (O, I), (n, O), (O,)))
+    X, W, D = f64(x), f64(w), f64(dout)
+    for bias in (None, b):
+        out = poison(n, O, dtype=torch.float32)
+        run("matmul_forward", out, x, w, bias, None)
+        close(out, X @ W.T if bias is None else X @ W.T + f64(b))
+    dx = poison(n, I, dtype=torch.float32)
+    run("matmul_backward_input", dx, dout, w)
+    close(dx, D @ W)
+    for accumulate in (False, True):
+        dw, dw0 = output(O, I, dtype=torch.float32, accumulate=accumulate)
+        run("matmul_backward_weight", dw, dout, x, accumulate=accumulate)
+        close(dw, dw0 + D.T @ X)

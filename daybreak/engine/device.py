@@ -17,6 +17,7 @@ import torch
 
 from daybreak.config import Config
 from daybreak.errors import ConfigError
+from daybreak.kernels.matmul import onednn
 from daybreak.parallel import ALONE, Group
 
 
@@ -78,7 +79,9 @@ def numerics(config: Config, device: torch.device, choices: Mapping[str, str], r
     what = {"batch.B": str(c.B), "batch.recompute": str(c.recompute), "ranks": f"{ranks}{shared}"}
     what |= {**choices, "torch": str(torch.__version__), "device": device.type}
     if device.type == "cpu":
-        return {**what, "device": torch.backends.cpu.get_cpu_capability(), "threads": str(torch.get_num_threads())}
+        products = "oneDNN" if onednn() else "torch.mm"
+        what |= {"device": torch.backends.cpu.get_cpu_capability(), "fp32 products": products}
+        return {**what, "threads": str(torch.get_num_threads())}
     what["device"] = torch.cuda.get_device_name(device)
     if {"cublaslt", "quack"} & set(choices.values()):
         from daybreak.kernels.cuda.products import tables_digest

@@ -14,6 +14,9 @@ gelu'(x) = (1 + tanh u)/2 + x/2 (1 - tanh^2 u) sqrt(2/pi) (1 + 3 * 0.044715 x^2)
 from __future__ import annotations
 
 import math
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +24,43 @@ from torch import Tensor
 from daybreak.kernels import Scratch, Temps, op
 
 FEW = range(2, 17)
+LARGE = 1 << 24  # multiplications from which oneDNN's start is worth its while
+PIECE = 1 << 21  # entries (8 MB) of a piece of its result: the allocator hands the same bytes out again and again
+DEPTH = 1024  # rows that a weight gradient sums over at once
 BLOCKS = 16  # of a matrix for one row: as many threads can read it; fixed, so that bits do not depend on how many do
+
+
+@cache
+def onednn() -> Any:
+    """oneDNN's fp32 product on CPUs where it beats torch.mm's, MKL's, else None: MKL uses no AVX-512 on AMD's."""
+    info = Path("/proc/cpuinfo")
+    amd = info.exists() and "AuthenticAMD" in info.read_text()
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if amd and wide else None
+
+
+def _for_onednn(out: Tensor, k: int) -> bool:
+    """Whether oneDNN is to compute this output of sums of k terms."""
+    small = out.numel() * k < LARGE
+    return out.dtype == torch.float32 and out.device.type == "cpu" and not small and onednn() is not None
+
+
+def _by_onednn(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, accumulate: bool = False) -> None:
+    """out (p, q) = a (p, k) b (q, k)^T + bias (q), or added to out.
+
+    oneDNN returns a tensor of its own, so a side goes in pieces: small enough for the cache, and for the allocator to
+    hand the same bytes out again. Not the side of a transposed b, for which oneDNN has no fast product.
+    """
+    p, q = out.shape
+    rows = p >= q or b.stride(1) != 1
+    side = p if rows else q
+    step = -(-side // -(-p * q // PIECE))
+    for part in (slice(start, start + step) for start in range(0, side, step)):
+        if rows:
+            into, piece = out[part], onednn()(a[part], b, bias, "none", [], "")
+        else:
+            into, piece = out[:, part], onednn()(a, b[part], None if bias is None else bias[part], "none", [], "")
+        into.add_(piece) if accumulate else into.copy_(piece)
 
 
 def _few_rows(out: Tensor, x: Tensor, w: Tensor) -> bool:
@@ -50,6 +89,8 @@ def matmul_forward(out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, a
     if _few_rows(out, x, w):
         if b is not None:
             out.add_(b)
+    elif _for_onednn(out, x.shape[1]):
+        _by_onednn(out, x, w, b)
     elif b is None:
         torch.mm(x, w.t(), out=out)
     else:
@@ -68,12 +109,21 @@ def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tenso
 @op("dx")
 def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor) -> None:
     """dx (n, I) = dout (n, O) @ w (O, I)."""
-    torch.mm(dout, w, out=dx)
+    if _for_onednn(dx, dout.shape[1]):
+        _by_onednn(dx, dout, w.t())
+    else:
+        torch.mm(dout, w, out=dx)
 
 
 @op("dw")
 def matmul_backward_weight(dw: Tensor, dout: Tensor, x: Tensor, *, accumulate: bool) -> None:
     """dw (O, I) = dout (n, O)^T @ x (n, I), added to dw if `accumulate`."""
+    step = min(len(x), DEPTH)
+    if _for_onednn(dw, step):  # in pieces: oneDNN is slower where it sums over many rows at once
+        for start in range(0, len(x), step):
+            rows = slice(start, start + step)
+            _by_onednn(dw, dout[rows].t(), x[rows].t(), accumulate=accumulate or start > 0)
+        return
     if accumulate:
         dw.addmm_(dout.t(), x)
     else:
@@ -109,7 +159,7 @@ def matmul_gelu_backward(
     dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)); db (I) = its column sums, added to db if `accumulate`;
     gelu (n, I) = gelu(pre) once more, where it is given.
     """
-    torch.mm(dout, w, out=dpre)
+    matmul_backward_input(dpre, dout, w)
     torch.ops.aten.gelu_backward.grad_input(dpre, pre, approximate="tanh", grad_input=dpre)
     if gelu is not None:
         torch.ops.aten.gelu.out(pre, approximate="tanh", out=gelu)

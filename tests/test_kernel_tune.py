@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu
 
-from daybreak.kernels.cuda import products, tune
+from daybreak.kernels.cuda import products, quack, tune
 from daybreak.kernels.cuda.cublaslt import Algo
 from daybreak.kernels.cuda.products import dense
 
@@ -146,3 +146,69 @@ def test_what_is_left_out_is_said(search, capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setattr(tune, "BUDGET_S", -1.0)
     assert search(KEYS[:1])["plans"] == {}
     assert "left out, the budget" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("speed", "taken"), [(1e-6, "256x160 shared 2x1"), (9e-6, "")])
+def test_quacks_tile_is_named_where_it_is_faster(search, monkeypatch, speed: float, taken: str) -> None:
+    """Beside the library's best algorithm, which stays in the table for machines without quack."""
+    monkeypatch.setattr(tune, "PRUNE", 100.0)
+    monkeypatch.setattr(f"{__name__}.SPEEDS", [*SPEEDS, speed])
+
+    def tiles(self: tune.Search, key: products.Key, x: tune.Operands) -> list[tune.Candidate]:
+        def launch(x: tune.Operands, algo: Algo = number(len(SPEEDS) - 1)) -> int:  # noqa: B008
+            with tune.full_precision():
+                x.d.copy_(tune.product(key, x))
+            return 0
+
+        return [tune.Candidate(launch, None, "256x160 shared 2x1")] if key.epilogue in ("plain", "bias") else []
+
+    monkeypatch.setattr(tune.Search, "tiles", tiles)
+    plans = search(KEYS)["plans"]
+    for text, entry in plans.items():
+        assert entry.get("quack") == (None if "gelu" in text else taken)
+        assert entry.get("algo") or entry["separate"]
+
+
+def test_a_tile_in_words() -> None:
+    for tile in tune.QUACK:
+        assert quack.parse(str(tile)) == tile
+    for wrong in ("", "128x160", "128x160 pair 2x1 ", "128x160 both 2x1"):
+        with pytest.raises(ValueError, match="not a tile"):
+            quack.parse(wrong)
+
+
+def test_the_rule_for_tiles() -> None:
+    """On 132 multiprocessors: whole waves of wide tiles; a cluster's padding counts; nothing that leaves it idle."""
+    assert str(quack.tiling(16384, 1600, 132, (2, 1))) == "128x160 pair 2x1"  # 1280 tiles of a width that divides 1600
+    assert str(quack.tiling(16384, 6400, 132, (1, 2))) == "128x160 pair 1x2"
+    assert str(quack.tiling(1600, 6400, 132, (2, 1))) == "128x160 pair 1x2"  # 13 rows of tiles are odd
+    assert quack.tiling(768, 768, 132, (2, 1)) is None
+    assert quack.tiling(8, 50304, 132, (2, 1)) is None
+
+
+def test_the_table_says_who_computes_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {
+        "bf16 tn m24 n16 k40 bias beta0": {"quack": "128x160 pair 2x1"},
+        "bf16 nn m24 n16 k40 plain beta0": {"quack": ""},
+    }
+    monkeypatch.setattr(quack.cublaslt, "blas_of", lambda device: SimpleNamespace(table=table))
+    quack._measured.cache_clear()
+    try:
+        assert quack._measured("tn", 24, 16, 40, "bias", "beta0", 0) == quack.Tile(128, 160, True, 2, 1)
+        assert quack._measured("tn", 24, 32, 40, "bias", "beta0", 0) == quack.Tile(
+            128, 160, True, 2, 1
+        )  # twice the rows
+        assert quack._measured("nn", 24, 16, 40, "plain", "beta0", 0) == "cublaslt"
+        assert quack._measured("nt", 24, 16, 40, "plain", "beta0", 0) is None
+    finally:
+        quack._measured.cache_clear()
+
+
+def test_every_product_in_the_shipped_tables_was_measured_with_quack() -> None:
+    for path in products.TABLES.glob("*.json"):
+        plans = json.loads(path.read_text())["plans"]
+        by_tile = [
+            entry["quack"] for text, entry in plans.items() if products.parse(text).epilogue in ("plain", "bias")
+        ]
+        assert all(tile == "" or quack.parse(tile) for tile in by_tile)
+        assert any(by_tile)

@@ -9,12 +9,12 @@ The limit: every weight that a step reads (all but the positions, the tied head 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from timing import append_row
 
 from daybreak.engine import Engine
 from daybreak.generate import Batch, Sampling, Text
@@ -53,12 +53,7 @@ def main() -> None:
         }  # fmt: skip
         print(", ".join(f"{key} {value}" for key, value in row.items()))
         if a.out:
-            fresh = not a.out.exists()
-            with a.out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                if fresh:
-                    writer.writeheader()
-                writer.writerow(row)
+            append_row(a.out, row)
         del engine, batch
 
 

@@ -10,7 +10,6 @@ attention, in schedule order, on non-zero data. Medians, clock and watts are pri
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from timing import append_row
 
 from daybreak.engine import Engine
 from daybreak.engine.device import missing_on, used_mib
@@ -235,7 +235,8 @@ def main() -> None:
     row = {
         "model": a.model, "B": a.B, "T": a.T, "tokens": a.tokens, "recompute": a.recompute, "masters": a.masters,
         "ms": f"{1e3 * step:.2f}", "tok_s": f"{a.tokens / step:.0f}", "mfu": f"{mfu:.4f}",
-        "yardstick_ms": f"{1e3 * statistics.median(sticks):.2f}" if sticks else "", "ratio": f"{ratio:.4f}",
+        "yardstick_ms": f"{1e3 * statistics.median(sticks):.2f}" if sticks else "",
+        "ratio": f"{ratio:.4f}" if sticks else "",
         "steps": len(steps), "memory_mib": memory, "card": name, "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"), "commit": commit(),
     }  # fmt: skip
@@ -243,12 +244,7 @@ def main() -> None:
     print("clock MHz, watts by block (step, yardstick, ...):", clocks)
     print("backends:", ", ".join(f"{op} {name}" for op, name in sorted(engine.frame.k.choices.items())))
     if a.out:
-        fresh = not a.out.exists()
-        with a.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
+        append_row(a.out, row)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ One CUDA graph launches the kernel once on each set; the figure is the median of
 
 from __future__ import annotations
 
+import csv
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +56,16 @@ def launch(op: str, backend: str, *args: Any, **kwargs: Any) -> Callable[[], Non
     size = temps_bytes(impl.temps(*args, **kwargs)) if impl.temps else 0
     bound = getattr(Kernels(torch.empty(size, dtype=torch.uint8, device=DEVICE), {op: backend}), op)
     return lambda: bound(*args, **kwargs)
+
+
+def append_row(path: Path, row: dict[str, object]) -> None:
+    """Add a row to a CSV file, which begins with the columns' names."""
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def tensor_bytes(*tensors: Tensor | None) -> int:

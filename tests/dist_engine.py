@@ -128,7 +128,7 @@ def blame(args: list[str]) -> int:
 
 def waits_for_a_device(args: list[str]) -> int:
     """What a GPU does to the host when rank 1 is gone, or says why it goes: its work is never over."""
-    parallel.SILENT = 2.0
+    parallel.BEAT, parallel.SILENT = 0.2, 1.0
     group = connect(os.environ, 60)
     try:
         with group.failing_together():

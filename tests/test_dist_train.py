@@ -232,10 +232,14 @@ def test_a_batch_that_does_not_divide(shards: Path, tmp_path: Path) -> None:
 
 def test_nobody_there_a_port_in_use_too_few_ranks(shards: Path, tmp_path: Path) -> None:
     target, port = recipe(shards, tmp_path, "a"), ranks.free_port()
+    elsewhere = tmp_path / "few"
+    elsewhere.mkdir()
+    few = ranks.start(
+        3, command(target), elsewhere, range(2), port=str(ranks.free_port())
+    )  # both wait at the same time
     alone = ranks.start(2, command(target), tmp_path, range(1, 2), port=str(port))
     refused(tmp_path, alone, 2, f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}", "within 5 s")
-    few = ranks.start(3, command(target), tmp_path, range(2), port=str(ranks.free_port()))
-    refused(tmp_path, few, 2, "2 of 3 ranks came to 127.0.0.1:", "missing: 2")
+    refused(elsewhere, few, 2, "2 of 3 ranks came to 127.0.0.1:", "missing: 2")
     with ranks.socket.socket() as busy:
         busy.bind(("", port))
         busy.listen()
@@ -374,22 +378,29 @@ def test_a_device_that_waits_for_a_rank_that_is_gone(tmp_path: Path, how: str, c
     assert ranks.said(tmp_path, 0).startswith(words)
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "words"), [(signal.SIGSTOP, 7, "hangs: the others have waited 5 s"), (signal.SIGKILL, 1, "died")]
-)
-def test_one_rank_hangs_or_dies(shards: Path, tmp_path: Path, number: int, code: int, words: str) -> None:
-    target = recipe(shards, tmp_path, "a", run__steps=100000, eval__every=0)
-    processes = ranks.start(3, command(target), tmp_path)
-    wait_for_steps(tmp_path / "a", 3)
-    processes[1].send_signal(number)
+def test_one_rank_hangs_or_dies(shards: Path, tmp_path: Path) -> None:
+    """Two launches side by side, since most of the time they wait."""
+    stop = (signal.SIGSTOP, 7, "hangs: the others have waited 5 s")
+    cases = {"hangs": stop, "dies": (signal.SIGKILL, 1, "died")}
+    launches: dict[str, list[Any]] = {}
+    for name in cases:
+        (tmp_path / name).mkdir()
+        target = recipe(shards, tmp_path / name, "a", run__steps=100000, eval__every=0)
+        launches[name] = ranks.start(3, command(target), tmp_path / name)
     try:
-        refused(tmp_path, [processes[0], processes[2]], code, "rank 1 on ", words)
+        for name, (number, _, _) in cases.items():
+            wait_for_steps(tmp_path / name / "a", 3)
+            launches[name][1].send_signal(number)
+        for name, (_, code, words) in cases.items():
+            refused(tmp_path / name, [launches[name][0], launches[name][2]], code, "rank 1 on ", words)
     finally:
-        processes[1].kill()
-        processes[1].wait()
-    verdict = json.loads((tmp_path / "a/exit.json").read_text())
-    assert verdict["code"] == code
-    assert "rank 1 on" in verdict["reason"]
+        for name in cases:
+            launches[name][1].kill()
+            launches[name][1].wait()
+    for name, (_, code, _) in cases.items():
+        verdict = json.loads((tmp_path / name / "a/exit.json").read_text())
+        assert verdict["code"] == code
+        assert "rank 1 on" in verdict["reason"]
 
 
 def test_when_a_rank_hangs_every_rank_leaves_its_stacks(shards: Path, tmp_path: Path) -> None:

@@ -157,16 +157,18 @@ class Group:
     def wait_for(self, ready: Callable[[], bool]) -> None:
         """Until ready(). NCCL's kernels wait for ever for a rank that is gone, and the host for them: here the waiting
         ends, with an Error, soon after another rank gave a reason or fell silent, and after `timeout`."""
+        self.progress += 1  # graphs enter their collectives unseen: who does not come to wait is behind
         began = looked = time.monotonic()
-        before: list[list[Any]] | None = None
+        before: list[list[Any]] = []
         while not ready():
             now = time.monotonic()
+            late, dead = now - began > self.timeout, False
             if now - looked > (SILENT if before else BEAT):
                 beats = self._beats()
-                dead = before is not None and any(a[1] == b[1] for a, b in zip(before, beats, strict=True))
-                if dead or now - began > self.timeout or self._hear():
-                    raise self.explain(RuntimeError("NCCL timed out" if now - began > self.timeout else "NCCL"))
+                dead = any(a[1] == b[1] for a, b in zip(before, beats, strict=False))
                 before, looked = beats, now
+            if late or dead or self._reason:  # the thread that gives signs of life hears of reasons
+                raise self.explain(RuntimeError("NCCL timed out" if late else "NCCL"))
             time.sleep(0.0002)
 
     # ---- failing together

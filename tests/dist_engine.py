@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,38 +110,46 @@ def outliers(args: list[str]) -> int:
     return 0
 
 
-def blame(args: list[str]) -> int:
-    """Rank 0 fails and leaves at once; rank 1 waits for it; rank 2 is at work for a while, and then waits for it."""
-    group = connect(os.environ, 60)
+def together(act: Callable[[Group], None], timeout: float = 60) -> int:
+    """What a rank that does `act` ends with; the sentence is printed."""
+    group = connect(os.environ, timeout)
     try:
         with group.failing_together():
-            if group.rank == 0:
-                raise DataError("the reason.")
-            time.sleep(4.0 if group.rank == 2 else 0.0)
-            group.gather(None)
+            act(group)
     except Error as error:
         print(error)
         return error.exit_code
     finally:
         group.close()
     return 0
+
+
+def blame(args: list[str]) -> int:
+    """Rank 0 fails and leaves at once; rank 1 waits for it; rank 2 is at work for a while, and then waits for it."""
+
+    def act(group: Group) -> None:
+        if group.rank == 0:
+            raise DataError("the reason.")
+        time.sleep(4.0 if group.rank == 2 else 0.0)
+        group.gather(None)
+
+    return together(act)
 
 
 def waits_for_a_device(args: list[str]) -> int:
-    """What a GPU does to the host when rank 1 is gone, or says why it goes: its work is never over."""
-    parallel.BEAT, parallel.SILENT = 0.2, 1.0
-    group = connect(os.environ, 60)
-    try:
-        with group.failing_together():
-            if group.rank == 1 and args == ["dies"]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if group.rank == 1:
-                raise DataError("the reason.")
-            group.wait_for(iter([False, False, True]).__next__)
-            group.wait_for(lambda: False)
-    except Error as error:
-        print(error)
-        return error.exit_code
-    finally:
-        group.close()
-    return 0
+    """What a GPU does to the host when rank 1 dies, says why it goes, or does nothing: its work is never over."""
+    (how,) = args
+    if how == "dies":
+        parallel.BEAT, parallel.SILENT = 0.2, 1.0  # else a reason and the timeout are known long before
+
+    def act(group: Group) -> None:
+        if group.rank == 1 and how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if group.rank == 1 and how == "says why":
+            raise DataError("the reason.")
+        if group.rank == 1:
+            time.sleep(30)
+        group.wait_for(iter([False, False, True]).__next__)
+        group.wait_for(lambda: False)
+
+    return together(act, 3)

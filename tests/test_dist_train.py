@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from test_training import config, losses, markov, write_shard
 
 import daybreak
+from daybreak import parallel
 from daybreak.config import Config
 from daybreak.parallel import launched
 
@@ -234,9 +235,8 @@ def test_nobody_there_a_port_in_use_too_few_ranks(shards: Path, tmp_path: Path) 
     target, port = recipe(shards, tmp_path, "a"), ranks.free_port()
     elsewhere = tmp_path / "few"
     elsewhere.mkdir()
-    few = ranks.start(
-        3, command(target), elsewhere, range(2), port=str(ranks.free_port())
-    )  # both wait at the same time
+    # Both wait at the same time.
+    few = ranks.start(3, command(target), elsewhere, range(2), port=str(ranks.free_port()))
     alone = ranks.start(2, command(target), tmp_path, range(1, 2), port=str(port))
     refused(tmp_path, alone, 2, f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}", "within 5 s")
     refused(elsewhere, few, 2, "2 of 3 ranks came to 127.0.0.1:", "missing: 2")
@@ -370,11 +370,15 @@ def test_everybody_hears_who_is_to_blame(tmp_path: Path) -> None:
     assert [ranks.said(tmp_path, r) for r in range(3)] == ["the reason.\n", *["rank 0: the reason.\n"] * 2]
 
 
-@pytest.mark.parametrize(("how", "code", "words"), [("dies", 1, "rank 1 on "), ("says why", 4, "rank 1: the reason.")])
+@pytest.mark.parametrize(
+    ("how", "code", "words"),
+    [("dies", 1, "rank 1 on "), ("says why", 4, "rank 1: the reason."), ("is late", 7, "rank 1 on ")],
+)
 def test_a_device_that_waits_for_a_rank_that_is_gone(tmp_path: Path, how: str, code: int, words: str) -> None:
     """NCCL's kernels never come back then; the host must."""
-    two = ranks.start(2, [how], tmp_path, run=dist_engine.waits_for_a_device)
+    two, began = ranks.start(2, [how], tmp_path, run=dist_engine.waits_for_a_device), time.monotonic()
     assert two[0].wait(60) == code
+    assert time.monotonic() - began < parallel.SILENT
     assert ranks.said(tmp_path, 0).startswith(words)
 
 

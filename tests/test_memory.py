@@ -22,6 +22,7 @@ from daybreak.engine import Engine, plan_engine
 from daybreak.engine.device import cpu_has_bf16
 from daybreak.evaluate.validation import validate
 from daybreak.generate import Sampling, Text, write_all
+from daybreak.kernels import matmul
 from daybreak.shapes import GPT2Config, parse_shape
 from daybreak.state.checkpoint import save_checkpoint
 from daybreak.state.restore import Staging, snapshot
@@ -94,6 +95,21 @@ class AtOnce:
 def test_the_meter_sees_temporaries(tmp_path: Path) -> None:
     x = torch.ones(1000)
     assert 4000 in allocations(tmp_path / "trace", lambda: torch.logsumexp(x + 1, 0))
+
+
+def test_onednns_products_take_pieces_of_eight_megabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one exception in fp32: what oneDNN returns on AMD's CPUs, for all three products of a linear layer."""
+    monkeypatch.setattr(matmul, "onednn", lambda: torch.ops.mkldnn._linear_pointwise)
+    x, w, dout = torch.ones(64, 1024), torch.ones(3072, 1024), torch.ones(64, 3072)
+    wide = torch.ones(1024, 4096)
+    for run in (
+        lambda: matmul.matmul_forward(dout, x, w),
+        lambda: matmul.matmul_forward(wide, torch.ones(1024, 64), torch.ones(4096, 64)),
+        lambda: matmul.matmul_backward_input(x, dout, w),
+        lambda: matmul.matmul_backward_weight(w, dout, x, accumulate=True),
+    ):
+        run()
+        assert 0 < max(allocations(tmp_path / "trace", run)) <= 4 * matmul.PIECE
 
 
 @pytest.mark.parametrize("recompute", [0, 2])

@@ -117,10 +117,9 @@ class Ring:
 
     def wait(self, slot: int) -> None:
         """Until the slot's transfer is over."""
-        if self.events and self._until is None:
-            self.events[slot].synchronize()
-        elif self.events and self._until is not None:
-            self._until(self.events[slot].query)
+        if self.events:
+            event = self.events[slot]
+            event.synchronize() if self._until is None else self._until(event.query)
 
     def upload(self, slot: int, target: Tensor) -> None:
         """Copy the slot to the device, in stream order."""

@@ -39,6 +39,9 @@ PRODUCTS = ("matmul_forward", "matmul_gelu_forward", "matmul_backward_input", "m
             "matmul_backward_weight")  # fmt: skip
 
 
+SUMS = ("dw", "db", "dbias", "dwte", "dwpe")  # outputs to which `accumulate` adds
+
+
 @dataclass
 class Cost:
     """Calls of one operation: how many, seconds, bytes moved at least, floating-point operations."""
@@ -75,8 +78,8 @@ def nbytes_of(op: str, args: dict[str, Any], writes: tuple[str, ...]) -> int:
     total = 0
     for name, x in args.items():
         if isinstance(x, Tensor):
-            added = name in writes and name not in ("dpre", "gelu")
-            changed = args.get("accumulate_dx" if name == "dx" else "accumulate") if added else False
+            flag = "accumulate_dx" if name == "dx" else "accumulate" if name in SUMS else ""
+            changed = name in writes and args.get(flag, False)
             changed = changed or (op == "classifier" and name == "logits" and args["backward"])
             changed = changed or (op == "adamw_update" and name in ("masters", "m", "v"))
             total += x.numel() * x.element_size() * (2 if changed else 1)

@@ -120,6 +120,14 @@ def launch(
     )  # fmt: skip
 
 
+def product(tile: Tile, d: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None) -> None:
+    """d (m, n) = a (m, k) b (n, k)^T + bias (n) + c (m, n), which may be d itself, with this tile."""
+    if bias is None:
+        launch("plain" if c is None else "add", tile, d, a, b, c)
+    else:
+        launch("add_bias" if c is None else "add_bias_and", tile, d, a, b, c, bias=bias[None])
+
+
 def _product(trans: str, d: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None) -> bool:
     """d (m, n) = a (m, k) b (n, k)^T + bias (n) + c (m, n). `trans` as in a `Key`. False: cuBLASLt should do it."""
     operands = [x for x in (d, a, b, c, bias) if x is not None]
@@ -130,8 +138,7 @@ def _product(trans: str, d: Tensor, a: Tensor, b: Tensor, c: Tensor | None = Non
     tile = _measured(trans, columns, rows, a.shape[1], kind, mode, device) or _tiling(rows, columns, device, (2, 1))
     if not isinstance(tile, Tile):
         return False
-    epilogue = ("plain" if c is None else "add") if bias is None else "add_bias" if c is None else "add_bias_and"
-    launch(epilogue, tile, d, a, b, c, **({} if bias is None else {"bias": bias[None]}))
+    product(tile, d, a, b, c, bias)
     return True
 
 

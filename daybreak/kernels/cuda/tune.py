@@ -249,19 +249,17 @@ class Search:
         """quack's ways, each compiled and run once; none for a product whose epilogue it has by rule, or not at all."""
         if not self.quack or key.dtype != "bf16" or key.epilogue not in ("plain", "bias"):
             return []
-        a, b = x.b if key.trans[1] == "n" else x.b.t(), x.a.t() if key.trans[0] == "n" else x.a
-        if not quack.served(a, b, x.c, x.d):
+
+        def sides(x: Operands) -> tuple[Tensor, Tensor]:
+            return x.b if key.trans[1] == "n" else x.b.t(), x.a.t() if key.trans[0] == "n" else x.a
+
+        if not quack.served(*sides(x), x.c, x.d):
             return []
         found = []
         for tile in QUACK:
 
             def launch(x: Operands, tile: quack.Tile = tile) -> int:
-                a, b = x.b if key.trans[1] == "n" else x.b.t(), x.a.t() if key.trans[0] == "n" else x.a
-                c = None if key.mode == "beta0" else x.c
-                name = (
-                    ("plain" if c is None else "add") if x.bias is None else "add_bias" if c is None else "add_bias_and"
-                )
-                quack.launch(name, tile, x.d, a, b, c, **({} if x.bias is None else {"bias": x.bias[None]}))
+                quack.product(tile, x.d, *sides(x), None if key.mode == "beta0" else x.c, x.bias)
                 return 0
 
             found.append(Candidate(launch, None, str(tile)))

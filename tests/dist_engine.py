@@ -139,8 +139,9 @@ def blame(args: list[str]) -> int:
 def waits_for_a_device(args: list[str]) -> int:
     """What a GPU does to the host when rank 1 dies, says why it goes, or does nothing: its work is never over."""
     (how,) = args
+    parallel.BEAT = 0.2
     if how == "dies":
-        parallel.BEAT, parallel.SILENT = 0.2, 1.0  # else a reason and the timeout are known long before
+        parallel.SILENT = 1.0  # else a reason and the timeout are known long before
 
     def act(group: Group) -> None:
         if group.rank == 1 and how == "dies":

@@ -10,7 +10,9 @@ import importlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from daybreak.kernels import all_ops
@@ -50,6 +52,21 @@ def _has(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ImportError:
         return False
+
+
+def broken(package: str, load: Callable[[], object]) -> str | None:
+    """Why a package that is installed cannot be used, or None. Ones that do not fit each other raise anything."""
+    try:
+        load()
+    except Exception as error:
+        return f"the package {package} does not work ({type(error).__name__}: {error})"
+    return None
+
+
+def cache_folder(name: str) -> str:
+    """Where a package may keep what it compiles."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(home) / "daybreak" / name)
 
 
 @cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import os
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import attention as flash
-from daybreak.kernels.cuda import cudnn
+from daybreak.kernels.cuda import broken, cache_folder, cudnn
 
 BLOCK = 128  # its largest block of queries, to which it rounds T up
 
@@ -27,11 +26,7 @@ def usable(capability: tuple[int, int]) -> str | None:
     """Why these operations cannot run on a card of this compute capability, or None."""
     if reason := cudnn.usable(capability):
         return reason
-    try:
-        _interface()
-    except Exception as error:  # packages that do not fit each other raise anything
-        return f"the package flash_attn.cute does not work ({type(error).__name__}: {error})"
-    return None
+    return broken("flash_attn.cute", _interface)
 
 
 def workspace_bytes(B: int, T: int, NH: int, HS: int) -> int:
@@ -70,7 +65,6 @@ def attention_backward(
 @cache
 def _interface() -> Any:
     """The package, told to keep what it compiles: it reads these variables when it is imported."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path(home) / "daybreak" / "fa4"))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", cache_folder("fa4"))
     return importlib.import_module("flash_attn.cute.interface")

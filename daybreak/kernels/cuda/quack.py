@@ -17,14 +17,13 @@ import importlib
 import os
 import re
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
-from daybreak.kernels.cuda import bias, cublaslt
+from daybreak.kernels.cuda import bias, broken, cache_folder, cublaslt
 from daybreak.kernels.cuda.products import dense, nearest
 
 ROWS, COLS = 128, (128, 160, 192, 208)  # a tile's rows; what its columns may be, for `tiling`
@@ -87,8 +86,7 @@ def _measured(trans: str, m: int, n: int, k: int, epilogue: str, mode: str, devi
 @cache
 def epilogues() -> Any:
     """The kernels' epilogues; the package reads where to keep what it compiles when it is imported."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    os.environ.setdefault("QUACK_CACHE_DIR", str(Path(home) / "daybreak" / "quack"))
+    os.environ.setdefault("QUACK_CACHE_DIR", cache_folder("quack"))
     return importlib.import_module("daybreak.kernels.cuda.quack_epilogues")
 
 
@@ -98,11 +96,7 @@ def usable(capability: tuple[int, int]) -> str | None:
         return "used on Hopper (compute capability 9) only"
     if reason := cublaslt.usable(capability):
         return reason
-    try:
-        epilogues()
-    except Exception as error:  # packages that do not fit each other raise anything
-        return f"the package quack does not work ({type(error).__name__}: {error})"
-    return None
+    return broken("quack", epilogues)
 
 
 def served(*operands: Tensor) -> bool:

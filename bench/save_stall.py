@@ -2,8 +2,8 @@
 
     python bench/save_stall.py d12 [--rounds 7] [--folder DIR] [--batch.B 4 --batch.T 64 ...]
 
-Interleaved rounds of one step, one save of each kind, and a step beside the one that is being written. Prints medians
-with quartiles and a CSV row for bench/results/save_stall.csv.
+Interleaved rounds of one step (of batch.total_tokens; 0: of one micro-batch), one save of each kind, and a step beside
+the one that is being written. Prints medians with quartiles and a CSV row for bench/results/save_stall.csv.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def main() -> None:
     options = engine_options(config, device)
     engine = Engine(config.model, B=config.batch.B, device=device, optim=config.optim, guard=config.guard, **options)
     tokens = torch.randint(config.model.V, (config.batch.B, config.T + 1), generator=torch.Generator().manual_seed(1))
-    steps = 0
+    steps, micro = 0, max(1, config.batch.total_tokens // (config.batch.B * config.T))
+    batch = tokens.expand(micro, *tokens.shape)
 
     def step() -> None:
         nonlocal steps
-        engine.train_step(tokens[None, :, :-1], tokens[None, :, 1:], lr=1e-4, step=steps)
+        engine.train_step(batch[:, :, :-1], batch[:, :, 1:], lr=1e-4, step=steps)
         engine.stats()  # waits for it
         steps += 1
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 import itertools
 import threading
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import torch
 from oracle import GPT2, Shape, random_values
+from recovery import assert_intact, assert_same, config, make_shards, recipe
+from recovery import train as run_train
 from torch import Tensor
 
+import daybreak
 from daybreak.config import Config
 from daybreak.engine import Engine
 from daybreak.engine.collectives import Collectives
@@ -287,6 +291,21 @@ def test_memory_is_constant_after_the_first_step() -> None:
     engine.eval_losses(tokens[0], targets[0])
     engine.prefill(0, [tokens[0, 0].tolist()])
     assert torch.cuda.memory_reserved() == reserved
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    """Real processes, one of them killed inside its second save: losses, weights and optimizer state are equal."""
+    shards = make_shards(tmp_path / "shards")
+    values = {"run__device": "cuda", "run__steps": 30, "model__C": 64, "precision__compute": "bf16"}
+    code, err = run_train([recipe(config(shards, tmp_path, "straight", **values), tmp_path)])
+    assert code == 0, err
+    killed = recipe(config(shards, tmp_path, "killed", **values), tmp_path)
+    code, _ = run_train([killed], {"do": "kill", "at": "after:daybreak.state.checkpoint:_write_manifest", "n": 2})
+    assert code == -9
+    assert assert_intact(tmp_path / "killed") == 5
+    code, err = run_train([tmp_path / "killed"])
+    assert code == 0, err
+    assert_same(daybreak.Run(tmp_path / "straight"), daybreak.Run(tmp_path / "killed"))
 
 
 def test_exchanges_through_nccl_are_captured_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:

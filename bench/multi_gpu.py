@@ -1,18 +1,20 @@
 """Several GPUs of one host beside one of them: the same losses, the same bits, speed, memory, and a worker killed.
 
-    python bench/multi_gpu.py FOLDER [--ranks 2] [--models d12,d48] [--parts same,kill,speed,long] [--out results.csv]
+    python bench/multi_gpu.py FOLDER [--ranks 4] [--models d12,d48] [--parts same,kill,speed,long] [--out results.csv]
 
 FOLDER holds train.bin and val.bin (token shards of real text). Whole runs of `daybreak train`, alone or under torchrun;
-figures come from their metrics.jsonl. `same`: one rank with two sizes of micro-batch, all ranks twice. `kill`: the
-second of these loses a worker, restarts, and must keep the same bits; then one rank goes on from its checkpoint.
-`speed`: 8 micro-steps of B = 16 a rank and step on both sides, and memory beside `daybreak plan`. `long`: GPT-2 1558M
-from its first step at 1,048,576 tokens a step. Ends at the first part that fails.
+figures come from their metrics.jsonl. `same`: one rank with three sizes of micro-batch, all ranks twice. `kill`: the
+second of these loses a worker, restarts, and must keep the same bits; then half of the ranks, and one, go on from its
+checkpoints. `speed`: 8 micro-steps of B = 16 a rank and step on both sides, and memory beside `daybreak plan`. `long`:
+1,048,576 tokens a step. Runs of one rank that --runs already holds are taken from there; with --ranks 1 nothing else is
+run. Ends at the first part that fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import signal
@@ -20,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,36 +42,32 @@ SHAPES = {
     "d48": ["d48", "--batch.B", "16", "--batch.recompute", "2"],
     "toy": ["d6", "--model.L", "2", "--model.C", "64", "--model.NH", "2", "--batch.T", "64", "--batch.B", "4"],
 }
-STEPS = {"toy": 12, "d12": 40, "d48": 10}  # to time
+STEPS = {"toy": 12, "d12": 24, "d48": 10}  # to time
+Say = Callable[[str, str, object], None]
 SKIP = 4  # steps at a run's start that no figure counts
 
 
 class Run:
     """A run of `daybreak train` under way."""
 
-    def __init__(self, a: argparse.Namespace, name: str, model: str, ranks: int, gpu: int = 0, **flags: object) -> None:
+    def __init__(
+        self, a: argparse.Namespace, name: str, model: str = "", ranks: int = 0, gpu: int = 0, **flags: object
+    ) -> None:
+        """Starts it; of 0 ranks: one that was made before. Without a model it goes on."""
         self.folder, self.name = a.runs / name, name
+        if not ranks:
+            return
         launcher = [sys.executable] if ranks == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
             "--max-restarts", "1",
         ]  # fmt: skip
         base = ["--data.train", a.folder / "train.bin", "--data.val", a.folder / "val.bin", "--data.tokenizer", "gpt2"]
-        base += [
-            "--run.name",
-            name,
-            "--run.dir",
-            a.runs,
-            "--eval.tokens",
-            16384,
-            "--eval.every",
-            0,
-            "--eval.sample_tokens",
-            1,
-        ]
+        base += ["--run.name", name, "--run.dir", a.runs, "--eval.tokens", 16384, "--eval.every", 0,
+                 "--eval.sample_tokens", 1]  # fmt: skip
         if ranks > 1:
             base += ["--parallel.zero", 1]
         more = [text for key, value in flags.items() for text in ("--" + key.replace("__", "."), value)]
-        words = TRAIN + SHAPES[model] + base + more if model else [*TRAIN, self.folder]  # no model: resume
+        words = TRAIN + SHAPES[model] + base + more if model else [*TRAIN, self.folder]
         env = dict(os.environ, NCCL_NVLS_ENABLE="0")
         if ranks == 1 and not CPU:
             env["CUDA_VISIBLE_DEVICES"] = str(gpu)
@@ -130,70 +129,95 @@ def gap(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-def same(a: argparse.Namespace, say: Any, kill: bool) -> None:
-    """Losses of one rank and of all ranks, for the same total batch; a killed worker."""
-    model, T = ("toy", 64) if CPU else ("d12", 1024)
-    B, steps, every = (4, 12, 4) if CPU else (16, 30, 10)
-    total = B * T * a.ranks * 2
-    flags: dict[str, object] = {"batch__total_tokens": total, "run__steps": steps, "checkpoint__every": every}
-    alone = [Run(a, f"one-{k}", model, 1, k, **flags, batch__B=B * (k + 1)) for k in range(2)]
-    small, large = (run.done(240).losses() for run in alone)
-    first = Run(a, "all-1", model, a.ranks, **flags).done(240)
-    say("same", "largest gap of losses, one rank, two sizes of micro-batch", f"{gap(small, large):.2e}")
-    say("same", f"largest gap of losses, one rank and {a.ranks}", f"{gap(small, first.losses()):.2e}")
-    assert gap(small, first.losses()) <= 2 * gap(small, large) or CPU
-    second = Run(a, "all-2", model, a.ranks, **flags)
-    if kill:
-        second.reach(every + every // 2, 240)
-        os.kill(second.workers()[-1], signal.SIGKILL)
-        say("kill", f"one of {a.ranks} workers killed at step", len(second.losses()))
-        second.reach(2 * every + every // 2, 240)
-        second.stop()
-        n = len(second.losses())
-        say(
-            "kill",
-            f"restarted by torchrun; losses of {n} steps equal first run's",
-            first.losses()[:n] == second.losses(),
-        )
-        assert first.losses()[:n] == second.losses()
-        one = Run(a, "all-2", "", 1).done(240).losses()
-        say(
-            "kill",
-            f"from step {2 * every} on one rank; largest gap to the first run",
-            f"{gap(first.losses(), one):.2e}",
-        )
-        assert gap(first.losses(), one) <= 2 * gap(small, large) or CPU
-    else:
-        second.done(240)
-        say("same", f"{a.ranks} ranks again: losses equal to the last bit", first.losses() == second.losses())
-        assert first.losses() == second.losses()
-
-
-def speed(a: argparse.Namespace, say: Any, models: list[str]) -> None:
-    """Tokens a second of a rank, alone and among all; memory beside the plan."""
-    T, B = (64, 4) if CPU else (1024, 16)
-    flags: dict[str, object] = {"run__steps": 1000, "checkpoint__every": 0}
-    alone = {
-        model: Run(a, f"speed-{model}-1", model, 1, gpu % a.ranks, batch__total_tokens=8 * B * T, **flags)
-        for gpu, model in enumerate(models)  # side by side, a card each
+def alone(a: argparse.Namespace, runs: dict[str, tuple[str, dict[str, object]]]) -> list[Run]:
+    """Runs of one rank, side by side, a card each while there are as many: name -> model and flags, until their model's
+    number of steps. Those that were made before are not made again."""
+    found = {
+        name: Run(a, name, model, 1, gpu % a.ranks, **flags)
+        for gpu, (name, (model, flags)) in enumerate(runs.items())
+        if not (a.runs / name / "metrics.jsonl").exists()
     }
-    for model, run in alone.items():
-        run.reach(STEPS[model], 240)
-    for run in alone.values():
+    for name, run in found.items():
+        run.reach(STEPS[runs[name][0]], 400)
         run.stop()
+    return [found.get(name) or Run(a, name) for name in runs]
+
+
+def same(a: argparse.Namespace, say: Say, kill: bool) -> None:
+    """Losses of one rank and of all ranks, for the same total batch; a killed worker."""
+    model, T, B, steps, every = ("toy", 64, 4, 16, 4) if CPU else ("d12", 1024, 16, 40, 10)
+    total = 8 * B * T
+    flags: dict[str, object] = {"batch__total_tokens": total, "run__steps": steps, "checkpoint__every": every}
+    names = {f"one-{b}": b for b in (B // 2, B, 2 * B)}
+    missing = [Run(a, name, model, 1, k % a.ranks, **flags, batch__B=b) for k, (name, b) in enumerate(names.items())
+               if not (a.runs / name / "exit.json").exists()]  # fmt: skip
+    for run in missing:
+        run.done(240)
+    small, *larger = (Run(a, name).losses() for name in names)
+    bound = max(gap(x, y) for x, y in itertools.combinations((small, *larger), 2))
+    say("same", f"largest gap of {steps} losses, one rank, B = {', '.join(map(str, names.values()))}", f"{bound:.2e}")
+    if a.ranks == 1:
+        return
+    first = Run(a, f"all-1-{a.ranks}", model, a.ranks, **flags).done(240)
+    apart = gap(larger[0], first.losses())
+    say("same", f"largest gap of losses, one rank and {a.ranks}, B = {B}", f"{apart:.2e}")
+    assert apart <= 2 * bound or CPU
+    name = f"all-2-{a.ranks}"
+    second = Run(a, name, model, a.ranks, **flags)
+    if not kill:
+        second.done(240)
+        equal = first.losses() == second.losses()
+        say("same", f"{a.ranks} ranks again: losses equal to the last bit", equal)
+        assert equal
+        return
+    second.reach(every + every // 2, 240)
+    os.kill(second.workers()[-1], signal.SIGKILL)
+    say("kill", f"one of {a.ranks} workers killed at step", len(second.losses()))
+    second.reach(2 * every + every // 2, 240)
+    second.stop()
+    n = len(second.losses())
+    equal = first.losses()[:n] == second.losses()
+    say("kill", f"restarted by torchrun; losses of {n} steps equal first run's", equal)
+    assert equal
+    if a.ranks > 2:
+        half = Run(a, name, "", a.ranks // 2)
+        half.reach(3 * every + every // 2, 240)
+        half.stop()
+        say("kill", f"from step {2 * every} on {a.ranks // 2} ranks; steps that it had made when it was stopped",
+            len(half.losses()))  # fmt: skip
+    one = Run(a, name, "", 1).done(240).losses()
+    say("kill", "then on one rank, to the end; largest gap to the first run", f"{gap(first.losses(), one):.2e}")
+    assert gap(first.losses(), one) <= 2 * bound or CPU
+
+
+def speed(a: argparse.Namespace, say: Say, part: str, models: list[str], micro: dict[str, int]) -> None:
+    """Tokens a second of a rank, alone and among all; memory beside the plan. micro: micro-steps of B = 16 of all ranks
+    a step (0: 8 a rank)."""
+    T, B = (64, 4) if CPU else (1024, 16)
+    flags: dict[str, object] = {"run__steps": 32000, "checkpoint__every": 0, "optim__lr": 6e-4, "schedule__warmup": 700}
+    asked = {f"{part}-{m}-1": (m, {**flags, "batch__total_tokens": (micro[m] or 8) * B * T}) for m in models}
+    ones = dict(zip(models, alone(a, asked), strict=True))
     for model in models:
-        profile = {"run__profile": "6:7"} if model == models[0] else {}
-        total = 8 * B * T * a.ranks
-        many = Run(a, f"speed-{model}-{a.ranks}", model, a.ranks, batch__total_tokens=total, **flags, **profile)
+        one = ones[model].speed()
+        tokens = (micro[model] or 8) * B * T
+        say(part, f"{model} tok/s of one rank alone, {tokens} tokens a step", f"{one:.0f}")
+        if micro[model]:
+            say(part, f"{model} losses of one rank", " ".join(f"{x:.3f}" for x in ones[model].losses()[:10]))
+        if a.ranks == 1:
+            continue
+        profile = {"run__profile": "6:7"} if model == models[0] and not micro[model] else {}
+        tokens *= 1 if micro[model] else a.ranks
+        many = Run(a, f"{part}-{model}-{a.ranks}", model, a.ranks, batch__total_tokens=tokens, **flags,
+                   **profile)  # fmt: skip
         many.reach(STEPS[model], 240)
         many.stop()
-        one, each = alone[model].speed(), many.speed() / a.ranks
-        say("speed", f"{model} tok/s of one rank alone", f"{one:.0f}")
-        say("speed", f"{model} tok/s a rank of {a.ranks}", f"{each:.0f}")
-        say("speed", f"{model} ratio", f"{each / one:.4f}")
-        planned = planned_mib(model, a.ranks)
+        each = many.speed() / a.ranks
+        say(part, f"{model} tok/s a rank of {a.ranks}, {tokens} tokens a step", f"{each:.0f}")
+        say(part, f"{model} ratio", f"{each / one:.4f}")
+        if micro[model]:
+            say(part, f"{model} losses of {a.ranks} ranks", " ".join(f"{x:.3f}" for x in many.losses()[:10]))
         say("memory", f"{model} MiB on rank 0 of {a.ranks} as the driver says", many.memory())
-        say("memory", f"{model} MiB planned, without what NCCL takes", planned)
+        say("memory", f"{model} MiB planned, without what NCCL takes", planned_mib(model, a.ranks))
 
 
 def planned_mib(model: str, ranks: int) -> int:
@@ -205,17 +229,6 @@ def planned_mib(model: str, ranks: int) -> int:
     group = Group(world=ranks)
     arena, outside = plan_memory(config, device, missing_on(device), group)
     return (sum(arena.sizes().values()) + outside) >> 20
-
-
-def long(a: argparse.Namespace, say: Any) -> None:
-    """GPT-2 1558M's first ten steps at the original batch."""
-    model, total, steps = ("toy", 4096, 10) if CPU else ("d48", 1 << 20, 10)
-    run = Run(a, "long", model, a.ranks, batch__total_tokens=total, run__steps=32000, checkpoint__every=0,
-              optim__lr=6e-4, schedule__warmup=700)  # fmt: skip
-    run.reach(steps, 400)
-    run.stop()
-    say("long", f"{model} losses at {total} tokens a step", " ".join(f"{x:.3f}" for x in run.losses()[:steps]))
-    say("long", f"{model} tok/s of {a.ranks} ranks", f"{run.speed():.0f}")
 
 
 def main() -> None:
@@ -242,12 +255,13 @@ def main() -> None:
         writer.writerow(("part", "what", "value"))
         for what, value in head:
             say("machine", what, value)
+        models = a.models.split(",")
         if "same" in parts:
             same(a, say, "kill" in parts)
         if "speed" in parts:
-            speed(a, say, a.models.split(","))
-        if "long" in parts:
-            long(a, say)
+            speed(a, say, "speed", models, dict.fromkeys(models, 0))
+        if "long" in parts:  # GPT-2 1558M's own batch
+            speed(a, say, "long", models, dict.fromkeys(models, 64))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from daybreak.kernels.cuda import attention, bias, classifier, embedding, gelu, guard, norm, optimizer
+from daybreak.kernels.cuda import attention, bias, classifier, decode, embedding, gelu, guard, norm, optimizer
 from daybreak.kernels.guard import WINDOW
 
 FOLDER = Path(__file__).parents[1] / "daybreak" / "kernels" / "cuda"
@@ -61,7 +61,8 @@ def attention_cases() -> list[Case]:
     found = [attention_case(kernel, i, HS, table) for HS, table in tables for i, kernel in enumerate(kernels)]
     types = dict.fromkeys(("out", "cache", "q", "k", "v"), "*bf16") | {"positions": "*i64", "scale2": "fp32"}
     types |= dict.fromkeys(("out_b", "x_b", "cache_v", "cache_b", "cache_h"), "i64")
-    return [*found, (a._decode_kernel, types, {"HS": 64, "D": 64, "STEP": a.DECODE_STEP}, a.DECODE_WARPS)]
+    constants = {"HS": 64, "D": 64, "STEP": a.DECODE_STEP}
+    return found + [(a._decode_kernel, types, constants | {"EARLY": early}, a.DECODE_WARPS) for early in (False, True)]
 
 
 def bias_cases(dtype: str) -> list[Case]:
@@ -84,6 +85,17 @@ def classifier_cases() -> list[Case]:
             found.append((c._classifier_kernel, {"logits": dtype, **rest}, constants, c.WARPS))
     types = {"total": "*fp64", "losses": "*fp32", "scale": "*fp64", "n": "i32"}
     return [*found, (c._loss_sum_kernel, types, {"ACCUMULATE": True, "BLOCK": c.SUM_BLOCK}, c.SUM_WARPS)]
+
+
+def decode_cases(C: int, dtype: str) -> list[Case]:
+    names = ("out", "x", "w", "b", "add", "lnw", "lnb")
+    types = dict.fromkeys(names, dtype) | {"n": "i32?", "I": "i32", "O": "i32", "eps": "fp32"}
+    found = []
+    for I, O, fc in ((C, 4 * C, True), (4 * C, C, False)):  # the first for every card
+        rows, cols, warps = decode._tile(I, O)
+        flags = {"NORM": fc, "BIAS": True, "ADD": not fc, "GELU": fc, "EARLY": bool(found)}
+        found.append((decode._decode_matmul_kernel, types, {**flags, "ROWS": rows, "COLS": cols}, warps))
+    return found
 
 
 def embedding_cases(C: int, dtype: str) -> list[Case]:
@@ -165,6 +177,7 @@ CASES: dict[str, list[Case]] = {
     "attention": attention_cases(),
     "bias": [*bias_cases("*bf16"), *bias_cases("*fp32")],
     "classifier": classifier_cases(),
+    "decode": [*decode_cases(1600, "*bf16"), *decode_cases(768, "*fp32")],
     "embedding": [*embedding_cases(1600, "*bf16"), *embedding_cases(768, "*fp32")],
     "gelu": [*gelu_cases("*bf16"), *gelu_cases("*fp32")],
     "guard": guard_cases(),

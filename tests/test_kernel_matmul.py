@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from kernel_harness import DEVICE, close, draw, each_dtype, either, f64, output, poison, run, skip_unless_served
+from kernel_harness import DEVICE, F64, close, draw, each_dtype, either, f64, output, poison, run, skip_unless_served
 from torch import Tensor
 
 from daybreak.kernels import matmul
@@ -357,3 +357,34 @@ def test_products_by_onednn_in_pieces(monkeypatch: pytest.MonkeyPatch, n: int, I
         dw, dw0 = output(O, I, dtype=torch.float32, accumulate=accumulate)
         run("matmul_backward_weight", dw, dout, x, accumulate=accumulate)
         close(dw, dw0 + D.T @ X)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@each_dtype
+@pytest.mark.parametrize(("n", "I", "O"), [(1, 7, 5), (1, 1000, 203), (3, 96, 1300), (17, 40, 24)])
+@pytest.mark.parametrize(
+    ("norm", "biased", "added", "act"),
+    [(True, True, False, False), (True, True, False, True), (False, True, True, False), (True, False, False, False)],
+    ids=["qkv", "fc", "proj", "head"],
+)
+def test_decode(backend, dtype, n, I, O, norm, biased, added, act):
+    """The four products of a token, in few rows and in too many for the kernel."""
+    skip_unless_served("matmul_decode", backend, dtype)
+    x, w = draw(n, I, dtype=dtype, scale=3.0) + 1, draw(O, I, dtype=dtype, seed=1, scale=I**-0.5)
+    b = draw(O, dtype=dtype, seed=2) if biased else None
+    add = draw(n, O, dtype=dtype, seed=3) if added else None
+    lnw, lnb = (draw(I, dtype=dtype, seed=s) for s in (4, 5)) if norm else (None, None)
+    out = poison(n, O, dtype=dtype)
+    run("matmul_decode", out, x, w, b, add, lnw, lnb, gelu=act, backend=backend)
+
+    half_ulp = 2.0**-8 if dtype == torch.bfloat16 else 0.0
+    X, W = f64(x), f64(w)
+    if norm:
+        X = torch.nn.functional.layer_norm(X, (I,), f64(lnw), f64(lnb), eps=1e-5)
+    limit = half_ulp * (X.abs() @ W.abs().T) if norm else torch.zeros(n, O, dtype=F64, device=DEVICE)
+    want = X @ W.T + (f64(b) if biased else 0)
+    if act:
+        limit, want = 1.13 * (limit + half_ulp * want.abs()), gelu(want)
+    if added:
+        limit, want = limit + half_ulp * want.abs(), want + f64(add)
+    within(out, want, limit)

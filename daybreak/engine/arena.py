@@ -13,7 +13,7 @@ from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -68,14 +68,6 @@ class Frame(Protocol):
 
     def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
         """Call fn, which is no kernel: what it writes and reads is on the call list."""
-
-
-class Memory(NamedTuple):
-    """Keys and values of texts under way, kv (L, 2, b, NH, longest, HS). Without positions a forward pass over whole
-    texts fills it; with positions (b) int64 each row gets its next token, at that place."""
-
-    kv: Tensor
-    positions: Tensor | None = None
 
 
 class PlanFrame(Frame):

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from daybreak.engine.arena import Frame, Memory
+from daybreak.engine.arena import Frame
 from daybreak.engine.params import Row
 from daybreak.kernels import acc_dtype
 from daybreak.shapes import GPT2Config
@@ -61,23 +61,20 @@ class GPT2:
 
     # ------------------------------------------------------------------------------------------------- forward
 
-    def forward(self, f: Frame, tokens: Tensor, memory: Memory | None = None) -> Tensor:
-        """tokens (B, T) int64 -> the final layernorm's output (n, C). `memory` is filled, or read where T = 1."""
+    def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None) -> Tensor:
+        """tokens (B, T) int64 -> the final layernorm's output (n, C). `kv`, if given, takes all keys and values."""
         k, (B, T), C = f.k, tokens.shape, self.cfg.C
         residual = f.a("embedded", B * T, C)
-        if memory and memory.positions is not None:
-            k.embedding_decode(residual, tokens.view(-1), memory.positions, f.w("wte"), f.w("wpe"))
-        else:
-            k.embedding_forward(residual, tokens, f.w("wte"), f.w("wpe"))
+        k.embedding_forward(residual, tokens, f.w("wte"), f.w("wpe"))
         for l in range(self.cfg.L):
             h = f"h.{l}."
-            residual2, gelu = self._block_forward(f, l, residual, B, T, memory=memory)
+            residual2, gelu = self._block_forward(f, l, residual, B, T, kv=kv)
             residual = f.a(h + "residual3", B * T, C)
             k.matmul_forward(residual, gelu, f.w(h + "fcprojw"), f.w(h + "fcprojb"), residual2)
         return self._layernorm_forward(f, "lnf", residual)
 
     def _block_forward(
-        self, f: Frame, l: int, residual: Tensor, B: int, T: int, again: str = "", memory: Memory | None = None
+        self, f: Frame, l: int, residual: Tensor, B: int, T: int, again: str = "", kv: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Block l up to its GELU: (residual2, gelu). `again` renames the activations of a recomputation."""
         k, c, h, n = f.k, self.cfg, f"h.{l}.", B * T
@@ -86,13 +83,9 @@ class GPT2:
         k.matmul_forward(qkv, ln1, f.w(h + "qkvw"), f.w(h + "qkvb"))
         att = f.a(h + "att" + again, n, c.C)
         (out,), (q, key, v) = self._heads(att, B, T), self._heads(qkv, B, T)
-        if memory and memory.positions is not None:
-            one = [x[:, 0] for x in (q, key, v)]
-            k.attention_decode(out[:, 0], memory.kv[l], *one, memory.positions, scale=self.scale)
-        else:
-            k.attention_forward(out, self._lse(f, h, B, T, again), q, key, v, scale=self.scale)
-            if memory:
-                k.cache_write(memory.kv[l], key, v)
+        k.attention_forward(out, self._lse(f, h, B, T, again), q, key, v, scale=self.scale)
+        if kv is not None:
+            k.cache_write(kv[l], key, v)
         residual2 = f.a(h + "residual2" + again, n, c.C)
         k.matmul_forward(residual2, att, f.w(h + "attprojw"), f.w(h + "attprojb"), residual)
 
@@ -106,6 +99,32 @@ class GPT2:
         mean, rstd = self._stats(f, name, x.shape[0], again)
         f.k.layernorm_forward(out, mean, rstd, x, f.w(name + "w"), f.w(name + "b"))
         return out
+
+    def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor) -> Tensor:
+        """Logits (b, Vp) that follow one more token of each of b texts, at their positions (b). Reads and adds to kv.
+
+        Five launches a block: a layernorm is part of the product that reads it."""
+        k, c, b = f.k, self.cfg, tokens.shape[0]
+        residual = f.a("embedded", b, c.C)
+        k.embedding_decode(residual, tokens, positions, f.w("wte"), f.w("wpe"))
+        for l in range(c.L):
+            h = f"h.{l}."
+            qkv, att = f.a(h + "qkv", b, 3 * c.C), f.a(h + "att", b, c.C)
+            residual2, gelu = f.a(h + "residual2", b, c.C), f.a(h + "gelu", b, 4 * c.C)
+            k.matmul_decode(qkv, residual, f.w(h + "qkvw"), f.w(h + "qkvb"), None, f.w(h + "ln1w"), f.w(h + "ln1b"))
+            k.attention_decode(
+                *(x[:, 0] for x in self._heads(att, b, 1)), kv[l], *(x[:, 0] for x in self._heads(qkv, b, 1)),
+                positions, scale=self.scale,
+            )  # fmt: skip
+            k.matmul_decode(residual2, att, f.w(h + "attprojw"), f.w(h + "attprojb"), residual)
+            k.matmul_decode(
+                gelu, residual2, f.w(h + "fcw"), f.w(h + "fcb"), None, f.w(h + "ln2w"), f.w(h + "ln2b"), gelu=True
+            )
+            residual = f.a(h + "residual3", b, c.C)
+            k.matmul_decode(residual, gelu, f.w(h + "fcprojw"), f.w(h + "fcprojb"), residual2)
+        logits = f.a("logits", b, c.Vp)
+        k.matmul_decode(logits, residual, f.w("wte"), None, None, f.w("lnfw"), f.w("lnfb"))
+        return logits
 
     def memory_shape(self, rows: int, T: int) -> tuple[int, ...]:
         """Keys and values of `rows` texts of up to T tokens; heads in front of time, as decoding reads them."""

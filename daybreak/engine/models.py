@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from daybreak.engine.arena import Frame, Memory
+from daybreak.engine.arena import Frame
 from daybreak.engine.gpt2 import GPT2
 from daybreak.engine.params import Row
 from daybreak.shapes import GPT2Config
@@ -22,8 +22,11 @@ class Model(Protocol):
     def flops_per_token(self, T: int, num_parameters: int) -> int:
         """Training FLOPs per token."""
 
-    def forward(self, f: Frame, tokens: Tensor, memory: Memory | None = None) -> Tensor:
-        """tokens (B, T) -> hidden (n, C). The decode step: T = 1 and a memory with positions."""
+    def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None) -> Tensor:
+        """tokens (B, T) -> hidden (n, C); their keys and values into kv, if given."""
+
+    def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor) -> Tensor:
+        """Logits (b, Vp) that follow one more token of each of b texts, whose keys and values are in kv."""
 
     def memory_shape(self, rows: int, T: int) -> tuple[int, ...]:
         """Of the keys and values of `rows` texts of up to T tokens; rows are dimension 2."""

@@ -8,6 +8,7 @@ contiguous memory can be reduced while backward still runs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -76,8 +77,8 @@ class ParamTable:
 
 
 @torch.no_grad()
-def fill_parameters(table: ParamTable, flat: Tensor, seed: int) -> None:
-    """Draw initial weights into a flat CPU buffer (N, any float dtype) on all of torch's threads.
+def draw_parameters(rows: list[Row], seed: int, put: Callable[[str, Tensor], None]) -> None:
+    """Draw initial weights, fp32 on the CPU, on all of torch's threads; put(name, value) is called on several of them.
 
     Equal to llm.c's and PyTorch's, however many those are: torch.nn.init.normal_ with one CPU generator, tensor after
     tensor in forward order. Turning the generator's numbers into normal ones is the slow part; the generator runs
@@ -90,12 +91,12 @@ def fill_parameters(table: ParamTable, flat: Tensor, seed: int) -> None:
             generator = torch.Generator()
             generator.set_state(state)
             value[: row.drawn_rows].normal_(0.0, row.std, generator=generator)
-        table.view(flat, row.name).copy_(value)
+        put(row.name, value)
 
     ahead, skipped = torch.Generator().manual_seed(seed), torch.empty(1 << 20)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         jobs = []
-        for row in table.rows.values():
+        for row in rows:
             jobs.append(pool.submit(draw, row, ahead.get_state() if row.std is not None else None))
             if row.std is not None:
                 _skip(ahead, math.prod((row.drawn_rows or row.shape[0], *row.shape[1:])), skipped)

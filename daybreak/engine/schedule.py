@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from daybreak.config_keys import GuardConfig, OptimConfig
-from daybreak.engine.arena import Arena, Entry, Frame, Memory, plan_arena
+from daybreak.engine.arena import Arena, Entry, Frame, plan_arena
 from daybreak.engine.collectives import Collectives, Sharding
 from daybreak.engine.models import Model, build_model
 from daybreak.engine.params import ParamTable
@@ -78,7 +78,7 @@ def evaluate(model: Model, f: Frame, s: State, B: int, T: int) -> None:
 def next_token(model: Model, f: Frame, s: State, b: int) -> None:
     """`logits` that follow one more token, s["next"][0], at place s["next"][1] of each of the first b rows of `kv`."""
     tokens, positions = s["next"][:, :b]
-    model.head_logits(f, model.forward(f, tokens[:, None], Memory(s["kv"][:, :, :b], positions)))
+    model.decode(f, tokens, positions, s["kv"][:, :, :b])
 
 
 def pick_masters(name: str, dtype: torch.dtype, device_type: str) -> str:
@@ -165,7 +165,7 @@ def plan_engine(
         next_token(model, f, f.state, rows)
         for b in range(2, rows + 1):  # many short texts may need more scratch than one long one
             t = min(T, B * T // b)
-            model.forward(f, f.state["tokens"].view(-1)[: b * t].view(b, t), Memory(f.state["kv"][:, :, :b]))
+            model.forward(f, f.state["tokens"].view(-1)[: b * t].view(b, t), f.state["kv"][:, :, :b])
 
     schedules = [training, accumulating, evaluation] if train else [evaluation]
     assert rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"

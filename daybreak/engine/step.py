@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from daybreak.config_keys import GuardConfig, OptimConfig
-from daybreak.engine.arena import LiveFrame, Memory
+from daybreak.engine.arena import LiveFrame
 from daybreak.engine.capture import Graphs, Pending, Ring, Tapes
 from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on
 from daybreak.engine.models import build_model
-from daybreak.engine.params import ParamTable, fill_parameters
+from daybreak.engine.params import draw_parameters
 from daybreak.engine.schedule import DTYPES, HYPER, State, evaluate, micro_step, next_token, plan_engine, update
 from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
-from daybreak.kernels.optimizer import join_masters, round_weights, split_masters
+from daybreak.kernels.optimizer import FLAT_CHUNK, join_masters, round_weights, split_masters
 from daybreak.parallel import ALONE, Group
 from daybreak.shapes import GPT2Config
 
@@ -36,20 +36,25 @@ def named_stats(pending: Pending) -> dict[str, float]:
     return dict(zip(STATS, pending.values(), strict=True))
 
 
-def draw(cfg: GPT2Config, seed: int, dtype: torch.dtype) -> Tensor:
-    """The flat initial weights (N) in host memory."""
-    table = ParamTable(build_model(cfg).rows())
-    flat = torch.zeros(table.numel, dtype=dtype)
-    fill_parameters(table, flat, seed)
-    return flat
+def draw(cfg: GPT2Config, seed: int) -> dict[str, Tensor]:
+    """The initial weights, fp32 in host memory."""
+    drawn: dict[str, Tensor] = {}
+    draw_parameters(build_model(cfg).rows(), seed, drawn.__setitem__)
+    return drawn
+
+
+def _pieces(start: int, stop: int) -> Iterator[slice]:
+    """Consecutive slices of at most FLAT_CHUNK elements."""
+    for at in range(start, stop, FLAT_CHUNK):
+        yield slice(at, min(at + FLAT_CHUNK, stop))
 
 
 class Engine:
     """A model and its optimizer in memory that was allocated once. Knows no files, loggers or flags.
 
-    B rows of T tokens are one micro-step. `compute` is fp32, bf16 or fp64; in bf16 fp32 masters are kept and start
-    from the rounded weights. With `train=False` only what evaluation and sampling need is allocated. `rows` texts can
-    be written at a time (generate.Batch).
+    B rows of T tokens are one micro-step. `compute` is fp32, bf16 or fp64; in bf16 fp32 masters are kept. With
+    `train=False` only what evaluation and sampling need is allocated. `rows` texts can be written at a time
+    (generate.Batch).
     """
 
     def __init__(
@@ -84,10 +89,10 @@ class Engine:
         self.optim, self.guard = optim or OptimConfig(), guard or GuardConfig()
         self.seed = seed  # of the initial weights and of stochastic rounding
         # On CUDA the draw takes seconds and so do loading and compiling kernels: they go on side by side.
-        drawing: Future[Tensor] | None = None
+        drawing: Future[dict[str, Tensor]] | None = None
         if init and self.device.type == "cuda":
             cfg.check()
-            drawing = ThreadPoolExecutor(1).submit(draw, cfg, seed, DTYPES[compute])
+            drawing = ThreadPoolExecutor(1).submit(draw, cfg, seed)
         self.model, self.table, self.arena = plan_engine(
             cfg, B=B, T=T, compute=compute, recompute=recompute, train=train, masters=masters,
             device_type=self.device.type, kernels=kernels, missing=missing_on(self.device), rows=rows, group=group,
@@ -117,22 +122,18 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------- weights
 
-    def init(self, seed: int, drawing: Future[Tensor] | None = None) -> None:
+    def init(self, seed: int, drawing: Future[dict[str, Tensor]] | None = None) -> None:
         """Fresh weights from `seed`, always drawn on the CPU (or already, by `drawing`); optimizer state and windows
-        zeroed."""
-        for name in ("m", "v", "masters", "windows", "counts"):  # split masters of rounded weights are zero
+        zeroed. Masters keep what rounding takes from the weights. llm.c's start from the rounded ones: then the first
+        updates, smaller than half of a large weight's last place, do nothing (bench/NOTES.md)."""
+        for name in ("m", "v", "weights", "masters", "windows", "counts"):
             if name in self.state:
                 self.state[name].zero_()
-        weights = self.state["weights"]
-        drawn = weights[: self.table.numel]
-        if weights.device.type == "cpu":
-            fill_parameters(self.table, drawn, seed)
+        if self.device.type == "cpu":
+            draw_parameters(list(self.table.rows.values()), seed, self.set_master)
         else:
-            drawn.copy_(drawing.result() if drawing else draw(self.cfg, seed, weights.dtype))
-        masters = self.state.get("masters")
-        if masters is not None and masters.dtype != torch.int16:  # they start from the rounded weights
-            for start, stop, at in self.comm.plan.held():
-                masters[at : at + stop - start].copy_(weights[start:stop])
+            for name, value in (drawing.result() if drawing else draw(self.cfg, seed)).items():
+                self.set_master(name, value)
 
     def prepare(self) -> None:
         """On CUDA: run the schedule once without effect, so that everything is compiled, and capture its graphs."""
@@ -188,19 +189,24 @@ class Engine:
             yield where.start, value
 
     def set_master(self, name: str, value: Tensor) -> None:
-        """Set a weight and what belongs to it from a tensor of its shape, of any float dtype and device."""
-        masters, weight, plan = self.state.get("masters"), self.param(name), self.comm.plan
+        """Set a weight and what belongs to it from a tensor of its shape, of any float dtype and device. In pieces: on
+        a GPU temporaries as large as a parameter would be memory that the run then lacks."""
+        masters, weight, plan = self.state.get("masters"), self.param(name).view(-1), self.comm.plan
+        value = value.reshape(-1)
         if masters is None:
             weight.copy_(value)
             return
-        value = value.to(self.device, torch.float32)
-        if masters.dtype == torch.int16:
-            low = torch.empty_like(weight, dtype=torch.int16)
-            split_masters(weight, low, value)
-        else:
-            round_weights(weight, low := value)
+        if plan.zero:  # the others' parts too
+            for part in _pieces(0, weight.numel()):
+                round_weights(weight[part], value[part].to(self.device, torch.float32))
         for where, at in plan.within(name, plan.held()):
-            masters[at].copy_(low.view(-1)[where])
+            for part in _pieces(where.start, where.stop):
+                exact = value[part].to(self.device, torch.float32)
+                low = masters[at.start + part.start - where.start :][: exact.numel()]
+                if masters.dtype == torch.int16:
+                    split_masters(weight[part], low, exact)
+                else:
+                    round_weights(weight[part], low.copy_(exact))
 
     def finish(self) -> None:
         """Fetch the weights that other ranks updated. Collective; before whatever reads weights between steps."""
@@ -317,7 +323,7 @@ class Engine:
         b, t = len(texts), max(map(len, texts))
         inputs, last = self._front("tokens", b, t), self.state["last_hidden"][:b]
         inputs.copy_(torch.tensor([[*text, *[0] * (t - len(text))] for text in texts]))  # no token sees what follows it
-        hidden = self.model.forward(self.frame, inputs, Memory(self.state["kv"][:, :, row : row + b])).view(b, t, -1)
+        hidden = self.model.forward(self.frame, inputs, self.state["kv"][:, :, row : row + b]).view(b, t, -1)
         for i, text in enumerate(texts):
             last[i].copy_(hidden[i, len(text) - 1])
         self.model.head_logits(self.frame, last)

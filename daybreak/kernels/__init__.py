@@ -31,7 +31,10 @@ CUDA_ORDER = {
     "attention": ("fa4", "cudnn", "triton", "torch"),
     **dict.fromkeys(("classifier", "embedding", "guard", "norm", "optimizer"), ("triton", "torch")),
 }
-CUDA_FILES = (*(name for name in FILES if name != "matmul"), "bias", "cublaslt", "cudnn", "fa4", "gelu", "quack")
+CUDA_FILES = (
+    *(name for name in FILES if name != "matmul"),
+    *("bias", "cublaslt", "cudnn", "decode", "fa4", "gelu", "quack"),
+)
 ON_HOST = ("adamw_update", "embedding_backward", "step_guard")  # their references read values on the host
 CUDA_DTYPES = (torch.bfloat16, torch.float32)
 

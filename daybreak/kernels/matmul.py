@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.kernels import Scratch, Temps, op
+from daybreak.kernels import Scratch, Temps, acc_dtype, op
+from daybreak.kernels.norm import forward_temps, layernorm_forward
 
 FEW = range(2, 17)
 LARGE = 1 << 24  # multiplications from which oneDNN's start is worth its while
@@ -165,3 +166,26 @@ def matmul_gelu_backward(
     if gelu is not None:
         torch.ops.aten.gelu.out(pre, approximate="tanh", out=gelu)
     bias_backward(db, dpre, accumulate=accumulate, scratch=scratch)
+
+
+def decode_temps(out: Tensor, x: Tensor, w: Tensor, *_: object, **__: object) -> Temps:
+    """The layernorm's output and statistics, and what it needs itself."""
+    n, acc = x.shape[0], acc_dtype(x.dtype)
+    own = [(x.shape, x.dtype), ((n,), acc), ((n,), acc)]
+    return [*own, *forward_temps(x, x, x, x)]
+
+
+@op("out", temps=decode_temps)
+def matmul_decode(
+    out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = None,
+    lnw: Tensor | None = None, lnb: Tensor | None = None, *, gelu: bool = False, scratch: Scratch,
+) -> None:  # fmt: skip
+    """out (n, O) = act(norm(x (n, I)) @ w (O, I)^T + b (O)) + add (n, O): one product of writing text, with all that
+    is around it. norm: the layernorm of weight lnw (I) and bias lnb (I), if they are given; act: GELU, if asked for."""
+    if lnw is not None and lnb is not None:
+        ln, mean, rstd, *rest = scratch(decode_temps(out, x, w))
+        layernorm_forward(ln, mean, rstd, x, lnw, lnb, scratch=lambda _: rest)
+        x = ln
+    matmul_forward(out, x, w, b, add)
+    if gelu:
+        torch.ops.aten.gelu.out(out, approximate="tanh", out=out)

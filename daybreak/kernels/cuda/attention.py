@@ -22,6 +22,7 @@ from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
+from daybreak.kernels.cuda.decode import begin_early, early, wait_for_inputs
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -241,12 +242,14 @@ def _backward_keys_kernel(
 @triton.jit
 def _decode_kernel(
     out, cache, q, k, v, positions, out_b, x_b, cache_v, cache_b, cache_h, scale2,
-    HS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr,
+    HS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: the newest key and value go into the cache, and the query walks over those before them."""
+    begin_early(EARLY)
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     columns, keys = tl.arange(0, D), tl.arange(0, STEP)
     real = columns < HS
+    wait_for_inputs(EARLY)
     place = tl.load(positions + b).to(tl.int32)
     at = b * x_b + h * HS + columns
     query = tl.load(q + at, mask=real, other=0.0).to(tl.float32) * scale2
@@ -260,9 +263,9 @@ def _decode_kernel(
         before = start + keys < place
         block = (start + keys)[:, None] * HS + columns[None, :]
         mask = before[:, None] & real[None, :]
-        K = tl.load(base + block, mask=mask, other=0.0).to(tl.float32)
-        S = tl.where(before, tl.sum(K * query[None, :], 1), float("-inf"))
-        V = tl.load(base + cache_v + block, mask=mask, other=0.0).to(tl.float32)
+        K = tl.load(base + block, mask=mask, other=0.0)
+        V = tl.load(base + cache_v + block, mask=mask, other=0.0).to(tl.float32)  # on its way while K is at work
+        S = tl.where(before, tl.sum(K.to(tl.float32) * query[None, :], 1), float("-inf"))
         new_m = tl.maximum(m, tl.max(S, 0))
         P, shrink = tl.exp2(S - new_m), tl.exp2(m - new_m)
         total = total * shrink + tl.sum(P, 0)
@@ -339,7 +342,7 @@ def attention_backward(
     )
 
 
-DECODE_STEP, DECODE_WARPS = 64, 4
+DECODE_STEP, DECODE_WARPS = 128, 8
 
 
 @backend("triton")
@@ -351,7 +354,9 @@ def attention_decode(
     assert q.stride(0) == k.stride(0) == v.stride(0), "q, k and v are laid out alike"
     assert all(x[0].is_contiguous() for x in (out, q, k, v)), "heads must be contiguous"
     assert cache[0, 0, 0].is_contiguous(), "a head's keys must be contiguous"
+    launch = {"launch_pdl": True} if early(q.device) else {}
     _decode_kernel[(b, NH)](
         out, cache, q, k, v, positions, out.stride(0), q.stride(0), *cache.stride()[:3], scale * math.log2(math.e),
-        HS=HS, D=max(16, 1 << (HS - 1).bit_length()), STEP=DECODE_STEP, num_warps=DECODE_WARPS,
+        HS=HS, D=max(16, 1 << (HS - 1).bit_length()), STEP=DECODE_STEP, EARLY=bool(launch), num_warps=DECODE_WARPS,
+        **launch,
     )  # fmt: skip

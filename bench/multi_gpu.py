@@ -44,6 +44,7 @@ SHAPES = {
 }
 STEPS = {"toy": 12, "d12": 24, "d48": 10}  # to time
 Say = Callable[[str, str, object], None]
+CARDS = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
 SKIP = 4  # steps at a run's start that no figure counts
 
 
@@ -70,7 +71,7 @@ class Run:
         words = TRAIN + SHAPES[model] + base + more if model else [*TRAIN, self.folder]
         env = dict(os.environ, NCCL_NVLS_ENABLE="0")
         if ranks == 1 and not CPU:
-            env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            env["CUDA_VISIBLE_DEVICES"] = CARDS[gpu]
         a.runs.mkdir(parents=True, exist_ok=True)
         self.log = (a.runs / f"{name}.log").open("a")
         self.process = subprocess.Popen([*launcher, *map(str, words)], env=env, stdout=self.log, stderr=self.log)
@@ -130,17 +131,17 @@ def gap(a: list[float], b: list[float]) -> float:
 
 
 def alone(a: argparse.Namespace, runs: dict[str, tuple[str, dict[str, object]]]) -> list[Run]:
-    """Runs of one rank, side by side, a card each while there are as many: name -> model and flags, until their model's
-    number of steps. Those that were made before are not made again."""
-    found = {
-        name: Run(a, name, model, 1, gpu % a.ranks, **flags)
-        for gpu, (name, (model, flags)) in enumerate(runs.items())
-        if not (a.runs / name / "metrics.jsonl").exists()
-    }
-    for name, run in found.items():
-        run.reach(STEPS[runs[name][0]], 400)
-        run.stop()
-    return [found.get(name) or Run(a, name) for name in runs]
+    """Runs of one rank, side by side, a card each: name -> model and flags, until their model's number of steps. Those
+    that were made before are not made again."""
+    todo = [name for name in runs if not (a.runs / name / "metrics.jsonl").exists()]
+    while todo:
+        now, todo = todo[: a.ranks], todo[a.ranks :]
+        started = [Run(a, name, runs[name][0], 1, gpu, **runs[name][1]) for gpu, name in enumerate(now)]
+        for run in started:
+            run.reach(STEPS[runs[run.name][0]], 400)
+        for run in started:
+            run.stop()
+    return [Run(a, name) for name in runs]
 
 
 def same(a: argparse.Namespace, say: Say, kill: bool) -> None:
@@ -217,7 +218,15 @@ def speed(a: argparse.Namespace, say: Say, part: str, models: list[str], micro: 
         if micro[model]:
             say(part, f"{model} losses of {a.ranks} ranks", " ".join(f"{x:.3f}" for x in many.losses()[:10]))
         say("memory", f"{model} MiB on rank 0 of {a.ranks} as the driver says", many.memory())
-        say("memory", f"{model} MiB planned, without what NCCL takes", planned_mib(model, a.ranks))
+        say("memory", f"{model} MiB planned, without what NCCL takes",
+            elsewhere(f"multi_gpu.planned_mib({model!r}, {a.ranks})"))  # fmt: skip
+
+
+def elsewhere(expression: str) -> str:
+    """What a process of its own says: this one makes no context on a card whose memory is measured."""
+    code = f"import multi_gpu, torch; print({expression})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or sys.exit(done.stderr)  # type: ignore[func-returns-value]
 
 
 def planned_mib(model: str, ranks: int) -> int:
@@ -242,8 +251,9 @@ def main() -> None:
     a = parser.parse_args()
     parts = a.parts.split(",")
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    head = [("card", "cpu" if CPU else torch.cuda.get_device_name()), ("ranks", a.ranks), ("torch", torch.__version__),
-            ("date", time.strftime("%Y-%m-%d")), ("commit", package_commit(ROOT))]  # fmt: skip
+    card = elsewhere("'cpu' if multi_gpu.CPU else torch.cuda.get_device_name()")
+    head = {"card": card, "ranks": a.ranks, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+            "commit": package_commit(ROOT)}  # fmt: skip
     with a.out.open("w", newline="") as file:
         writer = csv.writer(file)
 
@@ -253,7 +263,7 @@ def main() -> None:
             print(f"{part}: {what}: {value}", flush=True)
 
         writer.writerow(("part", "what", "value"))
-        for what, value in head:
+        for what, value in head.items():
             say("machine", what, value)
         models = a.models.split(",")
         if "same" in parts:

@@ -214,11 +214,12 @@ def speed(a: argparse.Namespace, say: Say, part: str, models: list[str], micro: 
         many.stop()
         each = many.speed() / a.ranks
         say(part, f"{model} tok/s a rank of {a.ranks}, {tokens} tokens a step", f"{each:.0f}")
-        say(part, f"{model} ratio", f"{each / one:.4f}")
+        say(part, f"{model} ratio of {a.ranks}", f"{each / one:.4f}")
         if micro[model]:
             say(part, f"{model} losses of {a.ranks} ranks", " ".join(f"{x:.3f}" for x in many.losses()[:10]))
+        say("memory", f"{model} MiB of one rank alone as the driver says", ones[model].memory())
         say("memory", f"{model} MiB on rank 0 of {a.ranks} as the driver says", many.memory())
-        say("memory", f"{model} MiB planned, without what NCCL takes",
+        say("memory", f"{model} MiB planned",
             elsewhere(f"multi_gpu.planned_mib({model!r}, {a.ranks})"))  # fmt: skip
 
 

@@ -61,8 +61,7 @@ def attention_cases() -> list[Case]:
     found = [attention_case(kernel, i, HS, table) for HS, table in tables for i, kernel in enumerate(kernels)]
     types = dict.fromkeys(("out", "cache", "q", "k", "v"), "*bf16") | {"positions": "*i64", "scale2": "fp32"}
     types |= dict.fromkeys(("out_b", "x_b", "cache_v", "cache_b", "cache_h"), "i64")
-    constants = {"HS": 64, "D": 64, "STEP": a.DECODE_STEP}
-    return found + [(a._decode_kernel, types, constants | {"EARLY": early}, a.DECODE_WARPS) for early in (False, True)]
+    return [*found, (a._decode_kernel, types, {"HS": 64, "D": 64, "STEP": a.DECODE_STEP}, a.DECODE_WARPS)]
 
 
 def bias_cases(dtype: str) -> list[Case]:
@@ -93,7 +92,7 @@ def decode_cases(C: int, dtype: str) -> list[Case]:
     found = []
     for I, O, fc in ((C, 4 * C, True), (4 * C, C, False)):  # the first for every card
         rows, cols, warps = decode._tile(I, O)
-        flags = {"NORM": fc, "BIAS": True, "ADD": not fc, "GELU": fc, "EARLY": bool(found)}
+        flags = {"NORM": fc, "BIAS": True, "ADD": not fc, "GELU": fc}
         found.append((decode._decode_matmul_kernel, types, {**flags, "ROWS": rows, "COLS": cols}, warps))
     return found
 

@@ -20,7 +20,7 @@ from daybreak.engine.fit import OUTSIDE, Fit
 from daybreak.engine.models import build_model
 from daybreak.engine.params import ParamTable
 from daybreak.parallel import Group
-from daybreak.report.cards import EIGHT_GPUS, MEASURED, find_card
+from daybreak.report.cards import MEASURED, SEVERAL_GPUS, find_card
 from daybreak.report.plan import figures, plan, recipe_notes
 from daybreak.report.scaling import bandwidth, exposed_gradients, exposed_weights, scaling
 from daybreak.shapes import GPT2Config
@@ -28,7 +28,7 @@ from daybreak.state.throughput import CARDS
 from daybreak.training import loop
 
 ROOT = Path(__file__).resolve().parents[1]
-CSV = ROOT / "bench/results/gpu_step.csv"
+CSV, MULTI = ROOT / "bench/results/gpu_step.csv", ROOT / "bench/results/multi_gpu.csv"
 MIB = 1 << 20
 SMALL = {"model.L": 2, "model.C": 32, "model.NH": 2, "model.max_T": 64, "model.V": 257, "data.tokenizer": "bytes",
          "batch.B": 2, "run.device": "cpu", "eval.tokens": 256, "eval.sample_tokens": 4}  # fmt: skip
@@ -47,11 +47,15 @@ def said(p: daybreak.report.plan.Plan) -> dict[str, tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("m", MEASURED, ids=lambda m: f"{m.shape}-B{m.B}-r{m.recompute}")
-def test_planned_memory_is_within_two_percent_of_the_drivers(m) -> None:
-    p = on(m.shape, batch__B=m.B, batch__recompute=m.recompute)
-    assert (p.nbytes + p.outside) / MIB == pytest.approx(m.mib, rel=0.005)
-    assert OUTSIDE < p.outside < OUTSIDE + 500 * MIB
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+@pytest.mark.parametrize(("shape", "recompute"), [("d12", 0), ("d48", 2)])
+def test_planned_memory_is_within_two_percent_of_the_drivers(shape: str, recompute: int, gpus: int) -> None:
+    keys = {"parallel__zero": 1} if gpus > 1 else {}
+    p = on(shape, "h200", gpus, batch__B=16, batch__recompute=recompute, **keys)
+    where = "of one rank alone" if gpus == 1 else f"on rank 0 of {gpus}"
+    rows = {row["what"]: row["value"] for row in csv.DictReader(MULTI.open())}
+    driver = int(rows[f"{shape} MiB {where} as the driver says"])
+    assert (p.nbytes + p.outside) / MIB == pytest.approx(driver, rel=0.005)
 
 
 def test_stored_measurements_are_those_of_the_results_file() -> None:
@@ -61,7 +65,7 @@ def test_stored_measurements_are_those_of_the_results_file() -> None:
     for m in MEASURED:
         key = (m.shape, str(m.B), str(m.recompute), m.card)
         row = [r for r in rows if (r["model"], r["B"], r["recompute"], r["card"]) == key][-1]
-        assert (float(row["tok_s"]), float(row["mfu"]), int(row["memory_mib"])) == (m.tok_s, m.mfu, m.mib)
+        assert (float(row["tok_s"]), float(row["mfu"])) == (m.tok_s, m.mfu)
 
 
 @pytest.mark.parametrize(("target", "gpu"), [("d12", "4090"), ("d12", "h100"), ("d24", "a100-40gb"), ("d6", "l4")])
@@ -95,9 +99,9 @@ def test_advice_where_nothing_helps() -> None:
 
 def test_least_change_first() -> None:
     config = resolve("d12")[0].override({"precision.compute": "bf16", "batch.B": 64, "batch.total_tokens": 524288})
-    budgets = {mib: Fit(torch.device("cuda"), (), mib * MIB).advice(config) for mib in (15_000, 4_100)}
-    assert budgets[15_000] == "--batch.B 32"  # rows that divide the step
-    assert budgets[4_100].startswith("--batch.recompute")
+    budgets = {mib: Fit(torch.device("cuda"), (), mib * MIB).advice(config) for mib in (13_600, 2_700)}
+    assert budgets[13_600] == "--batch.B 32"  # rows that divide the step
+    assert budgets[2_700].startswith("--batch.recompute")
 
 
 # ---------------------------------------------------------------------------------------------- time, money, disk
@@ -105,7 +109,7 @@ def test_least_change_first() -> None:
 
 def test_the_figures_of_the_large_recipe_by_hand() -> None:
     p = on("gpt2-1558M", gpus=8, cost__price=28.0)
-    tokens, rate = 32_000 * 1_048_576, 56_112 * 8 * 0.94
+    tokens, rate = 32_000 * 1_048_576, 56_112 * 8 * 0.98
     got = said(p)
     assert p.tokens == tokens
     assert p.flops_per_token == 9_817_977_600
@@ -114,7 +118,7 @@ def test_the_figures_of_the_large_recipe_by_hand() -> None:
     assert got["run"][0] == "32,000 steps, 33.6 billion tokens, 3.29e+20 FLOPs"
     assert got["speed"][0] == f"{rate:,.0f} tok/s"
     assert got["speed"][1].startswith("modelled, from d48 B 16, recompute 1 on one NVIDIA H100")
-    assert got["time"][0] == "22h05m"
+    assert got["time"][0] == "21h11m"
     assert got["cost"] == (f"${tokens / rate / 3600 * 28:,.2f}", "as the time; $28.00 an hour")
     assert got["disk: data"][0] == "67.1 GB"  # two bytes a token
     assert got["disk: checkpoints"][0] == "74.8 GB"  # four of 12 bytes a parameter
@@ -174,7 +178,7 @@ def test_what_does_not_fit_says_the_flag() -> None:
     got = said(on("d48", "4090", batch__B=8))
     assert "fits" not in got
     value, basis = got["DOES NOT FIT"]
-    assert re.fullmatch(r"--batch.recompute 3 --batch.B [1-9]", value)
+    assert re.fullmatch(r"--batch.recompute 2 --batch.B [1-9]", value)
     assert basis == "makes it fit: planned"
 
 
@@ -236,7 +240,7 @@ def test_steps_on_many_cards() -> None:
     assert one.exposed == one.exchange == 0
     p = on("gpt2-1558M", gpus=8)
     assert eight.exchange == pytest.approx(2 * 2 * p.parameters * 7 / 8 / (0.73 * 450e9), rel=0.01)
-    assert eight.alone / eight.seconds == pytest.approx(EIGHT_GPUS, abs=0.001)  # nearly all of it is hidden
+    assert eight.alone / eight.seconds == pytest.approx(SEVERAL_GPUS, abs=0.001)  # nearly all of it is hidden
     assert (eight.B, eight.micro_steps, many.B, many.micro_steps) == (16, 8, 2, 1)
     assert many.exposed > many.alone  # 2 rows are over before their gradients are sent
     assert bandwidth("h100", 8) == bandwidth("h100", 16, 100) == 0.73 * 450e9

@@ -17,9 +17,10 @@ from daybreak.engine.schedule import plan_engine
 from daybreak.errors import Error, OutOfMemory
 from daybreak.parallel import ALONE, Group
 
-# What a process has on a card beside its arena: CUDA context, modules, library handles, graphs. One H100 80GB HBM3,
-# torch 2.11.0+cu130, 25 Nov 2026: between 2,040 and 2,163 MiB in five runs (bench/results/gpu_step.csv).
-OUTSIDE = 2080 << 20
+# What a process has on a card beside its arena: CUDA context, modules, library handles, graphs; and with several ranks
+# NCCL. Runs of `daybreak train` on 1, 2 and 4 H200, torch 2.11.0+cu130, 26 Nov 2026 (bench/results/multi_gpu.csv): 676
+# and 684 MiB, and 1,442 to 1,465 with NCCL.
+OUTSIDE, NCCL = 680 << 20, 773 << 20
 # How torch, Triton, the CUDA driver and runtime, cuBLAS, cuDNN and the system say that an allocation failed.
 NO_MEMORY = re.compile(r"out.of.memory|alloc(ation)?_failed|memoryallocation|allocate memory", re.IGNORECASE)
 
@@ -33,7 +34,7 @@ def plan_memory(
     arena = plan_engine(config.model, B=B, device_type=kind, missing=missing, group=group, **options)[2]
     if device.type != "cuda":
         return arena, 0
-    outside, c = OUTSIDE, config
+    outside, c = OUTSIDE + (NCCL if group.world > 1 else 0), config
     if arena.choices["attention_backward"] == "fa4":
         from daybreak.kernels.cuda.fa4 import workspace_bytes
 

@@ -22,6 +22,7 @@ from daybreak.kernels import acc_dtype
 from daybreak.shapes import GPT2Config
 
 HEAD_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # upper limit for one chunk of logits; a GPU needs more work at once
+FEW_TEXTS = 2  # written at once by kernels that read weights for few rows: 0.8 ms for each more of 1558M's (NOTES.md)
 RECOMPUTE_GELU, RECOMPUTE_LAYERNORM, RECOMPUTE_BLOCK = 1, 2, 3
 
 
@@ -103,27 +104,38 @@ class GPT2:
     def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor) -> Tensor:
         """Logits (b, Vp) that follow one more token of each of b texts, at their positions (b). Reads and adds to kv.
 
-        Five launches a block: a layernorm is part of the product that reads it."""
+        Few texts: five launches a block, as a layernorm is part of the product that reads it."""
         k, c, b = f.k, self.cfg, tokens.shape[0]
+
+        def product(
+            out: Tensor, x: Tensor, name: str, add: Tensor | None = None, norm: str = "", pre: str = ""
+        ) -> None:
+            w, bias = f.w(name if name == "wte" else name + "w"), None if name == "wte" else f.w(name + "b")
+            if b <= FEW_TEXTS:
+                ln = (f.w(norm + "w"), f.w(norm + "b")) if norm else (None, None)
+                k.matmul_decode(out, x, w, bias, add, *ln, gelu=bool(pre))
+                return
+            x = self._layernorm_forward(f, norm, x) if norm else x
+            if pre:
+                k.matmul_gelu_forward(out, f.a(pre, *out.shape), x, w, bias)
+            else:
+                k.matmul_forward(out, x, w, bias, add)
+
         residual = f.a("embedded", b, c.C)
         k.embedding_decode(residual, tokens, positions, f.w("wte"), f.w("wpe"))
         for l in range(c.L):
             h = f"h.{l}."
             qkv, att = f.a(h + "qkv", b, 3 * c.C), f.a(h + "att", b, c.C)
+            product(qkv, residual, h + "qkv", norm=h + "ln1")
+            (out,), heads = self._heads(att, b, 1), self._heads(qkv, b, 1)
+            k.attention_decode(out[:, 0], kv[l], *(x[:, 0] for x in heads), positions, scale=self.scale)
             residual2, gelu = f.a(h + "residual2", b, c.C), f.a(h + "gelu", b, 4 * c.C)
-            k.matmul_decode(qkv, residual, f.w(h + "qkvw"), f.w(h + "qkvb"), None, f.w(h + "ln1w"), f.w(h + "ln1b"))
-            k.attention_decode(
-                *(x[:, 0] for x in self._heads(att, b, 1)), kv[l], *(x[:, 0] for x in self._heads(qkv, b, 1)),
-                positions, scale=self.scale,
-            )  # fmt: skip
-            k.matmul_decode(residual2, att, f.w(h + "attprojw"), f.w(h + "attprojb"), residual)
-            k.matmul_decode(
-                gelu, residual2, f.w(h + "fcw"), f.w(h + "fcb"), None, f.w(h + "ln2w"), f.w(h + "ln2b"), gelu=True
-            )
+            product(residual2, att, h + "attproj", add=residual)
+            product(gelu, residual2, h + "fc", norm=h + "ln2", pre=h + "fc")
             residual = f.a(h + "residual3", b, c.C)
-            k.matmul_decode(residual, gelu, f.w(h + "fcprojw"), f.w(h + "fcprojb"), residual2)
+            product(residual, gelu, h + "fcproj", add=residual2)
         logits = f.a("logits", b, c.Vp)
-        k.matmul_decode(logits, residual, f.w("wte"), None, None, f.w("lnfw"), f.w("lnfb"))
+        product(logits, residual, "wte", norm="lnf")
         return logits
 
     def memory_shape(self, rows: int, T: int) -> tuple[int, ...]:

@@ -162,7 +162,8 @@ def plan_engine(
         evaluate(model, f, f.state, B, T)
 
     def generation(f: Any) -> None:
-        next_token(model, f, f.state, rows)
+        for b in sorted({1, min(2, rows), rows}):  # a model may write few texts by other calls
+            next_token(model, f, f.state, b)
         for b in range(2, rows + 1):  # many short texts may need more scratch than one long one
             t = min(T, B * T // b)
             model.forward(f, f.state["tokens"].view(-1)[: b * t].view(b, t), f.state["kv"][:, :, :b])

@@ -180,8 +180,9 @@ def matmul_decode(
     out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = None,
     lnw: Tensor | None = None, lnb: Tensor | None = None, *, gelu: bool = False, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """out (n, O) = act(norm(x (n, I)) @ w (O, I)^T + b (O)) + add (n, O): one product of writing text, with all that
-    is around it. norm: the layernorm of weight lnw (I) and bias lnb (I), if they are given; act: GELU, if asked for."""
+    """out (n, O) = act(norm(x (n, I)) @ w (O, I)^T + b (O)) + add (n, O): one product of writing a text or two, with
+    all that is around it. norm: layernorm with weight lnw (I) and bias lnb (I), where they are given; act: GELU, if
+    asked for."""
     if lnw is not None and lnb is not None:
         ln, mean, rstd, *rest = scratch(decode_temps(out, x, w))
         layernorm_forward(ln, mean, rstd, x, lnw, lnb, scratch=lambda _: rest)

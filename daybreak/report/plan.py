@@ -20,7 +20,7 @@ from daybreak.engine.device import available_bytes, missing_on, pick_compute, pi
 from daybreak.engine.fit import Fit, plan_memory
 from daybreak.engine.models import build_model
 from daybreak.engine.params import ParamTable
-from daybreak.report.cards import MEASURED, find_card, token_rate
+from daybreak.report.cards import find_card, token_rate
 from daybreak.state.metrics import format_duration
 from daybreak.state.restore import staged_bytes
 
@@ -186,8 +186,7 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
          if steps else "n/a", "counted" if steps else "one epoch of its data; give --steps"),
     ]  # fmt: skip
     total = p.nbytes + p.outside
-    beside = f"; outside it {p.outside // MIB:,} MiB, measured on one {MEASURED[0].card}" if p.outside else ""
-    beside += ", without NCCL's buffers" if p.outside and p.gpus > 1 else ""
+    beside = f"; outside it {p.outside // MIB:,} MiB, measured on H200s" if p.outside else ""
     of = f" of {p.budget // MIB:,}" + (f" ({USABLE:.0%} of the card)" if p.card else "") if p.budget else ""
     rows.append(("memory", f"{total // MIB:,} MiB{of}", f"arena {p.nbytes // MIB:,} MiB, exact{beside}"))
     if p.budget:
@@ -236,7 +235,7 @@ def print_plan(p: Plan, notes: Sequence[str] = ()) -> None:
     table.add_section()
     table.add_row("total", "", f"{p.nbytes / MIB:,.1f}")
     if p.outside:
-        table.add_row("outside", "CUDA context, modules, graphs, FA4's own (measured)", f"{p.outside / MIB:,.1f}")
+        table.add_row("outside", "CUDA context, modules, graphs, NCCL, FA4's own (measured)", f"{p.outside / MIB:,.1f}")
     console.print(table)
     if p.host_nbytes:
         console.print(

@@ -4,7 +4,7 @@ One GPU's time for its share of the tokens (cards.token_rate), and what the exch
 forward do not hide it: buckets as `Sharding` cuts them travel one after the other, each once its gradients are final.
 A rank sends as fast as the slower of its link inside the host and the host's network ports together, because NCCL's
 rings cross the network once a host, a port each. What NCCL takes from the products and what stragglers cost is in
-cards.EIGHT_GPUS; other traffic, and NCCL's trees, are not modelled.
+cards.SEVERAL_GPUS; other traffic, and NCCL's trees, are not modelled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from daybreak.config import Config
 from daybreak.engine import DTYPES
 from daybreak.engine.collectives import Sharding
 from daybreak.errors import ConfigError
-from daybreak.report.cards import EIGHT_GPUS, find_card, token_rate
+from daybreak.report.cards import SEVERAL_GPUS, find_card, token_rate
 from daybreak.report.plan import ENOUGH_TOKENS, MIB, Plan, plan
 from daybreak.state.metrics import format_duration
 
@@ -78,7 +78,7 @@ def scale(p: Plan, gpu: str, network: float = NETWORK) -> Scale:
     one = token_rate(c.model, c.T, c.batch.B, c.batch.recompute, p.flops_per_token, p.card, 1)
     if one is None:
         raise ConfigError(f"--gpus {p.gpus}: the speed of one {p.card} is not known; take another --gpu.")
-    micro = c.batch.B * c.T / (one[0] * (EIGHT_GPUS if p.gpus > 1 else 1.0))
+    micro = c.batch.B * c.T / (one[0] * (SEVERAL_GPUS if p.gpus > 1 else 1.0))
     sharding, size = p.arena.sharding, DTYPES[p.compute].itemsize
     forward = micro / (4 if c.batch.recompute == 3 else 3)  # backward costs two forwards; whole blocks again, three
     backward = micro - forward
@@ -141,8 +141,8 @@ def print_scaling(config: Config, gpu: str, rows: Sequence[Scale], network: floa
     print(
         f"ZeRO stage {config.parallel.zero}, buckets of {config.parallel.bucket_bytes >> 20} MiB; {REACHED:.0%} of "
         f"{link:g} GB/s inside a host of {HOST} and of {min(link, HOST * network):g} between hosts (--network "
-        f"{network:g} a GPU), {HOP * 1e6:g} us a rank and bucket; {EIGHT_GPUS} of one GPU's speed besides, as llm.c's "
-        "on 8 GPUs. Not yet checked on several GPUs."
+        f"{network:g} a GPU), {HOP * 1e6:g} us a rank and bucket; {SEVERAL_GPUS} of one GPU's speed besides, "
+        "measured on 4 GPUs of one host. Between hosts not checked."
     )
     if any(r.B < config.batch.B for r in rows):
         print("*: so few rows keep a card less busy than is believed here.")

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
-from daybreak.kernels.cuda.decode import begin_early, early, wait_for_inputs
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -242,14 +241,12 @@ def _backward_keys_kernel(
 @triton.jit
 def _decode_kernel(
     out, cache, q, k, v, positions, out_b, x_b, cache_v, cache_b, cache_h, scale2,
-    HS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr,
+    HS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: the newest key and value go into the cache, and the query walks over those before them."""
-    begin_early(EARLY)
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     columns, keys = tl.arange(0, D), tl.arange(0, STEP)
     real = columns < HS
-    wait_for_inputs(EARLY)
     place = tl.load(positions + b).to(tl.int32)
     at = b * x_b + h * HS + columns
     query = tl.load(q + at, mask=real, other=0.0).to(tl.float32) * scale2
@@ -354,9 +351,7 @@ def attention_decode(
     assert q.stride(0) == k.stride(0) == v.stride(0), "q, k and v are laid out alike"
     assert all(x[0].is_contiguous() for x in (out, q, k, v)), "heads must be contiguous"
     assert cache[0, 0, 0].is_contiguous(), "a head's keys must be contiguous"
-    launch = {"launch_pdl": True} if early(q.device) else {}
     _decode_kernel[(b, NH)](
         out, cache, q, k, v, positions, out.stride(0), q.stride(0), *cache.stride()[:3], scale * math.log2(math.e),
-        HS=HS, D=max(16, 1 << (HS - 1).bit_length()), STEP=DECODE_STEP, EARLY=bool(launch), num_warps=DECODE_WARPS,
-        **launch,
+        HS=HS, D=max(16, 1 << (HS - 1).bit_length()), STEP=DECODE_STEP, num_warps=DECODE_WARPS,
     )  # fmt: skip

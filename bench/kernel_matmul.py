@@ -29,6 +29,19 @@ def _cases(
     return [case(backend) for backend in BACKENDS]
 
 
+def _decode(backend: str, name: str, I: int, O: int) -> Case:
+    """A product of the one row of a text under way: reading w is all there is to it."""
+
+    def make() -> Callable[[], None]:
+        norm = [rand(I), rand(I)] if name in ("qkv", "fc", "head") else [None, None]
+        add = rand(1, O) if name in ("attproj", "fcproj") else None
+        b = None if name == "head" else rand(O)
+        w = rand(O, I, scale=I**-0.5)
+        return launch("matmul_decode", backend, rand(1, O), rand(1, I), w, b, add, *norm, gelu=name == "fc")
+
+    return Case("matmul_decode", backend, 2 * I * O, 2 * I * O, make, note=f"{name}, one row")
+
+
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
     """Every product that a step of this shape makes."""
     n, out = B * T, []
@@ -47,6 +60,8 @@ def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
         for accumulate in (False, True):
             note = f"{name}, {'add' if accumulate else 'write'}"
             out += _cases("matmul_backward_weight", note, [w, y, x], size, accumulate=accumulate)
+    for name, I, O in (("qkv", C, 3 * C), ("attproj", C, C), ("fc", C, 4 * C), ("fcproj", 4 * C, C), ("head", C, Vp)):
+        out += [_decode(backend, name, I, O) for backend in ("triton", "torch")]
     rows = min(n, HEAD_ROWS)
     size, x, w, y = (rows, C, Vp), (rows, C), (Vp, C), (rows, Vp)
     out += _cases("matmul_forward", "head", [y, x, w], size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 
@@ -11,7 +12,7 @@ from kernel_harness import DEVICE, F64, close, draw, each_dtype, either, f64, ou
 from torch import Tensor
 
 from daybreak.kernels import matmul
-from daybreak.kernels.cuda import cublaslt, products, tune
+from daybreak.kernels.cuda import cublaslt, products, quack, tune
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 each_backend = pytest.mark.parametrize(
@@ -390,3 +391,14 @@ def test_decode(backend, dtype, n, I, O, norm, biased, added, act):
     if added:
         limit, want = limit + half_ulp * want.abs(), want + f64(add)
     within(out, want, limit)
+
+
+def test_quack_is_imported_without_torch_compile():
+    """And torch is as it was afterwards, whatever happened."""
+    plain = torch.compile, torch.compiler.disable
+    with pytest.raises(KeyError), quack._uncompiled():
+        assert torch.compile(math.sqrt) is torch.compiler.disable(math.sqrt) is math.sqrt
+        assert torch.compile(dynamic=True)(math.sqrt) is math.sqrt
+        assert "recompile_limit" in inspect.signature(torch.compile).parameters  # else quack asks torch._dynamo for it
+        raise KeyError
+    assert (torch.compile, torch.compiler.disable) == plain

@@ -16,6 +16,8 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -83,11 +85,28 @@ def _measured(trans: str, m: int, n: int, k: int, epilogue: str, mode: str, devi
     return parse(entry["quack"]) if entry.get("quack") else "cublaslt" if "quack" in entry else None
 
 
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """torch.compile and torch.compiler.disable do nothing meanwhile. quack wraps functions in them that are not called
+    here (quantizers, an autotuner), and what torch loads for that takes longer than quack and CUTLASS together."""
+
+    def leave(fn: Any = None, *, recompile_limit: int | None = None, **_: Any) -> Any:
+        return fn if fn is not None else lambda fn: fn
+
+    plain = torch.compile, torch.compiler.disable
+    torch.compile = torch.compiler.disable = leave  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile, torch.compiler.disable = plain  # type: ignore[assignment]
+
+
 @cache
 def epilogues() -> Any:
     """The kernels' epilogues; the package reads where to keep what it compiles when it is imported."""
     os.environ.setdefault("QUACK_CACHE_DIR", cache_folder("quack"))
-    return importlib.import_module("daybreak.kernels.cuda.quack_epilogues")
+    with _uncompiled():
+        return importlib.import_module("daybreak.kernels.cuda.quack_epilogues")
 
 
 def usable(capability: tuple[int, int]) -> str | None:

@@ -93,12 +93,15 @@ def _uncompiled() -> Iterator[None]:
     def leave(fn: Any = None, *, recompile_limit: int | None = None, **_: Any) -> Any:
         return fn if fn is not None else lambda fn: fn
 
-    plain = torch.compile, torch.compiler.disable
-    torch.compile = torch.compiler.disable = leave  # type: ignore[assignment]
+    wrappers = (torch, "compile"), (torch.compiler, "disable")
+    plain = [getattr(module, name) for module, name in wrappers]
     try:
+        for module, name in wrappers:
+            setattr(module, name, leave)
         yield
     finally:
-        torch.compile, torch.compiler.disable = plain  # type: ignore[assignment]
+        for (module, name), fn in zip(wrappers, plain, strict=True):
+            setattr(module, name, fn)
 
 
 @cache

@@ -191,23 +191,23 @@ def same(a: argparse.Namespace, say: Say, kill: bool) -> None:
     assert gap(first.losses(), one) <= 2 * bound or CPU
 
 
-def speed(a: argparse.Namespace, say: Say, part: str, models: list[str], micro: dict[str, int]) -> None:
+def speed(a: argparse.Namespace, say: Say, part: str, models: list[str], micro: int) -> None:
     """Tokens a second of a rank, alone and among all; memory beside the plan. micro: micro-steps of B = 16 of all ranks
     a step (0: 8 a rank)."""
     T, B = (64, 4) if CPU else (1024, 16)
     flags: dict[str, object] = {"run__steps": 32000, "checkpoint__every": 0, "optim__lr": 6e-4, "schedule__warmup": 700}
-    asked = {f"{part}-{m}-1": (m, {**flags, "batch__total_tokens": (micro[m] or 8) * B * T}) for m in models}
+    asked = {f"{part}-{m}-1": (m, {**flags, "batch__total_tokens": (micro or 8) * B * T}) for m in models}
     ones = dict(zip(models, alone(a, asked), strict=True))
     for model in models:
         one = ones[model].speed()
-        tokens = (micro[model] or 8) * B * T
+        tokens = (micro or 8) * B * T
         say(part, f"{model} tok/s of one rank alone, {tokens} tokens a step", f"{one:.0f}")
-        if micro[model]:
+        if micro:
             say(part, f"{model} losses of one rank", " ".join(f"{x:.3f}" for x in ones[model].losses()[:10]))
         if a.ranks == 1:
             continue
-        profile = {"run__profile": "6:7"} if model == models[0] and not micro[model] else {}
-        tokens *= 1 if micro[model] else a.ranks
+        profile = {"run__profile": "6:7"} if model == models[0] and not micro else {}
+        tokens *= 1 if micro else a.ranks
         many = Run(a, f"{part}-{model}-{a.ranks}", model, a.ranks, batch__total_tokens=tokens, **flags,
                    **profile)  # fmt: skip
         many.reach(STEPS[model], 240)
@@ -215,7 +215,7 @@ def speed(a: argparse.Namespace, say: Say, part: str, models: list[str], micro: 
         each = many.speed() / a.ranks
         say(part, f"{model} tok/s a rank of {a.ranks}, {tokens} tokens a step", f"{each:.0f}")
         say(part, f"{model} ratio of {a.ranks}", f"{each / one:.4f}")
-        if micro[model]:
+        if micro:
             say(part, f"{model} losses of {a.ranks} ranks", " ".join(f"{x:.3f}" for x in many.losses()[:10]))
         say("memory", f"{model} MiB of one rank alone as the driver says", ones[model].memory())
         say("memory", f"{model} MiB on rank 0 of {a.ranks} as the driver says", many.memory())
@@ -270,9 +270,9 @@ def main() -> None:
         if "same" in parts:
             same(a, say, "kill" in parts)
         if "speed" in parts:
-            speed(a, say, "speed", models, dict.fromkeys(models, 0))
+            speed(a, say, "speed", models, 0)
         if "long" in parts:  # GPT-2 1558M's own batch
-            speed(a, say, "long", models, dict.fromkeys(models, 64))
+            speed(a, say, "long", models, 64)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import Future
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from daybreak.engine.device import cpu_has_bf16
 from daybreak.evaluate.validation import validate
 from daybreak.generate import Sampling, Text, write_all
 from daybreak.kernels import matmul
+from daybreak.kernels.optimizer import FLAT_CHUNK
+from daybreak.parallel import Group
 from daybreak.shapes import GPT2Config, parse_shape
 from daybreak.state.checkpoint import save_checkpoint
 from daybreak.state.restore import Staging, snapshot
+from daybreak.state.safetensors_io import SafetensorsFile, create_safetensors, fill_safetensors
 from daybreak.state.saver import Saver
 
 SHAPE = GPT2Config(L=3, C=64, NH=4, max_T=64, V=257)
@@ -95,6 +99,27 @@ class AtOnce:
 def test_the_meter_sees_temporaries(tmp_path: Path) -> None:
     x = torch.ones(1000)
     assert 4000 in allocations(tmp_path / "trace", lambda: torch.logsumexp(x + 1, 0))
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_one_of_two_ranks_saves_and_sets_split_masters_in_pieces(zero: int, tmp_path: Path) -> None:
+    """On a GPU what both take stays reserved: a rank's whole fp32 weights were 254 MiB of GPT-2 124M on 2 GPUs."""
+    shape, group = GPT2Config(L=1, C=64, NH=2, max_T=16, V=50257), Group(world=2)
+    engine = Engine(shape, B=1, T=8, compute="bf16", masters="split", zero=zero, group=group)
+    taken = snapshot(engine, 0, {})
+    assert taken.parts is not None
+    create_safetensors(tmp_path / "model.safetensors", taken.model)
+    parts, wte = taken.parts, torch.randn(engine.param("wte").shape, generator=torch.Generator().manual_seed(1))
+    most = 4 * FLAT_CHUNK
+    assert wte.nbytes > 2 * most
+    sizes = allocations(tmp_path / "trace", lambda: engine.set_master("wte", wte))
+    assert 0 < max(sizes) <= most
+    write = partial(fill_safetensors, tmp_path / "model.safetensors", {name: parts(name) for name in taken.model})
+    assert 0 < max(allocations(tmp_path / "trace", write)) <= most
+    written = torch.empty(wte.numel())
+    SafetensorsFile(tmp_path / "model.safetensors").read("wte", written)
+    for where, _ in engine.comm.plan.within("wte", engine.comm.plan.shards()):
+        assert torch.equal(written[where], wte.view(-1)[where])
 
 
 def test_onednns_products_take_pieces_of_eight_megabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

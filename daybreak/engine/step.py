@@ -10,7 +10,7 @@ What a step consists of is in schedule.py; this is the engine that owns the memo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -43,10 +43,13 @@ def draw(cfg: GPT2Config, seed: int) -> dict[str, Tensor]:
     return drawn
 
 
-def _pieces(start: int, stop: int) -> Iterator[slice]:
-    """Consecutive slices of at most FLAT_CHUNK elements."""
-    for at in range(start, stop, FLAT_CHUNK):
-        yield slice(at, min(at + FLAT_CHUNK, stop))
+def _pieces(parts: Iterable[tuple[slice, slice]]) -> Iterator[tuple[slice, slice]]:
+    """The same in pieces of at most FLAT_CHUNK elements: on a GPU temporaries as large as a parameter would stay
+    reserved, memory that the run then lacks."""
+    for where, at in parts:
+        for i in range(0, where.stop - where.start, FLAT_CHUNK):
+            n = min(FLAT_CHUNK, where.stop - where.start - i)
+            yield slice(where.start + i, where.start + i + n), slice(at.start + i, at.start + i + n)
 
 
 class Engine:
@@ -168,45 +171,50 @@ class Engine:
         return self.frame.w(name)
 
     def master(self, name: str) -> Tensor:
-        """A weight as exactly as the engine has it: fp32 (fp64; bf16 without masters). A view, or of split ones a copy.
-        Change it with `set_master`. At ZeRO stage 1 and 2 no rank has a whole one: see `master_parts`."""
-        masters = self.state.get("masters", self.state["weights"])
-        assert not self.comm.plan.zero or masters is self.state["weights"], "masters are shared out over the ranks"
-        value = self.table.view(masters, name)
+        """A weight as exactly as the engine has it: fp32 (fp64; bf16 without masters). A view, or of split ones a copy
+        in host memory. Change it with `set_master`. At ZeRO stage 1 and 2 no rank has a whole one: see `master_parts`.
+        """
+        masters, plan = self.state.get("masters", self.state["weights"]), self.comm.plan
+        assert not plan.zero or masters is self.state["weights"], "masters are shared out over the ranks"
         if masters.dtype != torch.int16:
-            return value
-        return join_masters(torch.empty(value.shape, device=self.device), self.param(name), value)
+            return self.table.view(masters, name)
+        whole = torch.empty(self.param(name).shape)
+        for start, part in self._exact(name, plan.held()):
+            whole.view(-1)[start : start + part.numel()].copy_(part)
+        return whole
 
     def master_parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(first element, 1-D tensor) of the parts of a weight that are this rank's to save, as exact as `master`'s."""
-        masters, plan = self.state.get("masters"), self.comm.plan
-        for where, at in plan.within(name, plan.shards()):
-            value = self.param(name).view(-1)[where]
-            if masters is not None and masters.dtype == torch.int16:
-                value = join_masters(torch.empty(value.shape, device=self.device), value, masters[at])
-            elif masters is not None:
-                value = masters[at]
-            yield where.start, value
+        """(first element, 1-D tensor) of the parts of a weight that are this rank's to save, as exact as `master`'s.
+        Views, or of split ones pieces that are joined when it is their turn."""
+        return self._exact(name, self.comm.plan.shards())
+
+    def _exact(self, name: str, ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, Tensor]]:
+        masters, weight = self.state.get("masters"), self.param(name).view(-1)
+        for where, at in _pieces(self.comm.plan.within(name, ranges)):
+            if masters is None:
+                yield where.start, weight[where]
+            elif masters.dtype == torch.int16:
+                value = torch.empty(where.stop - where.start, device=self.device)
+                yield where.start, join_masters(value, weight[where], masters[at])
+            else:
+                yield where.start, masters[at]
 
     def set_master(self, name: str, value: Tensor) -> None:
-        """Set a weight and what belongs to it from a tensor of its shape, of any float dtype and device. In pieces: on
-        a GPU temporaries as large as a parameter would be memory that the run then lacks."""
+        """Set a weight and what belongs to it from a tensor of its shape, of any float dtype and device."""
         masters, weight, plan = self.state.get("masters"), self.param(name).view(-1), self.comm.plan
         value = value.reshape(-1)
         if masters is None:
             weight.copy_(value)
             return
         if plan.zero:  # the others' parts too
-            for part in _pieces(0, weight.numel()):
-                round_weights(weight[part], value[part].to(self.device, torch.float32))
-        for where, at in plan.within(name, plan.held()):
-            for part in _pieces(where.start, where.stop):
-                exact = value[part].to(self.device, torch.float32)
-                low = masters[at.start + part.start - where.start :][: exact.numel()]
-                if masters.dtype == torch.int16:
-                    split_masters(weight[part], low, exact)
-                else:
-                    round_weights(weight[part], low.copy_(exact))
+            for where, _ in _pieces([(slice(0, weight.numel()), slice(0, weight.numel()))]):
+                round_weights(weight[where], value[where].to(self.device, torch.float32))
+        for where, at in _pieces(plan.within(name, plan.held())):
+            exact = value[where].to(self.device, torch.float32)
+            if masters.dtype == torch.int16:
+                split_masters(weight[where], masters[at], exact)
+            else:
+                round_weights(weight[where], masters[at].copy_(exact))
 
     def finish(self) -> None:
         """Fetch the weights that other ranks updated. Collective; before whatever reads weights between steps."""
@@ -348,7 +356,7 @@ class Engine:
         squares = []
         for name in self.table.rows:
             grads = [sums[at] for _, at in plan.within(name, plan.shards())]
-            for parts in ([part for _, part in self.master_parts(name)], grads):
+            for parts in ((part for _, part in self.master_parts(name)), grads):
                 norms = (torch.linalg.vector_norm(part, dtype=acc_dtype(part.dtype)).item() for part in parts)
                 squares.append(sum(norm**2 for norm in norms))
         found = iter(self.comm.group.numbers(squares))

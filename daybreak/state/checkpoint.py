@@ -17,8 +17,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -59,8 +59,8 @@ class Snapshot:
     optimizer: key ("m", "v") -> this rank's ranges of that flat buffer as (first element, contiguous 1-D tensor).
     flat_numel: elements of a whole flat buffer. layout: (name, first element, shape) of each tensor in it.
     extra: small tensors kept by rank 0. manifest: JSON-able, keys other than RESERVED, no non-finite floats.
-    parts: of several ranks, this one's parts of each model tensor, (first element, contiguous 1-D tensor), of which
-    `model` then has only shape and dtype.
+    parts: of several ranks, gives this one's parts of a model tensor, (first element, contiguous 1-D tensor), when they
+    are written; `model` then has only shapes and dtypes.
     """
 
     step: int
@@ -70,7 +70,7 @@ class Snapshot:
     layout: list[tuple[str, int, tuple[int, ...]]]
     extra: Mapping[str, torch.Tensor]
     manifest: Mapping[str, Any]
-    parts: Mapping[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
+    parts: Callable[[str], Iterable[tuple[int, torch.Tensor]]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +112,8 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
 
     def write() -> dict[str, Written]:
         if group.world > 1:
-            fill_safetensors(temporary / MODEL, snap.parts)
+            assert snap.parts is not None
+            fill_safetensors(temporary / MODEL, {name: snap.parts(name) for name in snap.model})
             return {optimizer: _write_optimizer(temporary / optimizer, snap, group.rank)}
         return {
             MODEL: write_safetensors(temporary / MODEL, snap.model),

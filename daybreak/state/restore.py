@@ -28,7 +28,7 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Stagi
     ranges = [(a, b, at if plan.zero else a) for a, b, at in plan.shards() if a < b]
     optimizer = {key: [(a, state[key][at : at + b - a]) for a, b, at in ranges] for key in ("m", "v")}
     extra: Mapping[str, Tensor] = {name: state[name] for name in WINDOWS}
-    parts = dict[str, list[tuple[int, Tensor]]]()
+    parts = None
     if staging is not None:
         staging.take(engine)
         model = {name: table.view(staging.weights, name) for name in engine.names()}
@@ -36,7 +36,7 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Stagi
     elif plan.world > 1:
         dtype = _exact(state.get("masters", state["weights"]).dtype)
         model = {name: torch.empty(row.shape, dtype=dtype, device="meta") for name, row in table.rows.items()}
-        parts = {name: list(engine.master_parts(name)) for name in engine.names()}
+        parts = engine.master_parts
     else:
         model = {name: engine.master(name).cpu() for name in engine.names()}
     return Snapshot(step, model, optimizer, table.numel, table.layout(), extra, manifest, parts)

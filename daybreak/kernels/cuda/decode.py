@@ -10,6 +10,7 @@ from torch import Tensor
 
 from daybreak.kernels import backend
 from daybreak.kernels.cuda import tl, triton
+from daybreak.kernels.cuda.gelu import sigmoid_2u
 from daybreak.kernels.norm import EPS
 
 TILE = 1 << 14  # weights of one program, which it holds in registers
@@ -42,8 +43,7 @@ def _decode_matmul_kernel(
             y += bias
         if GELU:
             y = y.to(out.dtype.element_ty).to(tl.float32)  # likewise
-            u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-            y *= 1.0 - 1.0 / (tl.exp(2.0 * u) + 1.0)
+            y *= sigmoid_2u(y)
         if ADD:
             y += tl.load(add + row * O + rows, mask=real, other=0.0).to(tl.float32)
         tl.store(out + row * O + rows, y.to(out.dtype.element_ty), mask=real)

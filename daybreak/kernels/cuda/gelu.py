@@ -18,7 +18,7 @@ BLOCK, WARPS = 2048, 4  # 16 values a thread: two loads of 16 bytes in bf16 from
 
 
 @triton.jit
-def _sigmoid_2u(x):
+def sigmoid_2u(x):
     """1 / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3)."""
     return 1.0 / (1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
 
@@ -29,7 +29,7 @@ def _gelu_forward_kernel(out, x, size, BLOCK: tl.constexpr):
     at = (tl.num_programs(0) - 1 - pid).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     xf = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, (xf * _sigmoid_2u(xf)).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at, (xf * sigmoid_2u(xf)).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _gelu_backward_kernel(grad, x, size, BLOCK: tl.constexpr):
     mask = at < size
     xf = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     df = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-    s = _sigmoid_2u(xf)
+    s = sigmoid_2u(xf)
     slope = s + s * (1.0 - s) * xf * (1.5957691216057308 + 0.21406626995640576 * xf * xf)
     tl.store(grad + at, (df * slope).to(grad.dtype.element_ty), mask=mask)
 

@@ -169,7 +169,7 @@ class Batch:
             while many < min(free, len(waiting)) and (many + 1) * _longest(waiting[: many + 1], T) <= capacity:
                 many += 1
             now, waiting = waiting[:many], waiting[many:]
-            logits = self.engine.prefill(row, [text.ids[-T:] for text in now]).cpu().numpy()
+            logits = self.engine.prefill(row, [text.ids[-T:] for text in now]).numpy()
             self.texts |= {row + i: text for i, text in enumerate(now)}
             self._take({row + i: logits[i] for i in range(many)})
 
@@ -181,11 +181,11 @@ class Batch:
             rows = range(max(inside) + 1)
             tokens = [inside[row].ids[-1] if row in inside else 0 for row in rows]
             places = [len(inside[row].ids) - 1 if row in inside else 0 for row in rows]
-            logits = self.engine.decode(tokens, places).cpu().numpy()
+            logits = self.engine.decode(tokens, places).numpy()
             self._take({row: logits[row] for row in inside})
         for row in [row for row in self.texts if row not in inside]:
             window = self.texts[row].ids[-T:]
-            self._take({row: self.engine.prefill(row, [window])[0].cpu().numpy()})
+            self._take({row: self.engine.prefill(row, [window])[0].numpy()})
 
     def _take(self, logits: dict[int, Logits]) -> None:
         for row, x in logits.items():

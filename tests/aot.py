@@ -58,10 +58,7 @@ def attention_cases() -> list[Case]:
     kernels = (a._forward_kernel, a._backward_queries_kernel, a._backward_keys_kernel)
     # The first of each kernel must fit every card.
     tables = ((64, a.SMALL), (64, a.LARGE), (64, a.FP32), (128, a.LARGE), (128, a.FP32))
-    found = [attention_case(kernel, i, HS, table) for HS, table in tables for i, kernel in enumerate(kernels)]
-    types = dict.fromkeys(("out", "cache", "q", "k", "v"), "*bf16") | {"positions": "*i64", "scale2": "fp32"}
-    types |= dict.fromkeys(("out_b", "x_b", "cache_v", "cache_b", "cache_h"), "i64")
-    return [*found, (a._decode_kernel, types, {"HS": 64, "D": 64, "STEP": a.DECODE_STEP}, a.DECODE_WARPS)]
+    return [attention_case(kernel, i, HS, table) for HS, table in tables for i, kernel in enumerate(kernels)]
 
 
 def bias_cases(dtype: str) -> list[Case]:
@@ -90,10 +87,15 @@ def decode_cases(C: int, dtype: str) -> list[Case]:
     names = ("out", "x", "w", "b", "add", "lnw", "lnb")
     types = dict.fromkeys(names, dtype) | {"n": "i32?", "I": "i32", "O": "i32", "eps": "fp32"}
     found = []
-    for I, O, fc in ((C, 4 * C, True), (4 * C, C, False)):  # the first for every card
+    for I, O, fc, overlap in ((C, 4 * C, True, False), (C, 4 * C, True, True), (4 * C, C, False, True)):
         rows, cols, warps = decode._tile(I, O)
-        flags = {"NORM": fc, "BIAS": True, "ADD": not fc, "GELU": fc}
+        flags = {"NORM": fc, "BIAS": True, "ADD": not fc, "GELU": fc, "OVERLAP": overlap}
         found.append((decode._decode_matmul_kernel, types, {**flags, "ROWS": rows, "COLS": cols}, warps))
+    types = dict.fromkeys(("out", "cache", "q", "k", "v"), dtype) | {"positions": "*i64", "scale2": "fp32"}
+    types |= dict.fromkeys(("out_b", "x_b", "cache_v", "cache_b", "cache_h"), "i64")
+    for HS, overlap in ((64, False), (64, True), (128, True)):
+        constants = {"HS": HS, "D": HS, "STEP": decode.KEYS // HS, "OVERLAP": overlap}
+        found.append((decode._decode_kernel, types, constants, decode.WARPS))
     return found
 
 

@@ -293,6 +293,31 @@ def test_memory_is_constant_after_the_first_step() -> None:
     assert torch.cuda.memory_reserved() == reserved
 
 
+@pytest.mark.parametrize(("compute", "limit"), [("fp32", 1e-5), ("bf16", 0.03)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_text_written_token_by_token_has_the_logits_of_the_whole(compute: str, limit: float, rows: int) -> None:
+    """By graphs whose launches overlap, against a forward pass in fp64 on the CPU; and the same bits once more."""
+    shape = Shape(L=4, C=768, NH=12, max_T=512, V=50257)
+    engine, oracle = (
+        Engine(GPT2Config(**shape._asdict()), B=1, T=512, compute=kind, device=device, train=False, rows=rows)
+        for kind, device in ((compute, "cuda"), ("fp64", "cpu"))
+    )
+    for each in (engine, oracle):
+        each.load_params(random_values(shape, 3))
+    ids = torch.randint(0, 50257, (rows, 320), generator=torch.Generator().manual_seed(1))
+
+    def write() -> torch.Tensor:
+        found = [engine.prefill(0, ids[:, :270].tolist()).clone()]  # more than attention looks at together
+        found += [engine.decode(ids[:, t].tolist(), [t] * rows).clone() for t in range(270, 320)]
+        return torch.stack(found, 1)
+
+    got = write()
+    want = torch.cat([oracle.logits(row[None])[:, 269:] for row in ids])
+    worst = ((got - want).norm(dim=-1) / want.norm(dim=-1)).max()
+    assert worst <= limit
+    assert torch.equal(write(), got)
+
+
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     """Real processes, one of them killed inside its second save: losses, weights and optimizer state are equal."""
     shards = make_shards(tmp_path / "shards")

@@ -108,7 +108,8 @@ def test_triton_takes_any_strides():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @each_dtype
 @pytest.mark.parametrize(
-    ("places", "T", "NH", "HS"), [([0], 1, 1, 8), ([5, 5, 0, 69], 70, 3, 20), ([63, 64], 65, 2, 64)]
+    ("places", "T", "NH", "HS"),
+    [([0], 1, 1, 8), ([5, 5, 0, 69], 70, 3, 20), ([63, 64], 65, 2, 64), ([300, 8, 255, 256], 301, 1, 64)],
 )
 def test_decode(backend, dtype, places, T, NH, HS):
     """One query a row over a cache that is NaN where the row has no keys; the newest key and value are kept."""

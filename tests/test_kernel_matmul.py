@@ -215,6 +215,8 @@ def test_bits_are_the_same_under_load(backend, accumulate):
         run("matmul_backward_weight", dw, dout, x, accumulate=accumulate, backend=backend)
         first = first or [out, dx, dw]
         assert all(torch.equal(a, b) for a, b in zip(first, (out, dx, dw), strict=True))
+    if backend != "cublaslt":
+        return
     # the shapes that training runs on must not go through torch
     used = [u for key, u in cublaslt.choices().items() if "m1600" in key]
     assert used

@@ -21,6 +21,7 @@ from daybreak.data.shards import read_header
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.engine import Engine, plan_engine
 from daybreak.engine.device import cpu_has_bf16
+from daybreak.engine.gpt2 import GPT2
 from daybreak.evaluate.validation import validate
 from daybreak.generate import Sampling, Text, write_all
 from daybreak.kernels import matmul
@@ -178,6 +179,22 @@ def test_nothing_is_allocated_after_the_first_step(
         made = allocations(tmp_path / "trace", lambda step=step: everything(step), library)  # type: ignore[misc]
         assert max(made, default=0) <= SCALAR, sorted(made)[-10:]
     assert pointers == {name: buffer.data_ptr() for name, buffer in engine.frame.buffers.items()}
+
+
+def test_a_schedule_that_needs_bytes_which_another_shares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients the logits may lie where the last residual did: writing a text must not read both."""
+    plain = GPT2.decode
+
+    def head_of_the_residual(self, f, tokens, positions, kv):
+        logits = plain(self, f, tokens, positions, kv)
+        f.k.matmul_decode(logits, f.a("h.11.residual3", len(tokens), self.cfg.C), f.w("wte"))
+        return logits
+
+    options = {"B": 4, "T": 1024, "compute": "bf16", "train": False, "device_type": "cuda"}
+    plan_engine(parse_shape("d12"), **options)
+    monkeypatch.setattr(GPT2, "decode", head_of_the_residual)
+    with pytest.raises(AssertionError, match=r"logits would overwrite h\.11\.residual3, which is in use"):
+        plan_engine(parse_shape("d12"), **options)
 
 
 def test_many_short_texts_fit_the_plan():

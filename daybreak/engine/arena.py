@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from bisect import insort
+from bisect import bisect, insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -243,44 +243,57 @@ def plan_arena(
     choices: Mapping[str, str],
     comm: Collectives,
 ) -> Arena:
-    """Record the schedules and place every tensor. The first schedule gives lifetimes; the others must fit them."""
+    """Record the schedules and place every tensor. The first schedule gives lifetimes, and the others must fit: where
+    one needs two tensors at the same time that share bytes, an assertion names them."""
     placed, ends = [], dict[str, int]()
     for e in state:
         placed.append(replace(e, offset=ends.get(e.buffer, 0)))
         ends[e.buffer] = ends.get(e.buffer, 0) + e.padded
     frame = PlanFrame(table, dtype, state, comm, choices)
-    calls: list[Call] = []
+    recorded: list[list[Call]] = []
     known: set[str] = set()
     for schedule in schedules:
         frame.recorder.calls.clear()
         schedule(frame)
-        scratch = max((c.scratch for c in frame.recorder.calls), default=0)
-        calls = calls or list(frame.recorder.calls)
+        recorded.append(list(frame.recorder.calls))
         known = known or set(frame.activations)
         assert known == set(frame.activations), "a later schedule uses activations that the first does not"
-        ends["scratch"] = max(ends.get("scratch", 0), scratch)
+    calls, ends["scratch"] = recorded[0], max(c.scratch for calls in recorded for c in calls)
     scratch_entry = Entry("scratch", "scratch", (max(ends["scratch"], 64),), torch.uint8, last=len(calls))
-    activations = _place(_lifetimes(frame, calls))
+    spans = _lifetimes(frame, calls)
+    activations = _place([
+        Entry(name, "activations", tuple(t.shape), dtype, 0, *spans[name])
+        for name, (t, dtype) in frame.activations.items()
+    ])  # fmt: skip
+    for later in recorded[1:]:
+        _check(activations, _lifetimes(frame, later))
     return Arena(
         [*(replace(e, last=len(calls)) for e in placed), scratch_entry, *activations], calls, choices, comm.plan
     )
 
 
-def _lifetimes(frame: PlanFrame, calls: list[Call]) -> list[Entry]:
-    """Entries of all activations with their first and last call."""
+def _lifetimes(frame: PlanFrame, calls: list[Call]) -> dict[str, tuple[int, int]]:
+    """First and last call of every activation that these calls use."""
     names = {storage_key(t): name for name, (t, _) in frame.activations.items()}
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for i, call in enumerate(calls):
         for key in (*call.reads, *call.writes):
             if name := names.get(key):
-                assert name in first or key in call.writes, f"{call.name} reads {name} before anything wrote it"
-                first.setdefault(name, i)
-                last[name] = i
-    entries = []
-    for name, (t, dtype) in frame.activations.items():
-        entries.append(Entry(name, "activations", tuple(t.shape), dtype, 0, first[name], last[name]))
-    return entries
+                assert name in spans or key in call.writes, f"{call.name} reads {name} before anything wrote it"
+                spans[name] = spans.get(name, (i, i))[0], i
+    return spans
+
+
+def _check(placed: list[Entry], spans: dict[str, tuple[int, int]]) -> None:
+    """Assert that tensors alive at the same call do not overlap."""
+    alive: list[tuple[int, int, int, str]] = []  # (offset, end, last, name), by offset; these do not overlap
+    for e in sorted((e for e in placed if e.name in spans), key=lambda e: spans[e.name]):
+        first, last = spans[e.name]
+        alive = [other for other in alive if other[2] >= first]
+        at = bisect(alive, (e.offset,))
+        for offset, end, _, name in alive[max(0, at - 1) : at + 1]:
+            assert end <= e.offset or e.offset + e.padded <= offset, f"{e.name} would overwrite {name}, which is in use"
+        alive.insert(at, (e.offset, e.offset + e.padded, last, e.name))
 
 
 def _place(entries: list[Entry]) -> list[Entry]:

@@ -49,11 +49,16 @@ class Graphs:
             graph.reset()
         self._graphs.clear()
 
-    def warm(self, key: Hashable, fn: Callable[[], None]) -> None:
-        """`run`, with what the first call of fn under this key leaves recorded; that call is a plain one."""
-        self.run(key, fn)
+    def warm(self, key: Hashable, upload: Callable[[], object], fn: Callable[[], None]) -> None:
+        """Run upload and fn, which the first call under this key records; that call is a plain one."""
+
+        def both() -> None:
+            upload()
+            fn()
+
+        self.run(key, both)
         if self.enabled and key not in self._graphs:
-            self.capture(key, fn)
+            self.capture(key, both)
 
 
 class Tapes:
@@ -63,8 +68,9 @@ class Tapes:
     def __init__(self, frame: LiveFrame) -> None:
         self._frame, self._tapes = frame, dict[Hashable, list[Callable[[], None]]]()
 
-    def warm(self, key: Hashable, fn: Callable[[], None]) -> None:
+    def warm(self, key: Hashable, upload: Callable[[], object], fn: Callable[[], None]) -> None:
         """Make fn's calls again; the first call under a key runs fn and notes them. All fn does is call kernels."""
+        upload()
         if (tape := self._tapes.get(key)) is None:
             kernels, calls = self._frame.k, list[Callable[[], None]]()
             self._frame.k = _Noting(kernels, calls)  # type: ignore[assignment]  # the same attributes

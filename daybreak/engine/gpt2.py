@@ -135,7 +135,7 @@ class GPT2:
             residual = f.a(h + "residual3", b, c.C)
             product(residual, gelu, h + "fcproj", add=residual2)
         logits = f.a("logits", b, c.Vp)
-        product(logits, residual, "wte", norm="lnf")
+        product(logits, self._layernorm_forward(f, "lnf", residual), "wte")  # logits may lie where residual did
         return logits
 
     def memory_shape(self, rows: int, T: int) -> tuple[int, ...]:

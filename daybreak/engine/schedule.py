@@ -6,6 +6,7 @@ The functions are what runs; `plan_engine` records the very same ones.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -161,16 +162,19 @@ def plan_engine(
     def evaluation(f: Any) -> None:
         evaluate(model, f, f.state, B, T)
 
-    def generation(f: Any) -> None:
-        for b in sorted({1, min(2, rows), rows}):  # a model may write few texts by other calls
-            next_token(model, f, f.state, b)
-        for b in range(2, rows + 1):  # many short texts may need more scratch than one long one
-            t = min(T, B * T // b)
-            model.forward(f, f.state["tokens"].view(-1)[: b * t].view(b, t), f.state["kv"][:, :, :b])
+    def writing(b: int, f: Any) -> None:
+        next_token(model, f, f.state, b)
+
+    def reading(b: int, f: Any) -> None:
+        t = min(T, B * T // b)
+        model.forward(f, f.state["tokens"].view(-1)[: b * t].view(b, t), f.state["kv"][:, :, :b])
 
     schedules = [training, accumulating, evaluation] if train else [evaluation]
     assert rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
-    schedules, kv = [*schedules, generation], model.memory_shape(rows, T)
+    # A model may write few texts by other calls; many short ones may need more scratch than one long one.
+    schedules += [partial(writing, b) for b in sorted({1, min(2, rows), rows})]
+    schedules += [partial(reading, b) for b in range(2, rows + 1)]
+    kv = model.memory_shape(rows, T)
     state = state_entries(sharding, cfg, B, T, dtype, train, pick_masters(masters, dtype, device_type), kv)
     choices = choose(device_type, dtype, kernels, missing)
     return model, table, plan_arena(table, dtype, state, schedules, choices, Collectives(sharding, group))

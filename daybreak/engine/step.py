@@ -113,7 +113,9 @@ class Engine:
         self._hyper = Ring((len(HYPER),), torch.float64, self.device, wait)
         self._batch = Ring((2, B, T), torch.int64, self.device, wait)
         self._stats = Ring((len(STATS),), torch.float64, self.device, wait)
-        self._next = Ring((2, rows), torch.int64, self.device)
+        pinned = self.device.type == "cuda"
+        self._next = torch.zeros(2, rows, dtype=torch.int64, pin_memory=pinned)
+        self._read = torch.empty(rows, cfg.V, pin_memory=pinned)
         # Decoding's reference kernel reads the lengths on the host: no graph then.
         graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"
         self._decoding: Graphs | Tapes = Graphs(True) if graphed else Tapes(self.frame)
@@ -322,12 +324,17 @@ class Engine:
         return result.view(*tokens.shape, V)
 
     def _next_logits(self, b: int) -> Tensor:
-        logits = self.frame.a("logits", b, self.cfg.Vp)
-        return self.state["next_logits"][:b].copy_(logits[:, : self.cfg.V])
+        logits = self.state["next_logits"][:b].copy_(self.frame.a("logits", b, self.cfg.Vp)[:, : self.cfg.V])
+        if self.device.type == "cpu":
+            return logits
+        self._read[:b].copy_(logits, non_blocking=True)  # into pinned memory: several times as fast
+        torch.cuda.current_stream(self.device).synchronize()
+        return self._read[:b]
 
     def prefill(self, row: int, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits (b, V) in fp32 that follow b texts of any lengths, whose keys and values are kept in the cache's rows
-        from `row` on, for `decode` to go on from. b times the longest is at most B T. The next call overwrites it."""
+        """Logits (b, V) in fp32, on the host, that follow b texts of any lengths, whose keys and values are kept in the
+        cache's rows from `row` on, for `decode` to go on from. b times the longest is at most B T. The next call
+        overwrites it."""
         b, t = len(texts), max(map(len, texts))
         inputs, last = self._front("tokens", b, t), self.state["last_hidden"][:b]
         inputs.copy_(torch.tensor([[*text, *[0] * (t - len(text))] for text in texts]))  # no token sees what follows it
@@ -338,14 +345,17 @@ class Engine:
         return self._next_logits(b)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Logits (b, V) in fp32 that follow one more token of each of the rows 0 ... b - 1, at these places (from 0).
+        """Logits (b, V) in fp32, on the host, that follow one more token of each of the rows 0 ... b - 1, at these
+        places (from 0).
 
         The caller knows how long each row is; of a row without a text it gives any token at place 0. Recorded
         once for each b. A view that the next call overwrites."""
-        b, slot = len(tokens), self._next.take()
-        self._next.slots[slot][:, :b] = torch.tensor([tokens, positions])
-        self._next.upload(slot, self.state["next"])
-        self._decoding.warm(b, lambda: next_token(self.model, self.frame, self.state, b))
+        b = len(tokens)
+        self._next.numpy()[:, :b] = tokens, positions
+        self._decoding.warm(
+            b, lambda: self.state["next"].copy_(self._next, non_blocking=True),
+            lambda: next_token(self.model, self.frame, self.state, b),
+        )  # fmt: skip
         return self._next_logits(b)
 
     # ------------------------------------------------------------------------------------------------- looking in

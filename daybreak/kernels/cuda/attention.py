@@ -238,39 +238,6 @@ def _backward_keys_kernel(
     _store(dv + b * dv_b + h * dv_h, start_k, keys, columns, dv_t, T, HS, acc_v)
 
 
-@triton.jit
-def _decode_kernel(
-    out, cache, q, k, v, positions, out_b, x_b, cache_v, cache_b, cache_h, scale2,
-    HS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """One head of one row: the newest key and value go into the cache, and the query walks over those before them."""
-    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    columns, keys = tl.arange(0, D), tl.arange(0, STEP)
-    real = columns < HS
-    place = tl.load(positions + b).to(tl.int32)
-    at = b * x_b + h * HS + columns
-    query = tl.load(q + at, mask=real, other=0.0).to(tl.float32) * scale2
-    key, value = tl.load(k + at, mask=real, other=0.0), tl.load(v + at, mask=real, other=0.0)
-    base = cache + b * cache_b + h * cache_h
-    tl.store(base + place * HS + columns, key, mask=real)
-    tl.store(base + cache_v + place * HS + columns, value, mask=real)
-    m, total = tl.sum(query * key.to(tl.float32), 0), tl.sum(tl.where(columns == 0, 1.0, 0.0), 0)
-    acc = value.to(tl.float32)
-    for start in range(0, place, STEP):
-        before = start + keys < place
-        block = (start + keys)[:, None] * HS + columns[None, :]
-        mask = before[:, None] & real[None, :]
-        K = tl.load(base + block, mask=mask, other=0.0)
-        V = tl.load(base + cache_v + block, mask=mask, other=0.0).to(tl.float32)  # on its way while K is at work
-        S = tl.where(before, tl.sum(K.to(tl.float32) * query[None, :], 1), float("-inf"))
-        new_m = tl.maximum(m, tl.max(S, 0))
-        P, shrink = tl.exp2(S - new_m), tl.exp2(m - new_m)
-        total = total * shrink + tl.sum(P, 0)
-        acc = acc * shrink + tl.sum(P[:, None] * V, 0)
-        m = new_m
-    tl.store(out + b * out_b + h * HS + columns, (acc / total).to(out.dtype.element_ty), mask=real)
-
-
 @cache
 def _is_large(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
@@ -337,21 +304,3 @@ def attention_backward(
     _backward_keys_kernel[(blocks * B * NH,)](
         dk, dv, dout, q, k, v, lse, delta, *_strides(dk, dv, dout, q, k, v), T, NH, scale, **setting
     )
-
-
-DECODE_STEP, DECODE_WARPS = 128, 8
-
-
-@backend("triton")
-def attention_decode(
-    out: Tensor, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, scale: float
-) -> None:
-    """One query a row over its cached keys: (b, NH, HS) each, heads next to each other; cache (2, b, NH, T, HS)."""
-    b, NH, HS = q.shape
-    assert q.stride(0) == k.stride(0) == v.stride(0), "q, k and v are laid out alike"
-    assert all(x[0].is_contiguous() for x in (out, q, k, v)), "heads must be contiguous"
-    assert cache[0, 0, 0].is_contiguous(), "a head's keys must be contiguous"
-    _decode_kernel[(b, NH)](
-        out, cache, q, k, v, positions, out.stride(0), q.stride(0), *cache.stride()[:3], scale * math.log2(math.e),
-        HS=HS, D=max(16, 1 << (HS - 1).bit_length()), STEP=DECODE_STEP, num_warps=DECODE_WARPS,
-    )  # fmt: skip

@@ -1,11 +1,22 @@
-"""The products of one row or two, as writing text makes them: bound by reading the weights once.
+"""What writes one token of a text or two: products bound by reading the weights once, and attention over the cache.
 
 A program asks for its whole tile of w before anything else, so that all of w is on its way at once. The layernorm of
 the input, which every program computes for itself, costs no launch.
+
+On Hopper and later each of these launches begins while the one before it still runs (programmatic dependent launch),
+and asks for what no such launch writes: weights, and the keys and values of earlier tokens. All else is read and
+written after the wait for the end of the one before. Every program has to wait, since that end tells of all before it
+only if none ends without waiting.
 """
 
 from __future__ import annotations
 
+import math
+import os
+from functools import cache
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from daybreak.kernels import backend
@@ -14,15 +25,32 @@ from daybreak.kernels.cuda.gelu import sigmoid_2u
 from daybreak.kernels.norm import EPS
 
 TILE = 1 << 14  # weights of one program, which it holds in registers
-PROGRAMS = 3 * 132  # as few rows to a program as it takes to have so many; of any card, for the same bits on all
+PROGRAMS = 6 * 132  # as few rows to a program as it takes to have so many; of any card, for the same bits on all
+KEYS, WARPS = 1 << 14, 8  # elements of the keys that attention looks at together
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _overlap(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it runs."""
+    return device.type == "cuda" and not INTERPRET and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    return {"OVERLAP": True, "launch_pdl": True} if _overlap(device) else {"OVERLAP": False}
+
+
+# ------------------------------------------------------------------------------------------------------------ products
 
 
 @triton.jit
 def _decode_matmul_kernel(
     out, x, w, b, add, lnw, lnb, n, I, O, eps,
     NORM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    COLS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
     inside, real = cols < I, rows < O
     at = rows.to(tl.int64)[:, None] * I + cols[None, :]
@@ -32,6 +60,8 @@ def _decode_matmul_kernel(
     if NORM:
         scale = tl.load(lnw + cols, mask=inside, other=0.0).to(tl.float32)
         shift = tl.load(lnb + cols, mask=inside, other=0.0).to(tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     for row in range(n):
         xf = tl.load(x + row * I + cols, mask=inside, other=0.0).to(tl.float32)
         if NORM:
@@ -69,5 +99,69 @@ def matmul_decode(
     _decode_matmul_kernel[(-(-O // rows),)](
         out, x, w, w if b is None else b, x if add is None else add, w if lnw is None else lnw,
         w if lnb is None else lnb, n, I, O, EPS, NORM=lnw is not None, BIAS=b is not None, ADD=add is not None,
-        GELU=gelu, ROWS=rows, COLS=cols, num_warps=warps,
+        GELU=gelu, ROWS=rows, COLS=cols, num_warps=warps, **_options(out.device),
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+@triton.jit
+def _more_keys(K, V, before, query, m, total, acc):
+    """Largest logit, sum of exponentials and weighted values, with those of more keys."""
+    S = tl.where(before, tl.sum(K.to(tl.float32) * query[None, :], 1), float("-inf"))
+    new_m = tl.maximum(m, tl.max(S, 0))
+    P, shrink = tl.exp2(S - new_m), tl.exp2(m - new_m)
+    return new_m, total * shrink + tl.sum(P, 0), acc * shrink + tl.sum(P[:, None] * V.to(tl.float32), 0)
+
+
+@triton.jit
+def _decode_kernel(
+    out, cache, q, k, v, positions, out_b, x_b, cache_v, cache_b, cache_h, scale2,
+    HS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One head of one row: the newest key and value go into the cache, and the query walks over those before them."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    columns, keys = tl.arange(0, D), tl.arange(0, STEP)
+    real = columns < HS
+    place = tl.load(positions + b).to(tl.int32)
+    base = cache + b * cache_b + h * cache_h
+    block = keys[:, None] * HS + columns[None, :]
+    mask = (keys < place)[:, None] & real[None, :]
+    K = tl.load(base + block, mask=mask, other=0.0)
+    V = tl.load(base + cache_v + block, mask=mask, other=0.0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    at = b * x_b + h * HS + columns
+    query = tl.load(q + at, mask=real, other=0.0).to(tl.float32) * scale2
+    key, value = tl.load(k + at, mask=real, other=0.0), tl.load(v + at, mask=real, other=0.0)
+    tl.store(base + place * HS + columns, key, mask=real)
+    tl.store(base + cache_v + place * HS + columns, value, mask=real)
+    m, total = tl.sum(query * key.to(tl.float32), 0), tl.sum(tl.where(columns == 0, 1.0, 0.0), 0)
+    acc = value.to(tl.float32)
+    m, total, acc = _more_keys(K, V, keys < place, query, m, total, acc)
+    for start in range(STEP, place, STEP):
+        before = start + keys < place
+        mask = before[:, None] & real[None, :]
+        K = tl.load(base + start * HS + block, mask=mask, other=0.0)
+        V = tl.load(base + cache_v + start * HS + block, mask=mask, other=0.0)  # on its way while K is at work
+        m, total, acc = _more_keys(K, V, before, query, m, total, acc)
+    tl.store(out + b * out_b + h * HS + columns, (acc / total).to(out.dtype.element_ty), mask=real)
+
+
+@backend("triton")
+def attention_decode(
+    out: Tensor, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, scale: float
+) -> None:
+    """One query a row over its cached keys: (b, NH, HS) each, heads next to each other; cache (2, b, NH, T, HS)."""
+    b, NH, HS = q.shape
+    assert q.stride(0) == k.stride(0) == v.stride(0), "q, k and v are laid out alike"
+    assert all(x[0].is_contiguous() for x in (out, q, k, v)), "heads must be contiguous"
+    assert cache[0, 0, 0].is_contiguous(), "a head's keys must be contiguous"
+    D = max(16, 1 << (HS - 1).bit_length())
+    _decode_kernel[(b, NH)](
+        out, cache, q, k, v, positions, out.stride(0), q.stride(0), *cache.stride()[:3], scale * math.log2(math.e),
+        HS=HS, D=D, STEP=max(1, KEYS // D), num_warps=WARPS, **_options(out.device),
     )  # fmt: skip

@@ -39,7 +39,8 @@ def _decode(backend: str, name: str, I: int, O: int) -> Case:
         w = rand(O, I, scale=I**-0.5)
         return launch("matmul_decode", backend, rand(1, O), rand(1, I), w, b, add, *norm, gelu=name == "fc")
 
-    return Case("matmul_decode", backend, 2 * I * O, 2 * I * O, make, note=f"{name}, one row")
+    exempt = "" if name == "head" else "a few us: what counts is the token of all, whose launches overlap (decode.csv)"
+    return Case("matmul_decode", backend, 2 * I * O, 2 * I * O, make, exempt, f"{name}, one row")
 
 
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:

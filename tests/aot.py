@@ -108,9 +108,11 @@ def embedding_cases(C: int, dtype: str) -> list[Case]:
     lists = {"keys": "*i32", "rows": "*i32"}
     runs = {"dwte": dtype, "part": "*fp32", "keys": "*i32", "n": "i32", "chunks": "i32", "C": "i32"}
     forward = {"out": dtype, "tokens": "*i64", "wte": dtype, "wpe": dtype, **sizes}
+    decode_types = {"out": dtype, "tokens": "*i64", "positions": "*i64", "wte": dtype, "wpe": dtype, "C": "i32"}
     scatter = {"keys_out": "*i32", "rows_out": "*i32", **lists, "table": "*i32", "n": "i32", "blocks": "i32"}
     return [
         (e._forward_kernel, forward, {"GROUP": e.GROUP, "COLS": cols}, warps),
+        (e._decode_kernel, decode_types, {"COLS": e.DECODE_COLS}, e.DECODE_COLS // 256),
         (e._positions_kernel, {"dwpe": dtype, "dout": dtype, **sizes}, position, e.POSITION_COLS // 256),
         (e._digit_counts_kernel, {"table": "*i32", "keys": "*i32", "n": "i32"}, sort, e.SORT_WARPS),
         (e._scatter_kernel, scatter, {"FIRST": False, "TABLE_ROWS": e.PARTS, **sort}, e.SORT_WARPS),

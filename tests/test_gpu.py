@@ -293,10 +293,10 @@ def test_memory_is_constant_after_the_first_step() -> None:
     assert torch.cuda.memory_reserved() == reserved
 
 
-@pytest.mark.parametrize(("compute", "limit"), [("fp32", 1e-5), ("bf16", 0.03)])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_text_written_token_by_token_has_the_logits_of_the_whole(compute: str, limit: float, rows: int) -> None:
-    """By graphs whose launches overlap, against a forward pass in fp64 on the CPU; and the same bits once more."""
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_text_written_token_by_token_has_the_logits_of_the_whole(compute: str, rows: int) -> None:
+    """By graphs whose launches overlap: as near to fp64 as one forward pass is; and the same bits once more."""
     shape = Shape(L=4, C=768, NH=12, max_T=512, V=50257)
     engine, oracle = (
         Engine(GPT2Config(**shape._asdict()), B=1, T=512, compute=kind, device=device, train=False, rows=rows)
@@ -304,17 +304,21 @@ def test_a_text_written_token_by_token_has_the_logits_of_the_whole(compute: str,
     )
     for each in (engine, oracle):
         each.load_params(random_values(shape, 3))
-    ids = torch.randint(0, 50257, (rows, 320), generator=torch.Generator().manual_seed(1))
+    start, stop = 270, 300  # more than attention looks at together
+    ids = torch.randint(0, 50257, (rows, stop), generator=torch.Generator().manual_seed(1))
 
-    def write() -> torch.Tensor:
-        found = [engine.prefill(0, ids[:, :270].tolist()).clone()]  # more than attention looks at together
-        found += [engine.decode(ids[:, t].tolist(), [t] * rows).clone() for t in range(270, 320)]
-        return torch.stack(found, 1)
+    def write() -> Tensor:
+        found = [torch.cat([engine.prefill(i, [ids[i, :start].tolist()]).clone() for i in range(rows)])]
+        found += [engine.decode(ids[:, t].tolist(), [t] * rows).clone() for t in range(start, stop)]
+        return torch.stack(found, 1).double()
 
     got = write()
-    want = torch.cat([oracle.logits(row[None])[:, 269:] for row in ids])
-    worst = ((got - want).norm(dim=-1) / want.norm(dim=-1)).max()
-    assert worst <= limit
+    want, whole = (
+        torch.cat([each.logits(row[None])[:, start - 1 :].double().cpu() for row in ids]) for each in (oracle, engine)
+    )
+    error, usual = ((x - want).norm() / want.norm() for x in (got, whole))
+    assert usual < 0.1
+    assert error <= 1.2 * usual
     assert torch.equal(write(), got)
 
 

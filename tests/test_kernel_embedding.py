@@ -59,11 +59,14 @@ def test_embedding(backend, dtype, accumulate, B, T, C, V):
     check_backward(backend, dtype, tokens, V, C, accumulate=accumulate)
 
 
+@each_backend
 @each_dtype
-def test_decode(dtype):
-    wte, wpe = (draw(9, 24, dtype=dtype, seed=s) for s in (0, 1))
-    out, tokens, places = poison(3, 24, dtype=dtype), torch.tensor([8, 0, 8]), torch.tensor([0, 7, 2])
-    run("embedding_decode", out, tokens.to(DEVICE), places.to(DEVICE), wte, wpe)
+@pytest.mark.parametrize("C", [24, 1025])
+def test_decode(backend, dtype, C):
+    skip_unless_served("embedding_decode", backend, dtype)
+    wte, wpe = (draw(9, C, dtype=dtype, seed=s) for s in (0, 1))
+    out, tokens, places = poison(3, C, dtype=dtype), torch.tensor([8, 0, 8]), torch.tensor([0, 7, 2])
+    run("embedding_decode", out, tokens.to(DEVICE), places.to(DEVICE), wte, wpe, backend=backend)
     close(out, f64(wte)[[8, 0, 8]] + f64(wpe)[[0, 7, 2]])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from daybreak.engine.arena import LiveFrame
 from daybreak.kernels import Kernels
 
+Call = Callable[[], None]
 SLOTS = 4  # batches and results in flight, at most
 
 
@@ -27,7 +28,7 @@ class Graphs:
         self.enabled = enabled
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
-    def capture(self, key: Hashable, fn: Callable[[], None]) -> None:
+    def capture(self, key: Hashable, fn: Call) -> None:
         """Record fn, which has run before (its kernels are compiled and its libraries loaded)."""
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
@@ -36,7 +37,7 @@ class Graphs:
             fn()
         self._graphs[key] = graph
 
-    def run(self, key: Hashable, fn: Callable[[], None]) -> None:
+    def run(self, key: Hashable, fn: Call) -> None:
         """Replay what was captured under `key`, or call fn."""
         if graph := self._graphs.get(key):
             graph.replay()
@@ -49,16 +50,17 @@ class Graphs:
             graph.reset()
         self._graphs.clear()
 
-    def warm(self, key: Hashable, upload: Callable[[], object], fn: Callable[[], None]) -> None:
-        """Run upload and fn, which the first call under this key records; that call is a plain one."""
+    def warm(self, key: Hashable, before: Call, fn: Call, after: Call) -> None:
+        """Run the three, which the first call under this key records; that call is a plain one."""
 
-        def both() -> None:
-            upload()
+        def all_three() -> None:
+            before()
             fn()
+            after()
 
-        self.run(key, both)
+        self.run(key, all_three)
         if self.enabled and key not in self._graphs:
-            self.capture(key, both)
+            self.capture(key, all_three)
 
 
 class Tapes:
@@ -66,28 +68,33 @@ class Tapes:
     without the schedule that leads to them (half of the time of a small model's step)."""
 
     def __init__(self, frame: LiveFrame) -> None:
-        self._frame, self._tapes = frame, dict[Hashable, list[Callable[[], None]]]()
+        self._frame, self._tapes = frame, dict[Hashable, list[Call]]()
 
-    def warm(self, key: Hashable, upload: Callable[[], object], fn: Callable[[], None]) -> None:
-        """Make fn's calls again; the first call under a key runs fn and notes them. All fn does is call kernels."""
-        upload()
+    def warm(self, key: Hashable, before: Call, fn: Call, after: Call) -> None:
+        """Run before, fn's kernel calls and after; the first call under a key runs fn, which does nothing but call
+        kernels, and notes them."""
+        before()
         if (tape := self._tapes.get(key)) is None:
-            kernels, calls = self._frame.k, list[Callable[[], None]]()
-            self._frame.k = _Noting(kernels, calls)  # type: ignore[assignment]  # the same attributes
-            try:
-                fn()
-            finally:
-                self._frame.k = kernels
-            self._tapes[key] = calls
-            return
-        for call in tape:
-            call()
+            self._tapes[key] = self._note(fn)
+        else:
+            for call in tape:
+                call()
+        after()
+
+    def _note(self, fn: Call) -> list[Call]:
+        kernels, calls = self._frame.k, list[Call]()
+        self._frame.k = _Noting(kernels, calls)  # type: ignore[assignment]  # the same attributes
+        try:
+            fn()
+        finally:
+            self._frame.k = kernels
+        return calls
 
 
 class _Noting:
     """Kernels that note their calls."""
 
-    def __init__(self, kernels: Kernels, calls: list[Callable[[], None]]) -> None:
+    def __init__(self, kernels: Kernels, calls: list[Call]) -> None:
         self._kernels, self._calls = kernels, calls
 
     def __getattr__(self, name: str) -> Callable[..., None]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -113,9 +114,9 @@ class Engine:
         self._hyper = Ring((len(HYPER),), torch.float64, self.device, wait)
         self._batch = Ring((2, B, T), torch.int64, self.device, wait)
         self._stats = Ring((len(STATS),), torch.float64, self.device, wait)
-        pinned = self.device.type == "cuda"
-        self._next = torch.zeros(2, rows, dtype=torch.int64, pin_memory=pinned)
-        self._read = torch.empty(rows, cfg.V, pin_memory=pinned)
+        on_gpu, next_logits = self.device.type == "cuda", self.state["next_logits"]
+        self._next = torch.zeros(2, rows, dtype=torch.int64, pin_memory=on_gpu)
+        self._read = torch.empty_like(next_logits, device="cpu", pin_memory=True) if on_gpu else next_logits
         # Decoding's reference kernel reads the lengths on the host: no graph then.
         graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"
         self._decoding: Graphs | Tapes = Graphs(True) if graphed else Tapes(self.frame)
@@ -323,12 +324,17 @@ class Engine:
             result[rows].copy_(self.model.head_logits(self.frame, hidden[rows])[:, :V])
         return result.view(*tokens.shape, V)
 
-    def _next_logits(self, b: int) -> Tensor:
+    def _upload(self) -> None:
+        self.state["next"].copy_(self._next, non_blocking=True)
+
+    def _download(self, b: int) -> None:
         logits = self.state["next_logits"][:b].copy_(self.frame.a("logits", b, self.cfg.Vp)[:, : self.cfg.V])
-        if self.device.type == "cpu":
-            return logits
-        self._read[:b].copy_(logits, non_blocking=True)  # into pinned memory: several times as fast
-        torch.cuda.current_stream(self.device).synchronize()
+        if self.device.type == "cuda":
+            self._read[:b].copy_(logits, non_blocking=True)
+
+    def _on_host(self, b: int) -> Tensor:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         return self._read[:b]
 
     def prefill(self, row: int, texts: Sequence[Sequence[int]]) -> Tensor:
@@ -342,7 +348,8 @@ class Engine:
         for i, text in enumerate(texts):
             last[i].copy_(hidden[i, len(text) - 1])
         self.model.head_logits(self.frame, last)
-        return self._next_logits(b)
+        self._download(b)
+        return self._on_host(b)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Logits (b, V) in fp32, on the host, that follow one more token of each of the rows 0 ... b - 1, at these
@@ -352,11 +359,9 @@ class Engine:
         once for each b. A view that the next call overwrites."""
         b = len(tokens)
         self._next.numpy()[:, :b] = tokens, positions
-        self._decoding.warm(
-            b, lambda: self.state["next"].copy_(self._next, non_blocking=True),
-            lambda: next_token(self.model, self.frame, self.state, b),
-        )  # fmt: skip
-        return self._next_logits(b)
+        write = partial(next_token, self.model, self.frame, self.state, b)
+        self._decoding.warm(b, self._upload, write, partial(self._download, b))
+        return self._on_host(b)
 
     # ------------------------------------------------------------------------------------------------- looking in
 

@@ -19,6 +19,7 @@ SORT_BLOCK, SORT_WARPS = 512, 8  # positions that one program of the sort takes
 DIGIT_BITS = 8
 CHUNK = 32  # sorted positions that one program adds up
 RUN_COLS = 256  # columns of one program of one warp: 16 bytes of bf16 a thread
+DECODE_COLS = 1024
 PARTS = 16  # partial sums that are read at a time
 POSITION_ROWS, POSITION_COLS = 8, 1024
 
@@ -53,6 +54,25 @@ def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor) -> 
     cols, warps = _forward_launch(C)
     _forward_kernel[(T, triton.cdiv(B, GROUP), triton.cdiv(C, cols))](
         out, tokens, wte, wpe, B, T, C, GROUP=GROUP, COLS=cols, num_warps=warps
+    )
+
+
+@triton.jit
+def _decode_kernel(out, tokens, positions, wte, wpe, C, COLS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    mask = cols < C
+    x = tl.load(wte + tl.load(tokens + row) * C + cols, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(wpe + tl.load(positions + row) * C + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * C + cols, x.to(out.dtype.element_ty), mask=mask)
+
+
+@backend("triton")
+def embedding_decode(out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> None:
+    """out (b, C) = wte[tokens] + wpe[positions] for tokens, positions (b) int64; added in fp32, rounded once."""
+    b, C = out.shape
+    _decode_kernel[(b, triton.cdiv(C, DECODE_COLS))](
+        out, tokens, positions, wte, wpe, C, COLS=DECODE_COLS, num_warps=DECODE_COLS // 256
     )
 
 

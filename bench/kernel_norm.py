@@ -21,19 +21,21 @@ def _forward(n: int, C: int) -> Case:
 
 
 def _backward(n: int, C: int, *, accumulate_dx: bool, dbias: bool, again: bool, note: str) -> Case:
+    """Without the sums over programs, which have a case of their own."""
+
     def make() -> Callable[[], None]:
+        from daybreak.kernels.cuda.norm import backward_rows, backward_temps
+
         dx, dout, x = rand(n, C), rand(n, C), rand(n, C)
         mean, rstd = rand(n, dtype=F32, scale=0.01), torch.ones(n, dtype=F32, device=x.device)
-        dw, db, w, b = (rand(C) for _ in range(4))
-        below: Tensor | None = rand(C) if dbias else None
+        w, b = rand(C), rand(C)
         renewed: Tensor | None = rand(n, C) if again else None
-        return launch(
-            "layernorm_backward", "triton", dx, dw, db, below, renewed, dout, x, mean, rstd, w, b,
-            accumulate_dx=accumulate_dx, accumulate=True,
-        )  # fmt: skip
+        ((shape, dtype),) = backward_temps(dx, w, w, w if dbias else None, renewed, dout)
+        part = torch.empty(shape, dtype=dtype, device=x.device)
+        return lambda: backward_rows(dx, renewed, part, dout, x, mean, rstd, w, b, accumulate_dx=accumulate_dx)
 
     planes = 3 + accumulate_dx + again  # dout, x, dx
-    vectors = 1 + again + 2 * (2 + dbias)  # w and b; dw, db, dbias read and written
+    vectors = 1 + again + 2 + dbias  # w and b; dw, db, dbias
     return Case("layernorm_backward", "triton", planes * n * C * 2 + 2 * n * 4 + vectors * C * 2, 0, make, note=note)
 
 

@@ -101,8 +101,9 @@ class GPT2:
         f.k.layernorm_forward(out, mean, rstd, x, f.w(name + "w"), f.w(name + "b"))
         return out
 
-    def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor) -> Tensor:
-        """Logits (b, Vp) that follow one more token of each of b texts, at their positions (b). Reads and adds to kv.
+    def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
+        """Logits (b, Vp) that follow one more token of each of b texts, at their positions (b). Reads and adds to kv;
+        `last` (b, C) is for the last block's output, where logits may have the bytes of any other.
 
         Few texts: five launches a block, as a layernorm is part of the product that reads it."""
         k, c, b = f.k, self.cfg, tokens.shape[0]
@@ -132,10 +133,10 @@ class GPT2:
             residual2, gelu = f.a(h + "residual2", b, c.C), f.a(h + "gelu", b, 4 * c.C)
             product(residual2, att, h + "attproj", add=residual)
             product(gelu, residual2, h + "fc", norm=h + "ln2", pre=h + "fc")
-            residual = f.a(h + "residual3", b, c.C)
+            residual = f.a(h + "residual3", b, c.C) if l < c.L - 1 else last
             product(residual, gelu, h + "fcproj", add=residual2)
         logits = f.a("logits", b, c.Vp)
-        product(logits, self._layernorm_forward(f, "lnf", residual), "wte")  # logits may lie where residual did
+        product(logits, residual, "wte", norm="lnf")
         return logits
 
     def memory_shape(self, rows: int, T: int) -> tuple[int, ...]:

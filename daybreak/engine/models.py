@@ -25,8 +25,9 @@ class Model(Protocol):
     def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None) -> Tensor:
         """tokens (B, T) -> hidden (n, C); their keys and values into kv, if given."""
 
-    def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor) -> Tensor:
-        """Logits (b, Vp) that follow one more token of each of b texts, whose keys and values are in kv."""
+    def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
+        """Logits (b, Vp) that follow one more token of each of b texts, whose keys and values are in kv. `last` (b, C)
+        shares bytes with nothing else."""
 
     def memory_shape(self, rows: int, T: int) -> tuple[int, ...]:
         """Of the keys and values of `rows` texts of up to T tokens; rows are dimension 2."""

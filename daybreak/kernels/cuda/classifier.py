@@ -12,7 +12,8 @@ from torch import Tensor
 from daybreak.kernels import backend
 from daybreak.kernels.cuda import tl, triton
 
-PROGRAMS = 256  # about two for each of an H100's 132 multiprocessors; a power of two, as the chunks of logits are
+# About two for each of an H100's 132 multiprocessors, four where no row is read again; powers of two, as the chunks are.
+PROGRAMS, PROGRAMS_FORWARD = 256, 512
 TILE, WARPS = 4096, 16  # columns at a time: 16 bytes of bf16 a thread, and as many again under way
 SUM_BLOCK, SUM_WARPS = 8192, 32
 
@@ -58,28 +59,29 @@ def _classifier_kernel(
         total = tl.where(target < 0, 1.0, tl.sum(s * tl.exp(m - largest), 0))
         tl.store(losses + row, tl.where(target < 0, 0.0, tl.log(total) - (picked - largest)))
 
-        if BACKWARD:  # backwards through the columns: those read last are the nearest
+        # Backwards through the columns: those read last are the nearest. What is written leaves the cache first.
+        if BACKWARD:
             inverse = factor / total
             for start in range(full, Vp, TILE):
                 at = start + cols
                 x = tl.load(z + at, mask=at < Vp, other=0.0).to(tl.float32)
                 x = tl.where(at < columns, x, float("-inf"))
                 d = tl.exp(x - largest) * inverse - tl.where(at == target, factor, 0.0)
-                tl.store(z + at, d.to(logits.dtype.element_ty), mask=at < Vp)
+                tl.store(z + at, d.to(logits.dtype.element_ty), mask=at < Vp, cache_modifier=".cs")
             following = tl.load(z + full - TILE + cols, mask=full > 0, other=0.0)
             for done in range(0, full, TILE):
                 at = full - TILE - done + cols
                 x = following.to(tl.float32)
                 following = tl.load(z + at - TILE, mask=done + TILE < full, other=0.0)
                 d = tl.exp(x - largest) * inverse - tl.where(at == target, factor, 0.0)
-                tl.store(z + at, d.to(logits.dtype.element_ty))
+                tl.store(z + at, d.to(logits.dtype.element_ty), cache_modifier=".cs")
 
 
 @backend("triton")
 def classifier(losses: Tensor, logits: Tensor, targets: Tensor, scale: Tensor, *, V: int, backward: bool) -> None:
     """losses (n) of logits (n, Vp) for targets (n) int64; with `backward`, logits become d_logits. scale is 0-d."""
     n, Vp = logits.shape
-    _classifier_kernel[(min(n, PROGRAMS),)](
+    _classifier_kernel[(min(n, PROGRAMS if backward else PROGRAMS_FORWARD),)](
         losses, logits, targets, scale, n, V, Vp,
         BACKWARD=backward, TILE=TILE, VEC=16 // logits.element_size(), num_warps=WARPS,
     )  # fmt: skip

@@ -147,12 +147,19 @@ def layernorm_backward(
     *, accumulate_dx: bool, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
     """dx (n, C), dw, db, dbias (C) and again (n, C) from dout (n, C): see the reference. dx may be dout."""
-    n, C = dout.shape
     (part,) = scratch(backward_temps(dx, dw, db, dbias, again, dout))
+    backward_rows(dx, again, part, dout, x, mean, rstd, w, b, accumulate_dx=accumulate_dx)
+    column_sums([dw, db] if dbias is None else [dw, db, dbias], part, accumulate)
+
+
+def backward_rows(
+    dx: Tensor, again: Tensor | None, part: Tensor, dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
+    w: Tensor, b: Tensor, *, accumulate_dx: bool,
+) -> None:  # fmt: skip
+    """The first stage: all but the sums over programs."""
+    n, C = dout.shape
     programs, block, warps = _backward_launch(n, C)
     _layernorm_backward_kernel[(programs,)](
         dx, dx if again is None else again, part, dout, x, mean, rstd, w, b, n, C,
-        BLOCK=block, ACCUMULATE_DX=accumulate_dx, DBIAS=dbias is not None, AGAIN=again is not None,
-        num_warps=warps,
+        BLOCK=block, ACCUMULATE_DX=accumulate_dx, DBIAS=part.shape[0] == 3, AGAIN=again is not None, num_warps=warps,
     )  # fmt: skip
-    column_sums([dw, db] if dbias is None else [dw, db, dbias], part, accumulate)

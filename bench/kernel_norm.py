@@ -30,7 +30,7 @@ def _backward(n: int, C: int, *, accumulate_dx: bool, dbias: bool, again: bool, 
         mean, rstd = rand(n, dtype=F32, scale=0.01), torch.ones(n, dtype=F32, device=x.device)
         w, b = rand(C), rand(C)
         renewed: Tensor | None = rand(n, C) if again else None
-        ((shape, dtype),) = backward_temps(dx, w, w, w if dbias else None, renewed, dout)
+        ((shape, dtype),) = backward_temps(dx, w, w, w if dbias else None, renewed, dout, accumulate_dx=accumulate_dx)
         part = torch.empty(shape, dtype=dtype, device=x.device)
         return lambda: backward_rows(dx, renewed, part, dout, x, mean, rstd, w, b, accumulate_dx=accumulate_dx)
 
@@ -96,7 +96,7 @@ def _sums(C: int) -> Case:
         from daybreak.kernels.cuda.bias import column_sums
         from daybreak.kernels.cuda.norm import _backward_launch
 
-        part = rand(3, _backward_launch(1 << 14, C)[0], C, dtype=F32)
+        part = rand(3, _backward_launch(1 << 14, C, True)[0], C, dtype=F32)
         outs = [rand(C) for _ in range(3)]
         return lambda: column_sums(outs, part, True)
 

@@ -143,7 +143,7 @@ def norm_cases(C: int, dtype: str) -> list[Case]:
     forward = {"out": dtype, **stats, **names, "eps": "fp32"}
     constants = {"BLOCK": block}
     found: list[Case] = [(norm._layernorm_forward_kernel, forward, constants, warps)]
-    _, block, warps = norm._backward_launch(1 << 14, C)
+    _, block, warps = norm._backward_launch(1 << 14, C, True)
     backward = {"dx": dtype, "again": dtype, "part": "*fp32", "dout": dtype, **stats, **names}
     for accumulate_dx, dbias, again in ((True, True, True), (True, True, False), (False, True, False)):
         flags = {"ACCUMULATE_DX": accumulate_dx, "DBIAS": dbias, "AGAIN": again}

@@ -122,7 +122,7 @@ def test_more_rows_than_programs(monkeypatch):
     """The programs of a real launch, one of which takes two rows."""
     monkeypatch.undo()
     flags = {"accumulate": True, "accumulate_dx": True, "dbias": True, "again": True}
-    assert norm._backward_launch(662, 65)[0] == 660
+    assert norm._backward_launch(662, 65, True)[0] == 660
     check_backward("triton", BF16, 662, 65, **flags)
 
 

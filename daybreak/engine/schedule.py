@@ -94,7 +94,7 @@ def state_entries(
 ) -> list[Entry]:
     """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and keys and
     values (of shape `kv`) of texts under way."""
-    C, N, acc, f64, i64 = cfg.C, plan.numel, acc_dtype(dtype), torch.float64, torch.int64
+    V, C, N, acc, f64, i64 = cfg.V, cfg.C, plan.numel, acc_dtype(dtype), torch.float64, torch.int64
     held = plan.shard if plan.zero else N
     entries = [Entry("weights", "weights", (N,), dtype)]
     if train:
@@ -108,7 +108,8 @@ def state_entries(
     small = [
         ("batch", (2, B, T), i64), ("losses", (B * T,), acc), ("hyper", (len(HYPER),), f64),
         ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
-        ("counts", (2,), i64), ("next", (2, kv[2]), i64), ("last_hidden", (kv[2], C), dtype),
+        ("counts", (2,), i64), ("next", (2, kv[2]), i64), ("next_logits", (kv[2], V), torch.float32),
+        ("last_hidden", (kv[2], C), dtype),
     ]  # fmt: skip
     entries += [Entry("kv", "kv", kv, dtype)]
     if plan.world > 1:

@@ -114,10 +114,9 @@ class Engine:
         self._hyper = Ring((len(HYPER),), torch.float64, self.device, wait)
         self._batch = Ring((2, B, T), torch.int64, self.device, wait)
         self._stats = Ring((len(STATS),), torch.float64, self.device, wait)
-        on_gpu, logits = self.device.type == "cuda", self.frame.a("logits", rows, cfg.Vp)
+        on_gpu, next_logits = self.device.type == "cuda", self.state["next_logits"]
         self._next = torch.zeros(2, rows, dtype=torch.int64, pin_memory=on_gpu)
-        self._read = torch.empty_like(logits, device="cpu", pin_memory=True) if on_gpu else logits
-        self._logits = torch.empty(rows, cfg.V)
+        self._read = torch.empty_like(next_logits, device="cpu", pin_memory=True) if on_gpu else next_logits
         # Decoding's reference kernel reads the lengths on the host: no graph then.
         graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"
         self._decoding: Graphs | Tapes = Graphs(True) if graphed else Tapes(self.frame)
@@ -329,13 +328,15 @@ class Engine:
         self.state["next"].copy_(self._next, non_blocking=True)
 
     def _download(self, b: int) -> None:
+        # To fp32 on the device: on the host several threads would have to wake up for it.
+        logits = self.state["next_logits"][:b].copy_(self.frame.a("logits", b, self.cfg.Vp)[:, : self.cfg.V])
         if self.device.type == "cuda":
-            self._read[:b].copy_(self.frame.a("logits", b, self.cfg.Vp), non_blocking=True)
+            self._read[:b].copy_(logits, non_blocking=True)
 
     def _on_host(self, b: int) -> Tensor:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
-        return self._logits[:b].copy_(self._read[:b, : self.cfg.V])
+        return self._read[:b]
 
     def prefill(self, row: int, texts: Sequence[Sequence[int]]) -> Tensor:
         """Logits (b, V) in fp32, on the host, that follow b texts of any lengths, whose keys and values are kept in the

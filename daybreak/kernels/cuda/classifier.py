@@ -12,7 +12,7 @@ from torch import Tensor
 from daybreak.kernels import backend
 from daybreak.kernels.cuda import tl, triton
 
-# About two for each of an H100's 132 multiprocessors, four where no row is read again; powers of two, as the chunks are.
+# About two for each of an H100's 132 multiprocessors, four where no row is read again; powers of two, as chunks are.
 PROGRAMS, PROGRAMS_FORWARD = 256, 512
 TILE, WARPS = 4096, 16  # columns at a time: 16 bytes of bf16 a thread, and as many again under way
 SUM_BLOCK, SUM_WARPS = 8192, 32

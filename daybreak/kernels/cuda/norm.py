@@ -19,6 +19,7 @@ from daybreak.kernels.norm import EPS
 # Warps of all programs together: what an H100's 132 multiprocessors hold at once by the registers a thread takes.
 FORWARD_WARPS = 28 * 132  # 72 registers
 BACKWARD_WARPS = 12 * 132  # of 16 values to a thread: three accumulators and a prefetched row
+BACKWARD_WARPS_WRITE = 16 * 132  # the same without an old dx
 BACKWARD_WARPS_8 = 20 * 132  # of 8 values
 MIN_PROGRAMS = 132
 
@@ -115,11 +116,12 @@ def _forward_launch(n: int, C: int) -> tuple[int, int, int]:
     return min(n, max(MIN_PROGRAMS, FORWARD_WARPS // warps)), block, warps
 
 
-def _backward_launch(n: int, C: int) -> tuple[int, int, int]:
+def _backward_launch(n: int, C: int, accumulate_dx: bool) -> tuple[int, int, int]:
     """Programs, block and warps of backward: 8 values of a row to a thread, 16 above C = 1024."""
     block = _block(C)
     warps = min(max(block // 512, 4), 32 if block > 8192 else 16)
-    together = BACKWARD_WARPS if block > 256 * warps else BACKWARD_WARPS_8
+    together = BACKWARD_WARPS if accumulate_dx else BACKWARD_WARPS_WRITE
+    together = together if block > 256 * warps else BACKWARD_WARPS_8
     return min(n, max(MIN_PROGRAMS, together // warps)), block, warps
 
 
@@ -133,11 +135,11 @@ def layernorm_forward(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Ten
 
 def backward_temps(
     dx: Tensor, dw: Tensor, db: Tensor, dbias: Tensor | None, again: Tensor | None, dout: Tensor,
-    *_: object, **__: object,
+    *_: object, accumulate_dx: bool, **__: object,
 ) -> Temps:  # fmt: skip
     """The programs' sums for dw, db and, if asked for, dbias."""
     n, C = dout.shape
-    return [((2 if dbias is None else 3, _backward_launch(n, C)[0], C), float32)]
+    return [((2 if dbias is None else 3, _backward_launch(n, C, accumulate_dx)[0], C), float32)]
 
 
 @backend("triton", temps=backward_temps)
@@ -147,7 +149,7 @@ def layernorm_backward(
     *, accumulate_dx: bool, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
     """dx (n, C), dw, db, dbias (C) and again (n, C) from dout (n, C): see the reference. dx may be dout."""
-    (part,) = scratch(backward_temps(dx, dw, db, dbias, again, dout))
+    (part,) = scratch(backward_temps(dx, dw, db, dbias, again, dout, accumulate_dx=accumulate_dx))
     backward_rows(dx, again, part, dout, x, mean, rstd, w, b, accumulate_dx=accumulate_dx)
     column_sums([dw, db] if dbias is None else [dw, db, dbias], part, accumulate)
 
@@ -158,7 +160,7 @@ def backward_rows(
 ) -> None:  # fmt: skip
     """The first stage: all but the sums over programs."""
     n, C = dout.shape
-    programs, block, warps = _backward_launch(n, C)
+    programs, block, warps = _backward_launch(n, C, accumulate_dx)
     _layernorm_backward_kernel[(programs,)](
         dx, dx if again is None else again, part, dout, x, mean, rstd, w, b, n, C,
         BLOCK=block, ACCUMULATE_DX=accumulate_dx, DBIAS=part.shape[0] == 3, AGAIN=again is not None, num_warps=warps,

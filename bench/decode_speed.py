@@ -2,7 +2,8 @@
 
     python bench/decode_speed.py d48 [--texts 1,8] [--tokens 256] [--out FILE.csv]
 
-Random weights, greedy, a prompt of 16 tokens; the median step of those from the tenth on, the host's work included.
+Random weights, greedy, a prompt of 16 tokens, five times; the median of all steps from the tenth on, the host's work
+included.
 The limit: every weight that a step reads (all but the positions, the tied head once), over the measured copy rate.
 """
 
@@ -22,7 +23,7 @@ from daybreak.report.bench import limits
 from daybreak.shapes import parse_shape
 from daybreak.state.run_folder import package_commit
 
-PROMPT, SKIP = 16, 10
+PROMPT, SKIP, ROUNDS = 16, 10, 5
 
 
 def main() -> None:
@@ -37,14 +38,16 @@ def main() -> None:
     for texts in map(int, a.texts.split(",")):
         engine = Engine(shape, B=1, T=1024, compute="bf16", device=device, train=False, rows=texts)
         weights = 2 * (engine.num_parameters - shape.max_T * shape.C)
-        batch = Batch(engine)
-        batch.add([Text(range(100 + i, 100 + i + PROMPT), Sampling(a.tokens, temperature=0.0)) for i in range(texts)])
-        times: list[float] = []
-        while batch.texts:
-            began = time.perf_counter()
-            batch.step()
-            times.append(time.perf_counter() - began)
-        step, floor = statistics.median(times[SKIP:]), weights / bandwidth
+        how, times, batch = Sampling(a.tokens, temperature=0.0), list[float](), Batch(engine)
+        for _ in range(ROUNDS):
+            batch.add([Text(range(100 + i, 100 + i + PROMPT), how) for i in range(texts)])
+            taken = []
+            while batch.texts:
+                began = time.perf_counter()
+                batch.step()
+                taken.append(time.perf_counter() - began)
+            times += taken[SKIP:]
+        step, floor = statistics.median(times), weights / bandwidth
         row = {
             "model": a.model, "texts": texts, "ms": f"{1e3 * step:.3f}", "floor_ms": f"{1e3 * floor:.3f}",
             "ratio": f"{step / floor:.2f}", "tokens_s": f"{texts / step:.0f}", "copy_tb_s": f"{bandwidth / 1e12:.3f}",

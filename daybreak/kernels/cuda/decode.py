@@ -25,7 +25,9 @@ from daybreak.kernels.cuda.gelu import sigmoid_2u
 from daybreak.kernels.norm import EPS
 
 TILE = 1 << 14  # weights of one program, which it holds in registers
-PROGRAMS = 6 * 132  # as few rows to a program as it takes to have so many; of any card, for the same bits on all
+# As few rows to a program as it takes to have so many; on any card, for the same bits on all. A matrix that fits into
+# one wave stays there: the launch after it can only begin once all programs have.
+WAVE, PROGRAMS = 2 * 132, 6 * 132
 KEYS, WARPS = 1 << 14, 8  # elements of the keys that attention looks at together
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -83,7 +85,8 @@ def _tile(I: int, O: int) -> tuple[int, int, int]:
     """Rows and columns of w that a program takes, and its warps."""
     cols = 1 << (I - 1).bit_length()
     rows = max(1, TILE // cols)
-    while rows > 1 and -(-O // rows) < PROGRAMS:
+    least = WAVE // 2 if -(-O // rows) <= WAVE else PROGRAMS
+    while rows > 1 and -(-O // rows) < least:
         rows //= 2
     return rows, cols, min(8, max(1, cols // 256))
 

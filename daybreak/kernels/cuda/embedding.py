@@ -14,7 +14,7 @@ from torch import Tensor
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 
-GROUP, MAX_COLS = 4, 2048  # tile of forward: one position in 4 rows of the batch
+GROUP, MAX_COLS = 1, 2048  # tile of forward: one position in so many rows of the batch
 SORT_BLOCK, SORT_WARPS = 512, 8  # positions that one program of the sort takes
 DIGIT_BITS = 8
 CHUNK = 32  # sorted positions that one program adds up
@@ -38,13 +38,13 @@ def _forward_kernel(out, tokens, wte, wpe, B, T, C, GROUP: tl.constexpr, COLS: t
     x = tl.load(wte + token[:, None] * C + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     position = tl.load(wpe + t.to(tl.int64) * C + cols, mask=cols < C, other=0.0).to(tl.float32)
     y = x + position[None, :]
-    tl.store(out + row[:, None] * C + cols[None, :], y.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + row[:, None] * C + cols[None, :], y.to(out.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 
 def _forward_launch(C: int) -> tuple[int, int]:
-    """Columns and warps of one program of forward: 32 values a thread at most."""
+    """Columns and warps of one program of forward: 16 values a thread at most."""
     cols = min(1 << (C - 1).bit_length(), MAX_COLS)
-    return cols, min(max(GROUP * cols // 1024, 1), 8)
+    return cols, min(max(GROUP * cols // 512, 1), 8)
 
 
 @backend("triton")

@@ -88,6 +88,7 @@ def seconds(case: Case) -> float:
 def time_launches(launches: list[Callable[[], None]]) -> float:
     """Median seconds of one of these launches, run in order in a CUDA graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still be filling the buffers
     with torch.cuda.stream(stream):  # compiles, and lets libraries allocate, before the capture
         for fn in launches[:3]:
             fn()

@@ -12,10 +12,8 @@ from torch import Tensor
 from daybreak.kernels import backend
 from daybreak.kernels.cuda import tl, triton
 
-PROGRAMS, PROGRAMS_FORWARD = (
-    384,
-    512,
-)  # about three for each of an H100's 132 multiprocessors; four if no row is read again
+# About three for each of an H100's 132 multiprocessors; four where no row is read again.
+PROGRAMS, PROGRAMS_FORWARD = 384, 512
 TILE, WARPS = 4096, 16  # columns at a time: 16 bytes of bf16 a thread, and as many again under way
 SUM_BLOCK, SUM_WARPS = 8192, 32
 
@@ -52,14 +50,11 @@ def _classifier_kernel(
         following = tl.load(z + cols, mask=full > 0, other=0.0, eviction_policy="evict_last")
         for start in range(0, full, TILE):
             x = following.to(tl.float32)
-            following = tl.load(
-                z + start + TILE + cols, mask=start + TILE < full, other=0.0, eviction_policy="evict_last"
-            )
+            at = start + TILE + cols
+            following = tl.load(z + at, mask=start + TILE < full, other=0.0, eviction_policy="evict_last")
             m, s = _online(m, s, x)
         for start in range(full, columns, TILE):
-            x = tl.load(z + start + cols, mask=start + cols < Vp, other=0.0, eviction_policy="evict_last").to(
-                tl.float32
-            )
+            x = tl.load(z + start + cols, mask=start + cols < Vp, other=0.0).to(tl.float32)
             m, s = _online(m, s, tl.where(start + cols < columns, x, float("-inf")))
         largest = tl.max(m, 0)
         total = tl.where(target < 0, 1.0, tl.sum(s * tl.exp(m - largest), 0))

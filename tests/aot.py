@@ -8,7 +8,7 @@ The cases of a file are tuples of
 
 with Triton's types ("*bf16", "*fp32", "i32", "i64", "fp32"). Every pointer and integer is taken for a multiple of 16,
 as it is in GPT-2's shapes, unless its type ends in "?" ("i32?"). Every case is compiled for sm_90, for the other
-architectures the first case of each kernel.
+architectures the first case of each kernel, and for sm_100 also those whose launches overlap.
 """
 
 from __future__ import annotations
@@ -237,7 +237,12 @@ def compile_case(name: str, index: int, arch: int) -> dict[str, Any]:
         return row | {"error": f"{type(error).__name__}: {error}"[:2000]}
     wide = len(re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"]))
     row["seconds"] = round(time.perf_counter() - start, 2)
-    return row | {"shared": compiled.metadata.shared, "wide_loads": wide} | resources(compiled.asm["cubin"])
+    row |= {"shared": compiled.metadata.shared, "wide_loads": wide} | resources(compiled.asm["cubin"])
+    if constants.get("OVERLAP"):  # what comes before the wait for the launch ahead
+        early = compiled.asm["ptx"].partition("griddepcontrol.wait")[0]
+        row |= {"early_loads": early.count("ld.global"), "early_stores": early.count("st.global")}
+        row |= {"waits": compiled.asm["ptx"].count("griddepcontrol.wait")}
+    return row
 
 
 def work(names: list[str]) -> list[tuple[str, int, int]]:
@@ -248,7 +253,8 @@ def work(names: list[str]) -> list[tuple[str, int, int]]:
         for index, case in enumerate(CASES.get(name, ())):
             first = case[0] not in seen
             seen.add(case[0])
-            todo += [(name, index, arch) for arch in (MAIN, *(OTHERS if first else ()))]
+            others = OTHERS if first else OTHERS[-1:] if case[2].get("OVERLAP") else ()
+            todo += [(name, index, arch) for arch in (MAIN, *others)]
     return todo
 
 

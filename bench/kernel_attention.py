@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timing import Case, launch, rand
+from timing import DECODE, DEVICE, Case, launch, rand
 from torch import Tensor
 
 from daybreak.kernels.cuda import missing_backends
@@ -43,8 +43,21 @@ def _backward(backend: str, B: int, T: int, C: int, NH: int) -> Case:
     return Case("attention_backward", backend, nbytes, 5 * B * T * (T + 1) * C, make, EXEMPT)
 
 
+def _decode(T: int, C: int, NH: int) -> Case:
+    """The last place of one text: reading its keys and values is all there is to it."""
+
+    def make() -> Callable[[], None]:
+        q, k, v = rand(1, 3, NH, C // NH).unbind(1)
+        cache, place = rand(2, 1, NH, T, C // NH), torch.tensor([T - 1], device=DEVICE)
+        return launch(
+            "attention_decode", "triton", rand(1, NH, C // NH), cache, q, k, v, place, scale=(C // NH) ** -0.5
+        )
+
+    return Case("attention_decode", "triton", (2 * T + 4) * C * 2, 4 * T * C, make, DECODE, "one row")
+
+
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
-    """Both operations in each backend that this machine has."""
+    """Both operations in each backend that this machine has, and the one row of a text under way."""
     missing = missing_backends(torch.cuda.get_device_capability()) if torch.cuda.is_available() else {}
     found = []
     for backend in ("triton", "cudnn", "fa4"):
@@ -52,4 +65,4 @@ def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
             if backend != "fa4":  # its forward is cuDNN's
                 found.append(_forward(backend, B, T, C, NH))
             found.append(_backward(backend, B, T, C, NH))
-    return found
+    return [*found, _decode(T, C, NH)]

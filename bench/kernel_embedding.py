@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timing import DEVICE, Case, launch, rand
+from timing import DECODE, DEVICE, Case, launch, rand
 from torch import Tensor
 
 SORTED = "sorts the tokens to fix the order of its sums: under 1 % of the micro-step instead"
@@ -47,6 +47,15 @@ def _backward(B: int, T: int, C: int, Vp: int, tenth: bool) -> Case:
     return Case("embedding_backward", "triton", nbytes, 0, make, SORTED, note)
 
 
+def _decode(T: int, C: int, Vp: int) -> Case:
+    def make() -> Callable[[], None]:
+        ids = torch.tensor([[Vp - 1], [T - 1]], device=DEVICE)
+        return launch("embedding_decode", "triton", rand(1, C), *ids, rand(Vp, C), rand(T, C))
+
+    return Case("embedding_decode", "triton", 3 * C * 2 + 16, 0, make, DECODE, "one row")
+
+
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
-    """Forward, and backward with the two kinds of tokens."""
-    return [_forward(B, T, C, Vp), *(_backward(B, T, C, Vp, tenth) for tenth in (False, True))]
+    """Forward, backward with the two kinds of tokens, and the one row of a text under way."""
+    backward = [_backward(B, T, C, Vp, tenth) for tenth in (False, True)]
+    return [_forward(B, T, C, Vp), *backward, _decode(T, C, Vp)]

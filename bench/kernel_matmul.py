@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 
-from timing import Case, launch, rand
+from timing import DECODE, Case, launch, rand
 
 BACKENDS = ("quack", "cublaslt", "torch")
 EXEMPT = "a matrix product: bound by arithmetic, not by memory"
@@ -39,7 +39,7 @@ def _decode(backend: str, name: str, I: int, O: int) -> Case:
         w = rand(O, I, scale=I**-0.5)
         return launch("matmul_decode", backend, rand(1, O), rand(1, I), w, b, add, *norm, gelu=name == "fc")
 
-    exempt = "" if name == "head" else "a few us: what counts is the token of all, whose launches overlap (decode.csv)"
+    exempt = "" if name == "head" else DECODE
     return Case("matmul_decode", backend, 2 * I * O, 2 * I * O, make, exempt, f"{name}, one row")
 
 

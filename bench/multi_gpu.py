@@ -162,6 +162,7 @@ def same(a: argparse.Namespace, say: Say, kill: bool) -> None:
     first = Run(a, f"all-1-{a.ranks}", model, a.ranks, **flags).done(240)
     apart = gap(larger[0], first.losses())
     say("same", f"largest gap of losses, one rank and {a.ranks}, B = {B}", f"{apart:.2e}")
+    say("memory", f"{model} MiB on rank 0 of {a.ranks} with a save every {every} steps", first.memory())
     assert apart <= 2 * bound or CPU
     name = f"all-2-{a.ranks}"
     second = Run(a, name, model, a.ranks, **flags)

@@ -35,8 +35,6 @@ class Piece(NamedTuple):
 
 
 def kind_of(name: str) -> str:
-    if "_norm" in name and "layernorm" in name:
-        return "rest"
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "rest")
 
 

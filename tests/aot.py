@@ -95,7 +95,7 @@ def decode_cases(C: int, dtype: str) -> list[Case]:
     types |= dict.fromkeys(("out_b", "x_b", "cache_v", "cache_b", "cache_h"), "i64")
     for HS, overlap in ((64, False), (64, True), (128, True)):
         constants = {"HS": HS, "D": HS, "STEP": decode.KEYS // HS, "OVERLAP": overlap}
-        found.append((decode._decode_kernel, types, constants, decode.WARPS))
+        found.append((decode._decode_attention_kernel, types, constants, decode.WARPS))
     return found
 
 
@@ -107,12 +107,10 @@ def embedding_cases(C: int, dtype: str) -> list[Case]:
     sort = {"SHIFT": 8, "DIGITS": 1 << e.DIGIT_BITS, "BLOCK": e.SORT_BLOCK}
     lists = {"keys": "*i32", "rows": "*i32"}
     runs = {"dwte": dtype, "part": "*fp32", "keys": "*i32", "n": "i32", "chunks": "i32", "C": "i32"}
-    forward = {"out": dtype, "tokens": "*i64", "wte": dtype, "wpe": dtype, **sizes}
-    decode_types = {"out": dtype, "tokens": "*i64", "positions": "*i64", "wte": dtype, "wpe": dtype, "C": "i32"}
+    forward = {"out": dtype, "tokens": "*i64", "positions": "*i64", "wte": dtype, "wpe": dtype, "T": "i32", "C": "i32"}
     scatter = {"keys_out": "*i32", "rows_out": "*i32", **lists, "table": "*i32", "n": "i32", "blocks": "i32"}
     return [
-        (e._forward_kernel, forward, {"GROUP": e.GROUP, "COLS": cols}, warps),
-        (e._decode_kernel, decode_types, {"COLS": e.DECODE_COLS}, e.DECODE_COLS // 256),
+        *((e._forward_kernel, forward, {"GIVEN": given, "COLS": cols}, warps) for given in (False, True)),
         (e._positions_kernel, {"dwpe": dtype, "dout": dtype, **sizes}, position, e.POSITION_COLS // 256),
         (e._digit_counts_kernel, {"table": "*i32", "keys": "*i32", "n": "i32"}, sort, e.SORT_WARPS),
         (e._scatter_kernel, scatter, {"FIRST": False, "TABLE_ROWS": e.PARTS, **sort}, e.SORT_WARPS),

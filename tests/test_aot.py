@@ -49,7 +49,7 @@ def test_nothing_spills(rows):
 def test_overlapping_launches_read_ahead_and_write_after_the_wait(rows):
     overlapping = [r for r in rows if "waits" in r]
     assert {(r["kernel"], r["arch"]) for r in overlapping} == {
-        (kernel, arch) for kernel in ("_decode_matmul_kernel", "_decode_kernel") for arch in (90, 100)
+        (kernel, arch) for kernel in ("_decode_matmul_kernel", "_decode_attention_kernel") for arch in (90, 100)
     }
     for r in overlapping:
         assert (r["waits"], r["early_stores"]) == (1, 0), r

@@ -317,7 +317,7 @@ def test_a_text_written_token_by_token_has_the_logits_of_the_whole(compute: str,
         torch.cat([each.logits(row[None])[:, start - 1 :].double().cpu() for row in ids]) for each in (oracle, engine)
     )
     error, usual = ((x - want).norm() / want.norm() for x in (got, whole))
-    assert usual < 0.1
+    assert usual <= (1e-5 if compute == "fp32" else 0.1)
     assert error <= 1.2 * usual
     assert torch.equal(write(), got)
 

@@ -58,6 +58,19 @@ def test_planned_memory_is_within_two_percent_of_the_drivers(shape: str, recompu
     assert (p.nbytes + p.outside) / MIB == pytest.approx(driver, rel=0.005)
 
 
+def test_planned_memory_holds_where_its_constants_were_not_taken() -> None:
+    """Two ranks that save, and one H100, with the benchmark's own checksum in small pieces."""
+    rows = {row["what"]: row["value"] for row in csv.DictReader(MULTI.open())}
+    driver = int(rows["d12 MiB on rank 0 of 2 with a save every 10 steps"])
+    p = on("d12", "h200", 2, batch__B=16, batch__recompute=0, parallel__zero=1)
+    assert (p.nbytes + p.outside) / MIB == pytest.approx(driver, rel=0.02)
+    steps = [r for r in csv.DictReader(CSV.open()) if r["commit"] == "0efb473"]
+    assert len(steps) == 2
+    for row in steps:
+        p = on(row["model"], batch__B=int(row["B"]), batch__recompute=int(row["recompute"]))
+        assert (p.nbytes + p.outside) / MIB == pytest.approx(int(row["memory_mib"]), rel=0.02)
+
+
 def test_stored_measurements_are_those_of_the_results_file() -> None:
     if not CSV.is_file():
         pytest.skip("bench/results/gpu_step.csv is not in this checkout")

@@ -17,7 +17,7 @@ from torch import Tensor
 from daybreak.engine.arena import LiveFrame
 from daybreak.kernels import Kernels
 
-Call = Callable[[], None]
+Action = Callable[[], None]
 SLOTS = 4  # batches and results in flight, at most
 
 
@@ -28,7 +28,7 @@ class Graphs:
         self.enabled = enabled
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
-    def capture(self, key: Hashable, fn: Call) -> None:
+    def capture(self, key: Hashable, fn: Action) -> None:
         """Record fn, which has run before (its kernels are compiled and its libraries loaded)."""
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
@@ -37,7 +37,7 @@ class Graphs:
             fn()
         self._graphs[key] = graph
 
-    def run(self, key: Hashable, fn: Call) -> None:
+    def run(self, key: Hashable, fn: Action) -> None:
         """Replay what was captured under `key`, or call fn."""
         if graph := self._graphs.get(key):
             graph.replay()
@@ -50,7 +50,7 @@ class Graphs:
             graph.reset()
         self._graphs.clear()
 
-    def warm(self, key: Hashable, before: Call, fn: Call, after: Call) -> None:
+    def warm(self, key: Hashable, before: Action, fn: Action, after: Action) -> None:
         """Run the three, which the first call under this key records; that call is a plain one."""
 
         def all_three() -> None:
@@ -68,9 +68,9 @@ class Tapes:
     without the schedule that leads to them (half of the time of a small model's step)."""
 
     def __init__(self, frame: LiveFrame) -> None:
-        self._frame, self._tapes = frame, dict[Hashable, list[Call]]()
+        self._frame, self._tapes = frame, dict[Hashable, list[Action]]()
 
-    def warm(self, key: Hashable, before: Call, fn: Call, after: Call) -> None:
+    def warm(self, key: Hashable, before: Action, fn: Action, after: Action) -> None:
         """Run before, fn's kernel calls and after; the first call under a key runs fn, which does nothing but call
         kernels, and notes them."""
         before()
@@ -81,8 +81,8 @@ class Tapes:
                 call()
         after()
 
-    def _note(self, fn: Call) -> list[Call]:
-        kernels, calls = self._frame.k, list[Call]()
+    def _note(self, fn: Action) -> list[Action]:
+        kernels, calls = self._frame.k, list[Action]()
         self._frame.k = _Noting(kernels, calls)  # type: ignore[assignment]  # the same attributes
         try:
             fn()
@@ -94,7 +94,7 @@ class Tapes:
 class _Noting:
     """Kernels that note their calls."""
 
-    def __init__(self, kernels: Kernels, calls: list[Call]) -> None:
+    def __init__(self, kernels: Kernels, calls: list[Action]) -> None:
         self._kernels, self._calls = kernels, calls
 
     def __getattr__(self, name: str) -> Callable[..., None]:

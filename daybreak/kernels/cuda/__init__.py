@@ -37,6 +37,7 @@ except ImportError:  # macOS, or a torch without it: the kernels are never launc
 
     triton = tl = _Absent()
 
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU
 all_ops()  # the operations are registered before their backends in this package
 NEEDS = {
     "triton": ("triton",),

@@ -13,7 +13,6 @@ and are constants: they decide the order of the sums.
 from __future__ import annotations
 
 import math
-import os
 from functools import cache
 from typing import Any
 
@@ -21,9 +20,8 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
-from daybreak.kernels.cuda import tl, triton
+from daybreak.kernels.cuda import INTERPRET, tl, triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 Config = tuple[int, int, int, int]  # rows owned, rows per step of the walk, warps, pipeline stages

@@ -12,7 +12,6 @@ only if none ends without waiting.
 from __future__ import annotations
 
 import math
-import os
 from functools import cache
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import backend
-from daybreak.kernels.cuda import tl, triton
+from daybreak.kernels.cuda import INTERPRET, tl, triton
 from daybreak.kernels.cuda.gelu import sigmoid_2u
 from daybreak.kernels.norm import EPS
 
@@ -29,7 +28,6 @@ TILE = 1 << 14  # weights of one program, which it holds in registers
 # one wave stays there: the launch after it can only begin once all programs have.
 WAVE, PROGRAMS = 2 * 132, 6 * 132
 KEYS, WARPS = 1 << 14, 8  # elements of the keys that attention looks at together
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
@@ -119,7 +117,7 @@ def _more_keys(K, V, before, query, m, total, acc):
 
 
 @triton.jit
-def _decode_kernel(
+def _decode_attention_kernel(
     out, cache, q, k, v, positions, out_b, x_b, cache_v, cache_b, cache_h, scale2,
     HS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +162,7 @@ def attention_decode(
     assert all(x[0].is_contiguous() for x in (out, q, k, v)), "heads must be contiguous"
     assert cache[0, 0, 0].is_contiguous(), "a head's keys must be contiguous"
     D = max(16, 1 << (HS - 1).bit_length())
-    _decode_kernel[(b, NH)](
+    _decode_attention_kernel[(b, NH)](
         out, cache, q, k, v, positions, out.stride(0), q.stride(0), *cache.stride()[:3], scale * math.log2(math.e),
         HS=HS, D=D, STEP=max(1, KEYS // D), num_warps=WARPS, **_options(out.device),
     )  # fmt: skip

@@ -14,12 +14,11 @@ from torch import Tensor
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 
-GROUP, MAX_COLS = 1, 2048  # tile of forward: one position in so many rows of the batch
+MAX_COLS = 2048  # of one program of forward
 SORT_BLOCK, SORT_WARPS = 512, 8  # positions that one program of the sort takes
 DIGIT_BITS = 8
 CHUNK = 32  # sorted positions that one program adds up
 RUN_COLS = 256  # columns of one program of one warp: 16 bytes of bf16 a thread
-DECODE_COLS = 1024
 PARTS = 16  # partial sums that are read at a time
 POSITION_ROWS, POSITION_COLS = 8, 1024
 
@@ -28,52 +27,45 @@ POSITION_ROWS, POSITION_COLS = 8, 1024
 
 
 @triton.jit
-def _forward_kernel(out, tokens, wte, wpe, B, T, C, GROUP: tl.constexpr, COLS: tl.constexpr):
-    t = tl.program_id(0)
-    b = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
-    row = b.to(tl.int64) * T + t
-    token = tl.load(tokens + row, mask=b < B, other=0)
-    mask = (b < B)[:, None] & (cols < C)[None, :]
-    x = tl.load(wte + token[:, None] * C + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    position = tl.load(wpe + t.to(tl.int64) * C + cols, mask=cols < C, other=0.0).to(tl.float32)
-    y = x + position[None, :]
-    tl.store(out + row[:, None] * C + cols[None, :], y.to(out.dtype.element_ty), mask=mask, cache_modifier=".cs")
+def _forward_kernel(out, tokens, positions, wte, wpe, T, C, GIVEN: tl.constexpr, COLS: tl.constexpr):
+    """One row: at its place in a sequence of T, or at the one that is GIVEN."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    mask = cols < C
+    if GIVEN:
+        place = tl.load(positions + row)
+    else:
+        place = row % T
+    x = tl.load(wte + tl.load(tokens + row) * C + cols, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(wpe + place * C + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * C + cols, x.to(out.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 
 def _forward_launch(C: int) -> tuple[int, int]:
     """Columns and warps of one program of forward: 16 values a thread at most."""
     cols = min(1 << (C - 1).bit_length(), MAX_COLS)
-    return cols, min(max(GROUP * cols // 512, 1), 8)
+    return cols, max(cols // 512, 1)
+
+
+def _forward(out: Tensor, tokens: Tensor, positions: Tensor | None, wte: Tensor, wpe: Tensor, T: int) -> None:
+    n, C = out.shape
+    cols, warps = _forward_launch(C)
+    _forward_kernel[(n, triton.cdiv(C, cols))](
+        out, tokens, tokens if positions is None else positions, wte, wpe, T, C,
+        GIVEN=positions is not None, COLS=cols, num_warps=warps,
+    )  # fmt: skip
 
 
 @backend("triton")
 def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor) -> None:
     """out (B*T, C) = wte[tokens] + wpe[:T] for tokens (B, T) int64; added in fp32, rounded once."""
-    (B, T), C = tokens.shape, out.shape[1]
-    cols, warps = _forward_launch(C)
-    _forward_kernel[(T, triton.cdiv(B, GROUP), triton.cdiv(C, cols))](
-        out, tokens, wte, wpe, B, T, C, GROUP=GROUP, COLS=cols, num_warps=warps
-    )
-
-
-@triton.jit
-def _decode_kernel(out, tokens, positions, wte, wpe, C, COLS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    mask = cols < C
-    x = tl.load(wte + tl.load(tokens + row) * C + cols, mask=mask, other=0.0).to(tl.float32)
-    x += tl.load(wpe + tl.load(positions + row) * C + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * C + cols, x.to(out.dtype.element_ty), mask=mask)
+    _forward(out, tokens, None, wte, wpe, tokens.shape[1])
 
 
 @backend("triton")
 def embedding_decode(out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> None:
     """out (b, C) = wte[tokens] + wpe[positions] for tokens, positions (b) int64; added in fp32, rounded once."""
-    b, C = out.shape
-    _decode_kernel[(b, triton.cdiv(C, DECODE_COLS))](
-        out, tokens, positions, wte, wpe, C, COLS=DECODE_COLS, num_warps=DECODE_COLS // 256
-    )
+    _forward(out, tokens, positions, wte, wpe, 0)
 
 
 # --------------------------------------------------------------------------------------------- backward: the positions

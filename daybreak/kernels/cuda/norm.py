@@ -120,8 +120,8 @@ def _backward_launch(n: int, C: int, accumulate_dx: bool) -> tuple[int, int, int
     """Programs, block and warps of backward: 8 values of a row to a thread, 16 above C = 1024."""
     block = _block(C)
     warps = min(max(block // 512, 4), 32 if block > 8192 else 16)
-    together = BACKWARD_WARPS if accumulate_dx else BACKWARD_WARPS_WRITE
-    together = together if block > 256 * warps else BACKWARD_WARPS_8
+    wide = BACKWARD_WARPS if accumulate_dx else BACKWARD_WARPS_WRITE
+    together = wide if block > 256 * warps else BACKWARD_WARPS_8
     return min(n, max(MIN_PROGRAMS, together // warps)), block, warps
 
 

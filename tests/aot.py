@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -135,17 +136,20 @@ def guard_cases() -> list[Case]:
 
 
 def norm_cases(C: int, dtype: str) -> list[Case]:
+    rows = torch.empty(1 << 14, C, dtype=torch.bfloat16 if dtype == "*bf16" else torch.float32, device="meta")
     names = {"x": dtype, "w": dtype, "b": dtype, "n": "i32", "C": "i32"}
     stats = {"mean": "*fp32", "rstd": "*fp32"}
-    _, block, warps = norm._forward_launch(1 << 14, C)
+
+    launch = norm.forward_launch(rows)
     forward = {"out": dtype, **stats, **names, "eps": "fp32"}
-    constants = {"BLOCK": block}
-    found: list[Case] = [(norm._layernorm_forward_kernel, forward, constants, warps)]
-    _, block, warps = norm._backward_launch(1 << 14, C, True)
+    constants = {"ROWS": launch.rows, "BLOCK": launch.block}
+    found: list[Case] = [(norm._layernorm_forward_kernel, forward, constants, launch.warps)]
     backward = {"dx": dtype, "again": dtype, "part": "*fp32", "dout": dtype, **stats, **names}
     for accumulate_dx, dbias, again in ((True, True, True), (True, True, False), (False, True, False)):
-        flags = {"ACCUMULATE_DX": accumulate_dx, "DBIAS": dbias, "AGAIN": again}
-        found.append((norm._layernorm_backward_kernel, backward, {"BLOCK": block, **flags}, warps))
+        launch = norm.backward_launch(rows, accumulate_dx)
+        constants = {"ROWS": launch.rows, "BLOCK": launch.block, "STAGES": launch.stages}
+        constants |= {"ACCUMULATE_DX": accumulate_dx, "DBIAS": dbias, "AGAIN": again}
+        found.append((norm._layernorm_backward_kernel, backward, constants, launch.warps))
     return found
 
 
@@ -182,7 +186,7 @@ CASES: dict[str, list[Case]] = {
     "embedding": [*embedding_cases(1600, "*bf16"), *embedding_cases(768, "*fp32")],
     "gelu": [*gelu_cases("*bf16"), *gelu_cases("*fp32")],
     "guard": guard_cases(),
-    "norm": [*norm_cases(1600, "*bf16"), *norm_cases(768, "*bf16")],
+    "norm": [c for C in (1600, 768, 4096) for c in norm_cases(C, "*bf16")] + norm_cases(1600, "*fp32"),
     "optimizer": optimizer_cases(),
 }
 

@@ -35,6 +35,10 @@ except ImportError:  # macOS, or a torch without it: the kernels are never launc
         def cdiv(a: int, b: int) -> int:
             return -(-a // b)
 
+        @staticmethod
+        def next_power_of_2(n: int) -> int:
+            return 1 << (n - 1).bit_length()
+
     triton = tl = _Absent()
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU

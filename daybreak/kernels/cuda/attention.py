@@ -244,7 +244,7 @@ def _is_large(device: torch.device) -> bool:
 @cache
 def _configs(HS: int, wide: bool, large: bool) -> tuple[int, tuple[Config, Config, Config]]:
     """Padded head size (a tensor core needs 16) and the blocks of the three kernels."""
-    D = max(16, 1 << (HS - 1).bit_length())
+    D = max(16, triton.next_power_of_2(HS))
     if D > 256:
         raise ValueError(f"attention heads of {HS} elements: the Triton kernels take at most 256")
     return D, (FP32 if wide else LARGE if large else SMALL)[max(64, D)]

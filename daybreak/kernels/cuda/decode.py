@@ -81,7 +81,7 @@ def _decode_matmul_kernel(
 
 def _tile(I: int, O: int) -> tuple[int, int, int]:
     """Rows and columns of w that a program takes, and its warps."""
-    cols = 1 << (I - 1).bit_length()
+    cols = triton.next_power_of_2(I)
     rows = max(1, TILE // cols)
     least = WAVE // 2 if -(-O // rows) <= WAVE else PROGRAMS
     while rows > 1 and -(-O // rows) < least:
@@ -161,7 +161,7 @@ def attention_decode(
     assert q.stride(0) == k.stride(0) == v.stride(0), "q, k and v are laid out alike"
     assert all(x[0].is_contiguous() for x in (out, q, k, v)), "heads must be contiguous"
     assert cache[0, 0, 0].is_contiguous(), "a head's keys must be contiguous"
-    D = max(16, 1 << (HS - 1).bit_length())
+    D = max(16, triton.next_power_of_2(HS))
     _decode_attention_kernel[(b, NH)](
         out, cache, q, k, v, positions, out.stride(0), q.stride(0), *cache.stride()[:3], scale * math.log2(math.e),
         HS=HS, D=D, STEP=max(1, KEYS // D), num_warps=WARPS, **_options(out.device),

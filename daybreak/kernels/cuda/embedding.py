@@ -28,29 +28,31 @@ POSITION_ROWS, POSITION_COLS = 8, 1024
 
 @triton.jit
 def _forward_kernel(out, tokens, positions, wte, wpe, T, C, GIVEN: tl.constexpr, COLS: tl.constexpr):
-    """One row: at its place in a sequence of T, or at the one that is GIVEN."""
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    mask = cols < C
+    """One row: at its place in a sequence of T, or at the one that is GIVEN. Rows are read again, out is not."""
+    t, b = tl.program_id(0), tl.program_id(1)
+    row = b * T + t
+    place = t.to(tl.int64)
     if GIVEN:
         place = tl.load(positions + row)
-    else:
-        place = row % T
-    x = tl.load(wte + tl.load(tokens + row) * C + cols, mask=mask, other=0.0).to(tl.float32)
-    x += tl.load(wpe + place * C + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * C + cols, x.to(out.dtype.element_ty), mask=mask, cache_modifier=".cs")
+    cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
+    mask = cols < C
+    x = tl.load(wte + tl.load(tokens + row) * C + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+    p = tl.load(wpe + place * C + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+    y = (x.to(tl.float32) + p.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + row.to(tl.int64) * C + cols, y, mask=mask, cache_modifier=".cs")
 
 
 def _forward_launch(C: int) -> tuple[int, int]:
     """Columns and warps of one program of forward: 16 values a thread at most."""
-    cols = min(1 << (C - 1).bit_length(), MAX_COLS)
+    cols = min(triton.next_power_of_2(C), MAX_COLS)
     return cols, max(cols // 512, 1)
 
 
-def _forward(out: Tensor, tokens: Tensor, positions: Tensor | None, wte: Tensor, wpe: Tensor, T: int) -> None:
-    n, C = out.shape
+def _forward(out: Tensor, tokens: Tensor, positions: Tensor | None, wte: Tensor, wpe: Tensor) -> None:
+    T = tokens.shape[-1]
+    C = out.shape[1]
     cols, warps = _forward_launch(C)
-    _forward_kernel[(n, triton.cdiv(C, cols))](
+    _forward_kernel[(T, out.shape[0] // T, triton.cdiv(C, cols))](
         out, tokens, tokens if positions is None else positions, wte, wpe, T, C,
         GIVEN=positions is not None, COLS=cols, num_warps=warps,
     )  # fmt: skip
@@ -59,13 +61,13 @@ def _forward(out: Tensor, tokens: Tensor, positions: Tensor | None, wte: Tensor,
 @backend("triton")
 def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor) -> None:
     """out (B*T, C) = wte[tokens] + wpe[:T] for tokens (B, T) int64; added in fp32, rounded once."""
-    _forward(out, tokens, None, wte, wpe, tokens.shape[1])
+    _forward(out, tokens, None, wte, wpe)
 
 
 @backend("triton")
 def embedding_decode(out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> None:
     """out (b, C) = wte[tokens] + wpe[positions] for tokens, positions (b) int64; added in fp32, rounded once."""
-    _forward(out, tokens, positions, wte, wpe, 0)
+    _forward(out, tokens, positions, wte, wpe)
 
 
 # --------------------------------------------------------------------------------------------- backward: the positions
@@ -242,7 +244,7 @@ def embedding_backward(
     """dwte (Vp, C) += the rows of dout (B*T, C) by `tokens` (B, T); dwpe[:T] = or += their sum over B."""
     (B, T), (n, C) = tokens.shape, dout.shape
     *pairs, table, part = scratch(backward_temps(dwte, dwpe, dout))
-    cols = min(1 << (C - 1).bit_length(), POSITION_COLS)
+    cols = min(triton.next_power_of_2(C), POSITION_COLS)
     _positions_kernel[(T if accumulate else dwpe.shape[0], triton.cdiv(C, cols))](
         dwpe, dout, B, T, C, ACCUMULATE=accumulate, ROWS=POSITION_ROWS, COLS=cols, num_warps=max(cols // 256, 1)
     )

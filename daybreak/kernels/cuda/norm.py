@@ -1,13 +1,15 @@
 """LayerNorm in one pass over memory each way; formulas in kernels/norm.py.
 
-A row lies in the registers of one program, which takes rows in strides and asks for its next row before it works on
-the one it has: memory stays busy through the reductions. The last row comes first: the end of what the producer wrote
-is still in the L2 cache. Backward keeps its sums over rows (dw, db, dbias) in fp32 registers from first row to last and
-writes them out once; a second, small kernel adds up what the programs wrote. How many programs there are depends on the
-shape alone, so the sums have the same bits on every card.
+A program of forward takes two rows and is done: the next ones keep memory busy. One of backward keeps sums over rows
+(dw, db, dbias) in fp32 registers and writes them out once, so it takes two rows at a time, in strides, and those that
+come next travel to shared memory meanwhile (tl.range with stages). A second, small kernel adds up what the programs
+wrote. How many programs there are depends on the shape alone, so the sums have the same bits on every card. The last
+rows come first: the end of what the producer wrote is still in the L2 cache.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor, float32
 
@@ -16,86 +18,91 @@ from daybreak.kernels.cuda import tl, triton
 from daybreak.kernels.cuda.bias import column_sums
 from daybreak.kernels.norm import EPS
 
-# Warps of all programs together: what an H100's 132 multiprocessors hold at once by the registers a thread takes.
-FORWARD_WARPS = 28 * 132  # 72 registers
-BACKWARD_WARPS = 12 * 132  # of 16 values to a thread: three accumulators and a prefetched row
-BACKWARD_WARPS_WRITE = 16 * 132  # the same without an old dx
-BACKWARD_WARPS_8 = 20 * 132  # of 8 values
+BACKWARD_WARPS = (
+    16 * 132
+)  # of all programs together: what an H100's multiprocessors hold by the registers a thread takes
 MIN_PROGRAMS = 132
+STAGES = 3  # two rows of each tensor in work, twice as many on their way
+AHEAD = 96 << 10  # bytes of shared memory for those on their way, at most: sm_86 and sm_89 have 99 KB
 
 
 @triton.jit
-def _layernorm_forward_kernel(out, mean, rstd, x, w, b, n, C, eps, BLOCK: tl.constexpr):
-    pid, programs = tl.program_id(0), tl.num_programs(0)
-    cols = tl.arange(0, BLOCK)
+def _layernorm_forward_kernel(
+    out, mean, rstd, x, w, b, n, C, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK)[None, :]
     mask = cols < C
+    row = n - 1 - (tl.program_id(0) * ROWS + tl.arange(0, ROWS))
+    at = row.to(tl.int64)[:, None] * C + cols
+    here = mask & (row >= 0)[:, None]
+    xf = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
     wf = tl.load(w + cols, mask=mask, other=0.0).to(tl.float32)
     bf = tl.load(b + cols, mask=mask, other=0.0).to(tl.float32)
-    row, step = n - 1 - pid, -programs
-    at, stride = row.to(tl.int64) * C, step.to(tl.int64) * C
-    following = tl.load(x + at + cols, mask=mask, other=0.0)
-    for i in range(pid, n, programs):
-        xf = following.to(tl.float32)
-        following = tl.load(x + at + stride + cols, mask=mask & (i + programs < n), other=0.0)
-        m = tl.sum(xf, 0) / C
-        xc = tl.where(mask, xf - m, 0.0)
-        r = 1.0 / tl.sqrt(tl.sum(xc * xc, 0) / C + eps)
-        tl.store(out + at + cols, (xc * r * wf + bf).to(out.dtype.element_ty), mask=mask)
-        tl.store(mean + row, m)
-        tl.store(rstd + row, r)
-        row += step
-        at += stride
+    m = tl.sum(xf, 1) / C
+    xc = tl.where(mask, xf - m[:, None], 0.0)
+    r = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / C + eps)
+    tl.store(out + at, (xc * r[:, None] * wf + bf).to(out.dtype.element_ty), mask=here)
+    tl.store(mean + row, m, mask=row >= 0)
+    tl.store(rstd + row, r, mask=row >= 0)
+
+
+@triton.jit
+def _add(a, b, more_a, more_b):
+    """Two sums in one reduction, whose threads then wait for each other once."""
+    return a + more_a, b + more_b
 
 
 @triton.jit
 def _layernorm_backward_kernel(
     dx, again, part, dout, x, mean, rstd, w, b, n, C,
-    BLOCK: tl.constexpr, ACCUMULATE_DX: tl.constexpr, DBIAS: tl.constexpr, AGAIN: tl.constexpr,
+    ACCUMULATE_DX: tl.constexpr, DBIAS: tl.constexpr, AGAIN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """part (3, programs, C) in fp32: this program's sums of dout xhat, of dout and of dx over its rows."""
+    """part (3, programs, C) in fp32: this program's sums of dout xhat, of dout and of dx over its rows.
+
+    Rows travel ahead of the stores to dx, which may be dout: no row is another one's.
+    """
     pid, programs = tl.program_id(0), tl.num_programs(0)
-    cols = tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK)[None, :]
     mask = cols < C
     wf = tl.load(w + cols, mask=mask, other=0.0).to(tl.float32)
     if AGAIN:
         bf = tl.load(b + cols, mask=mask, other=0.0).to(tl.float32)
-    dw = tl.zeros((BLOCK,), tl.float32)
-    db = tl.zeros((BLOCK,), tl.float32)
-    dbias = tl.zeros((BLOCK,), tl.float32)
-    row, step = n - 1 - pid, -programs
-    at, stride = row.to(tl.int64) * C, step.to(tl.int64) * C
-    dout_next = tl.load(dout + at + cols, mask=mask, other=0.0)
-    x_next = tl.load(x + at + cols, mask=mask, other=0.0)
-    if ACCUMULATE_DX:
-        dx_next = tl.load(dx + at + cols, mask=mask, other=0.0)
-    m_next, r_next = tl.load(mean + row), tl.load(rstd + row)
-    for i in range(pid, n, programs):
-        d, xf, m, r = dout_next.to(tl.float32), x_next.to(tl.float32), m_next, r_next
+    dw = tl.zeros((1, BLOCK), tl.float32)
+    db = tl.zeros((1, BLOCK), tl.float32)
+    dbias = tl.zeros((1, BLOCK), tl.float32)
+    # Mean and rstd are too small for asynchronous copies: asked for a turn ahead by hand.
+    row = n - 1 - (pid * ROWS + tl.arange(0, ROWS))
+    m_next = tl.load(mean + row, mask=row >= 0, other=0.0)
+    r_next = tl.load(rstd + row, mask=row >= 0, other=0.0)
+    for i in tl.range(pid * ROWS, n, programs * ROWS, num_stages=STAGES):
+        row = n - 1 - (i + tl.arange(0, ROWS))
+        at = row.to(tl.int64)[:, None] * C + cols
+        here = mask & (row >= 0)[:, None]  # where a row is none, all that is read is 0 and adds nothing
+        d = tl.load(dout + at, mask=here, other=0.0).to(tl.float32)
+        xf = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
         if ACCUMULATE_DX:
-            old = dx_next.to(tl.float32)
-        here = at
-        row += step
-        at += stride
-        more = i + programs < n
-        dout_next = tl.load(dout + at + cols, mask=mask & more, other=0.0)
-        x_next = tl.load(x + at + cols, mask=mask & more, other=0.0)
-        if ACCUMULATE_DX:
-            dx_next = tl.load(dx + at + cols, mask=mask & more, other=0.0)
-        m_next, r_next = tl.load(mean + row, mask=more, other=0.0), tl.load(rstd + row, mask=more, other=0.0)
+            old = tl.load(dx + at, mask=here, other=0.0).to(tl.float32)
+        m, r = m_next[:, None], r_next[:, None]
+        row -= programs * ROWS
+        m_next = tl.load(mean + row, mask=row >= 0, other=0.0)
+        r_next = tl.load(rstd + row, mask=row >= 0, other=0.0)
         xhat = tl.where(mask, xf - m, 0.0) * r
         g = d * wf
-        c1 = tl.sum(g, 0) / C
-        c2 = tl.sum(g * xhat, 0) / C
-        dw += d * xhat
-        db += d
+        c1, c2 = tl.reduce((g, g * xhat), 1, _add)
+        c1 = c1[:, None] / C
+        c2 = c2[:, None] / C
+        dw += tl.sum(d * xhat, 0)[None, :]
+        db += tl.sum(d, 0)[None, :]
         grad = (g - c1 - xhat * c2) * r
         if ACCUMULATE_DX:
             grad += old
         if DBIAS:
-            dbias += grad
-        tl.store(dx + here + cols, grad.to(dx.dtype.element_ty), mask=mask)
+            dbias += tl.sum(grad, 0)[None, :]
+        tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=here)
         if AGAIN:
-            tl.store(again + here + cols, (xhat * wf + bf).to(again.dtype.element_ty), mask=mask)
+            tl.store(again + at, (xhat * wf + bf).to(again.dtype.element_ty), mask=here)
     mine = part + pid * C + cols
     plane = programs.to(tl.int64) * C
     tl.store(mine, dw, mask=mask)
@@ -104,33 +111,44 @@ def _layernorm_backward_kernel(
         tl.store(mine + 2 * plane, dbias, mask=mask)
 
 
-def _block(C: int) -> int:
-    """The power of two that holds a row."""
-    return 1 << (C - 1).bit_length()
+class Launch(NamedTuple):
+    """How many programs of how many warps, what each takes at a time, and how far ahead."""
+
+    programs: int
+    rows: int
+    block: int
+    warps: int
+    stages: int
 
 
-def _forward_launch(n: int, C: int) -> tuple[int, int, int]:
-    """Programs, block and warps of forward: 16 values of a row to a thread."""
-    block = _block(C)
-    warps = min(max(block // 512, 2), 16)
-    return min(n, max(MIN_PROGRAMS, FORWARD_WARPS // warps)), block, warps
+def forward_launch(x: Tensor) -> Launch:
+    """The launch of forward for x (n, C): 32 columns to a thread, all that a row of GPT-2's widths asks for at once."""
+    n, C = x.shape
+    block = triton.next_power_of_2(C)
+    rows = 2 if block <= 8192 else 1
+    return Launch(triton.cdiv(n, rows), rows, block, min(max(block // 1024, 2), 16), 1)
 
 
-def _backward_launch(n: int, C: int, accumulate_dx: bool) -> tuple[int, int, int]:
-    """Programs, block and warps of backward: 8 values of a row to a thread, 16 above C = 1024."""
-    block = _block(C)
-    warps = min(max(block // 512, 4), 32 if block > 8192 else 16)
-    wide = BACKWARD_WARPS if accumulate_dx else BACKWARD_WARPS_WRITE
-    together = wide if block > 256 * warps else BACKWARD_WARPS_8
-    return min(n, max(MIN_PROGRAMS, together // warps)), block, warps
+def backward_launch(dout: Tensor, accumulate_dx: bool) -> Launch:
+    """The launch of backward for dout (n, C): 8 columns to a thread, for the accumulators' sake."""
+    n, C = dout.shape
+    block = triton.next_power_of_2(C)
+    warps = min(max(block // 256, 1), 32 if block > 8192 else 16)
+    rows = 2 if block <= 4096 else 1
+    stages = STAGES
+    tile = (2 + accumulate_dx) * rows * block * dout.element_size()  # dout, x and the old dx
+    while stages > 1 and (stages - 1) * tile > AHEAD:
+        stages -= 1
+    return Launch(min(triton.cdiv(n, rows), max(MIN_PROGRAMS, BACKWARD_WARPS // warps)), rows, block, warps, stages)
 
 
 @backend("triton")
 def layernorm_forward(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Tensor, b: Tensor) -> None:
     """out (n, C) = layernorm(x (n, C)) * w (C) + b (C); mean, rstd (n) in fp32 are kept for backward."""
-    n, C = x.shape
-    programs, block, warps = _forward_launch(n, C)
-    _layernorm_forward_kernel[(programs,)](out, mean, rstd, x, w, b, n, C, EPS, BLOCK=block, num_warps=warps)
+    programs, rows, block, warps, _ = forward_launch(x)
+    _layernorm_forward_kernel[(programs,)](
+        out, mean, rstd, x, w, b, *x.shape, EPS, ROWS=rows, BLOCK=block, num_warps=warps
+    )
 
 
 def backward_temps(
@@ -138,8 +156,7 @@ def backward_temps(
     *_: object, accumulate_dx: bool, **__: object,
 ) -> Temps:  # fmt: skip
     """The programs' sums for dw, db and, if asked for, dbias."""
-    n, C = dout.shape
-    return [((2 if dbias is None else 3, _backward_launch(n, C, accumulate_dx)[0], C), float32)]
+    return [((2 if dbias is None else 3, backward_launch(dout, accumulate_dx).programs, dout.shape[1]), float32)]
 
 
 @backend("triton", temps=backward_temps)
@@ -159,9 +176,9 @@ def backward_rows(
     w: Tensor, b: Tensor, *, accumulate_dx: bool,
 ) -> None:  # fmt: skip
     """The first stage: all but the sums over programs."""
-    n, C = dout.shape
-    programs, block, warps = _backward_launch(n, C, accumulate_dx)
+    programs, rows, block, warps, stages = backward_launch(dout, accumulate_dx)
     _layernorm_backward_kernel[(programs,)](
-        dx, dx if again is None else again, part, dout, x, mean, rstd, w, b, n, C,
-        BLOCK=block, ACCUMULATE_DX=accumulate_dx, DBIAS=part.shape[0] == 3, AGAIN=again is not None, num_warps=warps,
+        dx, dx if again is None else again, part, dout, x, mean, rstd, w, b, *dout.shape,
+        ACCUMULATE_DX=accumulate_dx, DBIAS=part.shape[0] == 3, AGAIN=again is not None,
+        ROWS=rows, BLOCK=block, STAGES=stages, num_warps=warps,
     )  # fmt: skip

@@ -4,7 +4,7 @@
 
 The cases of a file are tuples of
 
-    (kernel, {"argument": type}, {"CONSTEXPR": value}, num_warps[, num_stages])
+    (kernel, {"argument": type}, {"CONSTEXPR": value}, num_warps[, {"option": value}])
 
 with Triton's types ("*bf16", "*fp32", "i32", "i64", "fp32"). Every pointer and integer is taken for a multiple of 16,
 as it is in GPT-2's shapes, unless its type ends in "?" ("i32?"). Every case is compiled for sm_90, for the other
@@ -51,7 +51,13 @@ def attention_case(kernel: Any, index: int, HS: int, table: dict[int, Any]) -> C
     tensors = ("out", "dq", "dk", "dv", "dout", "q", "k", "v")
     special = {"lse": "*fp32", "delta": "*fp32", "NH": "i32?", "scale": "fp32", "scale2": "fp32"}
     names = [name for name in kernel.arg_names if name not in constants]
-    return kernel, {x: kind if x in tensors else special.get(x, "i32") for x in names}, constants, warps, stages
+    return (
+        kernel,
+        {x: kind if x in tensors else special.get(x, "i32") for x in names},
+        constants,
+        warps,
+        {"num_stages": stages},
+    )
 
 
 def attention_cases() -> list[Case]:
@@ -78,8 +84,10 @@ def classifier_cases() -> list[Case]:
     found: list[Case] = []
     for dtype, vec in (("*bf16", 8), ("*fp32", 4)):
         for backward in (True, False):
-            constants = {"BACKWARD": backward, "TILE": c.TILE, "VEC": vec}
-            found.append((c._classifier_kernel, {"logits": dtype, **rest}, constants, c.WARPS))
+            constants = {"BACKWARD": backward, "TILE": 32 * c.WARPS * vec, "VEC": vec}
+            found.append(
+                (c._classifier_kernel, {"logits": dtype, **rest}, constants, c.WARPS, {"maxnreg": c.REGISTERS})
+            )
     types = {"total": "*fp64", "losses": "*fp32", "scale": "*fp64", "n": "i32"}
     return [*found, (c._loss_sum_kernel, types, {"ACCUMULATE": True, "BLOCK": c.SUM_BLOCK}, c.SUM_WARPS)]
 
@@ -220,7 +228,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def compile_case(name: str, index: int, arch: int) -> dict[str, Any]:
     """Compile one case of a file for one architecture."""
-    kernel, signature, constants, warps, *stages = CASES[name][index]
+    kernel, signature, constants, warps, *more = CASES[name][index]
     row = {"file": name, "kernel": kernel.fn.__name__, "case": index, "arch": arch, "warps": warps}
     types = {k: t.rstrip("?") for k, t in signature.items() if t != "constexpr"}
     arguments = kernel.arg_names
@@ -231,7 +239,7 @@ def compile_case(name: str, index: int, arch: int) -> dict[str, Any]:
     whole = [k for k, t in signature.items() if t.startswith("*") or re.fullmatch(r"[iu]\d+", t)]
     attrs = {(arguments.index(k),): [["tt.divisibility", 16]] for k in whole}
     source = ASTSource(kernel, order, {(arguments.index(k),): v for k, v in constants.items()}, attrs)
-    options = {"num_warps": warps} | ({"num_stages": stages[0]} if stages else {})
+    options = {"num_warps": warps} | (more[0] if more else {})
     start = time.perf_counter()
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

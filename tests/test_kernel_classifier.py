@@ -26,8 +26,8 @@ from torch.nn.functional import cross_entropy
 from daybreak.kernels import acc_dtype
 from daybreak.kernels.cuda import classifier as cuda_classifier
 
-# The Triton kernel takes 4096 (fp32) or 8192 columns at a time: less than one tile, whole tiles without and with padding
-# behind them, tiles and a rest; and in one case more rows than programs.
+# The Triton kernel takes 4096 (fp32) or 8192 columns at a time: less than one tile, whole tiles without and with
+# padding behind them, tiles and a rest; and in one case more rows than programs.
 SHAPES = [(1, 1), (3, 63), (5, 1000), (150, 1023), (3, 4096), (3, 8150), (3, 8192), (3, 9000), (2, 17000)]
 BF16 = torch.bfloat16
 

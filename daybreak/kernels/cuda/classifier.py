@@ -18,13 +18,18 @@ WARPS, REGISTERS = 32, 32  # with so many registers each
 VECTOR = 16  # bytes that a thread loads at a time, and as many again under way
 SUM_BLOCK, SUM_WARPS = 8192, 32
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _online(m, s, x):
-    """m, s (LANES): largest value and sum of exp(value - m) so far, continued by x (LANES, VEC)."""
-    largest = tl.maximum(m, tl.max(x, 1))
-    return largest, s * tl.exp(m - largest) + tl.sum(tl.exp2(x * LOG2E - (largest * LOG2E)[:, None]), 1)
+    """m, s (LANES): largest logit in powers of two and sum of 2^(logit - m) so far, continued by x (LANES, VEC).
+
+    Arithmetic bounds the time as memory does, and an exponential as 2^(x log2(e) - m) is an instruction less. It
+    keeps its last bits if that is rounded once (fma): m itself was rounded, but is the same number everywhere.
+    """
+    largest = tl.maximum(m, tl.max(x, 1) * LOG2E)
+    return largest, s * tl.exp2(m - largest) + tl.sum(tl.exp2(tl.fma(x, LOG2E, -largest[:, None])), 1)
 
 
 @triton.jit
@@ -47,7 +52,7 @@ def _classifier_kernel(
         full = columns // TILE * TILE
         picked = tl.load(z + tl.maximum(target, 0)).to(tl.float32)
 
-        m = tl.full((TILE // VEC,), -1e38, tl.float32)  # finite, so that m - m is 0
+        m = tl.full((TILE // VEC,), -3.4e38, tl.float32)  # finite, so that m - m is 0
         s = tl.zeros((TILE // VEC,), tl.float32)
         following = tl.load(z + cols, mask=full > 0, other=0.0, eviction_policy="evict_last")
         for start in range(0, full, TILE):
@@ -59,18 +64,18 @@ def _classifier_kernel(
             x = tl.load(z + start + cols, mask=start + cols < Vp, other=0.0).to(tl.float32)
             m, s = _online(m, s, tl.where(start + cols < columns, x, float("-inf")))
         largest = tl.max(m, 0)
-        total = tl.where(target < 0, 1.0, tl.sum(s * tl.exp(m - largest), 0))
-        tl.store(losses + row, tl.where(target < 0, 0.0, tl.log(total) - (picked - largest)))
+        total = tl.where(target < 0, 1.0, tl.sum(s * tl.exp2(m - largest), 0))
+        loss = tl.log(total) - tl.fma(picked, LOG2E, -largest) * LN2
+        tl.store(losses + row, tl.where(target < 0, 0.0, loss))
 
         # Backwards through the columns: those read last are the nearest. What is written leaves the cache first.
         if BACKWARD:
             inverse = factor / total
-            shift = largest * LOG2E
             for start in range(full, Vp, TILE):
                 at = start + cols
                 x = tl.load(z + at, mask=at < Vp, other=0.0).to(tl.float32)
                 x = tl.where(at < columns, x, float("-inf"))
-                d = tl.exp2(x * LOG2E - shift) * inverse - tl.where(at == target, factor, 0.0)
+                d = tl.exp2(tl.fma(x, LOG2E, -largest)) * inverse - tl.where(at == target, factor, 0.0)
                 tl.store(z + at, d.to(logits.dtype.element_ty), mask=at < Vp, cache_modifier=".cs")
             following = tl.load(z + full - TILE + cols, mask=full > 0, other=0.0)
             for done in range(0, full, TILE):
@@ -78,7 +83,7 @@ def _classifier_kernel(
                 at = start + cols
                 x = following.to(tl.float32)
                 following = tl.load(z + at - TILE, mask=done + TILE < full, other=0.0)
-                d = tl.exp2(x * LOG2E - shift) * inverse
+                d = tl.exp2(tl.fma(x, LOG2E, -largest)) * inverse
                 if (target >= start) & (target < start + TILE):
                     d -= tl.where(at == target, factor, 0.0)
                 tl.store(z + at, d.to(logits.dtype.element_ty), cache_modifier=".cs")

@@ -59,13 +59,13 @@ def test_planned_memory_is_within_two_percent_of_the_drivers(shape: str, recompu
 
 
 def test_planned_memory_holds_where_its_constants_were_not_taken() -> None:
-    """Two ranks that save, and one H100, with the benchmark's own checksum in small pieces."""
+    """Two ranks that save, and every row of one H100 since the benchmark takes its checksum in small pieces."""
     rows = {row["what"]: row["value"] for row in csv.DictReader(MULTI.open())}
     driver = int(rows["d12 MiB on rank 0 of 2 with a save every 10 steps"])
     p = on("d12", "h200", 2, batch__B=16, batch__recompute=0, parallel__zero=1)
     assert (p.nbytes + p.outside) / MIB == pytest.approx(driver, rel=0.02)
-    steps = [r for r in csv.DictReader(CSV.open()) if r["commit"] == "0efb473"]
-    assert len(steps) == 2
+    steps = [r for r in csv.DictReader(CSV.open()) if r["masters"] == "auto"]
+    assert {(r["model"], r["B"]) for r in steps} == {("d48", "16"), ("d48", "28"), ("d48", "34"), ("d12", "64")}
     for row in steps:
         p = on(row["model"], batch__B=int(row["B"]), batch__recompute=int(row["recompute"]))
         assert (p.nbytes + p.outside) / MIB == pytest.approx(int(row["memory_mib"]), rel=0.02)
@@ -122,7 +122,7 @@ def test_least_change_first() -> None:
 
 def test_the_figures_of_the_large_recipe_by_hand() -> None:
     p = on("gpt2-1558M", gpus=8, cost__price=28.0)
-    tokens, rate = 32_000 * 1_048_576, 56_107 * 8 * 0.98
+    tokens, rate = 32_000 * 1_048_576, 56_367 * 8 * 0.98
     got = said(p)
     assert p.tokens == tokens
     assert p.flops_per_token == 9_817_977_600
@@ -131,7 +131,7 @@ def test_the_figures_of_the_large_recipe_by_hand() -> None:
     assert got["run"][0] == "32,000 steps, 33.6 billion tokens, 3.29e+20 FLOPs"
     assert got["speed"][0] == f"{rate:,.0f} tok/s"
     assert got["speed"][1].startswith("modelled, from d48 B 16, recompute 1 on one NVIDIA H100")
-    assert got["time"][0] == "21h11m"
+    assert got["time"][0] == "21h05m"
     assert got["cost"] == (f"${tokens / rate / 3600 * 28:,.2f}", "as the time; $28.00 an hour")
     assert got["disk: data"][0] == "67.1 GB"  # two bytes a token
     assert got["disk: checkpoints"][0] == "74.8 GB"  # four of 12 bytes a parameter
@@ -169,14 +169,14 @@ def test_what_a_recipe_gets() -> None:
 
 def test_every_basis_of_a_speed() -> None:
     rate, basis = on("d48", batch__B=34, batch__recompute=2).tok_s
-    assert rate == 55_763
+    assert rate == 55_324
     assert basis.startswith(
         "measured d48 B 34, recompute 2 on one NVIDIA H100 80GB HBM3 (bench/results/gpu_step.csv, 26"
     )
     p = on("d48", "a100", batch__B=16, batch__recompute=2)
     rate, basis = p.tok_s
-    assert rate == pytest.approx(0.5604 * 312e12 / p.flops_per_token)
-    assert basis.startswith("modelled: 56.0% of its peak, as d48 B 16, recompute 2 on one NVIDIA H100 80GB HBM3")
+    assert rate == pytest.approx(0.5628 * 312e12 / p.flops_per_token)
+    assert basis.startswith("modelled: 56.3% of its peak, as d48 B 16, recompute 2 on one NVIDIA H100 80GB HBM3")
     for unknown in (on("d6", precision__compute="fp32"), on("tiny", None, run__device="cpu")):
         assert said(unknown)["speed"] == ("n/a", "")
         assert said(unknown)["time"][0] == "n/a"
@@ -249,7 +249,7 @@ def test_model_of_the_exchange_by_hand() -> None:
 def test_steps_on_many_cards() -> None:
     config = resolve("gpt2-1558M")[0]
     one, eight, many = scaling(config, "h100", (1, 8, 512))
-    assert one.seconds == one.alone == pytest.approx(1048576 / 56107)
+    assert one.seconds == one.alone == pytest.approx(1048576 / 56367)
     assert one.exposed == one.exchange == 0
     p = on("gpt2-1558M", gpus=8)
     assert eight.exchange == pytest.approx(2 * 2 * p.parameters * 7 / 8 / (0.73 * 450e9), rel=0.01)
@@ -270,7 +270,7 @@ def test_steps_on_many_cards_on_the_command_line(capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if re.match(r" +\d+ +\d+\*? +\d+ ", line)]
     assert [row[:3] for row in rows] == [["1", "64", "8"], ["8", "64", "1"], ["32", "16", "1"]]
-    assert rows[0][6:8] == ["617,134", "100.0%"]
+    assert rows[0][6:8] == ["616,334", "100.0%"]
     assert "73% of 450 GB/s inside a host of 8 and of 400 between hosts" in out
 
 

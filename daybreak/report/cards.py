@@ -36,10 +36,10 @@ class Measured:
 
 
 MEASURED = (
-    Measured("d12", 12, 768, 64, 0, 617134, 0.5015),
-    Measured("d48", 48, 1600, 16, 1, 56107, 0.5571),
-    Measured("d48", 48, 1600, 16, 2, 56437, 0.5604),
-    Measured("d48", 48, 1600, 34, 2, 55763, 0.5537),
+    Measured("d12", 12, 768, 64, 0, 616334, 0.5008),
+    Measured("d48", 48, 1600, 16, 1, 56367, 0.5597),
+    Measured("d48", 48, 1600, 16, 2, 56680, 0.5628),
+    Measured("d48", 48, 1600, 34, 2, 55324, 0.5493),
 )
 # A card's speed among 4 H200 of one host over its own alone: d48, 1,048,576 tokens a step
 # (bench/results/multi_gpu.csv).

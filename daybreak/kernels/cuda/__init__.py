@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from daybreak.kernels import all_ops
 
@@ -26,18 +25,9 @@ except ImportError:  # macOS, or a torch without it: the kernels are never launc
         """Stands in for the names that kernels use at import time."""
 
         constexpr = int
-
-        @staticmethod
-        def jit(fn: Any) -> Any:
-            return fn
-
-        @staticmethod
-        def cdiv(a: int, b: int) -> int:
-            return -(-a // b)
-
-        @staticmethod
-        def next_power_of_2(n: int) -> int:
-            return 1 << (n - 1).bit_length()
+        jit = staticmethod(lambda fn: fn)
+        cdiv = staticmethod(lambda a, b: -(-a // b))
+        next_power_of_2 = staticmethod(lambda n: 1 << (n - 1).bit_length())
 
     triton = tl = _Absent()
 

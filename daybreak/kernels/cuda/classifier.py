@@ -2,8 +2,8 @@
 
 A program takes whole rows, and a row twice: once for its largest logit and the sum of exponentials (online, Milakov and
 Gimelshein 2018), once for the gradient. The second reading comes from the cache, so memory sees one read and one write:
-PROGRAMS rows are under way at once, 27 MB at a vocabulary of 50304 in bf16, and an H100's L2 cache keeps little more
-(50 MB, of which what both halves read takes twice). No result depends on PROGRAMS.
+PROGRAMS rows are under way at once, 27 MB at a vocabulary of 50304 in bf16, and of its 50 MB an H100's L2 cache
+keeps little more from one reading to the next. No result depends on PROGRAMS.
 """
 
 from __future__ import annotations

@@ -49,8 +49,7 @@ def _forward_launch(C: int) -> tuple[int, int]:
 
 
 def _forward(out: Tensor, tokens: Tensor, positions: Tensor | None, wte: Tensor, wpe: Tensor) -> None:
-    T = tokens.shape[-1]
-    C = out.shape[1]
+    T, C = tokens.shape[-1], out.shape[1]
     cols, warps = _forward_launch(C)
     _forward_kernel[(T, out.shape[0] // T, triton.cdiv(C, cols))](
         out, tokens, tokens if positions is None else positions, wte, wpe, T, C,

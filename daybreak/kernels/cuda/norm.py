@@ -74,8 +74,7 @@ def _layernorm_backward_kernel(
     dbias = tl.zeros((1, BLOCK), tl.float32)
     # Mean and rstd are too small for asynchronous copies: asked for a turn ahead by hand.
     row = n - 1 - (pid * ROWS + tl.arange(0, ROWS))
-    m_next = tl.load(mean + row, mask=row >= 0, other=0.0)
-    r_next = tl.load(rstd + row, mask=row >= 0, other=0.0)
+    m_next, r_next = tl.load(mean + row, mask=row >= 0, other=0.0), tl.load(rstd + row, mask=row >= 0, other=0.0)
     for i in tl.range(pid * ROWS, n, programs * ROWS, num_stages=STAGES):
         row = n - 1 - (i + tl.arange(0, ROWS))
         at = row.to(tl.int64)[:, None] * C + cols
@@ -86,8 +85,7 @@ def _layernorm_backward_kernel(
             old = tl.load(dx + at, mask=here, other=0.0).to(tl.float32)
         m, r = m_next[:, None], r_next[:, None]
         row -= programs * ROWS
-        m_next = tl.load(mean + row, mask=row >= 0, other=0.0)
-        r_next = tl.load(rstd + row, mask=row >= 0, other=0.0)
+        m_next, r_next = tl.load(mean + row, mask=row >= 0, other=0.0), tl.load(rstd + row, mask=row >= 0, other=0.0)
         xhat = tl.where(mask, xf - m, 0.0) * r
         g = d * wf
         c1, c2 = tl.reduce((g, g * xhat), 1, _add)
@@ -135,10 +133,8 @@ def backward_launch(dout: Tensor, accumulate_dx: bool) -> Launch:
     block = triton.next_power_of_2(C)
     warps = min(max(block // 256, 1), 32 if block > 8192 else 16)
     rows = 2 if block <= 4096 else 1
-    stages = STAGES
     tile = (2 + accumulate_dx) * rows * block * dout.element_size()  # dout, x and the old dx
-    while stages > 1 and (stages - 1) * tile > AHEAD:
-        stages -= 1
+    stages = min(STAGES, 1 + AHEAD // tile)
     return Launch(min(triton.cdiv(n, rows), max(MIN_PROGRAMS, BACKWARD_WARPS // warps)), rows, block, warps, stages)
 
 

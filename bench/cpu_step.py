@@ -10,18 +10,15 @@ cpu_step_CPU.csv. It refuses to print a figure unless daybreak's losses equal th
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import json
 import re
-import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from contenders import RESULTS, Contender, commit, cpu_name, interleaved, quartiles, write
 from eager_gpt2 import BETAS, CLIP, EPS, GPT2, LR, SHAPES, WEIGHT_DECAY, problem, serve, training_step
 from torch import Tensor
 
@@ -29,7 +26,6 @@ from daybreak.config_keys import OptimConfig
 from daybreak.engine import Engine
 from daybreak.shapes import GPT2Config
 
-RESULTS = Path(__file__).parent / "results"  # cpu_step_MODEL-OF-THE-CPU.csv
 CONTENDERS = {
     "fp32": {"daybreak": "engine fp32", "eager": "eager fp32", "matrix products alone": "gemm fp32"},
     "bf16": {
@@ -96,61 +92,18 @@ def work(contender: str, model: str, B: int, T: int) -> None:
     serve(step)
 
 
-class Contender:
-    """A child process that does one step whenever it is asked, and sleeps in between."""
-
-    def __init__(self, command: str, args: argparse.Namespace) -> None:
-        flags = ["--model", args.model, "--B", str(args.B), "--T", str(args.T), "--threads", str(args.threads)]
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--work", command, *flags],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-        self._read()
-
-    def _read(self) -> dict[str, float]:
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"a contender ended early, with status {self.process.wait()}")
-        return json.loads(line)
-
-    def step(self) -> None:
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        answer = self._read()
-        self.seconds.append(answer["seconds"])
-        self.losses.append(answer["loss"])
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def measure(dtype: str, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per step of every contender, `args.rounds` of each, interleaved; exits if the losses disagree."""
-    contenders = {name: Contender(command, args) for name, command in CONTENDERS[dtype].items()}
-    for _ in range(WARMUP):
-        for c in contenders.values():
-            c.step()
-    ours, theirs = (list(contenders.values())[i].losses for i in (0, 1))
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+    flags = ["--model", args.model, "--B", str(args.B), "--T", str(args.T), "--threads", str(args.threads)]
+    contenders = {name: Contender(__file__, "--work", work, *flags) for name, work in CONTENDERS[dtype].items()}
+    for i in range(WARMUP):
+        a, b = [c.ask("step")["loss"] for c in contenders.values()][:2]
         if not abs(a - b) <= AGREEMENT[dtype] * abs(b):
             sys.exit(f"{dtype}: no figures, because the losses of step {i} disagree: daybreak {a:.6f}, eager {b:.6f}")
-    for i in range(args.rounds):
-        order = list(contenders.values())
-        for c in order if i % 2 == 0 else reversed(order):
-            c.step()
+    seconds = interleaved(contenders, "step", args.rounds)
     for c in contenders.values():
         c.close()
-    return {name: c.seconds[WARMUP:] for name, c in contenders.items()}
-
-
-def quartiles(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:.3f} ({low:.3f} .. {high:.3f})"
+    return seconds
 
 
 def report(dtype: str, seconds: dict[str, list[float]]) -> None:
@@ -160,34 +113,6 @@ def report(dtype: str, seconds: dict[str, list[float]]) -> None:
     for name, values in seconds.items():
         ratios = [v / o for v, o in zip(values, ours, strict=True)]
         print(f"{name:<24}{quartiles(values):<28}{quartiles(ratios) if name != 'daybreak' else ''}".rstrip())
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown"
-
-
-def commit() -> str:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return git.stdout.strip() or "unknown"
-
-
-def write(
-    path: Path, setting: dict[str, object], results: dict[str, dict[str, list[float]]], what: str = "dtype"
-) -> None:
-    """One row per measured step, with the setting in every row. what: what the results are of."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow([*setting, what, "contender", "round", "seconds"])
-        for dtype, seconds in results.items():
-            for name, values in seconds.items():
-                rows.writerows([*setting.values(), dtype, name, i, f"{v:.6f}"] for i, v in enumerate(values))
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from cpu_step import RESULTS, commit, cpu_name, quartiles, write
+from contenders import RESULTS, Contender, commit, cpu_name, interleaved, quartiles, write
 
 from daybreak.config import resolve
 from daybreak.engine import Engine
@@ -112,43 +111,16 @@ def work(name: str, folder: Path) -> None:
         print(json.dumps({"seconds": time.perf_counter() - began, "ids": ids}), flush=True)
 
 
-class Contender:
-    """A child process that generates whenever it is asked, and sleeps in between."""
-
-    def __init__(self, name: str, folder: Path, threads: int) -> None:
-        command = [sys.executable, __file__, "--work", name, "--folder", str(folder), "--threads", str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()
-
-    def _read(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"a contender ended early, with status {self.process.wait()}")
-        return json.loads(line)
-
-    def ask(self, case: tuple[int, int, int]) -> dict:
-        self.process.stdin.write(json.dumps(case) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def measure(folder: Path, threads: int, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Case -> contender -> seconds of each round."""
-    contenders = {name: Contender(name, folder, threads) for name in CONTENDERS}
+    flags = ["--folder", str(folder), "--threads", str(threads)]
+    contenders = {name: Contender(__file__, "--work", name, *flags) for name in CONTENDERS}
     results = {}
     for case in CASES:
         first = {name: c.ask(case)["ids"] for name, c in contenders.items()}  # warms up, too
         if first["daybreak"] != first["transformers"]:
             sys.exit(f"no figures, because both do not write the same: {case}")
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        for i in range(rounds):
-            order = list(contenders.items())
-            for name, c in order if i % 2 == 0 else reversed(order):
-                seconds[name].append(c.ask(case)["seconds"])
+        seconds = interleaved(contenders, case, rounds)
         label = "{} x {} + {}".format(*case)
         results[label] = seconds
         print(f"\n{label:<24}{'seconds':<28}times daybreak's")

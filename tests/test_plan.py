@@ -13,6 +13,7 @@ import torch
 
 import daybreak
 import daybreak.engine.fit as fit_module
+from daybreak.cli import plan as command
 from daybreak.cli.main import main
 from daybreak.config import Config, parse_value, recipe_names, resolve
 from daybreak.engine.collectives import Sharding
@@ -22,7 +23,7 @@ from daybreak.engine.params import ParamTable
 from daybreak.parallel import Group
 from daybreak.report.cards import MEASURED, SEVERAL_GPUS, find_card
 from daybreak.report.plan import figures, plan, recipe_notes
-from daybreak.report.scaling import bandwidth, exposed_gradients, exposed_weights, scaling
+from daybreak.report.scaling import NETWORK, bandwidth, exposed_gradients, exposed_weights, scaling
 from daybreak.shapes import GPT2Config
 from daybreak.state.throughput import CARDS
 from daybreak.training import loop
@@ -272,6 +273,8 @@ def test_steps_on_many_cards_on_the_command_line(capsys: pytest.CaptureFixture[s
     assert [row[:3] for row in rows] == [["1", "64", "8"], ["8", "64", "1"], ["32", "16", "1"]]
     assert rows[0][6:8] == ["616,334", "100.0%"]
     assert "73% of 450 GB/s inside a host of 8 and of 400 between hosts" in out
+    (network,) = (o.default for o in command.plan.params if o.name == "network")  # stands twice
+    assert network == NETWORK
 
 
 # ------------------------------------------------------------------------------------------------- recipes, cards

@@ -8,7 +8,8 @@ The cases of a file are tuples of
 
 with Triton's types ("*bf16", "*fp32", "i32", "i64", "fp32"). Every pointer and integer is taken for a multiple of 16,
 as it is in GPT-2's shapes, unless its type ends in "?" ("i32?"). Every case is compiled for sm_90, for the other
-architectures the first case of each kernel, and for sm_100 also those whose launches overlap.
+architectures the first case of each kernel, for sm_100 also those whose launches overlap, and for sm_89, which has the
+least shared memory, those that keep STAGES in it.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ CASES: dict[str, list[Case]] = {
     "embedding": [*embedding_cases(1600, "*bf16"), *embedding_cases(768, "*fp32")],
     "gelu": [*gelu_cases("*bf16"), *gelu_cases("*fp32")],
     "guard": guard_cases(),
-    "norm": [c for C in (1600, 768, 4096) for c in norm_cases(C, "*bf16")] + norm_cases(1600, "*fp32"),
+    "norm": [c for kind in ("*bf16", "*fp32") for C in (1600, 768, 4096) for c in norm_cases(C, kind)],
     "optimizer": optimizer_cases(),
 }
 
@@ -263,7 +264,7 @@ def work(names: list[str]) -> list[tuple[str, int, int]]:
         for index, case in enumerate(CASES.get(name, ())):
             first = case[0] not in seen
             seen.add(case[0])
-            others = OTHERS if first else OTHERS[-1:] if case[2].get("OVERLAP") else ()
+            others = OTHERS if first else (100,) if case[2].get("OVERLAP") else (89,) if "STAGES" in case[2] else ()
             todo += [(name, index, arch) for arch in (MAIN, *others)]
     return todo
 

@@ -1,7 +1,7 @@
-"""Makes Triton's interpreter round fp32 to bf16 as a GPU does, to nearest even.
+"""Makes Triton's interpreter round as a GPU does: fp32 to bf16 to nearest even, and a fused multiply-add once.
 
-It cuts the low bits off instead (triton 3.6), which is twice the error that the tests allow. Nothing happens where
-kernels run on a GPU. Import it before the first launch.
+It cuts the low bits off instead, which is twice the error that the tests allow, and rounds the product of an fma before
+it adds (triton 3.6). Nothing happens where kernels run on a GPU. Import it before the first launch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ def _patch() -> None:
         return original(values, source, target, rounding)
 
     interpreter._convert_float = convert
+
+    def fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(exact.astype(x.data.dtype), x.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = fma
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -48,7 +48,9 @@ def check_backward(backend, dtype, tokens, V, C, *, accumulate):
 @each_backend
 @each_dtype
 @either
-@pytest.mark.parametrize(("B", "T", "C", "V"), [(1, 1, 63, 1), (3, 7, 1000, 5), (4, 33, 63, 40), (9, 5, 300, 700)])
+@pytest.mark.parametrize(
+    ("B", "T", "C", "V"), [(1, 1, 63, 1), (3, 7, 1000, 5), (4, 33, 63, 40), (9, 5, 300, 700), (2, 3, 2100, 5)]
+)
 def test_embedding(backend, dtype, accumulate, B, T, C, V):
     skip_unless_served("embedding_forward", backend, dtype)
     wte, wpe = draw(V, C, dtype=dtype), draw(T + 2, C, dtype=dtype)
@@ -61,7 +63,7 @@ def test_embedding(backend, dtype, accumulate, B, T, C, V):
 
 @each_backend
 @each_dtype
-@pytest.mark.parametrize("C", [24, 1025])
+@pytest.mark.parametrize("C", [24, 1025, 2100])
 def test_decode(backend, dtype, C):
     skip_unless_served("embedding_decode", backend, dtype)
     wte, wpe = (draw(9, C, dtype=dtype, seed=s) for s in (0, 1))

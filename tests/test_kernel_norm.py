@@ -24,7 +24,7 @@ from daybreak.kernels import acc_dtype
 from daybreak.kernels.cuda import norm
 
 # One column, fewer columns than threads, no power of two, exactly one.
-ROWS = [(3, 5), (1, 63), (11, 1000), (23, 1024)]
+ROWS = [(3, 1), (3, 5), (1, 63), (11, 1000), (23, 1024)]
 each_shape = pytest.mark.parametrize(("rows", "columns"), ROWS)
 BF16 = torch.bfloat16
 
@@ -33,7 +33,7 @@ BF16 = torch.bfloat16
 def two_programs(monkeypatch):
     """In the interpreter, which takes a millisecond a program: so few programs that each takes several turns."""
     if DEVICE == "cpu":
-        for name, value in (("BACKWARD_WARPS", 8), ("MIN_PROGRAMS", 2)):
+        for name, value in (("BACKWARD_WARPS", 1), ("MIN_PROGRAMS", 2)):
             monkeypatch.setattr(norm, name, value)
 
 
@@ -103,27 +103,32 @@ def test_optional_outputs(backend, dbias, again):
 
 
 @each_backend
-@pytest.mark.parametrize("columns", [1600, 8200])
-def test_widths_of_gpt(backend, columns):
-    check_backward(backend, BF16, 3, columns, accumulate=True, accumulate_dx=True, dbias=True, again=True)
-    x, w, b = (draw(*s, dtype=BF16, seed=4) for s in ((3, columns), (columns,), (columns,)))
-    out, mean, rstd = poison(3, columns, dtype=BF16), *(poison(3, dtype=torch.float32) for _ in range(2))
+@pytest.mark.parametrize(("columns", "dtype"), [(1600, BF16), (8200, BF16), (8192, torch.float32)])
+def test_widths_of_gpt(backend, columns, dtype):
+    """The widest in fp32: one row at a time, and less ahead than elsewhere, because of shared memory."""
+    rows = 3 if DEVICE == "cpu" else 301
+    check_backward(backend, dtype, rows, columns, accumulate=True, accumulate_dx=True, dbias=True, again=True)
+    x, w, b = (draw(*s, dtype=dtype, seed=4) for s in ((3, columns), (columns,), (columns,)))
+    out, mean, rstd = poison(3, columns, dtype=dtype), *(poison(3, dtype=torch.float32) for _ in range(2))
     run("layernorm_forward", out, mean, rstd, x, w, b, backend=backend)
     close(out, layer_norm(f64(x), f64(w), f64(b)))
 
 
-def test_gradient_may_be_overwritten():
-    """The Triton kernel reads a row of dout before it writes that row of dx: they may be one buffer."""
+@pytest.mark.parametrize(("rows", "columns"), [(9, 65), (33, 1024)])
+def test_gradient_may_be_overwritten(rows, columns):
+    """The Triton kernel reads a row of dout before it writes that row of dx, also ahead of time: they may be one."""
     flags = {"accumulate": False, "accumulate_dx": False, "dbias": True, "again": True}
-    check_backward("triton", BF16, 9, 65, **flags, in_place=True)
+    check_backward("triton", BF16, rows, columns, **flags, in_place=True)
 
 
-def test_more_rows_than_programs(monkeypatch):
-    """The programs of a real launch, one of which goes on to a second turn, of fewer rows than it takes at a time."""
-    monkeypatch.undo()
-    flags = {"accumulate": True, "accumulate_dx": True, "dbias": True, "again": True}
-    rows, columns = 528 * 2 + 1, 1000
-    assert norm.backward_launch(draw(rows, columns, dtype=BF16), True)[:2] == (528, 2)
+@pytest.mark.parametrize(("accumulate_dx", "in_place"), [(True, False), (False, False), (False, True)])
+def test_more_rows_than_programs(accumulate_dx, in_place):
+    """A width whose rows travel ahead on a GPU, and programs of four turns, one of which goes on to a fifth, of fewer
+    rows than it takes at a time."""
+    programs, columns = 2 if DEVICE == "cpu" else 528, 1024
+    rows = programs * 2 * 4 + 1
+    flags = {"accumulate": True, "accumulate_dx": accumulate_dx, "dbias": True, "again": True, "in_place": in_place}
+    assert norm.backward_launch(draw(rows, columns, dtype=BF16), accumulate_dx)[:2] == (programs, 2)
     check_backward("triton", BF16, rows, columns, **flags)
 
 

@@ -39,6 +39,7 @@ MEASURED = (
     Measured("d12", 12, 768, 64, 0, 616334, 0.5008),
     Measured("d48", 48, 1600, 16, 1, 56367, 0.5597),
     Measured("d48", 48, 1600, 16, 2, 56680, 0.5628),
+    Measured("d48", 48, 1600, 28, 2, 57129, 0.5672),
     Measured("d48", 48, 1600, 34, 2, 55324, 0.5493),
 )
 # A card's speed among 4 H200 of one host over its own alone: d48, 1,048,576 tokens a step

@@ -26,7 +26,8 @@ def _online(m, s, x):
     """m, s (LANES): largest logit in powers of two and sum of 2^(logit - m) so far, continued by x (LANES, VEC).
 
     Arithmetic bounds the time as memory does, and an exponential as 2^(x log2(e) - m) is an instruction less. It
-    keeps its last bits if that is rounded once (fma): m itself was rounded, but is the same number everywhere.
+    keeps its last bits if that is rounded once (fma): m itself was rounded, but is the same number everywhere. From
+    logits of 2^31 / log2(e) = 1.5e9 on, what m lost can be 128: the loss of such a row need not be finite.
     """
     largest = tl.maximum(m, tl.max(x, 1) * LOG2E)
     return largest, s * tl.exp2(m - largest) + tl.sum(tl.exp2(tl.fma(x, LOG2E, -largest[:, None])), 1)

@@ -59,7 +59,7 @@ def _forward(out: Tensor, tokens: Tensor, positions: Tensor | None, wte: Tensor,
 
 @backend("triton")
 def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor) -> None:
-    """out (B*T, C) = wte[tokens] + wpe[:T] for tokens (B, T) int64; added in fp32, rounded once."""
+    """out (B*T, C) = wte[tokens] + wpe[:T] for tokens (B <= 65,535, T) int64; added in fp32, rounded once."""
     _forward(out, tokens, None, wte, wpe)
 
 

@@ -2,9 +2,10 @@
 
 A program of forward takes two rows and is done: the next ones keep memory busy. One of backward keeps sums over rows
 (dw, db, dbias) in fp32 registers and writes them out once, so it takes two rows at a time, in strides, and those that
-come next travel to shared memory meanwhile (tl.range with stages). A second, small kernel adds up what the programs
-wrote. How many programs there are depends on the shape alone, so the sums have the same bits on every card. The last
-rows come first: the end of what the producer wrote is still in the L2 cache.
+come next travel to shared memory meanwhile (tl.range with stages, where C is a multiple of 16, as all of GPT-2's widths
+are: else Triton makes plain loads of them). A second, small kernel adds up what the programs wrote. How many programs
+there are depends on the shape alone, so the sums have the same bits on every card. The last rows come first: the end of
+what the producer wrote is still in the L2 cache.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from daybreak.kernels.cuda import tl, triton
 from daybreak.kernels.cuda.bias import column_sums
 from daybreak.kernels.norm import EPS
 
-BACKWARD_WARPS = (
-    16 * 132
-)  # of all programs together: what an H100's multiprocessors hold by the registers a thread takes
+# Warps of all programs together: as many as an H100's 132 multiprocessors hold of 128 registers a thread.
+BACKWARD_WARPS = 16 * 132
 MIN_PROGRAMS = 132
-STAGES = 3  # two rows of each tensor in work, twice as many on their way
+STAGES = 3  # one turn's rows of each tensor in work, two turns' on their way
 AHEAD = 96 << 10  # bytes of shared memory for those on their way, at most: sm_86 and sm_89 have 99 KB
 
 
@@ -72,7 +72,7 @@ def _layernorm_backward_kernel(
     dw = tl.zeros((1, BLOCK), tl.float32)
     db = tl.zeros((1, BLOCK), tl.float32)
     dbias = tl.zeros((1, BLOCK), tl.float32)
-    # Mean and rstd are too small for asynchronous copies: asked for a turn ahead by hand.
+    # Mean and rstd, a number a row, are asked for a turn ahead by hand: in registers, without a copy of their own.
     row = n - 1 - (pid * ROWS + tl.arange(0, ROWS))
     m_next, r_next = tl.load(mean + row, mask=row >= 0, other=0.0), tl.load(rstd + row, mask=row >= 0, other=0.0)
     for i in tl.range(pid * ROWS, n, programs * ROWS, num_stages=STAGES):
@@ -120,7 +120,7 @@ class Launch(NamedTuple):
 
 
 def forward_launch(x: Tensor) -> Launch:
-    """The launch of forward for x (n, C): 32 columns to a thread, all that a row of GPT-2's widths asks for at once."""
+    """The launch of forward for x (n, C): up to 32 columns of a row to a thread (C <= 16384)."""
     n, C = x.shape
     block = triton.next_power_of_2(C)
     rows = 2 if block <= 8192 else 1
@@ -128,7 +128,7 @@ def forward_launch(x: Tensor) -> Launch:
 
 
 def backward_launch(dout: Tensor, accumulate_dx: bool) -> Launch:
-    """The launch of backward for dout (n, C): 8 columns to a thread, for the accumulators' sake."""
+    """The launch of backward for dout (n, C): 8 columns to a thread (16 above C = 4096), because of the accumulators."""
     n, C = dout.shape
     block = triton.next_power_of_2(C)
     warps = min(max(block // 256, 1), 32 if block > 8192 else 16)

@@ -128,7 +128,7 @@ def forward_launch(x: Tensor) -> Launch:
 
 
 def backward_launch(dout: Tensor, accumulate_dx: bool) -> Launch:
-    """The launch of backward for dout (n, C): 8 columns to a thread (16 above C = 4096), because of the accumulators."""
+    """The launch of backward for dout (n, C): 8 columns to a thread (16 above 4096), because of the accumulators."""
     n, C = dout.shape
     block = triton.next_power_of_2(C)
     warps = min(max(block // 256, 1), 32 if block > 8192 else 16)

@@ -53,7 +53,7 @@ def test_classifier(backend, dtype, n, V, backward, monkeypatch):
     Vp = (V + 127) // 128 * 128
     logits = draw(n, Vp, dtype=dtype, scale=4)
     logits[0, :V] *= 200  # exp of these overflows unless the row's largest is subtracted
-    for row, far in enumerate((3e3, 1e6), 1):  # nothing may be lost to the largest's own rounding
+    for row, far in enumerate((3e3, 1e6, 1e9), 1):  # nothing may be lost to the largest's own rounding
         logits[row : row + 1, :V] += far
     logits[:, V:] = math.nan
     targets = some_targets(n, V)

@@ -148,7 +148,6 @@ def norm_cases(C: int, dtype: str) -> list[Case]:
     rows = torch.empty(1 << 14, C, dtype=torch.bfloat16 if dtype == "*bf16" else torch.float32, device="meta")
     names = {"x": dtype, "w": dtype, "b": dtype, "n": "i32", "C": "i32"}
     stats = {"mean": "*fp32", "rstd": "*fp32"}
-
     launch = norm.forward_launch(rows)
     forward = {"out": dtype, **stats, **names, "eps": "fp32"}
     constants = {"ROWS": launch.rows, "BLOCK": launch.block}

@@ -32,6 +32,8 @@ except ImportError:  # macOS, or a torch without it: the kernels are never launc
     triton = tl = _Absent()
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 all_ops()  # the operations are registered before their backends in this package
 NEEDS = {
     "triton": ("triton",),

@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
-from daybreak.kernels.cuda import INTERPRET, tl, triton
+from daybreak.kernels.cuda import INTERPRET, LN2, LOG2E, tl, triton
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 Config = tuple[int, int, int, int]  # rows owned, rows per step of the walk, warps, pipeline stages
 
 # By padded head size, for (forward, dq, dk and dv). A card of compute capability 9 or 10 has 227 KB of shared memory

@@ -11,14 +11,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from daybreak.kernels import backend
-from daybreak.kernels.cuda import tl, triton
+from daybreak.kernels.cuda import LN2, LOG2E, tl, triton
 
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors, which then hold all their threads,
 WARPS, REGISTERS = 32, 32  # with so many registers each
 VECTOR = 16  # bytes that a thread loads at a time, and as many again under way
 SUM_BLOCK, SUM_WARPS = 8192, 32
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

@@ -116,7 +116,7 @@ class Launch(NamedTuple):
     rows: int
     block: int
     warps: int
-    stages: int
+    stages: int = 1
 
 
 def forward_launch(x: Tensor) -> Launch:
@@ -124,7 +124,7 @@ def forward_launch(x: Tensor) -> Launch:
     n, C = x.shape
     block = triton.next_power_of_2(C)
     rows = 2 if block <= 8192 else 1
-    return Launch(triton.cdiv(n, rows), rows, block, min(max(block // 1024, 2), 16), 1)
+    return Launch(triton.cdiv(n, rows), rows, block, min(max(block // 1024, 2), 16))
 
 
 def backward_launch(dout: Tensor, accumulate_dx: bool) -> Launch:

@@ -18,7 +18,7 @@ ROOMS = ["errors", "shapes", "config_keys", "config", "data", "kernels", "parall
          "evaluate", "interop", "training", "report", "serve", "cli", "llmc"]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FUNCTION = 100
-MOST_CODE = 12_450  # of all files together; 400 lines over 0.1.0 are for the faults that users met
+MOST_CODE = 12_750  # of all files together: 400 lines over 0.1.0 mend faults that users met, 300 are for the face
 
 
 def room(path: Path) -> str:

@@ -278,9 +278,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = logging.getLogger("daybreak")
     log.handlers, log.propagate = [_Stdout()], False
     log.setLevel(logging.INFO)
+    if argv is None:  # libraries parse sys.argv too, and would take our flags for theirs
+        argv, sys.argv = sys.argv[1:], sys.argv[:1]
     try:
         with Stop().handling_signals() as stop:
-            _run(list(sys.argv[1:] if argv is None else argv), stop)
+            _run(list(argv), stop)
         return 0
     except Error as error:
         if not error.elsewhere:

@@ -98,6 +98,8 @@ def _sentence(error: click.ClickException) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (default: the process's own) and return the exit code (README, 'Exit codes')."""
     _log_to_stderr()
+    if argv is None:  # libraries parse sys.argv too, and would take our flags for theirs
+        argv, sys.argv = sys.argv[1:], sys.argv[:1]
     try:
         return cli.main(argv, prog_name="daybreak", standalone_mode=False) or 0
     except Error as e:

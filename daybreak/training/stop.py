@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ class Stop:
         self.save_requested = False
         self.group: Group = ALONE  # whose ranks stop and save together
         self._save_agreed = False
+        self._handled: list[int] = []  # signals whose handlers are ours
         self.checks = 0  # how often `check` was called: as long as it grows, something is being done
         self._clock = clock
         self._deadline = float("inf")
@@ -40,6 +42,7 @@ class Stop:
     def check(self) -> None:
         """Raise Interrupted if the run should stop, on every rank as soon as one was asked to. Collective."""
         self.checks += 1
+        self._take_signals()  # again: a library may have put its own handlers in their place
         if not self.reason and self._clock() >= self._deadline:
             self.reason = f"--max-hours {self._max_hours:g} is over"
         asked, self.save_requested = self.save_requested, False  # before the exchange: one may come during it
@@ -67,11 +70,18 @@ class Stop:
         """Install the handlers for the `with` block; main thread only."""
         signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         previous = {number: signal.signal(number, self._handle) for number in signals}
+        self._handled = list(previous)
         try:
             yield self
         finally:
+            self._handled = []
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _take_signals(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._handled:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:

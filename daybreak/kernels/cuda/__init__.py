@@ -10,7 +10,11 @@ import importlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -51,10 +55,34 @@ def _has(module: str) -> bool:
         return False
 
 
+OURS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, a package sees no command line; afterwards its exception hook and its signal handlers are gone again.
+
+    CUTLASS parses sys.argv at every compile, prints its own usage for `-h` and exits at `-d 1024`; it replaces the
+    exception hook when it is imported, and keeps files in a folder in /tmp unless this variable names another one.
+    """
+    os.environ.setdefault("CUTE_DSL_CACHE_DIR", cache_folder("cute"))
+    argv, hook, handlers = sys.argv, sys.excepthook, [(number, signal.getsignal(number)) for number in OURS]
+    sys.argv = argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv, sys.excepthook = argv, hook
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers:
+                if handler is not None and signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
+
+
 def broken(package: str, load: Callable[[], object]) -> str | None:
     """Why a package that is installed cannot be used, or None. Ones that do not fit each other raise anything."""
     try:
-        load()
+        with apart():
+            load()
     except Exception as error:
         return f"the package {package} does not work ({type(error).__name__}: {error})"
     return None

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
+from daybreak.kernels.cuda import apart, broken, cache_folder, cudnn
 from daybreak.kernels.cuda import attention as flash
-from daybreak.kernels.cuda import broken, cache_folder, cudnn
 
 BLOCK = 128  # its largest block of queries, to which it rounds T up
 
@@ -57,9 +57,10 @@ def attention_backward(
         flash.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale=scale, scratch=scratch)
         return
     assert lse.is_contiguous()
-    _interface()._flash_attn_bwd(
-        q, k, v, out, dout, lse, softmax_scale=scale, causal=True, deterministic=True, dq=dq, dk=dk, dv=dv
-    )
+    with apart():  # it may compile
+        _interface()._flash_attn_bwd(
+            q, k, v, out, dout, lse, softmax_scale=scale, causal=True, deterministic=True, dq=dq, dk=dk, dv=dv
+        )
 
 
 @cache

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
-from daybreak.kernels.cuda import bias, broken, cache_folder, cublaslt
+from daybreak.kernels.cuda import apart, bias, broken, cache_folder, cublaslt
 from daybreak.kernels.cuda.products import dense, nearest
 
 ROWS, COLS = 128, (128, 160, 192, 208)  # a tile's rows; what its columns may be, for `tiling`
@@ -130,10 +130,11 @@ def launch(
     epilogue: str, tile: Tile, d: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None, **extra: Tensor
 ) -> None:
     """d (m, n) = epilogue(a (m, k) b (n, k)^T, c (m, n), extra), `extra` by name, vectors as (1, n)."""
-    getattr(epilogues(), epilogue).gemm(
-        a, b, d, c, epi_args=extra, tile_M=tile.rows, tile_N=tile.columns, pingpong=tile.pair, cluster_M=tile.down,
-        cluster_N=tile.across,
-    )  # fmt: skip
+    with apart():  # it may compile
+        getattr(epilogues(), epilogue).gemm(
+            a, b, d, c, epi_args=extra, tile_M=tile.rows, tile_N=tile.columns, pingpong=tile.pair, cluster_M=tile.down,
+            cluster_N=tile.across,
+        )  # fmt: skip
 
 
 def product(tile: Tile, d: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None) -> None:

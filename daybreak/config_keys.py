@@ -170,7 +170,7 @@ class EvalConfig:
     hellaswag_examples: int = key(0, "score this many of its examples, evenly spaced; 0 = all", at_least(0))
     tokens: int = key(1048576, "validation budget in tokens, in whole samples and at most the split", at_least(1))
     sample_every: int = key(0, "steps between text samples; 0 = only at the end", at_least(0))
-    sample_tokens: int = key(128, "tokens per sample", at_least(1))
+    sample_tokens: int = key(128, "tokens per sample; 0 = no samples", at_least(0))
     prompt: str = key("", "text the samples continue; empty = start of a document")
     temperature: float = key(1.0, "sampling temperature; 0 = always the likeliest token", at_least(0))
     top_k: int = key(0, "sample from the k likeliest tokens; 0 = from all", at_least(0))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from daybreak.config import Config, nearest, read_toml
-from daybreak.config_keys import Rule, at_least, one_of
+from daybreak.config_keys import FRACTION, Rule, at_least, one_of
 from daybreak.errors import ConfigError, Error
 from daybreak.parallel import connect, exit_code, launched
 from daybreak.shapes import is_shape, parse_shape
@@ -53,7 +53,7 @@ class Flag:
 
 SWITCH = one_of(0, 1)
 NATURAL = at_least(0)
-OR_ALL = Rule("must be at least 1, or -1", lambda x: bool(x == -1 or x >= 1))
+OR_ALL = Rule("must be at least 1, or -1 for all", lambda x: bool(x == -1 or x >= 1))
 
 FLAGS = [  # in the order of llm.c's table
     Flag("-i", f"{TINY}_train.bin", "training shards, a glob", "train data pattern", "s"),
@@ -70,7 +70,7 @@ FLAGS = [  # in the order of llm.c's table
     Flag("-l", 3e-4, "peak learning rate", "learning rate (LR)", "e", "optim.lr", NATURAL),
     Flag("-u", 0, "warmup steps", "warmup iterations", "d", "schedule.warmup", NATURAL),
     Flag("-q", 1.0, "final learning rate as a fraction of the peak", "final LR fraction", "e", "schedule.final_frac",
-         NATURAL),
+         FRACTION),
     Flag("-c", 0.0, "weight decay", "weight decay", "e", "optim.weight_decay", NATURAL),
     Flag("-sl", 0.0, "skip updates whose loss z-score exceeds this; 0 = off", "skip update lossz", "f", "guard.loss_z",
          NATURAL),
@@ -80,23 +80,22 @@ FLAGS = [  # in the order of llm.c's table
     Flag("-v", 20, "validate every N steps", "val_loss_every", "d", "eval.every", at_least(1)),
     Flag("-m", 20, "validation batches; -1 = the whole split", "val_max_steps", rule=OR_ALL),
     Flag("-s", 20, "sample text every N steps; 0 or less = only at the end", "sample_every"),
-    Flag("-g", 64, "a sample is this many tokens less one", "genT", rule=at_least(2)),
+    Flag("-g", 64, "a sample is this many tokens less one; 1 or less = no samples", "genT"),
     Flag("-a", 0, "1 = train on the first validation batch over and over", "overfit_single_batch", rule=SWITCH),
     Flag("-w", 1, "weights exact to fp32; 0 = bf16 with stochastic rounding", "use_master_weights", "s", rule=SWITCH),
-    Flag("-ge", -1, "GELU fusion", "gelu_fusion", rule=one_of(-1, 0, 1, 2), no_effect="the kernels decide"),
-    Flag("-r", 1, "recompute: 0 none, 1 GELU, 2 GELU and LayerNorm", "recompute", "d", "batch.recompute",
-         one_of(0, 1, 2)),
+    Flag("-ge", -1, "GELU fusion", "gelu_fusion", no_effect="the kernels decide"),
+    Flag("-r", 1, "recompute: 0 or less none, 1 GELU, 2 or more GELU and LayerNorm", "recompute"),
     # without a line in the first part of the table
     Flag("-e", "gpt2_124M_bf16.bin", "a model .bin, or a shape: d12, gpt2:d12, gpt3:c768"),
-    Flag("-nk", 0, "keep only the newest K .bin checkpoints; 0 = all", rule=NATURAL),
-    Flag("-nm", 0, "checkpoints at multiples of this step are never deleted; 0 = none", rule=NATURAL),
-    Flag("-f", 1, "fp32 products may use TF32", rule=SWITCH),
-    Flag("-h", 0, f"HellaSwag at each validation, if {HELLASWAG} is there", rule=SWITCH),
+    Flag("-nk", 0, "keep only the newest K .bin checkpoints; 0 or less = all"),
+    Flag("-nm", 0, "checkpoints at multiples of this step are never deleted; 0 = none"),
+    Flag("-f", 1, "fp32 products may use TF32; 0 = they may not"),
+    Flag("-h", 0, f"HellaSwag at each validation, if {HELLASWAG} is there; 0 = off"),
     Flag("-lg", -1, "GPU status every N steps", no_effect="memory is on every step's line"),
-    Flag("-z", 0, "ZeRO stage: 0, 1, or 2 (daybreak's own); 3 falls back to 2", rule=one_of(0, 1, 2, 3)),
-    Flag("-pn", 1, "processes (-pi tcp or fs)", rule=at_least(1)),
-    Flag("-pr", 0, "rank of this process (-pi tcp or fs)", rule=NATURAL),
-    Flag("-pg", 8, "GPUs per machine (-pi tcp or fs)", rule=at_least(1)),
+    Flag("-z", 0, "ZeRO stage: 0, 1, or 2 (daybreak's own); 3 or more falls back to 2"),
+    Flag("-pn", 1, "processes (-pi tcp or fs)"),
+    Flag("-pr", 0, "rank of this process (-pi tcp or fs)"),
+    Flag("-pg", 8, "GPUs per machine (-pi tcp or fs)"),
     Flag("-pi", "mpi", "how processes meet: mpi (mpirun, torchrun), tcp, fs", rule=one_of("mpi", "tcp", "fs")),
     Flag("-ps", "", "address of rank 0 (-pi tcp)"),
     Flag("-pf", "", "shared folder (-pi fs)"),
@@ -123,7 +122,7 @@ def _value(flag: Flag, text: str) -> Any:
     kind = type(flag.default)
     try:
         value = kind(text)
-        if kind is float and not abs(value) < float("inf"):
+        if kind is not str and ("_" in text or not abs(value) < float("inf")):  # Python's 1_000 is 1 in C
             raise ValueError
     except ValueError:
         words = {int: "a whole number", float: "a number"}[kind]
@@ -142,8 +141,10 @@ def launch(values: Values, environ: Mapping[str, str]) -> dict[str, str]:
     how, world, rank = values["-pi"], values["-pn"], values["-pr"]
     if how == "mpi":
         return launched({"MASTER_PORT": PORT, **environ})  # where the launcher says, if it does
-    if rank >= world:
-        raise ConfigError(f"-pr {rank} must be below -pn {world}, the number of processes.")
+    if not 0 <= rank < world:
+        raise ConfigError(f"-pr {rank} must be below -pn {world}, the number of processes, and at least 0.")
+    if values["-pg"] < 1:
+        raise ConfigError(f"-pg {values['-pg']} must be at least 1; the default is 8.")
     made = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank % values["-pg"])}
     needed = {"tcp": "-ps", "fs": "-pf"}[how]
     if not values[needed]:
@@ -165,17 +166,19 @@ def translate(values: Values, world: int = 1, base: Config | None = None, tokeni
         "data.train": values["-j"] if values["-a"] else values["-i"],
         "batch.total_tokens": max(values["-d"], 0) or micro,
         "run.steps": steps,
-        "optim.horizon": steps,  # as in llm.c, whatever a resumed run was started with
+        # As in llm.c, whatever a resumed run was started with; a warmup may be longer than the run.
+        "optim.horizon": max(steps, values["-u"]) if steps else 0,
         "eval.tokens": ALL_TOKENS if values["-m"] == -1 else values["-m"] * micro,
         "eval.sample_every": max(values["-s"], 0),
-        "eval.sample_tokens": values["-g"] - 1,
+        "eval.sample_tokens": max(values["-g"] - 1, 0),
         "checkpoint.every": max(values["-n"], 0) if values["-o"] else 0,
         "checkpoint.keep": 2,  # of daybreak's own; -nk is about the .bin files
         "run.overfit": bool(values["-a"]),
         "precision.tf32": bool(values["-f"]),
         "precision.masters": "auto" if values["-w"] else "none",
         "eval.hellaswag": HELLASWAG if values["-h"] and Path(HELLASWAG).is_file() else "",
-        "parallel.zero": min(values["-z"], 2) if world > 1 else 0,
+        "batch.recompute": min(max(values["-r"], 0), 2),
+        "parallel.zero": min(max(values["-z"], 0), 2) if world > 1 else 0,
         "log.display": "plain",
         "run.dir": str(out.parent),
         "run.name": out.name,
@@ -201,7 +204,6 @@ def parameter_table(values: Values, config: Config, world: int, start: str) -> l
     tf32 = compute == "fp32" and config.precision.tf32 and device.type == "cuda"
     d, m, micro = config.data, config.model, values["-b"] * values["-t"] * world
     data = open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer)
-    epoch = sum((shard.tokens - 1) // config.T * config.T for shard in data.train)
     val_steps = sum(shard.tokens for shard in data.val) // micro if values["-m"] == -1 else values["-m"]
     parameters = sum(math.prod(shape) for _, _, shape in layout(m))
     shown = values | {"-i": d.train, "-o": values["-o"] or "NULL", "-d": config.batch.total_tokens}
@@ -214,7 +216,7 @@ def parameter_table(values: Values, config: Config, world: int, start: str) -> l
         [("weight init method", start), ("max_sequence_length T", m.max_T), ("vocab_size V", m.V),
          ("padded_vocab_size Vp", m.Vp), ("num_layers L", m.L), ("num_heads NH", m.NH), ("channels C", m.C),
          ("num_parameters", parameters)],
-        [("train_num_batches", config.run.steps or config.steps_in(epoch, world)), ("val_num_batches", val_steps)],
+        [("train_num_batches", config.run.steps or _epoch(config, world)), ("val_num_batches", val_steps)],
         [("run hellaswag", "yes" if config.eval.hellaswag else "no")],
         [("num_processes", world), ("zero_stage", config.parallel.zero)],
     ]  # fmt: skip
@@ -230,6 +232,15 @@ def parameter_table(values: Values, config: Config, world: int, start: str) -> l
         f"total_batch_size={config.batch.total_tokens}",
         f"=> setting grad_accum_steps={config.batch.total_tokens // micro}",
     ]
+
+
+def _epoch(config: Config, world: int) -> int:
+    """Steps in one pass over the training data."""
+    from daybreak.data.dataset import open_dataset
+
+    d = config.data
+    train = open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer).train
+    return config.steps_in(sum((shard.tokens - 1) // config.T * config.T for shard in train), world)
 
 
 class _Stdout(logging.Handler):
@@ -263,7 +274,7 @@ def bin_writer(values: Values, config: Config, world: int) -> Callable[[Path], N
         source, samples = Export(checkpoint), llmc_files.loader_samples(config, world)
         zero = int(config.parallel.zero > 0 and all(math.prod(x) % world == 0 for x in source.shapes.values()))
         llmc_files.write_checkpoint(folder, source, dtype=dtype, world=world, zero=zero, samples=samples)
-        for old in llmc_files.done_steps(folder)[keep:] if keep else []:
+        for old in llmc_files.done_steps(folder)[keep:] if keep > 0 else []:
             if not major or old % major:
                 llmc_files.remove_checkpoint(folder, old)
 
@@ -310,6 +321,8 @@ def _run(argv: list[str], stop: Stop) -> None:
     with group.failing_together():  # rank 0 looks at the folder, which it soon fills
         config, resume, init, start = group.first(lambda: _begin(values, world))
     config.check(ranks=world)
+    if not config.run.steps and config.schedule.warmup:
+        config = config.override({"optim.horizon": max(_epoch(config, world), config.schedule.warmup)})
     if chief:
         print("\n".join(parameter_table(values, config, world, start)), flush=True)
         for flag in FLAGS:
@@ -331,8 +344,8 @@ def _run(argv: list[str], stop: Stop) -> None:
     newest = run.checkpoints[0]
     if on_save is not None and checkpoint_step(newest) not in llmc_files.done_steps(run.path):
         on_save(newest)  # killed between the two savings, and now there was nothing left to train
-    text = run.metrics("sample")[-1]["text"]
-    print(f"generating:\n---\n{text}\n---")
+    text = run.metrics("sample")[-1]["text"] + "\n" if config.eval.sample_tokens else ""
+    print(f"generating:\n---\n{text}---")
     times = [record["ms"] for record in run.metrics("step")][1:]
     print(f"total average iteration time: {statistics.fmean(times) if times else 0.0:f} ms")
 

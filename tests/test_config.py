@@ -72,7 +72,7 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "eval.hellaswag_examples": (0, "100", 100, (-1,)),
     "eval.tokens": (1048576, "1000", 1000, (0,)),
     "eval.sample_every": (0, "5", 5, (-1,)),
-    "eval.sample_tokens": (128, "1", 1, (0,)),
+    "eval.sample_tokens": (128, "0", 0, (-1,)),
     "eval.prompt": ("", "-- Hi", "-- Hi", ()),
     "eval.temperature": (1.0, "0", 0.0, (-0.5,)),
     "eval.top_k": (0, "40", 40, (-1,)),

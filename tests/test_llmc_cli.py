@@ -125,6 +125,50 @@ def test_stages_of_zero() -> None:
     assert [settings(["-e", "d12", "-z", str(z)], world=1)["parallel.zero"] for z in range(4)] == [0] * 4
 
 
+# What llm.c accepts beyond the obvious, and what it means there: llm.c tests most numbers for a sign or for zero only.
+ACCEPTED: list[tuple[str, dict[str, Any]]] = [
+    ("-u 700 -x 16", {"schedule.warmup": 700, "run.steps": 16, "optim.horizon": 700}),
+    ("-u 16 -x 16", {"schedule.warmup": 16, "run.steps": 16, "optim.horizon": 16}),
+    ("-u 700", {"schedule.warmup": 700, "run.steps": 0, "optim.horizon": 0}),
+    *((f"-g {g} -s {s}", {"eval.sample_tokens": 0, "eval.sample_every": 0}) for g in (1, 0, -5) for s in (0, -1)),
+    ("-g 2", {"eval.sample_tokens": 1}),
+    ("-r -1", {"batch.recompute": 0}), ("-r 3", {"batch.recompute": 2}), ("-r 9", {"batch.recompute": 2}),
+    ("-z -1", {"parallel.zero": 0}), ("-z 7", {"parallel.zero": 2}),
+    ("-f 2", {"precision.tf32": True}), ("-f -1", {"precision.tf32": True}),
+    ("-n -3", {"checkpoint.every": 0}), ("-lg 0", {}), ("-ge 3", {}), ("-ge -2", {}), ("-nk -1", {}), ("-nm -2", {}),
+    ("-q 0 -l 0 -c 0 -sl 0 -sg 0", {"optim.lr": 0.0, "schedule.final_frac": 0.0, "guard.loss_z": 0.0}),
+    ("-pn 0 -pr -1 -pg 0", {}),  # under mpirun and torchrun they mean nothing
+    ("-x +5 -b 08", {"run.steps": 5, "batch.B": 8}),
+]  # fmt: skip
+# What is refused on purpose: llm.c dies of it, computes nonsense, or reads another number than it was given.
+REFUSED = {
+    "at least 1": ("-b 0", "-t 0", "-v 0", "-v -1"),
+    "at least 1, or -1": ("-d 0", "-m 0", "-x 0", "-d -2", "-m -2", "-x -2"),
+    "at least 0": ("-u -1", "-l -1", "-c -1", "-sl -1", "-sg -1"),
+    "0 or 1": ("-y 2", "-a 2", "-w 2"),
+    "between 0 and 1": ("-q 1.5", "-q -1"),
+    "a whole number": ("-b 1_0", "-b 8.0", "-x 0x10"),
+    "a number": ("-l 1_0.5",),
+    "mpi or tcp": ("-pi foo",),
+    "cosine or linear": ("-k const",),
+}
+
+
+@pytest.mark.parametrize(("line", "meaning"), ACCEPTED, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_llmc_accepts_is_accepted(line: str, meaning: dict[str, Any]) -> None:
+    config = translate(parse(["-e", "d12", *line.split()]), 2)
+    config.check(ranks=2)
+    got = dict(config.items())
+    assert {k: got[k] for k in meaning} == meaning
+    launch(parse(line.split()), {})
+
+
+@pytest.mark.parametrize(("line", "rule"), [(line, rule) for rule, lines in REFUSED.items() for line in lines])
+def test_what_llmc_dies_of_is_one_sentence_with_the_flag(line: str, rule: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{line} must be {rule}"):
+        parse(line.split())
+
+
 def test_the_defaults_are_llmc_s() -> None:
     got = settings(["-e", "d12"])
     assert {k: got[k] for k in DEFAULTS} == DEFAULTS
@@ -192,6 +236,9 @@ def test_processes_find_each_other() -> None:
     for argv, reason in [
         (["-pi", "tcp"], "-pi tcp needs -ps"), (["-pi", "fs"], "-pi fs needs -pf"),
         (["-pi", "tcp", "-pn", "2", "-pr", "2", "-ps", "x"], "-pr 2 must be below -pn 2"),
+        (["-pi", "tcp", "-pn", "2", "-pr", "-1", "-ps", "x"], "-pr -1 must be below -pn 2, .* and at least 0"),
+        (["-pi", "tcp", "-pn", "0", "-ps", "x"], "-pr 0 must be below -pn 0"),
+        (["-pi", "tcp", "-pg", "0", "-ps", "x"], "-pg 0 must be at least 1"),
     ]:  # fmt: skip
         with pytest.raises(ConfigError, match=reason):
             found(*argv)
@@ -338,6 +385,21 @@ def test_either_kind_of_checkpoint_goes_on_with_y_1(made: Path) -> None:
     refused = llmc(made, *SMALL, "-o", "log", code=2, here=True)
     assert "-o log is not empty; continue what is in it with -y 1, or remove it" in refused
     assert "cannot become 0.002" in llmc(made, *SMALL, *n2, "-o", "ours", "-y", "1", "-l", "0.002", code=2, here=True)
+
+
+def test_a_warmup_longer_than_the_run_and_no_samples(made: Path) -> None:
+    """Of 2 steps, and of one epoch: every step is one of the warmup, at (step + 1) / 700 of the peak."""
+    for name, steps, count in (("short", ["-x", "2"], 2), ("epoch", ["-d", "512"], 0)):
+        said = llmc(
+            made, *SMALL, *steps, "-k", "cosine", "-u", "700", "-l", "0.7", "-g", "0", "-s", "0", "-o", name, here=True
+        )
+        assert said.splitlines()[-3:-1] == ["---", "---"]
+        run = Run(made / name)
+        assert run.metrics("sample") == []
+        lrs = [record["lr"] for record in run.metrics("step")]
+        assert lrs == pytest.approx([0.001 * (step + 1) for step in range(count or len(lrs))])
+        assert len(lrs) == run.config.run.steps
+        assert len(lrs) > 1
 
 
 def test_overfitting_one_batch_equals_the_oracle(made: Path) -> None:

@@ -278,6 +278,7 @@ class Trainer:
             n = c.eval.hellaswag_every
             score = self.setup.hellaswag and self.step and (last or self.step % n == 0 if n else validate)
             sample = last or (c.eval.sample_every and self.step and self.step % c.eval.sample_every == 0)
+            sample = bool(sample and c.eval.sample_tokens)
             due = bool(c.checkpoint.every) and self.step % c.checkpoint.every == 0 and self.step != resumed
             save = self.stop.take_save_request() or last or due  # whatever is due, a request is answered by it
             if validate or score or sample or save:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class Error(Exception):
-    """A failure with a reason and a documented exit code (README, 'Exit codes')."""
+    """A failure with a reason and a documented exit code (docs/files.md)."""
 
     exit_code: int = 1
     elsewhere: bool = False  # another rank's, which says it itself

@@ -285,7 +285,7 @@ def bin_writer(values: Values, config: Config, world: int) -> Callable[[Path], N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run llm.c's command line (default: the process's own) and return the exit code (README, 'Exit codes')."""
+    """Run llm.c's command line (default: the process's own) and return the exit code (docs/files.md)."""
     log = logging.getLogger("daybreak")
     log.handlers, log.propagate = [_Stdout()], False
     log.setLevel(logging.INFO)

@@ -1,5 +1,5 @@
-"""Examples of README and of the pages run as they stand: fences labelled `ci`, in order, in one empty folder. README's
-tree is real."""
+"""Examples of README and of the pages run as they stand: fences labelled `ci`, in order, in one empty folder. The file
+tree, the exit codes and the places that are written to are those of the code."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from daybreak.errors import Error
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+(FILES,) = (ROOT / "docs").rglob("files.md")
 
 
 def fences(label: str, text: str = README) -> list[tuple[str, str]]:
@@ -45,15 +48,14 @@ def test_the_examples_run_and_write_where_it_is_said(tmp_path_factory: pytest.Te
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         ran += 1
-    assert ran >= 2
+    assert ran >= 1
     assert (
         "runs/mine: step 150,"
         in subprocess.run(
             ["daybreak", "train", "runs/mine"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
         ).stdout
     )
-    exported = {"mine-hf", "mine.gguf", "mine-llmc"}
-    assert {path.name for path in tmp_path.iterdir()} == {"my.txt", "bin", "data", "runs"} | exported
+    assert {path.name for path in tmp_path.iterdir()} == {"my.txt", "bin", "data", "runs"}
     assert list(home.iterdir()) == []
 
 
@@ -67,9 +69,8 @@ def test_a_page_s_examples_run(page: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_every_place_that_is_written_to_is_named(name: str) -> None:
-    said = (ROOT / name).read_text().rpartition("## ")[2]
+def test_every_place_that_is_written_to_is_named() -> None:
+    said = FILES.read_text().rpartition("## ")[2]
     code = "".join(path.read_text() for path in (ROOT / "daybreak").rglob("*.py"))
     ours = re.findall(r'environ.get\("(\w*CACHE\w*)"\)', code)
     for variable in ("HF_HOME", "TRITON_CACHE_DIR", "WANDB_CACHE_DIR", *ours):
@@ -78,15 +79,13 @@ def test_every_place_that_is_written_to_is_named(name: str) -> None:
         assert option in said
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_what_works_is_said_once(name: str) -> None:
-    rows = re.findall(r"^\|.*\|$", (ROOT / name).read_text().split("|---|---|\n")[1].partition("\n\n")[0], re.M)
-    for feature in ("OpenAI", "top-k", "GGUF", "W&B", "ZeRO", "Parquet", "FlashAttention-4"):
-        assert [feature in row for row in rows].count(True) == 1, feature
+def test_the_exit_codes_are_the_errors() -> None:
+    said = re.findall(r"^\| (\d+) \|", FILES.read_text(), re.M)
+    assert list(map(int, said)) == sorted({0, 1, *(kind.exit_code for kind in Error.__subclasses__())})
 
 
 def test_the_file_tree_names_what_exists() -> None:
-    tree = README.split("## Where things are")[1].split("```")[1]
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("## Where things are")[1].split("```")[1]
     for line in tree.splitlines()[2:]:
         name = line.split()[0]
         where = ROOT / "daybreak" / name if line.startswith("  ") else ROOT / name

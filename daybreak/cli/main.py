@@ -96,7 +96,7 @@ def _sentence(error: click.ClickException) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line (default: the process's own) and return the exit code (README, 'Exit codes')."""
+    """Run the command line (default: the process's own) and return the exit code (docs/files.md)."""
     _log_to_stderr()
     if argv is None:  # libraries parse sys.argv too, and would take our flags for theirs
         argv, sys.argv = sys.argv[1:], sys.argv[:1]

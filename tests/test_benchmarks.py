@@ -1,0 +1,135 @@
+"""README's and the benchmark page's figures are those of the files in bench/results, and of `plan`."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import pytest
+
+from daybreak.config import resolve
+from daybreak.report.plan import figures, plan
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results"
+README, BENCHMARKS = ((ROOT / name).read_text() for name in ("README.md", "docs/benchmarks.md"))
+SHAPES = {"d48": "GPT-2 1558M (d48)", "d12": "GPT-2 124M (d12)"}
+Rows = list[dict[str, str]]
+
+
+def read(name: str) -> Rows:
+    return list(csv.DictReader((RESULTS / name).open()))
+
+
+def others_table() -> str:
+    """Whole steps of daybreak, llm.c and torch.compile, sitting by sitting."""
+    text = "| model | tokens a step | sitting | system | tokens per second | ms a step | memory, MiB |\n"
+    text += "|---|---|---|---|---|---|---|\n"
+    for r in sorted(read("beside_others.csv"), key=lambda r: (r["model"] == "d12", -int(r["tokens"]), r["date"])):
+        ms = f"{float(r['ms']):,.1f}".removesuffix(".0") if r["ms"] else ""
+        memory = f"{int(r['memory_mib']):,}" if r["memory_mib"] else ""
+        text += f"| {SHAPES[r['model']]}, B = {r['B']} | {int(r['tokens']):,} | {r['date']} | {r['system']} "
+        text += f"{r['version']} | {int(r['tok_s']):,} | {ms} | {memory} |\n"
+    return text
+
+
+def gpu_table() -> str:
+    """Our settings on one H100: the latest row of each."""
+    text = "| model | recompute | tokens per second | MFU | beside matmul and attention alone | memory, MiB | commit |"
+    text += "\n|---|---|---|---|---|---|---|\n"
+    latest = {(r["model"], int(r["B"]), r["recompute"], r["tokens"]): r for r in read("gpu_step.csv")
+              if r["masters"] == "auto"}  # fmt: skip
+    for (model, B, recompute, tokens), r in sorted(latest.items(), key=lambda x: (x[0][0] == "d12", x[0][:3])):
+        text += f"| {SHAPES[model]}, B = {B}, {int(tokens):,} tokens a step | {recompute} | {int(r['tok_s']):,} | "
+        ratio = f"{float(r['ratio']):.3f}" if r["ratio"] else ""
+        text += f"{100 * float(r['mfu']):.1f} % | {ratio} | "
+        text += f"{int(r['memory_mib']):,} | {r['commit']} |\n"
+    return text
+
+
+def spread(values: list[float]) -> str:
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return f"{median(values):.2f} ({low:.2f} .. {high:.2f})"
+
+
+def seconds(rows: Rows, **which: str) -> list[float]:
+    return [float(r["seconds"]) for r in rows if all(r[k] == v for k, v in which.items())]
+
+
+def cpu_table() -> str:
+    """daybreak beside eager torch on the CPUs that were at hand."""
+    names = {"cpu_step_amd_epyc_avx512.csv": "AMD EPYC, AVX-512", "cpu_step_amd_epyc.csv": "AMD EPYC, AVX2",
+             "cpu_step_intel_xeon.csv": "Intel Xeon, AMX", "cpu_step_intel_xeon_2.csv": "Intel Xeon, AMX, second run",
+             "cpu_step_intel_xeon_3.csv": "Intel Xeon, no AMX"}  # fmt: skip
+    text = "| CPU, commit | dtype | daybreak, s | eager, s | eager / daybreak | matmuls alone, s |\n"
+    text += "|---|---|---|---|---|---|\n"
+    for name, cpu in names.items():
+        rows = read(name)
+        kinds = dict.fromkeys((r["dtype"], r["contender"]) for r in rows if r["contender"].startswith("eager"))
+        for dtype, eager in kinds:
+            ours, theirs = (seconds(rows, dtype=dtype, contender=who) for who in ("daybreak", eager))
+            floor = median(seconds(rows, dtype=dtype, contender="matrix products alone"))
+            ratio = spread([b / a for a, b in zip(ours, theirs, strict=True)])
+            what = dtype + eager.removeprefix("eager").replace(",", "; eager:").replace("cast to bf16", "all bf16")
+            text += f"| {cpu}, {rows[0]['commit']} | {what} | {spread(ours)} | {spread(theirs)} | {ratio} | "
+            text += f"{floor:.2f} |\n"
+    return text
+
+
+def generate_table() -> str:
+    """daybreak beside transformers, generating on the CPU."""
+    rows, text = read("generate_speed_amd_epyc.csv"), "| sequences x (prompt + new tokens) | daybreak, s | "
+    text += "transformers, s | transformers / daybreak | reading the weights, s |\n|---|---|---|---|---|\n"
+    for what in dict.fromkeys(r["texts x prompt + tokens"] for r in rows):
+        ours, theirs, floor = (
+            [float(r["seconds"]) for r in rows if r["texts x prompt + tokens"] == what and r["contender"] == who]
+            for who in ("daybreak", "transformers", "reading the weights")
+        )
+        ratio = spread([b / a for a, b in zip(ours, theirs, strict=True)])
+        text += f"| {what.replace('x ', 'x (')}) | {spread(ours)} | {spread(theirs)} | {ratio} | "
+        text += f"{median(floor):.2f} |\n"
+    return text
+
+
+@pytest.mark.parametrize("table", [others_table, gpu_table, cpu_table, generate_table], ids=lambda t: t.__name__)
+def test_tables_are_those_of_the_results(table: Any) -> None:
+    """On a difference: paste what the assertion prints."""
+    assert table() in BENCHMARKS, "\n" + table()
+
+
+def test_readme_s_speeds_are_the_results_rounded() -> None:
+    rows = read("beside_others.csv")
+    for model, name in (("d48", "GPT-2 1.6B"), ("d12", "GPT-2 124M")):
+        largest = max(int(r["tokens"]) for r in rows if r["model"] == model)
+        rows_of = [r for r in rows if r["model"] == model and int(r["tokens"]) == largest]
+        newest = {r["system"].split()[0]: int(r["tok_s"]) for r in rows_of}  # in order of dates
+        newest["torch.compile"] = max(int(r["tok_s"]) for r in rows_of if r["system"].startswith("torch"))
+        said = [f"{newest[system] / 1000:.0f}" for system in ("daybreak", "llm.c", "torch.compile")]
+        assert f"| {name} | {' | '.join(said)} |" in README
+        assert 1.08 < newest["daybreak"] / newest["llm.c"] < 1.14  # "about 10 %"
+    assert 1.3 < 56100 / 41900 < 1.37  # "a third"
+
+
+def test_the_headline_is_what_plan_says() -> None:
+    config = resolve("gpt2-1558M")[0].override({"cost.price": 28.0})
+    said = {what: value for what, value, _ in figures(plan(config, gpu="h100", gpus=8))}
+    hours = re.fullmatch(r"(\d+)h(\d+)m", said["time"])
+    assert hours
+    dollars = float(said["cost"].strip("$").replace(",", ""))
+    headline = re.search(r"about (\d+) hours and \$(\d+) on the same\s+node", README)
+    assert headline
+    assert round(int(hours[1]) + int(hours[2]) / 60) == int(headline[1])
+    assert abs(dollars - int(headline[2])) < 5
+
+
+def test_readme_s_other_figures() -> None:
+    speeds = {r["what"]: r["value"] for r in read("multi_gpu.csv")}
+    worst = min(float(speeds[f"{model} ratio of 4"]) for model in ("d12", "d48"))
+    assert f"at\nleast {100 * worst:.0f} %" in README or f"at least {100 * worst:.0f} %" in README
+    kills = {r["figure"]: r["value"] for r in read("recovery.csv")}
+    assert f"{kills['kills at random moments']} random moments" in README
+    lines = len((ROOT / "daybreak/engine/gpt2.py").read_text().splitlines())
+    assert lines < int(re.search(r"fewer than (\d+) lines", README)[1])  # type: ignore[index]

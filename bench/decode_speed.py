@@ -1,9 +1,9 @@
 """Writing text on a GPU: milliseconds a token beside the least that reading the weights once takes.
 
-    python bench/decode_speed.py d48 [--texts 1,8] [--tokens 256] [--out FILE.csv]
+    python bench/decode_speed.py d48 [--texts 1,8] [--tokens 256] [--top-p 0.9] [--out FILE.csv]
 
-Random weights, greedy, a prompt of 16 tokens, five times; the median of all steps from the tenth on, the host's work
-included.
+Random weights, a prompt of 16 tokens, five times greedy and five times drawn with top-p (column top_p_ms); the median
+of all steps from the tenth on, the host's work included.
 The limit: every weight that a step reads (all but the positions, the tied head once), over the measured copy rate.
 """
 
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--texts", default="1,8")
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     shape, device = parse_shape(a.model), torch.device("cuda", 0)
@@ -38,21 +39,24 @@ def main() -> None:
     for texts in map(int, a.texts.split(",")):
         engine = Engine(shape, B=1, T=1024, compute="bf16", device=device, train=False, rows=texts)
         weights = 2 * (engine.num_parameters - shape.max_T * shape.C)
-        how, times, batch = Sampling(a.tokens, temperature=0.0), list[float](), Batch(engine)
-        for _ in range(ROUNDS):
-            batch.add([Text(range(100 + i, 100 + i + PROMPT), how) for i in range(texts)])
-            taken = []
-            while batch.texts:
-                began = time.perf_counter()
-                batch.step()
-                taken.append(time.perf_counter() - began)
-            times += taken[SKIP:]
-        step, floor = statistics.median(times), weights / bandwidth
+        batch, steps = Batch(engine), []
+        for how in (Sampling(a.tokens, temperature=0.0), Sampling(a.tokens, top_p=a.top_p)):
+            times = list[float]()
+            for _ in range(ROUNDS):
+                batch.add([Text(range(100 + i, 100 + i + PROMPT), how) for i in range(texts)])
+                taken = []
+                while batch.texts:
+                    began = time.perf_counter()
+                    batch.step()
+                    taken.append(time.perf_counter() - began)
+                times += taken[SKIP:]
+            steps.append(statistics.median(times))
+        (step, drawn), floor = steps, weights / bandwidth
         row = {
             "model": a.model, "texts": texts, "ms": f"{1e3 * step:.3f}", "floor_ms": f"{1e3 * floor:.3f}",
             "ratio": f"{step / floor:.2f}", "tokens_s": f"{texts / step:.0f}", "copy_tb_s": f"{bandwidth / 1e12:.3f}",
             "card": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-            "commit": package_commit(Path(__file__).parents[1]),
+            "commit": package_commit(Path(__file__).parents[1]), "top_p_ms": f"{1e3 * drawn:.3f}",
         }  # fmt: skip
         print(", ".join(f"{key} {value}" for key, value in row.items()))
         if a.out:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import codecs
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
@@ -25,6 +27,7 @@ from daybreak.errors import ConfigError
 from daybreak.state.run import Run
 
 Logits = NDArray[np.float32]
+BLOCK = 512  # of a running sum
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,17 @@ class Sampling:
     seed: int = 1337
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # keep each token's log-probability and this many likeliest alternatives
+    min_p: float = 0.0  # only tokens that have at least this share of the likeliest's probability
+    frequency_penalty: float = 0.0  # taken from a token's logit for each time that the text has generated it
+    presence_penalty: float = 0.0  # taken once if the text has generated it
+    repetition_penalty: float = 1.0  # divides a known token's logit if positive, else multiplies it
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, and what is added to their logits
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether a penalty or a bias changes logits."""
+        penalties = self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1
+        return bool(self.logit_bias or penalties)
 
     def check(self) -> None:
         """Raise ConfigError, naming the field, its value and its rule."""
@@ -50,6 +64,15 @@ class Sampling:
             raise ConfigError(f"top_k = {self.top_k} and seed = {self.seed} must be at least 0.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p:g} must be above 0 and at most 1.")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p = {self.min_p:g} must be from 0 to 1.")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ConfigError(f"{name} = {getattr(self, name):g} must be from -2 to 2.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"repetition_penalty = {self.repetition_penalty:g} must be finite and above 0.")
+        if bad := [bias for _, bias in self.logit_bias if not -100 <= bias <= 100]:
+            raise ConfigError(f"logit_bias = {bad[0]:g} must be from -100 to 100.")
         if "" in self.stop:
             raise ConfigError("stop = '' must not be empty; leave it out.")
 
@@ -65,21 +88,86 @@ class Token(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-def pick(logits: Logits, temperature: float, top_k: int, rng: np.random.Generator, top_p: float = 1.0) -> int:
-    """One token id from logits (V): a draw from softmax(logits / temperature) over the top_k likeliest (0: all), and
-    of these over the fewest that together have top_p of the probability."""
-    if temperature == 0.0:
-        return int(logits.argmax())
-    z = (logits - logits.max()).astype(np.float64) / temperature
-    if 0 < top_k < z.size:
-        z[z < np.partition(z, -top_k)[-top_k]] = -np.inf
-    p = np.exp(z)
-    if top_p < 1:
-        order = np.argsort(-p, kind="stable")
-        before = np.cumsum(p[order]) - p[order]
-        p[order[before >= top_p * p.sum()]] = 0
-    cumulative = p.cumsum()
-    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+def choose(logits: Any, hows: Sequence[Sampling], draws: Sequence[float]) -> Any:
+    """One token id (b) from each row of logits (b, V) in fp32: a draw from softmax(logits / temperature) over the top_k
+    likeliest (0: all), and of these over the fewest that together have top_p of the probability. `draws`: a random
+    number in [0, 1) for each row. A numpy array gives an array, a tensor a tensor on its device.
+
+    Of equal probabilities top_p takes lower ids first; top_k keeps all that equal the k-th. Probabilities are whole
+    numbers of 2^-52 / V of the likeliest's, so every sum is exact in fp64 and no order of summing changes the token.
+    """
+    best, V, each = logits.argmax(-1), logits.shape[-1], list(range(len(hows)))
+    if not any(how.temperature for how in hows):
+        return best
+    rows = [
+        (max(h.temperature or 1.0, 1e-30), h.top_k, h.top_p, h.min_p, u, h.temperature)
+        for h, u in zip(hows, draws, strict=True)
+    ]
+    xp: Any = np
+    numbers: Any = np.array(rows)
+    ids: Any = np.arange(V)
+    if isinstance(logits, Tensor):
+        xp, numbers, ids = torch, *(torch.from_numpy(x).to(logits.device) for x in (numbers, ids))
+    temperature, top_k, top_p, min_p, draw, hot = numbers.T[..., None]
+    whole = 2.0 ** (52 - V.bit_length())
+    p = xp.round(xp.exp((logits - xp.amax(logits, -1)[:, None]) / temperature) * whole)
+    if any(how.min_p for how in hows):
+        p = p * (p >= min_p * whole)
+    if most := min(V, max(how.top_k for how in hows)):
+        least = _largest(p, most)[each, [min(h.top_k or 1, most) - 1 for h in hows]][:, None]
+        p = p * ((p >= least) | (top_k == 0))
+    if any(how.top_p < 1 for how in hows):
+        enough = xp.ceil(top_p * p.sum(-1)[:, None])
+        # A GPU sorts all sooner than its host could ask how much is enough.
+        few = 1 + V // 32
+        s = _largest(p, V if xp is torch else few)
+        if xp is np and (s.sum(-1)[:, None] < enough).any():
+            s = _largest(p, V)
+        last = _reach(s, enough)
+        least = s[each, last][:, None]
+        final = _reach((p == least) * 1.0, last[:, None] + 1 - (s > least).sum(-1)[:, None])
+        p = p * ((p > least) | ((p == least) & (ids <= final[:, None])))
+    total = p.sum(-1)[:, None]
+    drawn = _reach(p, xp.minimum(xp.floor(draw * total) + 1, total))
+    return xp.where(hot[:, 0] > 0, drawn, best)
+
+
+def _largest(p: Any, n: int) -> Any:
+    """The n largest values of each row, from the largest down."""
+    if isinstance(p, Tensor):
+        return p.topk(n).values if n < p.shape[-1] else p.sort(-1, descending=True).values
+    return np.sort(np.partition(p, p.shape[-1] - n)[:, p.shape[-1] - n :])[:, ::-1]
+
+
+def _reach(values: Any, target: Any) -> Any:
+    """Where (b) the running sum of values (b, V), whole numbers, reaches target (b, 1). In two stages, because a GPU
+    sums a long row step by step."""
+    (b, V), pad = values.shape, -values.shape[-1] % BLOCK
+    whole = (
+        torch.constant_pad_nd(values, (0, pad)) if isinstance(values, Tensor) else np.pad(values, ((0, 0), (0, pad)))
+    )
+    blocks, each = whole.reshape(b, -1, BLOCK), list(range(b))
+    ends = blocks.sum(-1).cumsum(-1)
+    block = (ends < target).sum(-1).clip(max=ends.shape[-1] - 1)
+    inside = blocks[each, block].cumsum(-1)
+    place = (inside < target - (ends[each, block][:, None] - inside[:, -1:])).sum(-1)
+    return (block * BLOCK + place).clip(max=V - 1)
+
+
+def adjusted(logits: Logits, text: Text) -> Logits:
+    """Logits (V) with what the text's bias and penalties take from them; the same array where there are none."""
+    how = text.how
+    if not how.adjusts:
+        return logits
+    x = logits.copy()
+    if how.repetition_penalty != 1:
+        seen = sorted(set(text.ids))
+        x[seen] = np.where(x[seen] > 0, x[seen] / how.repetition_penalty, x[seen] * how.repetition_penalty)
+    for token, times in Counter(token.id for token in text.made).items():
+        x[token] -= how.frequency_penalty * times + how.presence_penalty
+    for token, bias in how.logit_bias:
+        x[token] += bias
+    return x
 
 
 def token_of(logits: Logits, token: int, logprobs: int | None) -> Token:
@@ -120,17 +208,19 @@ class Text:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._rng = np.random.default_rng(how.seed)
 
-    def take(self, logits: Logits) -> None:
-        """Pick the next token."""
-        how = self.how
-        token = pick(logits, how.temperature, how.top_k, self._rng, how.top_p)
+    def draw(self) -> float:
+        """The random number for the next token; greedy texts take none."""
+        return self._rng.random() if self.how.temperature else 0.0
+
+    def take(self, token: int, logits: Logits | None = None) -> None:
+        """Go on with a token. Its log-probability needs the logits (V) that it was chosen from."""
         if self.tokenizer and token == self.tokenizer.eot:
             self.done = "stop"
         else:
-            self.made.append(token_of(logits, token, how.logprobs))
+            self.made.append(Token(token) if logits is None else token_of(logits, token, self.how.logprobs))
             self.ids.append(token)
             self.starts.append(len(self.text) + len(self._held))
-            if len(self.made) == how.tokens:
+            if len(self.made) == self.how.tokens:
                 self.done = "length"
         if self.tokenizer:
             known = self.done != "stop" and token < self.tokenizer.V
@@ -169,28 +259,41 @@ class Batch:
             while many < min(free, len(waiting)) and (many + 1) * _longest(waiting[: many + 1], T) <= capacity:
                 many += 1
             now, waiting = waiting[:many], waiting[many:]
-            logits = self.engine.prefill(row, [text.ids[-T:] for text in now]).numpy()
+            logits = self.engine.prefill(row, [text.ids[-T:] for text in now])
             self.texts |= {row + i: text for i, text in enumerate(now)}
-            self._take({row + i: logits[i] for i in range(many)})
+            self._take(range(row, row + many), logits)
 
     def step(self) -> None:
         """One more token for each text. Those that are done leave."""
         T = self.engine.T
-        inside = {row: text for row, text in self.texts.items() if len(text.ids) <= T}
+        inside = {row: self.texts[row] for row in sorted(self.texts) if len(self.texts[row].ids) <= T}
         if inside:
             rows = range(max(inside) + 1)
             tokens = [inside[row].ids[-1] if row in inside else 0 for row in rows]
             places = [len(inside[row].ids) - 1 if row in inside else 0 for row in rows]
-            logits = self.engine.decode(tokens, places).numpy()
-            self._take({row: logits[row] for row in inside})
+            logits = self.engine.decode(tokens, places)
+            self._take(list(inside), logits if len(inside) == len(rows) else logits[list(inside)])
         for row in [row for row in self.texts if row not in inside]:
             window = self.texts[row].ids[-T:]
-            self._take({row: self.engine.prefill(row, [window])[0].numpy()})
+            self._take([row], self.engine.prefill(row, [window]))
 
-    def _take(self, logits: dict[int, Logits]) -> None:
-        for row, x in logits.items():
-            self.texts[row].take(x)
-            if self.texts[row].done:
+    def _take(self, rows: Sequence[int], logits: Tensor) -> None:
+        """The next token of the texts in these rows. Only ids leave the device, unless a text needs its logits here."""
+        texts, usual = [self.texts[row] for row in rows], logits
+        read = {
+            i: logits[i].cpu().numpy()
+            for i, text in enumerate(texts)
+            if text.how.adjusts or text.how.logprobs is not None
+        }
+        for i, x in read.items():
+            if (new := adjusted(x, texts[i])) is not x:
+                usual = logits.clone() if usual is logits else usual
+                usual[i].copy_(torch.from_numpy(new))
+        given = usual.numpy() if usual.device.type == "cpu" else usual
+        ids = choose(given, [t.how for t in texts], [t.draw() for t in texts]).tolist()
+        for i, (row, text, token) in enumerate(zip(rows, texts, ids, strict=True)):
+            text.take(token, read.get(i) if text.how.logprobs is not None else None)
+            if text.done:
                 del self.texts[row]
 
     def drop(self, texts: Sequence[Text]) -> None:

@@ -164,8 +164,10 @@ ERRORS: list[tuple[str, int, str]] = [
     ("prepare good.txt --shard-tokens 0", 2, "shard-tokens = 0 must be from 1 to 2147483647."),
     ("prepare good.txt --workers x", 2,
      "Invalid value for '--workers': 'x' is not a valid integer; see daybreak prepare --help."),
-    ("sample", 2, "Missing argument 'RUN'; see daybreak sample --help."),
-    ("sample empty", 2, "empty is not a run: it has no config.toml; give a folder that daybreak train made."),
+    ("sample", 2, "Missing argument 'RUN|HF-DIR'; see daybreak sample --help."),
+    ("sample empty", 2, "empty has neither config.json nor DONE_* files; give a run, gpt2, gpt2-medium, gpt2-large, "
+     "gpt2-xl, OWNER/NAME, a Hugging Face folder, a .bin or a checkpoint folder of llm.c."),
+    ("sample old", 2, "old does not exist; did you mean runs/old?"),
     ("sample runs/old", 5, "runs/old has no checkpoint yet; train it first: daybreak train runs/old"),
     ("sample runs/old --tokens 0", 2,
      "Invalid value for '--tokens': 0 is not in the range x>=1; see daybreak sample --help."),
@@ -450,7 +452,9 @@ def test_how_to_sample_is_said_on_the_command_line(trained: Path, capsys: pytest
 
     plain, greedy = sample(), sample("--temperature", "0")
     assert len({plain, greedy, sample("--temperature", "0.5")}) == 3
-    assert sample("--top-k", "1") == sample("--top-p", "1e-6") == greedy
+    assert sample("--top-k", "1") == sample("--top-p", "1e-6") == sample("--min-p", "1") == greedy
+    assert len({greedy, *(sample("--temperature", "0", f"--{kind}-penalty", "1.9")
+                          for kind in ("repetition", "frequency", "presence"))}) >= 3  # fmt: skip
     assert len({plain, sample("--top-k", "3"), sample("--top-p", "0.5")}) == 3
     stop = plain.rstrip("\n")[10:12]
     assert sample("--stop", stop, "--stop", "never there") == plain[: plain.index(stop)] + "\n"

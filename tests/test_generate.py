@@ -10,53 +10,122 @@ from oracle import GPT2, Shape, random_values
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.engine import Engine, plan_engine
 from daybreak.errors import ConfigError
-from daybreak.generate import Batch, Sampling, Text, pick, sample_text, token_of, write_all
+from daybreak.generate import Batch, Sampling, Text, adjusted, choose, sample_text, token_of, write_all
 from daybreak.shapes import GPT2Config
 
 
-class Coin:
-    """A generator that returns one fixed number."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-    def random(self) -> float:
-        return self.value
+def choose_all(logits: list[float] | np.ndarray, how: Sampling, draws: np.ndarray) -> np.ndarray:
+    """The tokens that these random numbers choose, from the same logits each: as a GPU's tensors and as arrays."""
+    rows = np.repeat(np.asarray(logits, np.float32)[None], len(draws), 0)
+    found = choose(rows, [how] * len(draws), draws.tolist())
+    assert choose(torch.from_numpy(rows), [how] * len(draws), draws.tolist()).tolist() == found.tolist()
+    return found
 
 
 @pytest.mark.parametrize(("coin", "token"), [(0.05, 1), (0.5, 3), (0.99, 3), (0.0, 0)])
 def test_llmc_golden_sampler(coin: float, token: int) -> None:
-    logits = np.array([1.0, 2.0, 3.0, 4.0], np.float32)  # cumulative: 0.032, 0.119, 0.356, 1
-    assert pick(logits, 1.0, 0, Coin(coin)) == token  # type: ignore[arg-type]
+    logits = [1.0, 2.0, 3.0, 4.0]  # cumulative: 0.032, 0.119, 0.356, 1
+    assert choose_all(logits, Sampling(), np.array([coin])).tolist() == [token]
 
 
 def test_frequencies_follow_the_softmax() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    rng = np.random.default_rng(0)
-    counts = np.bincount([pick(logits, 1.0, 0, rng) for _ in range(20000)], minlength=4) / 20000
-    assert counts == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.012)  # 3 sigma
-    counts = np.bincount([pick(logits, 1.0, 2, rng) for _ in range(20000)], minlength=4) / 20000
-    assert counts == pytest.approx([0.625, 0.375, 0, 0], abs=0.012)
-    counts = np.bincount([pick(logits, 0.5, 0, rng) for _ in range(20000)], minlength=4) / 20000
-    assert counts == pytest.approx(np.array([25, 9, 2.25, 0.25]) / 36.5, abs=0.012)
+    draws = np.random.default_rng(0).random(20000)
+
+    def shares(**how: float) -> np.ndarray:
+        return np.bincount(choose_all(logits, Sampling(**how), draws), minlength=4) / 20000
+
+    assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.012)  # 3 sigma
+    assert shares(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.012)
+    assert shares(temperature=0.5) == pytest.approx(np.array([25, 9, 2.25, 0.25]) / 36.5, abs=0.012)
+    assert shares(min_p=0.2) == pytest.approx(np.array([0.5, 0.3, 0.15, 0]) / 0.95, abs=0.012)  # 0.05 < 0.2 x 0.5
+
+
+def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> set[int]:
+    """By the definition: sorted by probability, then by id; probabilities are Python integers."""
+    V = logits.size
+    p = np.exp((logits - logits.max()).astype(np.float64) / temperature)
+    w = [round(x * 2 ** (52 - V.bit_length())) for x in p.tolist()]
+    order = sorted(range(V), key=lambda i: (-w[i], i))
+    if top_k:
+        order = [i for i in order if w[i] >= w[order[min(top_k, V) - 1]]]
+    total, before, found = sum(w[i] for i in order), 0, set()
+    for i in order:
+        if before < top_p * total and w[i]:
+            found.add(i)
+        before += w[i]
+    return found
+
+
+@pytest.mark.parametrize("V", [5, 512, 513, 3000])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (0, 0.3), (40, 1.0), (40, 0.7), (0, 1e-9), (7000, 0.999)])
+def test_what_is_kept_is_the_sorted_definition_s_set(V: int, top_k: int, top_p: float) -> None:
+    """Random logits, logits with many ties and equal ones: every token of the set is drawn, and no other."""
+    rng = np.random.default_rng(V)
+    for x in (rng.normal(size=V) * 3, rng.integers(-4, 5, V), np.zeros(V)):
+        logits, how = x.astype(np.float32), Sampling(temperature=0.8, top_k=top_k, top_p=top_p)
+        want = kept(logits, 0.8, top_k, top_p)
+        p = np.exp(logits.astype(np.float64) / 0.8) * [i in want for i in range(V)]
+        ends = np.cumsum(p) / p.sum()
+        middles = np.clip(ends - p / p.sum() / 2, 0, 1 - 1e-16)  # of each token's part of [0, 1)
+        sure = p / p.sum() > 1e-9
+        assert choose_all(logits, how, middles[sure]).tolist() == np.flatnonzero(sure).tolist()
+        edges = choose_all(logits, how, np.array([0.0, np.nextafter(1.0, 0.0)]))
+        assert edges.tolist() == [min(want), max(want)]
+        assert set(choose_all(logits, how, rng.random(200)).tolist()) <= want
 
 
 def test_top_p_keeps_the_fewest_that_have_it_together() -> None:
     logits = np.log(np.array([0.15, 0.5, 0.05, 0.3], np.float32))
-    rng = np.random.default_rng(0)
-    for top_p, kept in ((0.49, [0, 1, 0, 0]), (0.7, [0, 0.625, 0, 0.375]), (0.9, [0.158, 0.526, 0, 0.316])):
-        counts = np.bincount([pick(logits, 1.0, 0, rng, top_p) for _ in range(20000)], minlength=4) / 20000
-        assert counts == pytest.approx(kept, abs=0.012)
+    draws = np.random.default_rng(0).random(20000)
+    for top_p, shares in ((0.49, [0, 1, 0, 0]), (0.7, [0, 0.625, 0, 0.375]), (0.9, [0.158, 0.526, 0, 0.316])):
+        counts = np.bincount(choose_all(logits, Sampling(top_p=top_p), draws), minlength=4) / 20000
+        assert counts == pytest.approx(shares, abs=0.012)
     # after top_k: 0.5 and 0.3 are left, 0.5 of 0.8 is more than 0.6 of it
-    assert {pick(logits, 1.0, 2, rng, 0.6) for _ in range(200)} == {1}
+    assert set(choose_all(logits, Sampling(top_k=2, top_p=0.6), draws[:200])) == {1}
 
 
 def test_the_edges() -> None:
-    logits = np.array([3.0, -1e30, 88000.0, 2.0], np.float32)
-    assert pick(logits, 1.0, 0, np.random.default_rng(0)) == 2  # no overflow
-    assert pick(logits, 0.0, 0, np.random.default_rng(0)) == 2
-    assert pick(logits, 1.0, 1, np.random.default_rng(0)) == 2
-    assert pick(np.zeros(4, np.float32), 1.0, 0, Coin(np.nextafter(1.0, 0.0))) == 3  # type: ignore[arg-type]
+    logits, half = [3.0, -1e30, 88000.0, 2.0], np.array([0.5])
+    for how in (Sampling(), Sampling(temperature=0.0), Sampling(top_k=1), Sampling(temperature=1e-300, top_p=0.5)):
+        assert choose_all(logits, how, half).tolist() == [2]  # no overflow
+    assert choose_all([0.0] * 4, Sampling(), np.array([np.nextafter(1.0, 0.0)])).tolist() == [3]
+    assert choose_all([-np.inf, 0.0, -np.inf], Sampling(top_p=0.9), half).tolist() == [1]
+
+
+def test_each_row_has_its_own_rules() -> None:
+    """A batch of greedy, plain, top-k, top-p and min-p rows chooses as each row alone does."""
+    rng = np.random.default_rng(3)
+    logits = (rng.normal(size=(6, 1000)) * 2).astype(np.float32)
+    hows = [Sampling(temperature=0.0), Sampling(), Sampling(top_k=3), Sampling(0, 0.5, top_p=0.6), Sampling(min_p=0.2),
+            Sampling(top_k=9, top_p=0.8, min_p=0.01)]  # fmt: skip
+    for _ in range(20):
+        draws = rng.random(6).tolist()
+        alone = [int(choose(x[None], [how], [u])[0]) for x, how, u in zip(logits, hows, draws, strict=True)]
+        assert choose(logits, hows, draws).tolist() == alone
+
+
+def test_penalties_and_bias_by_hand() -> None:
+    """Token 4 is in the prompt, 1 was generated twice and 2 once."""
+    logits = np.array([1.0, 3.0, -2.0, 0.5, 4.0], np.float32)
+    how = Sampling(9, frequency_penalty=0.5, presence_penalty=0.25, repetition_penalty=2.0, logit_bias=((3, 7.0),))
+    plain, text = Text([4], Sampling(9)), Text([4], how)
+    for token in (1, 2, 1):
+        text.take(token)
+    assert adjusted(logits, text).tolist() == [1.0, 1.5 - 1.25, -4.0 - 0.75, 7.5, 2.0]
+    assert logits.tolist() == [1.0, 3.0, -2.0, 0.5, 4.0]
+    assert adjusted(logits, plain) is logits
+
+
+def test_a_bias_decides_one_text_and_leaves_its_neighbours() -> None:
+    engine, _ = engine_and_oracle(3)
+    hows = [Sampling(4, 0.0), Sampling(4, 0.0, logit_bias=((9, 100.0),), logprobs=0), Sampling(4, 0.0)]
+    texts = [Text([5, i], how) for i, how in enumerate(hows)]
+    write_all(engine, texts)
+    assert texts[1].ids[2:] == [9] * 4
+    assert texts[1].made[0].logprob < -1  # before the bias
+    for i in (0, 2):
+        assert texts[i].ids[2:] == without_cache(engine, [5, i], 4)
 
 
 def test_greedy_follows_the_logits_beyond_the_window() -> None:
@@ -179,9 +248,7 @@ def spell(tokens: list[int], stop: tuple[str, ...] = (), tokenizer: str = "bytes
     tok = get_tokenizer(tokenizer)
     text, known = Text([tok.eot], Sampling(len(tokens), 0.0, stop=stop), tok), []
     for token in tokens:
-        logits = np.zeros(tok.V, np.float32)
-        logits[token] = 1
-        text.take(logits)
+        text.take(token)
         known.append(text.text)
         if text.done:
             break
@@ -208,7 +275,9 @@ def test_stop_strings() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"tokens": -1}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1},
-                                 {"top_p": 0.0}, {"top_p": 1.1}, {"seed": -1}, {"stop": ("",)}])  # fmt: skip
+                                 {"top_p": 0.0}, {"top_p": 1.1}, {"seed": -1}, {"stop": ("",)}, {"min_p": 1.5},
+                                 {"frequency_penalty": 3.0}, {"presence_penalty": float("nan")},
+                                 {"repetition_penalty": 0.0}, {"logit_bias": ((1, 101.0),)}])  # fmt: skip
 def test_what_sampling_refuses(bad: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Sampling(**bad).check()

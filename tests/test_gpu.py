@@ -310,7 +310,7 @@ def test_a_text_written_token_by_token_has_the_logits_of_the_whole(compute: str,
     def write() -> Tensor:
         found = [torch.cat([engine.prefill(i, [ids[i, :start].tolist()]).clone() for i in range(rows)])]
         found += [engine.decode(ids[:, t].tolist(), [t] * rows).clone() for t in range(start, stop)]
-        return torch.stack(found, 1).double()
+        return torch.stack(found, 1).double().cpu()
 
     got = write()
     want, whole = (

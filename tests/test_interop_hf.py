@@ -14,6 +14,7 @@ from interop_runs import MAX_T, daybreak, inside, shape_of, values_of, write_run
 from safetensors.torch import load_file, save_file
 from test_data_formats import tokenizer_json
 
+from daybreak.cli.main import main
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError, Error
@@ -134,6 +135,17 @@ def test_generate_and_pipeline_continue_as_we_do(run: Path, tmp_path: Path) -> N
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
     said = pipe("<|endoftext|>The meaning of", max_new_tokens=12, do_sample=False, return_full_text=False)
     assert said[0]["generated_text"] == text
+
+
+def test_sample_reads_a_hugging_face_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text of the folder is that of the run it was exported from."""
+    out, flags = exported(run, tmp_path / "out"), ["--prompt", "The meaning of", "--tokens", "12", "--seed", "5"]
+    texts = []
+    for target in (run, out):
+        assert main(["sample", str(target), *flags]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 12
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-1024", "gpt2-256", "bytes"])

@@ -310,9 +310,7 @@ def test_a_tokens_news_waits_until_its_text_is_certain() -> None:
     text = Text([tok.eot], Sampling(9, 0.0, stop=("xy",)), tok)
     job = Job([text], told.append)
     for token in b"axxy":
-        logits = torch.zeros(tok.V).numpy()
-        logits[token] = 1
-        text.take(logits)
+        text.take(token)
         job.report(0)
     assert [(news.text, [t.id for t in news.tokens], news.done) for news in told] == [
         ("a", [97], ""), ("x", [120], ""), ("", [], "stop")]  # fmt: skip

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import click
 
 
 @click.command()
-@click.argument("run")
+@click.argument("target", metavar="RUN|HF-DIR")
 @click.option("--prompt", default="", metavar="TEXT", help="Text to continue (default: start of a document).")
 @click.option(
     "--tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Tokens to generate."
@@ -23,23 +26,32 @@ import click
 )
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
 @click.option("-n", "count", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Samples to draw.")
-def sample(
-    run: str, prompt: str, tokens: int, temperature: float, top_k: int, top_p: float, stop: tuple[str, ...], seed: int,
-    step: int | None, count: int,
-) -> None:  # fmt: skip
-    """Sample text from the run in folder RUN.
+@click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True, metavar="P",
+              help="Leave out tokens below P times the likeliest's probability.")  # fmt: skip
+@click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
+              metavar="X", help="Above 1: tokens that occurred become less likely.")  # fmt: skip
+@click.option("--frequency-penalty", type=click.FloatRange(-2, 2), default=0.0, show_default=True, metavar="X",
+              help="Taken from a logit for each earlier occurrence.")  # fmt: skip
+@click.option("--presence-penalty", type=click.FloatRange(-2, 2), default=0.0, show_default=True, metavar="X",
+              help="Taken from the logit of tokens that occurred.")  # fmt: skip
+def sample(target: str, prompt: str, step: int | None, count: int, seed: int, **options: Any) -> None:
+    """Sample text from the run in folder RUN, or from a model that `import` knows.
 
     \b
     Examples:
       daybreak sample runs/tiny
       daybreak sample runs/tiny --prompt "def main" --tokens 200 --temperature 0.8 -n 3
+      daybreak sample my-hf-folder --top-p 0.9
     """
-    from daybreak.generate import Sampler, Sampling
+    from daybreak.generate import Sampling, sample_text
+    from daybreak.interop import load_model
 
-    sampler = Sampler(run, step)
+    how = Sampling(seed=seed, **options)
+    how.check()
+    engine, tokenizer = load_model(target, step)
     for i in range(count):
         if count > 1:
             click.echo("---")
-        for piece in sampler.text(prompt, Sampling(tokens, temperature, top_k, top_p, seed + i, stop)):
+        for piece in sample_text(engine, tokenizer, prompt, replace(how, seed=seed + i)):
             click.echo(piece, nl=False)
         click.echo()

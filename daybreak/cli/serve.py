@@ -33,19 +33,11 @@ def serve(
     for module in ("starlette", "uvicorn"):
         extra(module, "serve", "daybreak serve")
 
-    from daybreak.config import Config
-    from daybreak.data.tokenizer import get_tokenizer
-    from daybreak.interop import open_source
+    from daybreak.interop import load_model
     from daybreak.serve import app
-    from daybreak.state.run import Run, engine_with
 
     path = Path(target)
-    if (path / "config.toml").is_file():
-        engine, tokenizer = Run(path).load_engine(step, rows=rows, device=device)
-    else:
-        source = open_source(target, "", step)
-        engine = engine_with(Config(model=source.model), source, rows=rows, device=device)
-        tokenizer = get_tokenizer(source.tokenizer)
+    engine, tokenizer = load_model(target, step, rows=rows, device=device)
     name = path.resolve().name if path.exists() else target
 
     def ready(url: str) -> None:

@@ -114,9 +114,7 @@ class Engine:
         self._hyper = Ring((len(HYPER),), torch.float64, self.device, wait)
         self._batch = Ring((2, B, T), torch.int64, self.device, wait)
         self._stats = Ring((len(STATS),), torch.float64, self.device, wait)
-        on_gpu, next_logits = self.device.type == "cuda", self.state["next_logits"]
-        self._next = torch.zeros(2, rows, dtype=torch.int64, pin_memory=on_gpu)
-        self._read = torch.empty_like(next_logits, device="cpu", pin_memory=True) if on_gpu else next_logits
+        self._next = torch.zeros(2, rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         # Decoding's reference kernel reads the lengths on the host: no graph then.
         graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"
         self._decoding: Graphs | Tapes = Graphs(True) if graphed else Tapes(self.frame)
@@ -327,20 +325,12 @@ class Engine:
     def _upload(self) -> None:
         self.state["next"].copy_(self._next, non_blocking=True)
 
-    def _download(self, b: int) -> None:
-        # To fp32 on the device: on the host several threads would have to wake up for it.
-        logits = self.state["next_logits"][:b].copy_(self.frame.a("logits", b, self.cfg.Vp)[:, : self.cfg.V])
-        if self.device.type == "cuda":
-            self._read[:b].copy_(logits, non_blocking=True)
-
-    def _on_host(self, b: int) -> Tensor:
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        return self._read[:b]
+    def _next_logits(self, b: int) -> None:
+        self.state["next_logits"][:b].copy_(self.frame.a("logits", b, self.cfg.Vp)[:, : self.cfg.V])
 
     def prefill(self, row: int, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits (b, V) in fp32, on the host, that follow b texts of any lengths, whose keys and values are kept in the
-        cache's rows from `row` on, for `decode` to go on from. b times the longest is at most B T. The next call
+        """Logits (b, V) in fp32, on the device, that follow b texts of any lengths, whose keys and values are kept in
+        the cache's rows from `row` on, for `decode` to go on from. b times the longest is at most B T. The next call
         overwrites it."""
         b, t = len(texts), max(map(len, texts))
         inputs, last = self._front("tokens", b, t), self.state["last_hidden"][:b]
@@ -349,20 +339,22 @@ class Engine:
         for i, text in enumerate(texts):
             last[i].copy_(hidden[i, len(text) - 1])
         self.model.head_logits(self.frame, last)
-        self._download(b)
-        return self._on_host(b)
+        self._next_logits(b)
+        return self.state["next_logits"][:b]
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Logits (b, V) in fp32, on the host, that follow one more token of each of the rows 0 ... b - 1, at these
+        """Logits (b, V) in fp32, on the device, that follow one more token of each of the rows 0 ... b - 1, at these
         places (from 0).
 
         The caller knows how long each row is; of a row without a text it gives any token at place 0. Recorded
         once for each b. A view that the next call overwrites."""
         b = len(tokens)
+        if self.device.type == "cuda":  # the copy of the last tokens is over
+            torch.cuda.current_stream(self.device).synchronize()
         self._next.numpy()[:, :b] = tokens, positions
         write = partial(next_token, self.model, self.frame, self.state, b)
-        self._decoding.warm(b, self._upload, write, partial(self._download, b))
-        return self._on_host(b)
+        self._decoding.warm(b, self._upload, write, partial(self._next_logits, b))
+        return self.state["next_logits"][:b]
 
     # ------------------------------------------------------------------------------------------------- looking in
 

@@ -10,17 +10,40 @@ from daybreak.config import nearest
 from daybreak.errors import ConfigError
 
 if TYPE_CHECKING:
+    from daybreak.data.tokenizer import Tokenizer
+    from daybreak.engine import Engine
     from daybreak.interop.source import Source
 
 # The published GPT-2 models, by the names people use for them; openai-community/NAME on the hub.
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-def open_source(name: str | Path, tokenizer: str = "", step: int | None = None) -> Source:
+def load_model(
+    target: str | Path, step: int | None = None, *, rows: int = 1, device: str | None = None
+) -> tuple[Engine, Tokenizer]:
+    """An engine that generates `rows` sequences at a time, and its tokenizer: of a run, or of what `open_source` knows.
+
+    step: which checkpoint (None: the newest). Raises ConfigError, CheckpointError, DataError, OutOfMemory.
+    """
+    from daybreak.config import Config
+    from daybreak.data.tokenizer import get_tokenizer
+    from daybreak.state.run import Run, engine_with
+
+    if (Path(target) / "config.toml").is_file():
+        return Run(target).load_engine(step, rows=rows, device=device)
+    if (run := Path("runs") / target / "config.toml").is_file() and not Path(target).exists():
+        raise ConfigError(f"{target} does not exist; did you mean {run.parent}?")
+    source = open_source(target, "", step, also="a run, ")
+    engine = engine_with(Config(model=source.model), source, rows=rows, device=device)
+    return engine, get_tokenizer(source.tokenizer)
+
+
+def open_source(name: str | Path, tokenizer: str = "", step: int | None = None, also: str = "") -> Source:
     """Weights to start from: a Hugging Face folder, a model .bin or checkpoint folder of llm.c, or a name on the hub.
 
     An existing path goes first. tokenizer: its name where nothing beside the weights tells. step: which of llm.c's
-    checkpoints (None: the newest). Raises ConfigError for an unknown name, CheckpointError for what cannot be used.
+    checkpoints (None: the newest). also: what else the caller takes, for messages.
+    Raises ConfigError for an unknown name, CheckpointError for what cannot be used.
     """
     from daybreak.interop import huggingface, llmc_files
 
@@ -37,7 +60,7 @@ def open_source(name: str | Path, tokenizer: str = "", step: int | None = None) 
     elsewhere = str(name) in HUB or not path.parent.exists()  # runs/typo stays here
     if elsewhere and not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
         return huggingface.open_folder(huggingface.download(repository), tokenizer)
-    known = f"{', '.join(HUB)}, OWNER/NAME, a Hugging Face folder, a .bin or a checkpoint folder of llm.c"
+    known = f"{also}{', '.join(HUB)}, OWNER/NAME, a Hugging Face folder, a .bin or a checkpoint folder of llm.c"
     if path.exists():
         raise ConfigError(f"{name} has neither config.json nor DONE_* files; give {known}.")
     near = "" if "/" in str(name) else f"did you mean {nearest(str(name), HUB)!r}? If not, "

@@ -23,8 +23,9 @@ demo: install
 	@run=$(RUN); n=2; while [ -e runs/$$run ]; do run=$(RUN)-$$n; n=$$((n+1)); done; \
 	$(BIN)/daybreak train tiny --name $$run
 
+# On every core: two halves of the tests at once on a machine with two.
 test: test-install check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $$(nproc) --dist worksteal
 
 # Everything: the tests, recovery at full scale, llama.cpp, the site.
 test-all: test test-recovery test-llama docs

@@ -16,9 +16,10 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():  # Triton's kernels run under its interpreter; to be said before it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Minutes that a group of tests may take on 2 cores. A file belongs to the group whose list names it, else foundation.
-BUDGETS = {"foundation": 4.0, "kernels": 3.0, "interop": 2.0, "data": 2.0, "pages": 1.0, "recovery": 3.0}
-BUDGETS["distributed"] = 3.0
+# Each group's share of `make test`, in minutes of CPU time. A file belongs to the group whose list names it, else
+# foundation. The minutes are printed, never asserted: a slower or busier machine spends more of them.
+BUDGETS = {"foundation": 5.0, "kernels": 4.0, "interop": 3.0, "data": 3.0, "pages": 2.0, "recovery": 4.0}
+BUDGETS["distributed"] = 4.0
 KERNELS = ("attention", "bias", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer", "tune")
 INTEROP = ("test_interop_hf", "test_interop_llmc", "test_interop_gguf", "test_llmc_cli", "test_generate", "test_serve")
 INTEROP += ("test_llmc_ranks",)
@@ -34,6 +35,8 @@ GROUPS |= {f"tests/test_{name}.py": "pages" for name in ("plan", "display", "sin
 RECOVERY = ("kill", "faults", "fuzz", "signals")
 GROUPS |= {f"tests/test_recovery_{name}.py": "recovery" for name in RECOVERY}
 spent = dict.fromkeys(BUDGETS, 0.0)
+FIGURES: dict[str, object] = {}  # what the recovery tests measured, of all worker processes
+counted = [0.0]  # CPU seconds of this process and its children at the last report
 
 
 @pytest.fixture(autouse=True)
@@ -47,18 +50,60 @@ def _as_before():
         del os.environ[name]
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and of all its descendants, those that still run and those that ended."""
+    try:
+        seconds = sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]))
+        children = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    except OSError:  # it ended meanwhile, or this system has no /proc
+        return 0.0
+    return seconds / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(int(child)) for child in children.split())
+
+
+def pytest_collection_finish():
+    counted[0] = cpu_seconds(os.getpid())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    now = cpu_seconds(os.getpid())
+    report.cpu, counted[0] = max(now - counted[0], 0.0), now
+    return report
+
+
 def pytest_runtest_logreport(report):
-    spent[GROUPS.get(report.nodeid.split("::")[0], "foundation")] += report.duration
+    spent[GROUPS.get(report.nodeid.split("::")[0], "foundation")] += report.cpu
 
 
-def pytest_sessionfinish(session, exitstatus):
-    if not os.environ.get("CI"):
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """pytest-xdist: a worker process ended, and hands over what its tests measured."""
+    FIGURES.update(getattr(node, "workeroutput", {}).get("figures", {}))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = FIGURES
         return
-    print("\nminutes: " + ", ".join(f"{g} {s / 60:.1f} of {BUDGETS[g]:.0f}" for g, s in spent.items()))
-    over = [g for g, s in spent.items() if s > 60 * BUDGETS[g]]
-    if over and exitstatus == 0:
-        print("test groups over their budget: " + ", ".join(over))
-        session.exitstatus = 1
+    if FIGURES:
+        write_figures(session.config.getoption("--full"))
+    over = {g: "over" if s > 60 * BUDGETS[g] else "of" for g, s in spent.items()}
+    print("\nCPU minutes: " + ", ".join(f"{g} {s / 60:.1f} {over[g]} {BUDGETS[g]:.0f}" for g, s in spent.items()))
+
+
+def write_figures(full):
+    """Print what the recovery tests measured; at full scale it becomes bench/results/recovery.csv."""
+    rows = "".join(f'"{name}",{FIGURES[name]}\n' for name in sorted(FIGURES))
+    print(f"\n{rows}", end="")
+    if full:
+        from daybreak.state.run_folder import cpu_model, package_commit
+
+        root = Path(__file__).parents[1]
+        head = {"date": time.strftime("%Y-%m-%d"), "commit": package_commit(root), "processor": cpu_model(),
+                "python": platform.python_version(), "torch": torch.__version__}  # fmt: skip
+        text = "figure,value\n" + "".join(f"{k},{v}\n" for k, v in head.items()) + rows
+        (root / "bench/results/recovery.csv").write_text(text)
 
 
 def pytest_addoption(parser):
@@ -72,17 +117,6 @@ def full(request):
 
 
 @pytest.fixture(scope="session")
-def figures(full):
-    """What the recovery tests measured; at full scale it becomes bench/results/recovery.csv."""
-    found = {}
-    yield found
-    rows = "".join(f'"{name}",{value}\n' for name, value in found.items())
-    print(f"\n{rows}", end="")
-    if full:
-        from daybreak.state.run_folder import cpu_model, package_commit
-
-        root = Path(__file__).parents[1]
-        head = {"date": time.strftime("%Y-%m-%d"), "commit": package_commit(root), "processor": cpu_model(),
-                "python": platform.python_version(), "torch": torch.__version__}  # fmt: skip
-        text = "figure,value\n" + "".join(f"{k},{v}\n" for k, v in head.items()) + rows
-        (root / "bench/results/recovery.csv").write_text(text)
+def figures():
+    """Where the recovery tests put what they measured."""
+    return FIGURES

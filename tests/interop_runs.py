@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from oracle import Shape, random_values
+from patience import PATIENCE
 from torch import Tensor
 
 from daybreak.cli.main import main as cli_main
@@ -114,7 +115,7 @@ def daybreak(folder: Path, *argv: str, code: int = 0, module: str = "daybreak", 
     """The program as a process of its own in `folder`."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | env
     command = [sys.executable, "-m", module, *argv]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == code, (done.stdout, done.stderr)
     return done
 

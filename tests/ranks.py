@@ -25,6 +25,7 @@ from typing import Any
 from unittest.mock import patch
 
 import recovery_child
+from patience import PATIENCE
 
 Run = Callable[[list[str]], int]
 QUIET = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "FATAL", "PYTHONWARNINGS": "ignore"}
@@ -164,7 +165,7 @@ def python(args: list[Any], cwd: Path, out: str, env: Mapping[str, str]) -> subp
     return STARTED[-1]
 
 
-def finish(processes: list[Any], seconds: float = 120) -> list[int]:
+def finish(processes: list[Any], seconds: float = PATIENCE) -> list[int]:
     """Their exit codes; whatever still runs after `seconds` is killed."""
     deadline = time.monotonic() + seconds
     try:

@@ -4,8 +4,7 @@
 
 at: "audit:EVENT:REGEX", a Python audit event (a file operation) whose arguments match; "call:MODULE:NAME" before, and
 "after:MODULE:NAME" after a call. n: which time (from the first). do: kill; term, int, usr1 (a signal to itself); twice
-(two SIGTERMs); hang; slow (a second, each time from the n-th on); errno:NAME (OSError, each time from the n-th to the
-m-th).
+(two SIGTERMs); hang; slow (for `seconds`) and errno:NAME (OSError), both each time from the n-th to the m-th.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ SIGNALS = {"kill": ["SIGKILL"], "term": ["SIGTERM"], "int": ["SIGINT"], "usr1": 
 
 
 class Accident:
-    def __init__(self, do: str, at: str, n: int = 1, m: int = 10**9) -> None:
-        self.do, self.n, self.m, self.count = do, n, m, 0
+    def __init__(self, do: str, at: str, n: int = 1, m: int = 10**9, seconds: float = 1.0) -> None:
+        self.do, self.n, self.m, self.seconds, self.count = do, n, m, seconds, 0
         kind, where, what = at.split(":", 2)
         if kind == "audit":
             pattern = re.compile(what)
@@ -58,7 +57,7 @@ class Accident:
         if self.count < self.n or self.count > self.m:
             return
         if self.do == "slow":
-            time.sleep(1.0)
+            time.sleep(self.seconds)
         elif self.do.startswith("errno:"):
             code = getattr(errno, self.do[6:])
             raise OSError(code, os.strerror(code))

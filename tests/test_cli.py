@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+from patience import PATIENCE, until
 
 import daybreak
 from daybreak import llmc
@@ -60,7 +60,7 @@ def environment() -> dict[str, str]:
 
 def run_process(folder: Path, *argv: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "daybreak", *argv]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == code, done.stderr
     return done
 
@@ -305,11 +305,9 @@ def test_ctrl_c_is_exit_130_and_leaves_nothing(here: Path) -> None:
         argv, cwd=here, env=environment(), stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    deadline = time.monotonic() + 30
-    while not list(here.glob("data/.*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: list(here.glob("data/.*")), process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert err.strip().splitlines()[-1] == "daybreak: interrupted."  # before it: what it would take
     assert not (here / "data/big").exists()
@@ -318,20 +316,16 @@ def test_ctrl_c_is_exit_130_and_leaves_nothing(here: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ help
 
 
-def test_help_is_fast_and_imports_nothing_heavy(here: Path) -> None:
+def test_help_imports_little(here: Path) -> None:
+    """About 160 modules are 0.15 s; torch alone would be two thousand."""
     heavy = ("torch", "numpy", "rich", "tiktoken", "safetensors")
     code = "import sys; from daybreak.cli.main import main; assert main(sys.argv[1:]) == 0; print(*sys.modules)"
     for argv in (["--help"], *([verb, "--help"] for verb in VERBS)):
-        seconds = []
-        for _ in range(5):  # the fastest counts: the machine may be busy
-            start = time.perf_counter()
-            command = [sys.executable, "-c", code, *argv]
-            done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
-            seconds.append(time.perf_counter() - start)
-            if seconds[-1] < 0.3:
-                break
-        assert min(seconds) < 0.3, argv
-        assert not {m.partition(".")[0] for m in done.stdout.splitlines()[-1].split()} & set(heavy)
+        command = [sys.executable, "-c", code, *argv]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+        loaded = done.stdout.splitlines()[-1].split()
+        assert len(loaded) < 200, (argv, len(loaded))
+        assert not {module.partition(".")[0] for module in loaded} & set(heavy)
         assert "Examples:" in done.stdout or "First commands:" in done.stdout
 
 
@@ -468,7 +462,7 @@ def test_sigterm_saves_and_is_exit_75(trained: Path) -> None:
         if line.startswith("step    3/"):
             break
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
     assert err.splitlines()[-1].startswith("daybreak: stopped by SIGTERM after step ")
     assert err.endswith("saved; continue with: daybreak train runs/long\n")

@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from patience import PATIENCE, until
 from safetensors.torch import load_file
 from test_training import config, losses, markov, write_shard
 
 import daybreak
-from daybreak import parallel
 from daybreak.config import Config
+from daybreak.data.tokenizer import get_tokenizer
 from daybreak.parallel import launched
 
-WAIT = 5.0  # parallel.timeout of the runs that fail: what "in time" is measured against
+WAIT = 10  # parallel.timeout, in seconds, of the runs in which a rank does not come
+SOON = ("--parallel.timeout", WAIT)
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +147,8 @@ def test_all_ranks_agree(shards: Path, tmp_path: Path) -> None:
 
 def wait_for(folder: Path, text: str, count: int) -> None:
     """Until metrics.jsonl has this text so often."""
-    path, deadline = folder / "metrics.jsonl", time.monotonic() + 60
-    while not path.is_file() or path.read_text().count(text) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    path = folder / "metrics.jsonl"
+    until(lambda: path.is_file() and path.read_text().count(text) >= count)
 
 
 def wait_for_steps(folder: Path, steps: int) -> None:
@@ -160,14 +160,11 @@ def test_one_rank_is_told_to_save_and_one_to_stop(shards: Path, tmp_path: Path) 
     processes = ranks.start(2, ["train", endless], tmp_path)
     wait_for_steps(tmp_path / "s", 3)
     processes[1].send_signal(signal.SIGUSR1)
-    deadline = time.monotonic() + 60
-    while not daybreak.load(tmp_path / "s").checkpoints:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: daybreak.load(tmp_path / "s").checkpoints)
     saved = daybreak.load(tmp_path / "s").checkpoints[0].name
     wait_for_steps(tmp_path / "s", int(saved[5:]) + 3)  # it went on
     processes[1].send_signal(signal.SIGTERM)
-    assert ranks.finish(processes, 30) == [75, 75]
+    assert ranks.finish(processes) == [75, 75]
     run = daybreak.load(tmp_path / "s")
     assert json.loads((run.path / "exit.json").read_text())["code"] == 75
     assert len(run.checkpoints) == 2
@@ -189,26 +186,23 @@ def test_all_ranks_are_told_to_stop_while_they_are_at_something_else(shards: Pat
     wait_for(tmp_path / "s", '"kind":"val","step":2', 1)
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    assert ranks.finish(processes, 30) == [75, 75, 75]
-    assert time.monotonic() - began < 10  # of the 14 s that there were to go
+    assert ranks.finish(processes) == [75, 75, 75]
     run = daybreak.load(tmp_path / "s")
     assert [path.name for path in run.checkpoints] == ["step-00000002"]
     assert len(run.metrics("step")) == 2
     assert [record["step"] for record in run.metrics("val")] == [0, 2]
-    assert run.metrics("eval") == []
+    assert run.metrics("eval") == []  # left before its end, as was the sample, with some of its 15 tokens
+    assert all(len(get_tokenizer("gpt2").encode(record["text"])) < 8 for record in run.metrics("sample"))
 
 
 # ---- failing
 
 
-def refused(tmp_path: Path, processes: list[Any], code: int, *words: str, within: float = WAIT + 20) -> str:
-    """Every rank ends with `code` in time; the sentence has the words and is said by somebody, without a traceback."""
-    began = time.monotonic()
-    codes = ranks.finish(processes, within)
+def refused(tmp_path: Path, processes: list[Any], code: int, *words: str) -> str:
+    """Every rank ends with `code`; the sentence has the words and is said by somebody, without a traceback."""
+    codes = ranks.finish(processes)
     text = "".join(path.read_text() for path in sorted(tmp_path.glob("rank-*.txt")))
     assert codes == [code] * len(codes), (codes, text)
-    assert time.monotonic() - began < within
     for word in words:
         assert word in text, text
     assert "Traceback" not in text
@@ -216,7 +210,7 @@ def refused(tmp_path: Path, processes: list[Any], code: int, *words: str, within
 
 
 def command(target: Path, *more: Any) -> list[Any]:
-    return ["train", target, "--parallel.timeout", WAIT, "--quiet", *more]
+    return ["train", target, "--parallel.timeout", 600, "--quiet", *more]
 
 
 def test_a_batch_that_does_not_divide(shards: Path, tmp_path: Path) -> None:
@@ -236,9 +230,9 @@ def test_nobody_there_a_port_in_use_too_few_ranks(shards: Path, tmp_path: Path) 
     elsewhere = tmp_path / "few"
     elsewhere.mkdir()
     # Both wait at the same time.
-    few = ranks.start(3, command(target), elsewhere, range(2), port=str(ranks.free_port()))
-    alone = ranks.start(2, command(target), tmp_path, range(1, 2), port=str(port))
-    refused(tmp_path, alone, 2, f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}", "within 5 s")
+    few = ranks.start(3, command(target, *SOON), elsewhere, range(2), port=str(ranks.free_port()))
+    alone = ranks.start(2, command(target, *SOON), tmp_path, range(1, 2), port=str(port))
+    refused(tmp_path, alone, 2, f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}", f"within {WAIT} s")
     refused(elsewhere, few, 2, "2 of 3 ranks came to 127.0.0.1:", "missing: 2")
     with ranks.socket.socket() as busy:
         busy.bind(("", port))
@@ -251,8 +245,8 @@ def test_nobody_there_a_port_in_use_too_few_ranks(shards: Path, tmp_path: Path) 
 def test_ranks_of_other_launches(shards: Path, tmp_path: Path) -> None:
     """Another number of ranks, a rank too often, a run that another launch is training: by name, and as its folder."""
     target, port = recipe(shards, tmp_path, "a"), ranks.free_port()
-    both = ranks.start(2, command(target), tmp_path, range(1), port=port)
-    both += ranks.start(3, command(target), tmp_path, range(1, 2), port=port)
+    both = ranks.start(2, command(target, *SOON), tmp_path, range(1), port=port)
+    both += ranks.start(3, command(target, *SOON), tmp_path, range(1, 2), port=port)
     said = "rank 1 was started as one of 3 ranks, rank 0 as one of 2; give every process the same WORLD_SIZE"
     refused(tmp_path, both, 2, said, "1 of 2 ranks came to 127.0.0.1:", "missing: 1")
 
@@ -268,7 +262,7 @@ def test_ranks_of_other_launches(shards: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a/exit.json").exists()
     wait_for_steps(tmp_path / "a", 10)  # it did not notice
     first[0].send_signal(signal.SIGTERM)
-    assert ranks.finish(first, 30) == [75, 75]
+    assert ranks.finish(first) == [75, 75]
 
 
 def test_a_signal_while_ranks_wait_for_each_other_ends_them_with_75(shards: Path, tmp_path: Path) -> None:
@@ -281,14 +275,12 @@ def test_a_signal_while_ranks_wait_for_each_other_ends_them_with_75(shards: Path
         (home := tmp_path / str(number)).mkdir()
         waiting.append(ranks.python(line, home, f"rank-{rank}.txt", ranks.environment(rank, 2, port=ranks.free_port())))
     for process in waiting:  # until it handles SIGTERM
-        deadline = time.monotonic() + 60
-        while not int(Path(f"/proc/{process.pid}/status").read_text().split("SigCgt:")[1].split()[0], 16) >> 14 & 1:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        status = Path(f"/proc/{process.pid}/status")
+        until(lambda s=status: int(s.read_text().split("SigCgt:")[1].split()[0], 16) >> 14 & 1)
     time.sleep(1)
     for process in waiting:
         process.send_signal(signal.SIGTERM)
-    assert ranks.finish(waiting, 30) == [75, 75, 75]
+    assert ranks.finish(waiting) == [75, 75, 75]
     for number, rank in enumerate((0, 1, 0)):
         assert "stopped by SIGTERM before all ranks had come; start them again." in ranks.said(
             tmp_path / str(number), rank
@@ -320,7 +312,7 @@ def test_ranks_that_differ(shards: Path, tmp_path: Path) -> None:
             Config.from_target(str(target)).override({"data.train": "d/*train*", "data.val": "d/*val*"}).to_toml()
         )
         links += ranks.start(2, command(path), home, range(rank, rank + 1), port=port)
-    codes = ranks.finish(links, WAIT + 20)
+    codes = ranks.finish(links)
     text = "".join((tmp_path / f"host{r}/rank-{r}.txt").read_text() for r in range(2))
     assert codes == [4, 4], text
     assert "has training data = " in text
@@ -376,21 +368,20 @@ def test_everybody_hears_who_is_to_blame(tmp_path: Path) -> None:
 )
 def test_a_device_that_waits_for_a_rank_that_is_gone(tmp_path: Path, how: str, code: int, words: str) -> None:
     """NCCL's kernels never come back then; the host must."""
-    two, began = ranks.start(2, [how], tmp_path, run=dist_engine.waits_for_a_device), time.monotonic()
-    assert two[0].wait(60) == code
-    assert time.monotonic() - began < parallel.SILENT
+    two = ranks.start(2, [how], tmp_path, run=dist_engine.waits_for_a_device)
+    assert two[0].wait(PATIENCE) == code
     assert ranks.said(tmp_path, 0).startswith(words)
 
 
 def test_one_rank_hangs_or_dies(shards: Path, tmp_path: Path) -> None:
     """Two launches side by side, since most of the time they wait."""
-    stop = (signal.SIGSTOP, 7, "hangs: the others have waited 5 s")
+    stop = (signal.SIGSTOP, 7, f"hangs: the others have waited {WAIT} s")
     cases = {"hangs": stop, "dies": (signal.SIGKILL, 1, "died")}
     launches: dict[str, list[Any]] = {}
     for name in cases:
         (tmp_path / name).mkdir()
         target = recipe(shards, tmp_path / name, "a", run__steps=100000, eval__every=0)
-        launches[name] = ranks.start(3, command(target), tmp_path / name)
+        launches[name] = ranks.start(3, command(target, *SOON), tmp_path / name)
     try:
         for name, (number, _, _) in cases.items():
             wait_for_steps(tmp_path / name / "a", 3)
@@ -410,9 +401,9 @@ def test_one_rank_hangs_or_dies(shards: Path, tmp_path: Path) -> None:
 def test_when_a_rank_hangs_every_rank_leaves_its_stacks(shards: Path, tmp_path: Path) -> None:
     target, port = recipe(shards, tmp_path, "a", run__steps=100000, eval__every=0), str(ranks.free_port())
     hang = json.dumps({"do": "hang", "at": "call:daybreak.engine.step:Engine.micro_step", "n": 9})
-    stuck = ranks.start(3, [hang, *command(target)], tmp_path, range(1, 2), port=port, run=ranks.accident)
-    others = [ranks.start(3, command(target), tmp_path, range(r, r + 1), port=port)[0] for r in (0, 2)]
-    refused(tmp_path, others, 7, "rank 1 on ", "hangs: the others have waited 5 s")
+    stuck = ranks.start(3, [hang, *command(target, *SOON)], tmp_path, range(1, 2), port=port, run=ranks.accident)
+    others = [ranks.start(3, command(target, *SOON), tmp_path, range(r, r + 1), port=port)[0] for r in (0, 2)]
+    refused(tmp_path, others, 7, "rank 1 on ", f"hangs: the others have waited {WAIT} s")
     assert stuck[0].poll() is None
     parts = (tmp_path / "a/crash.txt").read_text().split("Z rank ")[1:]
     assert sorted(part[0] for part in parts) == ["0", "1", "2"]

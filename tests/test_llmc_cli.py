@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import pytest
 import torch
 from interop_runs import MAX_T, ROOT, daybreak, inside, shape_of, values_of, write_shards
 from oracle import GPT2, AdamW
+from patience import PATIENCE, until
 from test_interop_llmc import model_bytes, write_checkpoint
 
 from daybreak.config import Config, resolve
@@ -442,7 +442,7 @@ def test_the_published_124m_command_runs_under_mpirun(tmp_path: Path) -> None:
         start = [sys.executable]
         env |= {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
     done = subprocess.run(
-        [*start, *published(RUN_124M)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+        [*start, *published(RUN_124M)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert "step    2/2 | loss 10." in done.stdout
@@ -479,15 +479,12 @@ def test_a_stopped_run_is_saved_and_not_started_again(made: Path, launcher: str)
         )
     workers = [process.pid]
     try:
-        deadline = time.monotonic() + 60
-        while not ((log := made / name / "main.log").is_file() and len(trl(log.parent)) > 2):
-            assert process.poll() is None, (made / f"{name}.txt").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        log = made / name / "main.log"
+        until(lambda: log.is_file() and len(trl(log.parent)) > 2, process, (made / f"{name}.txt").read_text)
         if launcher:
             workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         os.kill(workers[-1], signal.SIGTERM)
-        code = process.wait(60)
+        code = process.wait(PATIENCE)
     finally:
         for pid in {process.pid, *workers} if process.poll() is None else ():
             with suppress(ProcessLookupError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import ranks
 import torch
 from interop_runs import write_shards
+from patience import PATIENCE, until
 from test_interop_llmc import loader_bytes, write_checkpoint
 from test_llmc_cli import RUN_124M, RUN_1558M, SMALL, TORCHRUN, environment, llmc, published, trl
 
@@ -54,10 +54,7 @@ def start(folder: Path, *argv: str, port: int = 12345) -> list[Any]:
 
 
 def wait_until(done: Callable[[], bool], folder: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline, ranks.said(folder, 0) + ranks.said(folder, 1)
-        time.sleep(0.05)
+    until(done, why=lambda: ranks.said(folder, 0) + ranks.said(folder, 1))
 
 
 def test_ranks_that_meet_in_a_file_start_again_after_a_kill(made: Path) -> None:
@@ -70,7 +67,7 @@ def test_ranks_that_meet_in_a_file_start_again_after_a_kill(made: Path) -> None:
         p.kill()
         p.wait()
     assert (made / "meet/daybreak.sync").is_file()
-    codes = ranks.finish(start(made, *fs, "-x", "2"), 60)
+    codes = ranks.finish(start(made, *fs, "-x", "2"))
     assert codes == [0, 0], ranks.said(made, 0) + ranks.said(made, 1)
     assert "| num_processes         | 2 " in ranks.said(made, 0)
 
@@ -78,7 +75,7 @@ def test_ranks_that_meet_in_a_file_start_again_after_a_kill(made: Path) -> None:
 def test_ranks_that_meet_at_an_address(made: Path) -> None:
     """Under another port than llm.c's, which others on this machine may want."""
     tcp, port = ["-o", "tcp", "-x", "2", "-pi", "tcp", "-ps", "127.0.0.1"], ranks.free_port()
-    codes = ranks.finish(start(made, *tcp, port=port), 60)
+    codes = ranks.finish(start(made, *tcp, port=port))
     assert codes == [0, 0], ranks.said(made, 0) + ranks.said(made, 1)
     assert "| num_processes         | 2 " in ranks.said(made, 0)
     assert list(trl(made / "tcp")) == [0, 1]
@@ -90,7 +87,7 @@ def under_mpirun(folder: Path, command: list[str]) -> str:
     for rank in range(2):
         mpi = {f"OMPI_COMM_WORLD_{k}": str(v) for k, v in (("RANK", rank), ("SIZE", 2), ("LOCAL_RANK", rank))}
         processes.append(process(folder, rank, command, **mpi, MASTER_PORT=port))
-    assert ranks.finish(processes, 60) == [0, 0], ranks.said(folder, 0) + ranks.said(folder, 1)
+    assert ranks.finish(processes) == [0, 0], ranks.said(folder, 0) + ranks.said(folder, 1)
     assert ranks.said(folder, 1) == ""
     return ranks.said(folder, 0)
 
@@ -106,7 +103,7 @@ def test_the_published_commands_on_two_processes(made: Path, name: str, launcher
         said = under_mpirun(made, command)
     else:
         done = subprocess.run(
-            [*TORCHRUN, *command], cwd=made, env=environment(), capture_output=True, text=True, timeout=90
+            [*TORCHRUN, *command], cwd=made, env=environment(), capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.returncode == 0, done.stderr
         said = done.stdout

@@ -7,13 +7,14 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import until
 
 from daybreak.data.loader import Loader, ahead, permutation
 from daybreak.data.shards import ShardInfo, fingerprint_shards
@@ -198,7 +199,7 @@ def test_ahead_works_within_its_depth_and_in_order() -> None:
     with closing(ahead(square, itertools.count(5), threads=2, depth=3)) as squares:
         for i in range(20):
             assert next(squares) == (5 + i) ** 2
-            wait_until(lambda i=i: len(computed) == i + 3)  # two more than were taken
+            until(lambda i=i: len(computed) == i + 3)  # two more than were taken
             assert sorted(computed) == list(range(5, 5 + i + 3))
     assert len(computed) == 22
     with pytest.raises(StopIteration):
@@ -206,12 +207,6 @@ def test_ahead_works_within_its_depth_and_in_order() -> None:
     assert not any(thread.name.startswith("ahead") for thread in threading.enumerate())
     assert list(ahead(square, range(4), threads=1, depth=9)) == [0, 1, 4, 9]
     assert list(ahead(square, range(0), threads=1, depth=1)) == []
-
-
-def wait_until(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not reached() and time.monotonic() < deadline:
-        time.sleep(0.001)
 
 
 def test_ahead_raises_in_turn() -> None:

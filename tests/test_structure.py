@@ -100,6 +100,17 @@ def test_the_size_that_the_documentation_states() -> None:
     assert abs(int(said[1].replace(",", "")) - sum(map(code_lines, FILES))) <= 700
 
 
+def test_no_test_asserts_a_wall_clock_time() -> None:
+    """A busy machine may be ten times slower. Tests wait for events (tests/patience.py), and count rather than time."""
+    clocks = re.compile(r"\btime\.(time|monotonic|perf_counter)\(")
+    short = re.compile(r"\.(?:wait|communicate)\((?:timeout=)?\d|(?<![\w.])timeout=\d")
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        source = path.read_text()
+        asserted = [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
+        assert [text for text in asserted if clocks.search(text)] == [], path.name
+        assert short.findall(source) == [], f"{path.name}: use tests/patience.py"
+
+
 def test_the_oracle_is_independent() -> None:
     """Nothing of daybreak in its code, however imported; its docstring may name it."""
     tree = ast.parse((ROOT / "tests/oracle.py").read_text())

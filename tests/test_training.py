@@ -11,13 +11,13 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE, until
 from safetensors.torch import load_file
 
 import daybreak
@@ -286,12 +286,12 @@ def test_kill_and_signals_in_a_real_process(shards: Path, tmp_path: Path) -> Non
         args = [folder]
         wait_for_steps(folder, process, 25)
         process.send_signal(number)
-        assert process.wait(60) == code
+        assert process.wait(PATIENCE) == code
     process = start(args)
     wait_for_steps(folder, process, 5)
     before = {p.name for p in daybreak.load(folder).checkpoints}
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert before
     assert_same(straight, daybreak.load(folder))
 
@@ -310,7 +310,7 @@ def test_exit_json_never_speaks_for_another_attempt(shards: Path, tmp_path: Path
     process = start([run.path, "--steps", "100000"])
     wait_for_steps(run.path, process, 5)
     process.kill()
-    assert process.wait(60) == -9
+    assert process.wait(PATIENCE) == -9
     assert not run.folder.exit.exists()
     assert daybreak.load(run.path).config.run.steps == 100000  # what was asked for holds from then on
     refused = train_quietly(tmp_path, run.path, "--run.device", "cuda:77")
@@ -326,7 +326,7 @@ def test_one_process_at_a_time(shards: Path, tmp_path: Path) -> None:
     assert second.returncode == 2
     assert second.stderr == f"daybreak: {run.path} is being trained by another process; wait or stop it.\n"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
+    assert process.wait(PATIENCE) == 75
     assert json.loads(run.folder.exit.read_text())["code"] == 75
 
 
@@ -338,7 +338,7 @@ def test_given_weights_survive_an_early_kill(shards: Path, tmp_path: Path) -> No
     process = start([recipe, "--init-from", first.path])
     wait_for_steps(tmp_path / "second", process, 1)
     process.kill()
-    process.wait(60)
+    process.wait(PATIENCE)
     resumed = daybreak.load(tmp_path / "second")
     run = daybreak.train(resumed.config.override({"run.steps": 3}), resume=resumed.path)
     assert run.metrics("val")[0]["loss"] == first.metrics("val")[-1]["loss"]
@@ -400,13 +400,9 @@ def test_a_refused_start_leaves_no_folder(shards: Path, tmp_path: Path) -> None:
 
 def test_a_signal_while_the_corpus_is_prepared(tmp_path: Path) -> None:
     process = start(["d12", "--data", "stdlib"], cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("data/.*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: list(tmp_path.glob("data/.*")), process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
+    assert process.wait(PATIENCE) == 75
     assert not (tmp_path / "runs").exists()
     assert not list(tmp_path.glob("data/*/*"))
 
@@ -426,8 +422,5 @@ def wait_for_steps(folder: Path, process: subprocess.Popen[bytes], steps: int) -
         except FileNotFoundError:
             return 0
 
-    goal, deadline = count() + steps, time.monotonic() + 60
-    while count() < goal:
-        assert process.poll() is None, "the run ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    goal = count() + steps
+    until(lambda: count() >= goal, process)

@@ -17,6 +17,7 @@ from typing import Any
 import click
 import pytest
 from interop_runs import ROOT, shape_of, values_of, write_shards
+from patience import PATIENCE
 from test_interop_llmc import model_bytes
 
 from daybreak.cli.main import cli, main
@@ -84,7 +85,9 @@ def write(folder: Path, **modules: str) -> Path:
 def run(folder: Path, *argv: str, code: int = 0) -> str:
     path = os.pathsep.join((str(folder / "lib"), str(ROOT)))
     env = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": str(folder / "cache")}
-    done = subprocess.run([sys.executable, *argv], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, *argv], cwd=folder, env=env, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 

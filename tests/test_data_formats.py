@@ -208,3 +208,62 @@ def test_what_a_tokenizer_json_cannot_be(tmp_path: Path) -> None:
     model.save(str(tmp_path / "plain.json"))
     with pytest.raises(ConfigError, match="has no token that could start a document"):
         get_tokenizer(str(tmp_path / "plain.json"))
+
+
+HOSTILE = [r"(a+)+$", r"(?:\s*x)*y", r"((?i:b*)c?)+", r"(\p{L}{2,})+!", r"(a(b(c+)d)e)*"]
+HARMLESS = [GPT2_PATTERN, r"(?:a+)++b", r"(?>a+)+b", r"[(+)]+", r"\(a+\)+", r"(?=(\d{3})+(?!\d))", r"(?:ab?)+",
+            r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"]  # fmt: skip
+
+
+def test_patterns_that_take_for_ever_and_dropout_are_refused(tmp_path: Path) -> None:
+    """Wherever in the file a pattern stands; what models in use have is taken."""
+    tokenizer_json(tmp_path / "t.json")
+    plain = json.loads((tmp_path / "t.json").read_text())
+
+    def load(spec: dict) -> None:
+        (tmp_path / "u.json").write_text(json.dumps(spec))
+        get_tokenizer(str(tmp_path / "u.json"))
+
+    def split(pattern: str) -> dict:
+        return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+    for pattern in HARMLESS:
+        load(plain | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(pattern)]}})
+    for pattern in HOSTILE:
+        replace = {"type": "Replace", "pattern": {"Regex": pattern}, "content": " "}
+        for part in ({"pre_tokenizer": split(pattern)}, {"normalizer": replace}):
+            with pytest.raises(DataError, match=r"u.json has the pattern .* which repeats a repetition"):
+                load(plain | part)
+    with pytest.raises(ConfigError, match=r"model.dropout = 0.1, which encodes at random; set it to null"):
+        load(plain | {"model": plain["model"] | {"dropout": 0.1}})
+    load(plain | {"pre_tokenizer": split("(a|a)*$")})  # two ways for each letter, which the library gives up
+    with pytest.raises(DataError, match=r"cannot encode 'aaaa.*retry-limit"):
+        get_tokenizer(str(tmp_path / "u.json")).encode("a" * 40 + "b")
+
+
+def test_bits_per_byte_of_a_tokenizer_that_loses_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A normalizer that takes all digits away: a run's bits per byte count the bytes of the documents."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer_json(tmp_path / "t.json")
+    spec = json.loads((tmp_path / "t.json").read_text())
+    spec["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[0-9]"}, "content": ""}
+    (tmp_path / "t.json").write_text(json.dumps(spec))
+    (tmp_path / "a.txt").write_text("".join(f"line {i}: some words\n" for i in range(900)))
+    assert main(["prepare", "a.txt", "--tokenizer", "t.json", "--name", "a"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("loses text") == 1
+    assert "'0: some words\\nline 1' comes back as ': some words\\nline : '" in said
+    dataset = open_dataset("a")
+    assert dataset.manifest is not None
+    val = dataset.manifest.val
+    flags = ["--model.L", "1", "--model.C", "32", "--model.NH", "2", "--model.max_T", "16", "--batch.T", "16",
+             "--batch.B", "4", "--batch.total_tokens", "64", "--run.device", "cpu",
+             "--eval.tokens", "9999999"]  # fmt: skip
+    assert main(["train", "d12", "--data", "a", "--name", "r", "--steps", "1", "--quiet", *flags]) == 0
+    record = Run("runs/r").metrics("val")[-1]
+    per_token = val.bytes / (val.tokens - val.documents)  # each token spells the same share of what is lost
+    assert record["bpb"] == pytest.approx(record["loss"] / np.log(2) / per_token, rel=0.02)
+    spelt = len("".join(c for c in (tmp_path / "a.txt").read_text()[-val.bytes :] if not c.isdigit()))
+    assert val.bytes > 1.1 * spelt  # which would have been the wrong divisor

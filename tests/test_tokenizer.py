@@ -177,3 +177,17 @@ def test_the_fast_splitting_gives_the_tokens_of_the_published_pattern() -> None:
         some = kinds if i % 4 == 0 else plain  # the rare characters take another way
         text = "".join(rng.choice([k := rng.choice(some), rng.choice(k)]) for _ in range(rng.randrange(40)))
         assert tokenizer.encode(text).tolist() == published.encode_ordinary(text), repr(text)
+
+
+def test_long_runs_of_white_space_beside_rare_characters() -> None:
+    """Cut where the published pattern cuts them: the same tokens as far as that one can go, and no limit beyond."""
+    tokenizer, rng = get_tokenizer("gpt2"), random.Random(3)
+    ranks = {tokenizer.token_bytes(i): i for i in range(tokenizer.eot)}
+    published = tiktoken.Encoding("published", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    rare = ["\0", "\xa0", "\u2028", "\x85", "\u3000"]
+    for _ in range(60):
+        parts = [rng.choice([" ", "\n", "\r\n", "\xa0", *rare]) * rng.choice([1, 4095, 4096, 5000]) for _ in range(3)]
+        text = rng.choice(rare).join([*parts, rng.choice(["", "x", "\x1cy"]), *parts[:1], rng.choice(["", "!"])])
+        assert tokenizer.encode(text).tolist() == published.encode_ordinary(text)
+    for text in (" " * 1_000_000 + "\xa0x", "\xa0" + "\n" * 1_000_000 + "end", "\0" + "\u2003" * 1_000_000 + "\0"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from daybreak.data.catalogue import CATALOGUE
 from daybreak.data.shards import ShardInfo, open_shard, read_header, resolve_shards
-from daybreak.data.tokenizer import get_tokenizer
+from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError
 
 log = logging.getLogger("daybreak")
@@ -94,6 +94,7 @@ class Dataset:
     tokenizer_name: str
     manifest: Manifest | None
     folder: Path | None = field(default=None, compare=False)  # holds tokenizer.json where that is not one of ours
+    val_bytes: int = field(default=0, compare=False)  # of the validation documents' text; 0: unknown
 
 
 def dataset_name(name: str, tokenizer: str) -> str:
@@ -171,7 +172,7 @@ def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
                     f"{shard.size}; prepare the dataset again."
                 )
         splits.append(shards)
-    return Dataset(manifest.name, splits[0], splits[1], manifest.tokenizer, manifest, folder)
+    return Dataset(manifest.name, splits[0], splits[1], manifest.tokenizer, manifest, folder, manifest.val.bytes)
 
 
 def _by_file_name(name: str, paths: Sequence[Path], tokenizer: str) -> Dataset:
@@ -198,6 +199,17 @@ def token_counts(shards: Sequence[ShardInfo], V: int) -> NDArray[np.int64]:
                 raise DataError(f"{shard.path} has token {block.size - 1}, outside the tokenizer's {V} ids.")
             counts += block
     return counts
+
+
+def text_bytes(dataset: Dataset, tokenizer: Tokenizer, V: int) -> NDArray[np.float64]:
+    """UTF-8 bytes of text that each token id below V stands for, 0 for the end-of-text token.
+
+    A foreign tokenizer may lose text: its tokens then share the documents' bytes in proportion to what they spell.
+    """
+    lengths = tokenizer.lengths(V).astype(np.float64)
+    if tokenizer.source and dataset.val_bytes and (spelt := token_counts(dataset.val, V) @ lengths):
+        lengths *= dataset.val_bytes / spelt
+    return lengths
 
 
 def unigram_entropy(dataset: Dataset) -> float:

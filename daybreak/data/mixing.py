@@ -121,5 +121,6 @@ def open_loaders(data: Any, T: int, seed: int, V: int, shuffle: bool = True) -> 
         return first, train[0], val[0]
     weights = [weight for _, weight in mix]
     both = [[shard for d in sets for shard in getattr(d, split)] for split in ("train", "val")]
-    dataset = Dataset(data.name, both[0], both[1], first.tokenizer_name, None, first.folder)
+    size = sum(d.val_bytes for d in sets) if all(d.val_bytes for d in sets) else 0
+    dataset = Dataset(data.name, both[0], both[1], first.tokenizer_name, None, first.folder, size)
     return dataset, MixLoader(train, weights, seed, shuffle=shuffle), MixLoader(val, weights, 0, shuffle=False)

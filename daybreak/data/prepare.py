@@ -35,6 +35,7 @@ from daybreak.data.dataset import (
     dataset_name,
     token_counts,
 )
+from daybreak.data.formats import without_surrogates
 from daybreak.data.hub import SPEC, Remote, download, hub_files
 from daybreak.data.loader import ahead
 from daybreak.data.shards import (
@@ -218,11 +219,12 @@ class _Job:
 
     def run(self, workers: int, progress: Progress) -> Manifest:
         try:
-            encode = partial(_encode_unit, self.tokenizer)
+            encode, lossless = partial(_encode_unit, self.tokenizer), True
             for unit, encoded in ahead(encode, _units(self._pieces()), workers, 2 * workers):
                 for key, part in encoded.items():
                     self.splits[key].write(part)
                 self._advance(unit)
+                lossless = lossless and _round_trip(self.tokenizer, unit[0].text)
                 progress(done := self.count("bytes"), max(done, self.source.size), self.count("tokens"))
             train, val = (self.splits[key].record() for key in SPLITS)
         finally:
@@ -300,6 +302,21 @@ def _encode_unit(tokenizer: Tokenizer, unit: list[Piece]) -> tuple[list[Piece], 
         size = sum(len(piece.text.encode()) for piece in pieces)
         found[split] = Encoded(np.concatenate(parts), sum(piece.starts for piece in pieces), size)
     return unit, found
+
+
+def _round_trip(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a text comes back from its tokens, but for spaces before it; one warning where it does not. Our own
+    tokenizers lose nothing."""
+    if not tokenizer.source:
+        return True
+    text, back = (t.lstrip(" ") for t in (without_surrogates(text), tokenizer.decode(tokenizer.encode(text))))
+    if text != back:
+        at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+        log.warning(
+            "tokenizer %s loses text: %r comes back as %r. Bits per byte count the bytes of your text.",
+            tokenizer.name, text[at : at + 20], back[at : at + 20],
+        )  # fmt: skip
+    return text == back
 
 
 def check_replaceable(final: Path, origin: str, tokenizer: str) -> None:

@@ -12,8 +12,9 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ _SPACE = np.isin(np.arange(256), [*b"\t\n\v\f\r "])
 _OTHER_SPACE = re.compile(
     "[\x00\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 )  # what is left to GPT2_PATTERN
+# A run of white space longer than this overflows the published pattern's stack. It is cut where the pattern cuts it:
+# before its last character.
+_LONG_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{4096,}")
+# A repeated group that holds a repetition without bounds takes time exponential in the text.
+_REPEATED = r"(?:[*+]|\{\d*,\})(?!\+)"
 EOT_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 # What starts a document of another's tokenizer: the first of these that the vocabulary has.
@@ -89,7 +95,9 @@ class Tokenizer:
             return data.astype(np.uint16)
         # Not encode_ordinary: building its list holds the GIL.
         if "\0" in text or (not text.isascii() and _OTHER_SPACE.search(text)):
-            return np.asarray(self._whole.encode_to_numpy(text, disallowed_special=()), np.uint16)
+            cuts = [0, *(run.end() - 1 for run in _LONG_RUN.finditer(text) if run.end() < len(text)), len(text)]
+            parts = [self._whole.encode_to_numpy(text[a:b], disallowed_special=()) for a, b in pairwise(cuts)]
+            return np.concatenate(parts).astype(np.uint16)
         space = _SPACE[data]
         last = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
         text = np.insert(data, last, 0).tobytes().decode() if last.size else text
@@ -119,6 +127,25 @@ def byte_letters() -> list[str]:
     return [chr(b) if b in plain else chr(next(rest)) for b in range(256)]
 
 
+def _exponential(pattern: str) -> bool:
+    """Whether a regular expression repeats a group in which something is repeated without bounds."""
+    plain = re.sub(r"\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])*\]", "x", pattern, flags=re.S)
+    while group := re.search(rf"\((\?>)?([^()]*)\)({_REPEATED})?", plain):
+        inner = not group[1] and re.search(_REPEATED, group[2])
+        if inner and group[3]:
+            return True
+        plain = plain[: group.start()] + ("x+" if inner else "x") + plain[group.end() :]
+    return False
+
+
+def _patterns(spec: Any) -> Iterator[str]:
+    """Every regular expression in a tokenizer.json."""
+    for key, value in spec.items() if isinstance(spec, dict) else enumerate(spec) if isinstance(spec, list) else ():
+        if key == "Regex" and isinstance(value, str):
+            yield value
+        yield from _patterns(value)
+
+
 class HFTokenizer(Tokenizer):
     """Bring your own: a Hugging Face tokenizer.json, through the `tokenizers` library (extra `data`).
 
@@ -140,6 +167,14 @@ class HFTokenizer(Tokenizer):
         self.source, self.fingerprint = source, hashlib.sha256(source.encode()).hexdigest()
         self.name, self.eot, self.V = f"hf-{self.fingerprint[:12]}", eot, max(vocabulary.values()) + 1
         spec = json.loads(source)
+        if dropout := spec["model"].get("dropout"):
+            raise ConfigError(f"{where} has model.dropout = {dropout}, which encodes at random; set it to null.")
+        for pattern in _patterns({k: v for k, v in spec.items() if k not in ("model", "added_tokens")}):
+            if _exponential(pattern):
+                raise DataError(
+                    f"{where} has the pattern {pattern[:80]!r}, which repeats a repetition and can take for ever on "
+                    "some texts; write it without one of the two."
+                )
         added = {t["content"] for t in spec.get("added_tokens") or []}
         letters = {letter: byte for byte, letter in enumerate(byte_letters())} if '"ByteLevel"' in source else {}
         if (most := 4 * len(vocabulary) + (1 << 16)) < self.V:  # gaps exist, but each id takes memory everywhere
@@ -159,7 +194,12 @@ class HFTokenizer(Tokenizer):
 
     def encode(self, text: str) -> NDArray[np.integer]:
         """Token ids of `text`, shape (n,), without what the file's post-processor would add around it."""
-        return np.array(self._hf.encode(without_surrogates(text), None, False, False).ids, self.dtype)
+        try:
+            return np.array(self._hf.encode(without_surrogates(text), None, False, False).ids, self.dtype)
+        except BaseException as error:  # the library's panics are no Exceptions
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError(f"tokenizer {self.name} cannot encode {text[:40]!r}... ({error}).") from None
 
 
 def load_ranks(path: Path) -> list[bytes]:

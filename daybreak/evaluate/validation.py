@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,19 +28,19 @@ class Validation:
 def validate(
     engine: Engine,
     loader: Loader,
-    lengths: NDArray[np.int64],
+    lengths: NDArray[Any],
     budget: int,
     check: Callable[[], None] = lambda: None,
     group: Group = ALONE,
 ) -> Validation:
     """Loss of the first `budget` tokens of `loader` in whole samples (`Loader.parts`); of a mixture, of each source's
-    share of them. `check` runs before each batch; lengths: bytes of each token (`Tokenizer.lengths`).
+    share of them. `check` runs before each batch; lengths: bytes of each token (`data.dataset.text_bytes`).
     Collective: ranks take batches in turn.
 
     Bits per byte leave out tokens without bytes (end of text) on both sides.
     """
     total = text_total = 0.0
-    tokens = size = 0
+    tokens, size = 0, 0.0
     rounds = ((*part, at) for part in loader.parts(budget) for at in range(0, part[1], engine.B * group.world))
     for source, samples, round_ in rounds:
         check()
@@ -52,8 +53,8 @@ def validate(
         total += losses.sum(dtype=np.float64)
         text_total += losses.sum(dtype=np.float64, where=length > 0)
         tokens += losses.size
-        size += int(length.sum())
+        size += float(length.sum())
     if group.world > 1:
-        total, text_total, *counts = group.numbers([total, text_total, tokens, size])
-        tokens, size = map(int, counts)
+        total, text_total, count, size = group.numbers([total, text_total, tokens, size])
+        tokens = int(count)
     return Validation(total / tokens, tokens, text_total / math.log(2) / size if size else math.nan)

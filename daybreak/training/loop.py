@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from daybreak.config import Config, check_resume, is_untouched_import
-from daybreak.data.dataset import unigram_entropy
+from daybreak.data.dataset import text_bytes, unigram_entropy
 from daybreak.data.loader import ahead
 from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
@@ -184,7 +184,7 @@ class Trainer:
         self._unread: deque[Update] = deque()  # updates whose results the host has not looked at yet
         self._late = 1 if setup.device.type == "cuda" else 0  # how many to leave so, for the device to stay busy
         self.sensors = Sensors(setup.device)
-        self.lengths = setup.tokenizer.lengths(c.model.V)
+        self.lengths = text_bytes(setup.dataset, setup.tokenizer, c.model.V)
 
     # ------------------------------------------------------------------------------------------------- starting
 

@@ -9,8 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md"]
-PAGES += [p for name in ("benchmarks", "llmc-post", "files", "data", "comparison", "plan", "distributed", "reliability") for p in (ROOT / "docs").rglob(f"{name}.md")]
+WAITING = "interop generation evaluation watching tour parameters gpt2-1558m adamw attention classifier embedding guard"
+WAITING += " layernorm matmul"
+PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if p.stem not in WAITING.split()]
+PAGES += [README, ROOT / "CONTRIBUTING.md"]
 SECTIONS = ["Install", "Two commands", "Two minutes on a laptop", "I want to", "Your own text", "One GPU", "Many GPUs",
             "What it does not do", "Speed", "Documentation, citation, licence"]  # fmt: skip
 # Words that we do not use, and why not: the field says it otherwise, or English does.

@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# Does daybreak work on this GPU machine? Runs every verb, both command lines and every documented GPU example, small.
+#
+#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs ranks fences; all by default, 2 to 8 minutes each
+#
+# It needs no network and no data: it trains on the Python standard library. PYTHON names the interpreter (python3).
+# Each step prints one line, `ok NAME SECONDS` or `FAILED NAME` with the end of its output; each section ends with
+# `SECTION: N of M ok`. The exit status is 0 when all are ok. SMOKE=cpu runs the same on a CPU with toy shapes, to try
+# this script itself. The steps and their outputs stay in the folder that the first line names.
+set -u -o pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+PYTHON=$(command -v "${PYTHON:-python3}")
+work=${SMOKE_FOLDER:-$(mktemp -d)}
+export PYTHONPATH=$root:${PYTHONPATH:-} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHON ROOT=$root
+mkdir -p "$work/bin" && cd "$work" || exit 2
+printf '#!/bin/sh\nexec "%s" -m daybreak "$@"\n' "$PYTHON" >bin/daybreak
+printf '#!/bin/sh\nexec "%s" -m torch.distributed.run "$@"\n' "$PYTHON" >bin/torchrun
+printf '#!/bin/sh\nexec "%s" "$@"\n' "$PYTHON" >bin/python
+chmod +x bin/*
+export PATH=$work/bin:$PATH
+checks="$PYTHON $root/bench/smoke_checks.py"
+post="-c 0.1 -l 0.0006 -u 700 -v 250 -h 1 -y 1 -z 1" # what llm.c's two published commands share
+if [ "${SMOKE:-gpu}" = cpu ]; then
+  shape="d6 --model.L 2 --model.C 64 --model.NH 2 --batch.T 64 --batch.B 2"
+  small="-b 2 -t 64 -d 256 -m 2 -r 1 -q 0.0 -n 5000 -s 20000 -e d6" large="" steps=4
+  ranks=1
+else
+  shape="d12 --batch.B 8"
+  small="-b 64 -t 1024 -d 524288 -r 1 -q 0.0 -n 5000 -s 20000 -e d12"
+  large="-b 16 -t 1024 -d 1048576 -r 0 -k cosine -q 0.1 -n 2000 -s 300000 -g 384 -ge 1 -e d48" steps=16
+  ranks=$(nvidia-smi -L | wc -l)
+fi
+flags="--data text --eval.tokens 32768 --eval.sample_tokens 16"
+passed=0 tried=0 failed=0
+
+step() { # NAME COMMAND: run one step, print one line
+  local name=$1 start=$SECONDS log
+  log=$work/log-${1//[^a-zA-Z0-9]/-}
+  tried=$((tried + 1))
+  if timeout 400 bash -euo pipefail -c "$2" >"$log" 2>&1 </dev/null; then
+    echo "ok $name $((SECONDS - start))" && passed=$((passed + 1))
+  else
+    echo "FAILED $name (exit $?, $((SECONDS - start)) s)" && tail -n 15 "$log" | sed 's/^/    /'
+  fi
+}
+
+section() { # NAME: its steps, then its last line
+  passed=0 tried=0
+  echo "== $1"
+  "section_$1"
+  echo "$1: $passed of $tried ok"
+  failed=$((failed + tried - passed))
+}
+
+data() { # the token shards and the HellaSwag file that the sections share
+  [ -d data/text ] || step "prepare" "daybreak prepare stdlib --name text"
+  [ -e dev/data/hellaswag/hellaswag_val.bin ] || step "make a HellaSwag file" "$checks hellaswag"
+}
+
+section_machine() {
+  step "doctor" "daybreak doctor"
+  step "doctor --check" "daybreak doctor --check"
+}
+
+section_post() {
+  data
+  local files="-i 'data/text/*train*.bin' -j 'data/text/*val*.bin'"
+  step "llm.c's command, 124M" "python -m daybreak.llmc $files -o log124M $small $post -x $steps"
+  step "its lines are there" "$checks llmc log124M $steps"
+  step "the same again: nothing to do" "python -m daybreak.llmc $files -o log124M $small $post -x $steps"
+  step "daybreak train gpt2-124M" "daybreak train gpt2-124M --data text --steps $steps --eval.tokens 65536 \
+    --eval.hellaswag dev/data/hellaswag/hellaswag_val.bin $([ "${SMOKE:-gpu}" = cpu ] && echo --batch.B 1 \
+    --batch.T 64 --batch.total_tokens 64)"
+  [ -z "$large" ] && return
+  step "llm.c's command, 1558M" "python -m daybreak.llmc $files -o log1558M $large $post -x 2 -m 1"
+  step "its lines too" "$checks llmc log1558M 2"
+  step "daybreak train gpt2-1558M" "daybreak train gpt2-1558M --data text --steps 2 --eval.tokens 65536"
+}
+
+section_verbs() {
+  data
+  step "plan" "daybreak plan $shape --data text"
+  step "train" "daybreak train $shape $flags --name a --steps 24 --checkpoint.every 8 --eval.every 12 \
+    --eval.sample_every 12 --eval.hellaswag dev/data/hellaswag/hellaswag_val.bin --log.norms_every 8"
+  step "train, killed" "daybreak train $shape $flags --name b --steps 24 --checkpoint.every 8 --eval.every 12 \
+    --eval.sample_every 12 --eval.hellaswag dev/data/hellaswag/hellaswag_val.bin --log.norms_every 8 & $checks kill b 12 \$!"
+  step "resume" "daybreak train runs/b"
+  step "equal losses and weights after the kill" "$checks same a b"
+  step "stop by a signal" "daybreak train $shape $flags --name c --steps 20000 & $checks stop c 6 \$!"
+  step "sample" "daybreak sample runs/a --prompt 'def main' --tokens 32 -n 2"
+  step "sample, top-p" "daybreak sample runs/a --prompt 'def main' --tokens 32 --top-p 0.9 --top-k 50"
+  step "eval" "daybreak eval runs/a --hellaswag dev/data/hellaswag/hellaswag_val.bin"
+  step "export to Hugging Face" "daybreak export runs/a --to hf a-hf"
+  step "equal logits in transformers" "$checks logits a a-hf"
+  step "export to GGUF" "daybreak export runs/a --to gguf a.gguf --dtype f16"
+  step "export to llm.c" "daybreak export runs/a --to llmc a-llmc"
+  step "import from Hugging Face" "daybreak import a-hf --name from-hf"
+  step "import from llm.c, train on" "daybreak import a-llmc --name from-llmc && \
+    daybreak train runs/from-llmc $flags --steps 27"
+  step "init from" "daybreak train $shape $flags --name d --steps 2 --init-from a-hf"
+  step "report" "daybreak report runs/a runs/b -o report.html && grep -q '</html>' report.html"
+  step "watch" "daybreak watch runs/a --port 0 >watch.out 2>&1 & $checks answers watch.out \$!"
+  step "serve" "daybreak serve runs/a --port 0 >serve.out 2>&1 & $checks client serve.out \$!"
+  step "bench" "daybreak bench $shape --seconds 2"
+  step "doctor of a run" "daybreak doctor runs/a"
+}
+
+section_ranks() {
+  data
+  local total=$((ranks * 32768))
+  [ "${SMOKE:-gpu}" = cpu ] && total=256
+  step "one process" "daybreak train $shape $flags --name one --steps 12 --batch.total_tokens $total"
+  step "torchrun, $ranks process(es)" "torchrun --standalone --nproc-per-node $ranks --max-restarts 1 -m daybreak train \
+    $shape $flags --name all --steps 12 --batch.total_tokens $total --parallel.zero 1"
+  step "close losses" "$checks near one all"
+}
+
+section_fences() {
+  data
+  [ -d runs/a ] || step "a run for the examples" "daybreak train $shape $flags --name a --steps 24"
+  while IFS=$'\t' read -r name command; do
+    step "$name" "$command"
+  done < <($checks fences)
+}
+
+echo "folder $work"
+echo "commit $(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo "${COMMIT:-unknown}"), $(date -u +%F)"
+[ "${SMOKE:-gpu}" = cpu ] || nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
+"$PYTHON" -c 'import torch; print("torch", torch.__version__)'
+for name in ${*:-machine post verbs ranks fences}; do section "$name"; done
+exit $((failed > 0))

@@ -1,0 +1,253 @@
+"""The checks of bench/gpu_smoke.sh: each looks at files or processes of the folder that it is run in.
+
+    python bench/smoke_checks.py CHECK [ARGUMENT ...]
+
+A check prints what it found and ends with a failed assertion where that is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(os.environ["ROOT"])
+RUNS = Path("runs")
+CPU = os.environ.get("SMOKE") == "cpu"
+WAIT = 300  # seconds until something must have happened
+ELSEWHERE = ("pip", "mpirun", "srun", "sbatch", "git", "source", "docker", "kubectl")  # not for this machine
+
+
+def records(run: str, kind: str) -> list[dict[str, Any]]:
+    """A run's records of one kind in metrics.jsonl; the last one of each step counts."""
+    path = RUNS / run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list({line["step"]: line for line in lines if line.get("kind") == kind}.values())
+
+
+def hellaswag() -> None:
+    """Write 40 examples in HellaSwag's schema, and llm.c's file of them where llm.c looks for it."""
+    from daybreak.data.tokenizer import get_tokenizer
+    from daybreak.evaluate.multiple_choice import load_examples, write_eval_bin
+
+    rng, folder = random.Random(0), Path("dev/data/hellaswag")
+    animals, acts = ["cat", "dog", "crow", "bee"], ["sleeps.", "looks for food.", "hides from rain.", "makes a noise."]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "hellaswag_val.jsonl").open("w") as file:
+        for i in range(40):
+            context = f"The {rng.choice(animals)} is under the bridge. The {rng.choice(animals)}"
+            row = {"ind": i, "ctx": context, "endings": rng.sample(acts, 4), "label": rng.randrange(4)}
+            file.write(json.dumps(row) + "\n")
+    examples = load_examples(folder / "hellaswag_val.jsonl", get_tokenizer("gpt2"))
+    write_eval_bin(folder / "hellaswag_val.bin", examples)
+
+
+def llmc(folder: str, steps: str) -> None:
+    """llm.c's main.log has a loss for every step, a validation at both ends and a HellaSwag score."""
+    text = (Path(folder) / "main.log").read_text()
+    losses = [float(x) for x in re.findall(r"^s:\d+ trl:(\S+)", text, re.M)]
+    values = [float(x) for x in re.findall(r"^s:\d+ tel:(\S+)", text, re.M)]
+    scores = re.findall(r"^s:\d+ eval:(\S+)", text, re.M)
+    print("losses", losses, "validation", values, "HellaSwag", scores)
+    assert len(losses) == int(steps)
+    assert losses[-1] < losses[0] < 11.5
+    assert values[-1] < values[0] < 11.5
+    assert scores
+    assert list(Path(folder).glob("DONE_*"))
+
+
+def kill(run: str, step: str, process: str) -> None:
+    """Kill the run with SIGKILL once it has passed the step."""
+    _wait(lambda: any(r["step"] >= int(step) for r in records(run, "step")), run, process)
+    os.kill(int(process), signal.SIGKILL)
+
+
+def stop(run: str, step: str, process: str) -> None:
+    """SIGTERM saves the run; its exit.json says 75 and its newest checkpoint is the last step."""
+    _wait(lambda: any(r["step"] >= int(step) for r in records(run, "step")), run, process)
+    os.kill(int(process), signal.SIGTERM)
+    _wait((RUNS / run / "exit.json").exists, f"{run}'s exit.json", process)
+    said = json.loads((RUNS / run / "exit.json").read_text())
+    assert said["code"] == 75, said
+    assert sorted((RUNS / run / "checkpoints").glob("step-*"))
+
+
+def same(first: str, second: str) -> None:
+    """Two runs have the same losses and the same final weights, bit for bit."""
+    a, b = ([r["loss"] for r in records(run, "step")] for run in (first, second))
+    assert a == b, list(zip(a, b, strict=False))
+    weights = [sorted((RUNS / run / "checkpoints").glob("step-*/model.safetensors"))[-1] for run in (first, second)]
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
+    print(weights[0], sums)
+    assert sums[0] == sums[1]
+
+
+def near(first: str, second: str) -> None:
+    """Two runs on other numbers of ranks have close losses; the bound is docs/distributed.md's for d12."""
+    a, b = ([r["loss"] for r in records(run, "step")] for run in (first, second))
+    gap = max(abs(x - y) for x, y in zip(a, b, strict=True))
+    print("largest gap", gap)
+    assert gap < 2e-3
+
+
+def logits(run: str, folder: str) -> None:
+    """transformers gives the exported model the logits that the engine gives the run, in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import daybreak
+
+    engine = daybreak.load(RUNS / run).load_engine(device="cpu")[0]
+    tokens = torch.randint(engine.cfg.V, (1, engine.T), generator=torch.Generator().manual_seed(0))
+    ours = engine.logits(tokens).float()
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+    error = float((ours - theirs).norm() / theirs.norm())
+    print("relative error", error)
+    assert error < 1e-5
+
+
+def answers(log: str, process: str) -> None:
+    """A server that printed its address answers with a page, and ends on SIGTERM."""
+    url = _address(log, process)
+    with urllib.request.urlopen(url, timeout=30) as response:
+        page = response.read().decode()
+    assert "<html" in page, page[:200]
+    _end(process)
+
+
+def client(log: str, process: str) -> None:
+    """OpenAI's client gets a completion, a stream and log-probabilities."""
+    from openai import OpenAI
+
+    url = _address(log, process)
+    api = OpenAI(base_url=url if url.endswith("/v1") else url.rstrip("/") + "/v1", api_key="none")
+    model = api.models.list().data[0].id
+    asked: dict[str, Any] = {"model": model, "prompt": "def main", "max_tokens": 16, "temperature": 0}
+    whole = api.completions.create(**asked, logprobs=2).choices[0]
+    parts = [chunk.choices[0].text for chunk in api.completions.create(**asked, stream=True)]
+    print(repr(whole.text), repr("".join(parts)))
+    assert whole.text == "".join(parts)
+    assert whole.logprobs is not None
+    assert len(whole.logprobs.token_logprobs or []) == 16
+    sampled = api.completions.create(**asked | {"temperature": 1.0, "top_p": 0.9, "seed": 1}).choices[0]
+    assert sampled.text
+    _end(process)
+
+
+def fences() -> None:
+    """Print a line `NAME<tab>COMMAND` for every GPU example of README and docs, made small."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        name = page.relative_to(ROOT).as_posix()
+        for number, text in enumerate(re.findall(r"^```bash gpu\n(.*?)^```$", page.read_text(), re.M | re.S), 1):
+            folder = f"fence-{name.replace('/', '-')}-{number}"
+            lines = text.replace("\\\n", " ").splitlines()
+            words = [w for line in lines if (w := shlex.split(line, comments=True))]
+            made = [f"mkdir -p {folder}; cd {folder}; ln -sfn ../data data; ln -sfn ../dev dev"]
+            made += [f"cp -r ../runs/a runs/{run}" for run in needed(words)]
+            if len(made) > 1:
+                made.insert(1, "mkdir -p runs")
+            made += [small(w) for w in words]
+            print(f"{name}, example {number}\t" + "; ".join(filter(None, made)))
+
+
+def needed(commands: list[list[str]]) -> list[str]:
+    """The runs that an example uses and does not make itself."""
+    made: set[str] = set()
+    found: dict[str, None] = {}
+    for words in commands:
+        if "--name" in words:
+            made.add(words[words.index("--name") + 1])
+        elif "train" in words[:-1] and not words[words.index("train") + 1].startswith("runs/"):
+            made.add(words[words.index("train") + 1])
+        found |= {m[1]: None for w in words if (m := re.match(r"runs/([\w.-]+)", w)) and m[1] not in made}
+    return list(found)
+
+
+def small(words: list[str]) -> str:
+    """A documented command with flags that make it short; nothing for what needs a network or a second machine."""
+    flags = ["--steps", "3", "--eval.tokens", "16384", "--eval.sample_tokens", "8", "--batch.total_tokens", "0",
+             "--log.sinks", "", "--checkpoint.keep", "1"]  # fmt: skip
+    if (
+        words[0] in ("pip", "mpirun", "srun", "git", "source", "nvidia-smi", "docker", "sbatch", "kubectl")
+        or "://" in words[-1]
+    ):
+        return ""
+    if words[0] == "torchrun":
+        if "--nnodes" in words:
+            return ""
+        words = words[:]
+        words[words.index("--nproc-per-node") + 1] = "1"
+        words.insert(1, "--standalone")
+    if "daybreak.llmc" in words:
+        for flag, value in {"-i": "data/text/*train*.bin", "-j": "data/text/*val*.bin"}.items():
+            words[words.index(flag) + 1] = value
+        words += ["-x", "2", "-m", "1"] + (["-e", "d6", "-b", "1", "-t", "64", "-d", "64"] if CPU else [])
+    elif "train" in words:
+        target = words[words.index("train") + 1]
+        old = target.startswith("runs/")
+        if "--data" in words:
+            words[words.index("--data") + 1] = "text"
+        elif not old:
+            words += ["--data", "text"]
+        words += flags[:6] + ["--steps", "27"] if old else flags
+        if CPU and not old:
+            words += ["--model.L", "2", "--model.C", "64", "--model.NH", "2", "--batch.T", "64", "--batch.B", "2"]
+    elif "bench" in words:
+        words += ["--seconds", "2"] + (["--model.L", "2", "--batch.B", "1", "--batch.T", "64"] if CPU else [])
+        words = [w if w != "131072" else "65536" for w in words]
+    elif words[1:2] in (["watch"], ["serve"]):
+        return (
+            shlex.join(words + ["--port", "0"]) + ' >out 2>&1 & "$PYTHON" "$ROOT/bench/smoke_checks.py" answers out $!'
+        )
+    elif "eval" in words and "--tasks" in words:
+        at = words.index("--tasks")
+        words = [*words[:at], "--hellaswag", "dev/data/hellaswag/hellaswag_val.bin", *words[at + 2 :]]
+    return shlex.join(words)
+
+
+def _wait(ready: Any, name: str, process: str = "") -> None:
+    """Until something is so; not longer than the process that must bring it about lives."""
+    end = time.monotonic() + WAIT
+    while not ready():
+        assert time.monotonic() < end, f"{name} did not get there in {WAIT} s"
+        assert not process or _alive(process) or ready(), f"{name} ended too early"
+        time.sleep(0.05)
+
+
+def _address(log: str, process: str) -> str:
+    found: list[str] = []
+
+    def ready() -> bool:
+        found[:] = re.findall(r"http://[\w.:\[\]]+[^\s,]*", Path(log).read_text()) if Path(log).exists() else []
+        return bool(found)
+
+    _wait(ready, log, process)
+    return found[0]
+
+
+def _alive(process: str) -> bool:
+    """Whether it runs; one that ended and that nobody has waited for does not."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def _end(process: str) -> None:
+    """SIGTERM, and wait: a shell lets its background processes ignore Ctrl-C."""
+    os.kill(int(process), signal.SIGTERM)
+    _wait(lambda: not _alive(process), "its end")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    globals()[sys.argv[1]](*sys.argv[2:])

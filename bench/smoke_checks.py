@@ -14,7 +14,6 @@ import random
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
 import urllib.request

@@ -13,6 +13,7 @@ import torch
 
 import daybreak
 import daybreak.engine.fit as fit_module
+from daybreak import kernels
 from daybreak.cli import plan as command
 from daybreak.cli.main import main
 from daybreak.config import Config, parse_value, recipe_names, resolve
@@ -20,6 +21,7 @@ from daybreak.engine.collectives import Sharding
 from daybreak.engine.fit import OUTSIDE, Fit
 from daybreak.engine.models import build_model
 from daybreak.engine.params import ParamTable
+from daybreak.kernels.cuda import cudnn, fa4, quack
 from daybreak.parallel import Group
 from daybreak.report.cards import MEASURED, SEVERAL_GPUS, find_card
 from daybreak.report.plan import figures, plan, recipe_notes
@@ -136,7 +138,8 @@ def test_the_figures_of_the_large_recipe_by_hand() -> None:
     assert got["cost"] == (f"${tokens / rate / 3600 * 28:,.2f}", "as the time; $28.00 an hour")
     assert got["disk: data"][0] == "67.1 GB"  # two bytes a token
     assert got["disk: checkpoints"][0] == "74.8 GB"  # four of 12 bytes a parameter
-    assert got["fits"][0] == "--batch.B 16 --batch.recompute 0"
+    assert got["use"][0] == "--batch.B 16 --batch.recompute 0"
+    assert got["fits"][0] == "yes: 62,221 MiB of 79,927 MiB"
 
 
 @pytest.mark.parametrize(("gpu", "gpus"), [("4090", 1), ("h100", 8)])
@@ -144,16 +147,16 @@ def test_a_shape_without_a_step_gets_the_rows_that_fit(gpu: str, gpus: int) -> N
     """Nobody has said how many tokens a step takes: the most rows without recomputation, a micro-step a rank."""
     p = on("d12", gpu, gpus)
     B = p.fit.largest_B(p.config)
-    flags, basis = said(p)["fits"]
+    flags, basis = said(p)["use"]
     assert flags == f"--batch.B {B} --batch.recompute 0"
     assert basis == f"modelled: the least recomputation with enough rows; a step is {B * 1024 * gpus:,} tokens then"
     followed = on("d12", gpu, gpus, batch__B=B, batch__recompute=0)
-    assert said(followed)["fits"] == ("as it is", "planned")
+    assert said(followed)["use"] == ("as it is", "planned")
     assert followed.config.tokens_at(0, gpus) == B * 1024 * gpus
 
 
 def test_larger_shapes_without_a_step_recompute_for_enough_rows() -> None:
-    flags = said(on("d36", "4090"))["fits"][0].split()
+    flags = said(on("d36", "4090"))["use"][0].split()
     B, level = int(flags[1]), int(flags[3])
     assert level > 0
     assert B >= 16
@@ -163,9 +166,9 @@ def test_larger_shapes_without_a_step_recompute_for_enough_rows() -> None:
 
 def test_what_a_recipe_gets() -> None:
     """Its step stays what it is: `tiny` has none in tokens, but rows that were chosen."""
-    assert said(on("tiny"))["fits"] == said(on("tiny", None, run__device="cpu"))["fits"] == ("as it is", "planned")
+    assert said(on("tiny"))["use"] == said(on("tiny", None, run__device="cpu"))["use"] == ("as it is", "planned")
     basis = "modelled: the least recomputation with enough rows"
-    assert said(on("gpt2-124M", gpus=8))["fits"] == ("--batch.B 64 --batch.recompute 0", basis)
+    assert said(on("gpt2-124M", gpus=8))["use"] == ("--batch.B 64 --batch.recompute 0", basis)
 
 
 def test_every_basis_of_a_speed() -> None:
@@ -178,8 +181,11 @@ def test_every_basis_of_a_speed() -> None:
     rate, basis = p.tok_s
     assert rate == pytest.approx(0.5628 * 312e12 / p.flops_per_token)
     assert basis.startswith("modelled: 56.3% of its peak, as d48 B 16, recompute 2 on one NVIDIA H100 80GB HBM3")
-    for unknown in (on("d6", precision__compute="fp32"), on("tiny", None, run__device="cpu")):
-        assert said(unknown)["speed"] == ("n/a", "")
+    why = "no figure for this GPU and precision", "CPU speed is not predicted; daybreak bench measures it"
+    for unknown, basis in zip(
+        (on("d6", precision__compute="fp32"), on("tiny", None, run__device="cpu")), why, strict=True
+    ):
+        assert said(unknown)["speed"] == ("n/a", basis)
         assert said(unknown)["time"][0] == "n/a"
         assert "cost" not in said(unknown)
     timed = said(on("d6", run__steps=1000))
@@ -190,8 +196,8 @@ def test_every_basis_of_a_speed() -> None:
 
 def test_what_does_not_fit_says_the_flag() -> None:
     got = said(on("d48", "4090", batch__B=8))
-    assert "fits" not in got
-    value, basis = got["DOES NOT FIT"]
+    assert re.fullmatch(r"NO: it needs [\d,]+ MiB, there are 24,072 MiB", got["fits"][0])
+    value, basis = got["to make it fit"]
     assert re.fullmatch(r"--batch.recompute 2 --batch.B [1-9]", value)
     assert basis == "makes it fit: planned"
 
@@ -205,7 +211,7 @@ def test_several_cards_share_out_state() -> None:
         value, basis = said(p)["exchange"]
         assert float(value.split()[0]) == pytest.approx(sent / 1e6, rel=0.01)
         assert (value.split(" ", 1)[1], basis) == ("MB sent a step by each", f"counted, ZeRO stage {stage}")
-    small = said(on("gpt2-774M", "l4", gpus=8))["DOES NOT FIT"][0]
+    small = said(on("gpt2-774M", "l4", gpus=8))["to make it fit"][0]
     flags = dict(zip(small.split()[::2], small.split()[1::2], strict=True))
     assert flags["--parallel.zero"] == "1"
     keys = {k[2:].replace(".", "__"): int(v) for k, v in flags.items()}
@@ -297,7 +303,7 @@ def test_a_recipes_head_is_true(name: str) -> None:
 def test_cards() -> None:
     assert find_card("H100") is CARDS["h100"]
     assert find_card("RTX4090") is CARDS["4090"]
-    assert all(capability[0] in (8, 9, 10) for capability in (c.capability for c in CARDS.values()))
+    assert {c.capability[0] for c in CARDS.values()} == {7, 8, 9, 10, 12}
     p = on("d12", "a100")
     assert p.arena.choices["attention_backward"] == "triton"
     assert p.outside == OUTSIDE
@@ -325,9 +331,58 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "gpt2-124M", "--gpu", "h100", "--gpus", "8", "--price", "28"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith("124,475,904 parameters: L 12, C 768, NH 12")
+    names = [line.split("  ")[0] for line in out.splitlines()[:5]]
+    assert names == ["fits", "use", "largest B", "speed", "time"]
+    assert re.search(r"^model +124,475,904 parameters: L 12, C 768, NH 12", out, re.M)
+    assert "activation" not in out
     assert "HellaSwag about 29.9 %" in out  # published, with its source
     assert re.search(r"^cost +\$", out, re.M)
+
+
+def test_what_a_card_cannot_run_is_not_counted() -> None:
+    """By the kernels' own rules of compute capabilities: quack runs on Hopper only."""
+    for card in CARDS.values():
+        refused = {name for name, kernels in (("quack", quack), ("cudnn", cudnn), ("fa4", fa4))
+                   if "ompute capability" in (kernels.usable(card.capability) or "")}  # fmt: skip
+        assert card.missing == refused, card.name
+    chosen = {gpu: set(on("d12", gpu).arena.choices.values()) for gpu in ("h100", "b200", "4090")}
+    assert [("quack" in chosen[gpu], "fa4" in chosen[gpu]) for gpu in chosen] == [
+        (True, True), (False, True), (False, False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", ["t4", "3060", "4070", "5090", "h100"])
+def test_common_cards(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One without bf16 computes in fp32, and has no speed; those that nobody has run on say so."""
+    p = on("d12", gpu, batch__B=4)
+    assert p.compute == ("fp32" if gpu == "t4" else "bf16")
+    assert (p.tok_s is None) == (gpu == "t4")
+    assert main(["plan", "d12", "--gpu", gpu, "--batch.B", "4"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("fits               yes: ")
+    assert (f"daybreak has not been run on {p.card} yet" in out) == (gpu != "h100")
+
+
+def test_very_many_rows_are_planned_by_their_first_and_last_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same memory, entry by entry, as from all chunks; and no more calls for a million rows."""
+    config = resolve("d6")[0].override({"batch.B": 700, "precision.compute": "bf16"})
+    device = torch.device("cuda")
+    short = fit_module.plan_memory(config, device, ())[0]
+    many = fit_module.plan_memory(config.override({"batch.B": 1 << 17}), device, ())[0]
+    assert len(many.calls) == len(short.calls) < 300
+    monkeypatch.setattr(kernels, "MAX_CHUNKS", 1 << 30)
+    whole = fit_module.plan_memory(config, device, ())[0]
+    assert len(whole.calls) > len(short.calls)
+    placed = [[(e.name, e.offset, e.nbytes) for e in sorted(a.entries, key=lambda e: e.name)] for a in (short, whole)]
+    assert placed[0] == placed[1]
+
+
+def test_tables_are_for_who_asks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny", "--run.device", "cpu", "--verbose"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("fits               yes: 318 MiB of ")
+    assert re.search(r"h\.\*\.fc +│ \(1024, 512\) float32 +│ +2 │", out)
+    assert "What the memory holds" not in out
 
 
 # ------------------------------------------------------------------------------------------- out of memory, running

@@ -28,7 +28,8 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for name in reversed(KINDS):
         if name in SHORT:
             flag, metavar, text = SHORT[name]
-            command = click.option(flag, f"--{name}", _dest(name), metavar=metavar, help=text)(command)
+            hidden = name in ("run.max_hours", "run.profile") and command.__name__ != "train"
+            command = click.option(flag, f"--{name}", _dest(name), metavar=metavar, help=text, hidden=hidden)(command)
         else:
             command = click.option(f"--{name}", _dest(name), hidden=True)(command)
     return command

@@ -41,10 +41,11 @@ class Counts(click.ParamType[tuple[int, ...]]):
     metavar="X",
     help="GB/s of each card's network port, where several hosts are compared.",
 )
+@click.option("--verbose", is_flag=True, help="Also list the buffers and activations that the memory holds.")
 @click.option("--price", "cost__price", metavar="P", help="Dollars per hour of the whole machine (cost.price).")
 @config_options
-def plan(target: str, gpu: str | None, gpus: tuple[int, ...], network: float, **flags: Any) -> None:
-    """Show what a run takes before it starts: memory, time, money, disk.
+def plan(target: str, gpu: str | None, gpus: tuple[int, ...], network: float, verbose: bool, **flags: Any) -> None:
+    """Show whether a run fits, and its time, money and disk, before it starts.
 
     Works without a GPU and without data. TARGET and --section.key VALUE are those of `daybreak train`.
 
@@ -62,7 +63,7 @@ def plan(target: str, gpu: str | None, gpus: tuple[int, ...], network: float, **
 
     if len(gpus) > 1 and gpu is None:
         raise ConfigError(f"--gpus {','.join(map(str, gpus))} compares one kind of card; say which with --gpu.")
-    print_plan(make_plan(config, gpu=gpu, gpus=gpus[0]), recipe_notes(target))
+    print_plan(make_plan(config, gpu=gpu, gpus=gpus[0]), recipe_notes(target), verbose)
     if len(gpus) > 1 and gpu is not None:
         from daybreak.report.scaling import print_scaling, scaling
 

@@ -40,6 +40,8 @@ BUFFERS = {
 ENOUGH_TOKENS = 16_384  # of a micro-step: beyond, more of them win little; below, the card idles
 USABLE = 0.98  # of a card's memory: the driver keeps some, and allocations have a granularity
 MIB = 1 << 20
+CPU_PROCESS = 280 * MIB  # Python and torch, resident: `tiny` on an EPYC, torch 2.13.0+cpu, 28 Nov 2026
+TRIED = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")  # GPUs that daybreak has run on
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Plan:
     parameters: int
     flops_per_token: int
     arena: Arena
-    outside: int  # bytes that a process has on the card beside its arena
+    outside: int  # bytes that a process has on the device beside its arena
     budget: int | None  # bytes that the device has for a run; None: the system does not say
     fit: Fit
 
@@ -122,14 +124,15 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
         card, device = find_card(gpu), torch.device("cuda")
         name, missing, budget = card.name, card.missing, int(USABLE * card.mib) * MIB
         if config.precision.compute == "auto":
-            config = config.override({"precision.compute": "bf16"})
-    fit = Fit(device, missing, budget or 1 << 62, gpus)
+            config = config.override({"precision.compute": "bf16" if card.peak else "fp32"})
+    process = CPU_PROCESS if device.type == "cpu" else 0
+    fit = Fit(device, missing, (budget or 1 << 62) - process, gpus)
     arena, outside = plan_memory(config, device, missing, fit.group)
     model = build_model(config.model, config.batch.recompute, device.type)
     parameters = ParamTable(model.rows()).num_parameters
     flops = model.flops_per_token(config.T, parameters)
     compute = pick_compute(config.precision.compute, device)
-    return Plan(config, device.type, name, gpus, compute, parameters, flops, arena, outside, budget, fit)
+    return Plan(config, device.type, name, gpus, compute, parameters, flops, arena, outside + process, budget, fit)
 
 
 def grouped(arena: Arena) -> list[tuple[str, str, int, int]]:
@@ -176,36 +179,52 @@ def disk(x: float) -> str:
 
 
 def figures(p: Plan) -> list[tuple[str, str, str]]:
-    """(what, value, basis) of everything but the memory's details."""
-    c, na = p.config, ("n/a", "")
+    """(what, value, basis) of everything but the memory's details, the answer first."""
+    c, na, cpu = p.config, "n/a", p.device == "cpu"
     steps, step = c.run.steps, c.tokens_at(0, p.gpus)
-    rows = [
-        ("step", f"{step:,} tokens: {p.micro_steps} micro-steps of B {c.batch.B} x T {c.T} on {p.gpus} x "
-         f"{p.card or p.device}, {p.flops_per_token * step:.3g} FLOPs", "counted"),
-        ("run", f"{steps:,} steps, {counted(p.tokens, 'tokens')}, {p.flops_per_token * p.tokens:.3g} FLOPs"
-         if steps else "n/a", "counted" if steps else "one epoch of its data; give --steps"),
-    ]  # fmt: skip
     total = p.nbytes + p.outside
-    beside = f"; outside it {p.outside // MIB:,} MiB, measured on H200s" if p.outside else ""
-    of = f" of {p.budget // MIB:,}" + (f" ({USABLE:.0%} of the card)" if p.card else "") if p.budget else ""
-    rows.append(("memory", f"{total // MIB:,} MiB{of}", f"arena {p.nbytes // MIB:,} MiB, exact{beside}"))
-    if p.budget:
-        by_level = (p.fit.largest_B(c.override({"batch.recompute": r})) for r in range(4))
-        rows.append(("largest B", ", ".join(f"{b} (recompute {r})" for r, b in enumerate(by_level)), "planned"))
-        rows.append(("fits" if total <= p.budget else "DOES NOT FIT", *suggest(p)))
-    if p.gpus > 1:
-        sent = p.arena.sharding.volume(DTYPES[p.compute], p.micro_steps)
-        rows.append(("exchange", f"{disk(sent)} sent a step by each", f"counted, ZeRO stage {c.parallel.zero}"))
-    rows.append(("speed", f"{p.tok_s[0]:,.0f} tok/s", p.tok_s[1]) if p.tok_s else ("speed", *na))
-    time = (format_duration(3600 * p.hours), "as the speed; validation and saving not counted") if p.hours else na
-    rows.append(("time", *time))
+    beside = f"; outside it {p.outside // MIB:,} MiB, measured {'for Python and torch' if cpu else 'on H200s'}"
+    basis = f"arena {p.nbytes // MIB:,} MiB, exact{beside}" + (
+        f"; a run can use {USABLE:.0%} of the GPU" if p.card else ""
+    )
+    rows = []
+    if p.budget is None:
+        rows.append(("fits", f"not known: {total // MIB:,} MiB, and the system does not say what is free", basis))
+    else:
+        fits = total <= p.budget
+        need, there = f"{total // MIB:,} MiB", f"{p.budget // MIB:,} MiB"
+        rows.append(("fits", f"yes: {need} of {there}" if fits else f"NO: it needs {need}, there are {there}", basis))
+        flags, why = suggest(p)
+        rows.append(("use" if fits else "to make it fit", flags, why))
+        found = [p.fit.largest_B(c.override({"batch.recompute": r})) for r in range(4)]
+        most = (f"{b if b <= 1000 else 'over 1,000'} (recompute {r})" for r, b in enumerate(found))
+        rows.append(("largest B", ", ".join(most), "planned"))
+    unknown = (
+        "CPU speed is not predicted; daybreak bench measures it" if cpu else "no figure for this GPU and precision"
+    )
+    rows.append(("speed", f"{p.tok_s[0]:,.0f} tok/s", p.tok_s[1]) if p.tok_s else ("speed", na, unknown))
+    no_time = "no speed" if steps else "one epoch of its data; give --steps"
+    time = (format_duration(3600 * p.hours), "as the speed; validation and saving not counted") if p.hours else None
+    rows.append(("time", *(time or (na, no_time))))
     if c.cost.price and p.hours:
         rows.append(("cost", f"${p.hours * c.cost.price:,.2f}", f"as the time; ${c.cost.price:,.2f} an hour"))
     size = 2 if c.model.V <= 1 << 16 else 4
-    data = (disk(p.tokens * size), f"counted: {size} bytes a token, each seen once") if p.tokens else na
+    data = (disk(p.tokens * size), f"counted: {size} bytes a token, each seen once") if p.tokens else (na, no_time)
     n, one = p.checkpoints_kept, p.checkpoint_bytes
     saved = (disk(n * one), f"counted: {n} x {disk(one)}, one of them being written")
-    return [*rows, ("disk: data", *data), ("disk: checkpoints", *saved)]
+    rows += [("disk: data", *data), ("disk: checkpoints", *saved)]
+    rows += [
+        ("step", f"{step:,} tokens: {p.micro_steps} micro-steps of B {c.batch.B} x T {c.T} on {p.gpus} x "
+         f"{p.card or p.device}, {p.flops_per_token * step:.3g} FLOPs", "counted"),
+        ("run", f"{steps:,} steps, {counted(p.tokens, 'tokens')}, {p.flops_per_token * p.tokens:.3g} FLOPs"
+         if steps else na, "counted" if steps else no_time),
+    ]  # fmt: skip
+    if p.gpus > 1:
+        sent = p.arena.sharding.volume(DTYPES[p.compute], p.micro_steps)
+        rows.append(("exchange", f"{disk(sent)} sent a step by each", f"counted, ZeRO stage {c.parallel.zero}"))
+    model = f"{p.parameters:,} parameters: L {c.model.L}, C {c.model.C}, NH {c.model.NH}, vocabulary {c.model.V}"
+    rows.append(("model", f"{model} (padded to {c.model.Vp}); {p.flops_per_token:,} FLOPs a token", "counted"))
+    return [*rows, ("computes", f"in {p.compute} on {p.card or p.device}, recompute {c.batch.recompute}", "")]
 
 
 def recipe_notes(target: str) -> list[str]:
@@ -216,26 +235,34 @@ def recipe_notes(target: str) -> list[str]:
     return [line.removeprefix("# ") for line in lines[: lines.index("schema = 1")]]
 
 
-def print_plan(p: Plan, notes: Sequence[str] = ()) -> None:
-    """The plan as tables, on stdout."""
+def print_plan(p: Plan, notes: Sequence[str] = (), verbose: bool = False) -> None:
+    """The plan on stdout, the answer first; `verbose`: what the memory holds, as tables."""
+    for what, value, basis in figures(p):
+        print(f"{what:<18} {value}" + (f"  [{basis}]" if basis else ""))
+    if p.card and p.card not in TRIED:
+        print(f"daybreak has not been run on {p.card} yet: `daybreak doctor --check` there says how it does.")
+    if notes:
+        print("\n" + "\n".join(notes))
+    if verbose:
+        _print_memory(p)
+    else:
+        print("\nWhat the memory holds: --verbose")
+
+
+def _print_memory(p: Plan) -> None:
+    """The buffers, and the activations before they share bytes."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
-    c = p.config
-    console.print(
-        f"{p.parameters:,} parameters: L {c.model.L}, C {c.model.C}, NH {c.model.NH}, vocabulary {c.model.V} "
-        f"(padded to {c.model.Vp})\n"
-        f"{p.flops_per_token:,} FLOPs a token; {p.compute} on {p.card or p.device}, recompute {c.batch.recompute}\n"
-    )
-    table = Table("buffer", "holds", "MiB", title="Memory, allocated once at start (exact)", title_justify="left")
+    table = Table("buffer", "holds", "MiB", title="\nMemory, allocated once at start (exact)", title_justify="left")
     table.columns[2].justify = "right"
     for name, size in p.arena.sizes().items():
         table.add_row(name, BUFFERS[name], f"{size / MIB:,.1f}")
     table.add_section()
     table.add_row("total", "", f"{p.nbytes / MIB:,.1f}")
-    if p.outside:
-        table.add_row("outside", "CUDA context, modules, graphs, NCCL, FA4's own (measured)", f"{p.outside / MIB:,.1f}")
+    holds = "Python and torch" if p.device == "cpu" else "CUDA context, modules, graphs, NCCL, FA4's own"
+    table.add_row("outside", f"{holds} (measured)", f"{p.outside / MIB:,.1f}")
     console.print(table)
     if p.host_nbytes:
         console.print(
@@ -247,7 +274,3 @@ def print_plan(p: Plan, notes: Sequence[str] = ()) -> None:
         if size >= MIB // 10 or len(table.rows) < 10:
             table.add_row(name, shape, str(count), f"{size / MIB:,.1f}")
     console.print(table)
-    for what, value, basis in figures(p):
-        console.print(f"{what:<18} {value}" + (f"  [{basis}]" if basis else ""))
-    if notes:
-        console.print("\n" + "\n".join(notes))

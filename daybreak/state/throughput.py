@@ -10,22 +10,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU: the driver's name, its memory as the driver states it, its compute capability, its peak in FLOP/s, the
-    nominal GB/s that it sends to another one of its host (one direction of NVLink, else PCIe x16; data sheets)."""
+    """A GPU: the driver's name, its memory as the driver states it, its compute capability, its peak in FLOP/s (None
+    without bf16), the nominal GB/s that it sends to another one of its host (one direction of NVLink, else PCIe x16;
+    data sheets)."""
 
     name: str
     mib: int
     capability: tuple[int, int]
-    peak: float
+    peak: float | None
     link: float
 
     @property
     def missing(self) -> set[str]:
         """Kernel backends that this kind of card cannot run, whatever is installed (kernels.cuda.*.usable)."""
-        return set() if self.capability[0] in (9, 10) else {"cudnn", "fa4"}
+        return {9: set[str](), 10: {"quack"}}.get(self.capability[0], {"quack", "cudnn", "fa4"})
 
 
-# Peaks are dense bf16 of the tensor cores. Those of H100 SXM, PCIe, A100, 4090, 3090 and A6000 are llm.c's (so that
+# Peaks are dense bf16 of the tensor cores. Those of H100 SXM, PCIe, A100, A6000, 30 and 40 series are llm.c's (so that
 # utilisation compares); the others are NVIDIA's data sheets without sparsity. By the short names of `plan --gpu`.
 CARDS = {
     "h100": Card("NVIDIA H100 80GB HBM3", 81559, (9, 0), 988.8e12, 450),
@@ -39,8 +40,14 @@ CARDS = {
     "a100-pcie": Card("NVIDIA A100 80GB PCIe", 81920, (8, 0), 312e12, 32),
     "a100-pcie-40gb": Card("NVIDIA A100-PCIE-40GB", 40960, (8, 0), 312e12, 32),
     "a6000": Card("NVIDIA RTX A6000", 49140, (8, 6), 77.4e12, 32),
+    "t4": Card("Tesla T4", 15360, (7, 5), None, 16),
+    "3060": Card("NVIDIA GeForce RTX 3060", 12288, (8, 6), 25.5e12, 32),
+    "3080": Card("NVIDIA GeForce RTX 3080", 10240, (8, 6), 59.5e12, 32),
     "3090": Card("NVIDIA GeForce RTX 3090", 24576, (8, 6), 71.2e12, 32),
+    "4070": Card("NVIDIA GeForce RTX 4070", 12282, (8, 9), 58.3e12, 32),
+    "4080": Card("NVIDIA GeForce RTX 4080", 16376, (8, 9), 97.5e12, 32),
     "4090": Card("NVIDIA GeForce RTX 4090", 24564, (8, 9), 165.2e12, 32),
+    "5090": Card("NVIDIA GeForce RTX 5090", 32607, (12, 0), 209.5e12, 64),
     "l40s": Card("NVIDIA L40S", 46068, (8, 9), 362e12, 32),
     "l4": Card("NVIDIA L4", 23034, (8, 9), 121e12, 32),
 }

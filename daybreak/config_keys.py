@@ -69,29 +69,29 @@ class DataConfig:
     name: str = key(
         "stdlib", "prepared dataset (a folder of data.dir), or a folder of token shards; or NAME=WEIGHT,..."
     )
-    train: str = key("", "glob of training shards; with data.val it takes the place of data.name")
+    train: str = key("", "glob of training shards; use it with data.val, instead of data.name")
     val: str = key("", "glob of validation shards")
-    tokenizer: str = key("", "gpt2, bytes or gpt2-N; empty = the data's own, else gpt2", TOKENIZER)
+    tokenizer: str = key("", "gpt2, bytes or gpt2-N; empty = the tokenizer of the data, else gpt2", TOKENIZER)
     dir: str = key("data", "folder that holds the prepared datasets")
     bos: bool = key(
-        False, "every training sample starts at a document's start; the rest of a document cut off is unused"
+        False, "start every training sample at the start of a document; skip the rest of a document that is cut"
     )
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How many tokens a step takes, and what of it is in memory at once."""
+    """Tokens per step, and how many of them are in memory at once."""
 
-    B: int = key(4, "rows per micro-step and rank", at_least(1))
+    B: int = key(4, "sequences per micro-step on each GPU", at_least(1))
     T: int = key(0, "sequence length in tokens; 0 = model.max_T", at_least(0))
     total_tokens: int = key(
         0, "tokens per step over all ranks; 0 = one micro-step per rank (B * T * ranks)", at_least(0)
     )
     ramp: tuple[tuple[int, int], ...] = key(
-        (), "batch growth: [[step, total_tokens], ...], each valid from that step on"
+        (), "a growing batch: [[step, total_tokens], ...], each valid from that step on"
     )
     recompute: int = key(
-        0, "computed again in backward: 0 nothing, 1 gelu, 2 gelu + layernorm, 3 the whole block", one_of(0, 1, 2, 3)
+        0, "recomputed in backward: 0 nothing, 1 gelu, 2 also layernorm, 3 the whole block", one_of(0, 1, 2, 3)
     )
 
 
@@ -110,7 +110,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How the learning rate moves."""
+    """The learning rate over time."""
 
     name: str = key("cosine", "cosine, linear, constant or wsd", one_of("cosine", "linear", "constant", "wsd"))
     warmup: int = key(-1, "steps of linear warmup; -1 = min(700, horizon // 20)", at_least(-1))
@@ -125,20 +125,20 @@ class PrecisionConfig:
     compute: str = key(
         "auto", "auto, fp32, bf16 or fp64; auto = bf16 on CUDA, fp32 on CPU", one_of("auto", "fp32", "bf16", "fp64")
     )
-    tf32: bool = key(True, "fp32 matrix products may use TF32 on CUDA")
+    tf32: bool = key(True, "fp32 matmuls may use TF32 on CUDA")
     masters: str = key(
         "auto",
-        "exact weights beside bf16 ones: fp32, split (bf16 + 16 more bits = fp32, 2 bytes less), none (stochastic "
-        "rounding); auto = split on CUDA, fp32 on CPU",
+        "master weights for bf16: fp32, split (16 more bits per weight; as exact as fp32, 2 bytes less) or none "
+        "(stochastic rounding); auto = split on CUDA, fp32 on CPU",
         one_of("auto", "fp32", "split", "none"),
     )
 
 
 @dataclass(frozen=True)
 class KernelsConfig:
-    """Which implementation computes an operation; auto = the best that is there, others are for comparing."""
+    """Which implementation computes an operation; auto = the best one installed, the others are for comparison."""
 
-    matmul: str = key("auto", "matrix products", one_of("auto", "quack", "cublaslt", "triton", "torch"))
+    matmul: str = key("auto", "matmuls", one_of("auto", "quack", "cublaslt", "triton", "torch"))
     attention: str = key("auto", "attention", one_of("auto", "fa4", "cudnn", "triton", "torch"))
     norm: str = key("auto", "layernorm", one_of("auto", "triton", "torch"))
     embedding: str = key("auto", "token and position embedding", one_of("auto", "triton", "torch"))
@@ -149,12 +149,12 @@ class KernelsConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How state is divided over processes."""
+    """How training state is split between GPUs."""
 
     zero: int = key(
-        0, "ZeRO stage, what ranks share out: 0 nothing, 1 optimizer state, 2 gradients too", one_of(0, 1, 2)
+        0, "ZeRO stage, split between ranks: 0 nothing, 1 optimizer state, 2 gradients too", one_of(0, 1, 2)
     )
-    bucket_bytes: int = key(33554432, "gradient bytes that are exchanged at a time, about", at_least(1))
+    bucket_bytes: int = key(33554432, "bytes of gradients that are exchanged at a time, roughly", at_least(1))
     timeout: float = key(300.0, "seconds to wait for another rank before the run ends and names it", POSITIVE)
 
 
@@ -164,11 +164,13 @@ class EvalConfig:
 
     every: int = key(250, "steps between validations; 0 = only at the end", at_least(0))
     hellaswag: str = key(
-        "", "HellaSwag file scored at each validation but step 0: llm.c's .bin, or the original .jsonl"
+        "", "HellaSwag file to score at each validation but the first: the original .jsonl, or llm.c's .bin"
     )
-    hellaswag_every: int = key(0, "steps between its scores, and one at the end; 0 = at each validation", at_least(0))
-    hellaswag_examples: int = key(0, "score this many of its examples, evenly spaced; 0 = all", at_least(0))
-    tokens: int = key(1048576, "validation budget in tokens, in whole samples and at most the split", at_least(1))
+    hellaswag_every: int = key(
+        0, "steps between HellaSwag scores, and one at the end; 0 = at each validation", at_least(0)
+    )
+    hellaswag_examples: int = key(0, "HellaSwag examples to score, evenly spaced; 0 = all", at_least(0))
+    tokens: int = key(1048576, "tokens per validation, in whole samples and at most the whole split", at_least(1))
     sample_every: int = key(0, "steps between text samples; 0 = only at the end", at_least(0))
     sample_tokens: int = key(128, "tokens per sample; 0 = no samples", at_least(0))
     prompt: str = key("", "text the samples continue; empty = start of a document")
@@ -183,9 +185,9 @@ class CheckpointConfig:
     every: int = key(1000, "steps between checkpoints; 0 = only at the end", at_least(0))
     keep: int = key(3, "newest checkpoints to keep; 0 = all", at_least(0))
     major: int = key(0, "checkpoints at multiples of this step are kept for good; 0 = none", at_least(0))
-    background: bool = key(True, "write from a copy in host memory while training goes on; false = training waits")
+    background: bool = key(True, "save in the background, from a copy in host memory; false = training waits")
     on_error: str = key(
-        "warn", "a save that fails, but the last one: warn and train on, or stop (exit 1)", one_of("warn", "stop")
+        "warn", "if a save before the last one fails: warn and continue, or stop (exit 1)", one_of("warn", "stop")
     )
 
 
@@ -198,40 +200,40 @@ class GuardConfig:
     max_skips: int = key(10, "skipped updates in a row that end the run (exit 3)", at_least(1))
     hang_factor: float = key(
         20.0,
-        "idle for this many times the median step: hung; stacks in crash.txt, exit 7; 0 = off",
+        "stop as hung (exit 7) after this many times the median step without progress; 0 = off",
         at_least(0),
     )
-    hang_seconds: float = key(300.0, "but never hung before this many seconds", POSITIVE)
+    hang_seconds: float = key(300.0, "seconds without progress before a run can count as hung", POSITIVE)
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is shown and recorded."""
+    """Output and records."""
 
     every: int = key(1, "steps between console lines", at_least(1))
     norms_every: int = key(0, "steps between per-tensor norms in metrics.jsonl; 0 = never", at_least(0))
     sinks: str = key(
-        "", "also write metrics to: tensorboard or wandb (offline unless WANDB_MODE says else), or both", SINKS
+        "", "also write metrics to tensorboard, wandb or both (wandb is offline unless WANDB_MODE=online)", SINKS
     )
     display: str = key("auto", "auto, live or plain; auto = live on a terminal", one_of("auto", "live", "plain"))
 
 
 @dataclass(frozen=True)
 class CostConfig:
-    """What the machine costs."""
+    """The price of the machine."""
 
     price: float = key(0.0, "price of the whole machine in dollars per hour; 0 = unknown", at_least(0))
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run itself: where, how long, on what."""
+    """The run itself: name, length, device."""
 
     name: str = key("", "folder of the run inside run.dir; empty = named after the target", FOLDER_NAME)
     dir: str = key("runs", "folder that holds the runs")
     steps: int = key(0, "optimizer steps; 0 = one epoch", at_least(0))
     max_hours: float = key(0.0, "save and stop (exit 75) after this many hours; 0 = no limit", at_least(0))
-    seed: int = key(42, "seed of initialisation and data order", at_least(0))
+    seed: int = key(42, "seed of the initial weights and the data order", at_least(0))
     device: str = key("auto", "auto, cpu, cuda or cuda:N", DEVICE)
     overfit: bool = key(False, "train on the first batch over and over (a debugging aid)")
     profile: str = key("", "A:B = profile steps A to B; empty = off", STEP_RANGE)

@@ -120,7 +120,7 @@ def memory_table() -> str:
 
 def keys_table() -> str:
     """Every configuration key, section by section: default, meaning, rule (without one, its type)."""
-    text = f"A resumed run may change the sections {', '.join(MAY_CHANGE_SECTIONS)}, and of the others:\n"
+    text = f"A resumed run may change these sections: {', '.join(MAY_CHANGE_SECTIONS)}. Of the others it may change:\n"
     text += ", ".join(f"`{name}`" for name in MAY_CHANGE_KEYS) + ".\n\n"
     for section, keys in vars(Config()).items():
         text += f"### {section}\n{(type(keys).__doc__ or '').splitlines()[0]}\n\n"

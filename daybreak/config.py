@@ -246,7 +246,7 @@ def _typed(name: str, value: Any) -> Any:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The name most likely meant: one of the same last word (optim.warmup -> schedule.warmup), longer, or similar."""
-    names = list(known)
+    names, name = list(known), name[:100]  # the comparison's time grows with the square of its length
     leaf = name.rpartition(".")[2].lower()
     likely = [n for n in names if n.rpartition(".")[2].lower() == leaf] or [n for n in names if n.startswith(name)]
     return max(likely or names, key=lambda n: difflib.SequenceMatcher(None, name, n).ratio())  # the first of equals

@@ -231,7 +231,8 @@ class Text:
         if found := [at for stop in self.how.stop if (at := self._held.find(stop)) >= 0]:
             self.text, self._held, self.done = self.text + self._held[: min(found)], "", "stop"
             return
-        begun = [n for stop in self.how.stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])]
+        held, stops = self._held, self.how.stop
+        begun = [n for stop in stops for n in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:n])]
         cut = len(self._held) - max(begun if begun and not self.done else [0])
         self.text, self._held = self.text + self._held[:cut], self._held[cut:]
 

@@ -21,7 +21,15 @@ if not torch.cuda.is_available():  # Triton's kernels run under its interpreter;
 BUDGETS = {"foundation": 5.0, "kernels": 4.0, "interop": 3.0, "data": 3.0, "pages": 2.0, "recovery": 4.0}
 BUDGETS["distributed"] = 4.0
 KERNELS = ("attention", "bias", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer", "tune")
-INTEROP = ("test_interop_hf", "test_interop_llmc", "test_interop_gguf", "test_llmc_cli", "test_generate", "test_serve")
+INTEROP = (
+    "test_interop_hf",
+    "test_interop_llmc",
+    "test_interop_gguf",
+    "test_llmc_cli",
+    "test_generate",
+    "test_serve",
+    "test_serve_network",
+)
 INTEROP += ("test_llmc_ranks",)
 DATA = ("test_data_formats", "test_data_hub", "test_data_mixing", "test_eval_choice", "test_eval_harness")
 GROUPS = {

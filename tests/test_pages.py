@@ -11,9 +11,11 @@ import http.client
 import json
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -316,11 +318,14 @@ def test_what_the_server_answers(server: Watch, made: MadeRun) -> None:
     assert get(server, "/", method="POST")[0] == 501
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1", "evil.example:{port}", "127.0.0.1.evil.example:{port}"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "evil.example:{port}", "127.0.0.1.evil.example:{port}"]
+)
 def test_another_host_s_name_gets_nothing(server: Watch, host: str) -> None:
     status, body, _ = get(server, "/data", host.format(port=server.server_port))
     assert (status, body) == (403, "this is not the host that you asked for\n")
-    assert get(server, "/data", f"localhost:{server.server_port}")[0] == 200
+    for own in (f"localhost:{server.server_port}", "127.0.0.1", "[::1]:9000"):  # another port: a tunnel's
+        assert get(server, "/data", own)[0] == 200
 
 
 def test_beyond_loopback_only_with_a_key(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +338,52 @@ def test_beyond_loopback_only_with_a_key(made: MadeRun, monkeypatch: pytest.Monk
     for watch in serving(Watch([str(made.path)], "0.0.0.0")):
         assert get(watch, "/data")[0] == get(watch, "/?key=wrong")[0] == 401
         assert get(watch, "/data?key=" + "k" * 32)[0] == 200
+        assert get(watch, "/data?key=" + "k" * 32, "gpu-box.example:80")[0] == 200  # any name, with the key
+        assert get(watch, "/data", "gpu-box.example:80")[0] == 401
+        assert f"//{socket.gethostname()}:" in watch.url
         assert watch.url.endswith("/?key=" + "k" * 32)
+
+
+def test_a_key_and_further_names_on_this_machine(made: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DAYBREAK_API_KEY", raising=False)
+    for key in ("", "a+b&c=d/e?f#g%2Bh"):
+        monkeypatch.setenv("DAYBREAK_KEY", key)
+        for watch in serving(Watch([str(made.path)], "::1", 0, ["Gpu-Box.example"])):
+            assert watch.url.startswith(f"http://[::1]:{watch.server_port}/")
+            with urllib.request.urlopen(watch.url) as answer:
+                assert answer.status == 200
+            assert key or urllib.request.urlopen(
+                urllib.request.Request(watch.url, headers={"Host": "gpu-box.example"})
+            ).status == 200  # fmt: skip
+    monkeypatch.setenv("DAYBREAK_KEY", "short")
+    with pytest.raises(daybreak.Error, match="DAYBREAK_KEY is too short: set DAYBREAK_KEY to a secret of 16 or more"):
+        Watch([str(made.path)])
+
+
+def test_idle_and_rude_clients_of_watch(
+    server: Watch, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Idle connections end, so that others get in; a reset while sending costs no line; no answer waits in a buffer."""
+    monkeypatch.setattr("daybreak.report.watch.MOST_OPEN", 8)
+    place = ("127.0.0.1", server.server_port)
+    idle = [socket.create_connection(place, timeout=PATIENCE) for _ in range(12)]
+    assert get(server, "/data")[0] == 200
+    assert idle[0].recv(1) == b""  # the oldest ones had to go
+    idle[-1].sendall(b"GET /data HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert idle[-1].recv(12) == b"HTTP/1.0 200"
+    assert len(server.open) <= 8
+    assert {s.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for s in [*server.open]} == {1}
+    rude = idle[-2]
+    rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closing sends a reset
+    rude.sendall(b"GET /data HT")
+    rude.close()
+    monkeypatch.setattr("daybreak.report.watch.PATIENCE", 0)
+    assert idle[-3].recv(1) == b""  # time is up
+    for sock in idle:
+        sock.close()
+    monkeypatch.undo()
+    assert get(server, "/[")[0] == get(server, "//[")[0] == 404
+    assert capfd.readouterr().err == ""
 
 
 def test_a_port_in_use_and_no_run(

@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import cpu_seconds
-from interop_runs import MAX_T, ROOT, daybreak, write_run
+from interop_runs import MAX_T, daybreak, write_run
 from patience import PATIENCE
+from serving import KEY, serving
 
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine
-from daybreak.errors import Error
 from daybreak.generate import Sampler, Sampling, Text, Token
 from daybreak.serve.completions import Refused, parse
 from daybreak.serve.writer import Job, News, Writer
 from daybreak.state.run import Run
 
 openai = pytest.importorskip("openai", reason="the dev extra installs openai")
-KEY = "sesame"
-
-
-@contextmanager
-def serving(folder: Path, *argv: str, **env: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """The server as a process of its own, on a free port."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
-    command = [sys.executable, "-m", "daybreak", "serve", *argv, "--port", "0"]
-    with subprocess.Popen(command, cwd=folder, env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
-        try:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            line = process.stdout.readline()
-            assert "/v1" in line, process.stderr.read()
-            yield process, int(line.rsplit(":", 1)[1].removesuffix("/v1\n"))
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[tuple[int, int]]:
-    with serving(folder, "run", "--rows", "3", DAYBREAK_API_KEY=KEY) as (process, port):
+    with serving(folder, "run", "--rows", "3", DAYBREAK_KEY=KEY) as (process, port):
         yield process.pid, port
 
 
@@ -140,6 +117,8 @@ def test_a_stop_string_ends_the_text_before_it(client: Any) -> None:
     cut = client.completions.create(**ask, stop=[stop, "never"], logprobs=0).choices[0]
     assert (cut.text, cut.finish_reason) == (text[: text.index(stop)], "stop")
     assert all(at < len(cut.text) for at in cut.logprobs.text_offset)
+    found = cut.logprobs
+    assert found.top_logprobs == [{t: x} for t, x in zip(found.tokens, found.token_logprobs, strict=True)]
     parts = client.completions.create(**ask, stop=stop, stream=True)
     assert "".join(c.choices[0].text for c in parts) == cut.text
 
@@ -160,7 +139,10 @@ def test_echo_and_log_probabilities(client: Any, model: tuple[Engine, Tokenizer]
         assert found.token_logprobs == [None, *(pytest.approx(x, rel=1e-4) for x in want)]
         assert found.top_logprobs[0] is None
         for i, top in enumerate(found.top_logprobs[1:]):
-            assert sorted(top.values()) == pytest.approx(sorted(logprobs[i].topk(3).values.tolist()), rel=1e-4)
+            likeliest = {int(t) for t in logprobs[i].topk(3).indices} | {[*given[1:], made][i]}
+            values = sorted(logprobs[i, t].item() for t in likeliest)  # the token itself too, as OpenAI does
+            assert sorted(top.values()) == pytest.approx(values, rel=1e-4)
+            assert found.tokens[i + 1] in top
         assert len(found.tokens) == len(found.text_offset) == len(given) + 1
         ends = [*found.text_offset[1:], len(choice.text)]
         for token, a, b in zip(found.tokens, found.text_offset, ends, strict=True):
@@ -171,6 +153,7 @@ def test_echo_and_log_probabilities(client: Any, model: tuple[Engine, Tokenizer]
     assert all(math.isfinite(x) for x in only.logprobs.token_logprobs)  # of text: the document's start is before it
 
 
+LONGEST = max(len(get_tokenizer("gpt2-1024").token_bytes(i)) for i in range(1024))
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "gpt-4"}, 404, "model = 'gpt-4' is not served here; use 'run'."),
     ({"max_tokens": MAX_T}, 400, f"2 tokens of prompt + max_tokens = {MAX_T} must be at most the model's {MAX_T}."),
@@ -189,6 +172,25 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"presence_penalty": 1}, 400, "presence_penalty is not supported; leave it out."),
     ({"best_of": 3}, 400, "best_of is not supported; leave it out, or make it n."),
     ({"echo": 1}, 400, "echo = 1 must be true or false."),
+    ({"stop": "x" * 900_000}, 400, "stop has 900000 characters; it must be at most 256."),
+    ({"prompt": ["x"] * 190_000}, 400, "190000 prompts x n = 1 must be at most 128 texts."),
+    (
+        {"prompt": " " * 1_000_000 + "\u00a0"},
+        400,
+        f"a prompt of 1000001 characters is more than the model's {MAX_T} tokens can hold ({MAX_T * LONGEST}).",
+    ),
+    (
+        {"prompt": [7] * 400_000},
+        400,
+        f"a prompt of 400000 tokens is more than the model's {MAX_T} tokens can hold ({MAX_T}).",
+    ),
+    ({"x" * 1_000_000: 3}, 400, f"unknown field '{'x' * 37}...{'x' * 38}'; did you mean 'suffix'?"),
+    (
+        {"temperature": "y" * 1_000_000},
+        400,
+        f"temperature = '{'y' * 37}...{'y' * 38}' must be a number, from 0 to 100.",
+    ),
+    ({"model": ["z"] * 300_000}, 404, "model = ['z', 'z', 'z', 'z', 'z', 'z', ...] is not served here; use 'run'."),
     ({"max_token": 3}, 400, "unknown field 'max_token'; did you mean 'max_tokens'?"),
 ]
 
@@ -198,41 +200,48 @@ def test_what_is_refused(field: dict[str, Any], status: int, sentence: str) -> N
     with pytest.raises(Refused) as caught:
         parse({"model": "run", "prompt": "x"} | field, "run", get_tokenizer("gpt2-1024"), MAX_T, 1025)
     assert (caught.value.status, str(caught.value)) == (status, sentence)
+    assert len(json.dumps(caught.value.body())) < 500
 
 
-def raw(port: int, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    given = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
-    connection.request(method, path, body, {k: v for k, v in given.items() if v})
-    answer = connection.getresponse()
-    assert not [name for name in answer.headers if name.lower().startswith("access-control")]
-    assert answer.headers["Content-Security-Policy"] == "default-src 'none'"  # of refusals too
-    data = answer.read()
-    connection.close()
-    return answer.status, json.loads(data) if data.startswith(b"{") else data
+def test_lengths_and_counts_are_bounded_before_any_work() -> None:
+    """Text that is too much is never tokenized, and a long stop string is not compared with more than there is."""
+    seen = list[int]()
+
+    class Counting(Tokenizer):
+        def encode(self, text: str) -> Any:
+            seen.append(len(text))
+            return super().encode(text)
+
+    tok = Counting("bytes", [bytes([value]) for value in range(256)], "")
+    most = MAX_T * len("<|endoftext|>")
+    for prompt in (["x"] * 129, "x" * (most + 1), ["y" * (most + 1)] * 128, [7] * (MAX_T + 1)):
+        with pytest.raises(Refused):
+            parse({"model": "run", "prompt": prompt}, "run", tok, MAX_T, 257)
+    assert seen == []
+    with pytest.raises(Refused, match=f"{MAX_T + 1} tokens of prompt"):
+        parse({"model": "run", "prompt": "x" * MAX_T}, "run", tok, MAX_T, 257)
+    assert seen == [MAX_T]
+
+    class Sliced(str):
+        def __getitem__(self, key: Any) -> str:
+            seen.append(1)
+            return super().__getitem__(key)
+
+    seen.clear()
+    text = Text([tok.eot], Sampling(3, 0.0, stop=(Sliced("b" * 900_000),)), tok)
+    for token in b"abb":
+        text.take(token)
+    assert (text.text, text.done) == ("abb", "length")
+    assert len(seen) <= 1 + 1 + 2
 
 
-def test_the_network_rules(port: int, client: Any) -> None:
-    ask = json.dumps({"model": "run", "prompt": "x", "max_tokens": 1}).encode()
-    assert raw(port, "POST", "/v1/completions", ask)[0] == 200
-    assert raw(port, "POST", "/v1/completions", ask, Host="[::1]:80")[0] == 200
-    assert raw(port, "POST", "/v1/completions", ask, Host="evil.example")[0] == 400
-    assert raw(port, "POST", "/v1/completions", ask, **{"Content-Type": "text/plain"})[0] == 415
-    assert raw(port, "POST", "/v1/completions", b"{")[0] == 400
-    assert raw(port, "POST", "/v1/completions", b"[" * 100_000)[0] == 400
-    assert raw(port, "POST", "/v1/completions", b" " * ((1 << 20) + 1))[0] == 413
-    assert raw(port, "GET", "/v1/completions")[0] == 405
-    status, body = raw(port, "GET", "/v2")
-    assert (status, body["error"]["type"]) == (404, "invalid_request_error")
-    for path in ("/v1/models", "/v1/completions"):
-        method = "GET" if "models" in path else "POST"
-        for key in ("", "Bearer", "Bearer wrong", KEY):
-            assert raw(port, method, path, ask, Authorization=key)[0] == 401
-    with pytest.raises(openai.AuthenticationError, match="API key"):
-        openai.OpenAI(base_url=client.base_url, api_key="wrong").models.list()
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model="run", prompt="x", n=0)
-    assert caught.value.param == "n"
+def test_half_a_surrogate_pair_is_a_character_that_is_unknown() -> None:
+    tok = get_tokenizer("gpt2-1024")
+    asked = parse({"model": "run", "prompt": "a\ud800", "echo": True}, "run", tok, MAX_T, 1025)
+    assert asked.prompts[0].text == "a\ufffd"
+    with pytest.raises(Refused) as caught:
+        parse({"\ud800": 1}, "run", tok, MAX_T, 1025)
+    assert json.dumps(caught.value.body()).isascii()
 
 
 def test_a_short_request_does_not_wait_for_a_long_one(client: Any) -> None:
@@ -353,11 +362,3 @@ def test_a_hugging_face_folder_and_a_taken_port(folder: Path) -> None:
         assert client.completions.create(model="hf", **ask).choices[0].text == want
         done = daybreak(folder, "serve", "hf", "--port", str(port), code=2)
         assert f"--port {port} cannot be used (Address already in use); choose others." in done.stderr
-
-
-def test_another_host_needs_a_key(model: tuple[Engine, Tokenizer]) -> None:
-    from daybreak.serve.app import serve
-
-    with pytest.raises(Error, match="set DAYBREAK_API_KEY") as caught:
-        serve(*model, "run", host="0.0.0.0", port=0)
-    assert caught.value.exit_code == 2

@@ -29,8 +29,9 @@ def report(runs: tuple[str, ...], out: Path | None) -> None:
 @click.command()
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8267, show_default=True, help="0 = any free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Another one needs DAYBREAK_KEY, a secret.")
-def watch(runs: tuple[str, ...], port: int, host: str) -> None:
+@click.option("--host", default="127.0.0.1", show_default=True, help="Another one needs a key in DAYBREAK_KEY.")
+@click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Another name that browsers may call it by.")
+def watch(runs: tuple[str, ...], port: int, host: str, names: tuple[str, ...]) -> None:
     """Follow RUN... in a browser, live, until Ctrl-C.
 
     \b
@@ -40,7 +41,7 @@ def watch(runs: tuple[str, ...], port: int, host: str) -> None:
     """
     from daybreak.report.watch import Watch
 
-    with Watch(runs, host, port) as server:
+    with Watch(runs, host, port, names) as server:
         click.echo(server.url)
         log.info("Ctrl-C ends it; the runs go on.")
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -10,18 +9,22 @@ import click
 
 @click.command()
 @click.argument("target", metavar="RUN|HF-DIR")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Another needs a key in DAYBREAK_API_KEY.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Another one needs a key in DAYBREAK_KEY.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 = any free one.")
-@click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Further name clients may call it by.")
-@click.option("--rows", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Texts at a time.")
+@click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Another name that clients may call it by.")
+@click.option("--rows", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Sequences at a time.")
+@click.option("--queue", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Most open requests.")
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
 @click.option("--device", metavar="D", help="cpu or cuda (default: the run's).")
 def serve(
-    target: str, host: str, port: int, names: tuple[str, ...], rows: int, step: int | None, device: str | None
-) -> None:
-    """Serve a run, or a model that `import` knows, as OpenAI's /v1/completions and /v1/models.
+    target: str, host: str, port: int, names: tuple[str, ...], rows: int, queue: int, step: int | None,
+    device: str | None,
+) -> None:  # fmt: skip
+    """Serve a model to OpenAI's clients and to a browser.
 
-    With DAYBREAK_API_KEY set, clients must send that key. SIGTERM and Ctrl-C let requests under way end.
+    The model is a run, or one that `import` knows. The endpoints are /v1/completions, /v1/models and /health. The
+    address shows a page on which you can write a prompt. With DAYBREAK_KEY set (16 characters or more), clients must
+    send that key. SIGTERM and Ctrl-C let open requests finish.
 
     \b
     Examples:
@@ -41,7 +44,6 @@ def serve(
     name = path.resolve().name if path.exists() else target
 
     def ready(url: str) -> None:
-        click.echo(f"{name}: {engine.rows} texts at a time, {engine.T} tokens each, at {url}")
+        click.echo(f"{name}: {engine.rows} sequences of {engine.T} tokens at a time. Browser: {url}  API: {url}v1")
 
-    key = os.environ.get("DAYBREAK_API_KEY", "")
-    app.serve(engine, tokenizer, name, host=host, port=port, key=key, names=names, ready=ready)
+    app.serve(engine, tokenizer, name, host=host, port=port, queue=queue, names=names, ready=ready)

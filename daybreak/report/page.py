@@ -59,6 +59,15 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
+def policy_of(page: str) -> str:
+    """The Content-Security-Policy of a page with one script and one style in it, which talks to its own server only."""
+    script, style = (_hash(page.split(f"<{tag}>")[1].split(f"</{tag}>")[0]) for tag in ("script", "style"))
+    return (
+        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    )
+
+
 def write_report(paths: Sequence[str], out: Path | None) -> Path:
     """One self-contained file about `paths` (runs, or llm.c's logs), by default in the first one's folder."""
     runs = [Follower(path) for path in paths]

@@ -1,46 +1,108 @@
 """`daybreak watch`: the report's page, live, from a server on this machine.
 
-It answers two addresses, the page and its data, to loopback only unless another host is asked for: then a key from the
-environment is needed. The Host header is checked (a page elsewhere whose name is made to point here gets nothing), no
-other origin is allowed in, and the policy lets the page run its own two scripts only.
+It answers two addresses, the page and its data. It listens on loopback unless another host is asked for, which needs a
+key from the environment. Without a key the Host header is checked, so that a page elsewhere whose name is made to point
+here gets nothing. No other origin is allowed in, and the policy lets the page run its own two scripts only.
+
+The rules of the network (keys, names, headers) are those of `daybreak serve` too, which imports them from here.
 """
 
 from __future__ import annotations
 
 import hmac
+import logging
 import os
+import socket
+import sys
 import threading
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote
 
 from daybreak.errors import ConfigError
 from daybreak.report.page import page_data, render, to_json
 from daybreak.report.series import Follower
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-KEY = "DAYBREAK_KEY"
+KEYS = ("DAYBREAK_KEY", "DAYBREAK_API_KEY")  # the second is its name in 0.1.0
+SHORTEST_KEY = 16
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+}  # fmt: skip
+MOST_OPEN, PATIENCE = 128, 60  # connections at a time, and seconds that one may last
+log = logging.getLogger("daybreak")
+
+
+def network_key(host: str) -> str:
+    """The key that clients must send, from the environment; empty if none is set.
+
+    Raises ConfigError for a short key, and for a host other than loopback without one.
+    """
+    name = next((name for name in KEYS if os.environ.get(name)), KEYS[0])
+    key = os.environ.get(name, "").strip()
+    if len(key) < SHORTEST_KEY and (key or host not in LOOPBACK):
+        why = f"{name} is too short" if host in LOOPBACK else f"--host {host} lets others in"
+        raise ConfigError(f"{why}: set {name} to a secret of {SHORTEST_KEY} or more characters first.")
+    return key
+
+
+def known_host(header: str, names: Sequence[str]) -> bool:
+    """Whether a Host header, with or without a port, names one of `names`."""
+    name = header if header.endswith("]") else header.rpartition(":")[0] or header
+    return name.strip("[]").lower() in {known.strip("[]").lower() for known in names}
+
+
+def address(host: str, port: int) -> str:
+    """The URL of a server on `host`, by this machine's own name where it listens everywhere."""
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}/"
 
 
 class Watch(ThreadingHTTPServer):
-    """A server for `runs`. Raises ConfigError where it may not or cannot listen."""
+    """A server for `runs`; `names`: further values of the Host header. Raises ConfigError where it may not or cannot
+    listen."""
 
     daemon_threads = True
 
-    def __init__(self, paths: Sequence[str], host: str = "127.0.0.1", port: int = 0) -> None:
-        self.runs = [Follower(path) for path in paths]
-        self.key = "" if host in LOOPBACK else os.environ.get(KEY, "")
-        if host not in LOOPBACK and len(self.key) < 16:
-            raise ConfigError(f"--host {host} lets others in: set {KEY} to a secret of 16 or more characters first.")
-        self.reading = threading.Lock()
+    def __init__(self, paths: Sequence[str], host: str = "127.0.0.1", port: int = 0, names: Sequence[str] = ()) -> None:
+        self.runs, self.key = [Follower(path) for path in paths], network_key(host)
+        self.names, self.reading = [*LOOPBACK, host, *names], threading.Lock()
+        self.open: dict[Any, float] = {}  # connections, the oldest first, and since when
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
             raise ConfigError(f"{host}:{port} cannot be listened on ({error.strerror}); try another --port.") from None
-        self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost", "[::1]", host)}
-        self.url = f"http://{host}:{self.server_port}/" + (f"?key={self.key}" if self.key else "")
+        self.url = address(host, self.server_port) + (f"?key={quote(self.key, safe='')}" if self.key else "")
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread; where too many are open, the oldest one ends."""
+        self.open[request] = time.monotonic()
+        self.service_actions()
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """End what takes too long; called twice a second."""
+        for request, since in [*self.open.items()]:
+            if len(self.open) > MOST_OPEN or time.monotonic() - since > PATIENCE:
+                self.open.pop(request, None)
+                with suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Called when a connection is over."""
+        self.open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves is no error."""
+        if not isinstance(sys.exception(), OSError):
+            log.exception("watch: a request failed.")
 
     def data(self, version: str | None = None) -> dict[str, Any]:
         """What the page shows, read anew; empty if that is `version` already."""
@@ -54,33 +116,32 @@ class Watch(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: Watch
     server_version, sys_version = "daybreak", ""
-    timeout = 30
+    timeout = 30  # seconds without a byte
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         """/ is the page, /data its data."""
-        url = urlsplit(self.path)
-        query = parse_qs(url.query)
-        if self.headers.get("Host", "") not in self.server.hosts:
+        path, _, asked = self.path.partition("?")
+        query = parse_qs(asked)
+        if not self.server.key and not known_host(self.headers.get("Host", ""), self.server.names):
             self._send(HTTPStatus.FORBIDDEN, "text/plain", "this is not the host that you asked for\n")
         elif not hmac.compare_digest(query.get("key", [""])[0].encode(), self.server.key.encode()):
             self._send(HTTPStatus.UNAUTHORIZED, "text/plain", "the key is missing or wrong: ?key=...\n")
-        elif url.path == "/":
+        elif path == "/":
             self._send(HTTPStatus.OK, "text/html; charset=utf-8", *render(self.server.data()))
-        elif url.path == "/data":
+        elif path == "/data":
             data = self.server.data(query.get("v", [None])[0])
             status = HTTPStatus.OK if data else HTTPStatus.NO_CONTENT
             self._send(status, "application/json", to_json(data) if data else "")
         else:
             self._send(HTTPStatus.NOT_FOUND, "text/plain", "there is only /\n")
 
-    def _send(self, status: HTTPStatus, kind: str, text: str, policy: str = "default-src 'none'") -> None:
+    def _send(self, status: HTTPStatus, kind: str, text: str, policy: str | None = None) -> None:
         body = text.encode()
         self.send_response(status)
-        headers = {
-            "Content-Type": kind, "Content-Length": str(len(body)), "Content-Security-Policy": policy,
-            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
-            "Cross-Origin-Resource-Policy": "same-origin",
-        }  # fmt: skip
+        headers = {**HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}
+        if policy:
+            headers["Content-Security-Policy"] = policy
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()

@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import codecs
 import math
+import reprlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from daybreak.config import nearest
+from daybreak.data.formats import without_surrogates
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.errors import ConfigError
 from daybreak.generate import Sampling, Text, Token, open_document
 from daybreak.serve.writer import News
 
-MAX_TEXTS, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20
+MAX_TEXTS, MAX_STOPS, MAX_STOP, MAX_LOGPROBS = 128, 16, 256, 20  # MAX_STOP: characters of one
 # Fields that are accepted with these values only, for they change nothing then.
 NEUTRAL: dict[str, tuple[Any, ...]] = {"suffix": (None, ""), "presence_penalty": (None, 0), "logit_bias": (None, {}),
                                        "frequency_penalty": (None, 0)}  # fmt: skip
 FIELDS = ("model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "best_of", "stop", "seed", "logprobs",
           "echo", "stream", "stream_options", "user", *NEUTRAL)  # fmt: skip
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+short = _short.repr  # a value as it is shown in a sentence, whatever its size
 
 
 class Refused(Exception):
@@ -73,12 +81,13 @@ def parse(body: Any, model: str, tokenizer: Tokenizer, T: int, V: int) -> Comple
         raise Refused(400, "the body must be a JSON object.")
     for field in body:
         if field not in FIELDS:
-            raise Refused(400, f"unknown field {field!r}; did you mean {nearest(field, FIELDS)!r}?", field)
+            said = f"unknown field {short(field)}; did you mean {nearest(field, FIELDS)!r}?"
+            raise Refused(400, said, field[:80])
     for field, values in NEUTRAL.items():
         if body.get(field) not in values:
             raise Refused(400, f"{field} is not supported; leave it out.", field)
     if body.get("model") != model:
-        said = f"model = {body.get('model')!r} is not served here; use {model!r}."
+        said = f"model = {short(body.get('model'))} is not served here; use {model!r}."
         raise Refused(404, said, "model", "model_not_found")
     n, options = int(_number(body, "n", 1, 1, MAX_TEXTS)), body.get("stream_options") or {}
     if body.get("best_of") not in (None, n):
@@ -86,13 +95,14 @@ def parse(body: Any, model: str, tokenizer: Tokenizer, T: int, V: int) -> Comple
     flags = {field: body.get(field) or False for field in ("echo", "stream")}
     for field, value in flags.items():
         if not isinstance(value, bool):
-            raise Refused(400, f"{field} = {value!r} must be true or false.", field)
+            raise Refused(400, f"{field} = {short(value)} must be true or false.", field)
     if not isinstance(options, dict):
         raise Refused(400, "stream_options must be an object.", "stream_options")
     how = _sampling(body)
-    prompts = [_prompt(given, tokenizer, V) for given in _prompts(body.get("prompt"))]
-    if len(prompts) * n > MAX_TEXTS:
-        raise Refused(400, f"{len(prompts)} prompts x n = {n} must be at most {MAX_TEXTS} texts.", "n")
+    asked = _prompts(body.get("prompt"))
+    if len(asked) * n > MAX_TEXTS:
+        raise Refused(400, f"{len(asked)} prompts x n = {n} must be at most {MAX_TEXTS} texts.", "n")
+    prompts = [_prompt(given, tokenizer, T, V) for given in asked]
     if (longest := max(len(p.ids) for p in prompts)) + how.tokens > T:
         said = f"{longest} tokens of prompt + max_tokens = {how.tokens} must be at most the model's {T}."
         raise Refused(400, said, "max_tokens", "context_length_exceeded")
@@ -104,6 +114,8 @@ def _sampling(body: dict[str, Any]) -> Sampling:
     stops = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise Refused(400, f"stop must be a text, or up to {MAX_STOPS} of them, none empty.", "stop")
+    if (longest := max(map(len, stops), default=0)) > MAX_STOP:
+        raise Refused(400, f"stop has {longest} characters; it must be at most {MAX_STOP}.", "stop")
     logprobs = body.get("logprobs")
     how = Sampling(
         tokens=int(_number(body, "max_tokens", 16, 0)),
@@ -128,7 +140,7 @@ def _number(
     kind = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
         limits = f"from {low} to {high}" if high < 2**62 else f"{low} or more"
-        raise Refused(400, f"{field} = {value!r} must be a {'whole ' * whole}number, {limits}.", field)
+        raise Refused(400, f"{field} = {short(value)} must be a {'whole ' * whole}number, {limits}.", field)
     return value
 
 
@@ -141,9 +153,21 @@ def _prompts(given: Any) -> list[Any]:
     raise Refused(400, "prompt must be a text, a list of token ids, or a list of either, not empty.", "prompt")
 
 
-def _prompt(given: Any, tokenizer: Tokenizer, V: int) -> Prompt:
+@cache
+def _longest(tokenizer: Tokenizer) -> int:
+    return int(tokenizer.lengths(tokenizer.V).max())
+
+
+def _prompt(given: Any, tokenizer: Tokenizer, T: int, V: int) -> Prompt:
+    """A prompt, whose length is bounded before anything is done with it: text by the longest token's bytes."""
+    most = T * _longest(tokenizer) if isinstance(given, str) else T
+    if isinstance(given, str | list) and len(given) > most:
+        kind = "characters" if isinstance(given, str) else "tokens"
+        said = f"a prompt of {len(given)} {kind} is more than the model's {T} tokens can hold ({most})."
+        raise Refused(400, said, "prompt", "context_length_exceeded")
     if isinstance(given, str):
-        return Prompt(open_document(tokenizer, given), 1, given)
+        text = without_surrogates(given)
+        return Prompt(open_document(tokenizer, text), 1, text)
     if not isinstance(given, list) or not given or not all(type(i) is int and 0 <= i < V for i in given):
         raise Refused(400, f"prompt: token ids must be whole numbers from 0 to {V - 1}, at least one.", "prompt")
     return Prompt(given, 0, "".join(_spelt(tokenizer, given)))
@@ -199,7 +223,11 @@ class Answer:
         return {"usage": {**parts, "total_tokens": sum(parts.values())}}
 
     def _logprobs(self, tokens: list[Token], starts: list[int]) -> dict[str, list[Any]]:
-        top = [{self._name(i): x for i, x in t.top} if not math.isnan(t.logprob) else None for t in tokens]
+        # As OpenAI does, with the token itself, though it may not be among the likeliest.
+        top = [
+            None if math.isnan(t.logprob) else {self._name(i): x for i, x in (*t.top, (t.id, t.logprob))}
+            for t in tokens
+        ]
         return {
             "tokens": [self._name(t.id) for t in tokens],
             "token_logprobs": [None if math.isnan(t.logprob) else t.logprob for t in tokens],

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from daybreak.engine import Engine
 from daybreak.generate import Batch, Text, Token, score
 
-MAX_REQUESTS = 64  # under way or waiting; more are refused
+MAX_REQUESTS = 64  # under way or waiting; more are refused, unless the writer is told another number
 log = logging.getLogger("daybreak")
 
 
@@ -68,16 +68,21 @@ class Job:
 class Writer(threading.Thread):
     """Writes the texts of all jobs until it is stopped."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, most: int = MAX_REQUESTS) -> None:
         super().__init__(name="writer", daemon=True)
-        self.engine, self.batch = engine, Batch(engine)
+        self.engine, self.batch, self.most = engine, Batch(engine), most
         self._jobs: deque[Job] = deque()
         self._changed, self._stopping = threading.Condition(), False
+
+    @property
+    def full(self) -> bool:
+        """Whether no further job is taken."""
+        return sum(not job.over for job in tuple(self._jobs)) >= self.most
 
     def submit(self, job: Job) -> bool:
         """Queue a job; False if there are too many."""
         with self._changed:
-            if sum(not job.over for job in self._jobs) >= MAX_REQUESTS:
+            if self.full:
                 return False
             self._jobs.append(job)
             self._changed.notify()

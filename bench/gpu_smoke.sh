@@ -28,7 +28,7 @@ else
   shape="d12 --batch.B 8"
   small="-b 64 -t 1024 -d 524288 -r 1 -q 0.0 -n 5000 -s 20000 -e d12"
   large="-b 16 -t 1024 -d 1048576 -r 0 -k cosine -q 0.1 -n 2000 -s 300000 -g 384 -ge 1 -e d48" steps=16
-  ranks=$(nvidia-smi -L | wc -l)
+  ranks=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 fi
 flags="--data text --eval.tokens 32768 --eval.sample_tokens 16"
 passed=0 tried=0 failed=0
@@ -74,7 +74,7 @@ section_post() {
   [ -z "$large" ] && return
   step "llm.c's command, 1558M" "python -m daybreak.llmc $files -o log1558M $large $post -x 2 -m 1"
   step "its lines too" "$checks llmc log1558M 2"
-  step "daybreak train gpt2-1558M" "daybreak train gpt2-1558M --data text --steps 2 --eval.tokens 65536"
+  rm -rf log1558M # 34 GB
 }
 
 section_verbs() {
@@ -120,6 +120,7 @@ section_fences() {
   [ -d runs/a ] || step "a run for the examples" "daybreak train $shape $flags --name a --steps 24"
   while IFS=$'\t' read -r name command; do
     step "$name" "$command"
+    rm -rf fence-*
   done < <($checks fences)
 }
 

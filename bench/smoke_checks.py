@@ -156,7 +156,12 @@ def fences() -> None:
             made += [f"cp -r ../runs/a runs/{run}" for run in needed(words)]
             if len(made) > 1:
                 made.insert(1, "mkdir -p runs")
-            made += [small(w) for w in words]
+            seen: list[str] = []
+            for w in words:
+                target = w[w.index("train") + 1] if "train" in w[:-1] else ""
+                again = ["--name", f"{target}-{len(seen)}"] if target in seen and "--name" not in w else []
+                seen.append(target)
+                made.append(small([*w, *again]))
             print(f"{name}, example {number}\t" + "; ".join(filter(None, made)))
 
 
@@ -177,14 +182,9 @@ def small(words: list[str]) -> str:
     """A documented command with flags that make it short; nothing for what needs a network or a second machine."""
     flags = ["--steps", "3", "--eval.tokens", "16384", "--eval.sample_tokens", "8", "--batch.total_tokens", "0",
              "--log.sinks", "", "--checkpoint.keep", "1"]  # fmt: skip
-    if (
-        words[0] in ("pip", "mpirun", "srun", "git", "source", "nvidia-smi", "docker", "sbatch", "kubectl")
-        or "://" in words[-1]
-    ):
+    if words[0] in ELSEWHERE or "--nnodes" in words:
         return ""
     if words[0] == "torchrun":
-        if "--nnodes" in words:
-            return ""
         words = words[:]
         words[words.index("--nproc-per-node") + 1] = "1"
         words.insert(1, "--standalone")
@@ -199,16 +199,17 @@ def small(words: list[str]) -> str:
             words[words.index("--data") + 1] = "text"
         elif not old:
             words += ["--data", "text"]
-        words += flags[:6] + ["--steps", "27"] if old else flags
+        words += [*flags[2:6], "--steps", "27"] if old else flags
+        if "--batch.B" in words:
+            words[words.index("--batch.B") + 1] = "8"
         if CPU and not old:
             words += ["--model.L", "2", "--model.C", "64", "--model.NH", "2", "--batch.T", "64", "--batch.B", "2"]
     elif "bench" in words:
         words += ["--seconds", "2"] + (["--model.L", "2", "--batch.B", "1", "--batch.T", "64"] if CPU else [])
         words = [w if w != "131072" else "65536" for w in words]
     elif words[1:2] in (["watch"], ["serve"]):
-        return (
-            shlex.join(words + ["--port", "0"]) + ' >out 2>&1 & "$PYTHON" "$ROOT/bench/smoke_checks.py" answers out $!'
-        )
+        check = '"$PYTHON" "$ROOT/bench/smoke_checks.py" answers out $!'
+        return f"{shlex.join([*words, '--port', '0'])} >out 2>&1 & {check}"
     elif "eval" in words and "--tasks" in words:
         at = words.index("--tasks")
         words = [*words[:at], "--hellaswag", "dev/data/hellaswag/hellaswag_val.bin", *words[at + 2 :]]

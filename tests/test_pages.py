@@ -9,6 +9,7 @@ import base64
 import hashlib
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -30,6 +31,7 @@ from daybreak.report import series
 from daybreak.report.page import page_data, render, to_json
 from daybreak.report.series import Curve, Follower, quantiles
 from daybreak.report.watch import Watch
+from daybreak.state.run_folder import RunFolder
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=document.title='owned'>\u2028"
@@ -102,9 +104,54 @@ def test_a_run_as_columns(made: MadeRun) -> None:
     assert p["samples"] == [{"step": 2, "text": EVIL}]
     assert [c["path"] for c in p["checkpoints"]] == ["checkpoints/step-00000005"]
     assert p["tok_s"] == dict.fromkeys(("5 %", "25 %", "50 %", "75 %", "95 %"), 500.0)  # 1,000 tokens in 2 s
-    assert (p["price"], p["flops_per_token"], p["steps"], p["state"]) == (36.0, 600.0, 10, "running, or killed")
-    (made.path / "exit.json").write_text('{"code": 75, "reason": "stopped", "t": 1}')
-    assert read(made.path)["state"] == "exit 75: stopped"
+    assert (p["price"], p["flops_per_token"], p["steps"], p["eta"]) == (36.0, 600.0, 10, 1.0)
+
+
+def test_the_state_of_a_run(made: MadeRun) -> None:
+    """exit.json says how it ended; without one a fresh line or a process that holds the folder means it runs."""
+
+    def state() -> tuple[str, str]:
+        p = read(made.path)
+        return p["state"], p["why"]
+
+    assert state() == ("running", "")
+    os.utime(made.path / "metrics.jsonl", (1e9, 1e9))
+    assert state() == ("killed", "It ended without a word, or runs on another machine.")
+    with RunFolder(made.path).locked():
+        assert state() == ("running", "")
+    for code, reason, want in ((0, "done", ("finished", "done")), (75, "SIGTERM", ("stopped", "SIGTERM")),
+                               (3, "loss is NaN", ("failed", "loss is NaN (exit 3)"))):  # fmt: skip
+        (made.path / "exit.json").write_text(json.dumps({"code": code, "reason": reason, "t": 1}))
+        assert state() == want
+
+
+def test_a_clock_that_jumps_adds_no_hours(made: MadeRun) -> None:
+    """Ten years ahead and back again: such a step counts as long as it took, 2 s."""
+    before = read(made.path)["train"]["hours"][-1]
+    made.step(6, 4330.0 + 10 * 365 * 86400, 3.0)
+    made.step(7, 4332.0, 3.0)
+    made.step(8, 4342.0, 3.0)
+    hours = read(made.path)["train"]["hours"]
+    assert [3600 * (h - before) for h in hours[5:]] == pytest.approx([20 + 2, 20 + 4, 20 + 14])  # a save took the 20
+
+
+def test_whose_vocabulary(made: MadeRun, tmp_path: Path) -> None:
+    """From the configuration, else a checkpoint's manifest, else the data set's; llm.c's is GPT-2's."""
+    assert read(made.path)["vocabulary"] == ""
+    data = tmp_path / "data/mine"
+    data.mkdir(parents=True)
+    keys = {"run.steps": 10, "data.dir": str(tmp_path / "data"), "data.name": "mine"}
+    (data / "manifest.json").write_text('{"tokenizer": "bytes"}')
+    (made.path / "config.toml").write_text(Config().override(keys).to_toml())
+    assert read(made.path)["vocabulary"] == "bytes"
+    saved = made.path / "checkpoints/step-00000005"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text('{"tokenizer": {"name": "gpt2", "fingerprint": "0"}}')
+    assert read(made.path)["vocabulary"] == "gpt2"
+    (made.path / "config.toml").write_text(Config().override(keys | {"data.tokenizer": "gpt2-1024"}).to_toml())
+    assert read(made.path)["vocabulary"] == "gpt2-1024"
+    (tmp_path / "main.log").write_text("s:0 tel:10.9500\n")
+    assert read(tmp_path / "main.log")["vocabulary"] == "gpt2"
 
 
 def test_following_a_file_that_grows(made: MadeRun) -> None:
@@ -200,15 +247,20 @@ def test_the_report_in_a_browser(made: MadeRun, tmp_path: Path) -> None:
     page = dom(f"file://{out}#x=dollars&logy=1&smooth=0.5&reference=124M")
     assert re.search(r"<title>made, test_the_report_in_a_browser\d* · daybreak</title>", page)  # nothing foreign ran
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
-    assert captions[:3] == ["training loss", "validation loss", "HellaSwag accuracy (llm.c's rules)"]
-    assert {"temperature, °C", "power, W", "memory, MiB"} <= set(captions)
-    assert "utilisation (MFU)" not in captions  # unknown here
-    assert page.count("<canvas") == len(captions)
-    cells = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", re.search(r'id="summary">(.*?)</table>', page)[1])
-    head, first, second = cells[:12], cells[12:24], cells[24:36]
+    assert captions[:3] == ["Loss", "HellaSwag accuracy (llm.c's rules)", "Validation, bits per byte"]
+    assert {"Temperature, °C", "Power, W", "Memory, MiB"} <= set(captions)
+    assert "Utilisation (MFU)" not in captions  # unknown here
+    assert page.count("<canvas") == page.count('role="img"') == len(captions)
+    table = re.search(r'id="summary">(.*?)</table>', page)[1]
+    head, first, second = (
+        [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)]
+        for row in re.findall("<tr>(.*?)</tr>", table)
+    )
+    assert "MFU" not in head  # no run has it
     row = dict(zip(head, first, strict=True))
-    assert (row["step"], row["of"], row["tokens"], row["loss"], row["validation"]) == ("5", "10", "5,000", "3", "5.5")
-    assert (row["dollars"], row["HellaSwag"], row["tok/s"]) == ("7.10", "0.25", "500")  # 710 s at $36 an hour
+    assert (row["run"], row["state"], row["step"], row["of"]) == ("● made", "running", "5", "10")
+    assert (row["tokens"], row["loss"], row["validation"], row["bits per byte"]) == ("5,000", "3", "5.5", "2")
+    assert (row["time"], row["cost"], row["HellaSwag"], row["tok/s"]) == ("12 min", "$7.10", "0.25", "500")
     assert dict(zip(head, second, strict=True))["validation"] == "10.95"
     assert "&lt;img src=x" in page  # the sample, as text
     assert "<img" not in page
@@ -221,7 +273,8 @@ def drawn(page: str) -> dict[str, dict[str, str]]:
         r"<figure([^>]*)><figcaption>(.*?)</figcaption>(.*?)</figure>", page, re.S
     ):
         found[title] = dict(re.findall(r'data-(\w+)="([^"]*)"', attributes))
-        found[title]["lines"] = ",".join(re.findall(r'class="u-label"[^>]*>([^<]*)<', body)[1:])
+        found[title]["lines"] = ",".join(re.findall(r'class="u-label"[^>]*>([^<]*)<', body))
+        found[title]["said"] = re.search(r'aria-label="([^"]*)"', body)[1]
     return found
 
 
@@ -231,17 +284,54 @@ def test_what_is_drawn(made: MadeRun, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     assert main(["report", str(made.path), "-o", str(out)]) == 0
     plain = drawn(dom(f"file://{out}#reference="))
-    assert plain["training loss"] == {"marks": "1 2", "scales": "1 1", "last": "3", "lines": "made"}
+    said = "Loss against step. training: from 6 to 3. validation: from 5.5 to 5.5."
+    assert plain["Loss"] == {
+        "marks": "1 2", "scales": "1 1", "last": "3,5.5", "lines": "training,validation", "said": said
+    }  # fmt: skip
     chosen = drawn(dom(f"file://{out}#logx=1&logy=1&smooth=0.5&reference=124M"))
-    loss = chosen["training loss"]
-    assert (loss["scales"], loss["marks"]) == ("3 3", "1 2")
-    assert float(loss["last"]) == pytest.approx((3 / 2 + 4 / 4 + 5 / 8 + 6 / 16) / (15 / 16))  # nothing at step 4
-    assert chosen["learning rate"]["scales"] == "3 1"  # not on the loss's scale, nor smoothed
-    made.line("val", 5, 4400.0, loss=2.5, tokens_evaluated=1, bpb=1.0)  # a line needs two ends
-    assert main(["report", str(made.path), "-o", str(out)]) == 0
-    lines = [drawn(dom(f"file://{out}#reference={name}"))["validation loss"] for name in ("", "124M")]
-    assert [x["lines"] for x in lines] == ["made", "made,GPT-2 124M"]
-    assert lines[1]["last"] == "2.5,3.424958"
+    loss = chosen["Loss"]
+    assert (loss["scales"], loss["marks"], loss["lines"]) == ("3 3", "1 2", "training,validation")
+    # nothing at step 4; the raw line behind has no name
+    want = (3 / 2 + 4 / 4 + 5 / 8 + 6 / 16) / (15 / 16)
+    assert [float(x) for x in loss["last"].split(",")] == pytest.approx([want, 5.5])
+    assert chosen["Learning rate"]["scales"] == "3 1"  # not on the loss's scale, nor smoothed
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_gpt2s_loss_stands_beside_gpt2s_vocabulary_only(made: MadeRun, tmp_path: Path) -> None:
+    out, found = tmp_path / "page.html", {}
+    for tokenizer in ("gpt2", "gpt2-1024"):
+        keys = {"run.steps": 10, "data.tokenizer": tokenizer, "optim.lr": 0.25}
+        (made.path / "config.toml").write_text(Config().override(keys).to_toml())
+        assert main(["report", str(made.path), "-o", str(out)]) == 0
+        page = dom(f"file://{out}#reference=124M")
+        found[tokenizer] = drawn(page)["Loss"]["lines"]
+    assert found == {"gpt2": "training,validation,OpenAI's GPT-2 124M", "gpt2-1024": "training,validation"}
+    # one run's page: title, state, headline, and the settings that are not the defaults'
+    assert '<h1 id="title">made</h1>' in page
+    assert re.search(r'class="pill running"[^>]*>running<', page)
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>([^<]*)", page))
+    assert facts == {"step": "5", "validation loss": "5.5", "bits per byte": "2", "training loss": "3",
+                     "HellaSwag": "0.25", "tokens": "5,000", "time": "12 min"}  # fmt: skip
+    rows = re.findall(r"<tr>(.*?)</tr>", re.search(r'id="config">(.*?)</table>', page)[1])
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows[1:]]
+    default = Config().optim.lr
+    assert cells == [["data.tokenizer", "gpt2-1024", ""], ["optim.lr", "0.25", f"{default:g}"]]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_one_point_has_axes_around_it(tmp_path: Path) -> None:
+    """The first step of a run: ticks near its loss, whole steps, nothing that runs to 100."""
+    run = MadeRun(tmp_path / "young")
+    run.step(1, 1.0, 10.95)
+    out = tmp_path / "page.html"
+    assert main(["report", str(run.path), "-o", str(out)]) == 0
+    text = out.read_text()
+    script = re.findall(r"<script>(.*?)</script>", text, re.S)[1]
+    ask = "const s = charts[0].scales; document.body.dataset.ends = [s.x.min, s.x.max, s.y.min, s.y.max];"
+    out.write_text(re.sub(r"<meta http-equiv[^>]*>", "", text).replace(script, f"{script}setTimeout(() => {{{ask}}})"))
+    ends = [float(x) for x in re.search(r'data-ends="([^"]*)"', dom(f"file://{out}"))[1].split(",")]
+    assert ends == pytest.approx([0, 2, 10.95 * 0.8, 10.95 * 1.2])
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
@@ -252,8 +342,9 @@ def test_several_runs_in_one_watch(made: MadeRun, tmp_path: Path) -> None:
     for watch in serving(Watch([str(made.path), str(other.path)])):
         page = dom(watch.url + "#reference=")
     assert "<title>made, other · daybreak</title>" in page
-    loss = drawn(page)["training loss"]
-    assert (loss["lines"], loss["last"], loss["marks"]) == ("made,other", "3,7", "1 2")
+    loss = drawn(page)["Loss"]
+    want = ("made training,made validation,other training", "3,5.5,7", "1 2")
+    assert (loss["lines"], loss["last"], loss["marks"]) == want
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
@@ -269,9 +360,9 @@ def test_a_million_steps_in_a_browser(tmp_path: Path, full: bool, figures: dict[
     out = tmp_path / "long.html"
     assert main(["report", str(run.path), "-o", str(out)]) == 0
     began = time.perf_counter()
-    loss = drawn(dom(f"file://{out}#reference="))["training loss"]
+    loss = drawn(dom(f"file://{out}#reference=&smooth=0"))["Loss"]
     figures["page of a million steps: seconds to draw it"] = round(time.perf_counter() - began, 1)
-    assert (loss["lines"], float(loss["last"])) == ("long", 2 + 1_000_000 % 7 + 0.5)
+    assert (loss["lines"], float(loss["last"])) == ("training", 2 + 1_000_000 % 7 + 0.5)
 
 
 # --------------------------------------------------------------------------------------------------------- the server
@@ -301,7 +392,7 @@ def get(watch: Watch, path: str, host: str | None = None, method: str = "GET") -
 def test_what_the_server_answers(server: Watch, made: MadeRun) -> None:
     status, page, headers = get(server, "/")
     assert status == 200
-    assert "<h1>daybreak</h1>" in page
+    assert '<h1 id="title">daybreak</h1>' in page  # the script puts the run's name there
     assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert "Access-Control-Allow-Origin" not in headers
@@ -309,6 +400,10 @@ def test_what_the_server_answers(server: Watch, made: MadeRun) -> None:
     data = json.loads(body)
     assert data["live"] is True
     assert headers["Content-Security-Policy"] == "default-src 'none'"
+    assert get(server, f"/data?v={data['version']}")[:2] == (204, "")
+    (made.path / "exit.json").write_text('{"code": 0, "reason": "done"}')  # no new line, but news
+    data = json.loads(get(server, f"/data?v={data['version']}")[1])
+    assert data["runs"][0]["state"] == "finished"
     assert get(server, f"/data?v={data['version']}")[:2] == (204, "")
     made.step(6, 5000.0, 2.0)
     status, body, _ = get(server, f"/data?v={data['version']}")
@@ -404,9 +499,9 @@ def test_watching_in_a_browser(server: Watch, made: MadeRun) -> None:
     made.step(6, 5000.0, 2.0)
     assert '"version"' in first
     page = dom(server.url)
-    assert '<p id="state" class="gone">live</p>' in page
+    assert re.search(r'<p id="made"[^>]*>Live\. daybreak ', page)
     assert "<title>made · daybreak</title>" in page
-    assert re.search(r'class="number">6</td>', page)
+    assert "<dt>step</dt><dd>6<" in page
 
 
 def test_what_is_rendered_changes_with_nothing_but_the_data(made: MadeRun) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from daybreak import __version__
+from daybreak.config import Config
 from daybreak.report.series import Follower
 
 WEB = Path(__file__).parent / "web"
@@ -24,12 +26,18 @@ REFERENCES = {
 
 
 def page_data(runs: Sequence[Follower], *, live: bool = False) -> dict[str, Any]:
-    """What the page's script gets. version: bytes read, which grows whenever there is something new."""
+    """What the page's script gets."""
     made = time.strftime("made %d %b %Y, %H:%M UTC", time.gmtime())
     return {
         "runs": [run.payload() for run in runs], "references": REFERENCES, "live": live, "made": made,
-        "version": sum(run.offset for run in runs),
+        "defaults": dict(Config().items()), "daybreak": __version__,
+        "version": version(runs),
     }  # fmt: skip
+
+
+def version(runs: Sequence[Follower]) -> str:
+    """Differs whenever there is something new: bytes read, and each run's state."""
+    return ".".join([str(sum(run.offset for run in runs)), *(run.state()[0] for run in runs)])
 
 
 def to_json(data: Any) -> str:

@@ -9,17 +9,23 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from array import array
 from pathlib import Path
 from typing import Any
 
 from daybreak.config import Config, read_toml
+from daybreak.data.dataset import MANIFEST
+from daybreak.data.shards import locked
 from daybreak.errors import ConfigError
+from daybreak.state.checkpoint import list_checkpoints
 from daybreak.state.metrics import decode_record
 
 TRAIN = ("loss", "norm", "lr", "ms", "tok_s", "mfu", "mem_mib", "temp_c", "power_w", "loss_z", "skipped")
 MOST_POINTS = 4000  # of one curve on a page: more than a screen has pixels
 OUTLIER_Z = 5.0
+JUMP = 6 * 3600.0  # seconds between two lines of an attempt that only a clock set anew explains
+QUIET = 60.0  # seconds without a line after which the run's lock is asked whether a process holds it
 LOG_LINE = re.compile(rb"s:(\d+) (?:tel:(\S+)|eval:(\S+)|trl:(\S+)(?: lr:(\S+) norm:(\S+))?)\s*$")
 
 
@@ -78,6 +84,7 @@ class Follower:
         self.evals: dict[str, Curve] = {}
         self.notes: list[dict[str, Any]] = []  # samples, checkpoints, events, restarts
         self.hours, self._last_t = 0.0, math.nan
+        self.eta: float | None = None
 
     def update(self) -> bool:
         """Read on. Whether there was anything new; half a line waits for its other half."""
@@ -110,10 +117,12 @@ class Follower:
                 self.notes = [n for n in self.notes if n["step"] <= step]
                 self.notes.append({"kind": "restart", "step": step})
             self.start, self._last_t = r, t  # what passed between two attempts costs nothing
-        self.hours += max(t - self._last_t, 0.0) / 3600 if t == t and self._last_t == self._last_t else 0.0
+        passed, busy = t - self._last_t, r.get("ms", 0.0) / 1000
+        self.hours += (passed if 0 <= passed <= JUMP + 10 * busy else busy) / 3600
         self._last_t, r["hours"] = t, self.hours
         if kind == "step":
             self.train.append(r)
+            self.eta = r.get("eta_s")
         elif kind == "val":
             self.val.cut(step - 1)
             self.val.append(r)
@@ -143,10 +152,13 @@ class Follower:
             "name": self.name,
             "parameters": self.start.get("parameters"),
             "flops_per_token": self.start.get("flops_per_token"),
-            "device": self.start.get("device", "llm.c" if c is None else ""),
+            "device": self.start.get("device", ""),
             "steps": c.run.steps if c else None,
             "price": c.cost.price if c else 0.0,
-            "state": self._state(),
+            **dict(zip(("state", "why"), self.state(), strict=True)),
+            "eta": self.eta,
+            "vocabulary": self._vocabulary(),
+            "prompt": c.eval.prompt if c else "",
             "train": self.train.thinned("loss"),
             "val": self.val.thinned("loss"),
             "evals": {task: curve.thinned("accuracy") for task, curve in self.evals.items()},
@@ -171,11 +183,35 @@ class Follower:
         except (OSError, ValueError, TypeError):
             return {}
 
-    def _state(self) -> str:
+    def state(self) -> tuple[str, str]:
+        """One word (running, finished, stopped, failed, killed; "" for llm.c's logs), and why."""
         if self.config is None:
-            return "llm.c's main.log"
-        ended = self._json("exit.json")
-        return f"exit {ended['code']}: {ended['reason']}" if "code" in ended else "running, or killed"
+            return "", "llm.c's main.log"
+        if "code" in (ended := self._json("exit.json")):
+            word = {0: "finished", 75: "stopped"}.get(ended["code"], "failed")
+            return word, str(ended.get("reason", "")) + (f" (exit {ended['code']})" if word == "failed" else "")
+        if self.file.is_file() and time.time() - self.file.stat().st_mtime < QUIET:
+            return "running", ""
+        try:
+            with locked(self.folder, ConfigError("")):
+                return "killed", "It ended without a word, or runs on another machine."
+        except (ConfigError, OSError):
+            return "running", ""
+
+    def _vocabulary(self) -> str:
+        """The tokenizer's name, as far as the run's folder or its data set tells."""
+        if self.config is None:
+            return "gpt2"
+        d = self.config.data
+        if d.tokenizer:
+            return d.tokenizer
+        for path in [*list_checkpoints(self.folder / "checkpoints"), Path(d.dir) / d.name]:
+            try:
+                found = json.loads((path / MANIFEST).read_text())["tokenizer"]
+                return str(found["name"] if isinstance(found, dict) else found)
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return ""
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

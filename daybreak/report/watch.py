@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote
 
 from daybreak.errors import ConfigError
-from daybreak.report.page import page_data, render, to_json
+from daybreak.report.page import page_data, render, to_json, version
 from daybreak.report.series import Follower
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -104,13 +104,12 @@ class Watch(ThreadingHTTPServer):
         if not isinstance(sys.exception(), OSError):
             log.exception("watch: a request failed.")
 
-    def data(self, version: str | None = None) -> dict[str, Any]:
-        """What the page shows, read anew; empty if that is `version` already."""
+    def data(self, known: str | None = None) -> dict[str, Any]:
+        """What the page shows, read anew; empty if its version is `known`."""
         with self.reading:
             for run in self.runs:
                 run.update()
-            known = version == str(sum(run.offset for run in self.runs))
-            return {} if known else page_data(self.runs, live=True)
+            return {} if known == version(self.runs) else page_data(self.runs, live=True)
 
 
 class _Handler(BaseHTTPRequestHandler):

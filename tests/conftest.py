@@ -31,7 +31,14 @@ INTEROP = (
     "test_serve_network",
 )
 INTEROP += ("test_llmc_ranks",)
-DATA = ("test_data_formats", "test_data_hub", "test_data_mixing", "test_eval_choice", "test_eval_harness")
+DATA = (
+    "test_data_faults",
+    "test_data_formats",
+    "test_data_hub",
+    "test_data_mixing",
+    "test_eval_choice",
+    "test_eval_harness",
+)
 GROUPS = {
     **{f"tests/test_kernel_{name}.py": "kernels" for name in KERNELS},
     **{f"tests/test_{name}.py": "kernels" for name in ("aot", "bench_kernels")},

@@ -396,6 +396,8 @@ def test_prepare_prints_what_it_made(here: Path, capsys: pytest.CaptureFixture[s
     assert out == (
         f"d/p: {train['tokens']:,} training and {val['tokens']:,} validation tokens (bytes) of 200 documents in "
         f"{len(train['shards']) + len(val['shards'])} shards\n"
+        f"Validation is {100 * val['tokens'] / (train['tokens'] + val['tokens']):.3g} % of the tokens. "
+        "Next: daybreak train d6 --model.V 257 --data p --name p --data.dir d\n"
     )
     assert err == ""  # no bar where stderr is no terminal
 

@@ -128,13 +128,36 @@ def test_every_way_a_card_lists_its_files(
     }
 
 
-def test_json_is_refused_and_what_is_read_is_said(hub: Hub, tmp_path: Path) -> None:
-    hub.add("o/json", {"data.json": lines("a", "b")})
-    with pytest.raises(DataError, match=r"hf:o/json has no \.parquet, \.jsonl, .* file among \*\*"):
-        prepare("hf:o/json", data_dir=tmp_path)
-    (tmp_path / "data.json").write_bytes(lines("a", "b"))
-    with pytest.raises(DataError, match=r"cannot read \.json files; convert to .* \.jsonl"):
-        prepare(tmp_path / "data.json", data_dir=tmp_path)
+def test_json_is_read_and_what_is_not_is_said(hub: Hub, tmp_path: Path) -> None:
+    hub.add("o/json", {"data.json": lines("a", "b"), "dataset_infos.json": b"{}", "eval/data.json": lines("test")})
+    prepare("hf:o/json", data_dir=tmp_path, tokenizer="bytes", name="j")
+    assert read_documents(tmp_path / "j", "train", "bytes") == ["a"]
+    assert read_documents(tmp_path / "j", "val", "bytes") == ["b"]
+    hub.add("o/other", {"data.xml": b"<a/>"})
+    with pytest.raises(DataError, match=r"hf:o/other has no \.parquet, \.jsonl, .* file among \*\*"):
+        prepare("hf:o/other", data_dir=tmp_path)
+
+
+def test_a_cards_pattern_is_matched_in_bounded_time(hub: Hub, tmp_path: Path) -> None:
+    name = "a" * 60
+    for glob, path, expected in (
+        ("*a" * 30 + "b", name, False),
+        ("**a" * 30 + "*", name, True),
+        ("**/*.txt", "x.txt", True),
+        ("**/*.txt", "a/b/x.txt", True),
+        ("data/*.txt", "data/b/x.txt", False),
+        ("data/**.txt", "data/b/x.txt", True),
+        ("data/**/x?.txt", "data/b/c/x1.txt", True),
+        ("a/**/b/*c*", "a/1/b/2/b/xcx", True),
+        ("a/**/b/*c*", "a/1/b/2/xcx", False),
+        ("?", "/", False),
+        ("x", "xy", False),
+    ):
+        assert client._matches(glob, path) is expected, (glob, path)
+    config = {"config_name": "c", "data_files": "*a" * 600}
+    hub.add("o/slow", {f"{name}.jsonl": lines("a", "b")}, {"configs": [config]})
+    with pytest.raises(DataError, match=r"the card's file pattern .* is not a text of at most 1000"):
+        prepare("hf:o/slow", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

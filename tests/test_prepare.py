@@ -167,8 +167,8 @@ def test_json_lines(tmp_path: Path) -> None:
     assert manifest.val.documents == len(val)
     order = {text: i for i, text in enumerate(texts)}
     assert [order[t] for t in train] == sorted(order[t] for t in train)
-    assert val[0] == texts[0]
-    assert train[0] == texts[1]
+    assert train[0] == texts[0]
+    assert val[0] == texts[1]  # so that there is one
     assert 8 <= len(val) <= 35
 
     path.write_text("\n".join(lines[:500]), "utf-8")  # a shorter file: the same documents stay validation
@@ -195,8 +195,8 @@ def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
     for unread in ("photo.jpg", ".hidden.txt", "deep/.cache/x.txt"):
         (folder / unread).write_bytes(b"\xff")
     prepare([folder], data_dir=tmp_path, tokenizer="bytes")
-    assert read_documents(tmp_path / "corpus-bytes", "val", "bytes") == ["a"]
-    assert read_documents(tmp_path / "corpus-bytes", "train", "bytes") == ["b", "c1", "c2"]
+    assert read_documents(tmp_path / "corpus-bytes", "train", "bytes") == ["a", "b", "c1"]
+    assert read_documents(tmp_path / "corpus-bytes", "val", "bytes") == ["c2"]
 
 
 @pytest.mark.parametrize("names", [("Tiny-train.txt", "Tiny-valid.txt"), ("train/x.jsonl", "val/x.jsonl")])
@@ -369,7 +369,7 @@ def test_resolve_source_names_several_files(tmp_path: Path) -> None:
     source = resolve_source([tmp_path / "b.txt", tmp_path / "a.txt"])
     assert source.name == "b"
     assert source.size == 10
-    assert [(piece.split, piece.text) for piece in source.pieces()] == [("val", "b.txt"), ("train", "a.txt")]
+    assert [(piece.split, piece.text) for piece in source.pieces()] == [("train", "b.txt"), ("val", "a.txt")]
 
 
 def test_what_it_takes_is_said_before_it_starts(

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 @click.option("--shard-tokens", type=int, default=100_000_000, show_default=True, metavar="N", help="Tokens per shard.")
 @click.option("--workers", type=int, default=0, show_default=True, metavar="N", help="Threads; 0 = all cores.")
 @click.option("--text-field", default="text", show_default=True, metavar="KEY",
-              help="Field (.jsonl) or column that is the text.")  # fmt: skip
+              help="Field (.jsonl, .json, .csv) or column that is the text.")  # fmt: skip
+@click.option("--skip-bad", is_flag=True, help="Pass over bad files, lines and rows, and say how many there were.")
 def prepare(
     sources: tuple[str, ...], pretokenized: int | None, name: str | None, data_dir: str, **options: Any
 ) -> None:
@@ -41,8 +43,10 @@ def prepare(
     NAME|FILE is one of:
       stdlib              the Python standard library on this machine (no download)
       book.txt            one document
-      pages.jsonl         one document per line (also .jsonl.gz, .jsonl.zst); table.parquet: per row
-      folder              all of these in it
+      pages.jsonl         one document per line; .json: per value; .csv, .tsv, .parquet: per row
+      pages.jsonl.gz      all but Parquet also compressed, .gz or .zst
+      folder              all of these in it; files whose names say "test" are left out
+      -                   standard input, text or JSON Lines
       hf:owner/name[:config][#column]     a data set of the Hugging Face Hub (HF_ENDPOINT is respected)
       https://host/part-{00..99}.parquet  files of these kinds
       fineweb-edu[-10B|-100B|-350B], fineweb[-...], climbmix, tinystories, openwebtext, tinyshakespeare
@@ -55,6 +59,7 @@ def prepare(
     """
     from daybreak.data.prepare import prepare as prepare_dataset
     from daybreak.data.prepare import pretokenized as fetch_shards
+    from daybreak.data.tokenizer import get_tokenizer
 
     if pretokenized is not None and len(sources) != 1:
         raise ConfigError(f"--pretokenized takes one NAME or hf:owner/name, not {' '.join(sources)!r}.")
@@ -66,9 +71,15 @@ def prepare(
             manifest = prepare_dataset(sources, name=name, data_dir=data_dir, progress=progress, **options)
     train, val = manifest.train, manifest.val
     shards = len(train.shards) + len(val.shards)
+    share = 100 * val.tokens / (train.tokens + val.tokens)
+    V = get_tokenizer(manifest.tokenizer, Path(data_dir) / manifest.name).V
+    model = "tiny" if V == 1025 else f"{'d6' if train.tokens < 10**8 else 'd12'}{f' --model.V {V}' * (V != 50_257)}"
+    place = f" --data.dir {data_dir}" * (data_dir != "data")
     click.echo(
         f"{data_dir}/{manifest.name}: {train.tokens:,} training and {val.tokens:,} validation tokens "
-        f"({manifest.tokenizer}) of {train.documents + val.documents:,} documents in {shards} shards"
+        f"({manifest.tokenizer}) of {train.documents + val.documents:,} documents in {shards} shards\n"
+        f"Validation is {share:.3g} % of the tokens. Next: daybreak train {model} --data {manifest.name} "
+        f"--name {manifest.name}{place}"
     )
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from daybreak.data.formats import Faults
 from daybreak.data.hub import SPEC, remote_source
-from daybreak.data.sources import Source, file_source, stdlib_source
+from daybreak.data.sources import Source, file_source, stdin_source, stdlib_source
 from daybreak.errors import ConfigError, DataError
 
 log = logging.getLogger("daybreak")
@@ -50,16 +51,18 @@ def known_name(name: str) -> str:
     return name if name in CATALOGUE else ""
 
 
-def _known_source(name: str, field: str, fraction: float | None) -> Source:
+def _known_source(name: str, field: str, fraction: float | None, faults: Faults) -> Source:
     entry = CATALOGUE[name]
     if not entry.spec:
         return stdlib_source(fraction)
-    source = remote_source([entry.spec], field, fraction or entry.fraction, entry.licence, entry.size)
+    source = remote_source([entry.spec], field, fraction or entry.fraction, faults, entry.licence, entry.size)
     return Source(**{**vars(source), "name": name})
 
 
-def resolve_source(names: Sequence[str | Path], field: str = "text", val_fraction: float | None = None) -> Source:
-    """The source that `names` stand for: one catalogue name, one hf: data set, URLs, or paths.
+def resolve_source(
+    names: Sequence[str | Path], field: str = "text", val_fraction: float | None = None, skip_bad: bool = False
+) -> Source:
+    """The source that `names` stand for: one catalogue name, one hf: data set, URLs, paths, or - for standard input.
 
     An existing path wins over a catalogue name and says so. Raises DataError, with the nearest match, for what is none
     of them; ConfigError for a val_fraction outside (0, 1).
@@ -69,17 +72,19 @@ def resolve_source(names: Sequence[str | Path], field: str = "text", val_fractio
     known = ", ".join([*CATALOGUE, *ALIASES])
     if not names:
         raise ConfigError(f"nothing to prepare; give files, folders, URLs, hf:owner/name or a name ({known}).")
-    words = [str(name) for name in names]
+    words, faults = [str(name) for name in names], Faults(skip_bad)
     if words[0].startswith("hf:"):
         if len(words) > 1 or not SPEC.fullmatch(words[0]):
             raise ConfigError(f"{' '.join(words)!r} must be one hf:owner/name[@revision][:config][#column].")
-        return remote_source(words, field, val_fraction)
+        return remote_source(words, field, val_fraction, faults)
+    if words == ["-"]:
+        return stdin_source(field, val_fraction, faults)
     if all(word.startswith(("http://", "https://")) for word in words):
-        return remote_source(words, field, val_fraction)
+        return remote_source(words, field, val_fraction, faults)
     paths = [Path(name) for name in names]
     if len(names) == 1 and (name := known_name(words[0])):
         if not paths[0].exists():
-            return _known_source(name, field, val_fraction)
+            return _known_source(name, field, val_fraction, faults)
         log.warning("%r is a file or folder here and a catalogue name; using the one here (%s).", names[0], paths[0])
     found: list[Path] = []
     for path in paths:
@@ -90,4 +95,4 @@ def resolve_source(names: Sequence[str | Path], field: str = "text", val_fractio
             hint = f" did you mean {near[0]!r}?" if near else ""
             raise DataError(f"{str(path)!r} is neither a file nor a folder;{hint} Catalogue names: {known}.")
         found += globbed or [path]
-    return file_source(found, field, val_fraction)
+    return file_source(found, field, val_fraction, faults)

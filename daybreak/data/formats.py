@@ -1,27 +1,67 @@
-"""Documents of one file, whatever its format: plain text, JSON Lines (also .gz, .zst) and Parquet.
+"""Documents of one file, whatever its format: plain text, JSON Lines, JSON, CSV (each also as .gz and .zst), Parquet.
 
-A reader never holds more than a line, a block or a Parquet batch. zstandard and pyarrow come with the extra `data`.
+A reader holds one line, one block or one Parquet batch at a time, and the whole of a .json file that is an array.
+Nothing longer than LONGEST is held. zstandard and pyarrow come with the extra `data`.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import importlib
-import io
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar
 
+from daybreak.data.kinds import HEAD, identify
 from daybreak.errors import ConfigError, DataError
 
-TEXT_SUFFIXES = (".txt", ".md")  # each file one document; of the others, a list of them
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
-SUFFIXES = (*TEXT_SUFFIXES, *JSONL_SUFFIXES, ".parquet")
+Item = TypeVar("Item")
+
+
+def _packed(*suffixes: str) -> tuple[str, ...]:
+    return tuple(suffix + packing for suffix in suffixes for packing in ("", ".gz", ".zst"))
+
+
+TEXT_SUFFIXES = _packed(".txt", ".md")  # each file one document; of the others, a list of them
+JSON_SUFFIXES, CSV_SUFFIXES = _packed(".json"), _packed(".csv", ".tsv")
+TABLE_SUFFIXES = (*JSON_SUFFIXES, *CSV_SUFFIXES)
+KINDS = ((".parquet",), _packed(".jsonl", ".ndjson"), JSON_SUFFIXES, CSV_SUFFIXES, TEXT_SUFFIXES)
+SUFFIXES = tuple(chain(*KINDS))
 BLOCK = 1 << 20  # bytes or characters
+LONGEST = 1 << 28  # bytes
+BOMB, BOMB_RATIO = 1 << 30, 500  # a packed file that holds more bytes than either allows is no text
 _ROWS = 256  # of a Parquet file at a time
+_ZSTD_READ, _ZSTD_WINDOW = 1024, 1 << 31  # bytes: these unpack to 32 MiB at most; the window of `zstd --long=31`
+_ZSTD_FRAME = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+
+
+class Faults:
+    """What becomes of a bad file, line or row: a DataError, or with `skip` a count by reason.
+
+    `harmless`: reasons that are only counted, `skip` or not.
+    """
+
+    def __init__(self, skip: bool = False, harmless: tuple[str, ...] = ()) -> None:
+        self.skip, self.harmless, self.first = skip, harmless, dict[str, str]()
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, reason: str, message: str) -> None:
+        """Raise DataError with the message, or count it."""
+        if not self.skip and reason not in self.harmless:
+            raise DataError(message) from None
+        self.counts[reason] += 1
+        self.first.setdefault(reason, message)
+
+    def __str__(self) -> str:
+        """The counts, with the first message of each reason."""
+        return " ".join(f"{n:,} {reason} (first: {self.first[reason]})" for reason, n in self.counts.items())
 
 
 def extra(module: str, name: str, what: str) -> Any:
@@ -32,72 +72,138 @@ def extra(module: str, name: str, what: str) -> Any:
         raise ConfigError(f"{what} needs {module.partition('.')[0]}: pip install 'daybreak[{name}]'.") from None
 
 
-def read_text(path: Path) -> Iterator[str]:
+def is_text(name: str) -> bool:
+    """Whether a file of this name is one document: .txt, .md, or without a suffix."""
+    return name.lower().endswith(TEXT_SUFFIXES) or "." not in name.rpartition("/")[2]
+
+
+def _zstd(path: Path) -> Iterator[bytes]:
+    """Of all frames one after the other, as parallel compressors write them."""
+    reader = extra("zstandard", "data", str(path)).ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    frame = None
+    with path.open("rb") as file:
+        while data := file.read(_ZSTD_READ):
+            while data := data if frame and not frame.eof else data.lstrip(b"\0"):  # zeros may follow a frame
+                frame = frame if frame and not frame.eof else reader.decompressobj()
+                yield frame.decompress(data)
+                data = frame.unused_data
+    if frame and not frame.eof:
+        raise EOFError("it ends within a frame")
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The unpacked bytes. The first bytes tell how a file is packed: many downloads are unpacked on their way."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+        packed = head.startswith(b"\x1f\x8b")
+        if said := identify(head, text=True):
+            raise DataError(f"{path} is {said}.")
+        if not packed and path.suffix in (".gz", ".zst") and b"\0" in head and not _ZSTD_FRAME.match(head):
+            raise DataError(f"{path} is damaged (it does not begin as {path.suffix} files do); copy it again.")
+        file.seek(0)
+        opened: Any = gzip.GzipFile(fileobj=file) if packed else file
+        size, most = 0, max(BOMB, BOMB_RATIO * path.stat().st_size)
+        for block in _zstd(path) if _ZSTD_FRAME.match(head) else iter(lambda: opened.read(BLOCK), b""):
+            yield block
+            if (size := size + len(block)) > most:
+                raise DataError(f"{path} unpacks to more than {most:,} bytes, {BOMB_RATIO} times its size, as no text "
+                                "does; unpack it yourself if you trust it.")  # fmt: skip
+
+
+def _guarded(path: Path, items: Iterator[Item], faults: Faults) -> Iterator[Item]:
+    """The items, up to what makes the rest of the file unreadable, which is a fault."""
+    try:
+        yield from items
+    except Exception as error:
+        foreign = type(error).__module__.startswith(("pyarrow", "zstandard", "_csv"))
+        if foreign or isinstance(error, EOFError | zlib.error) or (isinstance(error, OSError) and not error.errno):
+            faults("damaged", f"{path} is damaged ({str(error).partition(chr(10))[0]}); copy it again.")
+        elif faults.skip and isinstance(error, DataError | OSError):
+            faults("unreadable", str(error))
+        else:
+            raise
+
+
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> str:
+    line += error.object.count(b"\n", 0, error.start)
+    return f"{path} line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file to UTF-8."
+
+
+def read_text(path: Path, faults: Faults) -> Iterator[str]:
     """The text of a UTF-8 file in blocks, newlines as they are, without a byte order mark.
 
-    DataError names the line that is not UTF-8, or says that the file is empty.
+    A line that is not UTF-8, and an empty file, are faults.
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    newline, lines, empty = b"\n", 1, True
-    with path.open("rb") as file:
-        while data := file.read(BLOCK):
-            yield (text := _decode(decoder.decode, data, path, lines))
-            empty = empty and not text
-            lines += data.count(newline)
-        _decode(lambda rest: decoder.decode(rest, True), b"", path, lines)
-    if empty:
-        raise DataError(f"{path} is empty.")
 
-
-def _decode(decode: Callable[[bytes], str], data: bytes, path: Path, line: int) -> str:
-    try:
-        return decode(data)
-    except UnicodeDecodeError as error:
-        line += error.object.count(b"\n", 0, error.start)
-        value = error.object[error.start]
-        raise DataError(f"{path} line {line}: byte 0x{value:02x} is not UTF-8; convert the file to UTF-8.") from None
-
-
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(path, "rb"))
-    if path.suffix == ".zst":
-        opened: IO[bytes] = extra("zstandard", "data", str(path)).open(path, "rb")
-        return io.BufferedReader(opened)  # type: ignore[type-var]  # a raw stream without readline
-    return path.open("rb")
-
-
-def read_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of each line that is not blank. DataError names the one that is not UTF-8 or not JSON."""
-    with _open(path) as file:
-        for line, data in enumerate(file, 1):
-            if not data.strip():
-                continue
-            raw = _decode(lambda b: b.decode("utf-8-sig"), data, path, line)
+    def texts() -> Iterator[str]:
+        decoder, newline, lines, empty = codecs.getincrementaldecoder("utf-8-sig")(), b"\n", 1, True
+        for data in chain(_blocks(path), (b"",)):
             try:
-                yield line, json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path} line {line} is not valid JSON ({error}); fix or delete the line.") from None
+                yield (text := decoder.decode(data, not data))
+            except UnicodeDecodeError as error:
+                faults("not UTF-8", _not_utf8(path, lines, error))
+                return
+            empty, lines = empty and not text, lines + data.count(newline)
+        if empty:
+            faults("empty", f"{path} is empty.")
+
+    return _guarded(path, texts(), faults)
 
 
-def read_jsonl(path: Path, field: str = "text") -> Iterator[tuple[int, str]]:
-    """(line number, text) of each document of a JSON Lines file; blank lines and empty texts are passed over.
+def _lines(path: Path, faults: Faults) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line that is UTF-8 and not too long."""
+    line, rest, long = 0, bytearray(), False
+    for block in chain(_blocks(path), (b"",)):
+        rest += block
+        *whole, rest = rest.split(b"\n") if b"\n" in block else (rest,)
+        if len(rest) > LONGEST:
+            if not long:
+                faults("too long", f"{path} line {line + 1} has over {LONGEST:,} bytes; make several documents of it.")
+            rest, long = bytearray(), True
+        for data in whole if block else (rest,):
+            line += 1
+            try:
+                if not long:
+                    yield line, data.decode("utf-8-sig") + "\n"
+            except UnicodeDecodeError as error:
+                faults("not UTF-8", _not_utf8(path, line, error))
+            long = False
 
-    DataError names file and line where a line is not UTF-8, not a JSON object, or has no string called `field`.
+
+def read_records(path: Path, faults: Faults | None = None) -> Iterator[tuple[int, Any]]:
+    """(place, value) of each line of JSON Lines that is not blank, value of a .json array, or row of a .csv or .tsv.
+
+    What is not UTF-8 or not JSON is a fault that names its place.
     """
-    empty = True
-    for line, record in read_records(path):
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            keys = ", ".join(repr(key) for key in record) if isinstance(record, dict) else type(record).__name__
-            raise DataError(
-                f"{path} line {line} has no text in field {field!r} (it has: {keys}); name the right one with "
-                "--text-field."
-            )
-        if text := record[field]:
-            empty = False
-            yield line, without_surrogates(text)
-    if empty:
-        raise DataError(f"{path} holds no documents.")
+    return _guarded(path, _records(path, path.name.lower(), faults := faults or Faults()), faults)
+
+
+def _records(path: Path, name: str, faults: Faults) -> Iterator[tuple[int, Any]]:
+    lines = _lines(path, faults)
+    if name.endswith(CSV_SUFFIXES):
+        csv.field_size_limit(LONGEST)
+        rows = csv.DictReader((text for _, text in lines), delimiter="\t" if ".tsv" in name else ",")
+        yield from ((rows.line_num, row) for row in rows)
+    elif name.endswith(JSON_SUFFIXES):
+        data = bytearray()
+        for block in _blocks(path):
+            if len(data := data + block) > LONGEST:
+                break  # it is cut, and so not valid
+        try:
+            value = json.loads(data)
+            yield from enumerate(value if isinstance(value, list) else [value], 1)
+            return
+        except (ValueError, RecursionError) as error:
+            if data[:BLOCK].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                faults("not JSON", f"{path} is no valid JSON array of at most {LONGEST:,} bytes ({error}); mend it, or "
+                                   "write a line for each value.")  # fmt: skip
+                return
+    for line, text in lines:
+        if text.strip().strip("\0"):
+            try:
+                yield line, json.loads(text)
+            except (ValueError, RecursionError) as error:
+                faults("not JSON", f"{path} line {line} is not valid JSON ({error}); fix or delete the line.")
 
 
 def without_surrogates(text: str) -> str:
@@ -109,32 +215,51 @@ def without_surrogates(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def read_parquet(path: Path, field: str = "text") -> Iterator[tuple[int, str]]:
-    """(row number from 1, text) of column `field`; empty and missing texts are passed over. DataError as above."""
-    arrow = extra("pyarrow", "data", str(path))
-    with extra("pyarrow.parquet", "data", str(path)).ParquetFile(path) as table:
-        column = next((c for c in table.schema_arrow if c.name == field), None)
-        if column is None or not (arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type)):
-            names = ", ".join(repr(c.name) for c in table.schema_arrow)
+def _record_texts(path: Path, field: str, faults: Faults) -> Iterator[tuple[int, str]]:
+    unit = "value" if path.name.lower().endswith(JSON_SUFFIXES) else "line"
+    for place, record in read_records(path, faults):
+        text = record.get(field, 0) if isinstance(record, dict) else 0
+        if isinstance(text, str):
+            yield place, without_surrogates(text)
+        elif text is not None:
+            keys = ", ".join(repr(key) for key in record) if isinstance(record, dict) else type(record).__name__
+            faults("without text", f"{path} {unit} {place} has no text in field {field!r} (it has: {keys}); name the "
+                                   "right one with --text-field.")  # fmt: skip
+
+
+def _parquet_texts(path: Path, field: str, faults: Faults) -> Iterator[tuple[int, str]]:
+    arrow, parquet = (extra(name, "data", str(path)) for name in ("pyarrow", "pyarrow.parquet"))
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if not head.startswith(b"PAR1") and (said := identify(head)):
+        raise DataError(f"{path} is not Parquet but {said}.")
+    with parquet.ParquetFile(path) as table:
+        columns, words = table.schema_arrow, arrow.DictionaryType
+        kinds = {c.name: c.type.value_type if isinstance(c.type, words) else c.type for c in columns}
+        if str(kinds.get(field)).removeprefix("large_").removesuffix("_view") not in ("string", "binary", "null"):
+            names = ", ".join(repr(name) for name in kinds)
             raise DataError(f"{path} has no text column {field!r} (it has: {names}); name it with --text-field.")
-        row = 0
+        rows = count(1)
         for batch in table.iter_batches(_ROWS, columns=[field], use_threads=False):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                if text:
-                    yield row, text
-    if not row:
-        raise DataError(f"{path} holds no documents.")
+            texts = batch.column(0).cast(kinds[field]).cast(arrow.large_binary())
+            for text, row in zip(texts.to_pylist(), rows, strict=False):
+                try:
+                    yield row, (text or b"").decode()
+                except UnicodeDecodeError:
+                    faults("not UTF-8", f"{path} row {row} is not UTF-8 in column {field!r}; write the table again.")
 
 
-def read_documents(path: Path, field: str) -> Iterator[tuple[int, str]]:
-    """(place in the file, text) of each document of a JSON Lines or Parquet file. DataError for a damaged file."""
-    try:
-        yield from (read_parquet if path.suffix == ".parquet" else read_jsonl)(path, field)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}); copy it again.") from None
-    except Exception as error:
-        foreign = type(error).__module__.startswith(("pyarrow", "zstandard"))
-        if foreign or (isinstance(error, OSError) and error.errno is None):  # pyarrow's, of what it read
-            raise DataError(f"{path} is damaged ({str(error).splitlines()[0]}); copy it again.") from None
-        raise
+def read_documents(path: Path, field: str, faults: Faults) -> Iterator[tuple[int, str]]:
+    """(place in the file, text) of each document of a file that lists them; missing and empty texts are passed over.
+
+    A place is the number from 1 of a line, value or row. A record without a text called `field` is a fault, and so are
+    a damaged file and one without documents.
+    """
+    read, empty = _parquet_texts if path.suffix.lower() == ".parquet" else _record_texts, True
+    before = faults.counts.total()
+    for place, text in _guarded(path, read(path, field, faults), faults):
+        if text:
+            empty = False
+            yield place, text
+    if empty and faults.counts.total() == before:
+        faults("empty", f"{path} holds no documents.")

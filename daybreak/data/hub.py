@@ -17,17 +17,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from daybreak.data.formats import JSONL_SUFFIXES, SUFFIXES, extra
+from daybreak.data.formats import KINDS, SUFFIXES, Faults, extra
 from daybreak.data.loader import ahead
 from daybreak.data.shards import sha256_of
-from daybreak.data.sources import Part, Piece, Source, split_parts, text_size
+from daybreak.data.sources import CARDS, Part, Piece, Source, split_of, split_parts, text_size
 from daybreak.errors import DataError
 
 log = logging.getLogger("daybreak")
 SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:#]+))?(?::(?P<config>[^#]+))?(?:#(?P<column>.+))?")
 ATTEMPTS, WAIT, AHEAD = 5, 1.0, 2  # tries a file, seconds after the first (doubled each time), files before the reader
-KINDS = ((".parquet",), JSONL_SUFFIXES, (".txt",))
-_TEST_NAME = re.compile(r"(?:^|[/._-])test(?=[/._-]|$)")
+LONGEST_GLOB = 1000  # characters
 
 
 class Remote(NamedTuple):
@@ -76,10 +75,28 @@ def _defect(path: Path, remote: Remote) -> str:
     return ""
 
 
-def _matcher(pattern: str) -> re.Pattern[str]:
-    """A glob as the Hub's dataset cards use them: * stays within a folder, ** does not."""
-    words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile("".join(words.get(w) or re.escape(w) for w in re.split(r"(\*\*/|\*\*|\*|\?)", pattern)) + "$")
+def _matches(glob: str, path: str) -> bool:
+    """Whether a path matches a glob as the Hub's dataset cards use them: * stays within a folder, ** does not.
+
+    The places of the path that the glob's beginning can reach are followed, so the time is bounded by both lengths.
+    """
+    reached = {0}
+    for word in re.split(r"(\*\*/|\*\*|\*|\?)", glob):
+        if not reached:
+            break
+        after = range(min(reached) + 1, len(path) + 1)
+        if word == "**":
+            reached |= set(after)
+        elif word == "**/":
+            reached |= {i for i in after if path[i - 1] == "/"}
+        elif word == "*":
+            for i in after:
+                reached |= {i} if i - 1 in reached and path[i - 1] != "/" else set()
+        elif word == "?":
+            reached = {i + 1 for i in reached if path[i : i + 1] not in ("", "/")}
+        else:
+            reached = {i + len(word) for i in reached if path.startswith(word, i)}
+    return len(path) in reached
 
 
 def _patterns(card: dict[str, Any], config: str) -> list[tuple[str, str]]:
@@ -118,6 +135,8 @@ def hub_files(
         info = api.dataset_info(repo, revision=revision, timeout=30)
         card = dict(info.card_data.to_dict()) if info.card_data else {}
         patterns = _patterns(card if kinds is KINDS else {}, config)
+        if bad := next((glob for glob, _ in patterns if not isinstance(glob, str) or len(glob) > LONGEST_GLOB), None):
+            raise DataError(f"the card's file pattern {str(bad)[:40]!r}... is not a text of at most {LONGEST_GLOB}.")
         fixed = [re.split(r"[*?]", glob)[0] for glob, _ in patterns]
         prefix = os.path.commonprefix(fixed).rpartition("/")[0]  # noqa: RUF071  # cut at a folder
         tree = api.list_repo_tree(repo, prefix or None, recursive=True, revision=info.sha, repo_type="dataset")
@@ -137,14 +156,14 @@ def hub_files(
 
     files = []
     for entry in entries:
-        split = next((s for glob, s in patterns if _matcher(glob).match(entry.path)), "test")
-        split = {"validation": "val", "valid": "val"}.get(split, split)
-        if split in ("train", "val") or (not split and not _TEST_NAME.search(entry.path)):
+        split = next((s for glob, s in patterns if _matches(glob, entry.path)), "test")
+        split = {"validation": "val", "valid": "val"}.get(split, split) or split_of(entry.path)
+        if split != "test" and entry.path.rpartition("/")[2] not in CARDS:
             sha256 = entry.lfs.sha256 if entry.lfs else ""
             files.append(Remote(entry.path, entry.size, sha256, split, getter(entry.path)))
     found = next((some for kind in kinds if (some := [f for f in files if f.name.endswith(kind)])), [])
     if not found:
-        known, globs = ", ".join(s for kind in kinds for s in kind), ", ".join(glob for glob, _ in patterns)
+        known, globs = ", ".join(kind[0] for kind in kinds), ", ".join(glob for glob, _ in patterns)
         raise DataError(f"hf:{repo} has no {known} file among {globs}.")
     licence = card.get("license", "unknown")
     return info.sha, licence if isinstance(licence, str) else " ".join(licence), found
@@ -152,7 +171,7 @@ def hub_files(
 
 def _url_file(url: str, size: int = -1) -> Remote:
     name = url.partition("?")[0].rpartition("/")[2]
-    if not name.endswith(SUFFIXES):
+    if not name.lower().endswith(SUFFIXES):
         raise DataError(f"{url}: cannot read files of this kind; it must end in {', '.join(SUFFIXES)}.")
 
     def get(folder: Path, force: bool) -> Path:
@@ -185,7 +204,7 @@ def _opened(remotes: Sequence[Remote], first: int, folder: Path) -> Iterator[tup
 
 
 def remote_source(
-    names: Sequence[str], field: str, fraction: float | None, licence: str = "", size: int = -1
+    names: Sequence[str], field: str, fraction: float | None, faults: Faults, licence: str = "", size: int = -1
 ) -> Source:
     """`hf:owner/name[@revision][:config][#column]`, or URLs, as a source. DataError for what cannot be listed."""
     if match := SPEC.fullmatch(names[0]):
@@ -199,13 +218,15 @@ def remote_source(
         # Nothing tells whether what a URL gives changed: an unfinished preparation trusts that it did not.
         revision, name = "as downloaded", remotes[0].name.rpartition("/")[2].partition(".")[0]
     parts = [Part(remote.name, Path(), remote.split) for remote in remotes]
+    size = sum(text_size(remote.name, max(remote.size, 0)) for remote in remotes)
+    faults.harmless = ("empty",) if len(parts) > 1 else ()
 
     def pieces(first: int = 0, before: int = 0, work: Path | None = None) -> Iterator[Piece]:
         assert work is not None, "a remote source needs a folder for its downloads"
-        return split_parts(parts, field, fraction, _opened(remotes, first, work / "download"), before)
+        return split_parts(parts, field, fraction, _opened(remotes, first, work / "download"), before, size, faults)
 
     return Source(
         name=name, origin=" ".join(names), revision=revision, licence=licence or "unknown",
-        size=sum(text_size(r.name, max(r.size, 0)) for r in remotes), pieces=pieces,
+        size=size, pieces=pieces, faults=faults,
         state=[[r.name, r.size, r.sha256] for r in remotes],
     )  # fmt: skip

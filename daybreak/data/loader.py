@@ -7,6 +7,7 @@ between calls, so ranks, micro-batches and resumed runs only choose which part o
 
 from __future__ import annotations
 
+import resource
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,6 +62,13 @@ def permutation(seed: int, epoch: int, n: int) -> Callable[[NDArray[np.int64] | 
     return permute
 
 
+@lru_cache(maxsize=min(256, max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**31 // 4)))
+def _mapped(owner: object, shard: ShardInfo) -> NDArray[Any]:
+    """A loader's shard, mapped on demand. A map holds a file descriptor, and the process has few of them: all loaders
+    share them. One that is dropped stays valid for the thread that is reading it."""
+    return open_shard(shard)
+
+
 class Loader:
     """The samples of `shards` in the order of (seed, epoch); `shuffle=False` reads them in file order (validation).
 
@@ -97,9 +105,7 @@ class Loader:
                 f"the data{where} is too small: a sample needs T + 1 = {T + 1} tokens inside one shard, the largest "
                 f"shard has {largest}; use a smaller batch.T or more data."
             )
-        # Mapped on demand and not all at once: a map holds a file descriptor, and 1,000 shards exceed the usual limit.
-        # One that is dropped stays valid for the thread that is reading it.
-        self._open = lru_cache(maxsize=256)(open_shard)
+        self._owner = object()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,7 +123,7 @@ class Loader:
         shard_of = np.searchsorted(self._ends, places, side="right")
         for row, (place, s) in enumerate(zip(places.tolist(), shard_of.tolist(), strict=True)):
             start = self._start(place, s)
-            out[row] = self._open(self.shards[s])[start : start + self.T + 1]
+            out[row] = _mapped(self._owner, self.shards[s])[start : start + self.T + 1]
         if out.size and out.max() >= self.V:
             row, column = (int(k[0]) for k in np.nonzero(out >= self.V))
             path, at = self.shards[shard_of[row]].path, self._start(int(places[row]), int(shard_of[row])) + column

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ log = logging.getLogger("daybreak")
 UNIT = 1 << 20  # characters a worker encodes at a time
 PROSE = "Most of what people write is prose like this sentence: GPT-2 makes a token of about four of its bytes."
 SECONDS = 1 << 20  # bytes of text that are over before anybody has read what they will take
+SAMPLE = 1 << 14  # characters of a piece
 JOURNAL, JOURNAL_SECONDS = "journal.json", 30.0
 PARALLEL = 4  # ready-made shards downloaded at once
 
@@ -141,23 +143,26 @@ def prepare(
     shard_tokens: int = 100_000_000,
     workers: int = 0,
     text_field: str = "text",
+    skip_bad: bool = False,
     progress: Progress = lambda done, total, tokens: None,
 ) -> Manifest:
     """Tokenize a catalogue name, hf:owner/name, URLs or files (`catalogue.resolve_source`) into `data_dir/NAME`.
 
     name: the dataset's; by default the catalogue name or the first path's stem, with `-TOKENIZER` appended unless that
     is gpt2. val_fraction: see `sources.file_source`. workers: threads, 0 = all cores; they don't change the result.
+    skip_bad: pass over bad files, lines and rows, and log how many there were of each kind.
     progress(done, total, tokens) is called as units are written, in UTF-8 bytes of text; `total` is an estimate until
     the last call. A dataset of the same name, source and tokenizer is replaced; any other is a ConfigError.
     Raises DataError for text that cannot be read or is too little for both splits. A preparation that ended early, in
-    whatever way, is continued by the next one of the same source and options.
+    whatever way, is continued by the next one of the same source and options, if the text that it had written is
+    still the same.
     """
     if not 1 <= shard_tokens <= MAX_TOKENS:
         raise ConfigError(f"shard-tokens = {shard_tokens} must be from 1 to {MAX_TOKENS}.")
     if workers < 0:
         raise ConfigError(f"workers = {workers} must be 0 (all cores) or more.")
     encoder = get_tokenizer(tokenizer)
-    source = resolve_source([names] if isinstance(names, str | Path) else names, text_field, val_fraction)
+    source = resolve_source([names] if isinstance(names, str | Path) else names, text_field, val_fraction, skip_bad)
     name = name or dataset_name(source.name, encoder.name)
     check_name(name)
     final = Path(data_dir) / name
@@ -167,20 +172,29 @@ def prepare(
     try:
         with workspace(final, identity) as (folder, journal):
             _announce(source, folder, encoder)
-            job = _Job(folder, name, source, encoder, shard_tokens, identity, journal)
-            return job.run(workers or os.cpu_count() or 1, progress)
+            threads = workers or os.cpu_count() or 1
+            try:
+                return _Job(folder, name, source, encoder, shard_tokens, identity, journal).run(threads, progress)
+            except _TextChangedError:
+                log.warning("%s: the text written so far has changed since; starting over.", name)
+                _empty(folder, "download")
+                source.faults.counts.clear()
+                return _Job(folder, name, source, encoder, shard_tokens, identity, None).run(threads, progress)
     except OSError as error:
         raise DataError(f"preparing {name!r} failed: {error}.") from error
 
 
 def _announce(source: Source, folder: Path, tokenizer: Tokenizer) -> None:
-    """What it will take, before it starts. Text is taken to have as many bytes a token as PROSE. DataError where
-    twice the room would not do for what `folder` still lacks."""
-    tokens = source.size * tokenizer.encode(PROSE).size / len(PROSE)
-    size, done = tokens * tokenizer.dtype.itemsize, sum(path.stat().st_size for path in folder.glob("*.bin"))
-    mb, free = 1e-6, shutil.disk_usage(folder).free
+    """What it will take, before it starts. Text is taken to have as many bytes a token as its first pieces, or as PROSE
+    if these must be downloaded. DataError where twice the room would not do for what `folder` still lacks."""
     if source.size < SECONDS:
         return
+    pieces = source.pieces(0, 0, folder) if source.state is None else iter(())
+    sample = "".join(piece.text[:SAMPLE] for piece in islice(pieces, 16)) or PROSE
+    source.faults.counts.clear()
+    tokens = source.size * tokenizer.encode(sample).size / len(sample.encode())
+    size, done = tokens * tokenizer.dtype.itemsize, sum(path.stat().st_size for path in folder.glob("*.bin"))
+    mb, free = 1e-6, shutil.disk_usage(folder).free
     log.info(
         "%s: %s MB of text, about %.3g tokens, %s MB of shards (estimated from the files' sizes); %s MB are free",
         source.name, f"{source.size * mb:,.1f}", tokens, f"{size * mb:,.1f}", f"{free * mb:,.1f}",
@@ -194,6 +208,10 @@ def _announce(source: Source, folder: Path, tokenizer: Tokenizer) -> None:
         log.warning("the disk may be too small; what is prepared by then is kept, and the same command goes on.")
 
 
+class _TextChangedError(Exception):
+    """The text before the place that a journal names is not what was written."""
+
+
 class _Job:
     """A preparation in progress: the splits, and how far the source has been read and written."""
 
@@ -204,9 +222,9 @@ class _Job:
         self.folder, self.name, self.source, self.tokenizer, self.identity = folder, name, source, tokenizer, identity
         width = tokenizer.dtype.itemsize
         self.splits = {split: _Split(f"{name}_{split}", folder, shard_tokens, width) for split in SPLITS}
-        self.digest = hashlib.sha256()
+        self.digest, self.cuts = hashlib.sha256(), hashlib.sha256()  # of the text; of how it is cut and split
         # Written so far: pieces in all; the file they end in, its pieces among them, the documents before that file.
-        self.place = {"pieces": 0, "file": 0, "in_file": 0, "before": 0}
+        self.place: Journal = {"pieces": 0, "file": 0, "in_file": 0, "before": 0, "text": ""}
         self.saved, self.shards = time.monotonic(), 0
         if journal is not None:
             self.place = journal["place"]
@@ -230,6 +248,8 @@ class _Job:
         finally:
             for split in self.splits.values():
                 split.close()
+        if self.source.faults.counts:
+            log.warning("%s: passed over %s", self.name, self.source.faults)
         if not (train.tokens and val.tokens):
             raise DataError(f"{self.source.origin} is too little text to split into train and val; add more.")
         progress(self.count("bytes"), self.count("bytes"), self.count("tokens"))
@@ -240,14 +260,24 @@ class _Job:
         return manifest
 
     def _pieces(self) -> Iterator[Piece]:
-        """The pieces not written yet. Those of local files are all read again, for the hash of the text."""
-        start, hashing = self.place, not self.source.revision
-        first, before, skip = (0, 0, start["pieces"]) if hashing else (start["file"], start["before"], start["in_file"])
-        for i, piece in enumerate(self.source.pieces(first, before, self.folder)):
-            if hashing:
-                self.digest.update(piece.text.encode())
-            if i >= skip:
+        """The pieces not written yet. Those of local files are all read again, for the hash of the text, and must be
+        those that were written."""
+        start, local = self.place, not self.source.revision
+        first, before, skip = (0, 0, start["pieces"]) if local else (start["file"], start["before"], start["in_file"])
+        number = -1
+        for number, piece in enumerate(self.source.pieces(first, before, self.folder)):
+            if number >= skip:
                 yield piece
+            elif local and self._hashed(piece, number == skip - 1) != start["text"]:
+                raise _TextChangedError
+        if number + 1 < skip:
+            raise _TextChangedError
+
+    def _hashed(self, piece: Piece, ends: bool = True) -> str:
+        """Of all local text up to this piece and of its cuts, where that `ends` here; else the journal's."""
+        self.digest.update(piece.text.encode())
+        self.cuts.update(f"{piece.split} {piece.starts} {len(piece.text)}\n".encode())
+        return self.digest.hexdigest() + self.cuts.hexdigest() if ends else str(self.place["text"])
 
     def _advance(self, unit: Sequence[Piece]) -> None:
         """Note what was written, and put it in the journal when a shard was finished or some time has passed."""
@@ -259,6 +289,8 @@ class _Job:
             documents += piece.starts
             p["pieces"] += 1
             p["in_file"] += 1
+            if not self.source.revision:
+                p["text"] = self._hashed(piece)
         self.place = p
         shards = sum(len(split.shards) for split in self.splits.values())
         if shards > self.shards or time.monotonic() - self.saved > JOURNAL_SECONDS:
@@ -375,9 +407,13 @@ def _read_journal(folder: Path, identity: Any) -> Journal | None:
         pass
     except (ValueError, KeyError, TypeError):
         log.warning("%s is damaged; starting over.", folder / JOURNAL)
-    for leftover in folder.iterdir():
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    _empty(folder)
     return None
+
+
+def _empty(folder: Path, but: str = "") -> None:
+    for leftover in (path for path in folder.iterdir() if path.name != but):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 # ---- ready-made shards

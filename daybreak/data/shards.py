@@ -18,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from daybreak.data.kinds import guess
 from daybreak.errors import DataError, Error
 
 MAGIC, VERSION = 20240520, 1
@@ -45,17 +46,22 @@ class ShardInfo:
 def read_header(path: str | Path) -> ShardInfo:
     """Check a shard's magic, version, token count and exact file size. DataError names file, value and rule."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is a folder, pipe or device, not a token shard; name a file.")
     try:
         with path.open("rb") as file:
             data = file.read(HEADER_BYTES)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise DataError(f"cannot read the token shard {path}: {error.strerror}.") from None
+    magic, version, tokens = (int(value) for value in np.frombuffer(data[:12].ljust(12, b"\0"), "<i4"))
+    it_is = guess(data, MAGIC, MAGIC32)
     if len(data) < HEADER_BYTES:
-        raise DataError(f"{path} is not a token shard: {size} bytes, shorter than the {HEADER_BYTES}-byte header.")
-    magic, version, tokens = (int(value) for value in np.frombuffer(data, "<i4", 3))
+        raise DataError(
+            f"{path} is not a token shard: {size} bytes, shorter than the {HEADER_BYTES}-byte header{it_is}."
+        )
     if magic not in (MAGIC, MAGIC32):
-        raise DataError(f"{path} is not a GPT-2 token shard: magic number {magic} instead of {MAGIC}.")
+        raise DataError(f"{path} is not a GPT-2 token shard: magic number {magic} instead of {MAGIC}{it_is}.")
     width, known = (2, VERSION) if magic == MAGIC else (4, VERSION32)
     if version != known:
         raise DataError(

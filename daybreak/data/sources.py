@@ -12,15 +12,17 @@ import logging
 import os
 import platform
 import re
+import shutil
+import sys
 import sysconfig
 import tokenize
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from daybreak.data.formats import SUFFIXES, TEXT_SUFFIXES, read_documents, read_text
+from daybreak.data.formats import SUFFIXES, TABLE_SUFFIXES, Faults, is_text, read_documents, read_records, read_text
 from daybreak.errors import DataError
 
 log = logging.getLogger("daybreak")
@@ -28,11 +30,16 @@ log = logging.getLogger("daybreak")
 SPLITS = ("train", "val")
 PIECE = 1 << 20  # characters
 VAL_BY_DOCUMENT, VAL_BY_POSITION = 0.01, 0.05
+LEAST_SLACK, LEAST_CUT = 16, 4096  # characters that a cut may move back; bytes of a document that is cut among many
+FEW = 5  # of this many validation documents or fewer, chance would decide how much text they are
 
 # From the right: whitespace after a non-space. Every branch of GPT-2's pattern ends before it and none looks behind it,
 # so cutting there leaves the tokens as they are. Python's \S excludes \x1c-\x1f too, symbols to the pattern.
 _SAFE_CUT = re.compile(r"(?s:.*)\S(?=[ \n\t\r])")
-_VAL_NAME = re.compile(r"(?:^|[/._-])(?:val|valid|validation)(?=[/._-]|$)")
+# The Hub's words for splits, as whole words of file and folder names. Of several, the first of these counts.
+_SPLIT_WORDS = {"test": "test|testing|eval|evaluation", "val": "validation|valid|dev|val", "train": "train|training"}
+_SPLIT_NAMES = {s: re.compile(rf"(?:^|[/._ 0-9-])(?:{w})(?=[/._ 0-9-]|$)") for s, w in _SPLIT_WORDS.items()}
+CARDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of the Hub's library
 
 
 class Piece(NamedTuple):
@@ -72,6 +79,7 @@ class Source:
     size: int
     pieces: Pieces
     state: Any = None
+    faults: Faults = field(default_factory=Faults)
 
 
 def cut(blocks: Iterable[str], size: int = PIECE) -> Iterator[str]:
@@ -94,123 +102,216 @@ def cut(blocks: Iterable[str], size: int = PIECE) -> Iterator[str]:
         yield pending
 
 
+def split_of(name: str) -> str:
+    """The split ("test", "val", "train") that the Hub's rules read from a file's path: its folders count first."""
+    folders, _, file = name.lower().rpartition("/")
+    return next((s for place in (folders, file) for s, words in _SPLIT_NAMES.items() if words.search(place)), "")
+
+
 def is_val(key: str, fraction: float) -> bool:
     """Whether the document called `key` belongs to validation: a hash of the name, so other documents don't matter."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def _parts(paths: Sequence[Path]) -> list[Part]:
-    """Every file of these formats, folders searched in sorted order, hidden entries left out."""
-    parts = []
+# ---- the files of paths
+
+
+def _walk(folder: Path) -> list[tuple[str, Path]]:
+    """(relative name, path) of the files in a folder and in linked ones, each real folder once, in sorted order. A
+    hidden folder is named and not entered."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    found: list[Path] = []
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        hidden = [name for name in folders if name.startswith(".")]
+        folders[:] = sorted(set(folders) - set(hidden)) if (real := os.path.realpath(root)) not in seen else []
+        found += [Path(root, name) for name in files + hidden if real not in seen]
+        seen.add(real)
+    return [(name.as_posix(), path) for name, path in sorted((path.relative_to(folder), path) for path in found)]
+
+
+def _left_out(name: str, path: Path, column: str) -> str:
+    """Why a file of a folder is not read; '' if it is."""
+    lower = path.name.lower()
+    if any(part.startswith(".") for part in name.split("/")):
+        return "hidden"
+    if not path.is_file():
+        return "no file, but a broken link, pipe or device"
+    if not lower.endswith(SUFFIXES):
+        return f"{path.suffix} files" if path.suffix else "without a suffix, read as text where named"
+    if lower in CARDS:
+        return "a data card"
+    if lower.endswith(TABLE_SUFFIXES):  # settings are written so too
+        _, record = next(read_records(path, Faults(skip=True)), (0, {column: ""}))
+        return "" if isinstance(record, dict) and column in record else f"without a field {column!r}"
+    return ""
+
+
+def _parts(paths: Sequence[Path], column: str) -> list[Part]:
+    """The files to read, their splits told by their names, and a line about what is read and what is left out."""
+    found: list[tuple[str, Path]] = []
+    left: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         if not path.is_dir():
-            if not path.name.endswith(SUFFIXES):
-                raise DataError(f"{path}: cannot read {path.suffix or 'this'} files; convert to .txt, .md or .jsonl.")
-            parts.append(Part(path.name, path))
+            if not path.is_file():
+                raise DataError(f"{path} is a pipe or device, not a file; give a file, or - for standard input.")
+            if not path.name.lower().endswith(SUFFIXES) and not is_text(path.name):
+                raise DataError(f"{path}: cannot read {path.suffix or 'such'} files; convert to .txt, .md or .jsonl.")
+            found.append((path.name, path))
             continue
-        inside = [(file.relative_to(path), file) for file in path.rglob("*") if file.is_file()]
-        found = [
-            Part(name.as_posix(), file)
-            for name, file in sorted(inside)
-            if file.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in name.parts)
-        ]
-        if not found:
-            raise DataError(
-                f"the folder {path} holds no .txt, .md or .jsonl file (or .jsonl.gz, .jsonl.zst, .parquet)."
-            )
-        parts += found
+        inside = [(name, file, _left_out(name, file, column)) for name, file in _walk(path)]
+        if any(not why and not name.lower().endswith(".md") for name, _, why in inside):  # a README is about them
+            inside = [(n, f, "a data card" if f.name.lower() == "readme.md" else why) for n, f, why in inside]
+        for name, _, why in inside:
+            left[why].append(name)
+        if not left.pop("", None):
+            kinds = "no .txt, .md or .jsonl file (or .json, .csv, .parquet, .gz, .zst)"
+            raise DataError(f"the folder {path} holds {kinds}{_listed(left)}.")
+        found += [(name, file) for name, file, why in inside if not why]
+    base = os.path.commonpath([path.absolute() if path.is_dir() else path.absolute().parent for path in paths])
+    parts = [Part(name, file, split_of(os.path.relpath(file.absolute(), base))) for name, file in found]
+    tests = [part.name for part in parts if part.split == "test"]
+    if 0 < len(tests) < len(parts):
+        parts, left["of a test split"] = [part for part in parts if part.split != "test"], tests
+    named = len({part.split == "val" for part in parts}) > 1
+    parts = [part._replace(split=(part.split or "train") if named else "") for part in parts]
+    if len(parts) > 1 or left:
+        split = f" ({sum(part.split == 'val' for part in parts)} for validation, as their names say)" if named else ""
+        log.info("files to read: %d%s%s", len(parts), split, _listed(left))
     return parts
 
 
-def _documents(name: str, path: Path, field: str) -> Iterator[tuple[str, Iterator[str]]]:
-    """(key, pieces) of each document. A text file is one document, a line or row of another format one each."""
-    if name.endswith(TEXT_SUFFIXES):
-        yield name, cut(read_text(path))
-    else:
-        for place, text in read_documents(path, field):
-            yield f"{name}:{place}", cut([text])
+def _listed(left: dict[str, list[str]]) -> str:
+    each = (f"{len(names)}, {why} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for why, names in left.items())
+    return f"; left out: {'; '.join(each)}" if left else ""
 
 
-def _by_position(pieces: Iterable[str], size: int, fraction: float) -> Iterator[Piece]:
-    """One document of about `size` UTF-8 bytes: its end is validation, from the last line end before that position."""
-    boundary, seen, split, starts = size * (1 - fraction), 0, "train", True
+# ---- documents and splits
+
+
+def _documents(part: Part, path: Path, column: str, faults: Faults) -> Iterator[tuple[str, Iterator[str], int]]:
+    """(key, pieces, UTF-8 bytes) of each document. A text file is one document, a record of another format one each."""
+    if not is_text(part.name):
+        for place, text in read_documents(path, column, faults):
+            yield f"{part.name}:{place}", cut([text]), len(text.encode())
+        return
+    size, before = path.stat().st_size, faults.counts.total()
+    if faults.skip or part.name.lower().endswith((".gz", ".zst")):
+        size = sum(len(block.encode()) for block in read_text(path, faults))
+    if faults.counts.total() == before:
+        yield part.name, cut(read_text(path, faults)), size
+
+
+def _divided(pieces: Iterable[str], size: float, slack: float) -> Iterator[tuple[str, bool, str]]:
+    """(split, starts, text) of a document whose first `size` UTF-8 bytes, about, are for training, the rest for
+    validation. The cut is after a line end at most `slack` characters before that, else after a space, else there."""
+    split, starts = ("train" if size > 0 else "val"), True
     for text in pieces:
-        nbytes = len(text.encode())
-        if split == "train" and seen + nbytes > boundary:
-            at = int(len(text) * (boundary - seen) / nbytes)
-            at = text.rfind("\n", 0, at) + 1 or text.rfind(" ", 0, at) + 1 or at
-            if at:
-                yield Piece("train", starts, text[:at])
-            split, starts, text = "val", True, text[at:]
-        yield Piece(split, starts, text)
-        seen, starts = seen + nbytes, False
+        data = text.encode() if split == "train" else b""
+        if len(data) > size:
+            place = len(data[: int(size)].decode(errors="ignore"))
+            low = max(int(place - slack), 0)
+            place = text.rfind("\n", low, place) + 1 or text.rfind(" ", low, place) + 1 or place
+            if place:
+                yield "train", starts, text[:place]
+            split, starts, text, size = "val", True, text[place:], float("inf")
+        size -= len(data)
+        yield split, starts, text
+        starts = False
 
 
-def _lone_document(name: str, path: Path, field: str, fraction: float) -> Iterator[Piece] | None:
-    """The pieces of a file that holds one document only; None for any other."""
-    documents = list(islice(_documents(name, path, field), 2))
-    if len(documents) != 1:
-        return None
-    pieces: Iterable[str] = documents[0][1]
-    size = path.stat().st_size
-    if not name.endswith(TEXT_SUFFIXES):  # in memory already; the file's size counts what is around the text
-        pieces = list(pieces)
-        size = sum(len(piece.encode()) for piece in pieces)
-    return _by_position(pieces, size, fraction)
+def _few(parts: Iterable[Part], column: str, fraction: float | None, skip: bool) -> tuple[float, float]:
+    """(UTF-8 bytes for training, for validation) of a source of few documents; (0, 0) for one of many."""
+    total, most, faults = 0, FEW / (fraction or VAL_BY_DOCUMENT), Faults(skip, ("empty",))
+    sizes = (size for part in parts for _, _, size in _documents(part, part.path, column, faults))
+    for number, size in enumerate(sizes, 1):
+        total += size
+        if number >= most:
+            return 0, 0
+    val = total * (fraction or VAL_BY_POSITION)
+    return total - val, val
 
 
 def split_parts(
-    parts: Sequence[Part], field: str, fraction: float | None, opened: Iterator[tuple[int, Path]], before: int = 0
-) -> Iterator[Piece]:
+    parts: Sequence[Part], column: str, fraction: float | None, opened: Iterator[tuple[int, Path]], before: int,
+    size: int, faults: Faults,
+) -> Iterator[Piece]:  # fmt: skip
     """The pieces of the files that `opened` yields as (index in parts, local path), split as `file_source` says.
 
-    before: documents in the files that are left out at the beginning.
+    before: documents in the files that are left out at the beginning. size: about the UTF-8 bytes of all text, 0 for
+    unknown.
     """
-    splits = [part.split or ("val" if _VAL_NAME.search(part.name.lower()) else "train") for part in parts]
-    named = len(set(splits)) > 1
+    named, rate = len({part.split == "val" for part in parts}) > 1, fraction or VAL_BY_DOCUMENT
+    share, train, val = rate * size or float("inf"), 0.0, 0.0
     for index, path in opened:
-        name = parts[index].name
-        if len(parts) == 1 and (pieces := _lone_document(name, path, field, fraction or VAL_BY_POSITION)):
-            yield from pieces
-            return
-        for key, texts in _documents(name, path, field):
-            # The first document is always validation and the second training, so that neither split is ever empty.
-            val = before == 0 or (before > 1 and is_val(key, fraction or VAL_BY_DOCUMENT))
-            split = splits[index] if named else "val" if val else "train"
+        if index == 0 and not named and (len(parts) == 1 or parts[0].path.name):  # the files are here
+            here = parts if len(parts) > 1 else [parts[0]._replace(path=path)]
+            train, val = _few(here, column, fraction, faults.skip)
+        few = val > 0
+        for key, pieces, nbytes in _documents(parts[index], path, column, faults):
             before += 1
-            yield from (Piece(split, j == 0, text, index) for j, text in enumerate(texts))
+            keep, rest = float("inf"), 0.0
+            if named:
+                keep = 0 if parts[index].split == "val" else keep
+            elif few:
+                keep, rest, train = train, val, train - nbytes
+                if before > 1 and train < 0 and nbytes <= max(rest / 2, LEAST_SLACK):  # not worth a cut
+                    keep = 0
+            elif nbytes > max(share, LEAST_CUT):  # by itself more than all validation should be
+                keep, rest = nbytes * (1 - rate), nbytes * rate
+            elif is_val(key, rate) or before == 2:  # so that validation is never empty
+                keep = 0
+            for split, starts, text in _divided(pieces, keep, max(rest / 2, LEAST_SLACK)):
+                yield Piece(split, starts, text, index)
 
 
-def file_source(paths: Sequence[Path], field: str = "text", val_fraction: float | None = None) -> Source:
+def file_source(
+    paths: Sequence[Path], column: str = "text", val_fraction: float | None = None, faults: Faults | None = None
+) -> Source:
     """Files of the formats in `data.formats` and folders of them as one source.
 
-    Validation is, in this order: the files whose name or folder says val, valid or validation, where others don't; the
-    last `val_fraction` (5 %) of a single document, cut at a line end; else the first document and those whose hashed
-    name falls under `val_fraction` (1 %).
+    Splits are, in this order: those that file and folder names tell by the Hub's rules, test files being left out; of
+    few documents the last `val_fraction` (5 %) of the whole text, cut at a line end; else the documents whose hashed
+    name falls under `val_fraction` (1 %), and as much of the end of each document that is larger than all of that.
     """
-    parts = _parts(paths)
+    faults = faults or Faults()
+    parts = _parts(paths, column)
     stem = paths[0].resolve().name if paths[0].is_dir() else paths[0].name.partition(".")[0]
+    faults.harmless = ("empty",) if len(parts) > 1 else ()
+    size = sum(text_size(part.name, part.path.stat().st_size) for part in parts)
 
     def pieces(first: int = 0, before: int = 0, work: Path | None = None) -> Iterator[Piece]:
         opened = ((i, parts[i].path) for i in range(first, len(parts)))
-        return split_parts(parts, field, val_fraction, opened, before)
+        return split_parts(parts, column, val_fraction, opened, before, size, faults)
 
-    stats = [part.path.stat() for part in parts]
-    return Source(
-        name=re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "text",
-        origin=" ".join(str(path) for path in paths),
-        revision="",
-        licence="unknown",
-        size=sum(text_size(part.name, stat.st_size) for part, stat in zip(parts, stats, strict=True)),
-        pieces=pieces,
-        state=[[part.name, stat.st_size, stat.st_mtime_ns] for part, stat in zip(parts, stats, strict=True)],
-    )
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "text"
+    return Source(name, " ".join(str(path) for path in paths), "", "unknown", size, pieces, faults=faults)
+
+
+def stdin_source(column: str, val_fraction: float | None, faults: Faults) -> Source:
+    """Standard input, kept in the workspace: JSON Lines if it begins with a brace, else one text."""
+    kept: list[Path] = []
+
+    def pieces(first: int = 0, before: int = 0, work: Path | None = None) -> Iterator[Piece]:
+        if not kept and work is not None:
+            (folder := work / "download").mkdir(exist_ok=True)
+            with (folder / "stdin").open("w+b") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+                file.seek(0)
+                kept.append(folder / ("stdin.jsonl" if file.read(1) == b"{" else "stdin.txt"))
+            Path(file.name).rename(kept[0])
+        return file_source(kept, column, val_fraction, faults).pieces()
+
+    return Source("stdin", "standard input", "", "unknown", 0, pieces, faults=faults)
 
 
 def text_size(name: str, size: int) -> int:
     """An estimate of the UTF-8 bytes of text in a file of `size` bytes: web text is compressed about 2.5 times."""
-    return size if name.endswith((*TEXT_SUFFIXES, ".jsonl")) else size * 5 // 2
+    return size * 5 // 2 if name.lower().endswith((".gz", ".zst", ".parquet")) else size
 
 
 def stdlib_files() -> list[tuple[str, Path]]:
@@ -255,12 +356,6 @@ def stdlib_source(val_fraction: float | None = None) -> Source:
             split = "val" if is_val(name, fraction) else "train"
             yield from (Piece(split, j == 0, part) for j, part in enumerate(cut([text])))
 
-    version = platform.python_version()
-    return Source(
-        name="stdlib",
-        origin="the Python standard library and language reference, as installed",
-        revision=f"Python {version}",
-        licence="PSF-2.0",
-        size=sum(path.stat().st_size for _, path in stdlib_files()),
-        pieces=pieces,
-    )
+    size, version = sum(path.stat().st_size for _, path in stdlib_files()), platform.python_version()
+    origin = "the Python standard library and language reference, as installed"
+    return Source("stdlib", origin, f"Python {version}", "PSF-2.0", size, pieces)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from daybreak.data.formats import read_records
+from daybreak.data.kinds import guess
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError, DataError
@@ -47,11 +48,13 @@ class Accuracy:
 def read_eval_bin(path: Path) -> list[Example]:
     """The examples of an llm.c eval `.bin`. DataError names what is wrong with it."""
     data = path.read_bytes()
+    it_is = guess(data, MAGIC)
     if len(data) < 1024 or len(data) % 2:
-        raise DataError(f"{path} is not an eval file: {len(data)} bytes.")
+        raise DataError(f"{path} is not an eval file: {len(data)} bytes{it_is}.")
     magic, version, count, longest = struct.unpack_from("<4i", data)
     if (magic, version) != (MAGIC, VERSION):
-        raise DataError(f"{path} is not an eval file: magic {magic}, version {version} instead of {MAGIC}, {VERSION}.")
+        raise DataError(f"{path} is not an eval file: magic {magic}, version {version} instead of {MAGIC}, {VERSION}"
+                        f"{it_is}.")  # fmt: skip
     stream, at, examples = np.frombuffer(data, "<u2", offset=1024).tolist(), 0, list[Example]()
     for i in range(count):
         start, size, index, label, choices = (*stream[at : at + 5], *[-1] * 5)[:5]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from daybreak.config import Config
 from daybreak.data.dataset import open_dataset
+from daybreak.data.kinds import guess
 from daybreak.data.loader import Loader
 from daybreak.data.shards import replacing, write_atomic
 from daybreak.data.tokenizer import Tokenizer
@@ -83,11 +84,12 @@ def _header(path: Path, magic: int, kind: str, versions: Sequence[int]) -> np.nd
             data = file.read(HEADER)
     except OSError as error:
         _refuse(path, f"cannot be read ({error.strerror})")
+    it_is = guess(data, magic)
     if len(data) < HEADER:
-        _refuse(path, f"is not {kind} of llm.c: {len(data)} bytes, shorter than the {HEADER}-byte header")
+        _refuse(path, f"is not {kind} of llm.c: {len(data)} bytes, shorter than the {HEADER}-byte header{it_is}")
     header = np.frombuffer(data, "<i4")
     if header[0] != magic:
-        _refuse(path, f"is not {kind} of llm.c: magic number {header[0]} instead of {magic}")
+        _refuse(path, f"is not {kind} of llm.c: magic number {header[0]} instead of {magic}{it_is}")
     if header[1] not in versions:
         known = " and ".join(map(str, versions))
         _refuse(path, f"has version {header[1]} of {kind}; only {known} can be read: write it again with a newer llm.c")

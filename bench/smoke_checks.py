@@ -159,7 +159,7 @@ def fences() -> None:
             seen: list[str] = []
             for w in words:
                 target = w[w.index("train") + 1] if "train" in w[:-1] else ""
-                again = ["--name", f"{target}-{len(seen)}"] if target in seen and "--name" not in w else []
+                again = ["--name", f"{target}-{len(seen)}"] if target and target in seen and "--name" not in w else []
                 seen.append(target)
                 made.append(small([*w, *again]))
             print(f"{name}, example {number}\t" + "; ".join(filter(None, made)))

@@ -118,8 +118,14 @@ class Run:
         return [line["loss"] for line in self.lines("step")]
 
     def speed(self) -> float:
-        """Median tokens a second."""
-        return statistics.median(line["tok_s"] for line in self.lines("step")[SKIP:])
+        """Tokens a second of the median step."""
+        steps = self.lines("step")
+        tokens = steps[-1]["tokens"] - steps[-2]["tokens"]
+        return 1e3 * tokens / statistics.median(line["ms"] for line in steps[SKIP:])
+
+    def times(self) -> str:
+        """Milliseconds of every step."""
+        return " ".join(f"{line['ms']:.1f}" for line in self.lines("step"))
 
     def memory(self) -> int:
         """MiB in use on the first rank's card, as the driver says."""
@@ -207,13 +213,19 @@ def speed(a: argparse.Namespace, say: Say, part: str, models: list[str], micro: 
             say(part, f"{model} losses of one rank", " ".join(f"{x:.3f}" for x in ones[model].losses()[:10]))
         if a.ranks == 1:
             continue
-        profile = {"run__profile": "6:7"} if model == models[0] and not micro else {}
         tokens *= 1 if micro else a.ranks
-        many = Run(a, f"{part}-{model}-{a.ranks}", model, a.ranks, batch__total_tokens=tokens, **flags,
-                   **profile)  # fmt: skip
+        many = Run(a, f"{part}-{model}-{a.ranks}", model, a.ranks, batch__total_tokens=tokens, **flags)
         many.reach(STEPS[model], 240)
         many.stop()
         each = many.speed() / a.ranks
+        say(part, f"{model} ms of each step of one rank", ones[model].times())
+        say(part, f"{model} ms of each step of {a.ranks} ranks", many.times())
+        if model == models[0] and not micro:  # for bench/timeline.py; a profiled run is not one to be timed
+            traced = Run(a, f"{part}-{model}-{a.ranks}-profile", model, a.ranks, batch__total_tokens=tokens, **flags,
+                         run__profile="6:7")  # fmt: skip
+            traced.reach(12, 240)
+            traced.stop()
+            say(part, f"{model} ms of each step of {a.ranks} ranks, the 7th profiled", traced.times())
         say(part, f"{model} tok/s a rank of {a.ranks}, {tokens} tokens a step", f"{each:.0f}")
         say(part, f"{model} ratio of {a.ranks}", f"{each / one:.4f}")
         if micro:

@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import daybreak
 from daybreak.config import Config
 from daybreak.state.checkpoint import load_checkpoint
 from daybreak.state.run_folder import RunFolder
+from daybreak.state.throughput import Throughput
+from daybreak.training import loop
 from daybreak.training.stop import Stop
 
 V = 97
@@ -225,6 +228,29 @@ def test_norms_and_profile(shards: Path, tmp_path: Path) -> None:
     assert total == pytest.approx(step["norm"], rel=1e-5)
     assert norms["h.1.ln1w"]["weight"] == pytest.approx(float(weights(run)["h.1.ln1w"].norm()), rel=1e-6)
     assert "traceEvents" in json.loads((run.path / "profile-1-2.json").read_text())
+
+
+def test_starting_and_writing_a_profile_is_no_step_s_time(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands still but for the profiler, which takes a thousand seconds to start and to write."""
+    now, profile = [0.0], torch.profiler.profile
+
+    class Slow(profile):  # type: ignore[misc, valid-type]
+        def start(self) -> None:
+            now[0] += 1000.0
+            super().start()
+
+        def stop(self) -> None:
+            now[0] += 1000.0
+            super().stop()
+
+    monkeypatch.setattr(torch.profiler, "profile", Slow)
+    monkeypatch.setattr(loop, "Throughput", partial(Throughput, clock=lambda: now[0]))
+    run = daybreak.train(config(shards, tmp_path, "p", run__steps=4, run__profile="1:2"))
+    assert now == [2000.0]
+    assert [record["ms"] for record in run.metrics("step")] == [pytest.approx(1e-6)] * 4  # the least that a lap takes
+    assert (run.path / "profile-1-2.json").is_file()
 
 
 def test_max_hours_saves_and_leaves_with_75(shards: Path, tmp_path: Path) -> None:

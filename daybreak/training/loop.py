@@ -295,7 +295,10 @@ class Trainer:
                         self._save(wait=last)
             if last:
                 return
-            self.profiler.before(self.step)
+            if self.profiler.due(self.step):  # it starts and writes in seconds, which are no step's
+                self._read_results(0)
+                with self.clock.pause():
+                    self.profiler.before(self.step)
             lr = learning_rate(self.step, c.optim, c.schedule)
             self._update(next(batches), lr)
             norms = c.log.norms_every and self.step % c.log.norms_every == 0  # they are of the gradients in memory

@@ -19,6 +19,10 @@ class Profiler:
         self.path = folder / f"profile-{self.first}-{self.last}.json"
         self.active: torch.profiler.profile | None = None
 
+    def due(self, step: int) -> bool:
+        """Whether `before` does something at this step."""
+        return step in (self.first, self.last)
+
     def before(self, step: int) -> None:
         """Call with the number of completed updates, before the next one."""
         if step == self.first:

@@ -11,6 +11,7 @@ import math
 import re
 import time
 from array import array
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ class Curve:
         self.columns = {name: array("d") for name in ("step", "tokens", "hours", *names)}
 
     def append(self, values: dict[str, Any]) -> None:
-        for name, column in self.columns.items():
-            value = values.get(name)
-            column.append(math.nan if value is None else value)
+        row = [math.nan if (value := values.get(name)) is None else float(value) for name in self.columns]
+        for value, column in zip(row, self.columns.values(), strict=True):
+            column.append(value)
 
     def cut(self, step: float) -> None:
         """Forget what comes after `step`: a resumed run, or a repeated line, takes its place."""
@@ -101,15 +102,13 @@ class Follower:
         *lines, self._rest = data.split(b"\n")
         take = self._metrics_line if self.config else self._log_line
         for line in lines:
-            take(line)
+            with suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError):  # cut short, or not ours
+                take(line)
         return True
 
     def _metrics_line(self, line: bytes) -> None:
-        try:
-            r = decode_record(json.loads(line))
-            kind, step, t = r["kind"], r["step"], r["t"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return  # cut short by a crash
+        r = decode_record(json.loads(line))
+        kind, step, t = r["kind"], int(r["step"]), float(r["t"])
         if kind == "run":
             if self.start:
                 for curve in (self.train, self.val, *self.evals.values()):
@@ -165,7 +164,9 @@ class Follower:
             "outliers": z,
             "skipped": [{"step": n["step"], "detail": n["detail"]} for n in skipped][-1000:],
             "restarts": [n["step"] for n in self.notes if n["kind"] == "restart"],
-            "samples": [{"step": n["step"], "text": n["text"]} for n in self.notes if n["kind"] == "sample"][-100:],
+            "samples": [{"step": n["step"], "text": str(n["text"])} for n in self.notes if n["kind"] == "sample"][
+                -100:
+            ],
             "checkpoints": [n for n in self.notes if n["kind"] == "checkpoint"][-100:],
             "tok_s": quantiles(self._rates()),
             "config": dict(c.items()) if c else {},
@@ -188,7 +189,7 @@ class Follower:
         if self.config is None:
             return "", "llm.c's main.log"
         if "code" in (ended := self._json("exit.json")):
-            word = {0: "finished", 75: "stopped"}.get(ended["code"], "failed")
+            word = {"0": "finished", "75": "stopped"}.get(str(ended["code"]), "failed")
             return word, str(ended.get("reason", "")) + (f" (exit {ended['code']})" if word == "failed" else "")
         if self.file.is_file() and time.time() - self.file.stat().st_mtime < QUIET:
             return "running", ""

@@ -121,6 +121,9 @@ def test_original_files_subsets_and_errors(tmp_path: Path) -> None:
     assert load_examples(tmp_path / "h.bin", tokenizer) == examples
     with pytest.raises(ConfigError, match="holds GPT-2 tokens, this data 'bytes''s"):
         load_examples(tmp_path / "h.bin", get_tokenizer("bytes"))
+    path.write_text("[1]\n")
+    with pytest.raises(DataError, match="line 1 needs ctx"):
+        load_examples(path, tokenizer)
     path.write_text(json.dumps(records[0] | {"label": 4}) + "\n")
     with pytest.raises(DataError, match="line 1 needs ctx"):
         load_examples(path, tokenizer)

@@ -187,7 +187,8 @@ def _records(path: Path, name: str, faults: Faults) -> Iterator[tuple[int, Any]]
     elif name.endswith(JSON_SUFFIXES):
         data = bytearray()
         for block in _blocks(path):
-            if len(data := data + block) > LONGEST:
+            data += block
+            if len(data) > LONGEST:
                 break  # it is cut, and so not valid
         try:
             value = json.loads(data)

@@ -228,5 +228,5 @@ def remote_source(
     return Source(
         name=name, origin=" ".join(names), revision=revision, licence=licence or "unknown",
         size=size, pieces=pieces, faults=faults,
-        state=[[r.name, r.size, r.sha256] for r in remotes],
+        state=[[r.name, r.size, r.sha256] for r in remotes] + ["cut by position"] * (len(remotes) == 1),
     )  # fmt: skip

@@ -245,6 +245,9 @@ class _Job:
                 lossless = lossless and _round_trip(self.tokenizer, unit[0].text)
                 progress(done := self.count("bytes"), max(done, self.source.size), self.count("tokens"))
             train, val = (self.splits[key].record() for key in SPLITS)
+        except DataError:  # of a bad file: when it is mended, the work before it stays
+            self._save()
+            raise
         finally:
             for split in self.splits.values():
                 split.close()
@@ -295,8 +298,12 @@ class _Job:
         shards = sum(len(split.shards) for split in self.splits.values())
         if shards > self.shards or time.monotonic() - self.saved > JOURNAL_SECONDS:
             self.shards, self.saved = shards, time.monotonic()
-            state = {split: self.splits[split].state() for split in SPLITS}
-            write_atomic(self.folder / JOURNAL, json.dumps({"identity": self.identity, "place": p, **state}))
+            self._save()
+
+    def _save(self) -> None:
+        state = {split: self.splits[split].state() for split in SPLITS}
+        if self.place["pieces"]:
+            write_atomic(self.folder / JOURNAL, json.dumps({"identity": self.identity, "place": self.place, **state}))
 
 
 def finish(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
@@ -402,7 +409,7 @@ def _read_journal(folder: Path, identity: Any) -> Journal | None:
         journal: Journal = json.loads((folder / JOURNAL).read_text("utf-8"))
         if journal["identity"] == json.loads(json.dumps(identity)):
             return journal
-        log.warning("%s is of another source or other options; starting over.", folder)
+        log.warning("%s is of another source, other options or an older daybreak; starting over.", folder)
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError):

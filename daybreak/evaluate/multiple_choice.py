@@ -91,7 +91,8 @@ def read_hellaswag(path: Path, tokenizer: Tokenizer) -> list[Example]:
     """The examples of HellaSwag's original JSON Lines (`ctx`, `endings`, `label`). DataError names file and line."""
     examples = []
     for line, record in read_records(path):
-        ctx, endings, label = (record.get(key) for key in ("ctx", "endings", "label"))
+        keys = ("ctx", "endings", "label") if isinstance(record, dict) else ()
+        ctx, endings, label = [record.get(key) for key in keys] or [None] * 3
         texts = isinstance(endings, list) and all(isinstance(e, str) and e for e in endings)
         label = int(label) if str(label).isdecimal() else -1  # the Hub's copy has it as text
         if not (isinstance(ctx, str) and texts and 0 <= label < len(endings or [])):

@@ -216,9 +216,9 @@ def test_linked_folders_are_read_once_and_what_is_left_out_is_said(
     assert found["train"] + found["val"] == ["aa", "bb", "cc"]
     said = caplog.text.partition("files to read: 3; left out: ")[2].partition("\n")[0]
     assert set(said.split("; ")) == {
-        "1, hidden (.git)", "2, a data card (README.md, dataset_infos.json)", "1, .jpg files (x.jpg)",
+        "1, hidden (.git)", "1, a data card (README.md)", "1, .jpg files (x.jpg)",
         "1, without a suffix, read as text where named (LICENSE)",
-        "2, without a field 'text' (settings.json, table.csv)",
+        "3, without a field 'text' (dataset_infos.json, settings.json, table.csv)",
         "2, no file, but a broken link, pipe or device (gone.txt, pipe.txt)",
     }  # fmt: skip
 

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 from daybreak.data.formats import KINDS, SUFFIXES, Faults, extra
 from daybreak.data.loader import ahead
 from daybreak.data.shards import sha256_of
-from daybreak.data.sources import CARDS, Part, Piece, Source, split_of, split_parts, text_size
+from daybreak.data.sources import Part, Piece, Source, split_of, split_parts, text_size
 from daybreak.errors import DataError
 
 log = logging.getLogger("daybreak")
 SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:#]+))?(?::(?P<config>[^#]+))?(?:#(?P<column>.+))?")
 ATTEMPTS, WAIT, AHEAD = 5, 1.0, 2  # tries a file, seconds after the first (doubled each time), files before the reader
 LONGEST_GLOB = 1000  # characters
+CARDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of the Hub's library
 
 
 class Remote(NamedTuple):
@@ -82,16 +83,11 @@ def _matches(glob: str, path: str) -> bool:
     """
     reached = {0}
     for word in re.split(r"(\*\*/|\*\*|\*|\?)", glob):
-        if not reached:
-            break
-        after = range(min(reached) + 1, len(path) + 1)
-        if word == "**":
-            reached |= set(after)
-        elif word == "**/":
-            reached |= {i for i in after if path[i - 1] == "/"}
-        elif word == "*":
-            for i in after:
-                reached |= {i} if i - 1 in reached and path[i - 1] != "/" else set()
+        if word.startswith("*"):
+            wide = set(reached)
+            for i, letter in enumerate(path):
+                wide |= {i + 1} if i in wide and (letter != "/" or word != "*") else set()
+            reached |= {i for i in wide if path[i - 1] == "/"} if word == "**/" else wide
         elif word == "?":
             reached = {i + 1 for i in reached if path[i : i + 1] not in ("", "/")}
         else:

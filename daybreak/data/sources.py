@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 import sysconfig
 import tokenize
 from collections import defaultdict
@@ -39,7 +38,6 @@ _SAFE_CUT = re.compile(r"(?s:.*)\S(?=[ \n\t\r])")
 # The Hub's words for splits, as whole words of file and folder names. Of several, the first of these counts.
 _SPLIT_WORDS = {"test": "test|testing|eval|evaluation", "val": "validation|valid|dev|val", "train": "train|training"}
 _SPLIT_NAMES = {s: re.compile(rf"(?:^|[/._ 0-9-])(?:{w})(?=[/._ 0-9-]|$)") for s, w in _SPLIT_WORDS.items()}
-CARDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of the Hub's library
 
 
 class Piece(NamedTuple):
@@ -124,8 +122,7 @@ def _walk(folder: Path) -> list[tuple[str, Path]]:
     def refuse(error: OSError) -> None:
         raise error
 
-    seen: set[str] = set()
-    found: list[Path] = []
+    seen, found = set[str](), list[Path]()
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         hidden = [name for name in folders if name.startswith(".")]
         folders[:] = sorted(set(folders) - set(hidden)) if (real := os.path.realpath(root)) not in seen else []
@@ -136,25 +133,21 @@ def _walk(folder: Path) -> list[tuple[str, Path]]:
 
 def _left_out(name: str, path: Path, column: str) -> str:
     """Why a file of a folder is not read; '' if it is."""
-    lower = path.name.lower()
+    lower, record = path.name.lower(), {column: ""}
     if any(part.startswith(".") for part in name.split("/")):
         return "hidden"
     if not path.is_file():
         return "no file, but a broken link, pipe or device"
     if not lower.endswith(SUFFIXES):
         return f"{path.suffix} files" if path.suffix else "without a suffix, read as text where named"
-    if lower in CARDS:
-        return "a data card"
     if lower.endswith(TABLE_SUFFIXES):  # settings are written so too
-        _, record = next(read_records(path, Faults(skip=True)), (0, {column: ""}))
-        return "" if isinstance(record, dict) and column in record else f"without a field {column!r}"
-    return ""
+        _, record = next(read_records(path, Faults(skip=True)), (0, record))
+    return "" if isinstance(record, dict) and column in record else f"without a field {column!r}"
 
 
 def _parts(paths: Sequence[Path], column: str) -> list[Part]:
     """The files to read, their splits told by their names, and a line about what is read and what is left out."""
-    found: list[tuple[str, Path]] = []
-    left: dict[str, list[str]] = defaultdict(list)
+    found, left = list[tuple[str, Path]](), defaultdict[str, list[str]](list)
     for path in paths:
         if not path.is_dir():
             if not path.is_file():
@@ -251,13 +244,12 @@ def split_parts(
         if index == 0 and not named and (len(parts) == 1 or parts[0].path.name):  # the files are here
             here = parts if len(parts) > 1 else [parts[0]._replace(path=path)]
             train, val = _few(here, column, fraction, faults.skip)
-        few = val > 0
         for key, pieces, nbytes in _documents(parts[index], path, column, faults):
             before += 1
             keep, rest = float("inf"), 0.0
             if named:
                 keep = 0 if parts[index].split == "val" else keep
-            elif few:
+            elif val:
                 keep, rest, train = train, val, train - nbytes
                 if before > 1 and train < 0 and nbytes <= max(rest / 2, LEAST_SLACK):  # not worth a cut
                     keep = 0
@@ -269,16 +261,13 @@ def split_parts(
                 yield Piece(split, starts, text, index)
 
 
-def file_source(
-    paths: Sequence[Path], column: str = "text", val_fraction: float | None = None, faults: Faults | None = None
-) -> Source:
+def file_source(paths: Sequence[Path], column: str, val_fraction: float | None, faults: Faults) -> Source:
     """Files of the formats in `data.formats` and folders of them as one source.
 
     Splits are, in this order: those that file and folder names tell by the Hub's rules, test files being left out; of
     few documents the last `val_fraction` (5 %) of the whole text, cut at a line end; else the documents whose hashed
     name falls under `val_fraction` (1 %), and as much of the end of each document that is larger than all of that.
     """
-    faults = faults or Faults()
     parts = _parts(paths, column)
     stem = paths[0].resolve().name if paths[0].is_dir() else paths[0].name.partition(".")[0]
     faults.harmless = ("empty",) if len(parts) > 1 else ()
@@ -299,11 +288,10 @@ def stdin_source(column: str, val_fraction: float | None, faults: Faults) -> Sou
     def pieces(first: int = 0, before: int = 0, work: Path | None = None) -> Iterator[Piece]:
         if not kept and work is not None:
             (folder := work / "download").mkdir(exist_ok=True)
-            with (folder / "stdin").open("w+b") as file:
-                shutil.copyfileobj(sys.stdin.buffer, file)
-                file.seek(0)
-                kept.append(folder / ("stdin.jsonl" if file.read(1) == b"{" else "stdin.txt"))
-            Path(file.name).rename(kept[0])
+            with open(0, "rb", closefd=False) as stdin:
+                kept.append(folder / ("stdin.jsonl" if stdin.peek(1).startswith(b"{") else "stdin.txt"))
+                with kept[0].open("wb") as file:
+                    shutil.copyfileobj(stdin, file)
         return file_source(kept, column, val_fraction, faults).pieces()
 
     return Source("stdin", "standard input", "", "unknown", 0, pieces, faults=faults)

@@ -18,7 +18,8 @@ ROOMS = ["errors", "shapes", "config_keys", "config", "data", "kernels", "parall
          "evaluate", "interop", "training", "report", "serve", "cli", "llmc"]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FUNCTION = 100
-MOST_CODE = 12_750  # of all files together: 400 lines over 0.1.0 mend faults that users met, 300 are for the face
+# Of all files together: over 0.1.0, 400 lines mend faults that users met, 300 are the face, 150 are `doctor --check`.
+MOST_CODE = 12_900
 
 
 def room(path: Path) -> str:

@@ -46,7 +46,7 @@ GROUPS = {
     **{f"tests/{name}.py": "data" for name in DATA},
     **{f"tests/test_dist_{name}.py": "distributed" for name in ("engine", "train", "elastic")},
 }
-GROUPS |= {f"tests/test_{name}.py": "pages" for name in ("plan", "display", "sinks", "pages", "series", "docs")}
+GROUPS |= {f"tests/test_{name}.py": "pages" for name in ("plan", "display", "sinks", "pages", "series", "docs", "site")}
 RECOVERY = ("kill", "faults", "fuzz", "signals")
 GROUPS |= {f"tests/test_recovery_{name}.py": "recovery" for name in RECOVERY}
 spent = dict.fromkeys(BUDGETS, 0.0)

@@ -280,6 +280,13 @@ def test_bad_files_are_counted_by_reason_and_the_rest_is_read(
     assert found == ["a 1", "a 2", "c 1", "c 2", "z 1", "z 2"]
 
 
+def test_a_parquet_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {"a.parquet": parquet(pa.array([b"one", b"\xff", b"two"]))})
+    with pytest.raises(DataError, match=r"a.parquet row 2 is not UTF-8 in column 'text'"):
+        prepare(tmp_path / "a.parquet", data_dir=tmp_path / "d")
+    assert splits(tmp_path, tmp_path / "a.parquet", skip_bad=True) == {"train": ["one"], "val": ["two"]}
+
+
 def test_empty_files_among_others_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write(tmp_path / "in", {"a.jsonl": lines("a", "b"), "e.jsonl": b"", "f.txt": b"", "g.json": b"[]"})
     assert splits(tmp_path, folder) == {"train": ["a"], "val": ["b"]}
@@ -354,9 +361,11 @@ def test_a_long_line_alone_is_skipped(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_text_that_unpacks_too_far_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "BOMB", 1 << 22)
-    write(tmp_path, {"a.txt.gz": gzip.compress(b"word " * (1 << 21))})
-    with pytest.raises(DataError, match=r"a.txt.gz unpacks to more than [\d,]+ bytes, 500 times its size"):
-        prepare(tmp_path / "a.txt.gz", data_dir=tmp_path / "d")
+    one = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), pa.array(["word " * (1 << 15)]))
+    write(tmp_path, {"a.txt.gz": gzip.compress(b"word " * (1 << 21)), "a.parquet": parquet(one)})
+    for name in ("a.txt.gz", "a.parquet"):
+        with pytest.raises(DataError, match=rf"{name} unpacks to more than [\d,]+ bytes, 500 times its size"):
+            prepare(tmp_path / name, data_dir=tmp_path / "d")
 
 
 # ---- files of other kinds

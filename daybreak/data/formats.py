@@ -14,8 +14,8 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from itertools import chain, count
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +37,7 @@ SUFFIXES = tuple(chain(*KINDS))
 BLOCK = 1 << 20  # bytes or characters
 LONGEST = 1 << 28  # bytes
 BOMB, BOMB_RATIO = 1 << 30, 500  # a packed file that holds more bytes than either allows is no text
-_ROWS = 256  # of a Parquet file at a time
+_ROWS = 16  # of a Parquet file at a time: one value of a dictionary may stand in all of them
 _ZSTD_READ, _ZSTD_WINDOW = 1024, 1 << 31  # bytes: these unpack to 32 MiB at most; the window of `zstd --long=31`
 _ZSTD_FRAME = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 
@@ -102,12 +102,16 @@ def _blocks(path: Path) -> Iterator[bytes]:
             raise DataError(f"{path} is damaged (it does not begin as {path.suffix} files do); copy it again.")
         file.seek(0)
         opened: Any = gzip.GzipFile(fileobj=file) if packed else file
-        size, most = 0, max(BOMB, BOMB_RATIO * path.stat().st_size)
-        for block in _zstd(path) if _ZSTD_FRAME.match(head) else iter(lambda: opened.read(BLOCK), b""):
-            yield block
-            if (size := size + len(block)) > most:
-                raise DataError(f"{path} unpacks to more than {most:,} bytes, {BOMB_RATIO} times its size, as no text "
-                                "does; unpack it yourself if you trust it.")  # fmt: skip
+        yield from _bounded(path, _zstd(path) if _ZSTD_FRAME.match(head) else iter(lambda: opened.read(BLOCK), b""))
+
+
+def _bounded(path: Path, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    size, most = 0, max(BOMB, BOMB_RATIO * path.stat().st_size)
+    for block in blocks:
+        yield block
+        if (size := size + len(block)) > most:
+            raise DataError(f"{path} unpacks to more than {most:,} bytes, {BOMB_RATIO} times its size, as no text "
+                            "does; unpack it yourself if you trust it.")  # fmt: skip
 
 
 def _guarded(path: Path, items: Iterator[Item], faults: Faults) -> Iterator[Item]:
@@ -240,14 +244,13 @@ def _parquet_texts(path: Path, field: str, faults: Faults) -> Iterator[tuple[int
         if str(kinds.get(field)).removeprefix("large_").removesuffix("_view") not in ("string", "binary", "null"):
             names = ", ".join(repr(name) for name in kinds)
             raise DataError(f"{path} has no text column {field!r} (it has: {names}); name it with --text-field.")
-        rows = count(1)
-        for batch in table.iter_batches(_ROWS, columns=[field], use_threads=False):
-            texts = batch.column(0).cast(kinds[field]).cast(arrow.large_binary())
-            for text, row in zip(texts.to_pylist(), rows, strict=False):
-                try:
-                    yield row, (text or b"").decode()
-                except UnicodeDecodeError:
-                    faults("not UTF-8", f"{path} row {row} is not UTF-8 in column {field!r}; write the table again.")
+        batches = (batch.column(0) for batch in table.iter_batches(_ROWS, columns=[field], use_threads=False))
+        lists = (batch.cast(kinds[field]).cast(arrow.large_binary()).to_pylist() for batch in batches)
+        for row, text in enumerate(_bounded(path, (text or b"" for texts in lists for text in texts)), 1):
+            try:
+                yield row, text.decode()
+            except UnicodeDecodeError:
+                faults("not UTF-8", f"{path} row {row} is not UTF-8 in column {field!r}; write the table again.")
 
 
 def read_documents(path: Path, field: str, faults: Faults) -> Iterator[tuple[int, str]]:

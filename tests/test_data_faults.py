@@ -99,6 +99,7 @@ def test_splits_of_several_paths_and_of_a_test_file_alone(tmp_path: Path, caplog
         ({f"{i:02}.txt": b"line of text\n" * 1000 for i in range(20)}, 0.05),
         ({"big.txt": b"line of text\n" * 9000, "z.txt": b"small"}, 0.05),
         ({"a.txt.gz": gzip.compress(b"line of text\n" * 9000)}, 0.05),
+        ({"a.txt": zstandard.compress(b"line of text\n" * 9000)}, 0.05),
         ({"a.jsonl": lines(*("line of text\n" * 10 for _ in range(300)))}, 0.05),
     ],
 )  # fmt: skip

@@ -31,7 +31,7 @@ def _packed(*suffixes: str) -> tuple[str, ...]:
 
 TEXT_SUFFIXES = _packed(".txt", ".md")  # each file one document; of the others, a list of them
 JSON_SUFFIXES, CSV_SUFFIXES = _packed(".json"), _packed(".csv", ".tsv")
-TABLE_SUFFIXES = (*JSON_SUFFIXES, *CSV_SUFFIXES)
+TABLES = (*JSON_SUFFIXES, *CSV_SUFFIXES)
 KINDS = ((".parquet",), _packed(".jsonl", ".ndjson"), JSON_SUFFIXES, CSV_SUFFIXES, TEXT_SUFFIXES)
 SUFFIXES = tuple(chain(*KINDS))
 BLOCK = 1 << 20  # bytes or characters
@@ -39,7 +39,7 @@ LONGEST = 1 << 28  # bytes
 BOMB, BOMB_RATIO = 1 << 30, 500  # a packed file that holds more bytes than either allows is no text
 _ROWS = 16  # of a Parquet file at a time: one value of a dictionary may stand in all of them
 _ZSTD_READ, _ZSTD_WINDOW = 1024, 1 << 31  # bytes: these unpack to 32 MiB at most; the window of `zstd --long=31`
-_ZSTD_FRAME = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+_GZIP, _ZSTD_FRAME = re.compile(rb"\x1f\x8b"), re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 
 
 class Faults:
@@ -77,6 +77,12 @@ def is_text(name: str) -> bool:
     return name.lower().endswith(TEXT_SUFFIXES) or "." not in name.rpartition("/")[2]
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a file is gzip or zstd, by its first bytes."""
+    with path.open("rb") as file:
+        return any(kind.match(file.peek(HEAD)) for kind in (_GZIP, _ZSTD_FRAME))
+
+
 def _zstd(path: Path) -> Iterator[bytes]:
     """Of all frames one after the other, as parallel compressors write them."""
     reader = extra("zstandard", "data", str(path)).ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
@@ -95,7 +101,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
     """The unpacked bytes. The first bytes tell how a file is packed: many downloads are unpacked on their way."""
     with path.open("rb") as file:
         head = file.read(HEAD)
-        packed = head.startswith(b"\x1f\x8b")
+        packed = _GZIP.match(head)
         if said := identify(head, text=True):
             raise DataError(f"{path} is {said}.")
         if not packed and path.suffix in (".gz", ".zst") and b"\0" in head and not _ZSTD_FRAME.match(head):

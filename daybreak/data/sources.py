@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from daybreak.data.formats import SUFFIXES, TABLE_SUFFIXES, Faults, is_text, read_documents, read_records, read_text
+from daybreak.data.formats import SUFFIXES, TABLES, Faults, is_packed, is_text, read_documents, read_records, read_text
 from daybreak.errors import DataError
 
 log = logging.getLogger("daybreak")
@@ -140,7 +140,7 @@ def _left_out(name: str, path: Path, column: str) -> str:
         return "no file, but a broken link, pipe or device"
     if not lower.endswith(SUFFIXES):
         return f"{path.suffix} files" if path.suffix else "without a suffix, read as text where named"
-    if lower.endswith(TABLE_SUFFIXES):  # settings are written so too
+    if lower.endswith(TABLES):  # settings are written so too
         _, record = next(read_records(path, Faults(skip=True)), (0, record))
     return "" if isinstance(record, dict) and column in record else f"without a field {column!r}"
 
@@ -193,7 +193,7 @@ def _documents(part: Part, path: Path, column: str, faults: Faults) -> Iterator[
             yield f"{part.name}:{place}", cut([text]), len(text.encode())
         return
     size, before = path.stat().st_size, faults.counts.total()
-    if faults.skip or part.name.lower().endswith((".gz", ".zst")):
+    if faults.skip or is_packed(path):
         size = sum(len(block.encode()) for block in read_text(path, faults))
     if faults.counts.total() == before:
         yield part.name, cut(read_text(path, faults)), size

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import daybreak
+import daybreak.engine.arena as arena_module
 import daybreak.engine.fit as fit_module
-from daybreak import kernels
 from daybreak.cli import plan as command
 from daybreak.cli.main import main
 from daybreak.config import Config, parse_value, recipe_names, resolve
@@ -370,17 +370,26 @@ def test_very_many_rows_are_planned_by_their_first_and_last_chunks(monkeypatch: 
     short = fit_module.plan_memory(config, device, ())[0]
     many = fit_module.plan_memory(config.override({"batch.B": 1 << 17}), device, ())[0]
     assert len(many.calls) == len(short.calls) < 300
-    monkeypatch.setattr(kernels, "MAX_CHUNKS", 1 << 30)
+    monkeypatch.setattr(arena_module, "MAX_CHUNKS", 1 << 30)
     whole = fit_module.plan_memory(config, device, ())[0]
     assert len(whole.calls) > len(short.calls)
     placed = [[(e.name, e.offset, e.nbytes) for e in sorted(a.entries, key=lambda e: e.name)] for a in (short, whole)]
     assert placed[0] == placed[1]
 
 
+def test_help_shows_no_flags_that_only_train_heeds(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("plan", "bench", "import", "train"):
+        assert main([verb, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert [flag in text for flag in ("--max-hours", "--profile")] == [verb == "train"] * 2, verb
+        assert "--steps" in text
+
+
 def test_tables_are_for_who_asks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny", "--run.device", "cpu", "--verbose"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("fits               yes: 318 MiB of ")
+    assert re.search(r"^largest B +over 1,000  \[planned\]$", out, re.M)
     assert re.search(r"h\.\*\.fc +│ \(1024, 512\) float32 +│ +2 │", out)
     assert "What the memory holds" not in out
 

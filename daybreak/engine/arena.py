@@ -23,6 +23,7 @@ from daybreak.engine.params import ParamTable
 from daybreak.kernels import Call, Kernels, Recorder, storage_key
 
 ALIGN = 256  # bytes
+MAX_CHUNKS = 64  # of one calculation in chunks, that a plan records one by one
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Frame(Protocol):
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An activation of this shape (compute dtype by default). Declared by being used."""
+
+    def chunks(self, n: int, step: int) -> Sequence[int]:
+        """Where chunks of `step` of n rows start."""
+        return range(0, n, step)
 
     def final(self, moment: int) -> None:
         """Backward has finished the gradients that Model.final_at gives this moment: they may be exchanged."""
@@ -104,6 +109,11 @@ class PlanFrame(Frame):
         assert self.activations[name][1] == dtype, f"{name} is asked for as {dtype}"
         assert math.prod(shape) <= tensor.numel(), f"{name} is asked for as {shape}, larger than declared"
         return tensor.view(-1)[: math.prod(shape)].view(shape)
+
+    def chunks(self, n: int, step: int) -> Sequence[int]:
+        """Of very many the first two and the last: the others make the same calls with the same memory."""
+        starts = range(0, n, step)
+        return starts if len(starts) <= MAX_CHUNKS else [*starts[:2], starts[-1]]
 
 
 class LiveFrame(Frame):

@@ -156,7 +156,7 @@ class GPT2:
         k, n = f.k, hidden.shape[0]
         wte, step = f.w("wte"), self.head_rows(n, hidden.dtype)
         d_hidden = f.a("d_lnf", n, self.cfg.C) if backward else None
-        for start in k.chunks(n, step):
+        for start in f.chunks(n, step):
             rows = slice(start, min(start + step, n))
             logits = f.a("logits", rows.stop - start, self.cfg.Vp)
             k.matmul_forward(logits, hidden[rows], wte)

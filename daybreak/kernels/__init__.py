@@ -23,7 +23,6 @@ from torch import Tensor
 
 Temps = Sequence[tuple[tuple[int, ...], torch.dtype]]
 MAX_VIEWS = 64
-MAX_CHUNKS = 64  # of a call in chunks that a plan records one by one
 CHUNK = 1 << 17  # elements per chunk of a row-wise torch kernel: a few chunks stay in a core's L2 cache
 FILES = ("attention", "classifier", "embedding", "guard", "matmul", "norm", "optimizer")
 # Backends on CUDA, best first; every group ends with the plain-torch reference. The CPU has only that.
@@ -177,10 +176,6 @@ class Kernels:
         for name, chosen in self.choices.items():
             setattr(self, name, self._bind(OPS[name], OPS[name].impls[chosen]))
 
-    def chunks(self, n: int, step: int) -> Sequence[int]:
-        """Where chunks of `step` of n rows start."""
-        return range(0, n, step)
-
     def _bind(self, operation: Op, impl: Impl) -> Callable[..., None]:
         if impl.temps is None:
             return impl.fn
@@ -215,11 +210,6 @@ class Recorder(Kernels):
     def __init__(self, choices: Mapping[str, str] | None = None) -> None:
         self.calls: list[Call] = []
         super().__init__(torch.empty(0, dtype=torch.uint8), choices)
-
-    def chunks(self, n: int, step: int) -> Sequence[int]:
-        """Of very many chunks the first two and the last: the others call the same with the same memory."""
-        starts = range(0, n, step)
-        return starts if len(starts) <= MAX_CHUNKS else [*starts[:2], starts[-1]]
 
     def _bind(self, operation: Op, impl: Impl) -> Callable[..., None]:
         names = operation.parameters

@@ -197,8 +197,8 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
         flags, why = suggest(p)
         rows.append(("use" if fits else "to make it fit", flags, why))
         found = [p.fit.largest_B(c.override({"batch.recompute": r})) for r in range(4)]
-        most = (f"{b if b <= 1000 else 'over 1,000'} (recompute {r})" for r, b in enumerate(found))
-        rows.append(("largest B", ", ".join(most), "planned"))
+        most = ", ".join(f"{b if b <= 1000 else 'over 1,000'} (recompute {r})" for r, b in enumerate(found))
+        rows.append(("largest B", most if min(found) <= 1000 else "over 1,000", "planned"))
     unknown = (
         "CPU speed is not predicted; daybreak bench measures it" if cpu else "no figure for this GPU and precision"
     )

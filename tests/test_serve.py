@@ -95,6 +95,21 @@ def test_seed_and_n(client: Any, folder: Path) -> None:
     assert free[0] != free[1]
 
 
+def test_penalties_and_biases(client: Any, folder: Path) -> None:
+    sampler, ask = Sampler(folder / "run"), {"model": "run", "prompt": "The", "max_tokens": 30}
+    penalties = {"frequency_penalty": 1.5, "presence_penalty": -0.5}
+    others = {"min_p": 0.3, "repetition_penalty": 1.7}
+    for how in ({"temperature": 0.0}, {"temperature": 0.9, "seed": 4}):
+        for fields in (penalties, others, {}):
+            first = {name: value for name, value in fields.items() if name in penalties}
+            extra = {name: value for name, value in fields.items() if name in others}
+            got = client.completions.create(**ask, **how, **first, logit_bias={"7": 2.5, "300": 9}, extra_body=extra)
+            want = Sampling(30, **how, **fields, logit_bias=((7, 2.5), (300, 9.0)))
+            assert got.choices[0].text == "".join(sampler.text("The", want)), (how, fields)
+    plain = "".join(sampler.text("The", Sampling(30, 0.0)))
+    assert client.completions.create(**ask, temperature=0, frequency_penalty=2).choices[0].text != plain
+
+
 def test_streams_add_up(client: Any) -> None:
     ask = {"model": "run", "prompt": "The", "max_tokens": 25, "n": 2, "seed": 3, "logprobs": 2}
     whole = client.completions.create(**ask)
@@ -169,7 +184,20 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": [[]]}, 400, "prompt: token ids must be whole numbers from 0 to 1024, at least one."),
     ({"prompt": [1025]}, 400, "prompt: token ids must be whole numbers from 0 to 1024, at least one."),
     ({"prompt": ["a", 5]}, 400, "prompt: token ids must be whole numbers from 0 to 1024, at least one."),
-    ({"presence_penalty": 1}, 400, "presence_penalty is not supported; leave it out."),
+    ({"suffix": "x"}, 400, "suffix is not supported; leave it out."),
+    ({"presence_penalty": 3}, 400, "presence_penalty = 3 must be a number, from -2 to 2."),
+    ({"frequency_penalty": "1"}, 400, "frequency_penalty = '1' must be a number, from -2 to 2."),
+    ({"repetition_penalty": 0}, 400, "repetition_penalty = 0 must be finite and above 0."),
+    ({"min_p": 1.5}, 400, "min_p = 1.5 must be a number, from 0 to 1."),
+    ({"logit_bias": {"5": 101}}, 400, "logit_bias[5] = 101 must be a number, from -100 to 100."),
+    *[
+        (
+            {"logit_bias": bad},
+            400,
+            "logit_bias must be an object of up to 300 token ids, from 0 to 1024, and their biases.",
+        )
+        for bad in ({"1025": 1}, {"x" * 100_000: 1}, [1], {str(i): 1 for i in range(301)})
+    ],
     ({"best_of": 3}, 400, "best_of is not supported; leave it out, or make it n."),
     ({"echo": 1}, 400, "echo = 1 must be true or false."),
     ({"stop": "x" * 900_000}, 400, "stop has 900000 characters; it must be at most 256."),

@@ -1,7 +1,8 @@
 """OpenAI's completions: a request's JSON -> texts to write; what was written -> its JSON. Knows no network.
 
-https://platform.openai.com/docs/api-reference/completions. Beside its fields `top_k` is understood. A prompt given as
-text opens a document, as in training; token ids are used as they are.
+https://platform.openai.com/docs/api-reference/completions. Beside its fields `top_k`, `min_p` and `repetition_penalty`
+are understood, as other servers have them. A prompt given as text opens a document, as in training; token ids are used
+as they are.
 """
 
 from __future__ import annotations
@@ -22,12 +23,10 @@ from daybreak.errors import ConfigError
 from daybreak.generate import Sampling, Text, Token, open_document
 from daybreak.serve.writer import News
 
-MAX_TEXTS, MAX_STOPS, MAX_STOP, MAX_LOGPROBS = 128, 16, 256, 20  # MAX_STOP: characters of one
-# Fields that are accepted with these values only, for they change nothing then.
-NEUTRAL: dict[str, tuple[Any, ...]] = {"suffix": (None, ""), "presence_penalty": (None, 0), "logit_bias": (None, {}),
-                                       "frequency_penalty": (None, 0)}  # fmt: skip
-FIELDS = ("model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "n", "best_of", "stop", "seed", "logprobs",
-          "echo", "stream", "stream_options", "user", *NEUTRAL)  # fmt: skip
+MAX_TEXTS, MAX_STOPS, MAX_STOP, MAX_LOGPROBS, MAX_BIASES = 128, 16, 256, 20, 300  # MAX_STOP: characters of one
+FIELDS = ("model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "best_of", "stop", "seed",
+          "logprobs", "echo", "stream", "stream_options", "user", "suffix", "frequency_penalty", "presence_penalty",
+          "repetition_penalty", "logit_bias")  # fmt: skip
 
 
 _short = reprlib.Repr()
@@ -83,9 +82,8 @@ def parse(body: Any, model: str, tokenizer: Tokenizer, T: int, V: int) -> Comple
         if field not in FIELDS:
             said = f"unknown field {short(field)}; did you mean {nearest(field, FIELDS)!r}?"
             raise Refused(400, said, field[:80])
-    for field, values in NEUTRAL.items():
-        if body.get(field) not in values:
-            raise Refused(400, f"{field} is not supported; leave it out.", field)
+    if body.get("suffix"):
+        raise Refused(400, "suffix is not supported; leave it out.", "suffix")
     if body.get("model") != model:
         said = f"model = {short(body.get('model'))} is not served here; use {model!r}."
         raise Refused(404, said, "model", "model_not_found")
@@ -98,7 +96,7 @@ def parse(body: Any, model: str, tokenizer: Tokenizer, T: int, V: int) -> Comple
             raise Refused(400, f"{field} = {short(value)} must be true or false.", field)
     if not isinstance(options, dict):
         raise Refused(400, "stream_options must be an object.", "stream_options")
-    how = _sampling(body)
+    how = _sampling(body, V)
     asked = _prompts(body.get("prompt"))
     if len(asked) * n > MAX_TEXTS:
         raise Refused(400, f"{len(asked)} prompts x n = {n} must be at most {MAX_TEXTS} texts.", "n")
@@ -109,7 +107,7 @@ def parse(body: Any, model: str, tokenizer: Tokenizer, T: int, V: int) -> Comple
     return Completion(prompts, how, n, flags["echo"], flags["stream"], bool(options.get("include_usage")))
 
 
-def _sampling(body: dict[str, Any]) -> Sampling:
+def _sampling(body: dict[str, Any], V: int) -> Sampling:
     stop = body.get("stop")
     stops = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
@@ -122,6 +120,11 @@ def _sampling(body: dict[str, Any]) -> Sampling:
         temperature=_number(body, "temperature", 1.0, 0, 100, whole=False),
         top_k=int(_number(body, "top_k", 0, 0)),
         top_p=_number(body, "top_p", 1.0, 0, 1, whole=False),
+        min_p=_number(body, "min_p", 0.0, 0, 1, whole=False),
+        frequency_penalty=_number(body, "frequency_penalty", 0.0, -2, 2, whole=False),
+        presence_penalty=_number(body, "presence_penalty", 0.0, -2, 2, whole=False),
+        repetition_penalty=_number(body, "repetition_penalty", 1.0, 0, 100, whole=False),
+        logit_bias=_biases(body.get("logit_bias") or {}, V),
         seed=int(_number(body, "seed", secrets.randbits(31), 0)),
         stop=tuple(stops),
         logprobs=None if logprobs is None else int(_number(body, "logprobs", 0, 0, MAX_LOGPROBS)),
@@ -131,6 +134,16 @@ def _sampling(body: dict[str, Any]) -> Sampling:
     except ConfigError as error:
         raise Refused(400, str(error)) from None
     return how
+
+
+def _biases(given: Any, V: int) -> tuple[tuple[int, float], ...]:
+    ids = {str(i): i for i in range(V)} if given else {}
+    if not isinstance(given, dict) or len(given) > MAX_BIASES or not given.keys() <= ids.keys():
+        said = f"logit_bias must be an object of up to {MAX_BIASES} token ids, from 0 to {V - 1}, and their biases."
+        raise Refused(400, said, "logit_bias")
+    named = {f"logit_bias[{key}]": bias for key, bias in given.items()}
+    biases = (_number(named, field, 0.0, -100, 100, whole=False) for field in named)
+    return tuple(zip((ids[key] for key in given), biases, strict=True))
 
 
 def _number(

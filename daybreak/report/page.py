@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from daybreak.config import Config
 from daybreak.report.series import Follower
 
 WEB = Path(__file__).parent / "web"
+NO_FRAME = "; frame-ancestors 'none'"  # of a policy, in an HTTP header only
 # OpenAI's models: published by llm.c (GPT-2: loss on its FineWeb validation set, 1558M on FineWeb-Edu's, and HellaSwag
 # by its rules) and by the GPT-3 paper (HellaSwag, zero-shot).
 REFERENCES = {
@@ -48,32 +50,20 @@ def to_json(data: Any) -> str:
 def render(data: dict[str, Any]) -> tuple[str, str]:
     """(the page, its Content-Security-Policy): scripts and styles by their hashes, the network only to itself."""
     text = (WEB / "page.html").read_text()
-    style = (WEB / "uPlot.min.css").read_text() + text.split("/*uplot*/")[1].split("</style>")[0]
-    library, script = ((WEB / name).read_text() for name in ("uPlot.iife.min.js", "page.js"))
-    policy = (
-        f"default-src 'none'; script-src {_hash(library)} {_hash(script)}; style-src {_hash(style)}; "
-        f"connect-src 'self'; base-uri 'none'; form-action 'none'"
-    )
-    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-    head, rest = text.replace("<!--policy-->", meta).split("/*uplot*/")
-    text = head + style + "</style>" + rest.split("</style>", 1)[1]
-    for mark, value in (("/*library*/", library), ("/*page*/", script), ("/*data*/", to_json(data))):
-        before, after = text.split(mark, 1)
-        text = before + value + after
-    return text, policy + "; frame-ancestors 'none'"
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    for mark, name in (("/*uplot*/", "uPlot.min.css"), ("/*library*/", "uPlot.iife.min.js"), ("/*page*/", "page.js")):
+        text = text.replace(mark, (WEB / name).read_text(), 1)
+    policy = policy_of(text)
+    text = text.replace("<!--policy-->", f'<meta http-equiv="Content-Security-Policy" content="{policy}">', 1)
+    return text.replace("/*data*/", to_json(data), 1), policy + NO_FRAME
 
 
 def policy_of(page: str) -> str:
-    """The Content-Security-Policy of a page with one script and one style in it, which talks to its own server only."""
-    script, style = (_hash(page.split(f"<{tag}>")[1].split(f"</{tag}>")[0]) for tag in ("script", "style"))
-    return (
-        f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'"
-    )
+    """The Content-Security-Policy of a page which runs its own scripts and styles, and talks to its own server only."""
+    hashes: dict[str, str] = {"script": "", "style": ""}
+    for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
+        hashes[tag] += f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    own = "".join(f"; {tag}-src{found}" for tag, found in hashes.items())
+    return f"default-src 'none'{own}; connect-src 'self'; base-uri 'none'; form-action 'none'"
 
 
 def write_report(paths: Sequence[str], out: Path | None) -> Path:

@@ -30,8 +30,9 @@ from daybreak.report.series import Follower
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEYS = ("DAYBREAK_KEY", "DAYBREAK_API_KEY")  # the second is its name in 0.1.0
 SHORTEST_KEY = 16
+NOTHING = "default-src 'none'"
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+    "Content-Security-Policy": NOTHING, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
 }  # fmt: skip
 MOST_OPEN, PATIENCE = 128, 60  # connections at a time, and seconds that one may last
@@ -135,13 +136,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(HTTPStatus.NOT_FOUND, "text/plain", "there is only /\n")
 
-    def _send(self, status: HTTPStatus, kind: str, text: str, policy: str | None = None) -> None:
+    def _send(self, status: HTTPStatus, kind: str, text: str, policy: str = NOTHING) -> None:
         body = text.encode()
         self.send_response(status)
-        headers = {**HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}
-        if policy:
-            headers["Content-Security-Policy"] = policy
-        for name, value in headers.items():
+        more = {"Content-Type": kind, "Content-Length": str(len(body)), "Content-Security-Policy": policy}
+        for name, value in (HEADERS | more).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)

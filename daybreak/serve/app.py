@@ -12,7 +12,7 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,7 +27,7 @@ from starlette.types import ASGIApp
 
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
-from daybreak.report.page import policy_of
+from daybreak.report.page import NO_FRAME, policy_of
 from daybreak.report.watch import LOOPBACK, address, network_key
 from daybreak.serve.completions import Answer, Completion, Refused, parse, short
 from daybreak.serve.network import MOST_OPEN, PATIENCE, Connection, Guard, listen, refusal
@@ -38,7 +38,7 @@ GRACE = 20  # seconds that requests under way have at the end
 POLL = 0.5  # seconds after which a client's leaving is noticed
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 log = logging.getLogger("daybreak")
-BUSY = Refused(429, "too many requests are waiting; try again later.", None, "rate_limit_exceeded")
+Chunk = dict[str, Any]
 
 
 class Service:
@@ -53,8 +53,8 @@ class Service:
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            told = "serve: %s"
-            asyncio.get_running_loop().set_exception_handler(lambda _, what: log.warning(told, what["message"]))
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda _, what: log.warning("serve: %s", what["message"]))
             self.writer.start()
             yield
             await asyncio.to_thread(self.writer.stop)
@@ -80,7 +80,7 @@ class Service:
 
     async def page(self, _: Request) -> Response:
         """For a person with a browser."""
-        return HTMLResponse(PAGE, headers={"Content-Security-Policy": policy_of(PAGE)})
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": policy_of(PAGE) + NO_FRAME})
 
     async def health(self, _: Request) -> Response:
         """For a load balancer: 200 while requests can be served."""
@@ -101,12 +101,12 @@ class Service:
     async def completions(self, request: Request) -> Response:
         """Texts that follow prompts."""
         body = await _body(request)
+        busy = Refused(429, "too many requests are waiting; try again later.", None, "rate_limit_exceeded")
         if self.writer.full:
-            raise BUSY
+            raise busy
+        T, V = self.engine.T, self.engine.cfg.V
         # In a thread: others are answered meanwhile.
-        asked = await asyncio.to_thread(
-            lambda: parse(_json(body), self.name, self.tokenizer, self.engine.T, self.engine.cfg.V)
-        )
+        asked = await asyncio.to_thread(lambda: parse(_json(body), self.name, self.tokenizer, T, V))
         head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time.time())}
         answer = Answer(asked, self.tokenizer, {**head, "model": self.name})
         queue, loop = asyncio.Queue[News](), asyncio.get_running_loop()
@@ -116,7 +116,7 @@ class Service:
 
         job = Job(asked.texts(self.tokenizer), tell, score=asked.echo and asked.how.logprobs is not None)
         if not self.writer.submit(job):
-            raise BUSY
+            raise busy
         chunks = _chunks(request, job, queue, answer)
         if asked.stream:
             return StreamingResponse(_events(chunks, answer, asked), media_type="text/event-stream")
@@ -125,17 +125,14 @@ class Service:
         return JSONResponse(answer.whole())
 
 
-async def _chunks(
-    request: Request, job: Job, queue: asyncio.Queue[News], answer: Answer
-) -> AsyncIterator[dict[str, Any]]:
+async def _chunks(request: Request, job: Job, queue: asyncio.Queue[News], answer: Answer) -> AsyncIterator[Chunk]:
     """The answer piece by piece. Writing ends when the client has gone."""
     left, asked = len(job.texts), time.monotonic()
     try:
         while left:
-            try:
+            news = None
+            with suppress(TimeoutError):
                 news = await asyncio.wait_for(queue.get(), POLL)
-            except TimeoutError:
-                news = None
             if time.monotonic() - asked > POLL:
                 asked = time.monotonic()
                 if await request.is_disconnected():
@@ -150,7 +147,7 @@ async def _chunks(
         job.cancelled = True
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]], answer: Answer, asked: Completion) -> AsyncIterator[str]:
+async def _events(chunks: AsyncIterator[Chunk], answer: Answer, asked: Completion) -> AsyncIterator[str]:
     try:
         async for chunk in chunks:
             yield f"data: {json.dumps(chunk)}\n\n"
@@ -199,8 +196,7 @@ def serve(engine: Engine, tokenizer: Tokenizer, name: str, *, host: str, port: i
 
     async def every_second() -> None:
         for connection in [*server.server_state.connections]:
-            assert isinstance(connection, Connection)
-            connection.check()
+            connection.check()  # type: ignore[union-attr]  # of our own class
 
     config.callback_notify = every_second
     # From here on a signal counts. uvicorn raises the one that ended it once more, when it has put these back.

@@ -24,9 +24,13 @@ from daybreak.generate import Sampling, Text, Token, open_document
 from daybreak.serve.writer import News
 
 MAX_TEXTS, MAX_STOPS, MAX_STOP, MAX_LOGPROBS, MAX_BIASES = 128, 16, 256, 20, 300  # MAX_STOP: characters of one
-FIELDS = ("model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "n", "best_of", "stop", "seed",
-          "logprobs", "echo", "stream", "stream_options", "user", "suffix", "frequency_penalty", "presence_penalty",
-          "repetition_penalty", "logit_bias")  # fmt: skip
+# Numbers that need not be whole: default, least, most.
+FRACTIONS = {
+    "temperature": (1.0, 0, 100), "top_p": (1.0, 0, 1), "min_p": (0.0, 0, 1), "frequency_penalty": (0.0, -2, 2),
+    "presence_penalty": (0.0, -2, 2), "repetition_penalty": (1.0, 0, 100),
+}  # fmt: skip
+FIELDS = ("model", "prompt", "max_tokens", "top_k", "n", "best_of", "stop", "seed", "logprobs", "echo", "stream",
+          "stream_options", "user", "suffix", "logit_bias", *FRACTIONS)  # fmt: skip
 
 
 _short = reprlib.Repr()
@@ -117,17 +121,12 @@ def _sampling(body: dict[str, Any], V: int) -> Sampling:
     logprobs = body.get("logprobs")
     how = Sampling(
         tokens=int(_number(body, "max_tokens", 16, 0)),
-        temperature=_number(body, "temperature", 1.0, 0, 100, whole=False),
         top_k=int(_number(body, "top_k", 0, 0)),
-        top_p=_number(body, "top_p", 1.0, 0, 1, whole=False),
-        min_p=_number(body, "min_p", 0.0, 0, 1, whole=False),
-        frequency_penalty=_number(body, "frequency_penalty", 0.0, -2, 2, whole=False),
-        presence_penalty=_number(body, "presence_penalty", 0.0, -2, 2, whole=False),
-        repetition_penalty=_number(body, "repetition_penalty", 1.0, 0, 100, whole=False),
         logit_bias=_biases(body.get("logit_bias") or {}, V),
         seed=int(_number(body, "seed", secrets.randbits(31), 0)),
         stop=tuple(stops),
         logprobs=None if logprobs is None else int(_number(body, "logprobs", 0, 0, MAX_LOGPROBS)),
+        **{name: _number(body, name, *limits, whole=False) for name, limits in FRACTIONS.items()},
     )
     try:
         how.check()

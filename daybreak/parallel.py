@@ -308,7 +308,7 @@ def connect(environ: Mapping[str, str], timeout: float, stopped: Callable[[], st
 
     def look() -> None:
         if reason := stopped():
-            raise Stopped(f"{reason} before all ranks had come; start them again.")
+            raise Stopped(f"{reason} before all ranks had started; start them again.")
 
     where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
     agents = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process listens, not rank 0
@@ -397,7 +397,7 @@ def _assemble(group: Group, root: Any, where: str, again: bool, look: Callable[[
         look()
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"{world - len(missing)} of {world} ranks came to {where} within {group.timeout:g} s "
+                f"{world - len(missing)} of {world} ranks reached {where} within {group.timeout:g} s "
                 f"(parallel.timeout); missing: {', '.join(map(str, missing[:8]))}; start exactly {world} processes."
             )
         time.sleep(0.01)

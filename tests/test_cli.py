@@ -88,8 +88,8 @@ RECIPES = "Recipes: gpt2-124M, gpt2-1558M, gpt2-350M, gpt2-774M, gpt3-125M, tiny
           "recipe.toml, or a run's folder."  # fmt: skip
 FORK = "leave it out, or start a new run from the checkpoint with --fork NAME."
 ERRORS: list[tuple[str, int, str]] = [
-    ("trian", 2, "unknown verb 'trian'; did you mean 'train'?"),
-    ("d12", 2, "unknown verb 'd12'; did you mean "),
+    ("trian", 2, "unknown command 'trian'; did you mean 'train'?"),
+    ("d12", 2, "unknown command 'd12'; did you mean "),
     ("--versio", 2, "unknown flag --versio; did you mean --version?"),
     ("train tini", 2, f"unknown target 'tini'; did you mean 'tiny'? {RECIPES}"),
     ("train d13", 2, f"unknown target 'd13'; did you mean 'd12'? {RECIPES}"),
@@ -267,8 +267,8 @@ def test_a_rocm_build_is_refused(
     ("line", "module", "sentence"),
     [
         ("train d12 --log.sinks wandb --run.device cpu --data foreign", "wandb",
-         "log.sinks = 'wandb' needs the package wandb; pip install 'daybreak[wandb]'."),
-        ("serve runs/old", "uvicorn", "daybreak serve needs uvicorn: pip install 'daybreak[serve]'."),
+         "log.sinks = 'wandb' needs the package wandb; pip install -e '.[wandb]' in daybreak's folder."),
+        ("serve runs/old", "uvicorn", "daybreak serve needs uvicorn: pip install -e '.[serve]' in daybreak's folder."),
     ],
 )  # fmt: skip
 def test_a_missing_extra_is_named(

@@ -272,7 +272,7 @@ def test_bad_files_are_counted_by_reason_and_the_rest_is_read(
     assert "in/c.jsonl line 2 is not valid JSON" in capsys.readouterr().err
     assert main([*command, "--skip-bad"]) == 0
     said = capsys.readouterr().err
-    assert "passed over 2 not JSON (first: in/c.jsonl line 2 is" in said
+    assert "skipped 2 not JSON (first: in/c.jsonl line 2 is" in said
     for part in ("1 without text (first: in/c.jsonl line 3", "2 not UTF-8 (first: in/c.jsonl line 4: byte 0xff",
                  "1 damaged (first: in/d.jsonl.zst is damaged (it ends within a frame)", "1 empty (first: in/e.txt",
                  "2 unreadable (first: in/g.parquet is not Parquet but a Git LFS pointer"):  # fmt: skip
@@ -291,7 +291,7 @@ def test_a_parquet_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 def test_empty_files_among_others_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write(tmp_path / "in", {"a.jsonl": lines("a", "b"), "e.jsonl": b"", "f.txt": b"", "g.json": b"[]"})
     assert splits(tmp_path, folder) == {"train": ["a"], "val": ["b"]}
-    assert f"passed over 3 empty (first: {folder}/e.jsonl holds no documents.)" in caplog.text
+    assert f"skipped 3 empty (first: {folder}/e.jsonl holds no documents.)" in caplog.text
 
 
 def test_mending_a_file_goes_on_from_the_journal(

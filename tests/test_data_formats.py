@@ -73,7 +73,7 @@ def test_a_missing_library_is_a_sentence(
     WRITERS[name](tmp_path / name)
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["prepare", str(tmp_path / name), "--data-dir", str(tmp_path / "d")]) == 2
-    assert capsys.readouterr().err.endswith(f"needs {module}: pip install 'daybreak[data]'.\n")
+    assert capsys.readouterr().err.endswith(f"needs {module}: pip install -e '.[data]' in daybreak's folder.\n")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])

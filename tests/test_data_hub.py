@@ -174,7 +174,7 @@ def test_faults_on_the_way_are_overcome(hub: Hub, tmp_path: Path, faults: list[s
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("html", "could not be downloaded in 2 attempts, at last: "),
+        ("html", "could not be downloaded in 2 attempts \\("),
         ("flip", "sha256 is not the one that the Hub lists"),
     ],
 )

@@ -233,7 +233,7 @@ def test_nobody_there_a_port_in_use_too_few_ranks(shards: Path, tmp_path: Path) 
     few = ranks.start(3, command(target, *SOON), elsewhere, range(2), port=str(ranks.free_port()))
     alone = ranks.start(2, command(target, *SOON), tmp_path, range(1, 2), port=str(port))
     refused(tmp_path, alone, 2, f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}", f"within {WAIT} s")
-    refused(elsewhere, few, 2, "2 of 3 ranks came to 127.0.0.1:", "missing: 2")
+    refused(elsewhere, few, 2, "2 of 3 ranks reached 127.0.0.1:", "missing: 2")
     with ranks.socket.socket() as busy:
         busy.bind(("", port))
         busy.listen()
@@ -248,7 +248,7 @@ def test_ranks_of_other_launches(shards: Path, tmp_path: Path) -> None:
     both = ranks.start(2, command(target, *SOON), tmp_path, range(1), port=port)
     both += ranks.start(3, command(target, *SOON), tmp_path, range(1, 2), port=port)
     said = "rank 1 was started as one of 3 ranks, rank 0 as one of 2; give every process the same WORLD_SIZE"
-    refused(tmp_path, both, 2, said, "1 of 2 ranks came to 127.0.0.1:", "missing: 1")
+    refused(tmp_path, both, 2, said, "1 of 2 ranks reached 127.0.0.1:", "missing: 1")
 
     other, port = tmp_path / "other", ranks.free_port()
     other.mkdir()
@@ -282,7 +282,7 @@ def test_a_signal_while_ranks_wait_for_each_other_ends_them_with_75(shards: Path
         process.send_signal(signal.SIGTERM)
     assert ranks.finish(waiting) == [75, 75, 75]
     for number, rank in enumerate((0, 1, 0)):
-        assert "stopped by SIGTERM before all ranks had come; start them again." in ranks.said(
+        assert "stopped by SIGTERM before all ranks had started; start them again." in ranks.said(
             tmp_path / str(number), rank
         )
     assert not (tmp_path / "a").exists()

@@ -204,7 +204,7 @@ def test_a_tokenizer_json_goes_with_the_weights(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())[huggingface.FINGERPRINT] == tok.fingerprint
     for to in ("gguf", "llmc"):
         said = inside(tmp_path, "export", "run", "--to", to, "no", code=2).stderr
-        assert f"run has a tokenizer.json of its own ({tok.name}), which has no image in --to {to}; use hf.\n" in said
+        assert f"run has a tokenizer.json of its own ({tok.name}), which {to} cannot hold; use --to hf.\n" in said
     assert not (tmp_path / "no").exists()
 
 

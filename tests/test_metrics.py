@@ -189,7 +189,7 @@ def test_what_a_full_disk_refuses_waits_and_is_not_lost(tmp_path, caplog):
         for _ in range(3):
             writer.write("event", 1, 1, what="a", detail="b")
         assert caplog.text.count("/dev/full cannot be written (No space left on device); its lines wait") == 1
-        with pytest.raises(Error, match=r"/dev/full cannot be written \(No space left on device\): mend that"):
+        with pytest.raises(Error, match=r"/dev/full cannot be written \(No space left on device\): fix that"):
             writer.append("x" * MOST_WAITING)
     assert re.search(r"/dev/full: its last 67109\d{3} bytes could not be written", caplog.text)
 

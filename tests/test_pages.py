@@ -318,7 +318,7 @@ def test_a_port_in_use_and_no_run(
     server: Watch, made: MadeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["watch", str(made.path), "--port", str(server.server_port)]) == 2
-    said = f"127.0.0.1:{server.server_port} cannot be listened on (Address already in use); try another --port."
+    said = f"cannot listen on 127.0.0.1:{server.server_port} (Address already in use); try another --port."
     assert said in capsys.readouterr().err
     for verb in ("watch", "report"):
         assert main([verb, str(tmp_path / "none")]) == 2

@@ -315,7 +315,7 @@ def test_cards() -> None:
     ("line", "code", "sentence"),
     [
         ("plan d12 --gpu v100", 2, "--gpu v100 is not known; did you mean"),
-        ("plan d12 --gpus 1,2", 2, "--gpus 1,2 compares one kind of card; say which with --gpu."),
+        ("plan d12 --gpus 1,2", 2, "--gpus 1,2 compares one kind of GPU; say which with --gpu."),
         ("plan gpt2-124M --gpu h100 --gpus 8,24", 2, "--gpus 24: batch.total_tokens = 524288 is not a multiple of"),
         ("plan d12 --gpus 0", 2, "Invalid value for '--gpus': 0 is not in the range x>=1; see daybreak plan --help."),
         ("plan gpt2-124M --gpu a100 --gpus 3", 2, "must be a multiple of batch.B * T * ranks = 64 * 1024 * 3"),

@@ -325,7 +325,7 @@ def test_changed_and_missing_shards_are_exit_4_with_both_fingerprints(tmp_path):
         damage(own / "x_train_1.bin")
         match = re.fullmatch(
             rf"the training data changed since {run.checkpoints[0]} was saved: its fingerprint was {was}, it is "
-            r"([0-9a-f]{64}) now; bring the old one back, or start a new run\.",
+            r"([0-9a-f]{64}) now; restore the old one, or start a new run\.",
             refused(run),
         )
         assert match

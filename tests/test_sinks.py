@@ -94,7 +94,7 @@ def test_a_failing_sink_stops_neither_the_run_nor_the_others(here: Path, monkeyp
 def test_a_missing_package_is_said_before_the_run(here: Path, monkeypatch) -> None:
     monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        daybreak.Error, match=r"log.sinks = 'wandb' needs the package wandb; pip install 'daybreak\[wandb\]'"
+        daybreak.Error, match=r"log.sinks = 'wandb' needs the package wandb; pip install -e '.\[wandb\]'"
     ):
         train(log__sinks="wandb")
     assert not (here / "runs").exists()

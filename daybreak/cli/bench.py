@@ -14,13 +14,14 @@ from daybreak.config import resolve
 @click.argument("target")
 @click.option("--seconds", type=click.FloatRange(min=0.0), default=10.0, help="Time steps for this long (default 10).")
 @click.option(
-    "--tune", metavar="FOLDER", help="Search the fastest matrix products for this card; their table goes there."
+    "--tune", metavar="FOLDER", help="Search the fastest matmuls for this GPU, and write their table to FOLDER."
 )
 @config_options
 def bench(target: str, seconds: float, tune: str | None, **flags: Any) -> None:
-    """Time a step on random tokens and say where the time goes.
+    """Time a training step, and show where the time goes.
 
-    TARGET and --section.key VALUE are those of `daybreak train`. No data is needed and nothing is written.
+    Uses random tokens, so it needs no data, and writes nothing. Takes the targets and --section.key flags of
+    `daybreak train`.
 
     \b
     Examples:

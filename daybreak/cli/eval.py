@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 @click.argument("target", metavar="RUN|HF-DIR")
 @click.option("--tasks", metavar="A,B", help="hellaswag, lambada, arc, piqa, winogrande, mmlu, truthfulqa, gsm8k, ...")
 @click.option("--leaderboard", is_flag=True, help="The six tasks of the first Open LLM Leaderboard, and their mean.")
-@click.option("--hellaswag", metavar="FILE", help="llm.c's in-loop score, of the .jsonl or an eval .bin (RUN only).")
+@click.option("--hellaswag", metavar="FILE", help="Score a run as llm.c does; FILE is the .jsonl or an eval .bin.")
 @click.option("--shots", type=click.IntRange(0), metavar="N", help="Examples in the prompt (default: the task's own).")
-@click.option("--data-files", metavar="DIR", help="Data sets on disk, DIR/owner/name as on the Hub; no network then.")
+@click.option("--data-files", metavar="DIR", help="Read data sets from DIR/owner/name, without a network.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N examples of each task.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="B", help="Rows at a time.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="B", help="Sequences at a time.")
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
 @click.option("--device", metavar="D", help="cpu or cuda (default: the run's).")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
@@ -30,7 +30,9 @@ def evaluate(
     target: str, tasks: str | None, leaderboard: bool, hellaswag: str | None, shots: int | None,
     data_files: str | None, limit: int | None, batch: int, step: int | None, device: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Score a run, or a Hugging Face model's folder, with lm-evaluation-harness (pip install 'daybreak[eval]').
+    """Score a model with lm-evaluation-harness.
+
+    The model is a run, or a folder of a Hugging Face model. Needs pip install -e '.[eval]' in daybreak's folder.
 
     \b
     Examples:
@@ -47,7 +49,7 @@ def evaluate(
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--data-files {data_files} is not a folder.")
     if not is_run and hellaswag is not None:
-        raise ConfigError(f"--hellaswag scores runs only, and {target} is none; use --tasks hellaswag.")
+        raise ConfigError(f"--hellaswag scores runs only, and {target} is not a run; use --tasks hellaswag.")
 
     from daybreak.evaluate import harness
     from daybreak.evaluate.multiple_choice import accuracy, load_examples

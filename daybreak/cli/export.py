@@ -14,17 +14,21 @@ FORMATS = {"hf": ("fp32", "bf16", "fp16"), "gguf": ("f32", "f16", "bf16", "q8_0"
 
 @click.command()
 @click.argument("run")
-@click.option("--to", "to", type=click.Choice(list(FORMATS)), required=True, help="The format.")
+@click.option("--to", "to", type=click.Choice(list(FORMATS)), required=True, help="Format of the output.")
 @click.argument("out")
 @click.option("--dtype", metavar="D", help="hf: fp32, bf16, fp16. gguf: f32, f16, bf16, q8_0. llmc: bf16, fp32.")
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
-@click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, metavar="P", help="llmc: state files.")
+@click.option(
+    "--ranks", type=click.IntRange(1), default=1, show_default=True, metavar="P", help="llmc: number of state files."
+)
 @click.option("--zero", type=click.IntRange(0, 1), default=0, show_default=True, metavar="Z", help="llmc: ZeRO stage.")
-@click.option("--debug-state", is_flag=True, help="llmc: also the file that its unit test compares with.")
+@click.option("--debug-state", is_flag=True, help="llmc: also write the file for its unit test.")
 def export(
     run: str, to: str, out: str, dtype: str | None, step: int | None, ranks: int, zero: int, debug_state: bool
 ) -> None:
-    """Write the weights of the run in folder RUN to OUT, which must not exist yet.
+    """Write a run's weights for other programs.
+
+    OUT must not exist yet.
 
     \b
     Formats:
@@ -51,7 +55,7 @@ def export(
     source, path = Export(Run(run).checkpoint(step)), Path(out)
     if to != "hf" and source.tokenizer.source:
         raise ConfigError(
-            f"{run} has a tokenizer.json of its own ({source.tokenizer.name}), which has no image in --to {to}; use hf."
+            f"{run} has a tokenizer.json of its own ({source.tokenizer.name}), which {to} cannot hold; use --to hf."
         )
     if to == "hf":
         huggingface.export(source, path, dtype)

@@ -15,17 +15,19 @@ from daybreak.errors import ConfigError
 @click.command("import")
 @click.argument("source", metavar="NAME|PATH")
 @config_options
-@click.option("--step", type=click.IntRange(0), metavar="N", help="Which of llm.c's checkpoints (default: the newest).")
+@click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint of llm.c to use (default: the newest).")
 def import_(source: str, step: int | None, **flags: Any) -> None:
-    """Make a run folder, to be continued by `daybreak train`, from weights that other programs saved.
+    """Make a run from weights of other programs.
+
+    `daybreak train` continues the run.
 
     \b
     NAME|PATH is one of:
-      gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME    a model on Hugging Face's hub
+      gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME    a model on the Hugging Face Hub
       folder with config.json                               a saved GPT2LMHeadModel (safetensors)
       model.bin                                             weights of llm.c, fp32 or bf16
       folder with DONE_*                                    a checkpoint of llm.c: weights, optimizer, step
-    Until its first step such a run takes any other data and settings: daybreak train RUN --data D --optim.lr X.
+    Until its first step you can change its data and settings: daybreak train RUN --data D --optim.lr X.
 
     \b
     Examples:

@@ -36,7 +36,7 @@ class Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in self.commands and not args[0].startswith("-"):
-            raise ConfigError(f"unknown verb {args[0]!r}; did you mean {nearest(args[0], self.commands)!r}?")
+            raise ConfigError(f"unknown command {args[0]!r}; did you mean {nearest(args[0], self.commands)!r}?")
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -25,13 +25,13 @@ class Counts(click.ParamType[tuple[int, ...]]):
 
 @click.command()
 @click.argument("target")
-@click.option("--gpu", metavar="CARD", help="Plan for this card (h100, a100, 4090 ...) instead of this machine.")
+@click.option("--gpu", metavar="GPU", help="Plan for this GPU (h100, a100, 4090 ...) instead of this machine.")
 @click.option(
     "--gpus",
     type=Counts(),
     default="1",
     metavar="N[,N...]",
-    help="Number of cards, one process each; several numbers are compared.",
+    help="Number of GPUs; give several numbers to compare them.",
 )
 @click.option(
     "--network",
@@ -39,15 +39,15 @@ class Counts(click.ParamType[tuple[int, ...]]):
     default=50.0,
     show_default=True,
     metavar="X",
-    help="GB/s of each card's network port, where several hosts are compared.",
+    help="Network speed of each GPU's port in GB/s, for several hosts.",
 )
-@click.option("--verbose", is_flag=True, help="Also list the buffers and activations that the memory holds.")
+@click.option("--verbose", is_flag=True, help="Also list every buffer and activation.")
 @click.option("--price", "cost__price", metavar="P", help="Dollars per hour of the whole machine (cost.price).")
 @config_options
 def plan(target: str, gpu: str | None, gpus: tuple[int, ...], network: float, verbose: bool, **flags: Any) -> None:
-    """Show whether a run fits, and its time, money and disk, before it starts.
+    """Predict a run's memory, time, cost and disk.
 
-    Works without a GPU and without data. TARGET and --section.key VALUE are those of `daybreak train`.
+    Needs no GPU and no data. Takes the targets and --section.key flags of `daybreak train`.
 
     \b
     Examples:
@@ -62,7 +62,7 @@ def plan(target: str, gpu: str | None, gpus: tuple[int, ...], network: float, ve
     from daybreak.report.plan import print_plan, recipe_notes
 
     if len(gpus) > 1 and gpu is None:
-        raise ConfigError(f"--gpus {','.join(map(str, gpus))} compares one kind of card; say which with --gpu.")
+        raise ConfigError(f"--gpus {','.join(map(str, gpus))} compares one kind of GPU; say which with --gpu.")
     print_plan(make_plan(config, gpu=gpu, gpus=gpus[0]), recipe_notes(target), verbose)
     if len(gpus) > 1 and gpu is not None:
         from daybreak.report.scaling import print_scaling, scaling

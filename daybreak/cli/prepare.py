@@ -24,20 +24,26 @@ if TYPE_CHECKING:
 @click.option("--pretokenized", is_flag=False, flag_value=0, type=click.IntRange(0), metavar="[N]",
               help="Ready-made GPT-2 token shards from the Hub: "
                    "the first N training shards (default: all).")  # fmt: skip
-@click.option("--name", metavar="NAME", help="Name of the dataset (default: the first source's, -TOKENIZER appended).")
+@click.option(
+    "--name", metavar="NAME", help="Name of the dataset (default: that of the first source, with -TOKENIZER)."
+)
 @click.option("--tokenizer", default="gpt2", show_default=True, metavar="T",
-              help="gpt2, bytes, gpt2-N (its first N), or a tokenizer.json.")  # fmt: skip
-@click.option("--data-dir", default="data", show_default=True, metavar="DIR", help="Folder that holds the datasets.")
-@click.option("--val-fraction", type=float, metavar="F", help="Fraction held out (default: the source's own split).")
+              help="gpt2, gpt2-N (its first N tokens), bytes, or a tokenizer.json.")  # fmt: skip
+@click.option("--data-dir", default="data", show_default=True, metavar="DIR", help="Folder of the datasets.")
+@click.option(
+    "--val-fraction", type=float, metavar="F", help="Fraction for validation (default: the source's own split)."
+)
 @click.option("--shard-tokens", type=int, default=100_000_000, show_default=True, metavar="N", help="Tokens per shard.")
 @click.option("--workers", type=int, default=0, show_default=True, metavar="N", help="Threads; 0 = all cores.")
 @click.option("--text-field", default="text", show_default=True, metavar="KEY",
-              help="Field (.jsonl, .json, .csv) or column that is the text.")  # fmt: skip
-@click.option("--skip-bad", is_flag=True, help="Pass over bad files, lines and rows, and say how many there were.")
+              help="Field (.jsonl, .json, .csv) or column with the text.")  # fmt: skip
+@click.option("--skip-bad", is_flag=True, help="Skip bad files, lines and rows, and count them.")
 def prepare(
     sources: tuple[str, ...], pretokenized: int | None, name: str | None, data_dir: str, **options: Any
 ) -> None:
-    """Tokenize text into the shards that training reads. Stopped early, the same command goes on.
+    """Turn text into the token shards that training reads.
+
+    If it is stopped, run the same command again: it continues.
 
     \b
     NAME|FILE is one of:

@@ -12,9 +12,13 @@ log = logging.getLogger("daybreak")
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write (default: report.html in RUN).")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="File to write (default: report.html in the first run)."
+)
 def report(runs: tuple[str, ...], out: Path | None) -> None:
-    """Write one self-contained HTML page about RUN..., and llm.c's main.log files.
+    """Write one HTML page about one or several runs.
+
+    RUNS are run folders, or main.log files of llm.c.
 
     \b
     Examples:
@@ -28,11 +32,15 @@ def report(runs: tuple[str, ...], out: Path | None) -> None:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8267, show_default=True, help="0 = any free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Another one needs a key in DAYBREAK_KEY.")
-@click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Another name that browsers may call it by.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8267, show_default=True, help="0 = any free port.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; others require DAYBREAK_KEY."
+)
+@click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Allow browsers to use this host name.")
 def watch(runs: tuple[str, ...], port: int, host: str, names: tuple[str, ...]) -> None:
-    """Follow RUN... in a browser, live, until Ctrl-C.
+    """Follow runs live in a browser.
+
+    RUNS are run folders, or main.log files of llm.c. Ctrl-C ends the page; the runs continue.
 
     \b
     Examples:
@@ -43,7 +51,7 @@ def watch(runs: tuple[str, ...], port: int, host: str, names: tuple[str, ...]) -
 
     with Watch(runs, host, port, names) as server:
         click.echo(server.url)
-        log.info("Ctrl-C ends it; the runs go on.")
+        log.info("Ctrl-C ends this page; the runs continue.")
         try:
             server.serve_forever()
         except KeyboardInterrupt:

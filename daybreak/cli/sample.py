@@ -15,27 +15,34 @@ import click
     "--tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Tokens to generate."
 )
 @click.option(
-    "--temperature", type=click.FloatRange(0), default=1.0, show_default=True, metavar="X", help="0 = greedy."
+    "--temperature",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    metavar="X",
+    help="0 = always the likeliest token.",
 )
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, metavar="K", help="0 = all tokens.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P",
               help="Only the likeliest tokens that together have probability P.")  # fmt: skip
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be given several times.")
 @click.option(
     "--seed", type=click.IntRange(0), default=1337, show_default=True, metavar="N", help="Same seed, same text."
 )
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
-@click.option("-n", "count", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Samples to draw.")
+@click.option(
+    "-n", "count", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Number of samples."
+)
 @click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True, metavar="P",
-              help="Leave out tokens below P times the likeliest's probability.")  # fmt: skip
+              help="Leave out tokens below P times the probability of the likeliest.")  # fmt: skip
 @click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
-              metavar="X", help="Above 1: tokens that occurred become less likely.")  # fmt: skip
+              metavar="X", help="Above 1: tokens that occurred before are less likely.")  # fmt: skip
 @click.option("--frequency-penalty", type=click.FloatRange(-2, 2), default=0.0, show_default=True, metavar="X",
-              help="Taken from a logit for each earlier occurrence.")  # fmt: skip
+              help="Lower a token's logit by X for each earlier occurrence.")  # fmt: skip
 @click.option("--presence-penalty", type=click.FloatRange(-2, 2), default=0.0, show_default=True, metavar="X",
-              help="Taken from the logit of tokens that occurred.")  # fmt: skip
+              help="Lower the logit of tokens that occurred before by X.")  # fmt: skip
 def sample(target: str, prompt: str, step: int | None, count: int, seed: int, **options: Any) -> None:
-    """Sample text from the run in folder RUN, or from a model that `import` knows.
+    """Generate text from a run or a Hugging Face model.
 
     \b
     Examples:

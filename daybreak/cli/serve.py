@@ -9,18 +9,27 @@ import click
 
 @click.command()
 @click.argument("target", metavar="RUN|HF-DIR")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Another one needs a key in DAYBREAK_KEY.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 = any free one.")
-@click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Another name that clients may call it by.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; others require DAYBREAK_KEY."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 = any free port.")
+@click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Allow clients to use this host name.")
 @click.option("--rows", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Sequences at a time.")
-@click.option("--queue", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Most open requests.")
+@click.option(
+    "--queue",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Largest number of open requests.",
+)
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
 @click.option("--device", metavar="D", help="cpu or cuda (default: the run's).")
 def serve(
     target: str, host: str, port: int, names: tuple[str, ...], rows: int, queue: int, step: int | None,
     device: str | None,
 ) -> None:  # fmt: skip
-    """Serve a model to OpenAI's clients and to a browser.
+    """Serve a model to a browser and to OpenAI's clients.
 
     The model is a run, or one that `import` knows. The endpoints are /v1/completions, /v1/models and /health. The
     address shows a page on which you can write a prompt. With DAYBREAK_KEY set (16 characters or more), clients must

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("target", required=False)
 @config_options
-@click.option("--fork", metavar="NAME", help="Start the new run NAME from the checkpoint of the run TARGET.")
+@click.option("--fork", metavar="NAME", help="Start a new run NAME from the newest checkpoint of TARGET.")
 @click.option("--init-from", metavar="SOURCE", help="Start at step 0 with the weights of a run, HF folder or .bin.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-@click.option("--quiet", is_flag=True, help="Only warnings and the result.")
-@click.option("--verbose", is_flag=True, help="Every detail.")
-@click.option("--print-config", is_flag=True, help="Print the complete configuration as TOML, commented, and exit.")
+@click.option("--quiet", is_flag=True, help="Print only warnings and the result.")
+@click.option("--verbose", is_flag=True, help="Print every detail.")
+@click.option("--print-config", is_flag=True, help="Print all settings with comments, as TOML, and exit.")
 @click.pass_context
 def train(
     ctx: click.Context, /, target: str | None, fork: str | None, init_from: str | None, as_json: bool, quiet: bool,
@@ -37,12 +37,12 @@ def train(
     """Train a model, or resume a run.
 
     \b
-    TARGET is decided by its form:
+    TARGET is one of:
       tiny, gpt2-124M, gpt3-125M ...    a recipe shipped with daybreak
       d12, gpt3:c768 ...                a shape
       my.toml                           your own recipe
-      runs/NAME                         an existing run: resume it
-    Every key of the configuration is a flag, --section.key VALUE; --print-config lists them.
+      runs/NAME                         an existing run, which resumes
+    Every setting is a flag, --section.key VALUE; --print-config lists them.
 
     \b
     First commands:

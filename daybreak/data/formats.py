@@ -69,7 +69,9 @@ def extra(module: str, name: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ConfigError(f"{what} needs {module.partition('.')[0]}: pip install 'daybreak[{name}]'.") from None
+        raise ConfigError(
+            f"{what} needs {module.partition('.')[0]}: pip install -e '.[{name}]' in daybreak's folder."
+        ) from None
 
 
 def is_text(name: str) -> bool:

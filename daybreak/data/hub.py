@@ -59,8 +59,8 @@ def download(remote: Remote, folder: Path) -> Path:
         except Exception as error:  # the library's many kinds
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     raise DataError(
-        f"{remote.name} could not be downloaded in {ATTEMPTS} attempts, at last: {reason}; run the same command again "
-        "to go on from there."
+        f"{remote.name} could not be downloaded in {ATTEMPTS} attempts ({reason}); run the same command again "
+        "to continue."
     )
 
 

@@ -205,7 +205,7 @@ def _announce(source: Source, folder: Path, tokenizer: Tokenizer) -> None:
             "make room or name another --data-dir."
         )
     if size - done > free:
-        log.warning("the disk may be too small; what is prepared by then is kept, and the same command goes on.")
+        log.warning("the disk may be too small; if it fills up, make room and run the same command again to continue.")
 
 
 class _TextChangedError(Exception):
@@ -252,7 +252,7 @@ class _Job:
             for split in self.splits.values():
                 split.close()
         if self.source.faults.counts:
-            log.warning("%s: passed over %s", self.name, self.source.faults)
+            log.warning("%s: skipped %s", self.name, self.source.faults)
         if not (train.tokens and val.tokens):
             raise DataError(f"{self.source.origin} is too little text to split into train and val; add more.")
         progress(self.count("bytes"), self.count("bytes"), self.count("tokens"))
@@ -396,7 +396,7 @@ def workspace(final: Path, identity: Any) -> Iterator[tuple[Path, Journal | None
             fsync_folder(final.parent)
         except BaseException:
             if (folder / JOURNAL).exists():
-                log.warning("%s is kept; the same command goes on from there.", folder)
+                log.warning("%s is kept; run the same command again to continue.", folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -409,7 +409,9 @@ def _read_journal(folder: Path, identity: Any) -> Journal | None:
         journal: Journal = json.loads((folder / JOURNAL).read_text("utf-8"))
         if journal["identity"] == json.loads(json.dumps(identity)):
             return journal
-        log.warning("%s is of another source, other options or an older daybreak; starting over.", folder)
+        log.warning(
+            "%s was made from another source, with other options or by an older daybreak; starting over.", folder
+        )
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError):

@@ -253,7 +253,7 @@ def tune_products(config: Config, folder: str) -> None:
     config.check()
     device = pick_device(config.run.device)
     if device.type != "cuda" or "cublaslt" in missing_on(device):
-        raise ConfigError("run.device must be a CUDA device with cuBLASLt to tune its matrix products.")
+        raise ConfigError("run.device must be a CUDA device with cuBLASLt to tune its matmuls.")
     set_precision(config, device)
     torch.cuda.set_device(device)
     print(tune.write(tune.search(step_products(config, device)), Path(folder)))

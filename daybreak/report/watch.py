@@ -78,7 +78,7 @@ class Watch(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            raise ConfigError(f"{host}:{port} cannot be listened on ({error.strerror}); try another --port.") from None
+            raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}); try another --port.") from None
         self.url = address(host, self.server_port) + (f"?key={quote(self.key, safe='')}" if self.key else "")
 
     def process_request(self, request: Any, client_address: Any) -> None:

@@ -67,7 +67,7 @@ class Lines:
         self._prefix = b""
         reason = self._flush()
         if len(self._waiting) > MOST_WAITING:
-            raise Error(f"{self._path} cannot be written ({reason}): mend that and resume the run.")
+            raise Error(f"{self._path} cannot be written ({reason}): fix that and resume the run.")
         if self._waiting and not waited:
             log.warning("%s cannot be written (%s); its lines wait in memory until it can.", self._path, reason)
 

@@ -135,7 +135,7 @@ def _see(folder: RunFolder) -> None:
     while not folder.config.is_file():
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"{folder.path} is not to be seen on {socket.gethostname()}; give a --run.dir that all machines share."
+                f"{folder.path} cannot be seen from {socket.gethostname()}; give a --run.dir that all machines share."
             )
         time.sleep(0.1)
 
@@ -194,5 +194,5 @@ def check_data(checkpoint: Weights, setup: Setup, same_data: bool) -> None:
         if was != now:
             raise DataError(
                 f"the {what} changed since {checkpoint.path} was saved: its fingerprint was {was}, it is {now} now; "
-                "bring the old one back, or start a new run."
+                "restore the old one, or start a new run."
             )

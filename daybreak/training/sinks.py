@@ -26,7 +26,9 @@ def check_sinks(config: Config) -> None:
     """Raise ConfigError if a sink's package is missing: better before the run than after it."""
     for name in sink_names(config):
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"log.sinks = {name!r} needs the package {name}; pip install 'daybreak[{name}]'.")
+            raise ConfigError(
+                f"log.sinks = {name!r} needs the package {name}; pip install -e '.[{name}]' in daybreak's folder."
+            )
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
@@ -99,7 +101,5 @@ class Sinks:
             return call(*args)
         except Exception as error:  # whatever a dashboard does, the run is worth more
             self._open.pop(name, None)
-            log.warning(
-                "log.sinks: %s failed and is left out from here on (%s: %s).", name, type(error).__name__, error
-            )
+            log.warning("log.sinks: %s failed and is now switched off (%s: %s).", name, type(error).__name__, error)
             return None

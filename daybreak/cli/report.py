@@ -12,9 +12,7 @@ log = logging.getLogger("daybreak")
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="File to write (default: report.html in the first run)."
-)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write (default: RUN/report.html).")
 def report(runs: tuple[str, ...], out: Path | None) -> None:
     """Write one HTML page about one or several runs.
 
@@ -33,9 +31,7 @@ def report(runs: tuple[str, ...], out: Path | None) -> None:
 @click.command()
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--port", type=click.IntRange(0, 65535), default=8267, show_default=True, help="0 = any free port.")
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; others require DAYBREAK_KEY."
-)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address; any other one requires DAYBREAK_KEY.")
 @click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Allow browsers to use this host name.")
 def watch(runs: tuple[str, ...], port: int, host: str, names: tuple[str, ...]) -> None:
     """Follow runs live in a browser.

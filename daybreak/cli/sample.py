@@ -14,14 +14,8 @@ import click
 @click.option(
     "--tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Tokens to generate."
 )
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0),
-    default=1.0,
-    show_default=True,
-    metavar="X",
-    help="0 = always the likeliest token.",
-)
+@click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True, metavar="X",
+              help="0 = always the likeliest token.")  # fmt: skip
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, metavar="K", help="0 = all tokens.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P",
               help="Only the likeliest tokens that together have probability P.")  # fmt: skip
@@ -30,9 +24,7 @@ import click
     "--seed", type=click.IntRange(0), default=1337, show_default=True, metavar="N", help="Same seed, same text."
 )
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
-@click.option(
-    "-n", "count", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Number of samples."
-)
+@click.option("-n", "count", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Samples to draw.")
 @click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True, metavar="P",
               help="Leave out tokens below P times the probability of the likeliest.")  # fmt: skip
 @click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,

@@ -69,9 +69,8 @@ def extra(module: str, name: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ConfigError(
-            f"{what} needs {module.partition('.')[0]}: pip install -e '.[{name}]' in daybreak's folder."
-        ) from None
+        missing = module.partition(".")[0]
+        raise ConfigError(f"{what} needs {missing}: pip install -e '.[{name}]' in daybreak's folder.") from None
 
 
 def is_text(name: str) -> bool:

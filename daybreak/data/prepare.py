@@ -409,9 +409,7 @@ def _read_journal(folder: Path, identity: Any) -> Journal | None:
         journal: Journal = json.loads((folder / JOURNAL).read_text("utf-8"))
         if journal["identity"] == json.loads(json.dumps(identity)):
             return journal
-        log.warning(
-            "%s was made from another source, with other options or by an older daybreak; starting over.", folder
-        )
+        log.warning("%s is from another source, other options or an older daybreak; starting over.", folder)
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError):

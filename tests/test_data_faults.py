@@ -26,7 +26,8 @@ from daybreak.data import formats
 from daybreak.data.prepare import JOURNAL, prepare
 from daybreak.data.shards import read_header
 from daybreak.data.sources import split_of
-from daybreak.errors import DataError
+from daybreak.errors import CheckpointError, DataError
+from daybreak.state.safetensors_io import SafetensorsFile
 
 
 def lines(*texts: str | None) -> bytes:
@@ -417,6 +418,20 @@ def test_a_file_that_is_no_text_is_told_what_it_is(tmp_path: Path, name: str, ki
     with pytest.raises(DataError) as error:
         prepare(tmp_path / name, data_dir=tmp_path / "d")
     assert KINDS[kind][1] in str(error.value)
+
+
+def test_prepare_and_weights_tell_the_kind_too(tmp_path: Path) -> None:
+    header = struct.pack("<3i", 20240520, 1, 9).ljust(1024, b"\0")
+    for data, said in (
+        (KINDS[".npy"][0], "a NumPy array"),
+        (header, "a token shard; train on it with --data.train or"),
+    ):
+        (tmp_path / "a.bin").write_bytes(data)
+        with pytest.raises(DataError, match=rf"a.bin: cannot read .bin files; this is {said}"):
+            prepare(tmp_path / "a.bin", data_dir=tmp_path / "d")
+    (tmp_path / "model.safetensors").write_bytes(KINDS["LFS"][0])
+    with pytest.raises(CheckpointError, match="is not a readable safetensors file: it is a Git LFS pointer"):
+        SafetensorsFile(tmp_path / "model.safetensors")
 
 
 def test_open_files_are_few_however_many_sets_and_shards(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from daybreak.data.formats import SUFFIXES, TABLES, Faults, is_packed, is_text, read_documents, read_records, read_text
+from daybreak.data.kinds import HEAD, identify
 from daybreak.errors import DataError
 
 log = logging.getLogger("daybreak")
@@ -153,7 +154,10 @@ def _parts(paths: Sequence[Path], column: str) -> list[Part]:
             if not path.is_file():
                 raise DataError(f"{path} is a pipe or device, not a file; give a file, or - for standard input.")
             if not path.name.lower().endswith(SUFFIXES) and not is_text(path.name):
-                raise DataError(f"{path}: cannot read {path.suffix or 'such'} files; convert to .txt, .md or .jsonl.")
+                with path.open("rb") as file:
+                    said = identify(file.read(HEAD), text=True)
+                way = f"this is {said}" if said else "convert to .txt, .md or .jsonl"
+                raise DataError(f"{path}: cannot read {path.suffix or 'such'} files; {way}.")
             found.append((path.name, path))
             continue
         inside = [(name, file, _left_out(name, file, column)) for name, file in _walk(path)]

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from daybreak.data.kinds import HEAD, identify
 from daybreak.errors import CheckpointError
 
 CHUNK = 16 << 20  # bytes staged at a time, on the way out and in
@@ -142,7 +143,9 @@ class SafetensorsFile:
         try:
             size = path.stat().st_size
             with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
+                length = int.from_bytes(head := file.read(8), "little")
+                if head == b"version ":
+                    self._refuse(f"it is {identify(head + file.read(HEAD))}")
                 if size < 8 or length > min(size - 8, MAX_HEADER):
                     self._refuse(f"a header of {length} bytes does not fit a file of {size} bytes")
                 table = json.loads(file.read(length))

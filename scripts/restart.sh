@@ -9,43 +9,20 @@
 # by a signal, and what trying again cannot mend (2 to 6). Exits with that code; 137 where there is none.
 #
 #     scripts/restart.sh --verdict RUN    only decides, for schedulers: prints again, stopped, failed or done
+#
+# The decision is made by verdict.py beside this file, with $PYTHON (python3).
 set -u
 
-newest() { # step of the newest complete checkpoint; none: -1
-    local path step=-1
-    for path in "$1"/checkpoints/step-*/manifest.json; do
-        [ -e "$path" ] && step=$(basename "$(dirname "$path")") && step=${step#step-}
-    done
-    echo "$step"
-}
-
-code() { # of the last attempt; killed: 137
-    local said
-    said=$(sed -n 's/.*"code": *\([0-9]*\).*/\1/p' "$1/exit.json" 2>/dev/null)
-    echo "${said:-137}"
-}
-
-verdict() { # what to do; starts without progress are counted in RUN/.restarts, so that it survives the machine
-    local run=$1 step last=-2 count=0
-    case $(code "$run") in
-        0) echo "done" ;;
-        75) echo stopped ;;
-        1 | 7 | 137)
-            step=$(newest "$run")
-            [ -e "$run/.restarts" ] && read -r last count <"$run/.restarts"
-            if [ "$step" = "$last" ]; then count=$((count + 1)); else count=1; fi
-            [ -d "$run" ] && echo "$step $count" >"$run/.restarts"
-            if [ "$count" -ge 3 ]; then rm -f "$run/.restarts" && echo failed; else echo again; fi
-            ;;
-        *) echo failed ;;
-    esac
+verdict() { # sets what and code. Python reads the folder's files; nothing in them ever reaches this shell but two words
+    read -r what code < <("${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/verdict.py" "$1") || what=failed code=1
 }
 
 if [ "${1:-}" = --verdict ]; then
     verdict "${2:?RUN}"
+    echo "$what"
     exit
 fi
-[ $# -ge 3 ] || { sed -n '2,12s/^# \?//p' "$0" >&2; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,14s/^# \?//p' "$0" >&2; exit 2; }
 run=$1 && shift
 launcher=() && words=("$@")
 for i in "${!words[@]}"; do
@@ -58,9 +35,9 @@ while true; do
     trap 'kill -TERM $child 2>/dev/null' TERM INT
     trap 'kill -USR1 $child 2>/dev/null' USR1
     while kill -0 $child 2>/dev/null; do wait $child; done # a trapped signal ends `wait`, not the child
-    if [ ! -d "$run" ] || [ "$(verdict "$run")" != again ]; then break; fi
-    echo "restart.sh: $run ended with $(code "$run"), starting it again" >&2
+    if [ ! -d "$run" ]; then wait $child; exit; fi
+    verdict "$run"
+    [ "$what" = again ] || exit "$code"
+    echo "restart.sh: $run ended with $code, starting it again" >&2
     sleep "${RESTART_WAIT:-10}"
 done
-if [ -d "$run" ]; then exit "$(code "$run")"; fi
-wait $child

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -235,3 +236,39 @@ def test_the_slurm_scripts_requeue_by_the_rule(tmp_path, script, code, requeued)
     assert starts[0].endswith(f"daybreak train {first}")
     assert starts[1].endswith(f"daybreak train {later}")
     assert ("--rdzv-endpoint host7:29400" in starts[0]) == (script == "slurm_cluster")
+
+
+HOSTILE = {
+    ".restarts": ["step[$(touch x)0] 1\n", "-1 a[$(touch x)0]\n", "-1 -99\n", "$(touch x)\n", f"-1 {10**20}\n"],
+    "exit.json": ['{"code": "$(touch x)"}', '{"code": 1e999}', '{"code": 4294967296}', "[" * 9999, "\x00"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in HOSTILE.items() for text in texts])
+def test_nothing_that_a_foreign_folder_holds_is_executed(tmp_path, name, text):
+    """Three starts without progress are the end, whatever the files said before; and no file appears."""
+    (tmp_path / "r/checkpoints/step-a[$(touch x)0]").mkdir(parents=True)
+    (tmp_path / "r/checkpoints/step-a[$(touch x)0]/manifest.json").touch()
+    (tmp_path / "r" / name).write_text(text)
+    command = ["bash", RESTART, "--verdict", "r"]
+    said = [subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout for _ in range(3)]
+    assert said == ["again\n", "again\n", "failed\n"]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.name not in ("manifest.json", "exit.json")) == sorted(
+        ["checkpoints", "r", "step-a[$(touch x)0]"]
+    )
+
+
+def test_the_count_of_starts_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "victim").write_text("mine\n")
+    (tmp_path / "r/.restarts").symlink_to("../victim")
+    subprocess.run(["bash", RESTART, "--verdict", "r"], cwd=tmp_path, capture_output=True, check=True)
+    assert (tmp_path / "victim").read_text() == "mine\n"
+    assert (tmp_path / "r/.restarts").read_text() == "-1 1\n"
+
+
+def test_no_script_evaluates_what_it_read():
+    """No shell arithmetic, eval or unquoted file contents; all decisions come from verdict.py."""
+    for path in (ROOT / "scripts").iterdir():
+        text = path.read_text()
+        assert path.suffix == ".py" or not re.search(r"\$\(\(|\beval\b|\$\(cat|\$\(<|\bsource\b", text), path

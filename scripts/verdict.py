@@ -1,0 +1,70 @@
+"""Decides whether a run is to be started again: python3 scripts/verdict.py RUN prints a word and an exit code.
+
+The word is again, stopped (by a signal, saved), failed or done; the code is that of the last attempt, 137 where it was
+killed. Starts without progress are counted in RUN/.restarts, so that the count survives the machine. What the folder's
+files say is read as data: a folder may come from somebody else. Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+KILLED, MOST_STARTS = 137, 3
+MOST_BYTES = 1 << 16
+
+
+def read(path: Path) -> str:
+    """A small file's text; "" where there is none, or no regular file."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            return file.read(MOST_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def code_of(run: Path) -> int:
+    """What the last attempt ended with."""
+    try:
+        code = json.loads(read(run / "exit.json"))["code"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return KILLED
+    return code if type(code) is int and 0 <= code <= 255 else KILLED
+
+
+def newest_step(run: Path) -> int:
+    """Of the complete checkpoints; -1 for none."""
+    names = [path.parent.name for path in run.glob("checkpoints/step-*/manifest.json")]
+    return max((int(name[5:]) for name in names if re.fullmatch(r"step-[0-9]{8,12}", name)), default=-1)
+
+
+def count_start(run: Path) -> int:
+    """How many starts in a row, with the last one, brought no new checkpoint."""
+    said = re.fullmatch(r"(-?[0-9]{1,12}) ([0-9]{1,3})\n?", read(run / ".restarts"))
+    step = newest_step(run)
+    count = int(said[2]) + 1 if said and int(said[1]) == step else 1
+    if run.is_dir():
+        temporary = run / f".restarts-{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "x") as file:
+            file.write(f"{step} {count}\n")
+        os.replace(temporary, run / ".restarts")
+    return count
+
+
+def verdict(run: Path) -> tuple[str, int]:
+    """(word, code)"""
+    code = code_of(run)
+    if code not in (1, 7, KILLED):
+        return {0: "done", 75: "stopped"}.get(code, "failed"), code
+    if count_start(run) < MOST_STARTS:
+        return "again", code
+    (run / ".restarts").unlink(missing_ok=True)
+    return "failed", code
+
+
+if __name__ == "__main__":
+    print(*verdict(Path(sys.argv[1])))

@@ -394,7 +394,6 @@ KINDS = {
     "Parquet": (parquet(NULLS), "a Parquet table; name it .parquet and give it to `daybreak prepare`"),
     "llm.c's model": (struct.pack("<2i", 20240326, 3).ljust(2000, b"\0"), "llm.c's model file, which `daybreak imp"),
     "llm.c's eval": (struct.pack("<2i", 20240522, 1).ljust(2000, b"\0"), "another of llm.c's files"),
-    "zeros": (bytes(3000), "filled with zeros, as a copy that ended early leaves it; copy it again"),
     "text": ("Es war einmal für 日本\n".encode() * 99, "plain text; `daybreak prepare` makes token shards of it"),
     "web page": (b"\n<!DOCTYPE html>".ljust(2000), "a web page, often an error page in place of a download"),
     "gzip": (gzip.compress(os.urandom(2000)), "a compressed file; unpack it first"),

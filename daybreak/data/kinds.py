@@ -31,14 +31,12 @@ def identify(head: bytes, text: bool = False) -> str:
     """The kind of a file that begins so, and the way out; '' if it is none known. text: only what can't hold a text."""
     if found := next((said for kind, said in _KINDS[: _BINARY if text else None] if re.match(kind, head, re.S)), ""):
         return found
-    if text or not head:
+    if text or not head.strip(b"\0"):
         return ""
-    if not head.strip(b"\0"):
-        return "filled with zeros, as a copy that ended early leaves it; copy it again"
     if b"\0" not in head and re.fullmatch(rb"(?:[\t-~]|[\xc2-\xf4][\x80-\xbf]+)*[\xc2-\xf4]?", head):
         return "plain text; `daybreak prepare` makes token shards of it"
     ids = np.frombuffer(head[: len(head) // 2 * 2], "<u2")
-    raw = ids.size > 0 and int(ids.max()) <= 50_256
+    raw = 0 < int(ids.max(initial=0)) <= 50_256
     return f"a file of token ids without a header, as nanoGPT's train.bin; {_HEADER}" if raw else ""
 
 

@@ -11,7 +11,7 @@ from daybreak.errors import CheckpointError, ConfigError, Error
 @click.argument("run", required=False)
 @click.option("--check", "try_out", is_flag=True, help="Train here for two minutes and compare: does all work?")
 def doctor(run: str | None, try_out: bool) -> None:
-    """Look at this machine, try it out, or verify every checkpoint and the data of RUN.
+    """Look at this machine, try it out, or verify a run.
 
     Exit code 1 if --check finds something bad, 5 if RUN is damaged.
 

@@ -124,4 +124,7 @@ def _print_result(run: Run, as_json: bool) -> None:
         click.echo(f"--- sample ---\n{last['sample']['text']}\n--------------")
     ignorant = "" if unigram is None else f" (the unigram entropy, of knowing no context, is {unigram:.4f})"
     click.echo(f"validation loss {vals[0]['loss']:.4f} -> {val['loss']:.4f}{ignorant}, {val['bpb']:.4f} bits per byte")
-    click.echo(f"{run.path}: step {val['step']}, {val['tokens']:,} tokens; more text: daybreak sample {run.path}")
+    click.echo(f"{run.path}: step {val['step']}, {val['tokens']:,} tokens. Next:")
+    nexts = {"sample": "more text", "report": "its curves, as a page", "serve": "a prompt in a browser"}
+    for verb, gets in nexts.items():
+        click.echo(f"  {f'daybreak {verb} {run.path}':<32} {gets}")

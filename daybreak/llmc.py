@@ -263,10 +263,10 @@ def bin_writer(values: Values, config: Config, world: int) -> Callable[[Path], N
     from daybreak.interop.source import Export
     from daybreak.state.checkpoint import load_checkpoint
 
-    folder, every, keep, major = Path(values["-o"]), values["-n"], values["-nk"], values["-nm"]
+    every, keep, major = values["-n"], values["-nk"], values["-nm"]
 
     def write(path: Path) -> None:
-        checkpoint = load_checkpoint(path, "size")
+        checkpoint, folder = load_checkpoint(path, "size"), path.parents[1]  # wherever the run's folder is by now
         step, saved = checkpoint.step, checkpoint.manifest
         if step == 0 or (step % every and step != saved["config"]["run.steps"]):
             return  # saved for another reason: a signal, given weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -207,6 +208,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_are_exit_5(two, tmp_path, c
     assert str(older / file) in caplog.text
 
 
+def without_id(checkpoint: Path) -> None:
+    """Make a checkpoint's manifest one of daybreak 0.1."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["run"], manifest["checksum"]
+    text = json.dumps(manifest, sort_keys=True)
+    manifest["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_foreign_files_and_checkpoints(two, shards, tmp_path, caplog):
     """A pickle that would make a file is never opened; another model's checkpoint and manifest are refused."""
 
@@ -231,6 +241,13 @@ def test_foreign_files_and_checkpoints(two, shards, tmp_path, caplog):
     assert re.search(r"two/checkpoints/step-00000020/\S+ has \d+ bytes instead of \d+", caplog.text)
     shutil.rmtree(run.folder.checkpoints)
     shutil.copytree(other.folder.checkpoints, run.folder.checkpoints)
+    with pytest.raises(daybreak.Error, match="none of the 2 checkpoints .* is intact and of this run") as e:
+        daybreak.train(run.config, resume=run.path)
+    assert e.value.exit_code == 5
+    assert "step-00000020 belongs to another run; move it there, or remove it." in caplog.text
+    (run.path / "run-id").unlink()  # as runs of 0.1 are, which had no ids
+    for checkpoint in run.folder.checkpoints.iterdir():
+        without_id(checkpoint)
     with pytest.raises(daybreak.Error, match=r"step-00000020 is of another model: tensors differ, 'h\.1") as e:
         daybreak.train(run.config, resume=run.path)
     assert e.value.exit_code == 5

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from daybreak.config import Config
-from daybreak.data.shards import fsync_folder, write_atomic
+from daybreak.data.shards import fsync_folder, remove, temporary_of, write_atomic
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, ConfigError, Error
 from daybreak.kernels.guard import WINDOW
@@ -97,15 +96,24 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
     config = config.override({f"model.{k}": getattr(source.model, k) for k in ("L", "C", "NH", "max_T", "V")})
     config = config.override({"data.tokenizer": source.tokenizer})
     config.check()
-    folder = RunFolder(into or Path(config.run.dir) / config.run.name)
     if into is None:
-        folder.create()
+        folder = RunFolder(Path(config.run.dir) / config.run.name)
+        folder.check_free()
+        with appearing(folder.path) as made:  # whole or not at all, whatever stops us
+            make_run(source, config, into=made)
+        return folder.path
+    folder = RunFolder(into)
+    into.mkdir(exist_ok=True)
+    folder.check_links()
+    folder.keep_id()
+    folder.write_env()
     table = layout(source.model)
     numel = table[-1][1] + prod(table[-1][2])
     zeros = [(0, torch.zeros(numel))]
     manifest = {
         **source.manifest,
         "config": dict(config.items()),
+        "run": folder.id,
         "samples": config.tokens_between(0, source.step) // config.T,
         "skips_in_a_row": 0,
         "data": {"fingerprint": ""},
@@ -122,10 +130,9 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
         extra={"windows": torch.zeros(2, WINDOW, dtype=torch.float64), "counts": torch.zeros(2, dtype=torch.int64)},
         manifest=manifest,
     )
-    save_checkpoint(folder.checkpoints, snapshot)
     write_atomic(folder.config, config.to_toml())
     write_atomic(folder.path / "imported.json", json.dumps({"from": source.path.name, "step": source.step}) + "\n")
-    folder.write_env()
+    save_checkpoint(folder.checkpoints, snapshot)  # last: in a folder of llm.c's it says that the rest is there
     return folder.path
 
 
@@ -203,7 +210,7 @@ def appearing(path: Path) -> Iterator[Path]:
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ConfigError(f"{path} exists already; choose another name, or remove it.")
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary = temporary_of(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,6 +218,4 @@ def appearing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
             fsync_folder(path.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        remove(temporary)

@@ -14,11 +14,12 @@ import daybreak
 from daybreak.config import Config
 from daybreak.data.dataset import dataset_name, open_dataset
 from daybreak.data.mixing import open_loaders, parse_mix
+from daybreak.data.shards import alive
 from daybreak.engine.device import library_versions, missing_on, pick_device
 from daybreak.errors import CheckpointError, Error
 from daybreak.kernels import OPS, choose
 from daybreak.kernels.cuda.products import untuned
-from daybreak.state.checkpoint import load_checkpoint, published
+from daybreak.state.checkpoint import foreign, load_checkpoint, published
 from daybreak.state.run import Run
 from daybreak.state.run_folder import cpu_model
 from daybreak.state.throughput import peak_flops
@@ -93,12 +94,16 @@ def check_run(path: str) -> tuple[list[str], bool]:
             loaded = load_checkpoint(checkpoint, verify="full")
             if other := [k for k, v in model.items() if loaded.manifest.get("config", {}).get(k) != v]:
                 raise CheckpointError(f"{checkpoint} is of another model than the run: {other[0]} differs.")
+            if foreign(checkpoint, run.folder.id):
+                raise CheckpointError(f"{checkpoint} belongs to another run; move it there, or remove it.")
             lines.append(f"good: {checkpoint}, step {loaded.step}")
             saved = saved or loaded.manifest["data"]["fingerprint"]
         except CheckpointError as error:
-            lines.append(f"BAD: {error}")
+            if checkpoint.exists():  # else the run in progress has just removed it
+                lines.append(f"BAD: {error}")
     lines = lines or [f"{path} has no checkpoint yet"]
-    lines += [f"left by a save that died, removed by the next: {p}" for p in run.folder.checkpoints.glob(".tmp-*")]
+    left = [p for p in run.folder.checkpoints.glob(".tmp-*") if not alive(int(p.name.rpartition("-")[2]))]
+    lines += [f"left by a save that died, removed by the next: {p}" for p in left]
     lines += [*_check_data(run.config, saved), _last_attempt(run)]
     return lines, not any(line.startswith("BAD") for line in lines)
 

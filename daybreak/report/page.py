@@ -13,6 +13,7 @@ from typing import Any
 
 from daybreak import __version__
 from daybreak.config import Config
+from daybreak.data.shards import write_atomic
 from daybreak.report.series import Follower
 
 WEB = Path(__file__).parent / "web"
@@ -49,9 +50,9 @@ def to_json(data: Any) -> str:
 
 def render(data: dict[str, Any]) -> tuple[str, str]:
     """(the page, its Content-Security-Policy): scripts and styles by their hashes, the network only to itself."""
-    text = (WEB / "page.html").read_text()
+    text = (WEB / "page.html").read_text("utf-8")
     for mark, name in (("/*uplot*/", "uPlot.min.css"), ("/*library*/", "uPlot.iife.min.js"), ("/*page*/", "page.js")):
-        text = text.replace(mark, (WEB / name).read_text(), 1)
+        text = text.replace(mark, (WEB / name).read_text("utf-8"), 1)
     policy = policy_of(text)
     text = text.replace("<!--policy-->", f'<meta http-equiv="Content-Security-Policy" content="{policy}">', 1)
     return text.replace("/*data*/", to_json(data), 1), policy + NO_FRAME
@@ -71,6 +72,9 @@ def write_report(paths: Sequence[str], out: Path | None) -> Path:
     runs = [Follower(path) for path in paths]
     for run in runs:
         run.update()
-    out = out or runs[0].folder / "report.html"
-    out.write_text(render(page_data(runs))[0], encoding="utf-8")
+    text = render(page_data(runs))[0]
+    if out is None:  # in a folder that may be somebody else's: a link there is replaced, not followed
+        write_atomic(out := runs[0].folder / "report.html", text)
+    else:
+        out.write_text(text, encoding="utf-8")
     return out

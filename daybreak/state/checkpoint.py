@@ -11,20 +11,22 @@ The publishing step is a rename. Beside the published directories there may be, 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
-import shutil
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
-from daybreak.data.shards import fsync_folder
+from daybreak.data.shards import alive, fsync, fsync_folder, lock, remove
 from daybreak.errors import CheckpointError, Error
 from daybreak.parallel import ALONE, Group
 from daybreak.state.safetensors_io import (
@@ -104,7 +106,7 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
         if not root.exists():
             root.mkdir(parents=True)
             fsync_folder(root.parent)
-        _remove(temporary)
+        remove(temporary)
         _check_space(root, snap, final)
         temporary.mkdir()
         if group.world > 1:
@@ -135,7 +137,7 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
         group.first(_explained(publish, final))
     finally:
         if group.rank == 0:
-            _remove(temporary)
+            remove(temporary)
     return final
 
 
@@ -157,7 +159,7 @@ def _explained(fn: Callable[[], T], final: Path) -> Callable[[], T]:
 def _check_space(root: Path, snap: Snapshot, final: Path) -> None:
     """Better no attempt than one that fills the disk for everybody. What a quota allows only writing tells."""
     need, disk = snap.nbytes + SLACK, os.statvfs(root)
-    if (free := disk.f_bavail * disk.f_frsize) < need:
+    if disk.f_blocks and (free := disk.f_bavail * disk.f_frsize) < need:  # no blocks at all: it does not tell
         raise Error(
             f"checkpoint {final} needs {need >> 20} MiB and its disk has {free >> 20} MiB free: free space, lower "
             "checkpoint.keep, or move the run."
@@ -205,7 +207,7 @@ def _write_manifest(path: Path, snap: Snapshot, world: int, files: Mapping[str, 
     with open(path, "x", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno())
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
@@ -217,16 +219,11 @@ def _checksum(manifest: dict[str, Any]) -> str:
 def _publish(temporary: Path, final: Path) -> None:
     replaced = final.with_name(f".old-{final.name}-{os.getpid()}")
     if final.exists():
-        _remove(replaced)
+        remove(replaced)
         final.rename(replaced)
     temporary.rename(final)
     fsync_folder(final.parent)
-    _remove(replaced)
-
-
-def _remove(path: Path) -> None:
-    """Remove a directory that no reader counts (never a published one: half removed, it would still be listed)."""
-    shutil.rmtree(path, ignore_errors=True)
+    remove(replaced)
 
 
 # ---- listing and retention
@@ -247,22 +244,36 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix(".old-").split("-")[1])
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints below `root` (none if it does not exist), newest step first."""
-    return [path for path in published(root) if (path / MANIFEST).is_file()]
+def run_id(path: Path) -> str:
+    """The id of the run that a checkpoint is of; "" for a damaged one, and one of daybreak 0.1: any run may have it."""
+    try:
+        return str(_read_manifest(path).get("run", ""))
+    except CheckpointError:
+        return ""
 
 
-def prune_checkpoints(root: Path, keep: int, major: int, verify: Verify = "full") -> list[Path]:
+def foreign(path: Path, run: str) -> bool:
+    """Whether a checkpoint is of another run than the one with this id. "": of a run without."""
+    return bool(run) and run_id(path) not in ("", run)
+
+
+def list_checkpoints(root: Path, run: str = "") -> list[Path]:
+    """The complete checkpoints below `root` (none if it does not exist) that may be of this run, newest step first."""
+    return [path for path in published(root) if (path / MANIFEST).is_file() and not foreign(path, run)]
+
+
+def prune_checkpoints(root: Path, keep: int, major: int, verify: Verify = "full", run: str = "") -> list[Path]:
     """Remove all but the `keep` newest (0: keep all) and those whose step is a multiple of `major` (0: none is).
 
-    Whatever `keep` says, two more stay: the newest that proves good when read back (when none does, nothing is
-    removed), and the one written last, which after a fall-back is not the newest. What dead saves left behind is
-    cleaned up. Not to be called while this process is saving. Returns what was removed, oldest first.
+    Whatever `keep` says, more stay: the newest that proves good when read back (when none does, nothing is removed),
+    the one written last, which after a fall-back is not the newest, those that another process is reading now, and
+    those of other runs than `run`. What dead saves left behind is cleaned up. Not to be called while this process is
+    saving. Returns what was removed, oldest first.
     """
     assert keep >= 0
     assert major >= 0
     _clean(root)
-    found = list_checkpoints(root)
+    found = list_checkpoints(root, run)
     doomed = [path for path in found[keep:] if keep and not (major and checkpoint_step(path) % major == 0)]
     if not doomed:
         return []
@@ -272,37 +283,34 @@ def prune_checkpoints(root: Path, keep: int, major: int, verify: Verify = "full"
         return []
     last = max(found, key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
     doomed = [path for path in reversed(doomed) if path not in (good, last)]
-    for path in doomed:
+    return [path for path in doomed if _retire(path)]
+
+
+def _retire(path: Path) -> bool:
+    """Remove a checkpoint, unless somebody is reading it."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        if not lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            return False
         leaving = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-        _remove(leaving)
+        remove(leaving)
         path.rename(leaving)
-        _remove(leaving)
-    return doomed
+        remove(leaving)
+        return True
+    finally:
+        os.close(fd)
 
 
 def _clean(root: Path) -> None:
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         match = re.fullmatch(r"\.(tmp|old)-(step-\d{8,})-(\d{1,9})", path.name)
-        if not match or _alive(int(match[3])):
+        if not match or alive(int(match[3])):
             continue
         final = root / match[2]
         if match[1] == "old" and not final.exists():
             path.rename(final)  # its replacement never arrived
         else:
-            _remove(path)
-
-
-def _alive(pid: int) -> bool:
-    """Whether another live process has this id. Our own id on a leftover: a container that restarts reuses ids."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+            remove(path)
 
 
 def _is_good(path: Path, verify: Verify) -> bool:
@@ -318,7 +326,8 @@ def _is_good(path: Path, verify: Verify) -> bool:
 
 
 class Checkpoint:
-    """An opened checkpoint; made by `load_checkpoint`. Every read copies into a tensor of the caller's."""
+    """An opened checkpoint; made by `load_checkpoint`. Every read copies into a tensor of the caller's. As long as the
+    object lives, no run removes the checkpoint."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
@@ -382,13 +391,23 @@ def load_checkpoint(path: Path, verify: Verify = "full") -> Checkpoint:
 
     Raises CheckpointError naming the file and what is wrong with it.
     """
-    manifest = _read_manifest(path)
-    if verify != "off":
-        _verify_files(path, manifest["files"], verify)
-    for name in sorted(p.name for p in path.iterdir()):
-        if name not in manifest["files"] and name != MANIFEST:
-            log.warning("%s is not part of the checkpoint; it is ignored.", path / name)
-    return Checkpoint(path, manifest)
+    with ExitStack() as held:
+        try:
+            fd = os.open(path, os.O_RDONLY)
+            held.callback(os.close, fd)
+            lock(fd, fcntl.LOCK_SH)  # waits while it is being removed; what follows then fails
+            names = sorted(p.name for p in path.iterdir())
+        except OSError as error:
+            _refuse(path / MANIFEST, f"cannot be read ({error.strerror})")
+        manifest = _read_manifest(path)
+        if verify != "off":
+            _verify_files(path, manifest["files"], verify)
+        for name in names:
+            if name not in manifest["files"] and name != MANIFEST:
+                log.warning("%s is not part of the checkpoint; it is ignored.", path / name)
+        found = Checkpoint(path, manifest)
+        weakref.finalize(found, held.pop_all().close)
+        return found
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:
@@ -446,23 +465,28 @@ def _verify_files(path: Path, files: Mapping[str, Any], verify: Verify) -> None:
         _refuse(path / name, f"cannot be read ({error.strerror})")
 
 
-def newest_good(root: Path) -> Checkpoint | None:
-    """The newest intact checkpoint below `root`; None when there is no checkpoint at all.
+def newest_good(root: Path, run: str = "") -> Checkpoint | None:
+    """The newest intact checkpoint below `root` that may be of this run; None when there is no checkpoint at all.
 
-    Each damaged one that is passed over is named in a warning. Raises CheckpointError when all are damaged, or when
-    a newer daybreak wrote one that would have to be passed over.
+    Each one that is passed over is named in a warning. Raises CheckpointError when all are, or when a newer daybreak
+    wrote one that would have to be passed over.
     """
-    candidates = published(root)
-    for path in candidates:
-        try:
-            return load_checkpoint(path)
-        except NewerFormat:
-            raise
-        except CheckpointError as error:
-            log.warning("Falling back to an older checkpoint: %s", error)
-    if candidates:
-        raise CheckpointError(
-            f"none of the {len(candidates)} checkpoints below {root} is intact (each is named above); restore one, or "
-            "start anew under another --name."
-        )
+    while candidates := published(root):
+        for path in candidates:
+            try:
+                found = load_checkpoint(path)
+                if foreign(path, run):
+                    raise CheckpointError(f"{path} belongs to another run; move it there, or remove it.")
+                return found
+            except NewerFormat:
+                raise
+            except CheckpointError as error:
+                if not path.exists():  # a run in progress has just removed it: look again
+                    break
+                log.warning("Falling back to an older checkpoint: %s", error)
+        else:
+            raise CheckpointError(
+                f"none of the {len(candidates)} checkpoints below {root} is intact and of this run (each is named "
+                "above); restore one, or start anew under another --name."
+            )
     return None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from daybreak.data.shards import fsync, no_follow
 from daybreak.errors import Error
 
 log = logging.getLogger("daybreak")
@@ -53,9 +54,9 @@ class Lines:
     Raises Error when MOST_WAITING bytes wait.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fresh: bool = False) -> None:
         self._path, self._waiting = path, b""
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._fd = no_follow(str(path), os.O_RDWR | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if fresh else 0))
         size = os.fstat(self._fd).st_size
         # A line cut short by a crash must not swallow the next one.
         self._prefix = b"\n" if size and os.pread(self._fd, 1, size - 1) != b"\n" else b""
@@ -81,7 +82,7 @@ class Lines:
 
     def sync(self) -> None:
         """What is written so far is on the disk."""
-        os.fsync(self._fd)
+        fsync(self._fd)
 
     def close(self) -> None:
         """Write what waits, or say that it is lost."""
@@ -172,9 +173,7 @@ class MainLog(Lines):
 
     def __init__(self, path: Path, fresh: bool) -> None:
         """Truncate on a fresh start, append on a resume."""
-        if fresh:
-            path.write_bytes(b"")
-        super().__init__(path)
+        super().__init__(path, fresh)
 
     def val(self, step: int, loss: float) -> None:
         """Validation loss after `step` updates."""

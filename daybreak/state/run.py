@@ -21,12 +21,16 @@ class Run:
     """A run's folder: configuration, metrics, checkpoints, weights. Raises ConfigError if `path` is none."""
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.folder = RunFolder(self.path)
+        self.folder = RunFolder(Path(path))
         if not self.folder.config.is_file():
             raise ConfigError(
                 f"{self.path} is not a run: it has no config.toml; give a folder that daybreak train made."
             )
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.folder.path
 
     @property
     def config(self) -> Config:
@@ -42,12 +46,12 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, newest first."""
-        return list_checkpoints(self.folder.checkpoints)
+        return list_checkpoints(self.folder.checkpoints, self.folder.id)
 
     def checkpoint(self, step: int | None = None) -> Checkpoint:
         """The newest good checkpoint, or the one of `step`. Raises CheckpointError."""
         if step is None:
-            found = newest_good(self.folder.checkpoints)
+            found = newest_good(self.folder.checkpoints, self.folder.id)
             if found is None:
                 raise CheckpointError(f"{self.path} has no checkpoint yet; train it first: daybreak train {self.path}")
             return found

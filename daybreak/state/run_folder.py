@@ -11,27 +11,38 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from daybreak import __version__
-from daybreak.data.shards import locked, write_atomic
-from daybreak.errors import ConfigError
+from daybreak.data.shards import lock, locked, no_follow, write_atomic
+from daybreak.errors import ConfigError, Error
 
 log = logging.getLogger("daybreak")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "triton")
 
 
 class RunFolder:
-    """The names inside `path` (a public contract). Creating and writing is rank 0's business."""
+    """The names inside `path` (a public contract). Creating and writing is rank 0's business.
+
+    lost: the folder was removed while it was watched, or its name belongs to another run now.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._fd, self.lost = -1, False
+        self.move(path)
+
+    def move(self, path: Path) -> None:
+        """The folder is at `path`."""
         self.path = path
         self.config, self.env, self.exit = path / "config.toml", path / "env.json", path / "exit.json"
         self.metrics, self.main_log, self.samples = path / "metrics.jsonl", path / "main.log", path / "samples.txt"
         self.checkpoints, self.crash = path / "checkpoints", path / "crash.txt"
+        self.run_id = path / "run-id"
 
     def create(self) -> None:
         """Make the folder. Raises ConfigError when the run exists (nothing is ever written over) or the disk refuses.
@@ -55,7 +66,23 @@ class RunFolder:
             raise ConfigError(
                 f"run.name = {self.path.name!r} is taken: {self.path} exists; continue it with "
                 f"`daybreak train {self.path}` or choose another --name."
+                if self.config.is_file()
+                else f"{self.path} exists and is not a run: it has no config.toml; remove it or choose another --name."
             )
+
+    @cached_property
+    def id(self) -> str:
+        """What tells this run from another one of the same name; its checkpoints carry it. "": daybreak 0.1 made it."""
+        try:
+            return self.run_id.read_text().strip()
+        except (OSError, ValueError):
+            return ""
+
+    def keep_id(self, known: str = "") -> None:
+        """Give the run its id, for good. known: that of its checkpoints, should the file be gone."""
+        if not self.id:
+            self.id = known or uuid.uuid4().hex
+            write_atomic(self.run_id, f"{self.id}\n")
 
     def write_env(self) -> None:
         """Write env.json: what a reader needs to judge figures and repeat the run, nothing about who ran it."""
@@ -64,41 +91,108 @@ class RunFolder:
     def write_exit(self, code: int, reason: str) -> None:
         """Write exit.json, which schedulers and restart loops read: torchrun reports 1 for any failed worker."""
         try:
-            write_atomic(self.exit, json.dumps({"code": code, "reason": reason, "t": time.time()}) + "\n")
-        except OSError as error:  # never in place of the reason itself
-            log.warning("%s could not be written (%s).", self.exit, error.strerror)
+            text = json.dumps({"code": code, "reason": reason, "t": time.time()}) + "\n"
+            write_atomic(self.locate() / self.exit.name, text)
+        except (OSError, Error) as error:  # never in place of the reason itself
+            log.warning("%s could not be written (%s).", self.exit, getattr(error, "strerror", error))
 
     def forget_exit(self) -> None:
         """Remove what an earlier attempt said at its end: from here on a missing exit.json means killed or running."""
         self.exit.unlink(missing_ok=True)
         self.crash.unlink(missing_ok=True)
 
+    def _append(self, name: str, text: str) -> None:
+        """Append to a file of the folder, if the disk lets us. Never through a symbolic link."""
+        try:
+            with open(self.locate() / name, "a", encoding="utf-8", opener=no_follow) as file:
+                file.write(text)
+        except (OSError, Error) as error:
+            log.warning("%s could not be written (%s).", self.path / name, getattr(error, "strerror", error))
+
     def write_crash(self, text: str) -> None:
         """Write crash.txt, if the disk lets us."""
-        try:
-            self.crash.write_text(text)
-        except OSError as error:
-            log.warning("%s could not be written (%s).", self.crash, error.strerror)
+        self._append(self.crash.name, text)
 
     def append_stacks(self, why: str) -> None:
         """Append to crash.txt where every thread of this process is. Ranks do so one after the other."""
-        with open(self.crash, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with open(self.locate() / self.crash.name, "a", opener=no_follow) as file:
+            lock(file.fileno(), fcntl.LOCK_EX)
             file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {why}\n\n")
             file.flush()
             faulthandler.dump_traceback(file)
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Hold the run for this process, until it ends however it ends. ConfigError if another holds it."""
-        return locked(self.path, ConfigError(f"{self.path} is being trained by another process; wait or stop it."))
-
     def append_sample(self, step: int, text: str) -> None:
         """Append one generated text to samples.txt under a heading with its step, if the disk lets us."""
+        self._append(self.samples.name, f"--- step {step} ---\n{text}\n")  # metrics.jsonl has it too
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process, until it ends however it ends. ConfigError if another holds it, or if a link
+        in the folder leads out of it."""
+        busy = ConfigError(f"{self.path} is being trained by another process; wait or stop it.")
+        with locked(self.path, busy):
+            self.check_links()
+            with self.watched():
+                yield
+
+    def check_links(self) -> None:
+        """Raise ConfigError for a symbolic link that leads out of the folder, or for what is no file and no folder.
+
+        A folder from somebody else may hold one: we would write through it, or delete behind it.
+        """
+        home = self.path.resolve()
+        for folder, folders, files in os.walk(home):
+            for path in (Path(folder, name) for name in (*folders, *files)):
+                if path.is_symlink() and not path.resolve().is_relative_to(home):
+                    raise ConfigError(
+                        f"{path} is a symbolic link out of the run's folder, where nothing may be written; remove it. "
+                        "The folder itself may be a link."
+                    )
+                if path.exists() and not path.is_file() and not path.is_dir():
+                    raise ConfigError(f"{path} is neither a file nor a folder; remove it from the run's folder.")
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Notice from now on if people rename or remove the folder: see `locate`."""
+        self._fd = os.open(self.path, os.O_RDONLY)
         try:
-            with open(self.samples, "a", encoding="utf-8") as file:
-                file.write(f"--- step {step} ---\n{text}\n")
-        except OSError as error:  # metrics.jsonl has it too
-            log.warning("%s could not be written (%s).", self.samples, error.strerror)
+            yield
+        finally:
+            with suppress(Error):
+                self.locate()
+            os.close(self._fd)
+            self._fd = -1
+
+    def locate(self) -> Path:
+        """Where the folder is now, if it is watched: it is followed to a new name. Raises Error if it is `lost`."""
+        if self._fd >= 0 and not self._is_at(self.path):
+            with suppress(OSError):  # only Linux tells an open folder's name
+                if self._is_at(moved := Path(os.readlink(f"/proc/self/fd/{self._fd}"))):
+                    log.warning("%s was renamed to %s; the run continues there.", self.path, moved)
+                    self.move(moved)
+                    return self.path
+            self.lost = True
+        if self.lost:
+            raise Error(f"{self.path} is no longer this run's folder: it was removed, or another one took its place.")
+        return self.path
+
+    def remake(self, config: str) -> None:
+        """A new folder, at a free name, for a run that has `lost` its own. config: the text of its config.toml."""
+        self.move(self.path.with_name(f"{self.path.name}-{self.id[:8]}") if self.path.exists() else self.path)
+        self.create()
+        write_atomic(self.config, config)
+        write_atomic(self.run_id, f"{self.id}\n")
+        self.write_env()
+        fd = os.open(self.path, os.O_RDONLY)
+        os.dup2(fd, self._fd)
+        os.close(fd)
+        self.lost = False
+
+    def _is_at(self, path: Path) -> bool:
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._fd))
+        except OSError:
+            return False
 
 
 def describe_environment() -> dict[str, Any]:

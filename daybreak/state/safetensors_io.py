@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from daybreak.data.kinds import HEAD, identify
+from daybreak.data.shards import fsync
 from daybreak.errors import CheckpointError
 
 CHUNK = 16 << 20  # bytes staged at a time, on the way out and in
@@ -61,7 +61,7 @@ def write_safetensors(
                 file.write(chunk)
                 hashing.result()
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno())
         return Written(file.tell(), digest.hexdigest())
 
 
@@ -76,7 +76,7 @@ def create_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         file.write(header)
         file.truncate(len(header) + sum(tensor.nbytes for tensor in tensors.values()))
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno())
 
 
 def fill_safetensors(path: Path, parts: Mapping[str, Iterable[tuple[int, torch.Tensor]]]) -> None:
@@ -90,7 +90,7 @@ def fill_safetensors(path: Path, parts: Mapping[str, Iterable[tuple[int, torch.T
                 for chunk in _chunks(tensor):
                     file.write(chunk)
         file.flush()
-        os.fsync(file.fileno())
+        fsync(file.fileno())
 
 
 def _header(tensors: list[tuple[str, torch.Tensor]], metadata: Mapping[str, str]) -> bytes:

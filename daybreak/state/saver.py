@@ -12,8 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from daybreak.config import Config
+from daybreak.errors import Error
 from daybreak.parallel import ALONE, Group
 from daybreak.state.checkpoint import Snapshot, prune_checkpoints, save_checkpoint
+from daybreak.state.run_folder import RunFolder
 
 log = logging.getLogger("daybreak")
 
@@ -41,13 +44,16 @@ class Saver:
 
     With several ranks `start` writes at once, on all of them together.
 
-    first: called in the thread before a checkpoint is written, for what must be on the disk before it.
+    first: called in the thread before a checkpoint is written, for what must be on the disk before it. folder: the
+    run's, which is looked for before each save; once it is lost (`lost`) there was one last save, in a new one.
     """
 
     def __init__(
-        self, root: Path, keep: int, major: int, first: Callable[[], None] = lambda: None, group: Group = ALONE
-    ) -> None:
+        self, root: Path, keep: int, major: int, first: Callable[[], None] = lambda: None, group: Group = ALONE,
+        folder: RunFolder | None = None,
+    ) -> None:  # fmt: skip
         self.root, self.keep, self.major, self.first, self.group = root, keep, major, first, group
+        self.folder, self.lost = folder, False
         self._pool = ThreadPoolExecutor(1, "save", initializer=_give_way)
         self._future: Future[Saved] | None = None
 
@@ -67,14 +73,50 @@ class Saver:
     def _write(self, snap: Snapshot, tokens: int, began: float, stall: float) -> Saved:
         if self.group.rank == 0:
             self.first()
-        path = save_checkpoint(self.root, snap, self.group)
+        path = self._save(snap)
         nbytes = sum(file.stat().st_size for file in path.iterdir())
         try:
             if self.group.rank == 0:
-                prune_checkpoints(self.root, self.keep, self.major, verify="size")
+                prune_checkpoints(self.root, self.keep, self.major, "size", self.folder.id if self.folder else "")
         except OSError as error:  # the new one is safe
             log.warning("Old checkpoints below %s could not be removed (%s).", self.root, error.strerror)
+        if self.lost:
+            raise Error(
+                f"the run's folder was removed, or another one took its place; the state after step {snap.step} is "
+                f"saved in a new one; resume with: daybreak train {self.root.parent}"
+            )
         return Saved(path, snap.step, tokens, stall, time.perf_counter() - began, nbytes)
+
+    def _save(self, snap: Snapshot) -> Path:
+        """Save where the run's folder is now, and once more if it was renamed meanwhile."""
+        while True:
+            tried, failure = self._find(snap), None
+            try:
+                path = save_checkpoint(self.root, snap, self.group)
+            except Error as error:
+                failure = error
+            if self.group.world > 1 or self._find(snap) == tried:
+                if failure is not None:
+                    raise failure
+                return path
+
+    def _find(self, snap: Snapshot) -> Path:
+        """`root`, now. Collective."""
+        if (folder := self.folder) is None:
+            return self.root
+
+        def look() -> tuple[Path, bool]:
+            try:
+                return folder.locate(), self.lost
+            except Error:
+                folder.remake(Config().override(snap.manifest["config"]).to_toml())
+                return folder.path, True
+
+        path, self.lost = self.group.first(look)
+        if path != folder.path:
+            folder.move(path)
+        self.root = folder.checkpoints
+        return self.root
 
     def result(self, wait: bool) -> Saved | None:
         """The save under way, once it is over (`wait` for that); None while it is not, or where there is none.

@@ -125,7 +125,7 @@ def _train(
             new = setup.run.folder
             who = f"rank {stop.group.rank} on {socket.gethostname()}: ranks wait for each other in vain"
             stop.group.leave_stacks = partial(new.append_stacks, who)
-            with new.locked() if resume is None and chief else nullcontext():
+            with new.locked() if resume is None and chief else new.watched():
                 folder = new  # ours from here on: the exit.json of a run that another process holds is that one's
                 trainer = Trainer(setup, stop, on_save)
                 trainer.load(fork, init)
@@ -203,7 +203,7 @@ class Trainer:
         self.stop.check()
 
     def _newest(self) -> Path:
-        found = newest_good(self.run_folder.checkpoints)
+        found = newest_good(self.run_folder.checkpoints, self.run_folder.id)
         assert found is not None, "a listed checkpoint vanished"
         return found.path
 
@@ -243,7 +243,8 @@ class Trainer:
             self.main_log = open_.enter_context(MainLog(main_log, fresh=self.step == 0))
             if self.staging is not None:
                 open_.callback(self.staging.close)
-            self.saver = open_.enter_context(Saver(folder.checkpoints, k.keep, k.major, self.metrics.sync, self.group))
+            saver = Saver(folder.checkpoints, k.keep, k.major, self.metrics.sync, self.group, folder)
+            self.saver = open_.enter_context(saver)
             # Of several ranks a silent one is found, and named, by those that wait for it.
             factor = guard.hang_factor if self.group.world == 1 else 0.0
             self.watchdog = open_.enter_context(Watchdog(folder, lambda: self.stop.checks, factor, guard.hang_seconds))
@@ -388,7 +389,7 @@ class Trainer:
             saved = self.saver.result(wait)
         except Error as error:
             self.saved_step = -1
-            if must or self.config.checkpoint.on_error == "stop":
+            if must or self.saver.lost or self.config.checkpoint.on_error == "stop":
                 raise
             log.warning("not saved, training goes on (checkpoint.on_error): %s", error)
             self.metrics.write("event", self.step, self.tokens, what="save_failed", detail=str(error))
@@ -396,7 +397,7 @@ class Trainer:
         if saved is None:
             return
         self.metrics.write(
-            "checkpoint", saved.step, saved.tokens, path=str(saved.path.relative_to(self.run_folder.path)),
+            "checkpoint", saved.step, saved.tokens, path=f"checkpoints/{saved.path.name}",
             seconds=saved.seconds, stall=saved.stall, bytes=saved.nbytes,
         )  # fmt: skip
         self.display.note(f"step {saved.step}: saved {saved.path}")
@@ -408,6 +409,7 @@ class Trainer:
         c = self.config
         return {
             "config": dict(c.items()),
+            "run": self.run_folder.id,
             "samples": self.samples,
             "skips_in_a_row": self.skips_in_a_row,
             "tokenizer": {"name": self.setup.tokenizer.name, "fingerprint": self.setup.tokenizer.fingerprint},

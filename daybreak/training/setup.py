@@ -26,7 +26,7 @@ from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.parallel import Group
-from daybreak.state.checkpoint import published
+from daybreak.state.checkpoint import published, run_id
 from daybreak.state.restore import Weights, check_host_memory
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model
@@ -115,10 +115,12 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
         if resume is None:
             folder.create()
         write_atomic(folder.config, config.to_toml())  # on resume too: what was changed now holds from now on
+        old = published(folder.checkpoints)
+        folder.keep_id(next(filter(None, map(run_id, old)), ""))
         folder.write_env()
         if tokenizer.source:
             write_atomic(folder.path / TOKENIZER_FILE, tokenizer.source)
-        return bool(published(folder.checkpoints))
+        return bool(old)
 
     continues = group.first(write)
     group.everywhere(lambda: _see(folder))

@@ -307,11 +307,21 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
         raise ConfigError(f"{target} is not a run: it has no config.toml; give a folder that daybreak train made.")
     if (named := Path(DEFAULTS["run.dir"]) / path / "config.toml").is_file():
         raise ConfigError(f"unknown target {target!r}; to resume the run of that name give its folder: {named.parent}.")
+    if "/" in target:
+        fix = run_hint(target) or "; give a run's folder, a recipe.toml, a recipe (tiny) or a shape (d12)."
+        raise ConfigError(f"{target} does not exist{fix}")
     known = recipe_names() + shape_names()
     raise ConfigError(
         f"unknown target {target!r}; did you mean {nearest(target, known)!r}? "
         f"Recipes: {', '.join(recipe_names())}; or a shape such as d12, a recipe.toml, or a run's folder."
     )
+
+
+def run_hint(path: Path | str) -> str:
+    """For a message about a run that is not there: the folder below run.dir that was probably meant, or nothing."""
+    runs = {found.parent.name: found.parent for found in Path(DEFAULTS["run.dir"]).glob("*/config.toml")}
+    near = difflib.get_close_matches(Path(path).name, runs, 1)
+    return f"; did you mean {runs[near[0]]}?" if near and not Path(path).exists() else ""
 
 
 def read_toml(path: Path) -> Config:
@@ -363,6 +373,7 @@ MAY_CHANGE_SECTIONS = ("parallel", "kernels", "eval", "checkpoint", "guard", "lo
 MAY_CHANGE_KEYS = ("batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon",
                    "precision.masters", "run.name",
                    "run.dir", "run.steps", "run.max_hours", "run.device", "run.profile")  # fmt: skip
+PLACES = ("data.name", "data.dir", "data.train", "data.val")  # of the data
 
 
 def is_untouched_import(run: Path | str) -> bool:
@@ -370,18 +381,22 @@ def is_untouched_import(run: Path | str) -> bool:
     return (Path(run) / "imported.json").is_file() and not (Path(run) / "metrics.jsonl").is_file()
 
 
-def check_resume(saved: Config, new: Config, *, fork: bool = False) -> None:
+def check_resume(saved: Config, new: Config, *, fork: bool = False, moved: bool = False) -> None:
     """Raise ConfigError if `new` changes what a resumed run may not: what its weights and its data order rest on.
 
     A run's name and folder may differ from the saved ones: people move and rename runs.
     With fork=True (a new run from the checkpoint, or an untouched import) only the model has to stay.
+    With moved=True the data may be in another place: its content is compared later.
     """
     was = dict(saved.items())
     for name, value in new.items():
         section = name.partition(".")[0]
         allowed = section != "model" if fork else section in MAY_CHANGE_SECTIONS or name in MAY_CHANGE_KEYS
+        allowed |= moved and name in PLACES
         if value != was[name] and not allowed:
             fix = "leave it out, or start a new run from the checkpoint with --fork NAME"
             if fork:
                 fix = "a new shape is trained from the start, without --fork"
+            elif section == "model":
+                fix = "leave it out, or train a new run of this shape under another --name"
             raise ConfigError(f"{name} is {_toml(was[name])} in the saved run and cannot become {_toml(value)}; {fix}.")

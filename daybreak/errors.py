@@ -6,6 +6,9 @@ line prints the sentence and exits, the Python API raises it. `assert` is kept f
 
 from __future__ import annotations
 
+import errno
+import os
+
 
 class Error(Exception):
     """A failure with a reason and a documented exit code (docs/files.md)."""
@@ -59,3 +62,17 @@ class Stopped(Error):
 def by_exit_code(code: int) -> type[Error]:
     """The class of errors with this exit code; Error for an unknown one."""
     return next((kind for kind in Error.__subclasses__() if kind.exit_code == code), Error)
+
+
+# What another name or other permissions mend; the rest is the disk's.
+_NAMES = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EROFS,
+          errno.ELOOP, errno.EEXIST, errno.EINVAL, errno.EILSEQ)  # fmt: skip
+
+
+def os_error(error: OSError) -> Error:
+    """An OSError as one sentence with the path and the reason."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    what, reason = " -> ".join(names) or "a file or the console", error.strerror or str(error)
+    if error.errno in _NAMES:
+        return ConfigError(f"{what} cannot be used ({reason}); mend its name or permissions, or give another one.")
+    return Error(f"{what} failed ({reason}); free space or mend the disk, then run the same command again.")

@@ -14,17 +14,17 @@ import re
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from daybreak.cli.ends import ending
 from daybreak.config import Config, nearest, read_toml
 from daybreak.config_keys import FRACTION, Rule, at_least, one_of
-from daybreak.errors import ConfigError, Error
-from daybreak.parallel import connect, exit_code, launched
+from daybreak.errors import ConfigError
+from daybreak.parallel import connect, launched
 from daybreak.shapes import is_shape, parse_shape
 from daybreak.training.stop import Stop
 
@@ -291,19 +291,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     if argv is None:  # libraries parse sys.argv too, and would take our flags for theirs
         argv, sys.argv = sys.argv[1:], sys.argv[:1]
-    try:
+    given = list(argv)
+
+    def body() -> None:
         with Stop().handling_signals() as stop:
-            _run(list(argv), stop)
-        return 0
-    except Error as error:
-        if not error.elsewhere:
-            print(f"daybreak.llmc: {error}", file=sys.stderr)
-        return exit_code(error, os.environ)
-    except KeyboardInterrupt:
-        return 130
-    except Exception:
-        traceback.print_exc()
-        return 1
+            _run(given, stop)
+
+    return ending("daybreak.llmc", body)
 
 
 def _run(argv: list[str], stop: Stop) -> None:

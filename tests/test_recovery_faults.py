@@ -241,7 +241,7 @@ def test_foreign_files_and_checkpoints(two, shards, tmp_path, caplog):
     assert re.search(r"two/checkpoints/step-00000020/\S+ has \d+ bytes instead of \d+", caplog.text)
     shutil.rmtree(run.folder.checkpoints)
     shutil.copytree(other.folder.checkpoints, run.folder.checkpoints)
-    with pytest.raises(daybreak.Error, match="none of the 2 checkpoints .* is intact and of this run") as e:
+    with pytest.raises(daybreak.Error, match=r"none of the 2 checkpoints .* is intact and of this run") as e:
         daybreak.train(run.config, resume=run.path)
     assert e.value.exit_code == 5
     assert "step-00000020 belongs to another run; move it there, or remove it." in caplog.text

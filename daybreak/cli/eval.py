@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from daybreak.config import run_hint
 from daybreak.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def evaluate(
     path, folder = Path(target), Path(data_files) if data_files else None
     is_run = (path / "config.toml").is_file()
     if not is_run and not (path / "config.json").is_file():
-        raise ConfigError(f"{target} is neither a run (config.toml) nor a Hugging Face model's folder (config.json).")
+        neither = "is neither a run (config.toml) nor a Hugging Face model's folder (config.json)"
+        raise ConfigError(f"{target} {neither}{run_hint(target) or '.'}")
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--data-files {data_files} is not a folder.")
     if not is_run and hellaswag is not None:

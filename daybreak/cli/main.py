@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-import traceback
 from collections.abc import Sequence
+from functools import partial
 
 import click
 
 from daybreak import __version__
 from daybreak.cli.bench import bench
 from daybreak.cli.doctor import doctor
+from daybreak.cli.ends import ending
 from daybreak.cli.eval import evaluate
 from daybreak.cli.export import export
 from daybreak.cli.import_ import import_
@@ -23,10 +25,7 @@ from daybreak.cli.sample import sample
 from daybreak.cli.serve import serve
 from daybreak.cli.train import train
 from daybreak.config import nearest
-from daybreak.errors import ConfigError, Error
-from daybreak.parallel import exit_code
-
-INTERRUPTED = 130  # 128 + SIGINT, the shells' convention; training itself saves and exits 75
+from daybreak.errors import ConfigError
 
 
 class Verbs(click.Group):
@@ -100,21 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     if argv is None:  # libraries parse sys.argv too, and would take our flags for theirs
         argv, sys.argv = sys.argv[1:], sys.argv[:1]
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # half-written files go away; training has its own way
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return ending("daybreak", partial(_run, argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
         return cli.main(argv, prog_name="daybreak", standalone_mode=False) or 0
-    except Error as e:
-        if not e.elsewhere or os.environ.get("RANK") == "0":
-            print(f"daybreak: {e}", file=sys.stderr)
-        return exit_code(e, os.environ)
-    except click.ClickException as e:
-        return _fail(_sentence(e), ConfigError.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted.", INTERRUPTED)
-    except Exception as e:
-        traceback.print_exc()
-        return _fail(f"unexpected {type(e).__name__}: {e}; a bug in daybreak, please report the lines above.", 1)
-
-
-def _fail(sentence: str, code: int) -> int:
-    print(f"daybreak: {sentence}", file=sys.stderr)
-    return code
+    except click.ClickException as error:
+        raise ConfigError(_sentence(error)) from None
+    except click.Abort:
+        raise KeyboardInterrupt from None

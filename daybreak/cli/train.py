@@ -102,7 +102,8 @@ def _check_start(
             f"--name {config.run.name} cannot rename {target}, an existing run; leave it out, or start a new run from "
             f"its checkpoint with --fork {config.run.name}."
         )
-    check_resume(resume.saved, config, fork=fork is not None or is_untouched_import(resume.run))
+    saved = any(resume.run.glob("checkpoints/*/manifest.json"))
+    check_resume(resume.saved, config, fork=fork is not None or is_untouched_import(resume.run), moved=saved)
 
 
 def _print_result(run: Run, as_json: bool) -> None:

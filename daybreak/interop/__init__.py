@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from daybreak.config import nearest
+from daybreak.config import nearest, run_hint
 from daybreak.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,5 +63,6 @@ def open_source(name: str | Path, tokenizer: str = "", step: int | None = None, 
     known = f"{also}{', '.join(HUB)}, OWNER/NAME, a Hugging Face folder, a .bin or a checkpoint folder of llm.c"
     if path.exists():
         raise ConfigError(f"{name} has neither config.json nor DONE_* files; give {known}.")
-    near = "" if "/" in str(name) else f"did you mean {nearest(str(name), HUB)!r}? If not, "
-    raise ConfigError(f"{name} does not exist; {near}give {known}.")
+    near = "" if "/" in str(name) else f"; did you mean {nearest(str(name), HUB)!r}?"
+    near = run_hint(name) or near
+    raise ConfigError(f"{name} does not exist{near}{' If not,' if near else ';'} give {known}.")

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from daybreak.config import Config, read_toml
+from daybreak.config import Config, read_toml, run_hint
 from daybreak.data.dataset import MANIFEST
 from daybreak.data.shards import locked
 from daybreak.errors import ConfigError
@@ -73,7 +73,8 @@ class Follower:
         ours = path.is_dir() and (path / "config.toml").is_file()
         self.file = path / ("metrics.jsonl" if ours else "main.log") if path.is_dir() else path
         if not ours and not self.file.is_file():
-            raise ConfigError(f"{path} is not a run; give a folder that daybreak train made, or llm.c's main.log.")
+            fix = run_hint(path) or "; give a folder that daybreak train made, or llm.c's main.log."
+            raise ConfigError(f"{path} is not a run{fix}")
         self.config: Config | None = read_toml(path / "config.toml") if ours else None
         self.name = self.folder.resolve().name
         self.start: dict[str, Any] = {}  # the newest `run` record

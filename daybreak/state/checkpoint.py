@@ -483,7 +483,7 @@ def newest_good(root: Path, run: str = "") -> Checkpoint | None:
             except CheckpointError as error:
                 if not path.exists():  # a run in progress has just removed it: look again
                     break
-                log.warning("Falling back to an older checkpoint: %s", error)
+                log.warning("Falling back to an older checkpoint: %s", str(error))  # it would hold on to `found`
         else:
             raise CheckpointError(
                 f"none of the {len(candidates)} checkpoints below {root} is intact and of this run (each is named "

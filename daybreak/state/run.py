@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from daybreak.config import Config, read_toml
+from daybreak.config import Config, read_toml, run_hint
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine, plan_engine
 from daybreak.engine.device import engine_options, missing_on, pick_device
@@ -23,9 +23,8 @@ class Run:
     def __init__(self, path: Path | str) -> None:
         self.folder = RunFolder(Path(path))
         if not self.folder.config.is_file():
-            raise ConfigError(
-                f"{self.path} is not a run: it has no config.toml; give a folder that daybreak train made."
-            )
+            fix = run_hint(self.path) or "; give a folder that daybreak train made."
+            raise ConfigError(f"{self.path} is not a run: it has no config.toml{fix}")
 
     @property
     def path(self) -> Path:

@@ -143,13 +143,10 @@ class RunFolder:
         home = self.path.resolve()
         for folder, folders, files in os.walk(home):
             for path in (Path(folder, name) for name in (*folders, *files)):
-                if path.is_symlink() and not path.resolve().is_relative_to(home):
-                    raise ConfigError(
-                        f"{path} is a symbolic link out of the run's folder, where nothing may be written; remove it. "
-                        "The folder itself may be a link."
-                    )
-                if path.exists() and not path.is_file() and not path.is_dir():
-                    raise ConfigError(f"{path} is neither a file nor a folder; remove it from the run's folder.")
+                outside = path.is_symlink() and not path.resolve().is_relative_to(home)
+                if outside or (path.exists() and not path.is_file() and not path.is_dir()):
+                    what = "a symbolic link out of the run's folder" if outside else "neither a file nor a folder"
+                    raise ConfigError(f"{path} is {what}, so nothing is written here; remove it, then start again.")
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -88,34 +88,29 @@ class Saver:
         return Saved(path, snap.step, tokens, stall, time.perf_counter() - began, nbytes)
 
     def _save(self, snap: Snapshot) -> Path:
-        """Save where the run's folder is now, and once more if it was renamed meanwhile."""
-        while True:
-            tried, failure = self._find(snap), None
-            try:
-                path = save_checkpoint(self.root, snap, self.group)
-            except Error as error:
-                failure = error
+        """Save where the run's folder is now, and once more if it is renamed meanwhile."""
+        tried = self._find(snap)
+        try:
+            return save_checkpoint(tried, snap, self.group)
+        except Error:
             if self.group.world > 1 or self._find(snap) == tried:
-                if failure is not None:
-                    raise failure
-                return path
+                raise
+        return self._save(snap)
 
     def _find(self, snap: Snapshot) -> Path:
         """`root`, now. Collective."""
-        if (folder := self.folder) is None:
-            return self.root
 
-        def look() -> tuple[Path, bool]:
+        def look(folder: RunFolder) -> tuple[Path, bool]:
             try:
                 return folder.locate(), self.lost
             except Error:
                 folder.remake(Config().override(snap.manifest["config"]).to_toml())
                 return folder.path, True
 
-        path, self.lost = self.group.first(look)
-        if path != folder.path:
+        if (folder := self.folder) is not None:
+            path, self.lost = self.group.first(lambda: look(folder))
             folder.move(path)
-        self.root = folder.checkpoints
+            self.root = folder.checkpoints
         return self.root
 
     def result(self, wait: bool) -> Saved | None:

@@ -33,7 +33,7 @@ from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
 from daybreak.engine.device import Sensors, engine_options, numerics, used_mib
 from daybreak.engine.fit import explaining_memory
-from daybreak.errors import Error, Stopped, TooManySkips
+from daybreak.errors import Error, Stopped, TooManySkips, os_error
 from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import validate
 from daybreak.generate import Sampling, sample_text
@@ -97,7 +97,8 @@ def _prepared(
     """`train` among the ranks of stop.group: what it starts from, and the run's lock, which rank 0 holds for all."""
     for path in (resume, fork_from):
         if path is not None:
-            check_resume(Run(path).config, config, fork=path is fork_from or is_untouched_import(path))
+            run, free = Run(path), path is fork_from or is_untouched_import(path)
+            check_resume(run.config, config, fork=free, moved=bool(run.checkpoints))
     fork = Run(fork_from).checkpoint() if fork_from is not None else None
     init = _weights(init_from) if init_from is not None else None
     with RunFolder(Path(resume)).locked() if resume is not None and stop.group.rank == 0 else nullcontext():
@@ -137,8 +138,9 @@ def _train(
         again = f"; continue with: daybreak train {folder.path}" if folder is not None else ""
         raise Stopped(f"{reason} before the first update{again}.") from None
     except OSError as error:
-        code, reason = 1, f"{error.filename or 'a file'} failed ({error.strerror})"
-        raise Error(f"{reason}; free space or mend the disk, then train the run's folder again.") from error
+        explained = os_error(error)
+        code, reason = explained.exit_code, str(explained)
+        raise explained from error
     except Error as error:
         code, reason = error.exit_code, str(error)
         raise
@@ -415,6 +417,7 @@ class Trainer:
             "tokenizer": {"name": self.setup.tokenizer.name, "fingerprint": self.setup.tokenizer.fingerprint},
             "data": {
                 "fingerprint": self.setup.train_loader.fingerprint,
+                "val": self.setup.val_loader.fingerprint,
                 "samples": self.setup.train_loader.counts(self.samples),  # of each source of a mixture
                 "tokens": self.setup.tokens_of(self.samples),
             },

@@ -14,7 +14,7 @@ from threading import Thread
 import torch
 
 from daybreak import __version__
-from daybreak.config import Config
+from daybreak.config import Config, check_resume, is_untouched_import
 from daybreak.data.dataset import Dataset, dataset_name
 from daybreak.data.loader import Loader
 from daybreak.data.mixing import open_loaders, parse_mix
@@ -26,7 +26,7 @@ from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.parallel import Group
-from daybreak.state.checkpoint import published, run_id
+from daybreak.state.checkpoint import load_checkpoint, published, run_id
 from daybreak.state.restore import Weights, check_host_memory
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model
@@ -91,6 +91,8 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
             f"model.V = {config.model.V} is smaller than the {tokenizer.V} ids of tokenizer {tokenizer.name!r} that "
             f"{dataset.name!r} was made with; use --model.V {tokenizer.V}."
         )
+    if resume is not None:
+        _check_moved(Run(resume), config, train_loader, val_loader)
     config = config.concrete(train_loader.samples_per_epoch * config.T, ranks=group.world)
     if group.world > 1:
         group.agree(dict(config.items()))
@@ -129,6 +131,17 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
         config, Run(folder.path), dataset, train_loader, val_loader, tokenizer, device, compute, name,
         peak and peak * group.world, hellaswag, continues, group,
     )  # fmt: skip
+
+
+def _check_moved(run: Run, config: Config, train: Loader, val: Loader) -> None:
+    """Raise ConfigError if the data is in another place than a run's, and its content differs from a checkpoint's."""
+    try:
+        check_resume(run.config, config, fork=is_untouched_import(run.path))
+    except ConfigError:
+        saved = load_checkpoint(run.checkpoints[0], "off").manifest["data"]
+        if saved["fingerprint"] != train.fingerprint or saved.get("val", val.fingerprint) != val.fingerprint:
+            log.warning("the data there is not what %s was trained on: its content differs", run.path)
+            raise
 
 
 def _see(folder: RunFolder) -> None:

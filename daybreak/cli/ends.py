@@ -1,0 +1,43 @@
+"""How a program of ours ends: the one place where errors become sentences and exit codes."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+
+from daybreak.errors import Error, os_error
+from daybreak.parallel import exit_code
+
+INTERRUPTED = 130  # 128 + SIGINT, the shells' convention; training itself saves and exits 75
+
+
+def ending(program: str, body: Callable[[], int | None]) -> int:
+    """Run `body` and return its exit code, or that of what it raised, which is said in one sentence on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console that lacks a character shows its number
+    try:
+        code, said = body() or 0, ""
+        sys.stdout.flush()
+    except Error as error:
+        code, said = exit_code(error, os.environ), str(error)
+        said = "" if error.elsewhere and os.environ.get("RANK") != "0" else said
+    except KeyboardInterrupt:
+        code, said = INTERRUPTED, "interrupted."
+    except BrokenPipeError:  # the reader of our output has enough, as in `| head`
+        code, said = 1, ""
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+    except OSError as error:
+        code, said = (explained := os_error(error)).exit_code, str(explained)
+    except Exception as error:
+        code, said = 1, f"unexpected {type(error).__name__}: {error}; a bug in daybreak, please report the lines above."
+        traceback.print_exc()
+    with suppress(OSError, ValueError):  # nobody may be left to read it
+        sys.stderr.write(f"{program}: {said}\n" if said else "")
+        sys.stderr.flush()
+    return code

@@ -1,0 +1,71 @@
+"""File systems that cannot lock or flush folders: a warning, and the run goes on.
+
+fsync of a folder in /proc really fails (EINVAL). For flock no such file system can be had here: the call is replaced.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+from recovery import config, make_shards
+
+import daybreak
+from daybreak.cli.main import main
+from daybreak.data import shards
+from daybreak.data.shards import fsync_folder, lock, locked
+from daybreak.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    shards._warn_unable.cache_clear()
+
+
+def test_a_folder_that_cannot_be_flushed_is_a_warning(caplog):
+    for _ in range(3):
+        fsync_folder(Path("/proc/self"))
+    said = "This file system cannot flush files or folders (Invalid argument): a power cut may lose what was saved."
+    assert [r.getMessage() for r in caplog.records] == [said]
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_run_without_locks_and_fsync(tmp_path, monkeypatch, caplog, code):
+    data = make_shards(tmp_path / "data")
+    straight = daybreak.train(config(data, tmp_path, "straight", run__steps=10))
+
+    def refuse(*args: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
+    part = daybreak.train(config(data, tmp_path, "r", run__steps=5, optim__horizon=10))
+    run = daybreak.train(part.config.override({"run.steps": 10}), resume=part.path)
+    assert [(r["step"], r["loss"]) for r in run.metrics("step")] == [
+        (r["step"], r["loss"]) for r in straight.metrics("step")
+    ]
+    assert main(["doctor", str(run.path)]) == 0
+    said = [r.getMessage() for r in caplog.records if "This file system" in r.getMessage()]
+    assert sorted(said) == sorted(set(said))
+    assert {text.split(" (")[0] for text in said} == {
+        "This file system has no locks", "This file system cannot flush files or folders"
+    }  # fmt: skip
+
+
+def test_other_failures_still_count(tmp_path, monkeypatch):
+    def fail(*args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with locked(tmp_path, ConfigError("busy")) as fd:
+        monkeypatch.setattr(os, "fsync", fail)
+        monkeypatch.setattr(fcntl, "flock", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            fsync_folder(tmp_path)
+        with pytest.raises(OSError, match="Input/output error"):
+            lock(fd, fcntl.LOCK_EX)
+        monkeypatch.undo()
+        with pytest.raises(ConfigError, match="busy"), locked(tmp_path, ConfigError("busy")):
+            pass

@@ -130,17 +130,21 @@ def _warn_unable(device: int, what: str) -> None:
     log.warning("%s", what)
 
 
-def fsync(fd: int) -> None:
-    """Flush an open file or folder to the disk. A file system that cannot do this gets a warning, and work goes on."""
+@contextmanager
+def _unless_unable(fd: int, what: str) -> Iterator[None]:
+    """A warning where the file system of `fd` cannot do at all what the block asks of it."""
     try:
-        os.fsync(fd)
+        yield
     except OSError as error:
         if error.errno not in _UNABLE:
             raise
-        lost = (
-            f"This file system cannot flush files or folders ({error.strerror}): a power cut may lose what was saved."
-        )
-        _warn_unable(os.fstat(fd).st_dev, lost)
+        _warn_unable(os.fstat(fd).st_dev, f"This file system cannot {what} ({error.strerror}).")
+
+
+def fsync(fd: int) -> None:
+    """Flush an open file or folder to the disk. A file system that cannot do this gets a warning, and work goes on."""
+    with _unless_unable(fd, "flush files or folders, so a power cut may lose what was saved"):
+        os.fsync(fd)
 
 
 def fsync_folder(path: Path) -> None:
@@ -155,14 +159,10 @@ def fsync_folder(path: Path) -> None:
 def lock(fd: int, how: int) -> bool:
     """flock; False if another process holds it. A file system without locks gets a warning, and the answer is True."""
     try:
-        fcntl.flock(fd, how)
+        with _unless_unable(fd, "lock, so never start two processes on one run or data set"):
+            fcntl.flock(fd, how)
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno not in _UNABLE:
-            raise
-        danger = "never start two processes on one run or data set"
-        _warn_unable(os.fstat(fd).st_dev, f"This file system has no locks ({error.strerror}): {danger}.")
     return True
 
 
@@ -173,15 +173,13 @@ def no_follow(path: str, flags: int) -> int:
 
 def alive(pid: int) -> bool:
     """Whether another live process has this id. Our own id on a leftover: a container that restarts reuses ids."""
-    if pid == os.getpid():
-        return False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    return pid != os.getpid()
 
 
 def remove(path: Path) -> None:

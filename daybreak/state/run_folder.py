@@ -88,13 +88,18 @@ class RunFolder:
         """Write env.json: what a reader needs to judge figures and repeat the run, nothing about who ran it."""
         write_atomic(self.env, json.dumps(describe_environment(), indent=2) + "\n")
 
+    @contextmanager
+    def _file(self, name: str) -> Iterator[Path]:
+        """A file's path, for a block that may fail, with a warning: other things are said or saved nevertheless."""
+        try:
+            yield self.locate() / name
+        except (OSError, Error) as error:
+            log.warning("%s could not be written (%s).", self.path / name, getattr(error, "strerror", error))
+
     def write_exit(self, code: int, reason: str) -> None:
         """Write exit.json, which schedulers and restart loops read: torchrun reports 1 for any failed worker."""
-        try:
-            text = json.dumps({"code": code, "reason": reason, "t": time.time()}) + "\n"
-            write_atomic(self.locate() / self.exit.name, text)
-        except (OSError, Error) as error:  # never in place of the reason itself
-            log.warning("%s could not be written (%s).", self.exit, getattr(error, "strerror", error))
+        with self._file(self.exit.name) as path:
+            write_atomic(path, json.dumps({"code": code, "reason": reason, "t": time.time()}) + "\n")
 
     def forget_exit(self) -> None:
         """Remove what an earlier attempt said at its end: from here on a missing exit.json means killed or running."""
@@ -103,11 +108,8 @@ class RunFolder:
 
     def _append(self, name: str, text: str) -> None:
         """Append to a file of the folder, if the disk lets us. Never through a symbolic link."""
-        try:
-            with open(self.locate() / name, "a", encoding="utf-8", opener=no_follow) as file:
-                file.write(text)
-        except (OSError, Error) as error:
-            log.warning("%s could not be written (%s).", self.path / name, getattr(error, "strerror", error))
+        with self._file(name) as path, open(path, "a", encoding="utf-8", opener=no_follow) as file:
+            file.write(text)
 
     def write_crash(self, text: str) -> None:
         """Write crash.txt, if the disk lets us."""

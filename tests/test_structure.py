@@ -19,7 +19,7 @@ ROOMS = ["errors", "shapes", "config_keys", "config", "data", "kernels", "parall
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FUNCTION = 100
 # Of all files together: over 0.1.0, 400 lines mend faults that users met, 300 are the face, 150 are `doctor --check`.
-MOST_CODE = 13_250  # of all files together: 1,200 lines over 0.1.0 mend faults that users met and draw better screens
+MOST_CODE = 13_500  # of all files together: what 0.2.0 mends and shows takes 1,450 lines over 0.1.0
 
 
 def room(path: Path) -> str:

@@ -1,15 +1,11 @@
 """Proof that the hand-written schedule computes GPT-2: logits, losses, every gradient and the optimizer, held against
-an independent autograd model in fp64, against finite differences, and against recorded runs.
-
-The recordings in tests/golden are renewed by `python tests/test_engine.py`, after a change that is meant to alter them.
+an independent autograd model in fp64, and against finite differences. Recorded runs are in test_replay.py.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +21,6 @@ from daybreak.engine.params import draw_parameters
 from daybreak.shapes import GPT2Config, parse_shape
 
 torch.set_num_threads(1)
-GOLDEN = Path(__file__).parent / "golden"
 SMALL = Shape(L=2, C=64, NH=4, max_T=32, V=61)
 # (shape, A micro-steps, B, T): T below max_T, one row, odd sizes, V just under and just over a multiple of 128.
 CASES = [
@@ -399,69 +394,6 @@ def test_oracle_agrees_with_llmc():
         for step, want in points.items():
             got = learning_rate(kind, step, peak=6e-4, warmup=700, horizon=18865, final=final)
             assert got == pytest.approx(want, rel=3e-4 if step == 18864 else 1e-5), (kind, step)  # llm.c: fp32
-
-
-# --- recordings
-
-
-def recorded_calls() -> list[str]:
-    return calls(build(SMALL, 2, 16))
-
-
-def test_call_list():
-    """The kernel calls of one micro-step and update: a refactoring must not change them unnoticed."""
-    assert recorded_calls() == (GOLDEN / "call_list.txt").read_text().split()
-
-
-def platform() -> str:
-    """What bits depend on: processor, torch's instruction set and torch's version."""
-    info = dict.fromkeys(("model name", "cpu family", "model"), "?")
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
-        name, _, value = line.partition(":")
-        if name.strip() in info:
-            info[name.strip()] = value.strip()
-    cpu = f"{info['model name']}, family {info['cpu family']} model {info['model']}"
-    return f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-
-
-def synthetic_tokens(count: int, V: int, seed: int = 1234) -> Tensor:
-    """A Markov chain in which every token has four successors, with probabilities 8, 4, 2 and 1 in 15."""
-    rng = np.random.Generator(np.random.PCG64(seed))
-    successors = (rng.random((V, 4)) * V).astype(np.int64)
-    choices = np.searchsorted(np.array([8, 12, 14]) / 15, rng.random(count))
-    tokens = [0]
-    for choice in choices:
-        tokens.append(int(successors[tokens[-1], choice]))
-    return torch.tensor(tokens)
-
-
-def recorded_curve() -> list[float]:
-    """Losses of 50 fp32 steps, two micro-steps each, on the synthetic chain."""
-    A, B, T = 2, 2, 32
-    engine = build(SMALL, B, T, seed=42)
-    stream, losses = synthetic_tokens(50 * A * B * T, SMALL.V), []
-    for step in range(50):
-        part = stream[step * A * B * T :][: A * B * T + 1]
-        lr = learning_rate("cosine", step, peak=1e-2, warmup=5, horizon=50, final=0.1)
-        engine.train_step(part[:-1].view(A, B, T), part[1:].view(A, B, T), lr=lr, step=step)
-        losses.append(engine.stats()["loss"])
-    return losses
-
-
-def test_loss_curve():
-    golden, got = json.loads((GOLDEN / "cpu_fp32_curve.json").read_text()), recorded_curve()
-    if golden["recorded_on"] == platform():
-        assert got == golden["losses"]
-    assert got == pytest.approx(golden["losses"], rel=1e-4)
-    assert got[0] == pytest.approx(math.log(SMALL.V), rel=0.05)
-    assert got[-1] < 2.0
-
-
-if __name__ == "__main__":
-    (GOLDEN / "call_list.txt").write_text("\n".join(recorded_calls()) + "\n")
-    curve = {"recorded_on": platform(), "losses": recorded_curve()}
-    (GOLDEN / "cpu_fp32_curve.json").write_text(json.dumps(curve, indent=1) + "\n")
 
 
 def test_evaluation_of_any_smaller_batch_fits_the_plan():

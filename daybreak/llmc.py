@@ -23,6 +23,7 @@ from typing import Any
 from daybreak.cli.ends import ending
 from daybreak.config import Config, nearest, read_toml
 from daybreak.config_keys import FRACTION, Rule, at_least, one_of
+from daybreak.console import guard_streams
 from daybreak.errors import ConfigError
 from daybreak.parallel import connect, launched
 from daybreak.shapes import is_shape, parse_shape
@@ -247,7 +248,8 @@ class _Stdout(logging.Handler):
     """Everything on stdout, as llm.c does it, and results of evaluation in its form."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = re.sub(r"^step \d+: (val loss [^ ]+|HellaSwag: .*=.*) \(.*", r"\1", self.format(record))
+        text = re.sub(r"^step \d+: (val loss [^ ]+|HellaSwag: .*=[^(]*?)( \(.*)?$", r"\1", self.format(record))
+        text = re.sub(r"((?:loss|norm) [^ ]+) \|", r"\1 (+nanz)|", text)  # what we leave out while it is unknown
         print(text, flush=True)
 
 
@@ -286,12 +288,13 @@ def bin_writer(values: Values, config: Config, world: int) -> Callable[[Path], N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run llm.c's command line (default: the process's own) and return the exit code (docs/files.md)."""
+    guard_streams(result=False)  # stdout is the log here, as in llm.c
     log = logging.getLogger("daybreak")
     log.handlers, log.propagate = [_Stdout()], False
     log.setLevel(logging.INFO)
     if argv is None:  # libraries parse sys.argv too, and would take our flags for theirs
         argv, sys.argv = sys.argv[1:], sys.argv[:1]
-    given = list(argv)
+    given = [os.path.expanduser(arg) for arg in argv]
 
     def body() -> None:
         with Stop().handling_signals() as stop:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import traceback
@@ -17,9 +16,6 @@ INTERRUPTED = 130  # 128 + SIGINT, the shells' convention; training itself saves
 
 def ending(program: str, body: Callable[[], int | None]) -> int:
     """Run `body` and return its exit code, or that of what it raised, which is said in one sentence on stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a console that lacks a character shows its number
     try:
         code, said = body() or 0, ""
         sys.stdout.flush()
@@ -28,10 +24,6 @@ def ending(program: str, body: Callable[[], int | None]) -> int:
         said = "" if error.elsewhere and os.environ.get("RANK") != "0" else said
     except KeyboardInterrupt:
         code, said = INTERRUPTED, "interrupted."
-    except BrokenPipeError:  # the reader of our output has enough, as in `| head`
-        code, said = 1, ""
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
     except OSError as error:
         code, said = (explained := os_error(error)).exit_code, str(explained)
     except Exception as error:

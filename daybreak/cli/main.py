@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import click
 
@@ -25,7 +26,10 @@ from daybreak.cli.sample import sample
 from daybreak.cli.serve import serve
 from daybreak.cli.train import train
 from daybreak.config import nearest
+from daybreak.console import guard_streams
 from daybreak.errors import ConfigError
+
+TEXTS = ("--prompt", "--stop", "--eval.prompt")  # flags whose values are no paths
 
 
 class Verbs(click.Group):
@@ -94,8 +98,15 @@ def _sentence(error: click.ClickException) -> str:
     return f"{said.rstrip('.')}; see {path} --help."
 
 
+def _expand(arg: str, before: str) -> str:
+    """An argument with ~ as the home folder, also in --flag=~/x, unless it is text. before: the argument before it."""
+    flag, equals, value = arg.partition("=") if arg.startswith("-") else ("", "", arg)
+    return arg if (flag or before) in TEXTS else f"{flag}{equals}{os.path.expanduser(value)}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (default: the process's own) and return the exit code (docs/files.md)."""
+    guard_streams(result=True)
     _log_to_stderr()
     if argv is None:  # libraries parse sys.argv too, and would take our flags for theirs
         argv, sys.argv = sys.argv[1:], sys.argv[:1]
@@ -106,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     try:
+        argv = [_expand(arg, before) for before, arg in pairwise(["", *argv])]
         return cli.main(argv, prog_name="daybreak", standalone_mode=False) or 0
     except click.ClickException as error:
         raise ConfigError(_sentence(error)) from None

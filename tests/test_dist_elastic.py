@@ -46,8 +46,18 @@ def end(agent: subprocess.Popen[bytes]) -> None:
         agent.wait()
 
 
-def torchrun(root: Path, name: str, *args: Any, target: Path) -> subprocess.Popen[bytes]:
-    line = [sys.executable, "-m", "torch.distributed.run", *map(str, args), "-m", "daybreak", "train", str(target)]
+def torchrun(root: Path, name: str, *args: Any, target: Path, before: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    line = [
+        *before,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *map(str, args),
+        "-m",
+        "daybreak",
+        "train",
+        str(target),
+    ]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int("--nnodes" in args))  # see docs/distributed.md
     with open(root / f"{name}.txt", "w") as out:
@@ -93,12 +103,15 @@ def test_a_killed_worker_comes_back_and_a_stopped_one_does_not(shards: Path, tmp
         assert b[1] == pytest.approx(a[1], rel=1e-4)
 
 
-def test_the_agent_itself_is_told_to_stop(shards: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize(("number", "before"), [(signal.SIGTERM, ()), (signal.SIGHUP, ("nohup",))])
+def test_the_agent_itself_is_told_to_stop(shards: Path, tmp_path: Path, number: int, before: Any) -> None:  # noqa: F811
+    """SIGHUP is a closed terminal: torchrun ends then even under nohup, and passes the signal on."""
     target = recipe(shards, tmp_path, "s", run__steps=100000, eval__every=0, checkpoint__every=0)
-    agent = torchrun(tmp_path, "agent", "--standalone", "--nproc-per-node", 2, "--max-restarts", 3, target=target)
+    agent = torchrun(tmp_path, "agent", "--standalone", "--nproc-per-node", 2, "--max-restarts", 3, target=target,
+                     before=before)  # fmt: skip
     folder = tmp_path / "s"
     wait_for_steps(folder, 3)
-    agent.terminate()
+    agent.send_signal(number)
     agent.wait(PATIENCE)
     assert json.loads((folder / "exit.json").read_text())["code"] == 75, (tmp_path / "agent.txt").read_text()
     run = daybreak.load(folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from patience import PATIENCE
 from recovery import CHILD, assert_intact, assert_same, config, exit_code, make_shards, recipe, spawn, train, wait_for
 
 import daybreak
+from daybreak.training.stop import ENDING, Interrupted, Stop
 
 STEPS, ENGINE = 150, "daybreak.engine.step:Engine"
 # Where the signal arrives: accident, its place and time.
@@ -88,6 +91,102 @@ def test_sigusr1_saves_and_goes_on(shards, tmp_path):
     args = [recipe(config(shards, tmp_path, "u", run__steps=40, checkpoint__every=0, checkpoint__keep=0), tmp_path)]
     assert train(args, {"do": "usr1", "at": f"call:{ENGINE}.micro_step", "n": 23})[0] == 0
     assert [int(path.name[5:]) for path in daybreak.Run(tmp_path / "u").checkpoints] == [40, 12]
+
+
+@pytest.mark.parametrize("name", [*ENDING, "SIGUSR1"])
+def test_every_signal_that_ends_a_process_is_heard(name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    stop = Stop()
+    stop.announce = lambda text: None
+    with stop.handling_signals():
+        os.kill(os.getpid(), number)
+        with pytest.raises(Interrupted) if name != "SIGUSR1" else contextlib.nullcontext():
+            stop.check()
+    assert stop.reason == ("" if name == "SIGUSR1" else f"stopped by {name}")
+    assert stop.take_save_request() == (name == "SIGUSR1")
+    assert signal.getsignal(number) is before
+
+
+def test_the_list_has_every_signal_that_ends_a_process():
+    """Each signal is sent to a process of its own. Those that a fault of the program raises are no wish to stop."""
+    faults = {"SIGILL", "SIGTRAP", "SIGABRT", "SIGBUS", "SIGFPE", "SIGSEGV", "SIGSYS", "SIGSTKFLT"}
+    ended = set()
+    for number in sorted(signal.valid_signals()):
+        if number in (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU) or number >= signal.SIGRTMIN:
+            continue
+        pid = os.fork()
+        if pid == 0:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            with contextlib.suppress(OSError):  # SIGKILL
+                signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            os._exit(0)
+        if os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
+            ended.add(signal.Signals(number).name)
+    assert ended - faults == {*ENDING, "SIGKILL", "SIGUSR1", "SIGPIPE", "SIGXFSZ"}  # Python ignores the last two
+
+
+def test_a_closed_terminal_saves(shards, tmp_path):
+    """The terminal's end is SIGHUP to its processes, and every later write to it fails."""
+    target = recipe(config(shards, tmp_path, "hup", run__steps=100000, checkpoint__every=0), tmp_path)
+    terminal, inside = os.openpty()
+    command = [sys.executable, "-c", "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+               "os.execv(sys.executable, [sys.executable, '-m', 'daybreak', 'train', sys.argv[1]])",
+               target]  # fmt: skip
+    process = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, start_new_session=True)
+    os.close(inside)
+    drain(terminal, tmp_path / "hup/metrics.jsonl")
+    os.close(terminal)
+    assert process.wait(PATIENCE) == exit_code(tmp_path / "hup") == 75
+    run = daybreak.Run(tmp_path / "hup")
+    assert run.checkpoint().step == run.metrics("step")[-1]["step"]
+    assert json.loads((tmp_path / "hup/exit.json").read_text())["reason"].startswith("stopped by SIGHUP")
+
+
+def drain(terminal: int, metrics: Path) -> None:
+    """Read what a run says until it has made 20 steps."""
+    while not (metrics.exists() and metrics.read_bytes().count(b'"kind":"step"') >= 20):
+        os.read(terminal, 65536)
+
+
+def test_nohup_is_respected(shards, tmp_path):
+    target = recipe(config(shards, tmp_path, "n", run__steps=100000), tmp_path)
+    command = ["nohup", sys.executable, "-m", "daybreak", "train", target]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "n", process, 5)
+    process.send_signal(signal.SIGHUP)
+    wait_for(tmp_path / "n", process, 5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 75
+
+
+def test_which_signals_ask_twice(monkeypatch):
+    """The same signal again, or another one later: leave at once. What one cause sends together is one wish to stop."""
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    now = [0.0]
+
+    def stopped(*signals):
+        left.clear()
+        stop = Stop(lambda: now[0])
+        stop.announce = lambda text: None
+        for number, seconds in signals:
+            now[0] += seconds
+            stop._handle(number, None)
+        return left[:]
+
+    hup, term, sigint = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
+    assert stopped((hup, 0), (hup, 0), (term, 0.1)) == []  # the shell and the kernel, then torchrun
+    assert stopped((sigint, 0), (term, 0.1)) == []
+    assert stopped((term, 0), (hup, 60)) == []  # a logout while it saves
+    assert stopped((term, 0), (term, 0.01)) == [143]
+    assert stopped((hup, 0), (term, 6)) == [143]
+    assert stopped((sigint, 0), (term, 6), (sigint, 0)) == [143, 130]
+    late = Stop(lambda: now[0])
+    late.announce, late.reason = lambda text: None, "--max-hours 1 is over"  # the scheduler's limit is its own
+    late._handle(term, None)
+    assert (late.reason, left) == ("--max-hours 1 is over", [143, 130])
 
 
 # ---- the watchdog

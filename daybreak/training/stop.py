@@ -1,7 +1,8 @@
 """Stopping safely. A signal or the clock only raises a flag; the loop looks at it where nothing can be lost.
 
-SIGTERM and SIGINT: save the state after the last completed update and leave with 75; a second one leaves at once.
-SIGUSR1: save after the current update and go on. Only the command line installs handlers, never a library call.
+SIGTERM, SIGINT and every other signal of ENDING: save the state after the last completed update and leave with 75; a
+second one leaves at once. SIGUSR1: save after the current update and go on. A signal that is ignored already, as SIGHUP
+under nohup, stays ignored. Only the command line installs handlers, never a library call.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from daybreak.parallel import ALONE, Group
+
+# Signals from outside that end a process by default. Those that report a fault of its own (SIGSEGV ...) are not here.
+TIMERS = ("SIGALRM", "SIGVTALRM", "SIGPROF", "SIGIO")  # a library that starts to use one may keep it
+ENDING = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGXCPU", "SIGUSR2", "SIGPWR", *TIMERS)
+SAME_CAUSE = 5.0  # seconds in which signals of other kinds come from the same cause as the first
 
 
 class Interrupted(Exception):
@@ -26,6 +32,8 @@ class Stop:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.reason = ""
+        self.step = 0  # the last completed update: what a stop saves
+        self.announce = to_stderr  # shows a text at once, from inside a signal handler
         self.save_requested = False
         self.group: Group = ALONE  # whose ranks stop and save together
         self._save_agreed = False
@@ -33,6 +41,8 @@ class Stop:
         self.checks = 0  # how often `check` was called: as long as it grows, something is being done
         self._clock = clock
         self._deadline = float("inf")
+        self._seen: set[int] = set()  # kinds of signals that came
+        self._first = 0.0  # when the first of them came
 
     def limit_hours(self, max_hours: float) -> None:
         """Stop `max_hours` from now; 0 = never."""
@@ -68,9 +78,13 @@ class Stop:
     @contextmanager
     def handling_signals(self) -> Iterator[Stop]:
         """Install the handlers for the `with` block; main thread only."""
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        previous = {number: signal.signal(number, self._handle) for number in signals}
-        self._handled = list(previous)
+        numbers = [getattr(signal, name) for name in (*ENDING, "SIGUSR1") if hasattr(signal, name)]
+        # torchrun passes SIGHUP on when it ends itself, also under nohup. Elsewhere what is ignored stays ignored;
+        # SIGUSR1 is ignored only because daybreak.cli has said so.
+        heard = {signal.SIGUSR1, *([signal.SIGHUP] if "TORCHELASTIC_RUN_ID" in os.environ else [])}
+        mine = [n for n in numbers if n in heard or signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler)]
+        previous = {number: signal.signal(number, self._handle) for number in mine}
+        self._handled = [number for number in previous if signal.Signals(number).name not in TIMERS]
         try:
             yield self
         finally:
@@ -86,8 +100,20 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             self.save_requested = True
-        elif self.reason:
-            os._exit(128 + number)  # asked twice: leave at once; checkpoints are atomic, so nothing breaks
-        else:
-            os.write(2, b"\ndaybreak: saving what the last completed step made; a second signal leaves at once\n")
-            self.reason = f"stopped by {signal.Signals(number).name}"
+            return
+        first, again, now = not self._seen, number in self._seen, self._clock()
+        self._seen.add(number)
+        if first:  # --max-hours may have begun the stop already
+            self._first, self.reason = now, self.reason or f"stopped by {signal.Signals(number).name}"
+            what = f"saving step {self.step}" if self.step else "no step is complete yet"
+            self.announce(f"Stopping: {what}. Ctrl-C again quits without saving.")
+        elif number != signal.SIGHUP and (again or now - self._first > SAME_CAUSE):
+            # Asked twice: leave at once. Checkpoints are atomic, so nothing breaks. A terminal that closes sends
+            # SIGHUP twice, and launchers send SIGTERM after it: these do not count.
+            os._exit(128 + number)
+
+
+def to_stderr(text: str) -> None:
+    """A line on stderr, past Python's own streams; none where nobody is there to read it."""
+    with suppress(OSError):
+        os.write(2, f"\ndaybreak: {text}\n".encode())

@@ -13,6 +13,7 @@ from types import TracebackType
 
 from daybreak.errors import Hung
 from daybreak.state.run_folder import RunFolder
+from daybreak.training.stop import to_stderr
 
 STEPS = 100  # the median is of this many
 ARMED = 5  # steps to see first: the first ones compile
@@ -63,11 +64,14 @@ class Watchdog:
             f"nothing happened for {quiet:.1f} s, {quiet / median:.0f} times the median step (guard.hang_factor, "
             f"guard.hang_seconds); where every thread was is in {self.folder.crash}"
         )
-        os.write(2, f"\ndaybreak: {reason}\n".encode())
         try:
             self.folder.append_stacks(reason)
         finally:
             self.folder.write_exit(Hung.exit_code, reason)
+            # In a thread of its own: a console that fails or never takes the line must not keep the process alive.
+            said = threading.Thread(target=to_stderr, args=(reason,), daemon=True)
+            said.start()
+            said.join(1.0)
             os._exit(Hung.exit_code)  # the thread that hangs cannot be asked to
 
     def __enter__(self) -> Watchdog:

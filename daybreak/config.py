@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -112,7 +114,8 @@ class Config:
         epoch_tokens: tokens in one pass over the training data. Raises ConfigError if one batch takes more than that.
         """
         epoch_steps = self.steps_in(epoch_tokens, ranks)
-        steps = self.run.steps or epoch_steps
+        asked = self.run.tokens or int(self.run.epochs * epoch_tokens)
+        steps = self.run.steps or (max(1, self.steps_in(asked, ranks)) if asked else epoch_steps)
         if epoch_steps < 1 and not self.run.overfit:
             raise ConfigError(
                 f"one step takes {self.tokens_at(0, ranks)} tokens, more than all of data.name = {self.data.name!r}; "
@@ -126,6 +129,8 @@ class Config:
                 "batch.T": self.T,
                 "batch.total_tokens": total,
                 "run.steps": steps,
+                "run.epochs": 0,  # they have become steps
+                "run.tokens": 0,
                 "optim.horizon": horizon,
                 "schedule.warmup": warmup,
             }
@@ -140,6 +145,8 @@ class Config:
             rule = RULES.get(name)
             if rule is not None and not rule.holds(value):
                 raise ConfigError(f"{name} = {_toml(value)} {rule.text}; the default is {_toml(DEFAULTS[name])}.")
+        if len(given := [f"{name} = {value}" for name, value in self.items() if name in LENGTH and value]) > 1:
+            raise ConfigError(f"{' and '.join(given)}: give only one of them.")
         self.model.check()
         self._check_data()
         self._check_batch(ranks)
@@ -212,6 +219,8 @@ def _toml(value: Any) -> str:
     return repr(value)
 
 
+LENGTH = ("run.steps", "run.epochs", "run.tokens")  # only one of them is given
+PATHS = ("data.name", "data.train", "data.val", "data.dir", "eval.hellaswag", "run.dir")  # ~ is the home folder there
 SECTIONS = [section.name for section in fields(Config)]
 DEFAULTS: dict[str, Any] = dict(Config().items())
 KINDS: dict[str, type] = {name: type(value) for name, value in DEFAULTS.items()}
@@ -234,6 +243,8 @@ def _typed(name: str, value: Any) -> Any:
         right = all(isinstance(e, list | tuple) and len(e) == 2 and all(type(x) is int for x in e) for e in value)
         value = tuple(map(tuple, value)) if right else value
     if kind is str and right:
+        if name in PATHS:  # of each source of a mixture
+            value = ",".join(map(os.path.expanduser, value.split(",")))
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -264,6 +275,13 @@ class Resume:
     saved: Config
 
 
+def run_of(path: Path | str) -> Path:
+    """The folder of the run that `path` is, or whose checkpoint it is (runs/NAME/checkpoints/step-N)."""
+    path = Path(path).expanduser()
+    inside = path.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", path.name)
+    return path.parent.parent if inside else path
+
+
 def recipe_names() -> list[str]:
     """The recipes shipped with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
@@ -278,6 +296,8 @@ def resolve(target: str | None, overrides: Iterable[tuple[str, str]] = ()) -> tu
     config, resume = _base(target)
     given = dict(overrides)
     values = {name: parse_value(name, text) for name, text in given.items()}
+    if not values.keys().isdisjoint(LENGTH):  # one of them now replaces another of the recipe
+        values = dict.fromkeys(LENGTH, 0) | values
     if "data.name" in values:  # a dataset named now replaces globs that a recipe named
         values = {"data.train": "", "data.val": ""} | values
     config = config.override(values)
@@ -291,14 +311,14 @@ def resolve(target: str | None, overrides: Iterable[tuple[str, str]] = ()) -> tu
 def _base(target: str | None) -> tuple[Config, Resume | None]:
     if target is None:
         return Config(), None
-    path = Path(target)
+    path, run = Path(target).expanduser(), run_of(target)
     if path.suffix == ".toml":
         return read_toml(path), None
-    if (path / "config.toml").is_file():
-        path = path if path.name not in ("", "..") else path.resolve()
+    if (run / "config.toml").is_file():
+        run = run if run.name not in ("", "..") else run.resolve()
         # The folder may have been moved or renamed since: it is where it is now.
-        saved = read_toml(path / "config.toml").override({"run.dir": str(path.parent), "run.name": path.name})
-        return saved, Resume(path, saved)
+        saved = read_toml(run / "config.toml").override({"run.dir": str(run.parent), "run.name": run.name})
+        return saved, Resume(run, saved)
     if target in recipe_names():
         return read_toml(RECIPES / f"{target}.toml"), None
     if is_shape(target):
@@ -361,6 +381,8 @@ def parse_value(name: str, text: str) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
+        if name == "run.tokens" and (short := re.fullmatch(r"([0-9.]+)([KMBT])", text.upper())):
+            return round(float(short[1]) * 1000 ** (1 + "KMBT".index(short[2])))
         if kind is tuple:
             return _typed(name, tomllib.loads(f"x = {text}")["x"])
         return _typed(name, kind(text))
@@ -372,13 +394,13 @@ def parse_value(name: str, text: str) -> Any:
 MAY_CHANGE_SECTIONS = ("parallel", "kernels", "eval", "checkpoint", "guard", "log", "cost")
 MAY_CHANGE_KEYS = ("batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon",
                    "precision.masters", "run.name",
-                   "run.dir", "run.steps", "run.max_hours", "run.device", "run.profile")  # fmt: skip
+                   "run.dir", *LENGTH, "run.max_hours", "run.device", "run.profile")  # fmt: skip
 PLACES = ("data.name", "data.dir", "data.train", "data.val")  # of the data
 
 
 def is_untouched_import(run: Path | str) -> bool:
     """Whether `daybreak import` made the run and nobody has trained it yet: all but its model may still change."""
-    return (Path(run) / "imported.json").is_file() and not (Path(run) / "metrics.jsonl").is_file()
+    return (run_of(run) / "imported.json").is_file() and not (run_of(run) / "metrics.jsonl").is_file()
 
 
 def check_resume(saved: Config, new: Config, *, fork: bool = False, moved: bool = False) -> None:

@@ -232,6 +232,8 @@ class RunConfig:
     name: str = key("", "folder of the run inside run.dir; empty = named after the target", FOLDER_NAME)
     dir: str = key("runs", "folder that holds the runs")
     steps: int = key(0, "optimizer steps; 0 = one epoch", at_least(0))
+    epochs: float = key(0.0, "instead of steps: passes over the training data; becomes steps at the start", at_least(0))
+    tokens: int = key(0, "instead of steps: training tokens, 1B or 300M too; becomes steps at the start", at_least(0))
     max_hours: float = key(0.0, "save and stop (exit 75) after this many hours; 0 = no limit", at_least(0))
     seed: int = key(42, "seed of the initial weights and the data order", at_least(0))
     device: str = key("auto", "auto, cpu, cuda or cuda:N", DEVICE)

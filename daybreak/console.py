@@ -38,8 +38,6 @@ class Console:
     def _attempt(self, call: Callable[..., Any], *args: str) -> None:
         try:
             call(*args)
-        except BlockingIOError:  # another program made the terminal non-blocking: only this text is lost
-            pass
         except (OSError, ValueError) as error:
             broken, self._stream = self._stream, open(os.devnull, "w")  # noqa: SIM115
             with suppress(OSError, ValueError):  # for what is buffered, and for code that knows only the number

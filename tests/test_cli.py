@@ -25,7 +25,7 @@ VERBS = ["prepare", "plan", "train", "eval", "sample", "serve", "import", "expor
          "bench"]  # fmt: skip
 SMALL = ["--model.L", "1", "--model.C", "16", "--model.NH", "2", "--model.max_T", "16", "--model.V", "257",
          "--data", "book", "--data.tokenizer", "bytes", "--batch.B", "2", "--eval.tokens", "64",
-         "--eval.sample_tokens", "8", "--run.device", "cpu"]  # fmt: skip
+         "--eval.sample_tokens", "8", "--run.device", "cpu", "--schedule.final_frac", "0.1"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -463,7 +463,7 @@ def test_sigterm_saves_and_is_exit_75(trained: Path) -> None:
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
     assert err.splitlines()[-1].startswith("daybreak: stopped by SIGTERM after step ")
-    assert err.endswith("saved; continue with: daybreak train runs/long\n")
+    assert err.endswith("saved; resume with: daybreak train runs/long\n")
     assert len(list((trained / "runs/long/checkpoints").glob("step-*"))) == 1
 
 

@@ -83,7 +83,8 @@ def test_plan_bench_and_import_show_no_flag_of_a_long_run() -> None:
 def test_the_undotted_flags_of_train_are_the_agreed_ones() -> None:
     flags = {opt for p in cli.commands["train"].params for opt in p.opts if opt.startswith("--")}
     assert flags - {f"--{name}" for name in KINDS} == {
-        "--name", "--data", "--steps", "--max-hours", "--fork", "--init-from", "--profile", "--json", "--quiet",
+        "--name", "--data", "--steps", "--epochs", "--tokens", "--max-hours", "--fork", "--init-from", "--profile",
+        "--json", "--quiet",
         "--verbose", "--print-config",
     }  # fmt: skip
     assert {f"--{name}" for name in KINDS} < flags

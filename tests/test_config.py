@@ -94,6 +94,8 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "run.name": ("", "my run.2", "my run.2", ("a/b", "..", ".x", "-x", "a\nb")),
     "run.dir": ("runs", "elsewhere", "elsewhere", ()),
     "run.steps": (0, "20_000", 20000, (-1,)),
+    "run.epochs": (0.0, "1.5", 1.5, (-1.0,)),
+    "run.tokens": (0, "1.5B", 1_500_000_000, (-1,)),
     "run.max_hours": (0.0, "1.5", 1.5, (-1.0,)),
     "run.seed": (42, "0", 0, (-1,)),
     "run.device": ("auto", "cuda:1", "cuda:1", ("mps", "cuda:", "cuda:-1", "")),
@@ -380,7 +382,7 @@ OPEN = ("eval", "checkpoint", "guard", "log", "cost", "parallel", "kernels")
 MAY_CHANGE = {
     *(name for name in KEYS if name.split(".")[0] in OPEN),
     "batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon", "precision.masters", "run.name",
-    "run.dir", "run.steps", "run.max_hours", "run.device", "run.profile",
+    "run.dir", "run.steps", "run.epochs", "run.tokens", "run.max_hours", "run.device", "run.profile",
 }  # fmt: skip
 
 

@@ -322,7 +322,7 @@ def test_skips_in_a_row_are_counted_over_a_resume_and_end_with_3(shards, tmp_pat
 
 def refused(run: daybreak.Run) -> str:
     with pytest.raises(daybreak.Error) as e:
-        daybreak.train(run.config.override({"run.steps": 30}), resume=run.path)
+        daybreak.train(run.config.override({"run.steps": 30, "optim.horizon": 30}), resume=run.path)
     assert (e.value.exit_code, exit_code(run.path)) == (4, 4)
     assert json.loads((run.path / "exit.json").read_text())["reason"] == str(e.value)
     return str(e.value)

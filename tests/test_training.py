@@ -123,7 +123,7 @@ def test_other_kernels_are_told(
 ) -> None:
     """A resumed run whose bits rest on other things than before says which, in one line; an equal one says nothing."""
     caplog.set_level(logging.WARNING, logger="daybreak")
-    run = daybreak.train(config(shards, tmp_path, "a", run__steps=3))
+    run = daybreak.train(config(shards, tmp_path, "a", run__steps=3, schedule__final_frac=0.1))
     daybreak.train(run.config.override({"run.steps": 4}), resume=run.path)
     assert caplog.messages == []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
@@ -289,7 +289,7 @@ def test_changed_data_is_refused_with_4(shards: Path, tmp_path: Path) -> None:
     own.mkdir()
     for path in shards.iterdir():
         (own / path.name).write_bytes(path.read_bytes())
-    run = daybreak.train(config(own, tmp_path, "d", run__steps=2))
+    run = daybreak.train(config(own, tmp_path, "d", run__steps=2, schedule__final_frac=0.1))
     tokens = markov(3000, 1)
     tokens[1500] = (tokens[1500] + 1) % V
     write_shard(own / "x_train_000000.bin", tokens)
@@ -331,7 +331,7 @@ def train_quietly(folder: Path, *args: object) -> subprocess.CompletedProcess[st
 
 def test_exit_json_never_speaks_for_another_attempt(shards: Path, tmp_path: Path) -> None:
     """A finished run, resumed and killed, must not still say 0; nor may a refused start leave the old verdict."""
-    run = daybreak.train(config(shards, tmp_path, "a", run__steps=5))
+    run = daybreak.train(config(shards, tmp_path, "a", run__steps=5, schedule__final_frac=0.1))
     assert json.loads(run.folder.exit.read_text())["code"] == 0
     process = start([run.path, "--steps", "100000"])
     wait_for_steps(run.path, process, 5)
@@ -345,7 +345,7 @@ def test_exit_json_never_speaks_for_another_attempt(shards: Path, tmp_path: Path
 
 
 def test_one_process_at_a_time(shards: Path, tmp_path: Path) -> None:
-    run = daybreak.train(config(shards, tmp_path, "a", run__steps=2))
+    run = daybreak.train(config(shards, tmp_path, "a", run__steps=2, schedule__final_frac=0.1))
     process = start([run.path, "--steps", "100000"])
     wait_for_steps(run.path, process, 3)
     second = train_quietly(tmp_path, run.path, "--steps", "100000")

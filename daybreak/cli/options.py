@@ -14,6 +14,8 @@ SHORT = {
     "run.name": ("--name", "NAME", "Name of the run (default: the target's); its folder is runs/NAME."),
     "data.name": ("--data", "DATA", "Prepared dataset, or a folder of token shards."),
     "run.steps": ("--steps", "N", "Optimizer steps (default: the recipe's, else one epoch)."),
+    "run.epochs": ("--epochs", "N", "Passes over the training data, instead of --steps."),
+    "run.tokens": ("--tokens", "N", "Training tokens, instead of --steps: 1B, 300M, 5000000."),
     "run.max_hours": ("--max-hours", "H", "Save and stop (exit 75) after H hours."),
     "run.profile": ("--profile", "A:B", "Profile steps A to B."),
 }

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from daybreak.cli.options import config_options, overrides_of
-from daybreak.config import Config, Resume, check_resume, is_untouched_import, resolve
-from daybreak.errors import ConfigError
+from daybreak.config import Config, Resume, check_resume, is_untouched_import, resolve, run_of
+from daybreak.errors import ConfigError, Error
 from daybreak.parallel import launched, restarted
 
 if TYPE_CHECKING:
     from daybreak.state.run import Run
+
+log = logging.getLogger("daybreak")
 
 
 @click.command()
@@ -42,6 +44,7 @@ def train(
       d12, gpt3:c768 ...                a shape
       my.toml                           your own recipe
       runs/NAME                         an existing run, which resumes
+      runs/NAME/checkpoints/step-N      a checkpoint, to start from with --fork
     Every setting is a flag, --section.key VALUE; --print-config lists them.
 
     \b
@@ -64,7 +67,7 @@ def train(
         click.echo(config.to_toml(), nl=False)
         return
     if quiet or verbose:
-        logging.getLogger("daybreak").setLevel(logging.WARNING if quiet else logging.DEBUG)
+        log.setLevel(logging.WARNING if quiet else logging.DEBUG)
 
     from daybreak.training.stop import Stop
 
@@ -72,7 +75,7 @@ def train(
     # when torch loads, so only here; costs a few percent on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     where = resume.run if resume is not None else None
-    own, fork_from = (where, None) if fork is None else (None, where)
+    own, fork_from = (where, None) if fork is None else (None, target)
     if own is None and restarted(os.environ):  # what was asked for has begun: go on with it
         folder = Path(config.run.dir) / config.run.name
         if (folder / "config.toml").is_file():
@@ -82,7 +85,10 @@ def train(
 
         run = run_training(config, resume=own, fork_from=fork_from, init_from=init_from, stop=stop)
     if launched(os.environ)["RANK"] == "0":
-        _print_result(run, as_json)
+        try:
+            _print_result(run, as_json)
+        except Error as error:  # the run is complete, and its folder has the result too
+            log.warning("%s The result is in %s.", error, run.path)
 
 
 def _check_start(
@@ -97,6 +103,11 @@ def _check_start(
         return
     if init_from is not None:
         raise ConfigError(f"--init-from starts at step 0, but {target} is an existing run; give a recipe or a shape.")
+    if fork is None and run_of(path := Path(target or "").expanduser()) != path:
+        raise ConfigError(
+            f"{target} is a checkpoint: start a new run from it with --fork NAME, or resume the run from its newest "
+            f"one with `daybreak train {resume.run}`."
+        )
     if fork is None and config.run.name != resume.saved.run.name:
         raise ConfigError(
             f"--name {config.run.name} cannot rename {target}, an existing run; leave it out, or start a new run from "
@@ -123,8 +134,12 @@ def _print_result(run: Run, as_json: bool) -> None:
         return
     if "sample" in last:
         click.echo(f"--- sample ---\n{last['sample']['text']}\n--------------")
-    ignorant = "" if unigram is None else f" (the unigram entropy, of knowing no context, is {unigram:.4f})"
-    click.echo(f"validation loss {vals[0]['loss']:.4f} -> {val['loss']:.4f}{ignorant}, {val['bpb']:.4f} bits per byte")
+    start, end = vals[0]["loss"], val["loss"]
+    baseline = "" if unigram is None else f" (baseline {unigram:.4f}: a model that knows only token frequencies)"
+    bits = "" if math.isnan(val["bpb"]) else f", {val['bpb']:.4f} bits per byte"
+    click.echo(f"validation loss {start:.4f} -> {end:.4f}{baseline}{bits}")
+    if not end <= start:  # NaN too
+        click.echo(f"The run diverged: its validation loss ended at {end:.4g}, above its start. Lower optim.lr.")
     click.echo(f"{run.path}: step {val['step']}, {val['tokens']:,} tokens. Next:")
     nexts = {"sample": "more text", "report": "its curves, as a page", "serve": "a prompt in a browser"}
     for verb, gets in nexts.items():

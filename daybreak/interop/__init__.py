@@ -47,7 +47,7 @@ def open_source(name: str | Path, tokenizer: str = "", step: int | None = None, 
     """
     from daybreak.interop import huggingface, llmc_files
 
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir() and llmc_files.done_steps(path):
         return llmc_files.open_folder(path, step, tokenizer)
     if step is not None:

@@ -14,6 +14,7 @@ from itertools import product
 import torch
 
 from daybreak.config import RECIPES, Config, recipe_names
+from daybreak.data.mixing import open_loaders
 from daybreak.engine import DTYPES
 from daybreak.engine.arena import Arena
 from daybreak.engine.device import available_bytes, missing_on, pick_compute, pick_device
@@ -112,9 +113,16 @@ class Plan:
 def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
     """The plan of a configuration: for this machine's device, or for `gpus` cards that `gpu` names (see CARDS).
 
-    Raises ConfigError for a shape, card or device that cannot be.
+    Raises ConfigError for a shape, card or device that cannot be; DataError where epochs are asked of data that is not
+    there.
     """
     config.check(ranks=gpus)
+    if config.run.tokens or config.run.epochs:
+        # Tokens count for themselves, epochs in the data.
+        data = (config.data, config.T, config.run.seed, config.model.V)
+        epoch = open_loaders(*data)[1].samples_per_epoch * config.T if config.run.epochs else 1 << 62
+        steps = config.concrete(epoch, ranks=gpus).run.steps
+        config = config.override({"run.steps": steps, "run.tokens": 0, "run.epochs": 0})
     if gpu is None:
         device = pick_device(config.run.device)
         name, missing, budget = "", set(missing_on(device)), available_bytes(device)

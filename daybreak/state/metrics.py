@@ -189,14 +189,15 @@ class MainLog(Lines):
 
 
 def step_line(step: int, steps: int, v: Mapping[str, Any]) -> str:
-    """llm.c's console line plus memory and time left. `step` counts from 1; `v`: fields of a step's record (FIELDS),
-    and its precision."""
-    z_loss, z_norm = (math.nan if z is None else z for z in (v["loss_z"], v["norm_z"]))
-    used = "n/a" if v["mfu"] is None else f"{100 * v['mfu']:.1f}% {v['precision']}"
+    """llm.c's console line plus memory and time left; what is unknown is left out. `step` counts from 1; `v`: fields of
+    a step's record (FIELDS), and its precision."""
+    known = {key: v[key] for key in ("loss_z", "norm_z") if v[key] is not None and not math.isnan(v[key])}
+    z = {key: f" ({known[key]:+.2f}z)" if key in known else " " for key in ("loss_z", "norm_z")}
+    used = "" if v["mfu"] is None else f"{100 * v['mfu']:.1f}% {v['precision']} MFU | "
+    left = "" if v["eta_s"] is None else f" | ETA {format_duration(v['eta_s'])}"
     return (
-        f"step {step:4d}/{steps} | loss {v['loss']:7.6f} ({z_loss:+.2f}z)| norm {v['norm']:6.4f} ({z_norm:+.2f}z)| "
-        f"lr {v['lr']:.2e} | {v['ms']:.2f} ms | {used} MFU | {v['tok_s']:.0f} tok/s | {v['mem_mib']} MiB | "
-        f"ETA {format_duration(v['eta_s'])}"
+        f"step {step:4d}/{steps} | loss {v['loss']:7.6f}{z['loss_z']}| norm {v['norm']:6.4f}{z['norm_z']}| "
+        f"lr {v['lr']:.2e} | {v['ms']:.2f} ms | {used}{v['tok_s']:.0f} tok/s | {v['mem_mib']} MiB{left}"
     )
 
 

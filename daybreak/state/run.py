@@ -21,7 +21,7 @@ class Run:
     """A run's folder: configuration, metrics, checkpoints, weights. Raises ConfigError if `path` is none."""
 
     def __init__(self, path: Path | str) -> None:
-        self.folder = RunFolder(Path(path))
+        self.folder = RunFolder(Path(path).expanduser())
         if not self.folder.config.is_file():
             fix = run_hint(self.path) or "; give a folder that daybreak train made."
             raise ConfigError(f"{self.path} is not a run: it has no config.toml{fix}")

@@ -1,19 +1,82 @@
-"""What a person sees during a run: one plain line a step, or a live panel on a terminal. Both go to stderr."""
+"""What a person sees during a run: one plain line a step, or a live panel on a terminal. Both go to stderr, and
+neither ends a run when stderr breaks."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from daybreak.console import Console as Stream
 from daybreak.state.metrics import format_duration, step_line
+from daybreak.training.stop import to_stderr
 
 log = logging.getLogger("daybreak")
 SPARK = "▁▂▃▄▅▆▇█"
+Clock = Callable[[], float]
+PATIENCE = 2.0  # seconds without a word
+
+
+class Task:
+    """Something that takes a while, and how much of it is done. total: parts, before each of which the task is called;
+    0 = unknown. check: what a call calls."""
+
+    def __init__(
+        self, what: str, total: int = 0, check: Callable[[], None] = lambda: None, clock: Clock = time.monotonic
+    ) -> None:
+        self.what, self.total, self.check, self.clock, self.began, self.done = what, total, check, clock, clock(), -1
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.check()
+
+    def __str__(self) -> str:
+        seconds = self.clock() - self.began
+        if self.total == 0 or self.done < 1:
+            return f"{self.what} ({format_duration(seconds)})"
+        left = seconds * (self.total - self.done) / self.done
+        return f"{self.what}: {self.done / self.total:.0%}, {format_duration(left)} left"
+
+
+def say(text: str) -> None:
+    """Through the log; straight to stderr where nobody set one up, as in a notebook."""
+    if log.hasHandlers():
+        log.info("%s", text)
+    else:
+        print(text, file=Stream(sys.stderr), flush=True)
+
+
+@contextmanager
+def working(what: str, total: int = 0, check: Callable[[], None] = lambda: None) -> Iterator[Task]:
+    """Say how far the `with` block is, if it lasts: after 2 seconds, 4 more, 8 more, and then every minute."""
+    task, over = Task(what, total, check), threading.Event()
+
+    def watch() -> None:
+        wait = PATIENCE
+        while not over.wait(wait):
+            say(str(task))
+            wait = min(2 * wait, 60.0)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield task
+    finally:
+        over.set()
+        thread.join()
 
 
 class Display:
@@ -32,16 +95,18 @@ class Display:
     def sample(self, text: str) -> None:
         """A generated text."""
 
+    def working(
+        self, what: str, total: int = 0, check: Callable[[], None] = lambda: None
+    ) -> AbstractContextManager[Task]:
+        """For the `with` block: something that may last (see Task)."""
+        return nullcontext(Task(what, total, check))
+
+    def announce(self, text: str) -> None:
+        """Show `text` at once. Called from inside a signal handler."""
+        to_stderr(text)
+
     def close(self) -> None:
         """The end, however it came."""
-
-
-def _say(text: str) -> None:
-    """Through the log; straight to stderr where nobody set one up, as in a notebook."""
-    if log.hasHandlers():
-        log.info("%s", text)
-    else:
-        print(text, file=sys.stderr, flush=True)
 
 
 class PlainDisplay(Display):
@@ -52,42 +117,47 @@ class PlainDisplay(Display):
 
     def step(self, step: int, steps: int, values: dict[str, Any]) -> None:
         if step % self.every == 0 or step == steps:
-            _say(step_line(step, steps, values))
+            say(step_line(step, steps, values))
 
     def note(self, text: str) -> None:
-        _say(text)
+        say(text)
 
     def sample(self, text: str) -> None:
-        _say(f"generating:\n---\n{text}\n---")
+        say(f"generating:\n---\n{text}\n---")
+
+    working = staticmethod(working)
 
 
-def sparkline(values: list[float], width: int) -> str:
-    """`values` as `width` block characters, each the mean of its share, scaled between the smallest and largest."""
+def sparkline(values: list[float], width: int) -> tuple[str, float, float]:
+    """`values` as `width` block characters, each the mean of its share, scaled between the smallest and largest of
+    these, which come back too."""
     if not values:
-        return ""
+        return "", 0.0, 0.0
     width = min(width, len(values))
     cuts = [i * len(values) // width for i in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
     low, high = min(means), max(means)
     scale = (len(SPARK) - 1) / (high - low) if high > low else 0.0
-    return "".join(SPARK[round((x - low) * scale)] for x in means)
+    return "".join(SPARK[round((x - low) * scale)] for x in means), low, high
 
 
 class LiveDisplay(Display):
     """A panel that redraws in place: progress, curve, scores, speed, card, time, money, the last sample. Notes scroll
-    above it. price: dollars per hour, 0 = unknown; clock: seconds, for the money spent since the start."""
+    above it. Only the panel's own thread draws, from what the methods leave behind. price: dollars per hour, 0 =
+    unknown; clock: seconds, for the money spent since the start."""
 
-    def __init__(self, title: str, price: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
+    def __init__(self, title: str, price: float = 0.0, clock: Clock = time.monotonic) -> None:
         self.title, self.price, self.clock, self.began = title, price, clock, clock()
         self.losses: deque[float] = deque(maxlen=10_000)
         self.latest: dict[str, dict[str, Any]] = {}  # by kind, evaluations by their task
         self.skipped = 0
-        self.console = Console(stderr=True, highlight=False)
-        self.live = Live(console=self.console, refresh_per_second=8, redirect_stdout=False)
+        self.now: tuple[int, int, dict[str, Any]] | None = None  # the last update
+        self.task: Task | None = None
+        self.stopping = ""
+        self.console = Console(file=Stream(sys.stderr), highlight=False)  # type: ignore[arg-type]
+        self.live = Live(console=self.console, refresh_per_second=8, redirect_stdout=False, get_renderable=self.panel)
         self.live.start()
+        self.console.show_cursor()  # a process that is killed leaves the terminal as it was
 
     def record(self, record: dict[str, Any]) -> None:
         self.latest[record.get("task", record["kind"])] = record
@@ -96,44 +166,66 @@ class LiveDisplay(Display):
     def step(self, step: int, steps: int, values: dict[str, Any]) -> None:
         if values["loss"] == values["loss"]:  # a skipped NaN has no place on the curve
             self.losses.append(values["loss"])
-        self.live.update(self.panel(step, steps, values))
+        self.now = step, steps, values
 
-    def panel(self, step: int, steps: int, v: dict[str, Any]) -> Any:
-        """What is shown after an update; `v` as of state.metrics.step_line."""
-        from rich.panel import Panel
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
+    @contextmanager
+    def working(self, what: str, total: int = 0, check: Callable[[], None] = lambda: None) -> Iterator[Task]:
+        before, self.task = self.task, Task(what, total, check, self.clock)
+        try:
+            yield self.task
+        finally:
+            self.task = before
 
-        grid, latest = Table.grid(padding=(0, 2)), self.latest
-        mfu = "n/a" if v["mfu"] is None else f"{100 * v['mfu']:.1f}%"
-        grid.add_row("step", f"{step}/{steps}", ProgressBar(total=steps, completed=step, width=40))
-        grid.add_row("loss", f"{v['loss']:.4f}", sparkline(list(self.losses), 40))
+    def announce(self, text: str) -> None:
+        self.stopping = text
+
+    def panel(self) -> Group:
+        """What is shown now, at most as wide as the terminal. What is unknown has no place in it. The empty line below
+        is where the terminal shows ^C, and where the shell goes on after a second one."""
+        width = min(84, self.console.width)
+        grid, task = Table.grid(padding=(0, 2), expand=True), self.task
+        for ratio in (None, None, 1):
+            grid.add_column(ratio=ratio, no_wrap=ratio is None)
+        for row in self._rows(width) if self.now else ():
+            grid.add_row(*row)
+        lines = [Text(self.stopping, style="bold") if self.stopping else Text("Ctrl-C saves and stops", style="dim")]
+        if task is not None and (task.clock() - task.began >= PATIENCE or not self.now):
+            lines.insert(0, Text(str(task)))
+        return Group(Panel(Group(grid, *lines), title=Text(self.title), title_align="left", width=width), "")
+
+    def _rows(self, width: int) -> Iterator[tuple[Any, ...]]:
+        assert self.now is not None
+        (step, steps, v), latest = self.now, self.latest
+        # The terminal's own 16 colours, which its theme makes readable on light and on dark.
+        bar = ProgressBar(steps, step, style="bright_black", complete_style="green", finished_style="green")
+        whole = Table.grid(padding=(0, 1), expand=True)
+        whole.add_column(ratio=1)
+        left = "" if v["eta_s"] is None else f", {format_duration(v['eta_s'])} left"
+        whole.add_row(bar, f"{100 * step // steps}%{left}")
+        yield "step", f"{step}/{steps}", whole
+        curve, low, high = sparkline(list(self.losses), max(8, width - 48))
+        yield "loss", f"{v['loss']:.4f}", f"{curve}  {low:.2f} to {high:.2f}" if low < high else ""
         if val := latest.get("val"):
-            grid.add_row("val", f"{val['loss']:.4f}", f"at step {val['step']}{_bits(val['bpb'])}")
+            yield "val", f"{val['loss']:.4f}", f"at step {val['step']}{_bits(val['bpb'])}"
         if score := latest.get("hellaswag"):
-            grid.add_row("HellaSwag", f"{score['accuracy']:.2%}", f"at step {score['step']}")
-        grid.add_row("speed", f"{v['tok_s']:,.0f} tok/s", f"{v['ms']:.0f} ms a step, MFU {mfu}")
-        grid.add_row("memory", f"{v['mem_mib']:,} MiB", _card(latest.get("step", {})))
-        skipped = f"  {self.skipped} skipped" if self.skipped else ""
-        grid.add_row("left", format_duration(v["eta_s"]), f"norm {v['norm']:.2f}  lr {v['lr']:.1e}{skipped}")
+            yield "HellaSwag", f"{score['accuracy']:.2%}", f"at step {score['step']}"
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
+        yield "update", f"norm {v['norm']:.2f}", f"learning rate {v['lr']:.1e}{skipped}"
+        mfu = "" if v["mfu"] is None else f", {100 * v['mfu']:.1f}% MFU"
+        yield "speed", f"{v['tok_s']:,.0f} tok/s", f"{v['ms']:.0f} ms a step{mfu}"
+        yield "memory", f"{v['mem_mib']:,} MiB", _card(latest.get("step", {}))
         if self.price:
             spent = self.price * (self.clock() - self.began) / 3600
-            more = "" if v["eta_s"] is None else f"${spent + self.price * v['eta_s'] / 3600:,.2f} at the end"
-            grid.add_row("cost", f"${spent:,.2f}", f"since this start; {more}")
+            more = "" if v["eta_s"] is None else f", ${spent + self.price * v['eta_s'] / 3600:,.2f} at the end"
+            yield "cost", f"${spent:,.2f}", f"since this start{more}"
         if sample := latest.get("sample"):
             words = " ".join("".join(c if c.isprintable() else " " for c in sample["text"]).split())
-            text = Text(words, style="dim", no_wrap=True, overflow="ellipsis")
-            grid.add_row("sample", f"step {sample['step']}", text)
-        return Panel(grid, title=self.title, title_align="left", width=min(84, self.console.width))
+            yield "sample", f"step {sample['step']}", Text(words, style="dim", no_wrap=True, overflow="ellipsis")
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def sample(self, text: str) -> None:
-        from rich.panel import Panel
-        from rich.text import Text
-
         self.console.print(Panel(Text(text), title="sample", title_align="left", width=min(84, self.console.width)))
 
     def close(self) -> None:
@@ -141,7 +233,7 @@ class LiveDisplay(Display):
 
 
 def _bits(bpb: float | None) -> str:
-    return "" if bpb is None else f", {bpb:.4f} bits per byte"
+    return "" if bpb is None or bpb != bpb else f", {bpb:.4f} bits per byte"
 
 
 def _card(step: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from daybreak.config import Config, check_resume, is_untouched_import
+from daybreak.config import Config, check_resume, is_untouched_import, run_of
 from daybreak.data.dataset import text_bytes, unigram_entropy
 from daybreak.data.loader import ahead
 from daybreak.engine import Engine, named_stats
@@ -37,7 +37,6 @@ from daybreak.errors import Error, Stopped, TooManySkips, os_error
 from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import validate
 from daybreak.generate import Sampling, sample_text
-from daybreak.interop import open_source
 from daybreak.parallel import connect, launched
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint, newest_good
 from daybreak.state.metrics import MainLog, MetricsWriter
@@ -46,7 +45,8 @@ from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder
 from daybreak.state.saver import Saver
 from daybreak.state.throughput import Throughput
-from daybreak.training.display import Display, make_display
+from daybreak.training.display import Display, make_display, say, working
+from daybreak.training.origin import check_rate, checkpoint_of, is_finished, weights_of
 from daybreak.training.profile import Profiler
 from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
@@ -72,8 +72,9 @@ def train(
 
     resume: an existing run's folder, continued from its newest good checkpoint (`config` may differ from the saved
     one as `config.check_resume` allows). fork_from: start the new run `config.run.name` from that run's newest
-    checkpoint. init_from: start at step 0 with that run's weights, or with those of a model that
-    interop.open_source knows (a Hugging Face folder, llm.c's .bin). stop: flags set by signals (see training.stop).
+    checkpoint, or from the checkpoint whose folder it is. init_from: start at step 0 with the weights of such a run or
+    checkpoint, or of a model that interop.open_source knows (a Hugging Face folder, llm.c's .bin). stop: flags set by
+    signals (see training.stop).
     on_save: called with each checkpoint, once it is complete.
     Raises daybreak.Error with the documented exit code; whatever happens, exit.json in the run's folder says it.
     """
@@ -95,24 +96,26 @@ def _prepared(
     on_save: Callable[[Path], None] | None,
 ) -> Run:  # fmt: skip
     """`train` among the ranks of stop.group: what it starts from, and the run's lock, which rank 0 holds for all."""
-    for path in (resume, fork_from):
-        if path is not None:
-            run, free = Run(path), path is fork_from or is_untouched_import(path)
-            check_resume(run.config, config, fork=free, moved=bool(run.checkpoints))
-    fork = Run(fork_from).checkpoint() if fork_from is not None else None
-    init = _weights(init_from) if init_from is not None else None
-    with RunFolder(Path(resume)).locked() if resume is not None and stop.group.rank == 0 else nullcontext():
-        return _train(config, Path(resume) if resume is not None else None, fork, init, stop, on_save)
-
-
-def _weights(source: Path | str) -> Weights:
-    """Weights of a run's newest checkpoint, or of another program's files."""
-    return Run(source).checkpoint() if (Path(source) / "config.toml").is_file() else open_source(source)
+    old, check = resume if resume is not None else fork_from, Config.check
+    if old is not None:
+        run = Run(run_of(old))
+        saved, free = run.config, resume is None or is_untouched_import(old)
+        check_resume(saved, config, fork=free, moved=bool(run.checkpoints))
+        check = partial(check_rate, old, saved, fork=resume is None)
+        check(config)
+    fork = checkpoint_of(fork_from) if fork_from is not None else None
+    init = weights_of(init_from) if init_from is not None else None
+    folder = Path(resume).expanduser() if resume is not None else None
+    with RunFolder(folder).locked() if folder is not None and stop.group.rank == 0 else nullcontext():
+        if folder is not None and stop.group.first(lambda: is_finished(Run(folder), config.run.steps)):
+            say(f"nothing to do: {folder} has made its {config.run.steps} steps; --steps N makes it longer.")
+            return Run(folder)
+        return _train(config, folder, check, fork, init, stop, on_save)
 
 
 def _train(
-    config: Config, resume: Path | None, fork: Checkpoint | None, init: Weights | None, stop: Stop,
-    on_save: Callable[[Path], None] | None,
+    config: Config, resume: Path | None, check: Callable[[Config], None], fork: Checkpoint | None, init: Weights | None,
+    stop: Stop, on_save: Callable[[Path], None] | None,
 ) -> Run:  # fmt: skip
     """`train` with its exits: every way out leaves its code and reason in exit.json once there is a folder for it."""
     chief = stop.group.rank == 0
@@ -122,20 +125,22 @@ def _train(
     code, reason = 1, "unknown"
     try:
         with stop.group.failing_together(), explaining_memory(config, stop.group):
-            setup = open_run(config, resume=resume, stop=stop)
+            with working("opening the data"):
+                setup = open_run(config, resume=resume, stop=stop, check=check)
             new = setup.run.folder
             who = f"rank {stop.group.rank} on {socket.gethostname()}: ranks wait for each other in vain"
             stop.group.leave_stacks = partial(new.append_stacks, who)
             with new.locked() if resume is None and chief else new.watched():
                 folder = new  # ours from here on: the exit.json of a run that another process holds is that one's
-                trainer = Trainer(setup, stop, on_save)
-                trainer.load(fork, init)
+                with working("loading the model"):
+                    trainer = Trainer(setup, stop, on_save)
+                    trainer.load(fork, init)
                 trainer.run()
         code, reason = 0, "done"
         return setup.run
     except Interrupted as stopped:  # before the first update: there is nothing to save
         code, reason = Stopped.exit_code, str(stopped)
-        again = f"; continue with: daybreak train {folder.path}" if folder is not None else ""
+        again = f"; resume with: daybreak train {folder.path}" if folder is not None else ""
         raise Stopped(f"{reason} before the first update{again}.") from None
     except OSError as error:
         explained = os_error(error)
@@ -213,8 +218,8 @@ class Trainer:
         check_data(checkpoint, self.setup, same_data)
         restore(self.engine, checkpoint)
         self.step, self.samples = checkpoint.step, checkpoint.manifest["samples"]
-        self.skips_in_a_row = checkpoint.manifest["skips_in_a_row"]
-        log.info("continuing from %s", checkpoint.path)
+        self.stop.step, self.skips_in_a_row = self.step, checkpoint.manifest["skips_in_a_row"]
+        log.info("resuming from %s", checkpoint.path)
         saved, now = checkpoint.manifest["kernels"], self._numerics()
         if changed := [f"{k} {saved[k]} -> {now.get(k)}" for k in saved if saved[k] != now.get(k)]:
             log.warning("from here on bits may differ from an uninterrupted run: %s", ", ".join(changed))
@@ -250,10 +255,12 @@ class Trainer:
             # Of several ranks a silent one is found, and named, by those that wait for it.
             factor = guard.hang_factor if self.group.world == 1 else 0.0
             self.watchdog = open_.enter_context(Watchdog(folder, lambda: self.stop.checks, factor, guard.hang_seconds))
-            batches = open_.enter_context(closing(ahead(self._batches(), count(self.step), threads=1, depth=3)))
+            batch = self.setup.batches(self.step, self.samples)
+            batches = open_.enter_context(closing(ahead(batch, count(self.step), threads=1, depth=3)))
             self.display = Display()
             if self.chief:
                 self.display = make_display(c.log.display, c.log.every, title, c.cost.price)
+            self.stop.announce = self.display.announce
             sinks = Sinks(c, folder.path) if self.chief else None
             self.metrics.listeners += [self.display.record, *([sinks.record] if sinks else [])]
             self.profiler = Profiler(c.run.profile if self.chief else "", folder.path)
@@ -272,7 +279,7 @@ class Trainer:
 
     def _loop(self, batches: Iterator[np.ndarray[Any, Any]]) -> None:
         c = self.config
-        resumed = self.step
+        self.resumed = self.step
         self.clock.start()
         while True:
             self._report_save()
@@ -282,7 +289,7 @@ class Trainer:
             score = self.setup.hellaswag and self.step and (last or self.step % n == 0 if n else validate)
             sample = last or (c.eval.sample_every and self.step and self.step % c.eval.sample_every == 0)
             sample = bool(sample and c.eval.sample_tokens)
-            due = bool(c.checkpoint.every) and self.step % c.checkpoint.every == 0 and self.step != resumed
+            due = bool(c.checkpoint.every) and self.step % c.checkpoint.every == 0 and self.step != self.resumed
             save = self.stop.take_save_request() or last or due  # whatever is due, a request is answered by it
             if validate or score or sample or save:
                 self._read_results(0)
@@ -307,29 +314,21 @@ class Trainer:
             norms = c.log.norms_every and self.step % c.log.norms_every == 0  # they are of the gradients in memory
             self._read_results(0 if norms else self._late)
 
-    def _batches(self) -> Callable[[int], np.ndarray[Any, Any]]:
-        """This rank's part of each later step's batch, as a pure function of the step: computed ahead in a thread."""
-        c, step, samples = self.config, self.step, self.samples
-
-        def batch(at: int) -> np.ndarray[Any, Any]:
-            first = 0 if c.run.overfit else samples + c.tokens_between(step, at) // c.T
-            mine = c.tokens_at(at) // c.T // self.group.world
-            return self.setup.train_loader.batch(first + self.group.rank * mine, mine)
-
-        return batch
-
     def _update(self, batch: np.ndarray[Any, Any], lr: float) -> None:
         """One update from `batch` (samples, T + 1). Between micro-steps a stop abandons it without a trace."""
         B, rows = self.config.batch.B, torch.from_numpy(batch)
         samples = rows.shape[0] * self.group.world
-        self.engine.begin_step(lr=lr, step=self.step, valid=samples * self.config.T)
-        for start in range(0, rows.shape[0], B):
-            self.stop.check()
-            part, last = rows[start : start + B], start + B == rows.shape[0]
-            self.engine.micro_step(part[:, :-1], part[:, 1:], first=start == 0, last=last)
-        self.stop.check()
-        results = self.engine.update()
+        display = self.display if self.step == self.resumed else Display()  # later ones come at a known pace
+        with display.working(f"computing step {self.step + 1}", rows.shape[0] // B, self.stop.check) as check:
+            self.engine.begin_step(lr=lr, step=self.step, valid=samples * self.config.T)
+            for start in range(0, rows.shape[0], B):
+                check()
+                part, last = rows[start : start + B], start + B == rows.shape[0]
+                self.engine.micro_step(part[:, :-1], part[:, 1:], first=start == 0, last=last)
+            check()
+            results = self.engine.update()
         self.step += 1
+        self.stop.step = self.step
         self.samples += samples
         self._unread.append(Update(self.step, self.samples, lr, results))
 
@@ -341,17 +340,22 @@ class Trainer:
     # ------------------------------------------------------------------------------------- the parts of an iteration
 
     def _validate(self) -> None:
-        result = validate(
-            self.engine, self.setup.val_loader, self.lengths, self.config.eval.tokens, self.stop.check, self.group
-        )
+        loader, budget, each = self.setup.val_loader, self.config.eval.tokens, self.engine.B * self.group.world
+        batches = sum(-(-samples // each) for _, samples in loader.parts(budget))
+        with self.display.working(f"validating at step {self.step}", batches, self.stop.check) as check:
+            result = validate(self.engine, loader, self.lengths, budget, check, self.group)
         self.metrics.write(
             "val", self.step, self.tokens, loss=result.loss, tokens_evaluated=result.tokens, bpb=result.bits_per_byte
         )
         self.main_log.val(self.step, result.loss)
-        self.display.note(f"step {self.step}: val loss {result.loss:.6f} ({result.bits_per_byte:.4f} bits per byte)")
+        bits = "" if math.isnan(result.bits_per_byte) else f" ({result.bits_per_byte:.4f} bits per byte)"
+        self.display.note(f"step {self.step}: val loss {result.loss:.6f}{bits}")
 
     def _score(self) -> None:
-        score = accuracy(self.engine, self.setup.hellaswag, self.stop.check, self.group)
+        rows = sum(len(example.endings) for example in self.setup.hellaswag)
+        batches = -(-rows // (self.engine.B * self.group.world))
+        with self.display.working("scoring HellaSwag", batches, self.stop.check) as check:
+            score = accuracy(self.engine, self.setup.hellaswag, check, self.group)
         # llm.c's definition under the plain name, as in main.log; lm-eval's differs (docs/evaluation.md).
         for task, value in (("hellaswag", score.acc_norm), ("hellaswag-acc", score.acc)):
             self.metrics.write("eval", self.step, self.tokens, task=task, accuracy=value, examples=score.examples)
@@ -363,10 +367,11 @@ class Trainer:
         e = self.config.eval
         how = Sampling(e.sample_tokens, e.temperature, e.top_k, seed=SAMPLE_SEED)
         check = self.stop.check if self.group.world == 1 else lambda: None
-        pieces = sample_text(self.engine, self.setup.tokenizer, e.prompt, how, check)
-        if self.group.world > 1:  # the others are not asked in between: what there is when it is to stop is the sample
-            pieces = takewhile(lambda _: not self.stop.reason, pieces)
-        text = e.prompt + "".join(pieces)
+        with self.display.working("generating a sample", e.sample_tokens, check) as task:
+            pieces = sample_text(self.engine, self.setup.tokenizer, e.prompt, how, task)
+            if self.group.world > 1:  # the others are not asked in between: what there is at a stop is the sample
+                pieces = takewhile(lambda _: not self.stop.reason, pieces)
+            text = e.prompt + "".join(pieces)
         self.run_folder.append_sample(self.step, text)
         self.metrics.write("sample", self.step, self.tokens, text=text)
         if self.step < self.config.run.steps:  # the summary shows the last one
@@ -376,7 +381,7 @@ class Trainer:
         """Begin a save of the state after the last completed update; `wait`: to its end, and raise if it fails."""
         self._read_results(0)  # the count of skips belongs to the checkpoint
         began = time.perf_counter()
-        with self.watchdog.paused():  # a disk may take as long as it takes
+        with self.watchdog.paused(), self.display.working(f"saving step {self.step}"):  # a disk takes its time
             self._report_save(wait=True)  # one at a time
             if self.saved_step != self.step:
                 self.engine.finish()
@@ -468,7 +473,7 @@ class Trainer:
             raise Interrupted(reason)
         self._save(wait=True)
         self.metrics.write("event", self.step, self.tokens, what="stopped", detail=reason)
-        raise Stopped(f"{reason} after step {self.step}, saved; continue with: daybreak train {self.run_folder.path}")
+        raise Stopped(f"{reason} after step {self.step}, saved; resume with: daybreak train {self.run_folder.path}")
 
     def _write_run_record(self) -> None:
         c = self.config
@@ -484,7 +489,7 @@ class Trainer:
         if sum(shard.tokens for shard in self.setup.dataset.train) <= COUNTED_TOKENS:
             entropy = unigram_entropy(self.setup.dataset)
             self.metrics.write("event", self.step, self.tokens, what="unigram_entropy", detail=repr(entropy))
-            self.display.note(f"unigram entropy of the validation text {entropy:.4f}: the loss of knowing no context")
+            self.display.note(f"baseline {entropy:.4f}: a model that knows only token frequencies")
 
 
 def _or_none(x: float) -> float | None:

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from daybreak import __version__
 from daybreak.config import Config, check_resume, is_untouched_import
@@ -62,12 +64,25 @@ class Setup:
         counts = self.train_loader.counts(samples)
         return {name: n * self.config.T for name, n in zip(names or [self.dataset.name], counts, strict=True)}
 
+    def batches(self, step: int, samples: int) -> Callable[[int], NDArray[Any]]:
+        """This rank's part of each step's batch from `step` on, when `samples` samples are consumed: a pure function
+        of the step, so a thread can compute it ahead."""
+        c = self.config
 
-def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
+        def batch(at: int) -> NDArray[Any]:
+            first = 0 if c.run.overfit else samples + c.tokens_between(step, at) // c.T
+            mine = c.tokens_at(at) // c.T // self.group.world
+            return self.train_loader.batch(first + self.group.rank * mine, mine)
+
+        return batch
+
+
+def open_run(config: Config, *, resume: Path | None, stop: Stop, check: Callable[[Config], None]) -> Setup:
     """Check everything that can be wrong, then create the run's folder (or open it, for `resume`).
 
-    Collective over stop.group: ranks that differ in configuration, data or code are refused, and rank 0 alone prepares
-    data and writes. Raises ConfigError, DataError; a new run leaves no folder behind when it does.
+    check: called with the concrete configuration before anything is written. Collective over stop.group: ranks that
+    differ in configuration, data or code are refused, and rank 0 alone prepares data and writes. Raises ConfigError,
+    DataError; a new run leaves no folder behind when it does.
     """
     group = stop.group
     config.check(ranks=group.world)
@@ -94,6 +109,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop) -> Setup:
     if resume is not None:
         _check_moved(Run(resume), config, train_loader, val_loader)
     config = config.concrete(train_loader.samples_per_epoch * config.T, ranks=group.world)
+    check(config)
     if group.world > 1:
         group.agree(dict(config.items()))
         data = {"training data": train_loader, "validation data": val_loader}

@@ -80,9 +80,11 @@ class Stop:
         """Install the handlers for the `with` block; main thread only."""
         numbers = [getattr(signal, name) for name in (*ENDING, "SIGUSR1") if hasattr(signal, name)]
         # torchrun passes SIGHUP on when it ends itself, also under nohup. Elsewhere what is ignored stays ignored;
-        # SIGUSR1 is ignored only because daybreak.cli has said so.
+        # SIGUSR1 is ignored only because daybreak.cli has said so. None is a handler that is not Python's.
         heard = {signal.SIGUSR1, *([signal.SIGHUP] if "TORCHELASTIC_RUN_ID" in os.environ else [])}
-        mine = [n for n in numbers if n in heard or signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler)]
+        mine = [
+            n for n in numbers if n in heard or signal.getsignal(n) not in (signal.SIG_IGN, None)
+        ]  # None: not Python's
         previous = {number: signal.signal(number, self._handle) for number in mine}
         self._handled = [number for number in previous if signal.Signals(number).name not in TIMERS]
         try:

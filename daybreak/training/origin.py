@@ -1,0 +1,54 @@
+"""Where a run starts from: an existing run, one of its checkpoints, other weights; and what is left to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from daybreak.config import Config, run_of
+from daybreak.errors import CheckpointError, ConfigError
+from daybreak.interop import open_source
+from daybreak.state.checkpoint import Checkpoint, checkpoint_step
+from daybreak.state.restore import Weights
+from daybreak.state.run import Run
+from daybreak.training.schedule import learning_rate
+
+
+def checkpoint_of(path: Path | str) -> Checkpoint:
+    """The newest good checkpoint of a run, or the checkpoint that `path` itself is. Raises CheckpointError."""
+    run = run_of(path)
+    return Run(run).checkpoint(None if run == Path(path).expanduser() else checkpoint_step(Path(path)))
+
+
+def weights_of(source: Path | str) -> Weights:
+    """Weights of a run's newest checkpoint, of one checkpoint, or of another program's files."""
+    return checkpoint_of(source) if (run_of(source) / "config.toml").is_file() else open_source(source)
+
+
+def is_finished(run: Run, steps: int) -> bool:
+    """Whether the run has made its `steps` updates and what follows them: validation, sample, checkpoint."""
+    if not steps or all(checkpoint_step(path) < steps for path in run.checkpoints):
+        return False  # without reading a checkpoint twice at each resume
+    try:
+        newest = run.checkpoint()
+    except CheckpointError:
+        return False  # whoever resumes it is told
+    was = newest.manifest["config"]
+    if newest.step < steps or any(was[key] != value for key, value in run.config.items() if key.startswith("model.")):
+        return False
+    last = "sample" if run.config.eval.sample_tokens else "val"
+    return any(record["step"] == newest.step for record in run.metrics(last))
+
+
+def check_rate(path: Path | str, saved: Config, config: Config, *, fork: bool) -> None:
+    """Raise ConfigError where a run is made longer, and every step that this adds would have learning rate 0."""
+    was, steps = saved.run.steps, config.run.steps
+    if not 0 < was < steps or config.optim.lr == 0 or learning_rate(was, config.optim, config.schedule) > 0:
+        return
+    same, name = (f" --fork {config.run.name}", config.run.name) if fork else ("", f"{config.run.name}-longer")
+    raise ConfigError(
+        f"--steps {steps} adds {steps - was} steps to {run_of(path)}, each with learning rate 0: its schedule "
+        f"ends at step {config.optim.horizon} (optim.horizon, schedule.final_frac). Stretch the schedule:\n"
+        f"  daybreak train {path}{same} --steps {steps} --optim.horizon {steps}\n"
+        f"or train a copy at a tenth of its highest rate:\n"
+        f"  daybreak train {path} --fork {name} --steps {steps} --schedule.final_frac 0.1"
+    )

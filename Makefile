@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= tiny
 
-.PHONY: demo test test-all test-recovery test-llama check bench docs clean install test-install
+.PHONY: demo test test-all test-recovery test-llama test-notebook check bench docs clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -27,8 +27,8 @@ demo: install
 test: test-install check
 	$(BIN)/python -m pytest -n $$(nproc) --dist worksteal
 
-# Everything: the tests, recovery at full scale, llama.cpp, the site.
-test-all: test test-recovery test-llama docs
+# Everything: the tests, recovery at full scale, llama.cpp, the notebook, the site.
+test-all: test test-recovery test-llama test-notebook docs
 
 # The recovery contract at full scale: 50 random kills, 100,000 mutations, the soak, a page of a million steps; writes bench/results/recovery.csv.
 test-recovery: test-install
@@ -38,6 +38,11 @@ test-recovery: test-install
 test-llama: test-install
 	$(BIN)/pip install -q llama-cpp-python==0.3.36
 	$(BIN)/python -m pytest tests/test_llama_cpp.py
+
+# The notebook in docs/, in a real kernel.
+test-notebook: test-install
+	$(BIN)/pip install -q nbclient ipykernel matplotlib
+	$(BIN)/python -m pytest tests/test_notebook.py
 
 check: test-install
 	$(BIN)/ruff check .

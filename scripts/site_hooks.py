@@ -43,14 +43,14 @@ def command_line() -> str:
         rows = [record for p in verb.get_params(context) if (record := p.get_help_record(context)) is not None]
         text += "| flag | meaning |\n|---|---|\n"
         for flag, meaning in rows:
-            text += f"| `{cell(flag)}` | {cell(meaning)} |\n"
+            text += f"| <code>{cell(flag)}</code> | {cell(meaning)} |\n"
         text += "\n"
     return text
 
 
 def cell(text: str) -> str:
     """Text that cannot leave its cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return re.sub(r"[|<*_`\[]", lambda found: f"&#{ord(found[0])};", " ".join(text.split()))
 
 
 def python_api() -> str:

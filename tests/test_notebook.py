@@ -1,4 +1,4 @@
-"""docs/first-run.ipynb runs from top to bottom in a real kernel, on a CPU (make test-notebook installs what it needs)."""
+"""docs/first-run.ipynb runs from top to bottom in a real kernel (make test-notebook installs what that needs)."""
 
 from __future__ import annotations
 

@@ -74,5 +74,5 @@ def os_error(error: OSError) -> Error:
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     what, reason = " -> ".join(names) or "a file or the console", error.strerror or str(error)
     if error.errno in _NAMES:
-        return ConfigError(f"{what} cannot be used ({reason}); mend its name or permissions, or give another one.")
-    return Error(f"{what} failed ({reason}); free space or mend the disk, then run the same command again.")
+        return ConfigError(f"{what} cannot be used ({reason}); fix its name or permissions, or give another one.")
+    return Error(f"{what} failed ({reason}); free space or repair the disk, then run the same command again.")

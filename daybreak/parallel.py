@@ -211,7 +211,7 @@ class Group:
                 raise
             raise self.explain(error) from error
         except OSError as error:
-            self.fail(1, f"{error.filename or 'a file'} failed ({error.strerror}); free space or mend the disk.")
+            self.fail(1, f"{error.filename or 'a file'} failed ({error.strerror}); free space or repair the disk.")
             raise
         except BaseException as error:
             if type(error).__name__ != "Interrupted":  # that one all ranks have agreed on

@@ -65,10 +65,10 @@ def test_a_name_that_cannot_be_is_one_sentence(world, monkeypatch, capfd, line, 
 
 def test_the_sentence_names_path_and_reason_and_the_code_says_what_helps():
     said = os_error(PermissionError(errno.EACCES, "Permission denied", "/a/b"))
-    assert str(said) == "/a/b cannot be used (Permission denied); mend its name or permissions, or give another one."
+    assert str(said) == "/a/b cannot be used (Permission denied); fix its name or permissions, or give another one."
     assert said.exit_code == 2
     said = os_error(OSError(errno.ENOSPC, "No space left on device", b"/a", None, "/b"))
-    assert str(said).startswith("/a -> /b failed (No space left on device); free space or mend the disk, then run")
+    assert str(said).startswith("/a -> /b failed (No space left on device); free space or repair the disk, then run")
     assert said.exit_code == 1
     assert str(os_error(OSError("only words"))).startswith("a file or the console failed (only words); ")
 
@@ -79,7 +79,7 @@ def test_a_full_output_is_one_sentence(module):
         done = subprocess.run([sys.executable, "-m", module, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == (
-        f"{module}: a file or the console failed (No space left on device); free space or mend the disk, then run the "
+        f"{module}: a file or the console failed (No space left on device); free space or repair the disk, then run the "
         "same command again.\n"
     )
 

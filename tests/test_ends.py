@@ -79,8 +79,8 @@ def test_a_full_output_is_one_sentence(module):
         done = subprocess.run([sys.executable, "-m", module, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == (
-        f"{module}: a file or the console failed (No space left on device); free space or repair the disk, then run the "
-        "same command again.\n"
+        f"{module}: a file or the console failed (No space left on device); free space or repair the disk, then run "
+        "the same command again.\n"
     )
 
 

@@ -30,7 +30,7 @@ INTEROP = (
     "test_serve",
     "test_serve_network",
 )
-INTEROP += ("test_llmc_ranks",)
+INTEROP += ("test_llmc_runs", "test_llmc_ranks")
 DATA = (
     "test_data_faults",
     "test_data_formats",

@@ -398,9 +398,10 @@ def test_plan_prints_the_run_and_writes_nothing(here: Path, capsys: pytest.Captu
     out, err = capsys.readouterr()
     assert err == ""
     Vp, T, C, L = 1152, 128, 128, 2
-    assert out.startswith(f"{(Vp + T) * C + L * (12 * C * C + 13 * C) + 2 * C:,} parameters")
-    assert "4,096 tokens" in out
-    assert "B 8 x T 128" in out
+    assert out.startswith("fits               yes: ")  # the answer first; tables when they are asked for
+    assert f"\nmodel              {(Vp + T) * C + L * (12 * C * C + 13 * C) + 2 * C:,} parameters" in out
+    assert "\nstep               4,096 tokens: 4 micro-steps of B 8 x T 128 on 1 x cpu" in out
+    assert out.endswith("What the memory holds: --verbose\n")
     assert list(here.iterdir()) == []
 
 

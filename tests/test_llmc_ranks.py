@@ -15,7 +15,8 @@ import torch
 from interop_runs import write_shards
 from patience import PATIENCE, until
 from test_interop_llmc import loader_bytes, write_checkpoint
-from test_llmc_cli import RUN_124M, RUN_1558M, SMALL, TORCHRUN, environment, llmc, published, trl
+from test_llmc_cli import RUN_124M, RUN_1558M
+from test_llmc_runs import SMALL, TORCHRUN, environment, llmc, published, trl
 
 from daybreak.interop import open_source
 from daybreak.state.run import Run

@@ -97,7 +97,7 @@ def test_without_the_memory_for_it_the_start_is_refused_with_6(shards, tmp_path,
         daybreak.train(made)
     assert e.value.exit_code == 6
     assert daybreak.train(made.override({"checkpoint.background": False})).checkpoints
-    assert main(["plan", "d12", "--run.device", "cpu"]) == 0
+    assert main(["plan", "d12", "--run.device", "cpu", "--verbose"]) == 0
     assert "Host memory, for saving beside training: 1,424.5 MiB" in capsys.readouterr().out
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Error(Exception):
@@ -76,3 +78,15 @@ def os_error(error: OSError) -> Error:
     if error.errno in _NAMES:
         return ConfigError(f"{what} cannot be used ({reason}); fix its name or permissions, or give another one.")
     return Error(f"{what} failed ({reason}); free space or repair the disk, then run the same command again.")
+
+
+@contextmanager
+def explained(kind: type[Error], said: str, fix: str = "") -> Iterator[None]:
+    """Raise `kind` when the system refuses something in the block: what is said, the reason in brackets, the fix."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.filename is not None and str(error.filename) not in said:
+            reason += f": {error.filename}"
+        raise kind(f"{said} ({reason}){fix and f'; {fix}'}.") from error

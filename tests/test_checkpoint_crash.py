@@ -125,7 +125,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_trace(tmp_path):
     def body() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        with pytest.raises(Error, match=f"step-00000002 could not be written .{os.strerror(errno.EFBIG)}.: free") as e:
+        with pytest.raises(Error, match=f"step-00000002 could not be written .{os.strerror(errno.EFBIG)}.; free") as e:
             save_checkpoint(tmp_path, snapshot(2, numel=4096))
         assert e.value.exit_code == 1
 

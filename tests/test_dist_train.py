@@ -334,7 +334,7 @@ def test_one_rank_is_out_of_disk(shards: Path, tmp_path: Path) -> None:
     target, port = recipe(shards, tmp_path, "a", run__steps=50, checkpoint__every=5), str(ranks.free_port())
     both = ranks.start(2, command(target), tmp_path, range(1), port=port)
     both += ranks.start(2, command(target), tmp_path, range(1, 2), ranks.small_files, port=port)
-    refused(tmp_path, both, 1, "could not be written (File too large): free space")
+    refused(tmp_path, both, 1, "could not be written (File too large); free space")
     run = daybreak.load(tmp_path / "a")
     verdict = json.loads((run.path / "exit.json").read_text())
     assert verdict["code"] == 1

@@ -16,7 +16,7 @@ from recovery import make_shards
 from daybreak import llmc
 from daybreak.cli.ends import ending
 from daybreak.cli.main import main
-from daybreak.errors import os_error
+from daybreak.errors import DataError, explained, os_error
 from daybreak.interop import huggingface
 from daybreak.interop.source import Export
 from daybreak.state.run import Run
@@ -71,6 +71,16 @@ def test_the_sentence_names_path_and_reason_and_the_code_says_what_helps():
     assert str(said).startswith("/a -> /b failed (No space left on device); free space or repair the disk, then run")
     assert said.exit_code == 1
     assert str(os_error(OSError("only words"))).startswith("a file or the console failed (only words); ")
+
+
+def test_a_sentence_of_its_own_names_the_path_once(tmp_path):
+    path = tmp_path / "none"
+    with pytest.raises(DataError) as said, explained(DataError, "a copy failed", "try again"):
+        path.read_bytes()
+    assert str(said.value) == f"a copy failed (No such file or directory: {path}); try again."
+    with pytest.raises(DataError) as said, explained(DataError, f"cannot read {path}"):
+        path.read_bytes()
+    assert str(said.value) == f"cannot read {path} (No such file or directory)."
 
 
 @pytest.mark.parametrize("module", ["daybreak", "daybreak.llmc"])

@@ -325,7 +325,7 @@ def test_run_folder_names_and_creation(tmp_path):
         run.create()
     assert e.value.exit_code == 2
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be created: Not a directory"):
+    with pytest.raises(ConfigError, match=r"cannot be created \(Not a directory"):
         RunFolder(tmp_path / "file" / "run").create()
 
 

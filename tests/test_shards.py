@@ -59,7 +59,7 @@ def test_refuses_what_is_not_a_shard(tmp_path: Path, data: bytes, reason: str) -
 
 
 def test_missing_shard(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.bin: No such file"):
+    with pytest.raises(DataError, match=r"none\.bin \(No such file"):
         read_header(tmp_path / "none.bin")
 
 

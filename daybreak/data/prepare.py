@@ -50,7 +50,7 @@ from daybreak.data.shards import (
 )
 from daybreak.data.sources import SPLITS, Piece, Source
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
-from daybreak.errors import ConfigError, DataError
+from daybreak.errors import ConfigError, DataError, explained
 
 log = logging.getLogger("daybreak")
 UNIT = 1 << 20  # characters a worker encodes at a time
@@ -169,19 +169,16 @@ def prepare(
     check_replaceable(final, source.origin, encoder.name)
     identity = [source.origin, source.revision, source.state, encoder.fingerprint, shard_tokens, val_fraction,
                 text_field, UNIT]  # fmt: skip
-    try:
-        with workspace(final, identity) as (folder, journal):
-            _announce(source, folder, encoder)
-            threads = workers or os.cpu_count() or 1
-            try:
-                return _Job(folder, name, source, encoder, shard_tokens, identity, journal).run(threads, progress)
-            except _TextChangedError:
-                log.warning("%s: the text written so far has changed since; starting over.", name)
-                _empty(folder, "download")
-                source.faults.counts.clear()
-                return _Job(folder, name, source, encoder, shard_tokens, identity, None).run(threads, progress)
-    except OSError as error:
-        raise DataError(f"preparing {name!r} failed: {error}.") from error
+    with explained(DataError, f"preparing {name!r} failed"), workspace(final, identity) as (folder, journal):
+        _announce(source, folder, encoder)
+        threads = workers or os.cpu_count() or 1
+        try:
+            return _Job(folder, name, source, encoder, shard_tokens, identity, journal).run(threads, progress)
+        except _TextChangedError:
+            log.warning("%s: the text written so far has changed since; starting over.", name)
+            _empty(folder, "download")
+            source.faults.counts.clear()
+            return _Job(folder, name, source, encoder, shard_tokens, identity, None).run(threads, progress)
 
 
 def _announce(source: Source, folder: Path, tokenizer: Tokenizer) -> None:
@@ -455,35 +452,31 @@ def pretokenized(
     tokenizer, final = get_tokenizer("gpt2"), Path(data_dir) / name
     check_replaceable(final, f"hf:{spec['repo']}", tokenizer.name)
     total, done, tokens = sum(max(f.size, 0) for f in wanted.values()), 0, 0
-    try:
-        with workspace(final, [spec["repo"], commit, name]) as (folder, journal):
-            if journal is None:
-                write_atomic(folder / JOURNAL, f'{{"identity": ["{spec["repo"]}", "{commit}", "{name}"]}}')
-            left = total - sum(path.stat().st_size for path in folder.glob("*.bin") if path.name in wanted)
-            free = shutil.disk_usage(folder).free
-            log.info("%s: %d shards, %.1f GB to download, %.1f GB are free", name, len(wanted), left / 1e9, free / 1e9)
-            if left > free:
-                raise DataError(f"{name} needs {left / 1e9:.1f} GB, {free / 1e9:.1f} are free; ask for fewer shards.")
-            records = {}
-            for record in ahead(lambda item: _shard(folder, *item), wanted.items(), PARALLEL, 2 * PARALLEL):
-                records[record.file] = record
-                done, tokens = done + record.size, tokens + record.tokens
-                progress(done, total, tokens)
-            for path in folder.glob("*.bin"):  # of an earlier attempt at more shards
-                if path.name not in records:
-                    path.unlink()
-            lengths, splits = tokenizer.lengths(tokenizer.V), []
-            for split in ("train", "val"):
-                these = tuple(r for file, r in records.items() if file.startswith(f"{name}_{split}_"))
-                counts = token_counts([read_header(folder / r.file) for r in these], tokenizer.V)
-                splits.append(SplitRecord(int(counts.sum()), int(counts[tokenizer.eot]), int(counts @ lengths), these))
-            manifest = Manifest(
-                name, tokenizer.name, tokenizer.fingerprint, f"hf:{spec['repo']}", commit, licence, *splits
-            )
-            finish(folder, manifest, tokenizer)
-            return manifest
-    except OSError as error:
-        raise DataError(f"preparing {name!r} failed: {error}.") from error
+    identity = [spec["repo"], commit, name]
+    with explained(DataError, f"preparing {name!r} failed"), workspace(final, identity) as (folder, journal):
+        if journal is None:
+            write_atomic(folder / JOURNAL, json.dumps({"identity": identity}))
+        left = total - sum(path.stat().st_size for path in folder.glob("*.bin") if path.name in wanted)
+        free = shutil.disk_usage(folder).free
+        log.info("%s: %d shards, %.1f GB to download, %.1f GB are free", name, len(wanted), left / 1e9, free / 1e9)
+        if left > free:
+            raise DataError(f"{name} needs {left / 1e9:.1f} GB, {free / 1e9:.1f} are free; ask for fewer shards.")
+        records = {}
+        for record in ahead(lambda item: _shard(folder, *item), wanted.items(), PARALLEL, 2 * PARALLEL):
+            records[record.file] = record
+            done, tokens = done + record.size, tokens + record.tokens
+            progress(done, total, tokens)
+        for path in folder.glob("*.bin"):  # of an earlier attempt at more shards
+            if path.name not in records:
+                path.unlink()
+        lengths, splits = tokenizer.lengths(tokenizer.V), []
+        for split in ("train", "val"):
+            these = tuple(r for file, r in records.items() if file.startswith(f"{name}_{split}_"))
+            counts = token_counts([read_header(folder / r.file) for r in these], tokenizer.V)
+            splits.append(SplitRecord(int(counts.sum()), int(counts[tokenizer.eot]), int(counts @ lengths), these))
+        manifest = Manifest(name, tokenizer.name, tokenizer.fingerprint, f"hf:{spec['repo']}", commit, licence, *splits)
+        finish(folder, manifest, tokenizer)
+        return manifest
 
 
 def _shard(folder: Path, file: str, remote: Remote) -> ShardRecord:

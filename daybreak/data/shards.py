@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daybreak.data.kinds import guess
-from daybreak.errors import DataError, Error
+from daybreak.errors import DataError, Error, explained
 
 log = logging.getLogger("daybreak")
 
@@ -54,12 +54,9 @@ def read_header(path: str | Path) -> ShardInfo:
     path = Path(path)
     if path.exists() and not path.is_file():
         raise DataError(f"{path} is a folder, pipe or device, not a token shard; name a file.")
-    try:
-        with path.open("rb") as file:
-            data = file.read(HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise DataError(f"cannot read the token shard {path}: {error.strerror}.") from None
+    with explained(DataError, f"cannot read the token shard {path}"), path.open("rb") as file:
+        data = file.read(HEADER_BYTES)
+        size = os.fstat(file.fileno()).st_size
     magic, version, tokens = (int(value) for value in np.frombuffer(data[:12].ljust(12, b"\0"), "<i4"))
     it_is = guess(data, MAGIC, MAGIC32)
     if len(data) < HEADER_BYTES:
@@ -107,16 +104,13 @@ def fingerprint_shards(paths: Iterable[str | Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in map(Path, paths):
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                digest.update(f"{path.name}\0{size}\0".encode() + file.read(HEADER_BYTES))
-                last = max(size - _BLOCK_BYTES, HEADER_BYTES)
-                for i in range(_FINGERPRINT_BLOCKS):
-                    file.seek(HEADER_BYTES + (last - HEADER_BYTES) * i // (_FINGERPRINT_BLOCKS - 1))
-                    digest.update(file.read(_BLOCK_BYTES))
-        except OSError as error:
-            raise DataError(f"cannot read the token shard {path}: {error.strerror}.") from None
+        with explained(DataError, f"cannot read the token shard {path}"), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name}\0{size}\0".encode() + file.read(HEADER_BYTES))
+            last = max(size - _BLOCK_BYTES, HEADER_BYTES)
+            for i in range(_FINGERPRINT_BLOCKS):
+                file.seek(HEADER_BYTES + (last - HEADER_BYTES) * i // (_FINGERPRINT_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ import tiktoken
 from numpy.typing import NDArray
 
 from daybreak.data.formats import extra, without_surrogates
-from daybreak.errors import ConfigError, DataError
+from daybreak.errors import ConfigError, DataError, explained
 
 RANKS_FILE = Path(__file__).with_name("gpt2.tiktoken")
 RANKS_SHA256 = (
@@ -204,10 +204,8 @@ class HFTokenizer(Tokenizer):
 
 def load_ranks(path: Path) -> list[bytes]:
     """GPT-2's 50,256 byte strings by rank from a tiktoken file, whose sha256 is checked (DataError)."""
-    try:
+    with explained(DataError, f"cannot read the GPT-2 vocabulary {path}", "reinstall daybreak"):
         data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the GPT-2 vocabulary {path}: {error.strerror}; reinstall daybreak.") from None
     digest = hashlib.sha256(data).hexdigest()
     if digest != RANKS_SHA256:
         raise DataError(f"{path} is damaged: sha256 {digest} instead of {RANKS_SHA256}; reinstall daybreak.")

@@ -19,7 +19,7 @@ from daybreak.data.formats import read_records
 from daybreak.data.kinds import guess
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
-from daybreak.errors import ConfigError, DataError
+from daybreak.errors import ConfigError, DataError, explained
 from daybreak.parallel import ALONE, Group
 
 MAGIC, VERSION, START = 20240522, 1, 65535
@@ -104,10 +104,8 @@ def read_hellaswag(path: Path, tokenizer: Tokenizer) -> list[Example]:
 
 def load_examples(path: Path, tokenizer: Tokenizer, limit: int = 0) -> list[Example]:
     """The examples of either file, `limit` of them evenly spaced (0: all). ConfigError, DataError."""
-    try:
+    with explained(DataError, f"cannot read {path}"):
         examples = read_eval_bin(path) if path.suffix == ".bin" else read_hellaswag(path, tokenizer)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}.") from None
     if path.suffix == ".bin" and tokenizer.name != "gpt2":
         raise ConfigError(f"{path} holds GPT-2 tokens, this data {tokenizer.name!r}'s; give the original .jsonl.")
     n = min(limit or len(examples), len(examples))

@@ -27,7 +27,7 @@ from daybreak.data.loader import Loader
 from daybreak.data.shards import replacing, write_atomic
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
-from daybreak.errors import CheckpointError, ConfigError, Error
+from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.interop.source import (
     WHOLE,
     Export,
@@ -38,7 +38,6 @@ from daybreak.interop.source import (
     identify_tokenizer,
     layout,
     tensors,
-    writing,
 )
 from daybreak.shapes import GPT2Config
 
@@ -79,11 +78,8 @@ def _refuse(path: Path, reason: str) -> NoReturn:
 
 
 def _header(path: Path, magic: int, kind: str, versions: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int32]]:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(HEADER)
-    except OSError as error:
-        _refuse(path, f"cannot be read ({error.strerror})")
+    with explained(CheckpointError, f"{path} cannot be read"), open(path, "rb") as file:
+        data = file.read(HEADER)
     it_is = guess(data, magic)
     if len(data) < HEADER:
         _refuse(path, f"is not {kind} of llm.c: {len(data)} bytes, shorter than the {HEADER}-byte header{it_is}")
@@ -334,7 +330,7 @@ def write_checkpoint(
     if odd:
         raise ConfigError(f"--ranks {world} does not divide the tensor {odd!r}, as ZeRO 1 needs; use --zero 0.")
     step = source.step
-    with writing(folder):
+    with explained(Error, f"{folder} could not be written", "free space or choose another place"):
         folder.mkdir(parents=True, exist_ok=True)
         write_model(folder / model_name(step), source, dtype)
         for rank in range(world):

@@ -20,7 +20,7 @@ from torch import Tensor
 from daybreak.config import Config
 from daybreak.data.shards import fsync_folder, remove, temporary_of, write_atomic
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
-from daybreak.errors import CheckpointError, ConfigError, Error
+from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.kernels.guard import WINDOW
 from daybreak.shapes import GPT2Config, model_config
 from daybreak.state.checkpoint import Checkpoint, Snapshot, save_checkpoint
@@ -194,15 +194,6 @@ def checked_shape(path: Path, cfg: GPT2Config) -> GPT2Config:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise Error, in a sentence about `path`, when the disk refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise Error(f"{path} could not be written ({error.strerror}); free space or choose another place.") from error
-
-
-@contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, which takes its place when the block ends well and vanishes when it does not.
 
@@ -212,7 +203,7 @@ def appearing(path: Path) -> Iterator[Path]:
         raise ConfigError(f"{path} exists already; choose another name, or remove it.")
     temporary = temporary_of(path)
     try:
-        with writing(path):
+        with explained(Error, f"{path} could not be written", "free space or choose another place"):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             os.replace(temporary, path)

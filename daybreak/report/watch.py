@@ -23,7 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, quote
 
-from daybreak.errors import ConfigError
+from daybreak.errors import ConfigError, explained
 from daybreak.report.page import page_data, render, to_json, version
 from daybreak.report.series import Follower
 
@@ -75,10 +75,8 @@ class Watch(ThreadingHTTPServer):
         self.names, self.reading = [*LOOPBACK, host, *names], threading.Lock()
         self.open: dict[Any, float] = {}  # connections, the oldest first, and since when
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
+        with explained(ConfigError, f"cannot listen on {host}:{port}", "try another --port"):
             super().__init__((host, port), _Handler)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}); try another --port.") from None
         self.url = address(host, self.server_port) + (f"?key={quote(self.key, safe='')}" if self.key else "")
 
     def process_request(self, request: Any, client_address: Any) -> None:

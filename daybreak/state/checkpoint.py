@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 import torch
 
 from daybreak.data.shards import alive, fsync, fsync_folder, lock, remove
-from daybreak.errors import CheckpointError, Error
+from daybreak.errors import CheckpointError, Error, explained
 from daybreak.parallel import ALONE, Group
 from daybreak.state.safetensors_io import (
     SafetensorsFile,
@@ -47,7 +47,6 @@ MAX_MANIFEST = 64 << 20
 SLACK = 1 << 20  # bytes of a checkpoint beside its tensors
 
 Verify = Literal["full", "size", "off"]
-T = TypeVar("T")
 
 
 class NewerFormat(CheckpointError):
@@ -102,6 +101,10 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
     temporary = root / f".tmp-{final.name}-{group.first(os.getpid)}"
     optimizer = _optimizer_file(group.rank, group.world)
 
+    way_out = "free space on its disk, lower checkpoint.keep, or move the run"
+    sentence = explained(Error, f"checkpoint {final} could not be written", way_out)
+
+    @sentence
     def begin() -> None:
         if not root.exists():
             root.mkdir(parents=True)
@@ -112,6 +115,7 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
         if group.world > 1:
             create_safetensors(temporary / MODEL, snap.model)
 
+    @sentence
     def write() -> dict[str, Written]:
         if group.world > 1:
             assert snap.parts is not None
@@ -122,6 +126,7 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
             optimizer: _write_optimizer(temporary / optimizer, snap, 0),
         }
 
+    @sentence
     def publish() -> None:
         if group.world > 1:
             with open(temporary / MODEL, "rb") as file:
@@ -132,28 +137,13 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
         _publish(temporary, final)
 
     try:
-        group.first(_explained(begin, final))
-        files = {name: w for found in group.everywhere(_explained(write, final)) for name, w in found.items()}
-        group.first(_explained(publish, final))
+        group.first(begin)
+        files = {name: w for found in group.everywhere(write) for name, w in found.items()}
+        group.first(publish)
     finally:
         if group.rank == 0:
             remove(temporary)
     return final
-
-
-def _explained(fn: Callable[[], T], final: Path) -> Callable[[], T]:
-    """fn with what the disk refuses as an Error."""
-
-    def call() -> T:
-        try:
-            return fn()
-        except OSError as error:
-            raise Error(
-                f"checkpoint {final} could not be written ({error.strerror}): free space on its disk, lower "
-                "checkpoint.keep, or move the run."
-            ) from error
-
-    return call
 
 
 def _check_space(root: Path, snap: Snapshot, final: Path) -> None:

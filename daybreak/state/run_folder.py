@@ -20,7 +20,7 @@ from typing import Any
 
 from daybreak import __version__
 from daybreak.data.shards import lock, locked, no_follow, write_atomic
-from daybreak.errors import ConfigError, Error
+from daybreak.errors import ConfigError, Error, explained
 
 log = logging.getLogger("daybreak")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "triton")
@@ -50,12 +50,8 @@ class RunFolder:
         An empty folder is not a run yet: one that a crash left at its very start is taken over.
         """
         self.check_free()
-        try:
+        with explained(ConfigError, f"the run's folder {self.path} cannot be created", "choose another --run.dir"):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"the run's folder {self.path} cannot be created: {error.strerror}; choose another --run.dir."
-            ) from None
 
     def check_free(self) -> None:
         """Raise ConfigError, with the command that continues it, if there is a run of this name.

@@ -9,14 +9,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
 
-from daybreak.errors import Error
-
 
 class Console:
     """A text stream for people. After its first failed write it is silent, and the program goes on.
 
     result: the stream carries the result of a verb. A reader that leaves then ends the verb quietly with exit code 0,
-    and a full disk is an Error. A character that the stream cannot encode shows its number.
+    and a full disk raises OSError. A character that the stream cannot encode shows its number.
     """
 
     def __init__(self, stream: TextIO, result: bool = False) -> None:
@@ -46,8 +44,9 @@ class Console:
                 return
             if getattr(error, "errno", 0) == errno.EPIPE:
                 raise SystemExit(0) from None
-            reason = getattr(error, "strerror", "") or error
-            raise Error(f"standard output cannot be written: {reason}; send it to another file or disk.") from None
+            if isinstance(error, OSError):
+                error.filename = "standard output"
+            raise
 
 
 def guard_streams(result: bool) -> None:

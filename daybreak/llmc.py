@@ -244,6 +244,9 @@ def _epoch(config: Config, world: int) -> int:
     return config.steps_in(sum((shard.tokens - 1) // config.T * config.T for shard in train), world)
 
 
+HELP = (["--help"], ["-help"])
+
+
 class _Stdout(logging.Handler):
     """Everything on stdout, as llm.c does it, and results of evaluation in its form."""
 
@@ -288,13 +291,13 @@ def bin_writer(values: Values, config: Config, world: int) -> Callable[[Path], N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run llm.c's command line (default: the process's own) and return the exit code (docs/files.md)."""
-    guard_streams(result=False)  # stdout is the log here, as in llm.c
     log = logging.getLogger("daybreak")
     log.handlers, log.propagate = [_Stdout()], False
     log.setLevel(logging.INFO)
     if argv is None:  # libraries parse sys.argv too, and would take our flags for theirs
         argv, sys.argv = sys.argv[1:], sys.argv[:1]
     given = [os.path.expanduser(arg) for arg in argv]
+    guard_streams(result=given in HELP)  # else stdout is the log, as in llm.c
 
     def body() -> None:
         with Stop().handling_signals() as stop:
@@ -304,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str], stop: Stop) -> None:
-    if argv in (["--help"], ["-help"]):
+    if argv in HELP:
         print("Usage: python -m daybreak.llmc [-flag value]...")
         print("\n".join(f"  {f.name:4} {f.doc} ({f.default!r})" for f in FLAGS))
         return

@@ -46,8 +46,7 @@ def test_a_result_that_cannot_be_printed_is_in_the_folder(shards: Path, tmp_path
     done = shell(f"train {target} --quiet --json >/dev/full", tmp_path)
     assert done.returncode == 0
     assert done.stderr == (
-        "standard output cannot be written: No space left on device; send it to another file or disk. The result is in "
-        f"{tmp_path}/r.\n"
+        f"standard output cannot be written (No space left on device); the result is in {tmp_path}/r.\n"
     )
 
 
@@ -104,7 +103,8 @@ def test_a_result_on_a_full_disk_is_one_sentence(tmp_path: Path, buffered: str) 
     for verb in VERBS[:4] if buffered else VERBS[2:3]:
         done = shell(f"{verb} >/dev/full", tmp_path, PYTHONUNBUFFERED=buffered)
         said = (
-            "daybreak: standard output cannot be written: No space left on device; send it to another file or disk.\n"
+            "daybreak: standard output failed (No space left on device); free space or repair the disk, then run the "
+            "same command again.\n"
         )
         assert (done.returncode, done.stderr) == (1, said)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -16,6 +17,9 @@ INTERRUPTED = 130  # 128 + SIGINT, the shells' convention; training itself saves
 
 def ending(program: str, body: Callable[[], int | None]) -> int:
     """Run `body` and return its exit code, or that of what it raised, which is said in one sentence on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # no Console, which does so too
+            stream.reconfigure(errors="backslashreplace")  # a console that lacks a character shows its number
     try:
         code, said = body() or 0, ""
         sys.stdout.flush()

@@ -13,7 +13,7 @@ import click
 
 from daybreak.cli.options import config_options, overrides_of
 from daybreak.config import Config, Resume, check_resume, is_untouched_import, resolve, run_of
-from daybreak.errors import ConfigError, Error
+from daybreak.errors import ConfigError
 from daybreak.parallel import launched, restarted
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def train(
     if launched(os.environ)["RANK"] == "0":
         try:
             _print_result(run, as_json)
-        except Error as error:  # the run is complete, and its folder has the result too
-            log.warning("%s The result is in %s.", error, run.path)
+        except OSError as error:  # the run is complete, and its folder has the result too
+            log.warning("standard output cannot be written (%s); the result is in %s.", error.strerror, run.path)
 
 
 def _check_start(

@@ -62,7 +62,7 @@ def main(folder: Path, recipe: Path) -> None:
     subprocess.run(["umount", str(checkpoints)], check=True)
     wait_for(run, process, 15)
     process.terminate()
-    told["warnings"] = (process.communicate(timeout=PATIENCE)[1] or "").count("not saved, training goes on")
+    told["warnings"] = (process.communicate(timeout=PATIENCE)[1] or "").count("not saved, training continues")
     told["code"] = process.returncode
 
     # And a disk that is full at the end: the last save is not optional.

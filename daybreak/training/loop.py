@@ -398,7 +398,7 @@ class Trainer:
             self.saved_step = -1
             if must or self.saver.lost or self.config.checkpoint.on_error == "stop":
                 raise
-            log.warning("not saved, training goes on (checkpoint.on_error): %s", error)
+            log.warning("not saved, training continues (checkpoint.on_error): %s", error)
             self.metrics.write("event", self.step, self.tokens, what="save_failed", detail=str(error))
             return
         if saved is None:

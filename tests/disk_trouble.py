@@ -13,10 +13,9 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from patience import PATIENCE
+from patience import PATIENCE, until
 from recovery import spawn, train, wait_for
 
 
@@ -32,8 +31,14 @@ def events(run: Path) -> list[str]:
 def main(folder: Path, recipe: Path) -> None:
     run, checkpoints = folder / recipe.stem, folder / recipe.stem / "checkpoints"
     told: dict[str, object] = {}
+    said = Path(f"{folder}-stderr")  # on another disk
+
+    def failures() -> int:
+        return said.read_text().count("not saved, training continues")
+
     mount("-t", "tmpfs", "-o", "size=4m", "none", folder)
-    process = spawn([recipe])
+    with open(said, "w") as stderr:
+        process = spawn([recipe], stderr=stderr)
     wait_for(run, process, 60)
     before = sorted(p.name for p in checkpoints.iterdir())
 
@@ -45,7 +50,7 @@ def main(folder: Path, recipe: Path) -> None:
                     file.write(bytes(size))
             except OSError:
                 continue
-    time.sleep(0.5)
+    until(lambda: failures() >= 1, process)
     told["alive on the full disk"] = process.poll() is None
     told["older one kept"] = sorted(p.name for p in checkpoints.glob("step-*"))[-1] >= before[0]
     size = (run / "metrics.jsonl").stat().st_size
@@ -55,15 +60,11 @@ def main(folder: Path, recipe: Path) -> None:
     told["caught up"] = (run / "metrics.jsonl").stat().st_size > size
 
     mount("-t", "tmpfs", "-o", "ro", "none", checkpoints)  # hides the folder under a read-only one
-    while (seen := sum("could not be written (Read-only file system)" in e for e in events(run))) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    told["read-only"] = seen
+    until(lambda: sum("could not be written (Read-only file system)" in e for e in events(run)) >= 2, process)
     subprocess.run(["umount", str(checkpoints)], check=True)
     wait_for(run, process, 15)
     process.terminate()
-    told["warnings"] = (process.communicate(timeout=PATIENCE)[1] or "").count("not saved, training continues")
-    told["code"] = process.returncode
+    told["code"], told["warnings"] = process.wait(PATIENCE), failures()
 
     # And a disk that is full at the end: the last save is not optional.
     with open(ballast, "wb", buffering=0) as file:

@@ -4,7 +4,8 @@
 
 at: "audit:EVENT:REGEX", a Python audit event (a file operation) whose arguments match; "call:MODULE:NAME" before, and
 "after:MODULE:NAME" after a call. n: which time (from the first). do: kill; term, int, usr1 (a signal to itself); twice
-(two SIGTERMs); hang; slow (for `seconds`) and errno:NAME (OSError), both each time from the n-th to the m-th.
+(two SIGTERMs); hang; slow (for `seconds`, and until a file has a text: [FILE, TEXT]) and errno:NAME (OSError), both
+each time from the n-th to the m-th.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+from patience import until
 
 SIGNALS = {"kill": ["SIGKILL"], "term": ["SIGTERM"], "int": ["SIGINT"], "usr1": ["SIGUSR1"],
            "twice": ["SIGTERM", "SIGTERM"]}  # fmt: skip
 
 
 class Accident:
-    def __init__(self, do: str, at: str, n: int = 1, m: int = 10**9, seconds: float = 1.0) -> None:
-        self.do, self.n, self.m, self.seconds, self.count = do, n, m, seconds, 0
+    def __init__(
+        self, do: str, at: str, n: int = 1, m: int = 10**9, seconds: float = 1.0, until: tuple[str, str] | None = None
+    ) -> None:
+        self.do, self.n, self.m, self.seconds, self.until, self.count = do, n, m, seconds, until, 0
         kind, where, what = at.split(":", 2)
         if kind == "audit":
             pattern = re.compile(what)
@@ -58,6 +64,9 @@ class Accident:
             return
         if self.do == "slow":
             time.sleep(self.seconds)
+            if self.until:
+                path, text = self.until
+                until(lambda: text in Path(path).read_text())
         elif self.do.startswith("errno:"):
             code = getattr(errno, self.do[6:])
             raise OSError(code, os.strerror(code))

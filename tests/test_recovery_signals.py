@@ -201,7 +201,11 @@ def test_a_hung_run_ends_with_7_and_its_stacks(shards, tmp_path, straight, where
     code, err = train([*args, *QUICK], {"do": "hang", "at": f"call:{ENGINE}.{where}", "n": n})
     assert code == exit_code(tmp_path / "h") == 7, err
     reason = json.loads((tmp_path / "h/exit.json").read_text())["reason"]
-    assert reason.startswith("nothing happened for 1.")
+    told = re.match(r"nothing happened for (\d+\.\d) s, (\d+) times the median step", reason)
+    assert told, reason
+    quiet, times = float(told[1]), int(told[2])  # the limit is 1.5 s, or five steps where the machine is slow
+    assert times >= 5
+    assert 1.5 <= quiet <= max(1.5, 5 * quiet / (times - 0.5)) + 0.2  # one look every 0.15 s, and rounding
     crash = (tmp_path / "h/crash.txt").read_text()
     assert "recovery_child.py" in crash
     assert "in happen" in crash
@@ -226,13 +230,14 @@ def test_a_process_that_was_stopped_is_not_hung(shards, tmp_path):
 def test_a_slow_disk_neither_hangs_nor_stalls_training(shards, tmp_path, straight):
     made = config(shards, tmp_path, "slow", run__steps=STEPS, checkpoint__every=60)
     slow = {"do": "slow", "at": "call:daybreak.state.checkpoint:_publish", "seconds": 4.0, "m": 1}
+    slow["until"] = [str(tmp_path / "slow/metrics.jsonl"), '"step":75']  # steps go on while it is written
     assert train([recipe(made, tmp_path), *QUICK], slow)[0] == 0
     run = daybreak.Run(tmp_path / "slow")
     first, second = run.metrics("checkpoint")[:2]
     assert (first["step"], second["step"]) == (60, 120)
-    assert first["stall"] < 2.0 < 4.0 <= first["seconds"]
+    assert first["stall"] < 4.0 <= first["seconds"]
     at = {r["step"]: r["t"] for r in run.metrics("step")}
-    assert at[70] < first["t"]  # steps went on while it was written
+    assert at[75] < first["t"]
     assert_same(straight, run)
 
 

@@ -74,7 +74,9 @@ class Browser:
         os.write(self.out, b"\0")
         while True:
             while b"\0" not in self.held:
-                self.held += os.read(self.into, 1 << 16)
+                more = os.read(self.into, 1 << 16)
+                assert more, "the browser has ended"
+                self.held += more
             message, _, self.held = self.held.partition(b"\0")
             answer = json.loads(message)
             if answer.get("id") == self.sent:

@@ -184,12 +184,14 @@ def test_ten_kills_at_random_moments(tmp_path):
         first = 100 * round_
 
         def saves(write: int = write, first: int = first) -> None:
+            os.write(write, b"saving")  # a busy machine may be slow to begin
             for step in range(first, first + 100):
                 save_checkpoint(tmp_path, snapshot(step, numel=1 << 20))
                 os.write(write, struct.pack("<q", step))
                 prune_checkpoints(tmp_path, keep=2, major=0)
 
         pid = fork(saves)
+        assert os.read(read, 6) == b"saving"
         time.sleep(rng.uniform(0.02, 0.25))
         os.kill(pid, signal.SIGKILL)
         assert exit_of(pid) == -signal.SIGKILL

@@ -12,23 +12,12 @@ from typing import Any
 from daybreak.data.formats import extra
 from daybreak.data.tokenizer import EOT_TEXT
 from daybreak.errors import ConfigError
-from daybreak.interop.huggingface import merges, vocabulary_text
+from daybreak.interop.huggingface import merges, their_name, vocabulary_text
 from daybreak.interop.source import Export, appearing
 
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 Q8_BLOCK = 32  # values that share a scale
-LAYER = {"ln1": "attn_norm", "qkv": "attn_qkv", "attproj": "attn_output", "ln2": "ffn_norm", "fc": "ffn_up",
-         "fcproj": "ffn_down"}  # fmt: skip
-WHOLE = {"wte": "token_embd.weight", "wpe": "position_embd.weight", "lnfw": "output_norm.weight",
-         "lnfb": "output_norm.bias"}  # fmt: skip
-
-
-def _their_name(name: str) -> str:
-    if name in WHOLE:
-        return WHOLE[name]
-    _, l, leaf = name.split(".")
-    return f"blk.{l}.{LAYER[leaf[:-1]]}.{'weight' if leaf[-1] == 'w' else 'bias'}"
 
 
 def export(source: Export, out: Path, dtype: str = "f32") -> None:
@@ -43,13 +32,15 @@ def export(source: Export, out: Path, dtype: str = "f32") -> None:
     with appearing(out) as temporary:
         writer = gguf.GGUFWriter(temporary, "gpt2")
         _describe(writer, source, gguf, gguf.LlamaFileType[FILE_TYPES[dtype]])
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, source.model.L)  # from Hugging Face's names
         for name, shape in source.shapes.items():
             x = source.read(name).numpy()
             if name == "wte":
                 x = x[: source.model.V]
             of = kind if len(shape) == 2 and name != "wpe" else gguf.GGMLQuantizationType.F32
             data = gguf.quants.quantize(x, of)
-            for theirs in (_their_name(name), *(["output.weight"] if name == "wte" else [])):
+            usual = names.get_name(f"transformer.{their_name(name)}", (".weight", ".bias"))
+            for theirs in (usual, *(["output.weight"] if name == "wte" else [])):
                 writer.add_tensor(theirs, data, raw_dtype=of)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

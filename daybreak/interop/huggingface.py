@@ -49,7 +49,8 @@ FINGERPRINT = "daybreak_tokenizer_fingerprint"  # a key of config.json that othe
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json"]
 
 
-def _their_name(name: str) -> str:
+def their_name(name: str) -> str:
+    """Hugging Face's name of a parameter, without `transformer.`."""
     head, _, leaf = name.rpartition(".")
     return f"{head}.{LAYER[leaf]}" if head else WHOLE[name]
 
@@ -83,7 +84,7 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
     if len(files) < cfg.L:
         raise CheckpointError(f"{path / 'config.json'}: n_layer = {cfg.L}, but there are {len(files)} tensors in all.")
     prefix = "transformer." if any(key.startswith("transformer.") for key in files) else ""
-    wanted = {prefix + _their_name(name): (name, shape) for name, _, shape in layout(cfg)}
+    wanted = {prefix + their_name(name): (name, shape) for name, _, shape in layout(cfg)}
     for key in files:
         if key not in wanted and key != "lm_head.weight" and not key.endswith(BUFFERS):
             raise CheckpointError(
@@ -103,7 +104,7 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
         return out
 
     def read(name: str) -> Tensor:
-        x = raw(prefix + _their_name(name))
+        x = raw(prefix + their_name(name))
         if name == "wte":
             return torch.cat([x, x.new_zeros(cfg.Vp - cfg.V, cfg.C)])
         return x.T.contiguous() if _is_conv1d(name) else x
@@ -236,7 +237,7 @@ def _write_shards(source: Export, folder: Path, dtype: torch.dtype, max_shard: i
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        part = {f"transformer.{_their_name(name)}": _in_their_layout(source, name, dtype) for name in names}
+        part = {f"transformer.{their_name(name)}": _in_their_layout(source, name, dtype) for name in names}
         total += sum(x.nbytes for x in part.values())
         write_safetensors(folder / file, part, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)

@@ -12,7 +12,7 @@ import codecs
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from daybreak.config_keys import FRACTION, Rule, at_least, key
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError
@@ -30,23 +31,30 @@ Logits = NDArray[np.float32]
 BLOCK = 512  # of a running sum
 
 
+NOT_NEGATIVE = Rule("must be finite and at least 0", lambda x: bool(0 <= x < math.inf))
+ABOVE_0 = Rule("must be finite and above 0", lambda x: bool(0 < x < math.inf))
+SHARE = Rule("must be above 0 and at most 1", lambda x: bool(0 < x <= 1))
+PENALTY = Rule("must be from -2 to 2", lambda x: bool(-2 <= x <= 2))
+BIASES = Rule("must hold biases from -100 to 100", lambda pairs: all(-100 <= bias <= 100 for _, bias in pairs))
+STOPS = Rule("must hold no empty text; leave it out", lambda texts: "" not in texts)
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How a text goes on: up to `tokens` tokens; temperature 0 takes the likeliest; top_k > 0 draws among the k
-    likeliest, top_p < 1 among the fewest that have that probability together; the first of `stop` ends it."""
+    """How a text goes on. Temperature 0 takes the likeliest token; the first of `stop` ends the text."""
 
-    tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 1337
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None  # keep each token's log-probability and this many likeliest alternatives
-    min_p: float = 0.0  # only tokens that have at least this share of the likeliest's probability
-    frequency_penalty: float = 0.0  # taken from a token's logit for each time that the text has generated it
-    presence_penalty: float = 0.0  # taken once if the text has generated it
-    repetition_penalty: float = 1.0  # divides a known token's logit if positive, else multiplies it
-    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, and what is added to their logits
+    tokens: int = key(128, "the most tokens to generate", at_least(0))
+    temperature: float = key(1.0, "0 = always the likeliest token", NOT_NEGATIVE)
+    top_k: int = key(0, "draw among this many likeliest tokens; 0 = all", at_least(0))
+    top_p: float = key(1.0, "draw among the fewest likeliest tokens that together have this probability", SHARE)
+    seed: int = key(1337, "same seed, same text", at_least(0))
+    stop: tuple[str, ...] = key((), "end before any of these texts", STOPS)
+    logprobs: int | None = key(None, "keep each token's log-probability and this many likeliest alternatives")
+    min_p: float = key(0.0, "only tokens that have at least this share of the likeliest's probability", FRACTION)
+    frequency_penalty: float = key(0.0, "taken from a token's logit for each time that it was generated", PENALTY)
+    presence_penalty: float = key(0.0, "taken once if the text has generated it", PENALTY)
+    repetition_penalty: float = key(1.0, "divides a known token's logit if positive, else multiplies it", ABOVE_0)
+    logit_bias: tuple[tuple[int, float], ...] = key((), "token ids, and what is added to their logits", BIASES)
 
     @property
     def adjusts(self) -> bool:
@@ -56,25 +64,10 @@ class Sampling:
 
     def check(self) -> None:
         """Raise ConfigError, naming the field, its value and its rule."""
-        if self.tokens < 0:
-            raise ConfigError(f"tokens = {self.tokens} must be at least 0.")
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature = {self.temperature:g} must be finite and at least 0.")
-        if self.top_k < 0 or self.seed < 0:
-            raise ConfigError(f"top_k = {self.top_k} and seed = {self.seed} must be at least 0.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p = {self.top_p:g} must be above 0 and at most 1.")
-        if not 0 <= self.min_p <= 1:
-            raise ConfigError(f"min_p = {self.min_p:g} must be from 0 to 1.")
-        for name in ("frequency_penalty", "presence_penalty"):
-            if not -2 <= getattr(self, name) <= 2:
-                raise ConfigError(f"{name} = {getattr(self, name):g} must be from -2 to 2.")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ConfigError(f"repetition_penalty = {self.repetition_penalty:g} must be finite and above 0.")
-        if bad := [bias for _, bias in self.logit_bias if not -100 <= bias <= 100]:
-            raise ConfigError(f"logit_bias = {bad[0]:g} must be from -100 to 100.")
-        if "" in self.stop:
-            raise ConfigError("stop = '' must not be empty; leave it out.")
+        for field in fields(self):
+            rule, value = field.metadata["rule"], getattr(self, field.name)
+            if rule is not None and not rule.holds(value):
+                raise ConfigError(f"{field.name} = {value} {rule.text}.")
 
 
 DEFAULT = Sampling()

@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -192,19 +193,13 @@ def open_folder(folder: Path, step: int | None = None, tokenizer: str = "") -> S
             _refuse(
                 s.path, f"is of rank {s.rank} of {s.world} at step {s.step} and does not belong to {first.path.name}"
             )
-    if first.numel == count:  # ZeRO 0: every rank wrote all of it
-        parts = [[(0, first.part(i))] for i in range(2 + first.masters)]
-        masters = _views(cfg, parts[2][0][1]) if first.masters else None
-    else:
-        odd = next((name for name, _, shape in rows if prod(shape) % first.world), None)
-        if odd:
-            _refuse(first.path, f"cannot be divided over {first.world} ranks: {odd!r} does not divide")
-        parts = [_gathered(rows, states, i) for i in range(2 + first.masters)]
-        masters = _joined(rows, parts[2], first.world) if first.masters else None
-    return Source(
-        folder, cfg, model.tokenizer, masters.__getitem__ if masters is not None else model.read, step,
-        {"m": parts[0], "v": parts[1]},
-    )  # fmt: skip
+    states = states if first.numel < count else states[:1]  # ZeRO 0: every rank wrote all of it
+    odd = next((name for name, _, shape in rows if prod(shape) % len(states)), None)
+    if odd:
+        _refuse(first.path, f"cannot be divided over {first.world} ranks: {odd!r} does not divide")
+    read = partial(_master, rows, states) if first.masters else model.read
+    moments = {key: _gathered(rows, states, index) for key, index in (("m", 0), ("v", 1))}
+    return Source(folder, cfg, model.tokenizer, read, step, moments)
 
 
 Rows = list[tuple[str, int, tuple[int, ...]]]
@@ -220,9 +215,9 @@ def _gathered(rows: Rows, states: list[_State], index: int) -> list[tuple[int, T
     return ranges
 
 
-def _joined(rows: Rows, ranges: list[tuple[int, Tensor]], P: int) -> dict[str, Tensor]:
-    slices = [part for _, part in ranges]
-    return {name: torch.cat(slices[i * P : (i + 1) * P]).view(shape) for i, (name, _, shape) in enumerate(rows)}
+def _master(rows: Rows, states: list[_State], name: str) -> Tensor:
+    row = next(row for row in rows if row[0] == name)
+    return torch.cat([part for _, part in _gathered([row], states, 2)]).view(row[2])
 
 
 def read_tokenizer(path: Path) -> list[bytes]:

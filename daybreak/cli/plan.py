@@ -11,16 +11,10 @@ from daybreak.config import resolve
 from daybreak.errors import ConfigError
 
 
-class Counts(click.ParamType[tuple[int, ...]]):
+def counts(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int, ...]:
     """N or N,N,...: numbers of at least 1."""
-
-    name = "counts"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        one: Any = click.IntRange(1)
-        return tuple(one.convert(part, param, ctx) for part in str(value).split(","))
+    one: Any = click.IntRange(1)
+    return tuple(one.convert(part, param, ctx) for part in text.split(","))
 
 
 @click.command()
@@ -28,7 +22,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
 @click.option("--gpu", metavar="GPU", help="Plan for this GPU (h100, a100, 4090 ...) instead of this machine.")
 @click.option(
     "--gpus",
-    type=Counts(),
+    callback=counts,
     default="1",
     metavar="N[,N...]",
     help="Number of GPUs; give several numbers to compare them.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import platform
 from pathlib import Path
@@ -14,7 +13,7 @@ import daybreak
 from daybreak.config import Config
 from daybreak.data.dataset import dataset_name, open_dataset
 from daybreak.data.mixing import open_loaders, parse_mix
-from daybreak.data.shards import alive
+from daybreak.data.shards import alive, sha256_of
 from daybreak.engine.device import library_versions, missing_on, pick_device
 from daybreak.errors import CheckpointError, Error
 from daybreak.kernels import OPS, choose
@@ -123,9 +122,8 @@ def _check_data(config: Config, saved: str) -> list[str]:
                 lines.append(f"{found.name} has no manifest with sha256 sums: only its fingerprint is compared")
                 continue
             for shard in (*found.manifest.train.shards, *found.manifest.val.shards):
-                with open(found.folder / shard.file, "rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                        lines.append(f"BAD: {file.name} is damaged (its sha256 does not match); prepare {name} again.")
+                if sha256_of(path := found.folder / shard.file) != shard.sha256:
+                    lines.append(f"BAD: {path} is damaged (its sha256 does not match); prepare {name} again.")
             lines.append(f"data of {name}: every shard read")
         now = open_loaders(d, config.T, config.run.seed, config.model.V)[1].fingerprint
         if saved not in ("", now):

@@ -171,7 +171,7 @@ class Follower:
             "checkpoints": [n for n in self.notes if n["kind"] == "checkpoint"][-100:],
             "tok_s": quantiles(self._rates()),
             "config": dict(c.items()) if c else {},
-            "env": self._json("env.json"),
+            "env": _json(self.folder / "env.json"),
         }
 
     def _rates(self) -> list[float]:
@@ -179,17 +179,11 @@ class Follower:
         tokens, ms = self.train.columns["tokens"], self.train.columns["ms"]
         return [1000 * (b - a) / t for a, b, t in zip(tokens, tokens[1:], ms[1:], strict=False) if t > 0]
 
-    def _json(self, name: str) -> dict[str, Any]:
-        try:
-            return dict(json.loads((self.folder / name).read_text()))
-        except (OSError, ValueError, TypeError):
-            return {}
-
     def state(self) -> tuple[str, str]:
         """One word (running, finished, stopped, failed, killed; "" for llm.c's logs), and why."""
         if self.config is None:
             return "", "llm.c's main.log"
-        if "code" in (ended := self._json("exit.json")):
+        if "code" in (ended := _json(self.folder / "exit.json")):
             word = {"0": "finished", "75": "stopped"}.get(str(ended["code"]), "failed")
             return word, str(ended.get("reason", "")) + (f" (exit {ended['code']})" if word == "failed" else "")
         if self.file.is_file() and time.time() - self.file.stat().st_mtime < QUIET:
@@ -208,12 +202,18 @@ class Follower:
         if d.tokenizer:
             return d.tokenizer
         for path in [*list_checkpoints(self.folder / "checkpoints"), Path(d.dir) / d.name]:
-            try:
-                found = json.loads((path / MANIFEST).read_text())["tokenizer"]
-                return str(found["name"] if isinstance(found, dict) else found)
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
+            made = _json(path / MANIFEST).get("tokenizer")
+            if found := made.get("name") if isinstance(made, dict) else made:
+                return str(found)
         return ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from daybreak.data.shards import alive, fsync, fsync_folder, lock, remove
+from daybreak.data.shards import alive, fsync_folder, lock, remove, sha256_of, write_atomic
 from daybreak.errors import CheckpointError, Error, explained
 from daybreak.parallel import ALONE, Group
 from daybreak.state.safetensors_io import (
@@ -129,9 +129,8 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
     @sentence
     def publish() -> None:
         if group.world > 1:
-            with open(temporary / MODEL, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                files[MODEL] = Written(file.tell(), digest)
+            model = temporary / MODEL
+            files[MODEL] = Written(model.stat().st_size, sha256_of(model))
         _write_manifest(temporary / MANIFEST, snap, group.world, files)
         fsync_folder(temporary)
         _publish(temporary, final)
@@ -194,10 +193,7 @@ def _write_manifest(path: Path, snap: Snapshot, world: int, files: Mapping[str, 
     }
     manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as a reader will see it: lists, string keys
     manifest["checksum"] = _checksum(manifest)
-    with open(path, "x", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        fsync(file.fileno())
+    write_atomic(path, json.dumps(manifest, indent=1))
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
@@ -448,9 +444,8 @@ def _verify_files(path: Path, files: Mapping[str, Any], verify: Verify) -> None:
             if size != known["size"]:
                 _refuse(path / name, f"has {size} bytes instead of {known['size']}")
         for name, known in files.items() if verify == "full" else ():
-            with open(path / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:
-                    _refuse(path / name, "is damaged (its sha256 does not match)")
+            if sha256_of(path / name) != known["sha256"]:
+                _refuse(path / name, "is damaged (its sha256 does not match)")
     except OSError as error:
         _refuse(path / name, f"cannot be read ({error.strerror})")
 

@@ -12,7 +12,7 @@ from daybreak.config import resolve
 
 @click.command()
 @click.argument("target")
-@click.option("--seconds", type=click.FloatRange(min=0.0), default=10.0, help="Time steps for this long (default 10).")
+@click.option("--seconds", type=click.FloatRange(min=0.0), default=10.0, help="Time steps for this long.")
 @click.option(
     "--tune", metavar="FOLDER", help="Search the fastest matmuls for this GPU, and write their table to FOLDER."
 )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--shots", type=click.IntRange(0), metavar="N", help="Examples in the prompt (default: the task's own).")
 @click.option("--data-files", metavar="DIR", help="Read data sets from DIR/owner/name, without a network.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N examples of each task.")
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, metavar="B", help="Sequences at a time.")
+@click.option("--batch", type=click.IntRange(1), default=8, metavar="B", help="Sequences at a time.")
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
 @click.option("--device", metavar="D", help="cpu or cuda (default: the run's).")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")

@@ -18,8 +18,8 @@ FORMATS = {"hf": ("fp32", "bf16", "fp16"), "gguf": ("f32", "f16", "bf16", "q8_0"
 @click.argument("out")
 @click.option("--dtype", metavar="D", help="hf: fp32, bf16, fp16. gguf: f32, f16, bf16, q8_0. llmc: bf16, fp32.")
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
-@click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, metavar="P", help="llmc: state files.")
-@click.option("--zero", type=click.IntRange(0, 1), default=0, show_default=True, metavar="Z", help="llmc: ZeRO stage.")
+@click.option("--ranks", type=click.IntRange(1), default=1, metavar="P", help="llmc: state files.")
+@click.option("--zero", type=click.IntRange(0, 1), default=0, metavar="Z", help="llmc: ZeRO stage.")
 @click.option("--debug-state", is_flag=True, help="llmc: also write the file for its unit test.")
 def export(
     run: str, to: str, out: str, dtype: str | None, step: int | None, ranks: int, zero: int, debug_state: bool

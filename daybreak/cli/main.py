@@ -50,7 +50,10 @@ VERBS = [prepare, plan, train, evaluate, sample, serve, import_, export, report,
 
 
 @click.group(
-    cls=Verbs, commands=VERBS, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=Verbs,
+    commands=VERBS,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 @click.version_option(__version__, prog_name="daybreak", message="%(prog)s %(version)s")
 @click.pass_context

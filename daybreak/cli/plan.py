@@ -20,21 +20,10 @@ def counts(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int, 
 @click.command()
 @click.argument("target")
 @click.option("--gpu", metavar="GPU", help="Plan for this GPU (h100, a100, 4090 ...) instead of this machine.")
-@click.option(
-    "--gpus",
-    callback=counts,
-    default="1",
-    metavar="N[,N...]",
-    help="Number of GPUs; give several numbers to compare them.",
-)
-@click.option(
-    "--network",
-    type=click.FloatRange(0, min_open=True),
-    default=50.0,
-    show_default=True,
-    metavar="X",
-    help="Network speed of each GPU's port in GB/s, for several hosts.",
-)
+@click.option("--gpus", callback=counts, default="1", metavar="N[,N...]",
+              help="Number of GPUs; give several numbers to compare them.")  # fmt: skip
+@click.option("--network", type=click.FloatRange(0, min_open=True), default=50.0, metavar="X",
+              help="Network speed of each GPU's port in GB/s, for several hosts.")  # fmt: skip
 @click.option("--verbose", is_flag=True, help="Also list every buffer and activation.")
 @click.option("--price", "cost__price", metavar="P", help="Dollars per hour of the whole machine (cost.price).")
 @config_options

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
               help="Ready-made GPT-2 token shards from the Hub: "
                    "the first N training shards (default: all).")  # fmt: skip
 @click.option("--name", metavar="NAME", help="Name of the dataset (default: the first source's, with -TOKENIZER).")
-@click.option("--tokenizer", default="gpt2", show_default=True, metavar="T",
+@click.option("--tokenizer", default="gpt2", metavar="T",
               help="gpt2, gpt2-N (its first N tokens), bytes, or a tokenizer.json.")  # fmt: skip
-@click.option("--data-dir", default="data", show_default=True, metavar="DIR", help="Folder of the datasets.")
+@click.option("--data-dir", default="data", metavar="DIR", help="Folder of the datasets.")
 @click.option("--val-fraction", type=float, metavar="F", help="Fraction for validation (default: the source's split).")
-@click.option("--shard-tokens", type=int, default=100_000_000, show_default=True, metavar="N", help="Tokens per shard.")
-@click.option("--workers", type=int, default=0, show_default=True, metavar="N", help="Threads; 0 = all cores.")
-@click.option("--text-field", default="text", show_default=True, metavar="KEY",
+@click.option("--shard-tokens", type=int, default=100_000_000, metavar="N", help="Tokens per shard.")
+@click.option("--workers", type=int, default=0, metavar="N", help="Threads; 0 = all cores.")
+@click.option("--text-field", default="text", metavar="KEY",
               help="Field (.jsonl, .json, .csv) or column with the text.")  # fmt: skip
 @click.option("--skip-bad", is_flag=True, help="Skip bad files, lines and rows, and count them.")
 def prepare(

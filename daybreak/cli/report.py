@@ -30,8 +30,8 @@ def report(runs: tuple[str, ...], out: Path | None) -> None:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8267, show_default=True, help="0 = any free port.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address; any other one requires DAYBREAK_KEY.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8267, help="0 = any free port.")
+@click.option("--host", default="127.0.0.1", help="Address; any other one requires DAYBREAK_KEY.")
 @click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Allow browsers to use this host name.")
 def watch(runs: tuple[str, ...], port: int, host: str, names: tuple[str, ...]) -> None:
     """Follow runs live in a browser.

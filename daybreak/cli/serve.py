@@ -9,11 +9,11 @@ import click
 
 @click.command()
 @click.argument("target", metavar="RUN|HF-DIR")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address; any other one requires DAYBREAK_KEY.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 = any free port.")
+@click.option("--host", default="127.0.0.1", help="Address; any other one requires DAYBREAK_KEY.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 = any free port.")
 @click.option("--allow-host", "names", multiple=True, metavar="NAME", help="Allow clients to use this host name.")
-@click.option("--rows", type=click.IntRange(1), default=8, show_default=True, metavar="N", help="Sequences at a time.")
-@click.option("--queue", type=click.IntRange(1), default=64, show_default=True, metavar="N", help="Most open requests.")
+@click.option("--rows", type=click.IntRange(1), default=8, metavar="N", help="Sequences at a time.")
+@click.option("--queue", type=click.IntRange(1), default=64, metavar="N", help="Most open requests.")
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
 @click.option("--device", metavar="D", help="cpu or cuda (default: the run's).")
 def serve(

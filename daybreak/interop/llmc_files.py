@@ -11,7 +11,7 @@ import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -30,7 +30,6 @@ from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.interop.source import (
-    WHOLE,
     Export,
     Source,
     appearing,
@@ -38,7 +37,6 @@ from daybreak.interop.source import (
     default_tokenizer,
     identify_tokenizer,
     layout,
-    tensors,
 )
 from daybreak.shapes import GPT2Config
 
@@ -108,8 +106,9 @@ def _shape(path: Path) -> tuple[GPT2Config, torch.dtype, int]:
     cfg = checked_shape(path, GPT2Config(L=L, C=C, NH=NH, max_T=max_T, V=V))
     if Vp != cfg.Vp:
         _refuse(path, f"pads its vocabulary of {V} to {Vp} instead of {cfg.Vp}")
-    # Without `layout`, whose length a damaged header would decide.
-    count = sum(prod(shape) * (1 if name in WHOLE else L) for name, shape in tensors(cfg).items())
+    # Not the layout of all layers, whose length a damaged header would decide.
+    one, two = (sum(prod(shape) for _, _, shape in layout(replace(cfg, L=n))) for n in (1, 2))
+    count = one + (L - 1) * (two - one)
     want, size = HEADER + count * dtype.itemsize, path.stat().st_size
     if size != want:
         _refuse(path, f"has {size} bytes, {FORMATS[int(header[1])]} of its shape has {want}; copy it again")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor
 from daybreak.config import Config
 from daybreak.data.shards import fsync_folder, remove, temporary_of, write_atomic
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
+from daybreak.engine.models import build_model
+from daybreak.engine.params import Row
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.kernels.guard import WINDOW
 from daybreak.shapes import GPT2Config, model_config
@@ -29,27 +32,14 @@ from daybreak.state.run_folder import RunFolder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def tensors(cfg: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """llm.c's 16 tensors in the order of its files; those of a layer without the layer's number."""
-    C = cfg.C
-    layer: dict[str, tuple[int, ...]] = {
-        "ln1w": (C,), "ln1b": (C,), "qkvw": (3 * C, C), "qkvb": (3 * C,), "attprojw": (C, C), "attprojb": (C,),
-        "ln2w": (C,), "ln2b": (C,), "fcw": (4 * C, C), "fcb": (4 * C,), "fcprojw": (C, 4 * C), "fcprojb": (C,),
-    }  # fmt: skip
-    return {"wte": (cfg.Vp, C), "wpe": (cfg.max_T, C), **layer, "lnfw": (C,), "lnfb": (C,)}
-
-
-WHOLE = ("wte", "wpe", "lnfw", "lnfb")
-
-
 def layout(cfg: GPT2Config) -> list[tuple[str, int, tuple[int, ...]]]:
     """(daybreak's name, first element, shape) of every parameter in llm.c's order: all layers of one, then the next."""
-    rows, at = [], 0
-    for name, shape in tensors(cfg).items():
-        for full in [name] if name in WHOLE else [f"h.{l}.{name}" for l in range(cfg.L)]:
-            rows.append((full, at, shape))
-            at += prod(shape)
-    return rows
+    kinds: dict[str, list[Row]] = {}
+    for row in build_model(cfg).rows():
+        kinds.setdefault(row.name.rpartition(".")[2], []).append(row)
+    rows = [row for kind in kinds.values() for row in kind]
+    starts = accumulate((row.numel for row in rows), initial=0)
+    return [(row.name, start, row.shape) for row, start in zip(rows, starts, strict=False)]
 
 
 @dataclass(frozen=True)

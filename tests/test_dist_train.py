@@ -173,19 +173,22 @@ def test_one_rank_is_told_to_save_and_one_to_stop(shards: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("where", ["HellaSwag", "sampling"])
 def test_all_ranks_are_told_to_stop_while_they_are_at_something_else(shards: Path, tmp_path: Path, where: str) -> None:
-    """SIGTERM to three ranks in the evaluation after step 2, each batch or token of which takes a second: all leave it,
-    and save that step."""
+    """SIGTERM to three ranks in the evaluation after step 2, a batch or token of which waits for it: all leave it, and
+    save that step."""
     slow = {"HellaSwag": ("eval_losses", 23), "sampling": ("decode", 1)}  # the second validation's end, the first token
     values = {"data__tokenizer": "gpt2", "model__V": 50257, "model__C": 8, "model__L": 1, "eval__every": 2}
     if where == "HellaSwag":
         values["eval__hellaswag"] = str(shards / "hs.bin")
     target = recipe(shards, tmp_path, "s", **values, run__steps=100000, eval__sample_every=2, eval__sample_tokens=15)
     what, n = slow[where]
-    args = [json.dumps({"do": "slow", "at": f"call:daybreak.engine.step:Engine.{what}", "n": n}), "train", target]
+    (sent := tmp_path / "sent").touch()
+    slowly = {"do": "slow", "at": f"call:daybreak.engine.step:Engine.{what}", "n": n, "seconds": 0.0}
+    args = [json.dumps(slowly | {"until": [str(sent), "all"]}), "train", target]
     processes = ranks.start(3, args, tmp_path, run=ranks.accident)
     wait_for(tmp_path / "s", '"kind":"val","step":2', 1)
     for process in processes:
         process.send_signal(signal.SIGTERM)
+    sent.write_text("all")
     assert ranks.finish(processes) == [75, 75, 75]
     run = daybreak.load(tmp_path / "s")
     assert [path.name for path in run.checkpoints] == ["step-00000002"]

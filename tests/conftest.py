@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import signal
 import time
 from pathlib import Path
 
@@ -52,6 +53,15 @@ GROUPS |= {f"tests/test_recovery_{name}.py": "recovery" for name in RECOVERY}
 spent = dict.fromkeys(BUDGETS, 0.0)
 FIGURES: dict[str, object] = {}  # what the recovery tests measured, of all worker processes
 counted = [0.0]  # CPU seconds of this process and its children at the last report
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals_are_heard():
+    """Jobs in the background, and those under nohup, ignore some signals; what tests start would inherit that."""
+    nothing = {signal.SIGQUIT: lambda *_: None, signal.SIGHUP: lambda *_: None}
+    for number, handler in (nothing | {signal.SIGINT: signal.default_int_handler}).items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

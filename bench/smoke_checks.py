@@ -182,8 +182,8 @@ def small(words: list[str]) -> str:
     """A documented command with flags that make it short; nothing for what needs a network or a second machine."""
     flags = ["--steps", "3", "--eval.tokens", "16384", "--eval.sample_tokens", "8", "--batch.total_tokens", "0",
              "--log.sinks", "", "--checkpoint.keep", "1"]  # fmt: skip
-    if words[0] in ELSEWHERE or "--nnodes" in words:
-        return ""
+    if words[0] in ELSEWHERE or "--nnodes" in words or words[1:2] == ["prepare"]:
+        return ""  # documented GPU examples prepare only what the Hub has
     if words[0] == "torchrun":
         words = words[:]
         words[words.index("--nproc-per-node") + 1] = "1"

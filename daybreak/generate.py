@@ -89,7 +89,7 @@ def choose(logits: Any, hows: Sequence[Sampling], draws: Sequence[float]) -> Any
     Of equal probabilities top_p takes lower ids first; top_k keeps all that equal the k-th. Probabilities are whole
     numbers of 2^-52 / V of the likeliest's, so every sum is exact in fp64 and no order of summing changes the token.
     """
-    best, V, each = logits.argmax(-1), logits.shape[-1], list(range(len(hows)))
+    best, V = logits.argmax(-1), logits.shape[-1]
     if not any(how.temperature for how in hows):
         return best
     rows = [
@@ -100,14 +100,15 @@ def choose(logits: Any, hows: Sequence[Sampling], draws: Sequence[float]) -> Any
     numbers: Any = np.array(rows)
     ids: Any = np.arange(V)
     if isinstance(logits, Tensor):
-        xp, numbers, ids = torch, *(torch.from_numpy(x).to(logits.device) for x in (numbers, ids))
+        device = logits.device
+        xp, numbers, ids = torch, torch.from_numpy(numbers).to(device), torch.arange(V, device=device)
     temperature, top_k, top_p, min_p, draw, hot = numbers.T[..., None]
     whole = 2.0 ** (52 - V.bit_length())
     p = xp.round(xp.exp((logits - xp.amax(logits, -1)[:, None]) / temperature) * whole)
     if any(how.min_p for how in hows):
         p = p * (p >= min_p * whole)
     if most := min(V, max(how.top_k for how in hows)):
-        least = _largest(p, most)[each, [min(h.top_k or 1, most) - 1 for h in hows]][:, None]
+        least = _at(_largest(p, most), top_k[:, 0].clip(1, most) - 1)
         p = p * ((p >= least) | (top_k == 0))
     if any(how.top_p < 1 for how in hows):
         enough = xp.ceil(top_p * p.sum(-1)[:, None])
@@ -117,7 +118,7 @@ def choose(logits: Any, hows: Sequence[Sampling], draws: Sequence[float]) -> Any
         if xp is np and (s.sum(-1)[:, None] < enough).any():
             s = _largest(p, V)
         last = _reach(s, enough)
-        least = s[each, last][:, None]
+        least = _at(s, last)
         final = _reach((p == least) * 1.0, last[:, None] + 1 - (s > least).sum(-1)[:, None])
         p = p * ((p > least) | ((p == least) & (ids <= final[:, None])))
     total = p.sum(-1)[:, None]
@@ -132,6 +133,13 @@ def _largest(p: Any, n: int) -> Any:
     return np.sort(np.partition(p, p.shape[-1] - n)[:, p.shape[-1] - n :])[:, ::-1]
 
 
+def _at(values: Any, places: Any) -> Any:
+    """The entry of each row at its place, as a column. A GPU's host neither waits for it nor copies indices."""
+    if isinstance(values, Tensor):
+        return torch.take_along_dim(values, places.long()[:, None], 1)
+    return np.take_along_axis(values, places.astype(np.int64)[:, None], 1)
+
+
 def _reach(values: Any, target: Any) -> Any:
     """Where (b) the running sum of values (b, V), whole numbers, reaches target (b, 1). In two stages, because a GPU
     sums a long row step by step."""
@@ -139,11 +147,11 @@ def _reach(values: Any, target: Any) -> Any:
     whole = (
         torch.constant_pad_nd(values, (0, pad)) if isinstance(values, Tensor) else np.pad(values, ((0, 0), (0, pad)))
     )
-    blocks, each = whole.reshape(b, -1, BLOCK), list(range(b))
+    blocks = whole.reshape(b, -1, BLOCK)
     ends = blocks.sum(-1).cumsum(-1)
     block = (ends < target).sum(-1).clip(max=ends.shape[-1] - 1)
-    inside = blocks[each, block].cumsum(-1)
-    place = (inside < target - (ends[each, block][:, None] - inside[:, -1:])).sum(-1)
+    inside = _at(blocks, block[:, None])[:, 0].cumsum(-1)
+    place = (inside < target - (_at(ends, block) - inside[:, -1:])).sum(-1)
     return (block * BLOCK + place).clip(max=V - 1)
 
 

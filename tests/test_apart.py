@@ -24,9 +24,10 @@ from daybreak.cli.main import cli, main
 from daybreak.state.run import Run
 
 COMPILE = """
-    import argparse, signal, sys
+    import argparse, signal, sys, warnings
 
     def compile(*args, **kwargs):
+        warnings.warn("for the library's own developers")
         parser = argparse.ArgumentParser(description="another program")
         parser.add_argument("-diagnostic", nargs="?", const="all", choices=["all", "fail"])
         parser.parse_known_args()
@@ -176,4 +177,6 @@ def test_a_script_s_own_arguments_do_not_reach_the_kernels_libraries(tmp_path: P
         "script": LIBRARY,
     }
     write(tmp_path / "lib", **package)
-    assert "compiled 4\n" in run(tmp_path, "lib/script.py", "-d", "1024", "-h")
+    said = run(tmp_path, "lib/script.py", "-d", "1024", "-h")
+    assert "compiled 4\n" in said
+    assert "developers" not in said

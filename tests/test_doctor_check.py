@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,14 @@ def test_memory_beyond_the_plan_is_bad() -> None:
     planned = (p.nbytes + p.outside + p.host_nbytes) >> 20
     for used, good in ((planned, True), (planned + 100, True), (2 * planned + 200, False)):
         assert check._memory(p, used) == (good, f"memory: {used:,} MiB used, {planned:,} MiB planned")
+
+
+def test_memory_that_another_program_frees_is_not_measured() -> None:
+    target, keys = check._setting(check.pick_device("cpu"))
+    p = check.plan(check.resolve(target)[0].override(keys | {"run.device": "cpu"}))
+    planned = (p.nbytes + p.outside) >> 20
+    said = f"memory: not measured, another program frees memory of this GPU; {planned:,} MiB planned"
+    assert check._memory(replace(p, device="cuda"), -11482) == (True, said)
 
 
 def test_a_run_and_the_check_do_not_go_together(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

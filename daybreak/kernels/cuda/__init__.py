@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -60,7 +61,8 @@ OURS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Inside, a package sees no command line; afterwards its exception hook and its signal handlers are gone again.
+    """Inside, a package sees no command line, and its warnings to its own developers are silent. Afterwards its
+    exception hook and its signal handlers are gone again.
 
     CUTLASS parses sys.argv at every compile, prints its own usage for `-h` and exits at `-d 1024`; it replaces the
     exception hook when it is imported, and keeps files in a folder in /tmp unless this variable names another one.
@@ -69,7 +71,8 @@ def apart() -> Iterator[None]:
     argv, hook, handlers = sys.argv, sys.excepthook, [(number, signal.getsignal(number)) for number in OURS]
     sys.argv = argv[:1]
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         sys.argv, sys.excepthook = argv, hook
         if threading.current_thread() is threading.main_thread():

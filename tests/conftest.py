@@ -5,6 +5,7 @@ import os
 import platform
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,14 +76,27 @@ def _as_before():
         del os.environ[name]
 
 
+def children(pid: int) -> list[int]:
+    """Processes that this process started and that still run, or were not waited for."""
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+
+
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process and of all its descendants, those that still run and those that ended."""
     try:
         seconds = sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]))
-        children = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+        return seconds / os.sysconf("SC_CLK_TCK") + sum(map(cpu_seconds, children(pid)))
     except OSError:  # it ended meanwhile, or this system has no /proc
         return 0.0
-    return seconds / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(int(child)) for child in children.split())
+
+
+def end_leftovers(pid: int, folder: str) -> None:
+    """End descendants of a process that work in a folder: a failed test must not leave a run that takes a core."""
+    for child in children(pid):
+        with suppress(OSError):
+            end_leftovers(child, folder)
+            if folder in Path(f"/proc/{child}/cmdline").read_text() + os.readlink(f"/proc/{child}/cwd"):
+                os.kill(child, signal.SIGKILL)
 
 
 def pytest_collection_finish():
@@ -90,8 +104,10 @@ def pytest_collection_finish():
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport():
+def pytest_runtest_makereport(item):
     report = yield
+    if report.failed and "tmp_path" in item.funcargs:
+        end_leftovers(os.getpid(), str(item.funcargs["tmp_path"]))
     now = cpu_seconds(os.getpid())
     report.cpu, counted[0] = max(now - counted[0], 0.0), now
     return report

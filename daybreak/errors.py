@@ -87,6 +87,6 @@ def explained(kind: type[Error], said: str, fix: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.filename is not None and str(error.filename) not in said:
+        if error.filename is not None and os.sep not in said:  # which path, where the sentence names none
             reason += f": {error.filename}"
         raise kind(f"{said} ({reason}){fix and f'; {fix}'}.") from error

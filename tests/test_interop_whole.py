@@ -86,7 +86,7 @@ def test_a_failed_import_leaves_nothing(tmp_path):
 
     broken = Source(Path("theirs.bin"), MODEL, "bytes", read)
     made = config_of(SHAPE, "bytes", run__dir=str(tmp_path / "runs"), run__name="m")
-    with pytest.raises(Error, match=r"could not be written \(No space left on device: theirs.bin\)"):
+    with pytest.raises(Error, match=r"could not be written \(No space left on device\)"):
         make_run(broken, made)
     assert list((tmp_path / "runs").iterdir()) == []
     make_run(source(), made)

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,14 +34,14 @@ CARDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.
 class Remote(NamedTuple):
     """A file to download: its name, size in bytes (-1 unknown), sha256 ('' unknown), split, and how to get it.
 
-    `get(folder, force)` downloads into `folder` and returns the path; `force` starts afresh.
+    `get(local_dir=folder, force_download=force)` downloads into the folder and returns the path; `force` starts afresh.
     """
 
     name: str
     size: int
     sha256: str
     split: str
-    get: Callable[[Path, bool], Path]
+    get: Callable[..., str | Path]
 
 
 def download(remote: Remote, folder: Path) -> Path:
@@ -51,7 +52,7 @@ def download(remote: Remote, folder: Path) -> Path:
             log.warning("%s: %s; trying again.", remote.name, reason)
             time.sleep(WAIT * 2 ** (attempt - 1))
         try:
-            path = remote.get(folder, attempt > 0)
+            path = Path(remote.get(local_dir=folder, force_download=attempt > 0))
             reason = _defect(path, remote)
             if not reason:
                 return path
@@ -146,17 +147,14 @@ def hub_files(
             "check the name, the network and, for a gated set, HF_TOKEN."
         ) from None
 
-    def getter(name: str) -> Callable[[Path, bool], Path]:
-        where = {"repo_type": "dataset", "revision": info.sha, "endpoint": endpoint}
-        return lambda to, force: Path(hub.hf_hub_download(repo, name, local_dir=to, force_download=force, **where))
-
+    get = partial(hub.hf_hub_download, repo, repo_type="dataset", revision=info.sha, endpoint=endpoint)
     files = []
     for entry in entries:
         split = next((s for glob, s in patterns if _matches(glob, entry.path)), "test")
         split = {"validation": "val", "valid": "val"}.get(split, split) or split_of(entry.path)
         if split != "test" and entry.path.rpartition("/")[2] not in CARDS:
             sha256 = entry.lfs.sha256 if entry.lfs else ""
-            files.append(Remote(entry.path, entry.size, sha256, split, getter(entry.path)))
+            files.append(Remote(entry.path, entry.size, sha256, split, partial(get, entry.path)))
     found = next((some for kind in kinds if (some := [f for f in files if f.name.endswith(kind)])), [])
     if not found:
         known, globs = ", ".join(kind[0] for kind in kinds), ", ".join(glob for glob, _ in patterns)
@@ -170,11 +168,11 @@ def _url_file(url: str, size: int = -1) -> Remote:
     if not name.lower().endswith(SUFFIXES):
         raise DataError(f"{url}: cannot read files of this kind; it must end in {', '.join(SUFFIXES)}.")
 
-    def get(folder: Path, force: bool) -> Path:
-        path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    def get(local_dir: Path, force_download: bool) -> Path:
+        path = local_dir / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
         partial = path.with_name(path.name + ".part")
         http_get = extra("huggingface_hub.file_download", "data", url).http_get
-        with partial.open("wb" if force else "ab") as file:
+        with partial.open("wb" if force_download else "ab") as file:
             http_get(url, file, resume_size=file.tell(), headers={"Accept-Encoding": "identity"})
         return partial.rename(path)
 

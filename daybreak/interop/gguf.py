@@ -15,8 +15,6 @@ from daybreak.errors import ConfigError
 from daybreak.interop.huggingface import merges, their_name, vocabulary_text
 from daybreak.interop.source import Export, appearing
 
-DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 Q8_BLOCK = 32  # values that share a scale
 
 
@@ -28,10 +26,10 @@ def export(source: Export, out: Path, dtype: str = "f32") -> None:
     gguf = extra("gguf", "gguf", "--to gguf")
     if dtype == "q8_0" and source.model.C % Q8_BLOCK:
         raise ConfigError(f"--dtype q8_0 needs model.C to be a multiple of {Q8_BLOCK}, not {source.model.C}; use f16.")
-    kind = gguf.GGMLQuantizationType[DTYPES[dtype]]
+    kind = gguf.GGMLQuantizationType[dtype.upper()]
     with appearing(out) as temporary:
         writer = gguf.GGUFWriter(temporary, "gpt2")
-        _describe(writer, source, gguf, gguf.LlamaFileType[FILE_TYPES[dtype]])
+        _describe(writer, source, gguf, gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, source.model.L)  # from Hugging Face's names
         for name, shape in source.shapes.items():
             x = source.read(name).numpy()

@@ -110,8 +110,8 @@ class MetricsWriter(Lines):
         """Append a record with exactly the fields of FIELDS[kind]."""
         record = {"v": VERSION, "kind": kind, "step": step, "tokens": tokens, "t": float(self._clock()), **fields}
         _check(kind, record)
-        encoded = {k: _encode(v) for k, v in record.items()}
-        self.append(json.dumps(encoded, separators=(",", ":"), allow_nan=False) + "\n")
+        bad = {k: json.dumps(v) for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+        self.append(json.dumps(record | bad, separators=(",", ":"), allow_nan=False) + "\n")
         for listener in self.listeners:
             listener(record)
 
@@ -127,12 +127,6 @@ def _check(kind: str, record: dict[str, Any]) -> None:
 
 def _is_float(spec: Any) -> bool:
     return spec is float or spec == float | None
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -110,7 +110,7 @@ class NotingFrame(arena.PlanFrame):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.noted: list[Any] = []
-        self.recorder.noted = self.noted  # type: ignore[attr-defined]
+        self.recorder.noted = self.noted
 
     def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
         super().do(name, fn, writes, reads)
@@ -118,7 +118,7 @@ class NotingFrame(arena.PlanFrame):
 
     def text(self) -> list[str]:
         """Everything noted, once all tensors are known by name."""
-        tensors = {**{name: t for name, (t, _) in self.activations.items()}, **self.state}
+        tensors = {**self.activations, **self.state}
         names = {arena.storage_key(t): name for name, t in tensors.items() if name not in ("tokens", "targets")}
         say = partial(describe, find=lambda x: (names[arena.storage_key(x)], x.storage_offset()), table=self.table,
                       dtype=self.dtype)  # fmt: skip

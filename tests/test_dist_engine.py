@@ -13,8 +13,9 @@ import torch
 
 from daybreak.engine import Engine, plan_engine
 from daybreak.engine.collectives import Sharding
-from daybreak.engine.models import build_model
+from daybreak.engine.moments import final_moments
 from daybreak.engine.params import ALIGN, ParamTable
+from daybreak.models.registry import build_model
 from daybreak.parallel import Group
 from daybreak.shapes import GPT2Config, parse_shape
 from daybreak.state.restore import snapshot
@@ -159,9 +160,9 @@ def test_every_element_has_one_owner(world: int, bucket: int, shape: str) -> Non
     cfg = GPT2Config(L=3, C=24, NH=2, max_T=12, V=61) if shape == "tiny" else parse_shape(shape)
     model = build_model(cfg)
     table = ParamTable(model.rows())
-    ranges, state = [], set()
+    ranges, state, moments = [], set(), final_moments(model, table)
     for rank in range(world):
-        plan = Sharding(table, model.final_at, Group(rank, world), 1, bucket)
+        plan = Sharding(table, moments, Group(rank, world), 1, bucket)
         shards = [r for r in plan.shards() if r[0] < r[1]]
         ranges += [(a, b) for a, b, _ in shards]
         state.add(plan.shard)
@@ -175,7 +176,18 @@ def test_every_element_has_one_owner(world: int, bucket: int, shape: str) -> Non
     for bucket_ in plan.buckets:  # no bucket is sent before the last of its rows is final
         for name, at in table.offsets.items():
             if at < bucket_.stop and bucket_.start < at + table.rows[name].numel:
-                assert model.final_at(name) <= bucket_.moment
+                assert moments[name] <= bucket_.moment
+
+
+@pytest.mark.parametrize("recompute", range(4))
+def test_moments_by_hand(recompute: int) -> None:
+    """Blocks from the last to the second, the embedding, block 0 with all vectors, whatever is computed again."""
+    model = build_model(GPT2Config(L=3, C=24, NH=2, max_T=12, V=61), recompute)
+    moments = final_moments(model, ParamTable(model.rows()))
+    matrices = {"h.2.": 0, "h.1.": 1, "wte": 2, "wpe": 2, "h.0.": 3}
+    want = {name: next((m for p, m in matrices.items() if name.startswith(p)), 3) for name in moments}
+    want |= {name: 3 for name in moments if name.endswith("b") or "ln" in name}
+    assert moments == want
 
 
 @pytest.mark.parametrize("zero", STAGES)

@@ -13,11 +13,11 @@ import torch
 from oracle import GPT2, AdamW, Shape, initial_values, learning_rate, random_values
 from torch import Tensor
 
-import daybreak.engine.gpt2 as schedule
+import daybreak.models.gpt2 as gpt2
 from daybreak.config_keys import OptimConfig
 from daybreak.engine import Engine
-from daybreak.engine.models import build_model
 from daybreak.engine.params import draw_parameters
+from daybreak.models.registry import build_model
 from daybreak.shapes import GPT2Config, parse_shape
 
 torch.set_num_threads(1)
@@ -138,7 +138,7 @@ def test_logits_and_token_losses(shape, A, B, T, compute, limit):
 
 def test_head_in_chunks(monkeypatch):
     """Logits that do not fit one chunk, the last chunk shorter than the others."""
-    monkeypatch.setattr(schedule, "HEAD_BYTES", {"cpu": 8 * SMALL.Vp * 4})
+    monkeypatch.setattr(gpt2, "HEAD_BYTES", {"cpu": 8 * SMALL.Vp * 4})
     engine, oracle = pair(SMALL, 3, 7)
     assert calls(engine).count("classifier") == 3
     tokens, targets = batch(SMALL, 2, 3, 7, ignored=True)

@@ -21,11 +21,11 @@ from daybreak.data.shards import read_header
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.engine import Engine, plan_engine
 from daybreak.engine.device import cpu_has_bf16
-from daybreak.engine.gpt2 import GPT2
 from daybreak.evaluate.validation import validate
 from daybreak.generate import Sampling, Text, write_all
 from daybreak.kernels import matmul
 from daybreak.kernels.optimizer import FLAT_CHUNK
+from daybreak.models.gpt2 import GPT2
 from daybreak.parallel import Group
 from daybreak.shapes import GPT2Config, parse_shape
 from daybreak.state.checkpoint import save_checkpoint

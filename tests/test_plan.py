@@ -19,9 +19,10 @@ from daybreak.cli.main import main
 from daybreak.config import Config, parse_value, recipe_names, resolve
 from daybreak.engine.collectives import Sharding
 from daybreak.engine.fit import OUTSIDE, Fit
-from daybreak.engine.models import build_model
+from daybreak.engine.moments import final_moments
 from daybreak.engine.params import ParamTable
 from daybreak.kernels.cuda import cudnn, fa4, quack
+from daybreak.models.registry import build_model
 from daybreak.parallel import Group
 from daybreak.report.cards import MEASURED, SEVERAL_GPUS, find_card
 from daybreak.report.plan import figures, plan, recipe_notes
@@ -237,7 +238,8 @@ def test_checkpoints_on_the_disk_are_as_large_as_planned(tmp_path: Path, monkeyp
 def test_model_of_the_exchange_by_hand() -> None:
     """2 ranks, three buckets of which the middle one waits for the first, the last for its own gradient."""
     model = build_model(GPT2Config(L=2, C=128, NH=2, max_T=128, V=256))
-    sharding = Sharding(ParamTable(model.rows()), model.final_at, Group(0, 2), 1, 1)
+    table = ParamTable(model.rows())
+    sharding = Sharding(table, final_moments(model, table), Group(0, 2), 1, 1)
     block, embedding = 12 * 128 * 128, (256 + 128) * 128
     vectors = 2 * 13 * 128 + 2 * 128
     assert [sharding.size(k) * 2 for k in sharding.order] == [block, embedding, block, vectors]

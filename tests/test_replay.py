@@ -24,7 +24,7 @@ from torch import Tensor
 
 from daybreak.config_keys import GuardConfig
 from daybreak.engine import Engine, arena, collectives, schedule
-from daybreak.engine.models import Model, build_model
+from daybreak.models.registry import Model, build_model
 from daybreak.shapes import GPT2Config, parse_shape
 
 torch.set_num_threads(1)

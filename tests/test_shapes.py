@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from daybreak.engine.models import build_model
 from daybreak.engine.params import ParamTable
+from daybreak.models.registry import build_model
 from daybreak.shapes import parse_shape, shape_names
 
 # The spec's table of descriptors: L, C, NH, max_T, parameters with the padded vocabulary. Written down by hand.

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from daybreak.engine.collectives import IN_FLIGHT, Collectives, Sharding
 from daybreak.engine.params import ParamTable
-from daybreak.kernels import Call, Kernels, Recorder, storage_key
+from daybreak.kernels import Call, Kernels, Recorder, acc_dtype, storage_key
+from daybreak.models.frame import Frame, Mode
 
 ALIGN = 256  # bytes
 MAX_CHUNKS = 64  # of one calculation in chunks, that a plan records one by one
@@ -47,66 +48,50 @@ class Entry:
         return -(-self.nbytes // ALIGN) * ALIGN
 
 
-class Frame(Protocol):
-    """What a schedule sees: kernels, and tensors by name."""
+class StepFrame(Frame, Protocol):
+    """What a step sees beside a model's frame: the tensors that stay, and the exchange between ranks."""
 
-    k: Kernels
     comm: Collectives
     state: dict[str, Tensor]
 
-    def w(self, name: str) -> Tensor:
-        """A weight, in compute dtype."""
-
-    def g(self, name: str) -> Tensor:
-        """Its gradient."""
-
-    def a(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An activation of this shape (compute dtype by default). Declared by being used."""
-
-    def chunks(self, n: int, step: int) -> Sequence[int]:
-        """Where chunks of `step` of n rows start."""
-        return range(0, n, step)
-
-    def final(self, moment: int) -> None:
-        """Backward has finished the gradients that Model.final_at gives this moment: they may be exchanged."""
-        exchange(self, moment)
+    def final(self) -> None:
+        exchange(self)
 
     def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
         """Call fn, which is no kernel: what it writes and reads is on the call list."""
 
 
-class PlanFrame(Frame):
+class PlanFrame(StepFrame):
     """Hands out storage-less tensors and remembers what was asked for."""
 
     def __init__(
         self, table: ParamTable, dtype: torch.dtype, state: list[Entry], comm: Collectives,
         choices: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        self.table, self.dtype, self.comm = table, dtype, comm
+        self.table, self.dtype, self.acc, self.comm = table, dtype, acc_dtype(dtype), comm
         self.recorder = Recorder(choices)
         self.k: Kernels = self.recorder
-        self.activations: dict[str, tuple[Tensor, torch.dtype]] = {}
+        self.activations: dict[str, Tensor] = {}
         self.state = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in state}
         self.state["tokens"], self.state["targets"] = self.state["batch"]
 
     def w(self, name: str) -> Tensor:
-        return self.table.view(self.state["weights"], name)
+        return self.table.view(self.state["weights"], self.prefix + name)
 
     def g(self, name: str) -> Tensor:
         if "grads" in self.state:
-            return self.table.view(self.state["grads"], name)
-        return self.comm.plan.gradient(name, lambda k: grad_buffer(self, k))
+            return self.table.view(self.state["grads"], self.prefix + name)
+        return self.comm.plan.gradient(self.prefix + name, lambda k: grad_buffer(self.layer("", 0, Mode()), k))
 
     def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
         read, written = (tuple(storage_key(t) for t in tensors) for tensors in (reads, writes))
         self.recorder.calls.append(Call(name, read, written, 0))
 
-    def a(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or self.dtype
-        if name not in self.activations:
-            self.activations[name] = (torch.empty(shape, dtype=dtype, device="meta"), dtype)
-        tensor = self.activations[name][0]
-        assert self.activations[name][1] == dtype, f"{name} is asked for as {dtype}"
+    def a(self, name: str, *shape: int, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+        name, dtype = self.prefix + name + (".again" if self.mode.recomputed and not plain else ""), dtype or self.dtype
+        if (tensor := self.activations.get(name)) is None:
+            tensor = self.activations[name] = torch.empty(shape, dtype=dtype, device="meta")
+        assert tensor.dtype == dtype, f"{name} is asked for as {dtype}"
         assert math.prod(shape) <= tensor.numel(), f"{name} is asked for as {shape}, larger than declared"
         return tensor.view(-1)[: math.prod(shape)].view(shape)
 
@@ -116,55 +101,56 @@ class PlanFrame(Frame):
         return starts if len(starts) <= MAX_CHUNKS else [*starts[:2], starts[-1]]
 
 
-class LiveFrame(Frame):
+class LiveFrame(StepFrame):
     """Hands out views of allocated buffers."""
 
     def __init__(
         self, arena: Arena, table: ParamTable, dtype: torch.dtype, device: torch.device, comm: Collectives
     ) -> None:
-        self.dtype, self.comm = dtype, comm
+        self.dtype, self.acc, self.comm = dtype, acc_dtype(dtype), comm
         self.buffers = {name: zeros(size, device) for name, size in arena.sizes().items()}
         tensors = {e.name: self._view(e) for e in arena.entries}
         self.state = {e.name: tensors[e.name] for e in arena.entries if e.buffer != "activations"}
         self.activations = {e.name: tensors[e.name] for e in arena.entries if e.buffer == "activations"}
         self.k = Kernels(self.state["scratch"], arena.choices)
         self.weights = {name: table.view(self.state["weights"], name) for name in table.rows}
-        self.grads: dict[str, Tensor] = {}
-        if "grads" in self.state:
-            self.grads = {name: table.view(self.state["grads"], name) for name in table.rows}
-        elif "shard" in self.state:  # stage 2
+        self.grads = {name: table.view(self.state["grads"], name) for name in table.rows if "grads" in self.state}
+        if "shard" in self.state and not self.grads:  # stage 2
             self.grads = {name: comm.plan.gradient(name, lambda k: grad_buffer(self, k)) for name in table.rows}
 
     def _view(self, e: Entry) -> Tensor:
         return self.buffers[e.buffer][e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape)
 
     def w(self, name: str) -> Tensor:
-        self.comm.need(name)
+        name = self.prefix + name
+        if self.comm.gathering:
+            self.comm.need(name)
         return self.weights[name]
 
     def g(self, name: str) -> Tensor:
-        return self.grads[name]
+        return self.grads[self.prefix + name]
 
     def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
         fn()
 
-    def a(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        tensor = self.activations[name]
+    def a(self, name: str, *shape: int, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+        tensor = self.activations[self.prefix + name + (".again" if self.mode.recomputed and not plain else "")]
         if tensor.shape == shape:
             return tensor
         return tensor.view(-1)[: math.prod(shape)].view(shape)  # a smaller batch uses the front
 
 
-def grad_buffer(f: Frame, k: int) -> Tensor:
+def grad_buffer(f: StepFrame, k: int) -> Tensor:
     """Stage 2: the gradients of segment k, in memory that others use before and after."""
     start, stop = f.comm.plan.buffer(k)
     return f.a(f"grads.{k}", stop - start)
 
 
-def exchange(f: Frame, moment: int) -> None:
+def exchange(f: StepFrame) -> None:
     """Start to exchange the buckets that are final now, and wait for those whose memory is wanted, or, at the end,
     for all."""
-    c, plan = f.comm, f.comm.plan
+    c, plan, moment = f.comm, f.comm.plan, f.comm.moment
+    c.moment += 1
     if not c.exchanges():
         return
     if plan.zero == 2:
@@ -187,7 +173,7 @@ def exchange(f: Frame, moment: int) -> None:
         _land(f, c.flying.pop(0))
 
 
-def _hand_over(f: Frame, j: int) -> None:
+def _hand_over(f: StepFrame, j: int) -> None:
     """Clear what no row covers of segment j's buffer, and copy what belongs to others' buckets there."""
     plan, mine = f.comm.plan, grad_buffer(f, j)
     first = plan.buffer(j)[0]
@@ -200,7 +186,7 @@ def _hand_over(f: Frame, j: int) -> None:
         f.do("strip", partial(to.copy_, source), [to], [source])
 
 
-def _land(f: Frame, k: int) -> None:
+def _land(f: StepFrame, k: int) -> None:
     """Wait for bucket k's sum; at stage 2 add it to this rank's, and its memory is free again."""
     c, plan = f.comm, f.comm.plan
     b, size = plan.buckets[k], plan.size(k)
@@ -246,13 +232,9 @@ class Arena:
 
 
 def plan_arena(
-    table: ParamTable,
-    dtype: torch.dtype,
-    state: list[Entry],
-    schedules: Sequence[Callable[[PlanFrame], None]],
-    choices: Mapping[str, str],
-    comm: Collectives,
-) -> Arena:
+    table: ParamTable, dtype: torch.dtype, state: list[Entry], schedules: Sequence[Callable[[PlanFrame], None]],
+    choices: Mapping[str, str], comm: Collectives,
+) -> Arena:  # fmt: skip
     """Record the schedules and place every tensor. The first schedule gives lifetimes, and the others must fit: where
     one needs two tensors at the same time that share bytes, an assertion names them."""
     placed, ends = [], dict[str, int]()
@@ -272,8 +254,7 @@ def plan_arena(
     scratch_entry = Entry("scratch", "scratch", (max(ends["scratch"], 64),), torch.uint8, last=len(calls))
     spans = _lifetimes(frame, calls)
     activations = _place([
-        Entry(name, "activations", tuple(t.shape), dtype, 0, *spans[name])
-        for name, (t, dtype) in frame.activations.items()
+        Entry(name, "activations", tuple(t.shape), t.dtype, 0, *spans[name]) for name, t in frame.activations.items()
     ])  # fmt: skip
     for later in recorded[1:]:
         _check(activations, _lifetimes(frame, later))
@@ -284,7 +265,7 @@ def plan_arena(
 
 def _lifetimes(frame: PlanFrame, calls: list[Call]) -> dict[str, tuple[int, int]]:
     """First and last call of every activation that these calls use."""
-    names = {storage_key(t): name for name, (t, _) in frame.activations.items()}
+    names = {storage_key(t): name for name, t in frame.activations.items()}
     spans: dict[str, tuple[int, int]] = {}
     for i, call in enumerate(calls):
         for key in (*call.reads, *call.writes):

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from daybreak.engine.arena import LiveFrame
-from daybreak.kernels import Kernels
 
 Action = Callable[[], None]
 SLOTS = 4  # batches and results in flight, at most
@@ -83,28 +83,21 @@ class Tapes:
 
     def _note(self, fn: Action) -> list[Action]:
         kernels, calls = self._frame.k, list[Action]()
-        self._frame.k = _Noting(kernels, calls)  # type: ignore[assignment]  # the same attributes
+
+        def noting(kernel: Callable[..., None]) -> Callable[..., None]:
+            def call(*args: Any, **kwargs: Any) -> None:
+                kernel(*args, **kwargs)
+                calls.append(partial(kernel, *args, **kwargs))
+
+            return call
+
+        same = {name: noting(getattr(kernels, name)) for name in kernels.choices}
+        self._frame.k = SimpleNamespace(**same)  # type: ignore[assignment]  # the same attributes
         try:
             fn()
         finally:
             self._frame.k = kernels
         return calls
-
-
-class _Noting:
-    """Kernels that note their calls."""
-
-    def __init__(self, kernels: Kernels, calls: list[Action]) -> None:
-        self._kernels, self._calls = kernels, calls
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        kernel = getattr(self._kernels, name)
-
-        def call(*args: Any, **kwargs: Any) -> None:
-            kernel(*args, **kwargs)
-            self._calls.append(partial(kernel, *args, **kwargs))
-
-        return call
 
 
 class Ring:

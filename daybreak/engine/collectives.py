@@ -12,7 +12,7 @@ later. On CUDA, NCCL runs on a stream of its own: `start` forks it from the sche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -49,18 +49,18 @@ class Piece:
 class Sharding:
     """Who owns what, computed from the table alone; no process group is needed.
 
-    moment_of: row name -> when its gradient is final (Model.final_at). bucket_bytes: neighbours that are final one
+    moments: row name -> when its gradient is final (moments.final_moments). bucket_bytes: neighbours that are final one
     after the other are joined up to this size. `numel` is the padded length of the flat buffers, `shard` a rank's.
     """
 
     def __init__(
-        self, table: ParamTable, moment_of: Callable[[str], int], group: Group, zero: int, bucket_elements: int
+        self, table: ParamTable, moments: Mapping[str, int], group: Group, zero: int, bucket_elements: int
     ) -> None:
         self.table, self.rank, self.world = table, group.rank, group.world
         self.zero = zero if group.world > 1 else 0
         unit = self.world * ALIGN
         self.numel = -(-table.numel // unit) * unit
-        self.segments = _segments(table, moment_of, bucket_elements)  # (start, stop, moment) of whole rows
+        self.segments = _segments(table, moments, bucket_elements)  # (start, stop, moment) of whole rows
         cuts = [0]
         for left, right in pairwise(self.segments):
             cut = left[1] // unit * unit if left[2] < right[2] else -(-left[1] // unit) * unit
@@ -160,13 +160,13 @@ class Sharding:
         return trips * self.numel * dtype.itemsize * (self.world - 1) / self.world
 
 
-def _segments(table: ParamTable, moment_of: Callable[[str], int], limit: int) -> list[tuple[int, int, int]]:
+def _segments(table: ParamTable, moments: Mapping[str, int], limit: int) -> list[tuple[int, int, int]]:
     """Consecutive rows that become final together, and runs of them that do so one after the other, up to `limit`."""
     runs: list[tuple[int, int, int]] = []
-    end = max(map(moment_of, table.rows))  # nothing is made to wait for the very end
+    end = max(moments.values())  # nothing is made to wait for the very end
     for name, start in sorted(table.offsets.items(), key=lambda item: item[1]):
         stop = start + -(-table.rows[name].numel // ALIGN) * ALIGN
-        moment = moment_of(name)
+        moment = moments[name]
         first, _, before = runs[-1] if runs else (0, 0, -2)
         if moment == before or (before + 1 == moment < end and stop - first <= limit):
             runs[-1] = (first, stop, moment)
@@ -187,11 +187,12 @@ class Collectives:
         self.active = group.world > 1
         self.last = True  # the micro-step under way is the step's last
         self.first = True
+        self.moment = 0  # calls of f.final in the backward under way
         self.stale = False  # updated weights are still to be gathered
         self.record: list[tuple[str, int, float]] = []
         self.flying: list[int] = []  # buckets started and not waited for, oldest first
         self._reducing: dict[int, Any] = {}
-        self._gathering: dict[int, Any] = {}
+        self.gathering: dict[int, Any] = {}
 
     def exchanges(self) -> bool:
         """Whether this micro-step's gradients are exchanged: the last one's, at stage 2 all."""
@@ -232,23 +233,21 @@ class Collectives:
             b, size = self.plan.buckets[k], self.plan.size(k)
             mine = weights[b.start + self.plan.rank * size :][:size]
             self._note("all_gather", k, weights[b.start : b.stop])
-            self._gathering[k] = self.group.all_gather_into(weights[b.start : b.stop], mine)
+            self.gathering[k] = self.group.all_gather_into(weights[b.start : b.stop], mine)
         self.stale = False
 
     def need(self, name: str) -> None:
         """Wait for the buckets that hold a row's weights."""
-        if not self._gathering:
-            return
         first = self.plan.table.offsets[name]
         last = first + self.plan.table.rows[name].numel
-        for k in list(self._gathering):
+        for k in list(self.gathering):
             if self.plan.buckets[k].start < last and first < self.plan.buckets[k].stop:
-                self._gathering.pop(k).wait()
+                self.gathering.pop(k).wait()
 
     def finish(self) -> None:
         """Wait for all that is being gathered."""
-        for k in list(self._gathering):
-            self._gathering.pop(k).wait()
+        for k in list(self.gathering):
+            self.gathering.pop(k).wait()
 
     def _note(self, what: str, k: int, whole: Tensor) -> None:
         self.group.progress += 1

@@ -29,9 +29,8 @@ def plan_memory(
     config: Config, device: torch.device, missing: Collection[str], group: Group = ALONE
 ) -> tuple[Arena, int]:
     """The arena of a configuration on a kind of device, and the bytes that come on top of it there."""
-    options = engine_options(config, device)
-    B, kind = config.batch.B, device.type
-    arena = plan_engine(config.model, B=B, device_type=kind, missing=missing, group=group, **options)[2]
+    options = {"B": config.batch.B, "device_type": device.type, **engine_options(config, device)}
+    arena = plan_engine(config.model, missing=missing, group=group, **options)[2]
     if device.type != "cuda":
         return arena, 0
     outside, c = OUTSIDE + (NCCL if group.world > 1 else 0), config

@@ -1,8 +1,8 @@
 """The parameter table: the only truth about weights. Names, shapes, decay, initialisation, and where each one lies.
 
-Weights, gradients, masters and moments are flat buffers with one layout. Rows are ordered by (optimizer group,
-backward order), so the optimizer is one launch a group and gradients become final front to back: buckets of
-contiguous memory can be reduced while backward still runs.
+Weights, gradients, fp32 master weights and moments are flat buffers with one layout. Rows are ordered by optimizer
+group, and in a group by backward order. So the optimizer is one launch a group, and gradients become final front to
+back: buckets of contiguous memory can be reduced while backward still runs.
 """
 
 from __future__ import annotations
@@ -15,28 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from daybreak.models.rows import Row
+
 ALIGN = 128  # elements: 256 bytes in bf16, more in wider dtypes
 
 
 @dataclass(frozen=True)
-class Row:
-    """One parameter. `std` draws N(0, std) for the first `drawn_rows` rows (None: all), else every value is `fill`."""
-
-    name: str
-    shape: tuple[int, ...]
-    decay: bool
-    std: float | None = None
-    fill: float = 0.0
-    drawn_rows: int | None = None
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
 class Group:
-    """Consecutive rows that share an optimizer rule: elements [start, stop) of every flat buffer."""
+    """Consecutive rows that the optimizer treats alike: elements [start, stop) of every flat buffer."""
 
     start: int
     stop: int

@@ -1,11 +1,11 @@
-"""What one optimizer step is, as calls, and the memory that those calls need: micro-steps, update, evaluation, writing.
+"""One optimizer step as calls, and the memory that they need: micro-steps, update, evaluation, decode.
 
 The functions are what runs; `plan_engine` records the very same ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from daybreak.config_keys import GuardConfig, OptimConfig
-from daybreak.engine.arena import Arena, Entry, Frame, plan_arena
+from daybreak.engine.arena import Arena, Entry, StepFrame, plan_arena
 from daybreak.engine.collectives import Collectives, Sharding
-from daybreak.engine.models import Model, build_model
+from daybreak.engine.moments import final_moments
 from daybreak.engine.params import ParamTable
 from daybreak.errors import ConfigError
 from daybreak.kernels import acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
+from daybreak.models.registry import Model, build_model
 from daybreak.parallel import ALONE, Group
 from daybreak.shapes import GPT2Config
 
@@ -29,13 +30,13 @@ HYPER = ("lr", "t", "inv_valid", "bias1", "bias2")
 State = dict[str, Tensor]
 
 
-def micro_step(model: Model, f: Frame, s: State, *, first: bool, last: bool = True) -> None:
+def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool = True) -> None:
     """Forward and backward of the batch in s["tokens"], s["targets"]: gradients and the step's loss so far.
 
     Between ranks: the first fetches the weights that others updated, the last exchanges gradients under its backward.
     """
     c, scale = f.comm, s["hyper"][2]
-    c.first, c.last = first, last
+    c.first, c.last, c.moment = first, last, 0
     if first and c.stale:
         c.gather(s["weights"])
     hidden = model.forward(f, s["tokens"])
@@ -46,7 +47,7 @@ def micro_step(model: Model, f: Frame, s: State, *, first: bool, last: bool = Tr
     model.backward(f, s["tokens"], first=fresh)
 
 
-def update(f: Frame, s: State, optim: OptimConfig, guard: GuardConfig, seed: int) -> None:
+def update(f: StepFrame, s: State, optim: OptimConfig, guard: GuardConfig, seed: int) -> None:
     """Gradient norm, the guard's decision, and one AdamW launch per parameter group (and bucket, of a shard)."""
     c, grads = f.comm, s["shard" if f.comm.plan.zero else "grads"]
     f.k.global_norm(s["norm"], grads)
@@ -68,7 +69,7 @@ def update(f: Frame, s: State, optim: OptimConfig, guard: GuardConfig, seed: int
         )  # fmt: skip
 
 
-def evaluate(model: Model, f: Frame, s: State, B: int, T: int) -> None:
+def evaluate(model: Model, f: StepFrame, s: State, B: int, T: int) -> None:
     """Per-token losses of the first B rows and T columns of the input buffers, without gradients."""
     hidden = model.forward(f, s["tokens"][:B, :T])
     n = B * T
@@ -76,7 +77,7 @@ def evaluate(model: Model, f: Frame, s: State, B: int, T: int) -> None:
     model.head_loss(f, hidden, targets, losses, s["hyper"][2], backward=False, first=True)
 
 
-def next_token(model: Model, f: Frame, s: State, b: int) -> None:
+def next_token(model: Model, f: StepFrame, s: State, b: int) -> None:
     """`logits` that follow one more token, s["next"][0], at place s["next"][1] of each of the first b rows of `kv`."""
     tokens, positions = s["next"][:, :b]
     model.decode(f, tokens, positions, s["kv"][:, :, :b], s["last_hidden"][:b])
@@ -93,7 +94,7 @@ def state_entries(
     plan: Sharding, cfg: GPT2Config, B: int, T: int, dtype: torch.dtype, train: bool, masters: str, kv: tuple[int, ...]
 ) -> list[Entry]:
     """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and keys and
-    values (of shape `kv`) of texts under way."""
+    values (of shape `kv`) of sequences under way."""
     V, C, N, acc, f64, i64 = cfg.V, cfg.C, plan.numel, acc_dtype(dtype), torch.float64, torch.int64
     held = plan.shard if plan.zero else N
     entries = [Entry("weights", "weights", (N,), dtype)]
@@ -118,27 +119,15 @@ def state_entries(
 
 
 def plan_engine(
-    cfg: GPT2Config,
-    *,
-    B: int,
-    T: int,
-    compute: str = "fp32",
-    recompute: int = 0,
-    train: bool = True,
-    masters: str = "auto",
-    device_type: str = "cpu",
-    kernels: Mapping[str, str] | None = None,
-    missing: Collection[str] = (),
-    rows: int = 1,
-    group: Group = ALONE,
-    zero: int = 0,
-    bucket_bytes: int = 1 << 25,
-) -> tuple[Model, ParamTable, Arena]:
+    cfg: GPT2Config, *, B: int, T: int, compute: str = "fp32", recompute: int = 0, train: bool = True,
+    masters: str = "auto", device_type: str = "cpu", kernels: Mapping[str, str] | None = None,
+    missing: Collection[str] = (), rows: int = 1, group: Group = ALONE, zero: int = 0, bucket_bytes: int = 1 << 25,
+) -> tuple[Model, ParamTable, Arena]:  # fmt: skip
     """The model, its parameter table and the complete memory list of one rank; no device is touched.
 
     kernels: group of operations -> backend, where not the best (see kernels.choose); missing: backends that are not
-    there; rows: texts that can be written at a time. group: ranks that train together; Group(rank, world) will do.
-    Raises ConfigError for a shape that cannot exist.
+    there; rows: sequences that can be generated at a time.
+    group: ranks that train together; Group(rank, world) will do. Raises ConfigError for a shape that cannot exist.
     """
     cfg.check()
     if device_type == "cuda" and cfg.HS > 256:
@@ -146,35 +135,28 @@ def plan_engine(
             f"model.NH = {cfg.NH} makes heads of {cfg.HS}, and CUDA's attention takes 256 at most; use more."
         )
     model = build_model(cfg, recompute, device_type)
-    table = ParamTable(model.rows())
-    dtype = DTYPES[compute]
-    optim, guard = OptimConfig(), GuardConfig()
-
-    sharding = Sharding(table, model.final_at, group, zero, bucket_bytes // dtype.itemsize)
+    table, dtype = ParamTable(model.rows()), DTYPES[compute]
+    sharding = Sharding(table, final_moments(model, table), group, zero, bucket_bytes // dtype.itemsize)
 
     def training(f: Any) -> None:
         micro_step(model, f, f.state, first=True)
-        update(f, f.state, optim, guard, 0)
+        update(f, f.state, OptimConfig(), GuardConfig(), 0)
 
-    def accumulating(f: Any) -> None:
-        micro_step(model, f, f.state, first=False)
-
-    def evaluation(f: Any) -> None:
-        evaluate(model, f, f.state, B, T)
-
-    def writing(b: int, f: Any) -> None:
-        next_token(model, f, f.state, b)
-
-    def reading(b: int, f: Any) -> None:
+    def prefill(b: int, f: Any) -> None:
         t = min(T, B * T // b)
         model.forward(f, f.state["tokens"].view(-1)[: b * t].view(b, t), f.state["kv"][:, :, :b])
 
-    schedules = [training, accumulating, evaluation] if train else [evaluation]
+    def decoding(b: int, f: Any) -> None:
+        next_token(model, f, f.state, b)
+
+    schedules: list[Callable[[Any], None]] = [lambda f: evaluate(model, f, f.state, B, T)]
+    if train:
+        schedules = [training, lambda f: micro_step(model, f, f.state, first=False), *schedules]
     assert rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
-    # A model may write few texts by other calls; many short ones may need more scratch than one long one.
-    schedules += [partial(writing, b) for b in sorted({1, min(2, rows), rows})]
-    schedules += [partial(reading, b) for b in range(2, rows + 1)]
-    kv = model.memory_shape(rows, T)
+    # A model may decode few rows by other calls. Many short sequences may need more scratch than one long one.
+    schedules += [partial(decoding, b) for b in sorted({1, min(2, rows), rows})]
+    schedules += [partial(prefill, b) for b in range(2, rows + 1)]
+    kv = model.cache_shape(rows, T)
     state = state_entries(sharding, cfg, B, T, dtype, train, pick_masters(masters, dtype, device_type), kv)
-    choices = choose(device_type, dtype, kernels, missing)
-    return model, table, plan_arena(table, dtype, state, schedules, choices, Collectives(sharding, group))
+    choices, comm = choose(device_type, dtype, kernels, missing), Collectives(sharding, group)
+    return model, table, plan_arena(table, dtype, state, schedules, choices, comm)

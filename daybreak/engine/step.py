@@ -22,12 +22,12 @@ from daybreak.engine.arena import LiveFrame
 from daybreak.engine.capture import Graphs, Pending, Ring, Tapes
 from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on
-from daybreak.engine.models import build_model
 from daybreak.engine.params import draw_parameters
 from daybreak.engine.schedule import DTYPES, HYPER, State, evaluate, micro_step, next_token, plan_engine, update
 from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
 from daybreak.kernels.optimizer import FLAT_CHUNK, join_masters, round_weights, split_masters
+from daybreak.models.registry import build_model
 from daybreak.parallel import ALONE, Group
 from daybreak.shapes import GPT2Config
 
@@ -62,26 +62,12 @@ class Engine:
     """
 
     def __init__(
-        self,
-        cfg: GPT2Config,
-        *,
-        B: int,
-        T: int,
-        compute: str = "fp32",
-        recompute: int = 0,
-        device: str | torch.device = "cpu",
-        seed: int = 42,
-        init: bool = True,
-        optim: OptimConfig | None = None,
-        guard: GuardConfig | None = None,
-        train: bool = True,
-        masters: str = "auto",
-        kernels: Mapping[str, str] | None = None,
-        rows: int = 1,
-        group: Group = ALONE,
-        zero: int = 0,
+        self, cfg: GPT2Config, *, B: int, T: int, compute: str = "fp32", recompute: int = 0,
+        device: str | torch.device = "cpu", seed: int = 42, init: bool = True, optim: OptimConfig | None = None,
+        guard: GuardConfig | None = None, train: bool = True, masters: str = "auto",
+        kernels: Mapping[str, str] | None = None, rows: int = 1, group: Group = ALONE, zero: int = 0,
         bucket_bytes: int = 1 << 25,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.cfg, self.B, self.T, self.compute, self.train, self.rows = cfg, B, T, compute, train, rows
         self.device = torch.device(device)
         if self.device.type == "cuda":  # Triton, events and graphs use the current device

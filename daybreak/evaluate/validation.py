@@ -26,13 +26,9 @@ class Validation:
 
 
 def validate(
-    engine: Engine,
-    loader: Loader,
-    lengths: NDArray[Any],
-    budget: int,
-    check: Callable[[], None] = lambda: None,
+    engine: Engine, loader: Loader, lengths: NDArray[Any], budget: int, check: Callable[[], None] = lambda: None,
     group: Group = ALONE,
-) -> Validation:
+) -> Validation:  # fmt: skip
     """Loss of the first `budget` tokens of `loader` in whole samples (`Loader.parts`); of a mixture, of each source's
     share of them. `check` runs before each batch; lengths: bytes of each token (`data.dataset.text_bytes`).
     Collective: ranks take batches in turn.

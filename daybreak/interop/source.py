@@ -21,10 +21,10 @@ from torch import Tensor
 from daybreak.config import Config
 from daybreak.data.shards import fsync_folder, remove, temporary_of, write_atomic
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
-from daybreak.engine.models import build_model
-from daybreak.engine.params import Row
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.kernels.guard import WINDOW
+from daybreak.models.registry import build_model
+from daybreak.models.rows import Row
 from daybreak.shapes import GPT2Config, model_config
 from daybreak.state.checkpoint import Checkpoint, Snapshot, save_checkpoint
 from daybreak.state.run_folder import RunFolder

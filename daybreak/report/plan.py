@@ -19,8 +19,8 @@ from daybreak.engine import DTYPES
 from daybreak.engine.arena import Arena
 from daybreak.engine.device import available_bytes, missing_on, pick_compute, pick_device
 from daybreak.engine.fit import Fit, plan_memory
-from daybreak.engine.models import build_model
 from daybreak.engine.params import ParamTable
+from daybreak.models.registry import build_model
 from daybreak.report.cards import find_card, token_rate
 from daybreak.state.metrics import format_duration
 from daybreak.state.restore import staged_bytes

@@ -60,14 +60,9 @@ COUNTED_TOKENS = 100_000_000  # up to this much training data, the unigram entro
 
 
 def train(
-    config: Config,
-    *,
-    resume: Path | str | None = None,
-    fork_from: Path | str | None = None,
-    init_from: Path | str | None = None,
-    stop: Stop | None = None,
-    on_save: Callable[[Path], None] | None = None,
-) -> Run:
+    config: Config, *, resume: Path | str | None = None, fork_from: Path | str | None = None,
+    init_from: Path | str | None = None, stop: Stop | None = None, on_save: Callable[[Path], None] | None = None,
+) -> Run:  # fmt: skip
     """Train to the end of `config` and return the run.
 
     resume: an existing run's folder, continued from its newest good checkpoint (`config` may differ from the saved

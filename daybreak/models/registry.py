@@ -1,4 +1,4 @@
-"""The registry of architectures. Everything outside `engine` reaches a model through it."""
+"""The registry of families. Everything outside `models` reaches a model through it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from daybreak.engine.arena import Frame
-from daybreak.engine.gpt2 import GPT2
-from daybreak.engine.params import Row
+from daybreak.models.frame import Frame
+from daybreak.models.gpt2 import GPT2
+from daybreak.models.rows import Row
 from daybreak.shapes import GPT2Config
 
 
 class Model(Protocol):
-    """What a model file provides: its parameters, its schedule in both directions, and its cost."""
+    """What a model file provides: its parameters, forward, backward, decode, and its cost."""
 
     def rows(self) -> list[Row]:
         """Parameters in forward order."""
@@ -26,11 +26,11 @@ class Model(Protocol):
         """tokens (B, T) -> hidden (n, C); their keys and values into kv, if given."""
 
     def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
-        """Logits (b, Vp) that follow one more token of each of b texts, whose keys and values are in kv. `last` (b, C)
-        shares bytes with nothing else."""
+        """Logits (n, Vp) that follow one more token of each of n sequences, whose keys and values are in kv. `last`
+        (n, C) shares bytes with nothing else."""
 
-    def memory_shape(self, rows: int, T: int) -> tuple[int, ...]:
-        """Of the keys and values of `rows` texts of up to T tokens; rows are dimension 2."""
+    def cache_shape(self, rows: int, T: int) -> tuple[int, ...]:
+        """Of the keys and values of `rows` sequences of up to T tokens; rows are dimension 2."""
 
     def head_rows(self, n: int, dtype: torch.dtype) -> int:
         """Rows per chunk of logits."""
@@ -46,13 +46,10 @@ class Model(Protocol):
     def backward(self, f: Frame, tokens: Tensor, *, first: bool) -> None:
         """All gradients."""
 
-    def final_at(self, name: str) -> int:
-        """The `moment` of the call f.final(moment) at which backward has finished a row's gradient."""
-
 
 MODELS = {"gpt2": GPT2}
 
 
 def build_model(cfg: GPT2Config, recompute: int = 0, device_type: str = "cpu") -> Model:
-    """The schedule of an architecture by its config's `arch`."""
+    """The model of a family, by its config's `arch`."""
     return MODELS[cfg.arch](cfg, recompute, device_type)

@@ -1,0 +1,54 @@
+"""When each gradient is final, found by running backward on nothing.
+
+Between ranks a gradient can be exchanged as soon as backward has finished it. A model calls `f.final()` whenever it
+has finished some, without saying which. So backward runs once here, with tensors that have no memory and kernels that
+do nothing. This notes at which call of `final` each gradient was last asked for. With three blocks:
+
+    backward       block 2   final   block 1   final   embedding   final   rest of block 0   final
+    moment                     0                 1                   2                         3
+    matrices       h.2.*             h.1.*             wte, wpe            h.0.*
+    the others                                                             all vectors
+
+Matrices of one layer are final together, at the last one's moment. Parameters without decay are vectors, many and
+small. They lie together, behind all matrices, and are exchanged together at the end.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from daybreak.engine.arena import Entry, PlanFrame
+from daybreak.engine.params import ParamTable
+from daybreak.models.registry import Model
+
+
+class _CountingFrame(PlanFrame):
+    """Notes how many calls of `final` came before each gradient was last asked for."""
+
+    def __init__(self, table: ParamTable) -> None:
+        flat = [Entry(name, name, (table.numel,), torch.float32) for name in ("weights", "grads")]
+        state = [*flat, Entry("batch", "state", (2, 1, 1), torch.int64)]
+        super().__init__(table, torch.float32, state, None)  # type: ignore[arg-type]  # nothing is exchanged
+        self.k = SimpleNamespace(**dict.fromkeys(self.recorder.choices, lambda *_, **__: None))  # type: ignore[assignment]
+        self.finals, self.last = list[None](), dict[str, int]()
+
+    def g(self, name: str) -> Tensor:
+        self.last[self.prefix + name] = len(self.finals)
+        return super().g(name)
+
+    def final(self) -> None:
+        self.finals.append(None)
+
+
+def final_moments(model: Model, table: ParamTable) -> dict[str, int]:
+    """Of every parameter: how many calls of `f.final` come before the one that its gradient is final at."""
+    f = _CountingFrame(table)
+    model.backward(f, f.state["tokens"], first=True)
+    together = {name: name.rpartition(".")[0] if row.decay else "vectors" for name, row in table.rows.items()}
+    moments = {"vectors": len(f.finals) - 1}
+    for name, moment in f.last.items():
+        moments[together[name]] = max(moments.get(together[name], 0), moment)
+    return {name: moments[part] for name, part in together.items()}

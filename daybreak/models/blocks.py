@@ -1,0 +1,111 @@
+"""Pieces that model files share: a few kernel calls each, forward and backward in pairs.
+
+Every piece takes a layer's frame b, then names of parameters, then tensors. n rows are the tokens of a micro-batch, or
+of the sequences that decode one token each. What you read is what runs, in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from daybreak.models.frame import Frame
+
+
+def layernorm(b: Frame, name: str, x: Tensor) -> Tensor:
+    """layernorm of the rows of x (n, C), with weight and bias `name`."""
+    out, n = b.a(name, *x.shape), x.shape[0]
+    mean, rstd = b.a(name + ".mean", n, dtype=b.acc), b.a(name + ".rstd", n, dtype=b.acc)
+    b.k.layernorm_forward(out, mean, rstd, x, b.w(name + "w"), b.w(name + "b"))
+    return out
+
+
+def layernorm_backward(
+    b: Frame, name: str, d: Tensor, d_out: Tensor, x: Tensor, *, below: Tensor | None, starts: bool = False
+) -> Tensor:
+    """Add the gradient of layernorm's input x to d, the residual stream's gradient; `starts` overwrites d instead.
+
+    d is then also the gradient of the linear layer that was added to the stream just before. `below` takes its bias
+    gradient, which is summed in the same pass. Returns the layernorm's output."""
+    (out, rewrite), n = b.output(name, *x.shape), x.shape[0]
+    mean, rstd = b.a(name + ".mean", n, dtype=b.acc), b.a(name + ".rstd", n, dtype=b.acc)
+    b.k.layernorm_backward(
+        d, b.g(name + "w"), b.g(name + "b"), below, rewrite, d_out, x, mean, rstd,
+        b.w(name + "w"), b.w(name + "b"), accumulate_dx=not starts, accumulate=b.mode.accumulate,
+    )  # fmt: skip
+    return out
+
+
+def linear(
+    b: Frame, name: str, x: Tensor, out: Tensor,
+    *, norm: str = "", pre: Tensor | None = None, add: Tensor | None = None, tied: str = "",
+) -> Tensor:  # fmt: skip
+    """out (n, O) = gelu(norm(x) @ w^T + bias) + add, where `norm` names a layernorm, and gelu is computed if `pre`, for
+    its input, is given. `tied`: another parameter is the weight, and there is no bias. Returns out.
+
+    A few rows that decode take one kernel for all of it: reading w is the work, and each launch would cost as much."""
+    if norm and not b.mode.few:
+        x = layernorm(b, norm, x)
+    w, bias = b.w(tied or name + "w"), None if tied else b.w(name + "b")
+    if b.mode.few:
+        ln = (b.w(norm + "w"), b.w(norm + "b")) if norm else (None, None)
+        b.k.matmul_decode(out, x, w, bias, add, *ln, gelu=pre is not None)
+    elif pre is not None:
+        b.k.matmul_gelu_forward(out, pre, x, w, bias)
+    else:
+        b.k.matmul_forward(out, x, w, bias, add)
+    return out
+
+
+def input_grad(b: Frame, name: str, dx: Tensor, dy: Tensor) -> Tensor:
+    """dx (n, I) = dy (n, O) @ w: back through a linear layer. Returns dx."""
+    b.k.matmul_backward_input(dx, dy, b.w(name + "w"))
+    return dx
+
+
+def gelu_input_grad(b: Frame, name: str, before: str, d_pre: Tensor, dy: Tensor, pre: Tensor) -> Tensor:
+    """Back through linear layer `name` and the GELU before it, into d_pre, with the bias gradient of the linear layer
+    `before` that. Returns GELU's output."""
+    out, rewrite = b.output("gelu", *pre.shape)
+    b.k.matmul_gelu_backward(d_pre, rewrite, b.g(before + "b"), dy, b.w(name + "w"), pre, accumulate=b.mode.accumulate)
+    return out
+
+
+def weight_grad(b: Frame, name: str, dy: Tensor, x: Tensor, *, late: bool = False) -> None:
+    """The gradient dy^T @ x of a linear layer's weight. A late one is left to who calls what mode.late collects."""
+    if late:
+        b.mode.late.append(lambda: weight_grad(b, name, dy, x))
+    else:
+        b.k.matmul_backward_weight(b.g(name + "w"), dy, x, accumulate=b.mode.accumulate)
+
+
+def bias_grad(b: Frame, name: str, dy: Tensor) -> None:
+    """The column sums of dy: the gradient of a linear layer's bias."""
+    b.k.bias_backward(b.g(name + "b"), dy, accumulate=b.mode.accumulate)
+
+
+def attention(b: Frame, out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Causal attention. All are (B, T, heads, HS) views, which may be strided.
+
+    Decoding has T = 1, and reads the keys and values of earlier tokens from the cache. Prefill only fills the cache."""
+    cache = None if b.mode.cache is None else b.mode.cache[b.index]
+    if b.mode.positions is not None:
+        b.k.attention_decode(out[:, 0], cache, q[:, 0], k[:, 0], v[:, 0], b.mode.positions, scale=scale)
+        return
+    b.k.attention_forward(out, _logsumexp(b, q), q, k, v, scale=scale)
+    if cache is not None:
+        b.k.cache_write(cache, k, v)
+
+
+def attention_backward(
+    b: Frame, grads: Sequence[Tensor], d_out: Tensor, qkv: Sequence[Tensor], out: Tensor, scale: float
+) -> None:
+    """The gradients of q, k and v, from that of the output."""
+    b.k.attention_backward(*grads, d_out, *qkv, out, _logsumexp(b, out), scale=scale)
+
+
+def _logsumexp(b: Frame, x: Tensor) -> Tensor:
+    """Of every query's scores: what backward needs of the softmax, for x (B, T, NH, HS)."""
+    B, T, NH, _ = x.shape
+    return b.a("lse", B, NH, T, dtype=b.acc)

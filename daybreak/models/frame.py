@@ -1,0 +1,90 @@
+"""What a model sees while it runs: kernels, and tensors by name.
+
+A model owns no memory. It asks a frame for tensors by name, and gives them to kernels. The same model code runs in
+three ways, depending on the frame behind it:
+
+    planning    tensors without memory; kernels note what they read and write (engine/arena.py)
+    running     views of the memory that was planned; kernels compute
+    counting    nothing but the order in which gradients become final (engine/moments.py)
+
+`f.layer("h.3.", 3, mode)` is the same frame as one layer sees it. It puts the prefix before every name, so there
+`b.w("qkvw")` is the weight `h.3.qkvw`. Its mode says how the model runs this time: whether gradients start or add up,
+what backward has to compute again, and whether sequences or single tokens are read. The pieces in blocks.py look that
+up, so a model need not say it call by call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from daybreak.kernels import Kernels
+
+
+@dataclass
+class Mode:
+    """How all layers run in one pass over the model.
+
+    Backward: `accumulate` adds gradients to those of earlier micro-steps. `rewritten` are outputs that forward did not
+    keep, and that backward's kernels write once more. `recomputed` means that whole layers are computed once more, so
+    their activations are copies, named `.again`. `late` collects weight gradients that are put off.
+    Prefill and decode: `cache` has the keys and values of all layers. `positions` (n) are the places of the tokens that
+    decode reads, one of each row. `few` rows are so few that one kernel does all that belongs to a linear layer.
+    """
+
+    accumulate: bool = False
+    rewritten: Collection[str] = ()
+    recomputed: bool = False
+    late: list[Callable[[], None]] = field(default_factory=list)
+    cache: Tensor | None = None
+    positions: Tensor | None = None
+    few: bool = False
+
+
+class Frame(Protocol):
+    """Kernels, and tensors by name: of a whole model, or of one layer (see `layer`)."""
+
+    k: Kernels
+    dtype: torch.dtype
+    acc: torch.dtype  # of statistics and sums
+    prefix: str = ""
+    index: int = 0
+    mode: Mode = Mode()
+
+    def w(self, name: str) -> Tensor:
+        """A weight, in compute dtype."""
+
+    def g(self, name: str) -> Tensor:
+        """Its gradient."""
+
+    def a(self, name: str, *shape: int, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+        """An activation of this shape (compute dtype by default). Declared by being used.
+
+        Of a layer that backward computes again it is the copy, unless the `plain` name is asked for."""
+
+    def d(self, name: str, *shape: int) -> Tensor:
+        """The gradient of an activation."""
+        return self.a("d_" + name, *shape, plain=True)
+
+    def output(self, name: str, *shape: int) -> tuple[Tensor, Tensor | None]:
+        """An activation that backward reads, and the same again if the calling kernel has to write it once more."""
+        rewrite = name in self.mode.rewritten
+        out = self.a(name + ".again" if rewrite else name, *shape)
+        return out, out if rewrite else None
+
+    def layer(self, prefix: str, index: int, mode: Mode) -> Self:
+        """The same frame as layer `index` sees it in this mode, with `prefix` before every name."""
+        b = object.__new__(type(self))
+        b.__dict__ |= {**self.__dict__, "prefix": prefix, "index": index, "mode": mode}
+        return b
+
+    def chunks(self, n: int, step: int) -> Sequence[int]:
+        """Where chunks of `step` of n rows start."""
+        return range(0, n, step)
+
+    def final(self) -> None:
+        """Backward has finished some gradients: they may be exchanged. engine/moments.py finds out which."""

@@ -1,0 +1,32 @@
+"""What a model says about a parameter: its name, its shape, and how it starts. Where it lies is engine/params.py's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter. `std` draws N(0, std) for the first `drawn_rows` rows (None: all), else every value is `fill`."""
+
+    name: str
+    shape: tuple[int, ...]
+    decay: bool
+    std: float | None = None
+    fill: float = 0.0
+    drawn_rows: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def linear_rows(name: str, outputs: int, inputs: int, std: float) -> list[Row]:
+    """The weight (outputs, inputs) and the bias of a linear layer."""
+    return [Row(name + "w", (outputs, inputs), True, std), Row(name + "b", (outputs,), False)]
+
+
+def layernorm_rows(name: str, channels: int) -> list[Row]:
+    """The weight and the bias of a layernorm."""
+    return [Row(name + "w", (channels,), False, fill=1.0), Row(name + "b", (channels,), False)]

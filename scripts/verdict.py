@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-KILLED, MOST_STARTS = 137, 3
+STOPPED, KILLED, MOST_STARTS = 75, 137, 3
 MOST_BYTES = 1 << 16
 
 
@@ -58,10 +58,10 @@ def count_start(run: Path) -> int:
 def verdict(run: Path) -> tuple[str, int]:
     """(word, code)"""
     code = code_of(run)
-    if code not in (1, 7, KILLED):
-        return {0: "done", 75: "stopped"}.get(code, "failed"), code
+    if code not in (1, 7, STOPPED, KILLED):
+        return "done" if code == 0 else "failed", code
     if count_start(run) < MOST_STARTS:
-        return "again", code
+        return "stopped" if code == STOPPED else "again", code
     (run / ".restarts").unlink(missing_ok=True)
     return "failed", code
 

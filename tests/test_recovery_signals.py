@@ -19,6 +19,7 @@ from patience import PATIENCE
 from recovery import CHILD, assert_intact, assert_same, config, exit_code, make_shards, recipe, spawn, train, wait_for
 
 import daybreak
+from daybreak.cli.main import main
 from daybreak.training.stop import ENDING, Interrupted, Stop
 
 STEPS, ENGINE = 150, "daybreak.engine.step:Engine"
@@ -329,8 +330,7 @@ def test_the_slurm_scripts_requeue_by_the_rule(tmp_path, script, code, requeued)
         job = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE)
         (tmp_path / "r/exit.json").unlink(missing_ok=True)
         calls = (tmp_path / "scontrols").read_text() if (tmp_path / "scontrols").exists() else ""
-        # 75 is no failure: it is always continued. A failure is, twice: the third start without progress is the last.
-        wanted = requeued * (attempt + 1 if code == 75 else min(attempt + 1, 2))
+        wanted = requeued * min(attempt + 1, 2)  # the third start without progress is the last
         assert calls == "requeue 77\n" * wanted
         assert job.returncode == (code != 0 and wanted < attempt + 1)
     starts = (tmp_path / "sruns").read_text().splitlines()
@@ -340,6 +340,40 @@ def test_the_slurm_scripts_requeue_by_the_rule(tmp_path, script, code, requeued)
     assert starts[0].endswith(f"daybreak train {first}")
     assert starts[1].endswith(f"daybreak train {later}")
     assert ("--rdzv-endpoint host7:29400" in starts[0]) == (script == "slurm_cluster")
+
+
+def test_a_stopped_run_is_requeued_while_it_makes_progress(tmp_path):
+    """Five stops, each after a new checkpoint, then stops without one: the third of these is the end."""
+    run, said = tmp_path / "r", []
+    for step in (1, 2, 3, 4, 5, 5, 5):
+        (run / f"checkpoints/step-{step:08d}").mkdir(parents=True, exist_ok=True)
+        (run / f"checkpoints/step-{step:08d}/manifest.json").touch()
+        (run / "exit.json").write_text('{"code": 75, "reason": "x", "t": 0}')
+        said.append(verdict(run))
+    assert said == ["stopped"] * 6 + ["failed"]
+
+
+@pytest.mark.parametrize(
+    "change", [["--model.V", "300"], ["--optim.lr", "-1"], ["--data.train", "/dev/null/x"], ["--run.device", "cuda:77"]]
+)
+def test_a_refused_start_of_a_stopped_run_is_final(shards, tmp_path, change):
+    """The start may be refused anywhere, before or after it opens the run: "stopped" must not survive it.
+    --print-config and --fork are no starts of the run."""
+    made = daybreak.train(config(shards, tmp_path, "r", run__steps=2))
+    told = made.path / "exit.json"
+    told.write_text('{"code": 75, "reason": "stopped by SIGTERM", "t": 0}')
+    assert verdict(made.path) == "stopped"
+    assert main(["train", str(made.path), *change, "--print-config"]) in (0, 2)
+    main(["train", str(made.path), *change, "--fork", "x"])
+    assert exit_code(made.path) == 75
+    assert main(["train", str(made.path), "--steps", "4", *change]) in (2, 4)
+    assert exit_code(made.path) in (2, 4)
+    assert verdict(made.path) == "failed"
+
+
+def verdict(run):
+    done = subprocess.run(["bash", RESTART, "--verdict", run], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 HOSTILE = {

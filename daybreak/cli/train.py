@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ import click
 
 from daybreak.cli.options import config_options, overrides_of
 from daybreak.config import Config, Resume, check_resume, is_untouched_import, resolve, run_of
-from daybreak.errors import ConfigError
+from daybreak.errors import ConfigError, Error
 from daybreak.parallel import launched, restarted
 
 if TYPE_CHECKING:
@@ -61,8 +63,10 @@ def train(
         return
     if fork is not None:
         overrides.append(("run.name", fork))
-    config, resume = resolve(target, overrides)
-    _check_start(target, config, resume, fork, init_from)
+    existing = None if target is None or fork is not None or print_config else run_of(target)
+    with _refusals_kept(existing):
+        config, resume = resolve(target, overrides)
+        _check_start(target, config, resume, fork, init_from)
     if print_config:
         click.echo(config.to_toml(), nl=False)
         return
@@ -80,7 +84,7 @@ def train(
         folder = Path(config.run.dir) / config.run.name
         if (folder / "config.toml").is_file():
             config, own = resolve(str(folder), overrides)[0], folder
-    with Stop().handling_signals() as stop:
+    with _refusals_kept(existing), Stop().handling_signals() as stop:
         from daybreak.training.loop import train as run_training  # torch; a signal may already be waiting
 
         run = run_training(config, resume=own, fork_from=fork_from, init_from=init_from, stop=stop)
@@ -89,6 +93,19 @@ def train(
             _print_result(run, as_json)
         except OSError as error:  # the run is complete, and its folder has the result too
             log.warning("standard output cannot be written (%s); the result is in %s.", error.strerror, run.path)
+
+
+@contextmanager
+def _refusals_kept(run: Path | None) -> Iterator[None]:
+    """An error of the block goes into the exit.json of an existing run that was stopped: see RunFolder.refuse."""
+    try:
+        yield
+    except Error as error:
+        if run is not None:
+            from daybreak.state.run_folder import RunFolder
+
+            RunFolder(run).refuse(error)
+        raise
 
 
 def _check_start(

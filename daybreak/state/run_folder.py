@@ -20,7 +20,7 @@ from typing import Any
 
 from daybreak import __version__
 from daybreak.data.shards import lock, locked, no_follow, write_atomic
-from daybreak.errors import ConfigError, Error, explained
+from daybreak.errors import ConfigError, Error, Stopped, explained
 
 log = logging.getLogger("daybreak")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "triton")
@@ -101,6 +101,14 @@ class RunFolder:
         """Remove what an earlier attempt said at its end: from here on a missing exit.json means killed or running."""
         self.exit.unlink(missing_ok=True)
         self.crash.unlink(missing_ok=True)
+
+    def refuse(self, error: Error) -> None:
+        """Put a start's refusal in the place of "stopped", which asks schedulers for another start; else do nothing."""
+        if not self.exit.is_file():
+            return
+        with suppress(OSError, ValueError, KeyError, TypeError, Error), self.locked():  # no process trains it
+            if json.loads(self.exit.read_text())["code"] == Stopped.exit_code != error.exit_code:
+                self.write_exit(error.exit_code, str(error))
 
     def _append(self, name: str, text: str) -> None:
         """Append to a file of the folder, if the disk lets us. Never through a symbolic link."""

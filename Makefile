@@ -19,7 +19,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: install
+# An installation that is there, such as one for a GPU, stays as it is.
+demo:
+	@$(BIN)/python -Pc 'import daybreak, torch' 2>/dev/null || $(MAKE) install
 	@run=$(RUN); n=2; while [ -e runs/$$run ]; do run=$(RUN)-$$n; n=$$((n+1)); done; \
 	$(BIN)/daybreak train tiny --name $$run
 

@@ -21,7 +21,7 @@ from daybreak.training.stop import Stop
 
 VALUES: dict[str, Any] = {
     "loss": 3.21987, "norm": 0.3456, "lr": 6e-4, "ms": 310.4, "tok_s": 52_767.4, "mfu": 0.5239, "loss_z": 0.1,
-    "norm_z": None, "mem_mib": 48_228, "eta_s": 7200.0, "precision": "bf16",
+    "norm_z": None, "mem_mib": 48_228, "eta_s": 7200.0, "precision": "bf16", "step_tokens": 16_384,
 }  # fmt: skip
 
 
@@ -89,6 +89,12 @@ def test_the_panel_fits_the_terminal(display: LiveDisplay, width: int) -> None:
         display.step(i + 1, 2400, {**VALUES, "loss": 11 - i / 100})
     display.announce("Stopping: saving step 1000. Ctrl-C again quits without saving.")
     assert {len(line) for line in raw_screen(display, width)} == {min(width, 84)}
+
+
+def test_the_speeds_are_one_average(display: LiveDisplay) -> None:
+    """A last step that took twice as long: tokens per second, ms and MFU are all of the average."""
+    display.step(512, 2400, {**VALUES, "ms": 620.8, "mfu": 0.26195})
+    assert "speed 52,767 tok/s 310 ms a step, 52.4% MFU" in screen(display)
 
 
 def test_what_is_unknown_is_left_out() -> None:

@@ -120,3 +120,34 @@ def test_a_latin_1_terminal():
     done = subprocess.run(command, capture_output=True, env=env)
     assert (done.returncode, done.stderr) == (0, b"")
     assert 'prompt = "\\u6f22é"'.encode("latin-1") in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("import typing_of_torch", "No module named 'typing_of_torch'"),
+        ("from os import nothing_of_torch", "cannot import name 'nothing_of_torch' from 'os'"),
+        ("raise OSError('libcudart.so.13: cannot open shared object file')", "libcudart.so.13: cannot open shared"),
+        ("import ctypes\nctypes.CDLL('libtorch_x.so')", "libtorch_x.so: cannot open shared object file"),
+    ],
+)
+def test_a_broken_torch_is_not_our_bug(tmp_path, body, reason):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(body)
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
+    done = subprocess.run([sys.executable, "-m", "daybreak", "doctor"], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(f"daybreak: torch's installation is incomplete ({reason}")
+    assert done.stderr.endswith("); install it again with pip install -e .\n")
+
+
+def test_sample_shows_the_prompt_on_a_terminal_only(world):
+    command = [sys.executable, "-m", "daybreak", "sample", "run", "--prompt", "Once upon", "--tokens", "3"]
+    piped = subprocess.run(command, cwd=world, capture_output=True, text=True, check=True).stdout
+    terminal, end = os.openpty()
+    subprocess.run(command, cwd=world, stdout=end, stderr=subprocess.DEVNULL, check=True)
+    os.close(end)
+    shown = os.read(terminal, 1000).decode(errors="replace")
+    os.close(terminal)
+    assert not piped.startswith("Once")
+    assert shown.startswith("Once upon")

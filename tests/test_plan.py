@@ -136,7 +136,7 @@ def test_the_figures_of_the_large_recipe_by_hand() -> None:
     assert got["speed"][0] == f"{rate:,.0f} tok/s"
     assert got["speed"][1].startswith("modelled, from d48 B 16, recompute 1 on one NVIDIA H100")
     assert got["time"][0] == "21h05m"
-    assert got["cost"] == (f"${tokens / rate / 3600 * 28:,.2f}", "as the time; $28.00 an hour")
+    assert got["cost"] == (f"${tokens / rate / 3600 * 28:,.2f}", "as the time; $28.00 an hour for all GPUs together")
     assert got["disk: data"][0] == "67.1 GB"  # two bytes a token
     assert got["disk: checkpoints"][0] == "74.8 GB"  # four of 12 bytes a parameter
     assert got["use"][0] == "--batch.B 16 --batch.recompute 0"

@@ -132,6 +132,9 @@ def test_the_tuner_is_called_for_the_products_of_the_configuration(monkeypatch: 
 def test_doctor_names_the_backends() -> None:
     lines = machine()
     assert lines[0].startswith(f"daybreak {daybreak.__version__}, Python ")
+    assert lines[-1].startswith("Ready: trains on ")
+    assert lines[-1].endswith(". To try it out for two minutes: daybreak doctor --check")
     if not torch.cuda.is_available():
         assert "GPU: none that torch can use" in lines
+        assert lines[-1].startswith(f"Ready: trains on the CPU with {torch.get_num_threads()} threads. ")
         assert [line.split() for line in lines if line.startswith("  ")] == [[g, "torch"] for g in sorted(CUDA_ORDER)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,32 @@ def test_a_finished_run_has_nothing_to_do(shards: Path, tmp_path: Path) -> None:
     code, err = train([run.path])
     assert (code, err) == (0, f"nothing to do: {run.path} has made its 3 steps; --steps N makes it longer.\n")
     assert run.folder.metrics.read_bytes() == metrics
+
+
+def test_a_finished_run_says_one_line(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of what a training ends with: it made no step. Programs get their object all the same."""
+    run = daybreak.train(config(shards, tmp_path, "r", run__steps=3))
+    capsys.readouterr()
+    assert main(["train", str(run.path), "--steps", "2"]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (
+        "", f"nothing to do: {run.path} is at step 3, past --steps 2; give more than 3.\n"
+    )  # fmt: skip
+    assert main(["train", str(run.path)]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["train", str(run.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 3
+
+
+def test_serve_is_advised_with_the_command_that_installs_it(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = str(recipe(config(shards, tmp_path, "r", run__steps=1), tmp_path))
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    assert main(["train", made]) == 0
+    assert capsys.readouterr().out.endswith(
+        " a prompt in a browser, after pip install -e '.[serve]' in daybreak's folder\n"
+    )
 
 
 def test_what_was_stopped_in_its_last_validation_is_not_finished(shards: Path, tmp_path: Path) -> None:

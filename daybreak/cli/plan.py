@@ -25,7 +25,7 @@ def counts(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int, 
 @click.option("--network", type=click.FloatRange(0, min_open=True), default=50.0, metavar="X",
               help="Network speed of each GPU's port in GB/s, for several hosts.")  # fmt: skip
 @click.option("--verbose", is_flag=True, help="Also list every buffer and activation.")
-@click.option("--price", "cost__price", metavar="P", help="Dollars per hour of the whole machine (cost.price).")
+@click.option("--price", "cost__price", metavar="P", help="Dollars per hour, for all GPUs together (cost.price).")
 @config_options
 def plan(target: str, gpu: str | None, gpus: tuple[int, ...], network: float, verbose: bool, **flags: Any) -> None:
     """Predict a run's memory, time, cost and disk.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,8 @@ def sample(target: str, prompt: str, step: int | None, count: int, seed: int, **
     for i in range(count):
         if count > 1:
             click.echo("---")
+        if sys.stdout.isatty():  # a program gets the continuation alone
+            click.echo(prompt, nl=False)
         for piece in sample_text(engine, tokenizer, prompt, replace(how, seed=seed + i)):
             click.echo(piece, nl=False)
         click.echo()

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,7 @@ def train(
         from daybreak.training.loop import train as run_training  # torch; a signal may already be waiting
 
         run = run_training(config, resume=own, fork_from=fork_from, init_from=init_from, stop=stop)
-    if launched(os.environ)["RANK"] == "0":
+    if launched(os.environ)["RANK"] == "0" and (stop.step or as_json):  # else it has made no step: that has been said
         try:
             _print_result(run, as_json)
         except OSError as error:  # the run is complete, and its folder has the result too
@@ -159,5 +160,7 @@ def _print_result(run: Run, as_json: bool) -> None:
         click.echo(f"The run diverged: its validation loss ended at {end:.4g}, above its start. Lower optim.lr.")
     click.echo(f"{run.path}: step {val['step']}, {val['tokens']:,} tokens. Next:")
     nexts = {"sample": "more text", "report": "its curves, as a page", "serve": "a prompt in a browser"}
+    if not all(map(find_spec, ("starlette", "uvicorn"))):
+        nexts["serve"] += ", after pip install -e '.[serve]' in daybreak's folder"
     for verb, gets in nexts.items():
         click.echo(f"  {f'daybreak {verb} {run.path}':<32} {gets}")

@@ -14,7 +14,7 @@ from daybreak.config import Config
 from daybreak.data.dataset import dataset_name, open_dataset
 from daybreak.data.mixing import open_loaders, parse_mix
 from daybreak.data.shards import alive, sha256_of
-from daybreak.engine.device import library_versions, missing_on, pick_device
+from daybreak.engine.device import library_versions, missing_on, pick_compute, pick_device
 from daybreak.errors import CheckpointError, Error
 from daybreak.kernels import OPS, choose
 from daybreak.kernels.cuda.products import untuned
@@ -32,7 +32,7 @@ GAINS = {  # what an optional package brings: measured on one H100, see bench/re
 
 
 def machine() -> list[str]:
-    """Lines about the machine: versions, card, the backend of every group of operations, what would help."""
+    """Lines about the machine: versions, card, the backend of every group of operations, what helps, the verdict."""
     lines = [
         f"daybreak {daybreak.__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{platform.system()} {platform.machine()}",
@@ -60,6 +60,10 @@ def machine() -> list[str]:
     for name, reason in missing.items():
         help_ = f"; it brings {GAINS[name]}" if name in GAINS and reason.endswith("is not installed") else ""
         lines.append(f"not used: {name} ({reason}){help_}")
+    where = f"the CPU with {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = f"{torch.cuda.get_device_name(device)} in {pick_compute('auto', device)}"
+    lines.append(f"Ready: trains on {where}. To try it out for two minutes: daybreak doctor --check")
     return lines
 
 

@@ -80,8 +80,8 @@ def working(what: str, total: int = 0, check: Callable[[], None] = lambda: None)
 
 
 class Display:
-    """Receives what happened; `values` are the keyword arguments of state.metrics.step_line. This one shows nothing: of
-    several ranks the first says it all."""
+    """Receives what happened; `values`: what state.metrics.step_line takes, and step_tokens, the tokens of the step.
+    This one shows nothing: of several ranks the first says it all."""
 
     def step(self, step: int, steps: int, values: dict[str, Any]) -> None:
         """A finished update; `step` counts from 1."""
@@ -211,8 +211,9 @@ class LiveDisplay(Display):
             yield "HellaSwag", f"{score['accuracy']:.2%}", f"at step {score['step']}"
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         yield "update", f"norm {v['norm']:.2f}", f"learning rate {v['lr']:.1e}{skipped}"
-        mfu = "" if v["mfu"] is None else f", {100 * v['mfu']:.1f}% MFU"
-        yield "speed", f"{v['tok_s']:,.0f} tok/s", f"{v['ms']:.0f} ms a step{mfu}"
+        ms = 1000 * v["step_tokens"] / v["tok_s"]  # all three are averages over the same steps
+        mfu = "" if v["mfu"] is None else f", {100 * v['mfu'] * v['ms'] / ms:.1f}% MFU"
+        yield "speed", f"{v['tok_s']:,.0f} tok/s", f"{ms:.0f} ms a step{mfu}"
         yield "memory", f"{v['mem_mib']:,} MiB", _card(latest.get("step", {}))
         if self.price:
             spent = self.price * (self.clock() - self.began) / 3600

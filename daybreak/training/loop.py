@@ -46,7 +46,7 @@ from daybreak.state.run_folder import RunFolder
 from daybreak.state.saver import Saver
 from daybreak.state.throughput import Throughput
 from daybreak.training.display import Display, make_display, say, working
-from daybreak.training.origin import check_rate, checkpoint_of, is_finished, weights_of
+from daybreak.training.origin import check_rate, checkpoint_of, finished_at, weights_of
 from daybreak.training.profile import Profiler
 from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
@@ -102,8 +102,11 @@ def _prepared(
     init = weights_of(init_from) if init_from is not None else None
     folder = Path(resume).expanduser() if resume is not None else None
     with RunFolder(folder).locked() if folder is not None and stop.group.rank == 0 else nullcontext():
-        if folder is not None and stop.group.first(lambda: is_finished(Run(folder), config.run.steps)):
-            say(f"nothing to do: {folder} has made its {config.run.steps} steps; --steps N makes it longer.")
+        steps = config.run.steps
+        if folder is not None and (at := stop.group.first(lambda: finished_at(Run(folder), steps))):
+            done = f"has made its {at} steps; --steps N makes it longer."
+            past = f"is at step {at}, past --steps {steps}; give more than {at}."
+            say(f"nothing to do: {folder} {past if at > steps else done}")
             return Run(folder)
         return _train(config, folder, check, fork, init, stop, on_save)
 
@@ -430,7 +433,7 @@ class Trainer:
         """Report an update, and end the run if too many in a row were skipped."""
         stats, c, step = named_stats(update.results), self.config, update.step
         tokens = update.samples * c.T
-        timing = self.clock.lap(c.tokens_at(step - 1))
+        timing = self.clock.lap(step_tokens := c.tokens_at(step - 1))
         self.watchdog.step(timing.seconds)
         skipped = stats["skip"] != 0.0
         values = {
@@ -442,7 +445,8 @@ class Trainer:
         epoch = (update.samples - 1) // self.setup.train_loader.samples_per_epoch
         self.metrics.write("step", step, tokens, **values, **self.sensors.read(), skipped=skipped, epoch=epoch)
         self.main_log.train(step - 1, stats["loss"], update.lr, stats["norm"])
-        self.display.step(step, c.run.steps, {**values, "precision": self.setup.compute})
+        shown = {**values, "precision": self.setup.compute, "step_tokens": step_tokens}
+        self.display.step(step, c.run.steps, shown)
         if c.log.norms_every and step % c.log.norms_every == 0:
             norms = {name: {"weight": weight, "grad": grad} for name, weight, grad in self.engine.norms()}
             self.metrics.write("event", step, tokens, what="norms", detail=json.dumps(norms))

@@ -24,19 +24,19 @@ def weights_of(source: Path | str) -> Weights:
     return checkpoint_of(source) if (run_of(source) / "config.toml").is_file() else open_source(source)
 
 
-def is_finished(run: Run, steps: int) -> bool:
-    """Whether the run has made its `steps` updates and what follows them: validation, sample, checkpoint."""
+def finished_at(run: Run, steps: int) -> int:
+    """The run's step if it has made `steps` updates and what follows them: validation, sample, checkpoint; else 0."""
     if not steps or all(checkpoint_step(path) < steps for path in run.checkpoints):
-        return False  # without reading a checkpoint twice at each resume
+        return 0  # without reading a checkpoint twice at each resume
     try:
         newest = run.checkpoint()
     except CheckpointError:
-        return False  # whoever resumes it is told
+        return 0  # whoever resumes it is told
     was = newest.manifest["config"]
     if newest.step < steps or any(was[key] != value for key, value in run.config.items() if key.startswith("model.")):
-        return False
+        return 0
     last = "sample" if run.config.eval.sample_tokens else "val"
-    return any(record["step"] == newest.step for record in run.metrics(last))
+    return newest.step if any(record["step"] == newest.step for record in run.metrics(last)) else 0
 
 
 def check_rate(path: Path | str, saved: Config, config: Config, *, fork: bool) -> None:

@@ -213,6 +213,8 @@ def small(words: list[str]) -> str:
     elif "eval" in words and "--tasks" in words:
         at = words.index("--tasks")
         words = [*words[:at], "--hellaswag", "dev/data/hellaswag/hellaswag_val.bin", *words[at + 2 :]]
+    elif "eval" in words and "--hellaswag" in words:
+        words[words.index("--hellaswag") + 1] = "dev/data/hellaswag/hellaswag_val.bin"
     return shlex.join(words)
 
 

@@ -114,7 +114,7 @@ def beside(model: str, other: str) -> tuple[dict[str, str], dict[str, str], bool
 
 
 def test_the_speeds_that_are_compared_are_of_one_sitting() -> None:
-    """README's table and the comparison's, in thousands. A pair of different days is only in the latter, which says so."""
+    """README's table and the comparison's, in thousands. Only the latter has a pair of different days, and says so."""
     comparison = (ROOT / "docs/comparison.md").read_text()
     for model, name in (("d48", "GPT-2 1.6B"), ("d12", "GPT-2 124M")):
         for other, words in (("llm.c", "beside llm.c"), ("torch", "beside `torch.compile`")):
@@ -130,7 +130,7 @@ def test_the_speeds_that_are_compared_are_of_one_sitting() -> None:
 
 def test_readme_s_ratios_are_of_one_sitting() -> None:
     for model, other, low, high, words in (
-        ("d48", "llm.c", 1.08, 1.13, "GPT-2 1.6B about 10 % faster than llm.c"),
+        ("d48", "llm.c", 1.08, 1.13, "GPT-2 1.6B trains a tenth faster than llm.c"),
         ("d12", "torch", 1.22, 1.28, "and 124M a quarter faster than `torch.compile`"),
     ):
         ours, theirs, same = beside(model, other)

@@ -10,6 +10,7 @@ once a second how far it has come, and the first to notice a failure says there 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -65,6 +66,17 @@ def launched(environ: Mapping[str, str]) -> dict[str, str]:
 def restarted(environ: Mapping[str, str]) -> bool:
     """Whether torchrun has started these workers again after a failure or a change of machines."""
     return int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def agent(environ: Mapping[str, str]) -> str:
+    """A hash that tells this host's torchrun from any other one; "" without torchrun. It stays when workers restart.
+
+    torchrun makes itself a folder with a name of its own, in which every attempt's error file lies.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return ""
+    folder = re.sub(r"/attempt_\d+/\d+/[^/]*$", "", environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    return hashlib.sha256(f"{environ['TORCHELASTIC_RUN_ID']} {socket.gethostname()} {folder}".encode()).hexdigest()
 
 
 def exit_code(error: Error, environ: Mapping[str, str]) -> int:

@@ -103,6 +103,20 @@ def test_a_killed_worker_comes_back_and_a_stopped_one_does_not(shards: Path, tmp
         assert b[1] == pytest.approx(a[1], rel=1e-4)
 
 
+def test_a_taken_name_is_refused_at_every_attempt(shards: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The first attempt is refused and ends with 2; the second one must not go into the run of another job."""
+    target = recipe(shards, tmp_path, "taken", run__steps=2, eval__every=0)
+    first = torchrun(tmp_path, "first", "--standalone", "--nproc-per-node", 1, target=target)
+    assert first.wait(PATIENCE) == 0, (tmp_path / "first.txt").read_text()
+    target.write_text(target.read_text().replace("steps = 2 ", "steps = 4 "))
+    before = {path: path.read_bytes() for path in (tmp_path / "taken").rglob("*") if path.is_file()}
+    again = torchrun(tmp_path, "again", "--standalone", "--nproc-per-node", 1, "--max-restarts", 2, target=target)
+    assert again.wait(PATIENCE) != 0
+    said = (tmp_path / "again.txt").read_text()
+    assert said.count("run.name = 'taken' is taken") == 3, said
+    assert before == {path: path.read_bytes() for path in (tmp_path / "taken").rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(("number", "before"), [(signal.SIGTERM, ()), (signal.SIGHUP, ("nohup",))])
 def test_the_agent_itself_is_told_to_stop(shards: Path, tmp_path: Path, number: int, before: Any) -> None:  # noqa: F811
     """SIGHUP is a closed terminal: torchrun ends then even under nohup, and passes the signal on."""

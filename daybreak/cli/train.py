@@ -17,7 +17,7 @@ import click
 from daybreak.cli.options import config_options, overrides_of
 from daybreak.config import Config, Resume, check_resume, is_untouched_import, resolve, run_of
 from daybreak.errors import ConfigError, Error
-from daybreak.parallel import launched, restarted
+from daybreak.parallel import agent, launched, restarted
 
 if TYPE_CHECKING:
     from daybreak.state.run import Run
@@ -81,9 +81,11 @@ def train(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     where = resume.run if resume is not None else None
     own, fork_from = (where, None) if fork is None else (None, target)
-    if own is None and restarted(os.environ):  # what was asked for has begun: go on with it
+    if own is None and restarted(os.environ):  # what was asked for has begun: go on with it, unless it was refused
+        from daybreak.state.run_folder import RunFolder
+
         folder = Path(config.run.dir) / config.run.name
-        if (folder / "config.toml").is_file():
+        if (folder / "config.toml").is_file() and RunFolder(folder).is_of(agent(os.environ)):
             config, own = resolve(str(folder), overrides)[0], folder
     with _refusals_kept(existing), Stop().handling_signals() as stop:
         from daybreak.training.loop import train as run_training  # torch; a signal may already be waiting

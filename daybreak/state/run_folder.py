@@ -12,7 +12,7 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,7 @@ class RunFolder:
         self.config, self.env, self.exit = path / "config.toml", path / "env.json", path / "exit.json"
         self.metrics, self.main_log, self.samples = path / "metrics.jsonl", path / "main.log", path / "samples.txt"
         self.checkpoints, self.crash = path / "checkpoints", path / "crash.txt"
-        self.run_id = path / "run-id"
+        self.run_id, self.agents = path / "run-id", path / ".torchrun"  # hidden: no run yet, see check_free
 
     def create(self) -> None:
         """Make the folder. Raises ConfigError when the run exists (nothing is ever written over) or the disk refuses.
@@ -73,6 +73,15 @@ class RunFolder:
             return self.run_id.read_text().strip()
         except (OSError, ValueError):
             return ""
+
+    def keep_agents(self, agents: Sequence[str]) -> None:
+        """Note which torchruns train the run, if any do: they may restart it by the command that made it."""
+        if any(agents):
+            write_atomic(self.agents, "\n".join(sorted({*agents})) + "\n")
+
+    def is_of(self, agent: str) -> bool:
+        """Whether the torchrun `agent` made the run or was allowed to resume it."""
+        return self.agents.is_file() and agent in self.agents.read_text(errors="replace").split()
 
     def keep_id(self, known: str = "") -> None:
         """Give the run its id, for good. known: that of its checkpoints, should the file be gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from daybreak.engine.device import cpu_has_bf16, missing_on, pick_compute, pick_
 from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
-from daybreak.parallel import Group
+from daybreak.parallel import Group, agent
 from daybreak.state.checkpoint import load_checkpoint, published, run_id
 from daybreak.state.restore import Weights, check_host_memory
 from daybreak.state.run import Run
@@ -129,9 +130,12 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop, check: Callable
     if group.rank == 0 and {"cublaslt", "quack"} & set(arena.choices.values()):
         _say_untuned(device)
 
+    agents = group.gather(agent(os.environ))
+
     def write() -> bool:
         if resume is None:
             folder.create()
+        folder.keep_agents(agents)  # before there is a run: none is without
         write_atomic(folder.config, config.to_toml())  # on resume too: what was changed now holds from now on
         old = published(folder.checkpoints)
         folder.keep_id(next(filter(None, map(run_id, old)), ""))

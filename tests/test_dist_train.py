@@ -329,7 +329,7 @@ def test_ranks_that_differ(shards: Path, tmp_path: Path) -> None:
     for rank, path in enumerate((paths, f"{copy}:{paths}")):
         env = ranks.environment(rank, 2, int(port), PYTHONPATH=path)
         both.append(ranks.python(["-m", "daybreak", *command(target)], tmp_path, f"rank-{rank}.txt", env))
-    refused(tmp_path, both, 2, "has daybreak = '0.1.0 ")
+    refused(tmp_path, both, 2, f"has daybreak = '{daybreak.__version__} ")
     assert not (tmp_path / "a").exists()
 
 

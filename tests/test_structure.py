@@ -18,8 +18,9 @@ ROOMS = ["errors", "console", "shapes", "config_keys", "config", "data", "kernel
          "state", "generate", "evaluate", "interop", "training", "report", "serve", "cli", "llmc"]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FUNCTION = 100
-# Of all files together: over 0.1.0, 400 lines mend faults that users met, 300 are the face, 150 are `doctor --check`.
-MOST_CODE = 13_500  # of all files together: what 0.2.0 mends and shows takes 1,450 lines over 0.1.0
+# Of all files together. 0.2.0 has 1,300 more than 0.1.0: thirty-four faults with their siblings took 1,000, the screens
+# 150, `doctor --check` 150. Whoever adds must take away.
+MOST_CODE = 13_350
 
 
 def room(path: Path) -> str:

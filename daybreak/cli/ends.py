@@ -38,16 +38,13 @@ def ending(program: str, body: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         code, said = INTERRUPTED, "interrupted."
     except Exception as error:
+        code, reason = 1, " ".join(str(error).split())
         if _torch_is_broken(error):
-            reason = " ".join(str(error).split()).rstrip(".")
-            code, said = 1, f"torch's installation is incomplete ({reason}); install it again with pip install -e ."
+            said = f"torch's installation is incomplete ({reason}); install it again with pip install -e ."
         elif isinstance(error, OSError):
             code, said = (explained := os_error(error)).exit_code, str(explained)
         else:
-            code, said = (
-                1,
-                f"unexpected {type(error).__name__}: {error}; a bug in daybreak, please report the lines above.",
-            )
+            said = f"unexpected {type(error).__name__}: {error}; a bug in daybreak, please report the lines above."
             traceback.print_exc()
     with suppress(OSError, ValueError):  # nobody may be left to read it
         sys.stderr.write(f"{program}: {said}\n" if said else "")

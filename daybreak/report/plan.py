@@ -215,13 +215,8 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     time = (format_duration(3600 * p.hours), "as the speed; validation and saving not counted") if p.hours else None
     rows.append(("time", *(time or (na, no_time))))
     if c.cost.price and p.hours:
-        rows.append(
-            (
-                "cost",
-                f"${p.hours * c.cost.price:,.2f}",
-                f"as the time; ${c.cost.price:,.2f} an hour for all GPUs together",
-            )
-        )
+        rate = f"${c.cost.price:,.2f} an hour for all GPUs together"
+        rows.append(("cost", f"${p.hours * c.cost.price:,.2f}", f"as the time; {rate}"))
     size = 2 if c.model.V <= 1 << 16 else 4
     data = (disk(p.tokens * size), f"counted: {size} bytes a token, each seen once") if p.tokens else (na, no_time)
     n, one = p.checkpoints_kept, p.checkpoint_bytes

@@ -113,8 +113,6 @@ class RunFolder:
 
     def refuse(self, error: Error) -> None:
         """Put a start's refusal in the place of "stopped", which asks schedulers for another start; else do nothing."""
-        if not self.exit.is_file():
-            return
         with suppress(OSError, ValueError, KeyError, TypeError, Error), self.locked():  # no process trains it
             if json.loads(self.exit.read_text())["code"] == Stopped.exit_code != error.exit_code:
                 self.write_exit(error.exit_code, str(error))

@@ -123,7 +123,8 @@ def test_a_full_and_a_read_only_disk_under_a_run(shards, tmp_path):
     assert told["alive on the full disk"]
     assert told["older one kept"]
     assert told["caught up"]
-    assert any("needs 1 MiB and its disk has 0 MiB free: free space, lower checkpoint.keep" in e for e in told["full"])
+    said = "needs 1 MiB and its disk has 0 MiB free: free space, lower checkpoint.keep"
+    assert any(said in e for e in told["full"]), told["full"]
     assert told["warnings"] >= 3
     assert told["code"] == 75
     (code, reason, last), steps = told["last save"], told["steps"]

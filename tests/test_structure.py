@@ -19,8 +19,9 @@ ROOMS = ["errors", "console", "shapes", "config_keys", "config", "data", "kernel
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FUNCTION = 100
 # Of all files together. 0.2.0 has 1,300 more than 0.1.0: thirty-four faults with their siblings took 1,000, the screens
-# 150, `doctor --check` 150. Whoever adds must take away.
-MOST_CODE = 13_350
+# 150, `doctor --check` 150. The rooms for other families, formats and optimizers need 500 while the old forms still
+# stand beside the new; the number falls below 12,720 when they are gone. Whoever adds must take away.
+MOST_CODE = 13_850
 
 
 def room(path: Path) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 from daybreak import config_keys as keys
 from daybreak.errors import ConfigError
+from daybreak.formatting import nearest
 from daybreak.shapes import GPT2Config, is_shape, model_config, parse_shape, shape_names
 
 SCHEMA = 1
@@ -253,14 +254,6 @@ def _typed(name: str, value: Any) -> Any:
         default = _toml(DEFAULTS[name])
         raise ConfigError(f"{name} = {value!r} must be {_KIND_WORDS[kind]}; the default is {default}.")
     return value
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The name most likely meant: one of the same last word (optim.warmup -> schedule.warmup), longer, or similar."""
-    names, name = list(known), name[:100]  # the comparison's time grows with the square of its length
-    leaf = name.rpartition(".")[2].lower()
-    likely = [n for n in names if n.rpartition(".")[2].lower() == leaf] or [n for n in names if n.startswith(name)]
-    return max(likely or names, key=lambda n: difflib.SequenceMatcher(None, name, n).ratio())  # the first of equals
 
 
 def unknown_key(name: str) -> ConfigError:

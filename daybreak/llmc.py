@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from daybreak.cli.ends import ending
-from daybreak.config import Config, nearest, read_toml
+from daybreak.config import Config, read_toml
 from daybreak.config_keys import FRACTION, Rule, at_least, one_of
 from daybreak.console import guard_streams
 from daybreak.errors import ConfigError
+from daybreak.formatting import nearest
 from daybreak.parallel import connect, launched
 from daybreak.shapes import is_shape, parse_shape
 from daybreak.training.stop import Stop

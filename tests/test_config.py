@@ -9,17 +9,9 @@ from typing import Any
 
 import pytest
 
-from daybreak.config import (
-    DOCS,
-    KINDS,
-    Config,
-    check_resume,
-    nearest,
-    parse_value,
-    read_toml,
-    resolve,
-)
+from daybreak.config import DOCS, KINDS, Config, check_resume, parse_value, read_toml, resolve
 from daybreak.errors import ConfigError
+from daybreak.formatting import nearest
 
 # key: (default, text on the command line, the value it means, values out of range)
 KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {

@@ -14,15 +14,15 @@ import pytest
 from recovery import config, make_shards
 
 import daybreak
+from daybreak import files
 from daybreak.cli.main import main
-from daybreak.data import shards
-from daybreak.data.shards import fsync_folder, lock, locked
 from daybreak.errors import ConfigError
+from daybreak.files import fsync_folder, lock, locked
 
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
-    shards._warn_unable.cache_clear()
+    files._warn_unable.cache_clear()
 
 
 def test_a_folder_that_cannot_be_flushed_is_a_warning(caplog):

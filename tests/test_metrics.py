@@ -17,18 +17,10 @@ import pytest
 import torch
 from snapshots import exit_of, fork
 
-from daybreak.data.shards import write_atomic
 from daybreak.errors import ConfigError, Error
-from daybreak.state.metrics import (
-    COMMON,
-    FIELDS,
-    MOST_WAITING,
-    MainLog,
-    MetricsWriter,
-    format_duration,
-    read_metrics,
-    step_line,
-)
+from daybreak.files import write_atomic
+from daybreak.formatting import format_duration
+from daybreak.state.metrics import COMMON, FIELDS, MOST_WAITING, MainLog, MetricsWriter, read_metrics, step_line
 from daybreak.state.run_folder import RunFolder, package_commit
 from daybreak.state.throughput import Throughput, peak_flops
 

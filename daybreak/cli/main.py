@@ -25,9 +25,9 @@ from daybreak.cli.report import report, watch
 from daybreak.cli.sample import sample
 from daybreak.cli.serve import serve
 from daybreak.cli.train import train
-from daybreak.config import nearest
 from daybreak.console import guard_streams
 from daybreak.errors import ConfigError
+from daybreak.formatting import nearest
 
 TEXTS = ("--prompt", "--stop", "--eval.prompt")  # flags whose values are no paths
 

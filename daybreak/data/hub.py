@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from daybreak.data.formats import KINDS, SUFFIXES, Faults, extra
 from daybreak.data.loader import ahead
-from daybreak.data.shards import sha256_of
 from daybreak.data.sources import Part, Piece, Source, split_of, split_parts, text_size
 from daybreak.errors import DataError
+from daybreak.files import sha256_of
 
 log = logging.getLogger("daybreak")
 SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:#]+))?(?::(?P<config>[^#]+))?(?:#(?P<column>.+))?")

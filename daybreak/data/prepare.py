@@ -39,18 +39,11 @@ from daybreak.data.dataset import (
 from daybreak.data.formats import without_surrogates
 from daybreak.data.hub import SPEC, Remote, download, hub_files
 from daybreak.data.loader import ahead
-from daybreak.data.shards import (
-    MAX_TOKENS,
-    ShardWriter,
-    fsync_folder,
-    locked,
-    read_header,
-    sha256_of,
-    write_atomic,
-)
+from daybreak.data.shards import MAX_TOKENS, ShardWriter, read_header
 from daybreak.data.sources import SPLITS, Piece, Source
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError, explained
+from daybreak.files import fsync_folder, locked, sha256_of, write_atomic
 
 log = logging.getLogger("daybreak")
 UNIT = 1 << 20  # characters a worker encodes at a time

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from daybreak.config import nearest, run_hint
+from daybreak.config import run_hint
 from daybreak.errors import ConfigError
+from daybreak.formatting import nearest
 
 if TYPE_CHECKING:
     from daybreak.data.tokenizer import Tokenizer

@@ -25,10 +25,10 @@ from daybreak.config import Config
 from daybreak.data.dataset import open_dataset
 from daybreak.data.kinds import guess
 from daybreak.data.loader import Loader
-from daybreak.data.shards import replacing, write_atomic
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
+from daybreak.files import replacing, write_atomic
 from daybreak.interop.source import (
     Export,
     Source,

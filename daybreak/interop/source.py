@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from daybreak.config import Config
-from daybreak.data.shards import fsync_folder, remove, temporary_of, write_atomic
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
+from daybreak.files import fsync_folder, remove, temporary_of, write_atomic
 from daybreak.kernels.guard import WINDOW
 from daybreak.models.registry import build_model
 from daybreak.models.rows import Row

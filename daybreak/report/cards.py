@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from daybreak.config import nearest
 from daybreak.errors import ConfigError
+from daybreak.formatting import nearest
 from daybreak.shapes import GPT2Config
 from daybreak.state.throughput import CARDS, Card, peak_flops
 

@@ -13,9 +13,9 @@ import daybreak
 from daybreak.config import Config
 from daybreak.data.dataset import dataset_name, open_dataset
 from daybreak.data.mixing import open_loaders, parse_mix
-from daybreak.data.shards import alive, sha256_of
 from daybreak.engine.device import library_versions, missing_on, pick_compute, pick_device
 from daybreak.errors import CheckpointError, Error
+from daybreak.files import alive, sha256_of
 from daybreak.kernels import OPS, choose
 from daybreak.kernels.cuda.products import untuned
 from daybreak.state.checkpoint import foreign, load_checkpoint, published

@@ -13,7 +13,7 @@ from typing import Any
 
 from daybreak import __version__
 from daybreak.config import Config
-from daybreak.data.shards import write_atomic
+from daybreak.files import write_atomic
 from daybreak.report.series import Follower
 
 WEB = Path(__file__).parent / "web"

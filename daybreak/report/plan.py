@@ -20,9 +20,9 @@ from daybreak.engine.arena import Arena
 from daybreak.engine.device import available_bytes, missing_on, pick_compute, pick_device
 from daybreak.engine.fit import Fit, plan_memory
 from daybreak.engine.params import ParamTable
+from daybreak.formatting import counted, disk, format_duration
 from daybreak.models.registry import build_model
 from daybreak.report.cards import find_card, token_rate
-from daybreak.state.metrics import format_duration
 from daybreak.state.restore import staged_bytes
 
 BUFFERS = {
@@ -171,19 +171,6 @@ def suggest(p: Plan) -> tuple[str, str]:
     if p.budget and p.nbytes + p.outside > p.budget:
         return fit.advice(c), "makes it fit: planned"
     return "as it is", "planned"
-
-
-def counted(x: float, unit: str) -> str:
-    """A large number for people: three digits and a word."""
-    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if x >= size:
-            return f"{x / size:.3g} {word} {unit}"
-    return f"{x:,.0f} {unit}"
-
-
-def disk(x: float) -> str:
-    """Bytes for people, in powers of ten as disks have them."""
-    return f"{x / 1e9:,.3g} GB" if x >= 1e9 else f"{x / 1e6:,.3g} MB"
 
 
 def figures(p: Plan) -> list[tuple[str, str, str]]:

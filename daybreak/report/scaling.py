@@ -16,9 +16,9 @@ from daybreak.config import Config
 from daybreak.engine import DTYPES
 from daybreak.engine.collectives import Sharding
 from daybreak.errors import ConfigError
+from daybreak.formatting import format_duration
 from daybreak.report.cards import SEVERAL_GPUS, find_card, token_rate
 from daybreak.report.plan import ENOUGH_TOKENS, MIB, Plan, plan
-from daybreak.state.metrics import format_duration
 
 HOST = 8  # GPUs of one machine
 NETWORK = 50.0  # GB/s of a GPU's own network port: 400 Gb/s, as in NVIDIA's DGX H100

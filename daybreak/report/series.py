@@ -17,8 +17,8 @@ from typing import Any
 
 from daybreak.config import Config, read_toml, run_hint
 from daybreak.data.dataset import MANIFEST
-from daybreak.data.shards import locked
 from daybreak.errors import ConfigError
+from daybreak.files import locked
 from daybreak.state.checkpoint import list_checkpoints
 from daybreak.state.metrics import decode_record
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from daybreak.config import nearest
 from daybreak.data.formats import without_surrogates
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.errors import ConfigError
+from daybreak.formatting import nearest
 from daybreak.generate import Sampling, Text, Token, open_document
 from daybreak.serve.writer import News
 

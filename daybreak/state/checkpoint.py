@@ -26,8 +26,8 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
-from daybreak.data.shards import alive, fsync_folder, lock, remove, sha256_of, write_atomic
 from daybreak.errors import CheckpointError, Error, explained
+from daybreak.files import alive, fsync_folder, lock, remove, sha256_of, write_atomic
 from daybreak.parallel import ALONE, Group
 from daybreak.state.safetensors_io import (
     SafetensorsFile,

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from daybreak.data.shards import fsync, no_follow
 from daybreak.errors import Error
+from daybreak.files import fsync, no_follow
+from daybreak.formatting import format_duration
 
 log = logging.getLogger("daybreak")
 
@@ -193,14 +194,3 @@ def step_line(step: int, steps: int, v: Mapping[str, Any]) -> str:
         f"step {step:4d}/{steps} | loss {v['loss']:7.6f}{z['loss_z']}| norm {v['norm']:6.4f}{z['norm_z']}| "
         f"lr {v['lr']:.2e} | {v['ms']:.2f} ms | {used}{v['tok_s']:.0f} tok/s | {v['mem_mib']} MiB{left}"
     )
-
-
-def format_duration(seconds: float | None) -> str:
-    """Seconds for people, in the two largest units: 42s, 3m05s, 2h07m, 1d03h; n/a for None."""
-    if seconds is None:
-        return "n/a"
-    s = round(seconds)
-    for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
-        if s >= size:
-            return f"{s // size}{unit}{s % size // part:02d}{below}"
-    return f"{s}s"

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from daybreak import __version__
-from daybreak.data.shards import lock, locked, no_follow, write_atomic
 from daybreak.errors import ConfigError, Error, Stopped, explained
+from daybreak.files import lock, locked, no_follow, write_atomic
 
 log = logging.getLogger("daybreak")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "triton")

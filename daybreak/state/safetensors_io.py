@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from daybreak.data.kinds import HEAD, identify
-from daybreak.data.shards import fsync
 from daybreak.errors import CheckpointError, explained
+from daybreak.files import fsync
 
 CHUNK = 16 << 20  # bytes staged at a time, on the way out and in
 

@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from daybreak.console import Console as Stream
-from daybreak.state.metrics import format_duration, step_line
+from daybreak.formatting import format_duration
+from daybreak.state.metrics import step_line
 from daybreak.training.stop import to_stderr
 
 log = logging.getLogger("daybreak")

@@ -22,12 +22,12 @@ from daybreak.data.dataset import Dataset, dataset_name
 from daybreak.data.loader import Loader
 from daybreak.data.mixing import open_loaders, parse_mix
 from daybreak.data.prepare import prepare
-from daybreak.data.shards import write_atomic
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.engine.device import cpu_has_bf16, missing_on, pick_compute, pick_device, set_precision
 from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
+from daybreak.files import write_atomic
 from daybreak.parallel import Group, agent
 from daybreak.state.checkpoint import load_checkpoint, published, run_id
 from daybreak.state.restore import Weights, check_host_memory

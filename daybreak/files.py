@@ -1,0 +1,137 @@
+"""Files that survive crashes: atomic replacement, flushing, locks, hashes, and leftovers of killed processes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from daybreak.errors import Error
+
+log = logging.getLogger("daybreak")
+
+# What file systems say that cannot lock or flush: some network and FUSE mounts, 9p, overlays of old kernels.
+_UNABLE = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)
+
+
+@cache
+def _warn_unable(device: int, what: str) -> None:
+    """One warning for each file system (its device number) and ability."""
+    log.warning("%s", what)
+
+
+@contextmanager
+def _unless_unable(fd: int, what: str) -> Iterator[None]:
+    """A warning where the file system of `fd` cannot do at all what the block asks of it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNABLE:
+            raise
+        _warn_unable(os.fstat(fd).st_dev, f"This file system cannot {what} ({error.strerror}).")
+
+
+def fsync(fd: int) -> None:
+    """Flush an open file or folder to the disk. A file system that cannot do this gets a warning, and work goes on."""
+    with _unless_unable(fd, "flush files or folders, so a power cut may lose what was saved"):
+        os.fsync(fd)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make renames and new names in a folder survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def lock(fd: int, how: int) -> bool:
+    """flock; False if another process holds it. A file system without locks gets a warning, and the answer is True."""
+    try:
+        with _unless_unable(fd, "lock, so never start two processes on one run or data set"):
+            fcntl.flock(fd, how)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def no_follow(path: str, flags: int) -> int:
+    """An opener for `open` that refuses symbolic links: a folder from somebody else may hold one that leads outside."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def alive(pid: int) -> bool:
+    """Whether another live process has this id. Our own id on a leftover: a container that restarts reuses ids."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return pid != os.getpid()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, never what the link leads to, as far as the disk allows."""
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
+
+
+def temporary_of(path: Path) -> Path:
+    """A hidden name beside `path` that nobody uses. Leftovers of killed processes that wrote the same are removed."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}-*"):
+        pid = leftover.name.rpartition("-")[2]
+        if leftover.name == f".{path.name}-{pid}" and pid.isdecimal() and not alive(int(pid)):
+            remove(leftover)
+    return path.with_name(f".{path.name}-{os.getpid()}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the name `path` when the block ends well, on the disk then: readers, and a crash at any
+    moment, see the old one or the new, never a part. Symbolic links are replaced, not followed."""
+    temporary = temporary_of(path)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small file, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def locked(folder: Path, busy: Error) -> Iterator[int]:
+    """Hold a folder for this process, until it ends however it ends; its descriptor. Raises `busy` if another does."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        if not lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            raise busy
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

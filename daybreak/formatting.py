@@ -1,0 +1,38 @@
+"""Words and numbers for people: the name that was probably meant, durations, counts, sizes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The name most likely meant: one of the same last word (optim.warmup -> schedule.warmup), longer, or similar."""
+    names, name = list(known), name[:100]  # the comparison's time grows with the square of its length
+    leaf = name.rpartition(".")[2].lower()
+    likely = [n for n in names if n.rpartition(".")[2].lower() == leaf] or [n for n in names if n.startswith(name)]
+    return max(likely or names, key=lambda n: difflib.SequenceMatcher(None, name, n).ratio())  # the first of equals
+
+
+def format_duration(seconds: float | None) -> str:
+    """Seconds for people, in the two largest units: 42s, 3m05s, 2h07m, 1d03h; n/a for None."""
+    if seconds is None:
+        return "n/a"
+    s = round(seconds)
+    for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if s >= size:
+            return f"{s // size}{unit}{s % size // part:02d}{below}"
+    return f"{s}s"
+
+
+def counted(x: float, unit: str) -> str:
+    """A large number for people: three digits and a word."""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if x >= size:
+            return f"{x / size:.3g} {word} {unit}"
+    return f"{x:,.0f} {unit}"
+
+
+def disk(x: float) -> str:
+    """Bytes for people, in powers of ten as disks have them."""
+    return f"{x / 1e9:,.3g} GB" if x >= 1e9 else f"{x / 1e6:,.3g} MB"

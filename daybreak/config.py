@@ -8,34 +8,32 @@ re-runnable file. `resolve` turns what the user typed into a Config; `check_resu
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from daybreak import config_keys as keys
+from daybreak.config_keys import check_rules, toml_value
 from daybreak.errors import ConfigError
 from daybreak.formatting import nearest
-from daybreak.shapes import GPT2Config, is_shape, model_config, parse_shape, shape_names
+from daybreak.shapes import ARCHS, SHAPES, GPT2Config, Shape, family, is_shape, model_config, parse_shape
 
 SCHEMA = 1
 RECIPES = Path(__file__).parent / "recipes"
-
-MODEL_DOCS = {"arch": "architecture", "L": "layers", "C": "channels", "NH": "attention heads",
-              "max_T": "longest sequence in tokens", "V": "vocabulary in tokens"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a training run. Sections in the order of config.toml."""
 
-    model: GPT2Config = field(default_factory=GPT2Config)
+    model: Shape = field(default_factory=GPT2Config)
     data: keys.DataConfig = field(default_factory=keys.DataConfig)
     batch: keys.BatchConfig = field(default_factory=keys.BatchConfig)
     optim: keys.OptimConfig = field(default_factory=keys.OptimConfig)
@@ -98,11 +96,12 @@ class Config:
         checked by `check`.
         """
         changed: dict[str, dict[str, Any]] = {}
+        known = keys_of(_family(values, self.model.arch).arch)
         for name, value in values.items():
-            if name not in KINDS:
-                raise unknown_key(name)
+            if name not in known:
+                raise unknown_key(name, known)
             section, leaf = name.split(".")
-            changed.setdefault(section, {})[leaf] = _typed(name, value)
+            changed.setdefault(section, {})[leaf] = _typed(name, value, known[name])
         made: dict[str, Any] = {s: replace(getattr(self, s), **v) for s, v in changed.items() if s != "model"}
         if "model" in changed:
             made["model"] = model_config(changed["model"], self.model)
@@ -141,14 +140,14 @@ class Config:
 
     def check(self, *, ranks: int = 1) -> None:
         """Raise ConfigError for the first key, in file order, whose type or value is wrong, then for conflicts."""
+        known = keys_of(self.model.arch)
         for name, value in self.items():
-            _typed(name, value)
-            rule = RULES.get(name)
-            if rule is not None and not rule.holds(value):
-                raise ConfigError(f"{name} = {_toml(value)} {rule.text}; the default is {_toml(DEFAULTS[name])}.")
+            _typed(name, value, known[name])
+        self.model.check()
+        for section in SECTIONS:
+            check_rules(section, getattr(self, section))
         if len(given := [f"{name} = {value}" for name, value in self.items() if name in LENGTH and value]) > 1:
             raise ConfigError(f"{' and '.join(given)}: give only one of them.")
-        self.model.check()
         self._check_data()
         self._check_batch(ranks)
         horizon = self.optim.horizon or self.run.steps
@@ -163,7 +162,7 @@ class Config:
         if bool(data.train) != bool(data.val):
             given, missing = ("train", "val") if data.train else ("val", "train")
             raise ConfigError(
-                f"data.{missing} is empty but data.{given} = {_toml(getattr(data, given))} is given; "
+                f"data.{missing} is empty but data.{given} = {toml_value(getattr(data, given))} is given; "
                 "give both globs, or neither and data.name."
             )
         if not data.name and not data.train:
@@ -181,7 +180,7 @@ class Config:
         for step, tokens in batch.ramp:
             if step <= before or tokens < 1:
                 raise ConfigError(
-                    f"batch.ramp = {_toml(batch.ramp)} must be [step, total_tokens] pairs with steps above 0 and "
+                    f"batch.ramp = {toml_value(batch.ramp)} must be [step, total_tokens] pairs with steps above 0 and "
                     f"ascending and tokens above 0; [{step}, {tokens}] is not."
                 )
             before = step
@@ -200,46 +199,54 @@ class Config:
 
     def to_toml(self) -> str:
         """The complete file, `schema` first, each key with its meaning. Reading it back gives an equal Config."""
-        lines = [f"schema = {SCHEMA}"]
+        lines, known = [f"schema = {SCHEMA}"], keys_of(self.model.arch)
         for name, value in self.items():
             section, leaf = name.split(".")
             if f"[{section}]" not in lines:
                 lines += ["", f"[{section}]"]
-            lines.append(f"{leaf} = {_toml(value)}  # {DOCS[name]}")
+            lines.append(f"{leaf} = {toml_value(value)}  # {known[name].metadata['doc']}")
         return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    """A TOML value. json's escapes are TOML's, but for DEL, which TOML wants escaped too."""
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return repr(value)
 
 
 LENGTH = ("run.steps", "run.epochs", "run.tokens")  # only one of them is given
 PATHS = ("data.name", "data.train", "data.val", "data.dir", "eval.hellaswag", "run.dir")  # ~ is the home folder there
 SECTIONS = [section.name for section in fields(Config)]
-DEFAULTS: dict[str, Any] = dict(Config().items())
-KINDS: dict[str, type] = {name: type(value) for name, value in DEFAULTS.items()}
-_METADATA = {f"{s.name}.{f.name}": f.metadata for s in fields(Config) for f in fields(getattr(Config(), s.name))}
-RULES: dict[str, keys.Rule | None] = {name: metadata.get("rule") for name, metadata in _METADATA.items()}
-DOCS: dict[str, str] = {name: m.get("doc") or MODEL_DOCS[name.removeprefix("model.")] for name, m in _METADATA.items()}
+
+
+@cache
+def keys_of(arch: str = GPT2Config.arch) -> dict[str, Field[Any]]:
+    """Every key of a configuration whose model is of this family, by dotted name, in the order of config.toml."""
+    sections = vars(Config(model=family(arch)()))
+    return {f"{section}.{f.name}": f for section, values in sections.items() for f in fields(values)}
+
+
+def _family(values: Mapping[str, Any], default: str) -> type[Shape]:
+    """The family that dotted keys ask for. Another type than text is refused where the types of all are checked."""
+    arch = values.get("model.arch", default)
+    return family(arch if isinstance(arch, str) else default)
+
+
+def every_key() -> dict[str, Field[Any]]:
+    """The keys of all families together. What several have, the first of them describes."""
+    found: dict[str, Field[Any]] = {}
+    for arch in ARCHS:
+        found = keys_of(arch) | found
+    return found
+
+
 _KIND_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
                tuple: "a list of [step, tokens] pairs"}  # fmt: skip
 
 
-def _typed(name: str, value: Any) -> Any:
-    """`value` as the type of key `name` (a whole number may stand for a float). ConfigError if it is another type."""
-    kind = KINDS[name]
+def _typed(name: str, value: Any, key: Field[Any]) -> Any:
+    """`value` as the type of the key of this name (a whole number may stand for a float). ConfigError if it is another
+    type."""
+    kind, default = type(key.default), toml_value(key.default)
     right = type(value) is kind and not (isinstance(value, int) and abs(value) >= 2**63)
     if kind is float and type(value) is int:
         right, value = True, float(value)
     if kind is float and right and not math.isfinite(value):
-        raise ConfigError(f"{name} = {value} must be finite; the default is {_toml(DEFAULTS[name])}.")
+        raise ConfigError(f"{name} = {value} must be finite; the default is {default}.")
     if kind is tuple and isinstance(value, list | tuple):  # batch.ramp; TOML and JSON have lists
         right = all(isinstance(e, list | tuple) and len(e) == 2 and all(type(x) is int for x in e) for e in value)
         value = tuple(map(tuple, value)) if right else value
@@ -251,13 +258,12 @@ def _typed(name: str, value: Any) -> Any:
         except UnicodeEncodeError:
             raise ConfigError(f"{name} = {value!r} must be valid UTF-8 text.") from None
     if not right:
-        default = _toml(DEFAULTS[name])
         raise ConfigError(f"{name} = {value!r} must be {_KIND_WORDS[kind]}; the default is {default}.")
     return value
 
 
-def unknown_key(name: str) -> ConfigError:
-    return ConfigError(f"unknown key {name!r}; did you mean {nearest(name, KINDS)!r}?")
+def unknown_key(name: str, known: Iterable[str]) -> ConfigError:
+    return ConfigError(f"unknown key {name!r}; did you mean {nearest(name, known)!r}?")
 
 
 @dataclass(frozen=True)
@@ -318,12 +324,12 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
         return Config(model=parse_shape(target)), None
     if path.is_dir():
         raise ConfigError(f"{target} is not a run: it has no config.toml; give a folder that daybreak train made.")
-    if (named := Path(DEFAULTS["run.dir"]) / path / "config.toml").is_file():
+    if (named := Path(Config().run.dir) / path / "config.toml").is_file():
         raise ConfigError(f"unknown target {target!r}; to resume the run of that name give its folder: {named.parent}.")
     if "/" in target:
         fix = run_hint(target) or "; give a run's folder, a recipe.toml, a recipe (tiny) or a shape (d12)."
         raise ConfigError(f"{target} does not exist{fix}")
-    known = recipe_names() + shape_names()
+    known = [*recipe_names(), *SHAPES]
     raise ConfigError(
         f"unknown target {target!r}; did you mean {nearest(target, known)!r}? "
         f"Recipes: {', '.join(recipe_names())}; or a shape such as d12, a recipe.toml, or a run's folder."
@@ -332,7 +338,7 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
 
 def run_hint(path: Path | str) -> str:
     """For a message about a run that is not there: the folder below run.dir that was probably meant, or nothing."""
-    runs = {found.parent.name: found.parent for found in Path(DEFAULTS["run.dir"]).glob("*/config.toml")}
+    runs = {found.parent.name: found.parent for found in Path(Config().run.dir).glob("*/config.toml")}
     near = difflib.get_close_matches(Path(path).name, runs, 1)
     return f"; did you mean {runs[near[0]]}?" if near and not Path(path).exists() else ""
 
@@ -361,34 +367,38 @@ def read_toml(path: Path) -> Config:
         else:
             values[section] = table
     try:
-        return Config().override(values)
+        return Config(model=_family(values, GPT2Config.arch)()).override(values)
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from None
 
 
 def parse_value(name: str, text: str) -> Any:
     """A command line value as the type of key `name`. ConfigError for an unknown key or anything but that type."""
-    kind = KINDS.get(name)
-    if kind is None:
-        raise unknown_key(name)
+    known = every_key()
+    if name not in known:
+        raise unknown_key(name, known)
+    key = known[name]
+    kind: type = type(key.default)
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if name == "run.tokens" and (short := re.fullmatch(r"([0-9.]+)([KMBT])", text.upper())):
             return round(float(short[1]) * 1000 ** (1 + "KMBT".index(short[2])))
         if kind is tuple:
-            return _typed(name, tomllib.loads(f"x = {text}")["x"])
-        return _typed(name, kind(text))
+            return _typed(name, tomllib.loads(f"x = {text}")["x"], key)
+        return _typed(name, kind(text), key)
     except (ValueError, KeyError):  # TOMLDecodeError is a ValueError
-        default = _toml(DEFAULTS[name])
+        default = toml_value(key.default)
         raise ConfigError(f"{name} = {text!r} must be {_KIND_WORDS[kind]}; the default is {default}.") from None
 
 
-MAY_CHANGE_SECTIONS = ("parallel", "kernels", "eval", "checkpoint", "guard", "log", "cost")
-MAY_CHANGE_KEYS = ("batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon",
-                   "precision.masters", "run.name",
-                   "run.dir", *LENGTH, "run.max_hours", "run.device", "run.profile")  # fmt: skip
 PLACES = ("data.name", "data.dir", "data.train", "data.val")  # of the data
+
+
+def may_change(name: str, arch: str = GPT2Config.arch) -> bool:
+    """Whether a resumed run may change a key."""
+    fixed = keys_of(arch)[name].metadata["fixed"]
+    return name.partition(".")[0] not in keys.FIXED_SECTIONS if fixed is None else not fixed
 
 
 def is_untouched_import(run: Path | str) -> bool:
@@ -406,7 +416,7 @@ def check_resume(saved: Config, new: Config, *, fork: bool = False, moved: bool 
     was = dict(saved.items())
     for name, value in new.items():
         section = name.partition(".")[0]
-        allowed = section != "model" if fork else section in MAY_CHANGE_SECTIONS or name in MAY_CHANGE_KEYS
+        allowed = section != "model" if fork else may_change(name, new.model.arch)
         allowed |= moved and name in PLACES
         if value != was[name] and not allowed:
             fix = "leave it out, or start a new run from the checkpoint with --fork NAME"
@@ -414,4 +424,6 @@ def check_resume(saved: Config, new: Config, *, fork: bool = False, moved: bool 
                 fix = "a new shape is trained from the start, without --fork"
             elif section == "model":
                 fix = "leave it out, or train a new run of this shape under another --name"
-            raise ConfigError(f"{name} is {_toml(was[name])} in the saved run and cannot become {_toml(value)}; {fix}.")
+            raise ConfigError(
+                f"{name} is {toml_value(was[name])} in the saved run and cannot become {toml_value(value)}; {fix}."
+            )

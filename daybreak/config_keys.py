@@ -1,15 +1,18 @@
 """The keys of a configuration: one dataclass per section, every key with its default, meaning and allowed values.
 
-The meanings are the comments of config.toml and of `--print-config`: this file is their only documentation.
-`Config`, which joins the sections, is in config.py.
+The meanings are the comments of config.toml and of `--print-config`: this file is their only documentation. The keys
+of [model] belong to a family of models, and are in shapes/. `Config`, which joins the sections, is in config.py.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from daybreak.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,34 @@ def _is_step_range(text: str) -> bool:
 STEP_RANGE = Rule("must be A:B, two step numbers with A below B", lambda s: s == "" or _is_step_range(s))
 
 
-def key(default: Any, doc: str, rule: Rule | None = None) -> Any:
-    """A configuration key: its default, its meaning with unit (the comment in TOML), its allowed values."""
-    return field(default=default, metadata={"doc": doc, "rule": rule})
+FIXED_SECTIONS = ("model", "data", "optim", "schedule")  # what weights and data order rest on: a resumed run keeps it
+
+
+def key(default: Any, doc: str, rule: Rule | None = None, *, fixed: bool | None = None) -> Any:
+    """A configuration key: its default, its meaning with unit (the comment in TOML), its allowed values, and whether it
+    is fixed: a resumed run may not change it (None: as the rest of its section)."""
+    return field(default=default, metadata={"doc": doc, "rule": rule, "fixed": fixed})
+
+
+def toml_value(value: Any) -> str:
+    """A TOML value. json's escapes are TOML's, but for DEL, which TOML wants escaped too."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return repr(value)
+
+
+def check_rules(section: str, values: Any) -> None:
+    """Raise ConfigError for the first key of a section, a dataclass, whose value is not allowed."""
+    for f in fields(values):
+        value, rule = getattr(values, f.name), f.metadata["rule"]
+        if rule is not None and not rule.holds(value):
+            raise ConfigError(
+                f"{section}.{f.name} = {toml_value(value)} {rule.text}; the default is {toml_value(f.default)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -83,7 +111,7 @@ class BatchConfig:
     """Tokens per step, and how many of them are in memory at once."""
 
     B: int = key(4, "sequences per micro-step on each GPU", at_least(1))
-    T: int = key(0, "sequence length in tokens; 0 = model.max_T", at_least(0))
+    T: int = key(0, "sequence length in tokens; 0 = model.max_T", at_least(0), fixed=True)
     total_tokens: int = key(
         0, "tokens per step over all ranks; 0 = one micro-step per rank (B * T * ranks)", at_least(0)
     )
@@ -105,7 +133,7 @@ class OptimConfig:
     eps: float = key(1e-8, "AdamW denominator offset", POSITIVE)
     weight_decay: float = key(0.1, "decoupled weight decay, on matrices only", at_least(0))
     clip: float = key(1.0, "largest global gradient norm; 0 = no clipping", at_least(0))
-    horizon: int = key(0, "steps the learning-rate schedule spans; 0 = run.steps", at_least(0))
+    horizon: int = key(0, "steps the learning-rate schedule spans; 0 = run.steps", at_least(0), fixed=False)
 
 
 @dataclass(frozen=True)
@@ -123,9 +151,12 @@ class PrecisionConfig:
     """The number formats of arithmetic."""
 
     compute: str = key(
-        "auto", "auto, fp32, bf16 or fp64; auto = bf16 on CUDA, fp32 on CPU", one_of("auto", "fp32", "bf16", "fp64")
+        "auto",
+        "auto, fp32, bf16 or fp64; auto = bf16 on CUDA, fp32 on CPU",
+        one_of("auto", "fp32", "bf16", "fp64"),
+        fixed=True,
     )
-    tf32: bool = key(True, "fp32 matmuls may use TF32 on CUDA")
+    tf32: bool = key(True, "fp32 matmuls may use TF32 on CUDA", fixed=True)
     masters: str = key(
         "auto",
         "master weights for bf16: fp32, split (16 more bits per weight; as exact as fp32, 2 bytes less) or none "
@@ -235,7 +266,7 @@ class RunConfig:
     epochs: float = key(0.0, "instead of steps: passes over the training data; becomes steps at the start", at_least(0))
     tokens: int = key(0, "instead of steps: training tokens, 1B or 300M too; becomes steps at the start", at_least(0))
     max_hours: float = key(0.0, "save and stop (exit 75) after this many hours; 0 = no limit", at_least(0))
-    seed: int = key(42, "seed of the initial weights and the data order", at_least(0))
+    seed: int = key(42, "seed of the initial weights and the data order", at_least(0), fixed=True)
     device: str = key("auto", "auto, cpu, cuda or cuda:N", DEVICE)
-    overfit: bool = key(False, "train on the first batch over and over (a debugging aid)")
+    overfit: bool = key(False, "train on the first batch over and over (a debugging aid)", fixed=True)
     profile: str = key("", "A:B = profile steps A to B; empty = off", STEP_RANGE)

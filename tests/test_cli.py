@@ -18,7 +18,7 @@ from patience import PATIENCE, until
 import daybreak
 from daybreak import llmc
 from daybreak.cli.main import cli, main
-from daybreak.config import KINDS, Config, resolve
+from daybreak.config import Config, keys_of, resolve
 
 ROOT = Path(__file__).parents[1]
 VERBS = ["prepare", "plan", "train", "eval", "sample", "serve", "import", "export", "report", "watch", "doctor",
@@ -366,7 +366,7 @@ def test_print_config_is_the_whole_configuration(here: Path, capsys: pytest.Capt
     assert list(here.iterdir()) == [here / "again.toml"]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", keys_of())
 def test_every_key_is_a_flag_of_train_and_plan(name: str) -> None:
     for verb in ("train", "plan"):
         assert any(f"--{name}" in p.opts for p in cli.commands[verb].params)

@@ -9,18 +9,21 @@ from typing import Any
 
 import pytest
 
-from daybreak.config import DOCS, KINDS, Config, check_resume, parse_value, read_toml, resolve
+from daybreak.config import Config, check_resume, keys_of, parse_value, read_toml, resolve
 from daybreak.errors import ConfigError
 from daybreak.formatting import nearest
 
+KINDS = {name: type(key.default) for name, key in keys_of().items()}
+DOCS = {name: key.metadata["doc"] for name, key in keys_of().items()}
+
 # key: (default, text on the command line, the value it means, values out of range)
 KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
+    "model.arch": ("gpt2", "gpt2", "gpt2", ()),
     "model.L": (12, "3", 3, (0, -1)),
     "model.C": (768, "1_536", 1536, (0, 100)),
     "model.NH": (12, "6", 6, (0,)),
     "model.max_T": (1024, "2048", 2048, (0,)),
     "model.V": (50257, "257", 257, (0,)),
-    "model.arch": ("gpt2", "gpt2", "gpt2", ()),
     "data.name": ("stdlib", "book", "book", ("",)),
     "data.train": ("", "a_*.bin", "a_*.bin", ()),
     "data.val": ("", "b_*.bin", "b_*.bin", ()),

@@ -17,21 +17,17 @@ import pytest
 from daybreak.cli.main import VERBS
 from daybreak.config import (
     _KIND_WORDS,
-    DEFAULTS,
-    DOCS,
-    KINDS,
-    MAY_CHANGE_KEYS,
-    MAY_CHANGE_SECTIONS,
-    RULES,
     Config,
-    _toml,
+    keys_of,
+    may_change,
     resolve,
 )
+from daybreak.config_keys import toml_value
 from daybreak.engine import arena, plan_engine
 from daybreak.kernels import Impl, Op, Recorder
 from daybreak.report.bench import flops_of, nbytes_of
 from daybreak.report.plan import plan
-from daybreak.shapes import parse_shape
+from daybreak.shapes import ARCHS, parse_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs"
@@ -120,15 +116,23 @@ def memory_table() -> str:
 
 def keys_table() -> str:
     """Every configuration key, section by section: default, meaning, rule (without one, its type)."""
-    text = f"A resumed run may change these sections: {', '.join(MAY_CHANGE_SECTIONS)}. Of the others it may change:\n"
-    text += ", ".join(f"`{name}`" for name in MAY_CHANGE_KEYS) + ".\n\n"
-    for section, keys in vars(Config()).items():
-        text += f"### {section}\n{(type(keys).__doc__ or '').splitlines()[0]}\n\n"
+    sections = {section: [f"{section}.{key}" for key in vars(keys)] for section, keys in vars(Config()).items()}
+    whole = [section for section, names in sections.items() if all(map(may_change, names))]
+    text = f"A resumed run may change these sections: {', '.join(whole)}. Of the others it may change:\n"
+    some = [name for name in keys_of() if name.partition(".")[0] not in whole and may_change(name)]
+    text += ", ".join(f"`{name}`" for name in some) + ".\n\n"
+    titled = [(f"model, where `model.arch` is `{arch}`", shape(), arch) for arch, shape in ARCHS.items()]
+    titled += [(section, keys, "gpt2") for section, keys in vars(Config()).items() if section != "model"]
+    for title, keys, arch in titled:
+        text += f"### {title}\n{(type(keys).__doc__ or '').splitlines()[0]}\n\n"
         text += "| key | default | meaning | allowed |\n|---|---|---|---|\n"
-        for name in (f"{section}.{key}" for key in vars(keys)):
-            rule, default = RULES[name], _toml(DEFAULTS[name])
+        for name in (f"{title.partition(',')[0]}.{key}" for key in vars(keys)):
+            key = keys_of(arch)[name]
+            rule, default = key.metadata["rule"], toml_value(key.default)
             allowed = rule.text.removeprefix("must be ").removeprefix("is not supported: ") if rule else ""
-            text += f"| `{name}` | `{default}` | {DOCS[name]} | {allowed or _KIND_WORDS[KINDS[name]]} |\n"
+            text += (
+                f"| `{name}` | `{default}` | {key.metadata['doc']} | {allowed or _KIND_WORDS[type(key.default)]} |\n"
+            )
         text += "\n"
     return text.rstrip("\n") + "\n"
 

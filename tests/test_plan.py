@@ -335,7 +335,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ""
     names = [line.split("  ")[0] for line in out.splitlines()[:5]]
     assert names == ["fits", "use", "largest B", "speed", "time"]
-    assert re.search(r"^model +124,475,904 parameters: L 12, C 768, NH 12", out, re.M)
+    assert re.search(r"^model +124,475,904 parameters: gpt2 L=12 C=768 NH=12", out, re.M)
     assert "activation" not in out
     assert "HellaSwag about 29.9 %" in out  # published, with its source
     assert re.search(r"^cost +\$", out, re.M)

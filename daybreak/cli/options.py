@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from daybreak.config import KINDS
+from daybreak.config import every_key
 
+KEYS = list(every_key())
 # The only undotted spellings of configuration keys.
 SHORT = {
     "run.name": ("--name", "NAME", "Name of the run (default: the target's); its folder is runs/NAME."),
@@ -27,7 +28,7 @@ def _dest(name: str) -> str:
 
 def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: a flag for every configuration key. The command receives them raw, see `overrides_of`."""
-    for name in reversed(KINDS):
+    for name in reversed(KEYS):
         if name in SHORT:
             flag, metavar, text = SHORT[name]
             hidden = name in ("run.max_hours", "run.profile") and command.__name__ != "train"
@@ -39,4 +40,4 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def overrides_of(flags: dict[str, Any]) -> list[tuple[str, str]]:
     """The (dotted key, text) pairs among a command's arguments; text is parsed by `config.parse_value`."""
-    return [(name, flags[_dest(name)]) for name in KINDS if flags[_dest(name)] is not None]
+    return [(name, flags[_dest(name)]) for name in KEYS if flags[_dest(name)] is not None]

@@ -22,7 +22,7 @@ from daybreak.kernels import acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
 from daybreak.models.registry import Model, build_model
 from daybreak.parallel import ALONE, Group
-from daybreak.shapes import GPT2Config
+from daybreak.shapes import Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # The layout of `hyper`: device scalars that change from step to step. bias1 = 1 - beta1^t, bias2 = 1 - beta2^t.
@@ -91,7 +91,7 @@ def pick_masters(name: str, dtype: torch.dtype, device_type: str) -> str:
 
 
 def state_entries(
-    plan: Sharding, cfg: GPT2Config, B: int, T: int, dtype: torch.dtype, train: bool, masters: str, kv: tuple[int, ...]
+    plan: Sharding, cfg: Shape, B: int, T: int, dtype: torch.dtype, train: bool, masters: str, kv: tuple[int, ...]
 ) -> list[Entry]:
     """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and keys and
     values (of shape `kv`) of sequences under way."""
@@ -119,7 +119,7 @@ def state_entries(
 
 
 def plan_engine(
-    cfg: GPT2Config, *, B: int, T: int, compute: str = "fp32", recompute: int = 0, train: bool = True,
+    cfg: Shape, *, B: int, T: int, compute: str = "fp32", recompute: int = 0, train: bool = True,
     masters: str = "auto", device_type: str = "cpu", kernels: Mapping[str, str] | None = None,
     missing: Collection[str] = (), rows: int = 1, group: Group = ALONE, zero: int = 0, bucket_bytes: int = 1 << 25,
 ) -> tuple[Model, ParamTable, Arena]:  # fmt: skip

@@ -29,7 +29,7 @@ from daybreak.kernels.guard import STATS
 from daybreak.kernels.optimizer import FLAT_CHUNK, join_masters, round_weights, split_masters
 from daybreak.models.registry import build_model
 from daybreak.parallel import ALONE, Group
-from daybreak.shapes import GPT2Config
+from daybreak.shapes import Shape
 
 
 def named_stats(pending: Pending) -> dict[str, float]:
@@ -37,7 +37,7 @@ def named_stats(pending: Pending) -> dict[str, float]:
     return dict(zip(STATS, pending.values(), strict=True))
 
 
-def draw(cfg: GPT2Config, seed: int) -> dict[str, Tensor]:
+def draw(cfg: Shape, seed: int) -> dict[str, Tensor]:
     """The initial weights, fp32 in host memory."""
     drawn: dict[str, Tensor] = {}
     draw_parameters(build_model(cfg).rows(), seed, drawn.__setitem__)
@@ -62,7 +62,7 @@ class Engine:
     """
 
     def __init__(
-        self, cfg: GPT2Config, *, B: int, T: int, compute: str = "fp32", recompute: int = 0,
+        self, cfg: Shape, *, B: int, T: int, compute: str = "fp32", recompute: int = 0,
         device: str | torch.device = "cpu", seed: int = 42, init: bool = True, optim: OptimConfig | None = None,
         guard: GuardConfig | None = None, train: bool = True, masters: str = "auto",
         kernels: Mapping[str, str] | None = None, rows: int = 1, group: Group = ALONE, zero: int = 0,

@@ -25,7 +25,7 @@ from daybreak.interop.source import (
     identify_tokenizer,
     layout,
 )
-from daybreak.shapes import GPT2Config
+from daybreak.shapes import GPT2Config, Shape
 from daybreak.state.safetensors_io import Entry, SafetensorsFile, write_safetensors
 
 # daybreak's name of a tensor -> theirs. Those of CONV1D are stored (in, out).
@@ -132,7 +132,7 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shape(path: Path) -> GPT2Config:
+def _shape(path: Path) -> Shape:
     config = _json(path)
     for key, values in ARITHMETIC.items():
         if config.get(key, values[0]) not in values or (key == "model_type" and key not in config):

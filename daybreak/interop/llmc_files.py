@@ -38,7 +38,7 @@ from daybreak.interop.source import (
     identify_tokenizer,
     layout,
 )
-from daybreak.shapes import GPT2Config
+from daybreak.shapes import GPT2Config, Shape
 
 log = logging.getLogger("daybreak")
 
@@ -98,7 +98,7 @@ def _map(path: Path, dtype: torch.dtype, start: int, count: int) -> Tensor:
     return flat.view(torch.bfloat16) if dtype == torch.bfloat16 else flat
 
 
-def _shape(path: Path) -> tuple[GPT2Config, torch.dtype, int]:
+def _shape(path: Path) -> tuple[Shape, torch.dtype, int]:
     """Shape, dtype and number of parameters of a model file, everything checked."""
     header = _header(path, MODEL, "a model file", tuple(VERSIONS))
     dtype = VERSIONS[int(header[1])]
@@ -115,7 +115,7 @@ def _shape(path: Path) -> tuple[GPT2Config, torch.dtype, int]:
     return cfg, dtype, count
 
 
-def _views(cfg: GPT2Config, flat: Tensor) -> dict[str, Tensor]:
+def _views(cfg: Shape, flat: Tensor) -> dict[str, Tensor]:
     return {name: flat[start : start + prod(shape)].view(shape) for name, start, shape in layout(cfg)}
 
 

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -25,14 +25,14 @@ from daybreak.files import fsync_folder, remove, temporary_of, write_atomic
 from daybreak.kernels.guard import WINDOW
 from daybreak.models.registry import build_model
 from daybreak.models.rows import Row
-from daybreak.shapes import GPT2Config, model_config
+from daybreak.shapes import Shape, model_config
 from daybreak.state.checkpoint import Checkpoint, Snapshot, save_checkpoint
 from daybreak.state.run_folder import RunFolder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def layout(cfg: GPT2Config) -> list[tuple[str, int, tuple[int, ...]]]:
+def layout(cfg: Shape) -> list[tuple[str, int, tuple[int, ...]]]:
     """(daybreak's name, first element, shape) of every parameter in llm.c's order: all layers of one, then the next."""
     kinds: dict[str, list[Row]] = {}
     for row in build_model(cfg).rows():
@@ -51,7 +51,7 @@ class Source:
     """
 
     path: Path
-    model: GPT2Config
+    model: Shape
     tokenizer: str
     read: Callable[[str], Tensor]
     step: int = 0
@@ -83,8 +83,7 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
     Its data fingerprint is empty: any data will do for its first step. `into`: an existing folder to use instead.
     Raises ConfigError when the run exists.
     """
-    config = config.override({f"model.{k}": getattr(source.model, k) for k in ("L", "C", "NH", "max_T", "V")})
-    config = config.override({"data.tokenizer": source.tokenizer})
+    config = replace(config, model=source.model).override({"data.tokenizer": source.tokenizer})
     config.check()
     if into is None:
         folder = RunFolder(Path(config.run.dir) / config.run.name)
@@ -164,7 +163,7 @@ def identify_tokenizer(vocabulary: Sequence[bytes], where: Path) -> str:
     )
 
 
-def default_tokenizer(cfg: GPT2Config, given: str, where: Path) -> str:
+def default_tokenizer(cfg: Shape, given: str, where: Path) -> str:
     """`given`, or GPT-2's where the vocabulary has its size. ConfigError if neither is there or it has too many ids."""
     name = given or ("gpt2" if cfg.V in (50257, 50304) else "")
     if not name:
@@ -174,7 +173,7 @@ def default_tokenizer(cfg: GPT2Config, given: str, where: Path) -> str:
     return name
 
 
-def checked_shape(path: Path, cfg: GPT2Config) -> GPT2Config:
+def checked_shape(path: Path, cfg: Shape) -> Shape:
     """The shape that a file describes. CheckpointError if there can be no such model."""
     try:
         cfg.check()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from daybreak.models.frame import Frame
 from daybreak.models.gpt2 import GPT2
 from daybreak.models.rows import Row
-from daybreak.shapes import GPT2Config
+from daybreak.shapes import Shape
 
 
 class Model(Protocol):
@@ -47,9 +48,9 @@ class Model(Protocol):
         """All gradients."""
 
 
-MODELS = {"gpt2": GPT2}
+MODELS: dict[str, Callable[[Any, int, str], Model]] = {"gpt2": GPT2}  # each takes the shape of its own family
 
 
-def build_model(cfg: GPT2Config, recompute: int = 0, device_type: str = "cpu") -> Model:
+def build_model(cfg: Shape, recompute: int = 0, device_type: str = "cpu") -> Model:
     """The model of a family, by its config's `arch`."""
     return MODELS[cfg.arch](cfg, recompute, device_type)

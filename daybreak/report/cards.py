@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from daybreak.errors import ConfigError
 from daybreak.formatting import nearest
-from daybreak.shapes import GPT2Config
+from daybreak.shapes import Shape
 from daybreak.state.throughput import CARDS, Card, peak_flops
 
 
@@ -48,7 +48,7 @@ SEVERAL_GPUS = 0.98
 
 
 def token_rate(
-    model: GPT2Config, T: int, B: int, recompute: int, flops_per_token: int, card: str, gpus: int
+    model: Shape, T: int, B: int, recompute: int, flops_per_token: int, card: str, gpus: int
 ) -> tuple[float, str] | None:
     """Tokens a second of `gpus` cards, and on what that rests; None without a measurement and without a known peak."""
     scale, more = (1.0, "") if gpus == 1 else (gpus * SEVERAL_GPUS, f"; times {gpus} x {SEVERAL_GPUS}, measured on 4")

@@ -25,7 +25,7 @@ from daybreak.data.shards import ShardWriter
 from daybreak.engine import Engine
 from daybreak.engine.device import pick_compute, pick_device, used_mib
 from daybreak.report.plan import MIB, Plan, plan
-from daybreak.shapes import GPT2Config
+from daybreak.shapes import model_config
 from daybreak.state.run import Run
 
 EVERY, LIMIT = 5, 300.0  # steps between saves; seconds that one run may take, compiling included
@@ -41,7 +41,7 @@ def _batch(V: int, B: int, T: int) -> tuple[Tensor, Tensor]:
 def _derivatives() -> float:
     """The largest gap between a derivative of the loss by finite differences and by backward, over the gradient's norm,
     in fp64, along a random direction in each parameter."""
-    engine = Engine(GPT2Config(L=2, C=32, NH=2, max_T=16, V=61), B=2, T=16, compute="fp64")
+    engine = Engine(model_config({"L": 2, "C": 32, "NH": 2, "max_T": 16, "V": 61}), B=2, T=16, compute="fp64")
     tokens, targets = _batch(61, 2, 16)
     generator, worst = torch.Generator().manual_seed(2), 0.0
     engine.forward_backward(tokens, targets)
@@ -59,7 +59,7 @@ def _derivatives() -> float:
 
 def _gradients(device: torch.device, compute: str) -> float:
     """The largest error of a parameter's gradient on this device, over its norm, against fp64 on the CPU."""
-    cfg, (B, T) = GPT2Config(L=2, C=256, NH=4, max_T=256, V=1000), (4, 256)
+    cfg, (B, T) = model_config({"L": 2, "C": 256, "NH": 4, "max_T": 256, "V": 1000}), (4, 256)
     engine = Engine(cfg, B=B, T=T, compute=compute, device=device)
     exact = Engine(cfg, B=B, T=T, compute="fp64")
     exact.load_params({name: engine.param(name).double().cpu() for name in engine.names()})

@@ -218,8 +218,8 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     if p.gpus > 1:
         sent = p.arena.sharding.volume(DTYPES[p.compute], p.micro_steps)
         rows.append(("exchange", f"{disk(sent)} sent a step by each", f"counted, ZeRO stage {c.parallel.zero}"))
-    model = f"{p.parameters:,} parameters: L {c.model.L}, C {c.model.C}, NH {c.model.NH}, vocabulary {c.model.V}"
-    rows.append(("model", f"{model} (padded to {c.model.Vp}); {p.flops_per_token:,} FLOPs a token", "counted"))
+    model = f"{p.parameters:,} parameters: {c.model.text()}"
+    rows.append(("model", f"{model}, padded to {c.model.Vp}; {p.flops_per_token:,} FLOPs a token", "counted"))
     return [*rows, ("computes", f"in {p.compute} on {p.card or p.device}, recompute {c.batch.recompute}", "")]
 
 

@@ -1,0 +1,54 @@
+"""Model shapes: one dataclass a family, with its keys, their meaning and their rules; and the names of published ones.
+
+A family is a file here, registered in ARCHS. Configuration, command line, `--print-config` and documentation read
+its keys from the dataclass. No torch here: `--help`, configuration and `plan` start fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from daybreak.errors import ConfigError
+from daybreak.shapes.gpt2 import ALIASES, SHAPES, GPT2Config
+from daybreak.shapes.shape import Shape
+
+__all__ = ["ARCHS", "SHAPES", "GPT2Config", "Shape", "family", "is_shape", "model_config", "parse_shape"]
+
+ARCHS: dict[str, type[Shape]] = {"gpt2": GPT2Config}  # the first is the default
+
+
+def is_shape(text: str) -> bool:
+    """Whether `text` names a published shape (d12, gpt2:d12, gpt3:c768, gpt2-124M)."""
+    return text in SHAPES or text in ALIASES
+
+
+def parse_shape(text: str) -> Shape:
+    """The published shape of this name. Raises ConfigError, with the nearest match, for an unknown one."""
+    if not is_shape(text):
+        near = difflib.get_close_matches(text, SHAPES, 1, 0.0)
+        raise ConfigError(f"unknown shape {text!r}; did you mean {near[0]!r}? Known: {', '.join(SHAPES)}.")
+    return SHAPES[text] if text in SHAPES else ALIASES[text]
+
+
+def family(arch: str) -> type[Shape]:
+    """The dataclass of a family. Raises ConfigError for an unknown one."""
+    if arch not in ARCHS:
+        raise ConfigError(f"model.arch = {arch!r} is not known; use one of {', '.join(ARCHS)}.")
+    return ARCHS[arch]
+
+
+def model_config(values: Mapping[str, Any], base: Shape | None = None) -> Shape:
+    """The shape of the family that `values["arch"]` names, else of base's, from plain values (TOML, JSON, flags).
+
+    A key that is not given is base's where the family has it too, else the family's default."""
+    kept = {} if base is None else {f.name: getattr(base, f.name) for f in fields(base)}
+    cls = family(values.get("arch", kept.get("arch", next(iter(ARCHS)))))
+    known = {f.name for f in fields(cls)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.0)
+            raise ConfigError(f"unknown key model.{key}; did you mean model.{near[0]}?")
+    return cls(**{name: value for name, value in {**kept, **values}.items() if name in known})

@@ -332,7 +332,7 @@ BAD = [
     (_edit(n_layer="2"), "n_layer = '2' must be a whole number"),
     (_edit(n_head=5), "model.C = 48 must be a multiple of model.NH = 5"),
     (_edit(n_layer=3), "lacks the tensor 'transformer.h.2.ln_1.weight'"),
-    (_edit(n_layer=1), "it has a tensor 'transformer.h.1."),
+    (_edit(n_layer=1), "daybreak has no place for 'transformer.h.1."),
     (_edit(vocab_size=1024), "'transformer.wte.weight' has shape (1025, 48), its config.json says (1024, 48)"),
     (_drop("transformer.ln_f.bias"), "lacks the tensor 'transformer.ln_f.bias'"),
     (_cut, "model.safetensors is not a readable safetensors file"),

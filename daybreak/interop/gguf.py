@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format, through the `gguf` package: for llama.cpp and everything built on it.
 
-The head is tied, and yet written as output.weight: not every reader falls back to the embedding. One-dimensional
-tensors and the positions stay fp32, as llama.cpp's own converter leaves them.
+The names and layouts of a family are in families.py. One-dimensional tensors, and matrices that its table names, stay
+fp32, as llama.cpp's own converter leaves them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 from daybreak.data.formats import extra
 from daybreak.data.tokenizer import EOT_TEXT
 from daybreak.errors import ConfigError
-from daybreak.interop.huggingface import merges, their_name, vocabulary_text
+from daybreak.interop.families import Family, family_of
+from daybreak.interop.huggingface import merges, vocabulary_text
 from daybreak.interop.source import Export, appearing
 
 Q8_BLOCK = 32  # values that share a scale
@@ -27,34 +28,31 @@ def export(source: Export, out: Path, dtype: str = "f32") -> None:
     if dtype == "q8_0" and source.model.C % Q8_BLOCK:
         raise ConfigError(f"--dtype q8_0 needs model.C to be a multiple of {Q8_BLOCK}, not {source.model.C}; use f16.")
     kind = gguf.GGMLQuantizationType[dtype.upper()]
+    family = family_of(source.model, "GGUF")
     with appearing(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, "gpt2")
-        _describe(writer, source, gguf, gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, source.model.L)  # from Hugging Face's names
+        writer = gguf.GGUFWriter(temporary, family.arch)
+        _describe(
+            writer, source, family, gguf, gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"]
+        )
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.arch.upper()], source.model.L)
         for name, shape in source.shapes.items():
-            x = source.read(name).numpy()
-            if name == "wte":
-                x = x[: source.model.V]
-            of = kind if len(shape) == 2 and name != "wpe" else gguf.GGMLQuantizationType.F32
-            data = gguf.quants.quantize(x, of)
-            usual = names.get_name(f"transformer.{their_name(name)}", (".weight", ".bias"))
-            for theirs in (usual, *(["output.weight"] if name == "wte" else [])):
-                writer.add_tensor(theirs, data, raw_dtype=of)
+            x = source.read(name)
+            of = kind if len(shape) == 2 and name not in family.gguf_plain else gguf.GGMLQuantizationType.F32
+            for part in family.parts(source.model, name, len(x)):
+                data = gguf.quants.quantize(x[part.rows].numpy(), of)
+                usual = names.get_name(family.prefix + part.name, (".weight", ".bias"))
+                for theirs in (usual, *(copy for copy, ours in family.gguf_copies.items() if ours == name)):
+                    writer.add_tensor(theirs, data, raw_dtype=of)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
 
-def _describe(writer: Any, source: Export, gguf: Any, file_type: Any) -> None:
+def _describe(writer: Any, source: Export, family: Family, gguf: Any, file_type: Any) -> None:
     c, tokenizer = source.model, source.tokenizer
-    writer.add_name(f"daybreak {c.arch} L{c.L} C{c.C}")
-    writer.add_context_length(c.max_T)
-    writer.add_embedding_length(c.C)
-    writer.add_feed_forward_length(4 * c.C)
-    writer.add_block_count(c.L)
-    writer.add_head_count(c.NH)
-    writer.add_layer_norm_eps(1e-5)
+    for key, value in family.gguf_keys(c).items():
+        getattr(writer, f"add_{key}")(value)
     writer.add_file_type(file_type)
     unused = [f"[PAD{i}]" for i in range(tokenizer.V, c.V)]  # ids of the model that the tokenizer does not have
     types = gguf.TokenType

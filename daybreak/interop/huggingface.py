@@ -1,6 +1,6 @@
-"""Hugging Face's GPT2LMHeadModel, both ways: config, generation config, tokenizer files, safetensors shards.
+"""Hugging Face's folders, both ways: config, generation config, tokenizer files, safetensors shards.
 
-Its linear layers are Conv1D, weights (in, out): transposed on the way. The head is tied, so wte is written once.
+The names and layouts of a family are in families.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from daybreak.data.formats import extra
 from daybreak.data.tokenizer import EOT_TEXT, Tokenizer, byte_letters
 from daybreak.errors import CheckpointError, Error
+from daybreak.interop.families import FAMILIES, Family, family_of
 from daybreak.interop.source import (
     DTYPES,
     Export,
@@ -25,38 +26,12 @@ from daybreak.interop.source import (
     identify_tokenizer,
     layout,
 )
-from daybreak.shapes import GPT2Config, Shape
+from daybreak.shapes import Shape
 from daybreak.state.safetensors_io import Entry, SafetensorsFile, write_safetensors
 
-# daybreak's name of a tensor -> theirs. Those of CONV1D are stored (in, out).
-LAYER = {
-    "ln1w": "ln_1.weight", "ln1b": "ln_1.bias", "qkvw": "attn.c_attn.weight", "qkvb": "attn.c_attn.bias",
-    "attprojw": "attn.c_proj.weight", "attprojb": "attn.c_proj.bias", "ln2w": "ln_2.weight", "ln2b": "ln_2.bias",
-    "fcw": "mlp.c_fc.weight", "fcb": "mlp.c_fc.bias", "fcprojw": "mlp.c_proj.weight", "fcprojb": "mlp.c_proj.bias",
-}  # fmt: skip
-WHOLE = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
-CONV1D = ("qkvw", "attprojw", "fcw", "fcprojw")
-BUFFERS = ("attn.bias", "attn.masked_bias")  # causal masks that old versions stored
 MAX_SHARD = 5_000_000_000  # bytes
-# What the arithmetic rests on: key of config.json -> values that daybreak computes; the first is the key's default.
-ARITHMETIC: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}  # fmt: skip
-SIZES = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
 FINGERPRINT = "daybreak_tokenizer_fingerprint"  # a key of config.json that others ignore
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json"]
-
-
-def their_name(name: str) -> str:
-    """Hugging Face's name of a parameter, without `transformer.`."""
-    head, _, leaf = name.rpartition(".")
-    return f"{head}.{LAYER[leaf]}" if head else WHOLE[name]
-
-
-def _is_conv1d(name: str) -> bool:
-    return name.rpartition(".")[2] in CONV1D
 
 
 # ---- in
@@ -75,25 +50,25 @@ def download(repository: str) -> Path:
 
 
 def open_folder(path: Path, tokenizer: str = "") -> Source:
-    """The GPT-2 in a folder of Hugging Face's format; tensors are read when asked for.
+    """The model in a folder of Hugging Face's format; tensors are read when asked for.
 
     Raises CheckpointError naming the file and what of it daybreak cannot use.
     """
-    cfg = _shape(path / "config.json")
+    cfg, family = _shape(path / "config.json")
     files = _tensor_files(path)
     if len(files) < cfg.L:
-        raise CheckpointError(f"{path / 'config.json'}: n_layer = {cfg.L}, but there are {len(files)} tensors in all.")
-    prefix = "transformer." if any(key.startswith("transformer.") for key in files) else ""
-    wanted = {prefix + their_name(name): (name, shape) for name, _, shape in layout(cfg)}
+        raise CheckpointError(f"{path / 'config.json'}: {cfg.L} layers, but there are {len(files)} tensors in all.")
+    prefix = family.prefix if any(key.startswith(family.prefix) for key in files) else ""
+    shapes = {name: shape for name, _, shape in layout(cfg)}
+    parts = {name: family.parts(cfg, name, shape[0]) for name, shape in shapes.items()}
+    wanted = {prefix + part.name: (shapes[name], part) for name in shapes for part in parts[name]}
     for key in files:
-        if key not in wanted and key != "lm_head.weight" and not key.endswith(BUFFERS):
-            raise CheckpointError(
-                f"{path} is not a plain GPT-2: it has a tensor {key!r}; only GPT2LMHeadModel is read."
-            )
-    for key, (name, shape) in wanted.items():
+        if key not in wanted and key not in family.copies and not key.endswith(family.ignored):
+            raise CheckpointError(f"{path} is no plain {family.architecture}: daybreak has no place for {key!r}.")
+    for key, (shape, part) in wanted.items():
         if key not in files:
             raise CheckpointError(f"{path} lacks the tensor {key!r}; copy the model again.")
-        theirs = (cfg.V, cfg.C) if name == "wte" else shape[::-1] if _is_conv1d(name) else shape
+        theirs = tuple(part.theirs(torch.empty(shape, device="meta")).shape)
         if files[key][1].shape != theirs:
             raise CheckpointError(f"{path}: {key!r} has shape {files[key][1].shape}, its config.json says {theirs}.")
 
@@ -104,13 +79,15 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
         return out
 
     def read(name: str) -> Tensor:
-        x = raw(prefix + their_name(name))
-        if name == "wte":
-            return torch.cat([x, x.new_zeros(cfg.Vp - cfg.V, cfg.C)])
-        return x.T.contiguous() if _is_conv1d(name) else x
+        values = [raw(prefix + part.name) for part in parts[name]]
+        out = values[0].new_zeros(shapes[name])
+        for part, value in zip(parts[name], values, strict=True):
+            part.put(out, value)
+        return out
 
-    if "lm_head.weight" in files and not torch.equal(raw("lm_head.weight"), raw(prefix + WHOLE["wte"])):
-        raise CheckpointError(f"{path}: lm_head.weight differs from wte; an untied head is not supported.")
+    for key, name in family.copies.items():
+        if key in files and not torch.equal(raw(key), raw(prefix + parts[name][0].name)):
+            raise CheckpointError(f"{path}: {key} differs from {name}; an untied head is not supported.")
     source = Source(path, cfg, tokenizer or _tokenizer(path) or default_tokenizer(cfg, "", path), read)
     made = _json(path / "config.json").get(FINGERPRINT)
     if made not in (None, source.manifest["tokenizer"]["fingerprint"]):
@@ -132,20 +109,12 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shape(path: Path) -> Shape:
-    config = _json(path)
-    for key, values in ARITHMETIC.items():
-        if config.get(key, values[0]) not in values or (key == "model_type" and key not in config):
-            known = " or ".join(repr(v) for v in values)
-            raise CheckpointError(f"{path}: {key} = {config.get(key)!r} is not supported; daybreak computes {known}.")
-    sizes = {key: config.get(key, default) for key, default in SIZES.items()}
-    for key, value in sizes.items():
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"{path}: {key} = {value!r} must be a whole number above 0.")
-    L, C, NH, max_T, V = sizes.values()
-    if config.get("n_inner") not in (None, 4 * C):
-        raise CheckpointError(f"{path}: n_inner = {config['n_inner']!r} is not supported; it must be 4 * n_embd.")
-    return checked_shape(path, GPT2Config(L=L, C=C, NH=NH, max_T=max_T, V=V))
+def _shape(path: Path) -> tuple[Shape, Family]:
+    config, types = _json(path), {family.model_type: family for family in FAMILIES}
+    if (kind := config.get("model_type")) not in types:
+        known = " or ".join(map(repr, types))
+        raise CheckpointError(f"{path}: model_type = {kind!r} is not supported; daybreak computes {known}.")
+    return checked_shape(path, types[kind].shape(path, config)), types[kind]
 
 
 def _tensor_files(path: Path) -> dict[str, tuple[SafetensorsFile, Entry]]:
@@ -194,37 +163,34 @@ def _tokenizer(path: Path) -> str:
 def export(source: Export, out: Path, dtype: str = "fp32", max_shard: int = MAX_SHARD) -> None:
     """Write the folder `out`, which transformers' Auto classes load. It appears complete or not at all.
 
-    Memory: one shard. Raises ConfigError if `out` is not empty.
+    Memory: one shard. Raises ConfigError if `out` is not empty, or the family has no form there.
     """
+    family = family_of(source.model, "Hugging Face's format")
     with appearing(out) as folder:
         folder.mkdir()
-        _write_json(folder / "config.json", _config(source, dtype))
+        _write_json(folder / "config.json", _config(source, family, dtype))
         eot = source.tokenizer.eot
         _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
         write_tokenizer(source.tokenizer, source.model.max_T, folder)
-        _write_shards(source, folder, DTYPES[dtype], max_shard)
+        _write_shards(source, family, folder, DTYPES[dtype], max_shard)
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _config(source: Export, dtype: str) -> dict[str, Any]:
-    c = source.model
-    sizes = dict(zip(SIZES, (c.L, c.C, c.NH, c.max_T, c.V), strict=True))
+def _config(source: Export, family: Family, dtype: str) -> dict[str, Any]:
     name = str(DTYPES[dtype]).removeprefix("torch.")
     return {
-        "architectures": ["GPT2LMHeadModel"],
-        **{key: values[0] for key, values in ARITHMETIC.items()},
-        **sizes,
-        "n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "initializer_range": 0.02,
-        "bos_token_id": source.tokenizer.eot, "eos_token_id": source.tokenizer.eot, "use_cache": True,
+        **family.config(source.model),
+        "initializer_range": 0.02, "bos_token_id": source.tokenizer.eot, "eos_token_id": source.tokenizer.eot,
+        "use_cache": True,
         "dtype": name, "torch_dtype": name,  # the new name of the key and the old one
         FINGERPRINT: source.tokenizer.fingerprint,
     }  # fmt: skip
 
 
-def _write_shards(source: Export, folder: Path, dtype: torch.dtype, max_shard: int) -> None:
+def _write_shards(source: Export, family: Family, folder: Path, dtype: torch.dtype, max_shard: int) -> None:
     shards: list[list[str]] = [[]]
     used = total = 0
     for name, shape in source.shapes.items():
@@ -237,21 +203,18 @@ def _write_shards(source: Export, folder: Path, dtype: torch.dtype, max_shard: i
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        part = {f"transformer.{their_name(name)}": _in_their_layout(source, name, dtype) for name in names}
-        total += sum(x.nbytes for x in part.values())
-        write_safetensors(folder / file, part, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
+        tensors = {}
+        for name in names:
+            x = source.read(name, dtype)
+            for part in family.parts(source.model, name, len(x)):
+                tensors[family.prefix + part.name] = part.theirs(x)
+        total += sum(x.nbytes for x in tensors.values())
+        write_safetensors(folder / file, tensors, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         _write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-
-
-def _in_their_layout(source: Export, name: str, dtype: torch.dtype) -> Tensor:
-    x = source.read(name, dtype)
-    if name == "wte":
-        return x[: source.model.V].contiguous()
-    return x.T.contiguous() if _is_conv1d(name) else x
 
 
 # ---- tokenizers

@@ -318,8 +318,11 @@ def write_checkpoint(
 ) -> None:
     """The whole set of a step in `folder`, DONE last, so that an interrupted writing leaves none that counts.
 
-    Raises ConfigError if ZeRO 1 cannot divide the tensors over `world` ranks, Error when the disk refuses.
+    Raises ConfigError for another family than GPT-2, and if ZeRO 1 cannot divide the tensors over `world` ranks; Error
+    when the disk refuses.
     """
+    if not isinstance(source.model, GPT2Config):
+        raise ConfigError(f"model.arch = {source.model.arch!r} has no form in llm.c's files, which hold GPT-2 only.")
     odd = next((name for name, shape in source.shapes.items() if zero and prod(shape) % world), None)
     if odd:
         raise ConfigError(f"--ranks {world} does not divide the tensor {odd!r}, as ZeRO 1 needs; use --zero 0.")

@@ -181,18 +181,23 @@ def test_nothing_is_allocated_after_the_first_step(
     assert pointers == {name: buffer.data_ptr() for name, buffer in engine.frame.buffers.items()}
 
 
-def test_a_schedule_that_needs_bytes_which_another_shares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without gradients the logits may lie where the last residual did: writing a text must not read both."""
+def test_tensors_that_only_a_later_schedule_needs_together_share_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients the logits may lie where the last residual did, unless decode reads both."""
     plain = GPT2.decode
 
     def head_of_the_residual(self, f, *args):
         return plain(self, f, *args[:-1], f.a("h.11.residual3", len(args[-1]), self.cfg.C))
 
     options = {"B": 4, "T": 1024, "compute": "bf16", "train": False, "device_type": "cuda"}
-    plan_engine(parse_shape("d12"), **options)
+
+    def overlap() -> bool:
+        entries = {e.name: e for e in plan_engine(parse_shape("d12"), **options)[2].entries}
+        a, b = entries["logits"], entries["h.11.residual3"]
+        return a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
+
+    assert overlap()
     monkeypatch.setattr(GPT2, "decode", head_of_the_residual)
-    with pytest.raises(AssertionError, match=r"logits would overwrite h\.11\.residual3, which is in use"):
-        plan_engine(parse_shape("d12"), **options)
+    assert not overlap()
 
 
 def test_many_short_texts_fit_the_plan():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from bisect import bisect, insort
+from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -60,6 +60,10 @@ class StepFrame(Frame, Protocol):
     def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
         """Call fn, which is no kernel: what it writes and reads is on the call list."""
 
+    def convert_weights(self) -> None:
+        """Make the weights that matmuls read in a format of their own, from the plain ones."""
+        return
+
 
 class PlanFrame(StepFrame):
     """Hands out storage-less tensors and remembers what was asked for."""
@@ -94,6 +98,8 @@ class PlanFrame(StepFrame):
         assert tensor.dtype == dtype, f"{name} is asked for as {dtype}"
         assert math.prod(shape) <= tensor.numel(), f"{name} is asked for as {shape}, larger than declared"
         return tensor.view(-1)[: math.prod(shape)].view(shape)
+
+    matmul_w, matmul_a = w, a
 
     def chunks(self, n: int, step: int) -> Sequence[int]:
         """Of very many the first two and the last: the others make the same calls with the same memory."""
@@ -138,6 +144,8 @@ class LiveFrame(StepFrame):
         if tensor.shape == shape:
             return tensor
         return tensor.view(-1)[: math.prod(shape)].view(shape)  # a smaller batch uses the front
+
+    matmul_w, matmul_a = w, a
 
 
 def grad_buffer(f: StepFrame, k: int) -> Tensor:
@@ -235,29 +243,21 @@ def plan_arena(
     table: ParamTable, dtype: torch.dtype, state: list[Entry], schedules: Sequence[Callable[[PlanFrame], None]],
     choices: Mapping[str, str], comm: Collectives,
 ) -> Arena:  # fmt: skip
-    """Record the schedules and place every tensor. The first schedule gives lifetimes, and the others must fit: where
-    one needs two tensors at the same time that share bytes, an assertion names them."""
+    """Record the schedules and place every tensor. Its entry has the lifetime of the first schedule that uses it."""
     placed, ends = [], dict[str, int]()
     for e in state:
         placed.append(replace(e, offset=ends.get(e.buffer, 0)))
         ends[e.buffer] = ends.get(e.buffer, 0) + e.padded
     frame = PlanFrame(table, dtype, state, comm, choices)
     recorded: list[list[Call]] = []
-    known: set[str] = set()
     for schedule in schedules:
         frame.recorder.calls.clear()
         schedule(frame)
         recorded.append(list(frame.recorder.calls))
-        known = known or set(frame.activations)
-        assert known == set(frame.activations), "a later schedule uses activations that the first does not"
     calls, ends["scratch"] = recorded[0], max(c.scratch for calls in recorded for c in calls)
     scratch_entry = Entry("scratch", "scratch", (max(ends["scratch"], 64),), torch.uint8, last=len(calls))
-    spans = _lifetimes(frame, calls)
-    activations = _place([
-        Entry(name, "activations", tuple(t.shape), t.dtype, 0, *spans[name]) for name, t in frame.activations.items()
-    ])  # fmt: skip
-    for later in recorded[1:]:
-        _check(activations, _lifetimes(frame, later))
+    spans = [_lifetimes(frame, calls) for calls in recorded]
+    activations = _place(frame.activations, [s for i, s in enumerate(spans) if s not in spans[:i]])
     return Arena(
         [*(replace(e, last=len(calls)) for e in placed), scratch_entry, *activations], calls, choices, comm.plan
     )
@@ -275,29 +275,25 @@ def _lifetimes(frame: PlanFrame, calls: list[Call]) -> dict[str, tuple[int, int]
     return spans
 
 
-def _check(placed: list[Entry], spans: dict[str, tuple[int, int]]) -> None:
-    """Assert that tensors alive at the same call do not overlap."""
-    alive: list[tuple[int, int, int, str]] = []  # (offset, end, last, name), by offset; these do not overlap
-    for e in sorted((e for e in placed if e.name in spans), key=lambda e: spans[e.name]):
-        first, last = spans[e.name]
-        alive = [other for other in alive if other[2] >= first]
-        at = bisect(alive, (e.offset,))
-        for offset, end, _, name in alive[max(0, at - 1) : at + 1]:
-            assert end <= e.offset or e.offset + e.padded <= offset, f"{e.name} would overwrite {name}, which is in use"
-        alive.insert(at, (e.offset, e.offset + e.padded, last, e.name))
+def _place(tensors: Mapping[str, Tensor], schedules: Sequence[Mapping[str, tuple[int, int]]]) -> list[Entry]:
+    """Offsets such that tensors alive at the same call of a schedule never overlap: largest first, lowest free gap.
 
-
-def _place(entries: list[Entry]) -> list[Entry]:
-    """Offsets such that tensors alive at the same call never overlap: largest first, lowest free gap."""
-    placed: list[tuple[int, int, int, int]] = []  # (offset, end, first, last), by offset
+    schedules: of each, the first and last call of every tensor that it uses."""
+    entries = [
+        Entry(name, "activations", tuple(t.shape), t.dtype, 0, *next((s[name] for s in schedules if name in s), (0, 0)))
+        for name, t in tensors.items()
+    ]
+    placed: list[list[tuple[int, int, int, int]]] = [[] for _ in schedules]  # (offset, end, first, last), by offset
     found = []
     for e in sorted(entries, key=lambda e: (-e.padded, e.first, e.name)):
-        offset, size, first, last = 0, e.padded, e.first, e.last
-        for start, end, begins, ends in placed:
-            if begins <= last and first <= ends:
-                if offset + size <= start:
-                    break
-                offset = max(offset, end)
-        insort(placed, (offset, offset + size, first, last))
+        offset, size = 0, e.padded
+        mine = [(others, *s[e.name]) for others, s in zip(placed, schedules, strict=True) if e.name in s]
+        taken = [(o[0], o[1]) for others, first, last in mine for o in others if o[2] <= last and first <= o[3]]
+        for start, end in sorted(taken):
+            if offset + size <= start:
+                break
+            offset = max(offset, end)
+        for others, first, last in mine:
+            insort(others, (offset, offset + size, first, last))
         found.append(replace(e, offset=offset))
     return sorted(found, key=lambda e: (e.first, e.offset))

@@ -15,11 +15,13 @@ from torch import Tensor
 from daybreak.config_keys import GuardConfig, OptimConfig
 from daybreak.engine.arena import Arena, Entry, StepFrame, plan_arena
 from daybreak.engine.collectives import Collectives, Sharding
+from daybreak.engine.formats import in_formats, weight_entries
 from daybreak.engine.moments import final_moments
 from daybreak.engine.params import ParamTable
 from daybreak.errors import ConfigError
 from daybreak.kernels import acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
+from daybreak.kernels.operand import Format
 from daybreak.models.registry import Model, build_model
 from daybreak.parallel import ALONE, Group
 from daybreak.shapes import Shape
@@ -33,12 +35,16 @@ State = dict[str, Tensor]
 def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool = True) -> None:
     """Forward and backward of the batch in s["tokens"], s["targets"]: gradients and the step's loss so far.
 
+    f is the frame that training uses: see engine/formats.py.
+
     Between ranks: the first fetches the weights that others updated, the last exchanges gradients under its backward.
     """
     c, scale = f.comm, s["hyper"][2]
     c.first, c.last, c.moment = first, last, 0
     if first and c.stale:
         c.gather(s["weights"])
+    if first:
+        f.convert_weights()
     hidden = model.forward(f, s["tokens"])
     c.finish()
     fresh = first or c.plan.zero == 2  # there the sum over micro-steps is the shard's
@@ -122,12 +128,14 @@ def plan_engine(
     cfg: Shape, *, B: int, T: int, compute: str = "fp32", recompute: int = 0, train: bool = True,
     masters: str = "auto", device_type: str = "cpu", kernels: Mapping[str, str] | None = None,
     missing: Collection[str] = (), rows: int = 1, group: Group = ALONE, zero: int = 0, bucket_bytes: int = 1 << 25,
+    formats: Mapping[str, Format] | None = None,
 ) -> tuple[Model, ParamTable, Arena]:  # fmt: skip
     """The model, its parameter table and the complete memory list of one rank; no device is touched.
 
     kernels: group of operations -> backend, where not the best (see kernels.choose); missing: backends that are not
     there; rows: sequences that can be generated at a time.
-    group: ranks that train together; Group(rank, world) will do. Raises ConfigError for a shape that cannot exist.
+    group: ranks that train together; Group(rank, world) will do. formats: see engine/formats.py. Raises ConfigError for
+    a shape that cannot exist.
     """
     cfg.check()
     if device_type == "cuda" and cfg.HS > 256:
@@ -138,8 +146,11 @@ def plan_engine(
     table, dtype = ParamTable(model.rows()), DTYPES[compute]
     sharding = Sharding(table, final_moments(model, table), group, zero, bucket_bytes // dtype.itemsize)
 
+    def more(f: Any, first: bool = False) -> None:
+        micro_step(model, in_formats(f, formats), f.state, first=first)
+
     def training(f: Any) -> None:
-        micro_step(model, f, f.state, first=True)
+        more(f, first=True)
         update(f, f.state, OptimConfig(), GuardConfig(), 0)
 
     def prefill(b: int, f: Any) -> None:
@@ -151,12 +162,13 @@ def plan_engine(
 
     schedules: list[Callable[[Any], None]] = [lambda f: evaluate(model, f, f.state, B, T)]
     if train:
-        schedules = [training, lambda f: micro_step(model, f, f.state, first=False), *schedules]
+        schedules = [training, more, *schedules]
     assert rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
     # A model may decode few rows by other calls. Many short sequences may need more scratch than one long one.
     schedules += [partial(decoding, b) for b in sorted({1, min(2, rows), rows})]
     schedules += [partial(prefill, b) for b in range(2, rows + 1)]
     kv = model.cache_shape(rows, T)
     state = state_entries(sharding, cfg, B, T, dtype, train, pick_masters(masters, dtype, device_type), kv)
+    state += weight_entries(table, formats) if train and formats else []
     choices, comm = choose(device_type, dtype, kernels, missing), Collectives(sharding, group)
     return model, table, plan_arena(table, dtype, state, schedules, choices, comm)

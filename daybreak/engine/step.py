@@ -22,10 +22,12 @@ from daybreak.engine.arena import LiveFrame
 from daybreak.engine.capture import Graphs, Pending, Ring, Tapes
 from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on
+from daybreak.engine.formats import in_formats
 from daybreak.engine.params import draw_parameters
 from daybreak.engine.schedule import DTYPES, HYPER, State, evaluate, micro_step, next_token, plan_engine, update
 from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
+from daybreak.kernels.operand import Format
 from daybreak.kernels.optimizer import FLAT_CHUNK, join_masters, round_weights, split_masters
 from daybreak.models.registry import build_model
 from daybreak.parallel import ALONE, Group
@@ -58,7 +60,7 @@ class Engine:
 
     B rows of T tokens are one micro-step. `compute` is fp32, bf16 or fp64; in bf16 fp32 masters are kept. With
     `train=False` only what evaluation and sampling need is allocated. `rows` texts can be written at a time
-    (generate.Batch).
+    (generate.Batch). `formats`: number formats of the matrices that training's matmuls read (kernels/operand.py).
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Engine:
         device: str | torch.device = "cpu", seed: int = 42, init: bool = True, optim: OptimConfig | None = None,
         guard: GuardConfig | None = None, train: bool = True, masters: str = "auto",
         kernels: Mapping[str, str] | None = None, rows: int = 1, group: Group = ALONE, zero: int = 0,
-        bucket_bytes: int = 1 << 25,
+        bucket_bytes: int = 1 << 25, formats: Mapping[str, Format] | None = None,
     ) -> None:  # fmt: skip
         self.cfg, self.B, self.T, self.compute, self.train, self.rows = cfg, B, T, compute, train, rows
         self.device = torch.device(device)
@@ -86,10 +88,11 @@ class Engine:
         self.model, self.table, self.arena = plan_engine(
             cfg, B=B, T=T, compute=compute, recompute=recompute, train=train, masters=masters,
             device_type=self.device.type, kernels=kernels, missing=missing_on(self.device), rows=rows, group=group,
-            zero=zero, bucket_bytes=bucket_bytes,
+            zero=zero, bucket_bytes=bucket_bytes, formats=formats,
         )  # fmt: skip
         self.comm = Collectives(self.arena.sharding, group)
         self.frame = LiveFrame(self.arena, self.table, DTYPES[compute], self.device, self.comm)
+        self._training = in_formats(self.frame, formats)
         self.state: State = self.frame.state
         self.state["tokens"], self.state["targets"] = self.state["batch"]
         on_host = any(self.arena.choices[name] == "torch" for name in ON_HOST)
@@ -144,7 +147,7 @@ class Engine:
         self.comm.stale = False
 
     def _micro(self, first: bool, last: bool) -> Callable[[], None]:
-        return lambda: micro_step(self.model, self.frame, self.state, first=first, last=last)
+        return lambda: micro_step(self.model, self._training, self.state, first=first, last=last)
 
     def _update(self) -> None:
         update(self.frame, self.state, self.optim, self.guard, self.seed)
@@ -261,7 +264,7 @@ class Engine:
         """One micro-step and update without graphs: the same calls, for who looks at each (report.bench)."""
         self.state["tokens"].copy_(tokens)
         self.state["targets"].copy_(targets)
-        micro_step(self.model, self.frame, self.state, first=True)
+        micro_step(self.model, self._training, self.state, first=True)
         self._update()
 
     def forward_backward(self, tokens: Tensor, targets: Tensor, *, lr: float = 0.0, step: int = 0) -> None:

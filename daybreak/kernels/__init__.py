@@ -7,6 +7,7 @@ function that the kernel uses. Every row-wise loop is over bounded chunks, so sc
 An operation has one implementation per backend. `choose` picks, for a device and dtype, the first backend of its
 group's order that exists; `Kernels` binds the picks to one device. A `Recorder` runs nothing and notes what each call
 reads and writes: from that list the arena takes lifetimes, and a test sees an unintended change of schedule.
+Where formats are chosen (operand.py), `in_formats` gives operations that look at the formats of their arguments.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from daybreak.kernels.operand import PARTS, Operand, tensors_of
 
 Temps = Sequence[tuple[tuple[int, ...], torch.dtype]]
 MAX_VIEWS = 64
@@ -41,11 +45,13 @@ CUDA_DTYPES = (torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Impl:
-    """One implementation of an operation: the function, the scratch it needs, the compute dtypes it serves."""
+    """One implementation of an operation: the function, the scratch it needs, the compute dtypes it serves; and of
+    arguments that are Operands, the parts that it touches (all, where it does not say)."""
 
     fn: Callable[..., None]
     temps: Callable[..., Temps] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
+    parts: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -60,10 +66,11 @@ class Op:
     @property
     def parameters(self) -> list[str]:
         """Names of the arguments, in order."""
-        return list(inspect.signature(self.impls["torch"].fn).parameters)
+        return list(inspect.signature(next(iter(self.impls.values())).fn).parameters)
 
 
-OPS: dict[str, Op] = {}
+# quantise(out, x) makes an Operand of a matrix. It has no plain form: the backend of every format brings its own.
+OPS: dict[str, Op] = {"quantise": Op("quantise", "operand", ("out",))}
 
 
 def op(*writes: str, temps: Callable[..., Temps] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -78,12 +85,13 @@ def op(*writes: str, temps: Callable[..., Temps] | None = None) -> Callable[[Cal
 
 
 def backend(
-    name: str, *, temps: Callable[..., Temps] | None = None, dtypes: tuple[torch.dtype, ...] = CUDA_DTYPES
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    name: str, *, temps: Callable[..., Temps] | None = None, dtypes: tuple[torch.dtype, ...] = CUDA_DTYPES,
+    parts: Mapping[str, Collection[str]] | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:  # fmt: skip
     """Register an implementation of the operation that bears the function's name, with the same signature."""
 
     def register(fn: Callable[..., None]) -> Callable[..., None]:
-        OPS[fn.__name__].impls[name] = Impl(fn, temps, dtypes)
+        OPS[fn.__name__].impls[name] = Impl(fn, temps, dtypes, parts or {})
         return fn
 
     return register
@@ -106,7 +114,7 @@ def choose(
     backends in `missing` (kernels.cuda.missing_backends) are passed over."""
     choices = {}
     for name, operation in all_ops(device_type).items():
-        order = CUDA_ORDER[operation.group] if device_type == "cuda" else ("torch",)
+        order = CUDA_ORDER.get(operation.group, ()) if device_type == "cuda" else ("torch",)
         first = (forced or {}).get(operation.group, "auto")
         order = order[order.index(first) :] if first in order else order
         for candidate in order:
@@ -185,6 +193,25 @@ class Kernels:
 
         return call
 
+    def in_formats(self, backends: Collection[str]) -> Self:
+        """The same operations, but a call with Operands among its arguments goes to their backend, one of these."""
+        kernels = copy(self)
+        for name, operation in OPS.items():
+            setattr(kernels, name, self._by_format(operation, backends))
+        return kernels
+
+    def _by_format(self, operation: Op, backends: Collection[str]) -> Callable[..., None]:
+        served = {b: self._bind(operation, operation.impls[b]) for b in backends if b in operation.impls}
+        plain: Callable[..., None] | None = vars(self).get(operation.name)
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            asked = {x.format.backend for x in (*args, *kwargs.values()) if isinstance(x, Operand)}
+            fn = plain if not asked else served.get(next(iter(asked))) if len(asked) == 1 else None
+            assert fn is not None, f"{operation.name} has no kernel for {', '.join(sorted(asked)) or 'plain tensors'}"
+            fn(*args, **kwargs)
+
+        return call
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         raise AttributeError(f"no operation {name!r}; daybreak/kernels defines {', '.join(OPS)}")
 
@@ -216,9 +243,9 @@ class Recorder(Kernels):
 
         def record(*args: Any, **kwargs: Any) -> None:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            tensors = {k: storage_key(v) for k, v in given.items() if isinstance(v, Tensor)}
-            writes = tuple(tensors[k] for k in operation.writes if k in tensors)
-            reads = tuple(v for k, v in tensors.items() if k not in operation.writes)
+            keys = {k: [storage_key(t) for t in tensors_of(v, impl.parts.get(k, PARTS))] for k, v in given.items()}
+            writes = tuple(key for k in operation.writes for key in keys.get(k, ()))
+            reads = tuple(key for k, v in keys.items() if k not in operation.writes for key in v)
             scratch = temps_bytes(impl.temps(*args, **kwargs)) if impl.temps else 0
             self.calls.append(Call(operation.name, reads, writes, scratch))
 

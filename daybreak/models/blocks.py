@@ -7,15 +7,18 @@ of the sequences that decode one token each. What you read is what runs, in this
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from daybreak.models.frame import Frame
+from daybreak.models.frame import Frame, Matrix
+
+Out = TypeVar("Out", bound=Matrix)
 
 
-def layernorm(b: Frame, name: str, x: Tensor) -> Tensor:
-    """layernorm of the rows of x (n, C), with weight and bias `name`."""
-    out, n = b.a(name, *x.shape), x.shape[0]
+def layernorm(b: Frame, name: str, x: Tensor, out: Out) -> Out:
+    """out (n, C) = layernorm of the rows of x, with weight and bias `name`. Returns out."""
+    n = x.shape[0]
     mean, rstd = b.a(name + ".mean", n, dtype=b.acc), b.a(name + ".rstd", n, dtype=b.acc)
     b.k.layernorm_forward(out, mean, rstd, x, b.w(name + "w"), b.w(name + "b"))
     return out
@@ -23,7 +26,7 @@ def layernorm(b: Frame, name: str, x: Tensor) -> Tensor:
 
 def layernorm_backward(
     b: Frame, name: str, d: Tensor, d_out: Tensor, x: Tensor, *, below: Tensor | None, starts: bool = False
-) -> Tensor:
+) -> Matrix:
     """Add the gradient of layernorm's input x to d, the residual stream's gradient; `starts` overwrites d instead.
 
     d is then also the gradient of the linear layer that was added to the stream just before. `below` takes its bias
@@ -38,16 +41,16 @@ def layernorm_backward(
 
 
 def linear(
-    b: Frame, name: str, x: Tensor, out: Tensor,
+    b: Frame, name: str, x: Any, out: Out,
     *, norm: str = "", pre: Tensor | None = None, add: Tensor | None = None, tied: str = "",
-) -> Tensor:  # fmt: skip
+) -> Out:  # fmt: skip
     """out (n, O) = gelu(norm(x) @ w^T + bias) + add, where `norm` names a layernorm, and gelu is computed if `pre`, for
     its input, is given. `tied`: another parameter is the weight, and there is no bias. Returns out.
 
     A few rows that decode take one kernel for all of it: reading w is the work, and each launch would cost as much."""
     if norm and not b.mode.few:
-        x = layernorm(b, norm, x)
-    w, bias = b.w(tied or name + "w"), None if tied else b.w(name + "b")
+        x = layernorm(b, norm, x, b.matmul_a(norm, *x.shape))
+    w, bias = b.matmul_w(tied or name + "w"), None if tied else b.w(name + "b")
     if b.mode.few:
         ln = (b.w(norm + "w"), b.w(norm + "b")) if norm else (None, None)
         b.k.matmul_decode(out, x, w, bias, add, *ln, gelu=pre is not None)
@@ -58,21 +61,22 @@ def linear(
     return out
 
 
-def input_grad(b: Frame, name: str, dx: Tensor, dy: Tensor) -> Tensor:
+def input_grad(b: Frame, name: str, dx: Tensor, dy: Matrix) -> Tensor:
     """dx (n, I) = dy (n, O) @ w: back through a linear layer. Returns dx."""
-    b.k.matmul_backward_input(dx, dy, b.w(name + "w"))
+    b.k.matmul_backward_input(dx, dy, b.matmul_w(name + "w"))
     return dx
 
 
-def gelu_input_grad(b: Frame, name: str, before: str, d_pre: Tensor, dy: Tensor, pre: Tensor) -> Tensor:
+def gelu_input_grad(b: Frame, name: str, before: str, d_pre: Matrix, dy: Matrix, pre: Tensor) -> Matrix:
     """Back through linear layer `name` and the GELU before it, into d_pre, with the bias gradient of the linear layer
     `before` that. Returns GELU's output."""
     out, rewrite = b.output("gelu", *pre.shape)
-    b.k.matmul_gelu_backward(d_pre, rewrite, b.g(before + "b"), dy, b.w(name + "w"), pre, accumulate=b.mode.accumulate)
+    w, db = b.matmul_w(name + "w"), b.g(before + "b")
+    b.k.matmul_gelu_backward(d_pre, rewrite, db, dy, w, pre, accumulate=b.mode.accumulate)
     return out
 
 
-def weight_grad(b: Frame, name: str, dy: Tensor, x: Tensor, *, late: bool = False) -> None:
+def weight_grad(b: Frame, name: str, dy: Matrix, x: Matrix, *, late: bool = False) -> None:
     """The gradient dy^T @ x of a linear layer's weight. A late one is left to who calls what mode.late collects."""
     if late:
         b.mode.late.append(lambda: weight_grad(b, name, dy, x))

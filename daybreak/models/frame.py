@@ -11,6 +11,11 @@ three ways, depending on the frame behind it:
 `b.w("qkvw")` is the weight `h.3.qkvw`. Its mode says how the model runs this time: whether gradients start or add up,
 what backward has to compute again, and whether sequences or single tokens are read. The pieces in blocks.py look that
 up, so a model need not say it call by call.
+
+`matmul_w`, `matmul_a` and `matmul_copy` are the same tensors as matmuls read them. In fp32, bf16 and fp64 that is the
+plain tensor. Where training chooses a narrower format for a name, it is an Operand (kernels/operand.py): the weight's,
+which was made when the step began; an activation's, which the kernel that computes it writes; or a copy, which is made
+on the spot of a tensor that other kernels need as it is.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import Kernels
+from daybreak.kernels.operand import Matrix as Matrix
 
 
 @dataclass
@@ -66,14 +72,24 @@ class Frame(Protocol):
 
         Of a layer that backward computes again it is the copy, unless the `plain` name is asked for."""
 
+    def matmul_w(self, name: str) -> Matrix:
+        """A weight (O, I), as matmuls read it."""
+
+    def matmul_a(self, name: str, *shape: int, plain: bool = False) -> Matrix:
+        """An activation or gradient of this shape that only matmuls read."""
+
+    def matmul_copy(self, name: str, x: Tensor, *, plain: bool = False, made: bool = False) -> Matrix:
+        """x, as matmuls read it: itself, or its copy in the format of `name`. `made`: this was asked for before."""
+        return x
+
     def d(self, name: str, *shape: int) -> Tensor:
         """The gradient of an activation."""
         return self.a("d_" + name, *shape, plain=True)
 
-    def output(self, name: str, *shape: int) -> tuple[Tensor, Tensor | None]:
-        """An activation that backward reads, and the same again if the calling kernel has to write it once more."""
+    def output(self, name: str, *shape: int) -> tuple[Matrix, Matrix | None]:
+        """What matmuls of backward read, and the same again if the calling kernel has to write it once more."""
         rewrite = name in self.mode.rewritten
-        out = self.a(name + ".again" if rewrite else name, *shape)
+        out = self.matmul_a(name + ".again" if rewrite else name, *shape)
         return out, out if rewrite else None
 
     def layer(self, prefix: str, index: int, mode: Mode) -> Self:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from daybreak.models import blocks
-from daybreak.models.frame import Frame, Mode
+from daybreak.models.frame import Frame, Matrix, Mode
 from daybreak.models.rows import Row, layernorm_rows, linear_rows
 from daybreak.shapes import GPT2Config
 
@@ -40,7 +40,7 @@ class GPT2:
 
     def __init__(self, cfg: GPT2Config, recompute: int = 0, device_type: str = "cpu") -> None:
         self.cfg, self.recompute, self.head_bytes = cfg, recompute, HEAD_BYTES[device_type]
-        self.scale = 1.0 / math.sqrt(cfg.HS)
+        self.heads, self.scale = (cfg.NH, cfg.HS), 1.0 / math.sqrt(cfg.HS)
 
     def rows(self) -> list[Row]:
         """The parameters in forward order, with llm.c's names and initialisation."""
@@ -60,7 +60,7 @@ class GPT2:
 
     # ------------------------------------------------------------------------------------------------ one block
 
-    def block(self, b: Frame, x: Tensor, B: int, T: int) -> tuple[Tensor, Tensor]:
+    def block(self, b: Frame, x: Tensor, B: int, T: int) -> tuple[Tensor, Matrix]:
         """One block for x (n, C), up to its GELU: (residual2, gelu). fcproj then adds the rest.
 
         Training, prefill and decode use it; backward too, where it computes the block once more."""
@@ -69,30 +69,33 @@ class GPT2:
         att = b.a("att", n, C)
         (out,), (q, k, v) = self._heads(att, B, T), self._heads(qkv, B, T)
         blocks.attention(b, out, q, k, v, self.scale)
-        residual2 = blocks.linear(b, "attproj", att, b.a("residual2", n, C), add=x)
-        gelu = blocks.linear(b, "fc", residual2, b.a("gelu", n, 4 * C), norm="ln2", pre=b.a("fc", n, 4 * C))
+        residual2 = blocks.linear(b, "attproj", b.matmul_copy("att", att), b.a("residual2", n, C), add=x)
+        gelu = blocks.linear(b, "fc", residual2, b.matmul_a("gelu", n, 4 * C), norm="ln2", pre=b.a("fc", n, 4 * C))
         return residual2, gelu
 
     def block_backward(self, b: Frame, d: Tensor, x: Tensor, B: int, T: int, below: Tensor | None) -> None:
         """d (n, C) is the gradient of the block's output, and becomes that of its input x. Makes every gradient of the
         block but fcproj's bias, which came with d, and that of the block `below`."""
         n, C = B * T, self.cfg.C
-        residual2, fc, d_fc = b.a("residual2", n, C), b.a("fc", n, 4 * C), b.d("fc", n, 4 * C)
-        gelu = blocks.gelu_input_grad(b, "fcproj", "fc", d_fc, d, fc)
-        blocks.weight_grad(b, "fcproj", d, gelu)
+        residual2, fc, d_fc = b.a("residual2", n, C), b.a("fc", n, 4 * C), b.matmul_a("d_fc", n, 4 * C, plain=True)
+        d_out = b.matmul_copy("d_residual3", d, plain=True)
+        gelu = blocks.gelu_input_grad(b, "fcproj", "fc", d_fc, d_out, fc)
+        blocks.weight_grad(b, "fcproj", d_out, gelu)
         d_ln2 = blocks.input_grad(b, "fc", b.d("ln2", n, C), d_fc)
         ln2 = blocks.layernorm_backward(b, "ln2", d, d_ln2, residual2, below=b.g("attprojb"))
         blocks.weight_grad(b, "fc", d_fc, ln2, late=not b.index)
 
         qkv, att, d_qkv = b.a("qkv", n, 3 * C), b.a("att", n, C), b.d("qkv", n, 3 * C)
-        blocks.weight_grad(b, "attproj", d, att)
-        d_att = blocks.input_grad(b, "attproj", b.d("att", n, C), d)
-        (out,), (d_out,) = self._heads(att, B, T), self._heads(d_att, B, T)
-        blocks.attention_backward(b, self._heads(d_qkv, B, T), d_out, self._heads(qkv, B, T), out, self.scale)
+        d_mid = b.matmul_copy("d_residual2", d, plain=True)
+        blocks.weight_grad(b, "attproj", d_mid, b.matmul_copy("att", att, made=True))
+        d_att = blocks.input_grad(b, "attproj", b.d("att", n, C), d_mid)
+        (out,), (d_heads,) = self._heads(att, B, T), self._heads(d_att, B, T)
+        blocks.attention_backward(b, self._heads(d_qkv, B, T), d_heads, self._heads(qkv, B, T), out, self.scale)
         blocks.bias_grad(b, "qkv", d_qkv)
-        d_ln1 = blocks.input_grad(b, "qkv", b.d("ln1", n, C), d_qkv)
+        d_sum = b.matmul_copy("d_qkv", d_qkv, plain=True)
+        d_ln1 = blocks.input_grad(b, "qkv", b.d("ln1", n, C), d_sum)
         ln1 = blocks.layernorm_backward(b, "ln1", d, d_ln1, x, below=below)
-        blocks.weight_grad(b, "qkv", d_qkv, ln1, late=not b.index)
+        blocks.weight_grad(b, "qkv", d_sum, ln1, late=not b.index)
 
     # ---------------------------------------------------------------------------------------------- whole model
 
@@ -110,7 +113,7 @@ class GPT2:
         (B, T), C = tokens.shape, self.cfg.C
         x = f.a("embedded", B * T, C)
         f.k.embedding_forward(x, tokens, f.w("wte"), f.w("wpe"))
-        return blocks.layernorm(f, "lnf", self._blocks(f, x, B, T, Mode(cache=kv)))
+        return blocks.layernorm(f, "lnf", self._blocks(f, x, B, T, Mode(cache=kv)), f.a("lnf", B * T, C))
 
     def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
         """Logits (n, Vp) that follow one more token of each of n sequences, at their positions (n). Reads and adds to
@@ -157,7 +160,7 @@ class GPT2:
     ) -> None:
         """Per-token losses (n) of hidden (n, C) for targets (n); with `backward` also d_lnf and the head's gradient."""
         k, n = f.k, hidden.shape[0]
-        wte, step = f.w("wte"), self.head_rows(n, hidden.dtype)
+        wte, step = f.matmul_w("wte"), self.head_rows(n, hidden.dtype)
         d_hidden = f.a("d_lnf", n, self.cfg.C) if backward else None
         for start in f.chunks(n, step):
             rows = slice(start, min(start + step, n))
@@ -170,7 +173,7 @@ class GPT2:
     def head_logits(self, f: Frame, hidden: Tensor) -> Tensor:
         """Logits (r, Vp) of r rows of hidden, r at most one chunk."""
         logits = f.a("logits", hidden.shape[0], self.cfg.Vp)
-        f.k.matmul_forward(logits, hidden, f.w("wte"))
+        f.k.matmul_forward(logits, hidden, f.matmul_w("wte"))
         return logits
 
     def cache_shape(self, rows: int, T: int) -> tuple[int, ...]:
@@ -179,4 +182,4 @@ class GPT2:
 
     def _heads(self, x: Tensor, B: int, T: int) -> list[Tensor]:
         """(n, j C) as j strided views (B, T, NH, HS): q, k, v of a packed qkv, or one output."""
-        return list(x.view(B, T, -1, self.cfg.NH, self.cfg.HS).unbind(2))
+        return list(x.view(B, T, -1, *self.heads).unbind(2))

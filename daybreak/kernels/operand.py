@@ -1,0 +1,67 @@
+"""A matrix as matmuls read it, where a narrower number format is chosen for it.
+
+In fp32, bf16 and fp64 a matmul reads and writes plain tensors. A format such as fp8 needs more than one tensor: the
+values, a scale that they are multiplied by, and often the same values transposed. The fp8 matmuls of some GPUs only
+sum over neighbours in memory, and a linear layer's three matmuls sum over three different dimensions:
+
+    matmul                     sums over    reads of x (n, I)    of dout (n, O)    of w (O, I)
+    out (n, O) = x w^T         I            value                                  value
+    dx (n, I) = dout w         O                                 value             transposed
+    dw (O, I) = dout^T x       n            transposed           transposed
+
+A model asks its frame for such matrices by `matmul_w`, `matmul_a` and `matmul_copy` (models/frame.py). Patterns of
+names choose their formats: {"h.*.ln1": e4m3} makes an Operand of every first layernorm's output. The arena counts the
+parts like any other tensor, and a call whose arguments hold an Operand goes to the kernels of its format's backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+PARTS = ("value", "scale", "transposed")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a matrix is held: the dtype of its values, whether a transposed copy belongs to it, and the backend whose
+    kernels read and write it (see kernels.backend)."""
+
+    backend: str
+    dtype: torch.dtype
+    transposed: bool = True
+
+    def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each part of a (rows, columns) matrix. One scale serves all of it."""
+        parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"value": ((rows, columns), self.dtype)}
+        parts["scale"] = ((), torch.float32)
+        return parts | ({"transposed": ((columns, rows), self.dtype)} if self.transposed else {})
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """The matrix value * scale. `transposed` holds the same values with rows and columns exchanged."""
+
+    format: Format
+    value: Tensor
+    scale: Tensor
+    transposed: Tensor | None = None
+
+
+Matrix = Tensor | Operand
+
+
+def chosen(formats: Mapping[str, Format], name: str) -> Format | None:
+    """The format of the first pattern that a name fits."""
+    return next((format for pattern, format in formats.items() if fnmatchcase(name, pattern)), None)
+
+
+def tensors_of(x: object, parts: Collection[str] = PARTS) -> list[Tensor]:
+    """The tensors behind an argument of a kernel; of an Operand, these parts."""
+    if isinstance(x, Operand):
+        return [part for name in parts if (part := getattr(x, name)) is not None]
+    return [x] if isinstance(x, Tensor) else []

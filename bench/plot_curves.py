@@ -76,6 +76,7 @@ def draw(runs: dict[str, tuple[Points, Points]], title: str, lines: dict[str, fl
         "path{fill:none;stroke-linejoin:round}.g{stroke:#e4e8ec}.h{stroke:#8c959f;stroke-dasharray:5 4}</style>",
         f'<rect x="1" y="1" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="10" fill="#fdfdfc" stroke="#d0d7de"/>',
         f'<text x="24" y="34" class="t">{escape(title)}</text>',
+        f'<text x="{WIDTH - RIGHT}" y="34" text-anchor="end">line: training, dots: validation</text>',
     ]
     for y in ticks(low, high, 6):
         out.append(f'<path class="g" d="M{LEFT} {y_of(y):.1f}H{WIDTH - RIGHT}"/>')
@@ -88,14 +89,15 @@ def draw(runs: dict[str, tuple[Points, Points]], title: str, lines: dict[str, fl
         out.append(f'<path class="h" d="M{LEFT} {y_of(y):.1f}H{WIDTH - RIGHT}"/>')
         out.append(f'<text x="{WIDTH - RIGHT}" y="{y_of(y) - 7:.1f}" text-anchor="end">{escape(text)}</text>')
     at = 24
-    for (name, (train, val)), colour in zip(runs.items(), COLOURS, strict=False):
+    for i, ((name, (train, val)), colour) in enumerate(zip(runs.items(), COLOURS, strict=False)):
         out.append(f'<path d="{path(train)}" stroke="{colour}" stroke-opacity=".18"/>')
         out.append(f'<path d="{path(smooth(train))}" stroke="{colour}" stroke-opacity=".75" stroke-width="1.5"/>')
-        out += [f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="4" fill="{colour}" stroke="#fff"/>' for x, y in val]
-        text = f"{name}: training (line), validation (dots), {val[-1][1]:.2f} at the end"
+        dot = f'r="{max(2.5, 6 - 1.75 * i):g}" fill="{colour}" stroke="#fff"/>'  # smaller ones lie on top
+        out += [f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" {dot}' for x, y in val]
+        text = f"{name}: {val[-1][1]:.3f} at the end"
         out.append(f'<path d="M{at} 53h18" stroke="{colour}" stroke-width="3"/>')
         out.append(f'<text x="{at + 25}" y="57">{escape(text)}</text>')
-        at += 45 + int(6.3 * len(text))
+        at += 50 + int(6.6 * len(text))
     return "\n".join([*out, "</svg>"]) + "\n"
 
 

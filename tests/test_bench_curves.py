@@ -33,7 +33,7 @@ def test_an_llm_c_log_as_a_picture(curves: ModuleType, tmp_path: Path, monkeypat
     curves.main()
     svg = out.read_text()
     assert svg.startswith("<svg ")
-    assert "a &amp; b: training" in svg
+    assert "a &amp; b: 4.000 at the end" in svg
     assert "half &amp; half" in svg
     top, bottom, left, right = curves.TOP, curves.HEIGHT - curves.BOTTOM, curves.LEFT, curves.WIDTH - curves.RIGHT
     dots = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)  # at 0 and a million tokens; the axis is 7 to 4

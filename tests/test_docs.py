@@ -162,6 +162,18 @@ def test_every_fence_is_labelled(page: Path) -> None:
     assert {x.split(" ")[-1] for x in opened} <= {"ci", "gpu", "network", "text"}
 
 
+@pytest.mark.parametrize("label", ["ci", "gpu", "network"])
+def test_no_example_gives_two_runs_one_name(label: str) -> None:
+    """A reader may paste a whole example, and a name that is taken is refused."""
+    found = 0
+    for page in [ROOT / "README.md", *PAGES.rglob("*.md")]:
+        for _, text in fences(page.read_text(), label):
+            made = re.findall(r"\btrain (?!runs/)\S.*?--name (\S+)", text.replace("\\\n", " "))
+            assert len(made) == len(set(made)), f"{page.name}: {made}"
+            found += len(made)
+    assert found
+
+
 def test_every_derivation_holds() -> None:
     """Each operation's page checks its formulas against autograd in fp64: all of them, in one process."""
     code = [text for page in OPERATIONS for language, text in fences(page.read_text(), "ci") if language == "python"]

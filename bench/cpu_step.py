@@ -23,7 +23,7 @@ from eager_gpt2 import BETAS, CLIP, EPS, GPT2, LR, SHAPES, WEIGHT_DECAY, problem
 from torch import Tensor
 
 from daybreak.config_keys import OptimConfig
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.shapes import GPT2Config
 
 CONTENDERS = {
@@ -44,7 +44,9 @@ def engine_step(model: str, module: GPT2, tokens: Tensor, targets: Tensor, compu
     """daybreak's step from the eager module's weights, with the same optimizer settings."""
     optim = OptimConfig(lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY, clip=CLIP)
     B, T = tokens.shape
-    engine = Engine(GPT2Config(**SHAPES[model]._asdict()), B=B, T=T, compute=compute, init=False, optim=optim)
+    engine = Engine(
+        EngineSpec(GPT2Config(**SHAPES[model]._asdict()), B=B, T=T, compute=compute, optim=optim), init=False
+    )
     ours = {"weight": "w", "bias": "b"}
     params = {}
     for name, p in module.named_parameters():  # h.0.fc.weight -> h.0.fcw, wte.weight -> wte

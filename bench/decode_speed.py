@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from timing import append_row
 
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.generate import Batch, Sampling, Text
 from daybreak.report.bench import limits
 from daybreak.shapes import parse_shape
@@ -37,7 +37,7 @@ def main() -> None:
     shape, device = parse_shape(a.model), torch.device("cuda", 0)
     bandwidth, _ = limits(device)
     for texts in map(int, a.texts.split(",")):
-        engine = Engine(shape, B=1, T=1024, compute="bf16", device=device, train=False, rows=texts)
+        engine = Engine(EngineSpec(shape, B=1, T=1024, compute="bf16", train=False, rows=texts), device=device)
         weights = 2 * (engine.num_parameters - shape.max_T * shape.C)
         batch, steps = Batch(engine), []
         for how in (Sampling(a.tokens, temperature=0.0), Sampling(a.tokens, top_p=a.top_p)):

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from timing import append_row
 
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.device import missing_on, used_mib
 from daybreak.kernels import OPS
 from daybreak.report.bench import PRODUCTS, Meter, batches, time_steps
@@ -206,8 +206,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     began = time.perf_counter()
-    engine = Engine(parse_shape(a.model), B=a.B, T=a.T, compute="bf16", recompute=a.recompute, masters=a.masters,
-                    device="cuda")  # fmt: skip
+    spec = EngineSpec(parse_shape(a.model), B=a.B, T=a.T, compute="bf16", recompute=a.recompute, masters=a.masters)
+    engine = Engine(spec, device="cuda")
     torch.cuda.synchronize()
     print(f"engine ready after {time.perf_counter() - began:.1f} s: {engine.num_parameters:,} parameters")
     print("arena MiB:", {k: v >> 20 for k, v in engine.arena.sizes().items()}, "missing:", missing_on(engine.device))

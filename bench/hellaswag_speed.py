@@ -13,7 +13,7 @@ import time
 import numpy as np
 import torch
 
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.evaluate.multiple_choice import Example, accuracy
 from daybreak.shapes import parse_shape
 
@@ -31,7 +31,7 @@ def main() -> None:
 
     examples = [Example(ids(75), [ids(27) for _ in range(4)], int(rng.integers(4))) for _ in range(a.examples)]
     compute = "bf16" if a.device.startswith("cuda") else "fp32"
-    engine = Engine(parse_shape("d12"), B=a.B, T=1024, compute=compute, device=a.device, train=False)
+    engine = Engine(EngineSpec(parse_shape("d12"), B=a.B, T=1024, compute=compute, train=False), device=a.device)
     accuracy(engine, examples[:256])  # warm up
     for _ in range(3):
         began = time.perf_counter()

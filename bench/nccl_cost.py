@@ -13,7 +13,7 @@ import statistics
 
 import torch
 
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.collectives import Collectives
 from daybreak.parallel import ALONE, Group
 from daybreak.report.bench import time_steps
@@ -41,7 +41,8 @@ def main() -> None:
     Collectives.__init__ = sends  # type: ignore[method-assign]
     Collectives.sum_scalars = lambda self, state: None  # type: ignore[method-assign]  # two numbers, with no room here
     engines = [
-        Engine(parse_shape(a.model), B=a.B, T=1024, compute="bf16", device=device, group=of) for of in (ALONE, group)
+        Engine(EngineSpec(parse_shape(a.model), B=a.B, T=1024, compute="bf16"), device=device, group=of)
+        for of in (ALONE, group)
     ]
     times: list[list[float]] = [[], []]
     for _ in range(a.rounds):

@@ -20,7 +20,7 @@ import torch
 
 from daybreak.config import resolve
 from daybreak.engine import Engine
-from daybreak.engine.device import engine_options, pick_device
+from daybreak.engine.device import engine_spec, pick_device
 from daybreak.state.restore import Staging, snapshot
 from daybreak.state.run_folder import cpu_model, package_commit
 from daybreak.state.saver import Saver
@@ -35,8 +35,7 @@ def main() -> None:
     pairs = [(key.removeprefix("--"), value) for key, value in zip(rest[::2], rest[1::2], strict=True)]
     config, _ = resolve(known.shape, pairs)
     device = pick_device(config.run.device)
-    options = engine_options(config, device)
-    engine = Engine(config.model, B=config.batch.B, device=device, optim=config.optim, guard=config.guard, **options)
+    engine = Engine(engine_spec(config, device), device=device)
     tokens = torch.randint(config.model.V, (config.batch.B, config.T + 1), generator=torch.Generator().manual_seed(1))
     steps, micro = 0, max(1, config.batch.total_tokens // (config.batch.B * config.T))
     batch = tokens.expand(micro, *tokens.shape)
@@ -79,7 +78,7 @@ def main() -> None:
     staging.close()
     where = cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device)
     head = [time.strftime("%Y-%m-%d"), package_commit(Path(__file__).parents[1]), where, torch.__version__, known.shape,
-            config.batch.B, config.T, options["compute"], f"{saved.nbytes / 2**20:.0f}"]  # fmt: skip
+            config.batch.B, config.T, engine.spec.compute, f"{saved.nbytes / 2**20:.0f}"]  # fmt: skip
     for name, seconds in found.items():
         low, middle, high = statistics.quantiles(seconds, n=4)
         print(f"{name}: {middle:.3f} s ({low:.3f} .. {high:.3f})")

@@ -13,7 +13,7 @@ import torch
 
 from daybreak import parallel
 from daybreak.config_keys import GuardConfig, OptimConfig
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.errors import DataError, Error
 from daybreak.kernels.guard import WINDOW
 from daybreak.parallel import Group, connect
@@ -42,10 +42,10 @@ def train(
     group: Group, zero: int, compute: str, steps: int, B: int, masters: str = "auto", bucket: int = 16384
 ) -> dict[str, Any]:
     clip = 0.0 if masters == "none" else 0.5  # the norm's last bit depends on the stage, and with it the clip's scale
-    engine = Engine(
-        SHAPE, B=B, T=T, compute=compute, seed=3, optim=OptimConfig(clip=clip), masters=masters, group=group, zero=zero,
-        bucket_bytes=bucket,
-    )  # fmt: skip
+    spec = EngineSpec(
+        SHAPE, B=B, T=T, compute=compute, optim=OptimConfig(clip=clip), masters=masters, zero=zero, bucket_bytes=bucket
+    )
+    engine = Engine(spec, seed=3, group=group)
     mine = SAMPLES // group.world
     losses, norms, first, record, grads = [], [], {}, [], {}
     for step in range(steps):
@@ -91,7 +91,7 @@ def outliers(args: list[str]) -> int:
     every rank then has goes to OUT/ZERO-RANK.pt: args is OUT."""
     group = connect(os.environ, 60)
     for zero in range(3):
-        engine = Engine(SHAPE, B=4, T=T, seed=3, guard=GuardConfig(loss_z=4.0), group=group, zero=zero)
+        engine = Engine(EngineSpec(SHAPE, B=4, T=T, guard=GuardConfig(loss_z=4.0), zero=zero), seed=3, group=group)
         history = torch.linspace(4.0, 4.3, WINDOW, dtype=torch.float64)
         engine.state["windows"][0].copy_(history)
         engine.state["counts"].fill_(WINDOW)

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.engine import Engine, arena, schedule
+from daybreak.engine import Engine, EngineSpec, arena, schedule
 from daybreak.engine.collectives import Sharding
 from daybreak.engine.params import ParamTable
-from daybreak.engine.schedule import DTYPES, micro_step, next_token, plan_engine
+from daybreak.engine.schedule import micro_step, next_token, plan_engine
 from daybreak.kernels import OPS, Impl, Kernels, Op, Recorder
 from daybreak.parallel import Group
 from daybreak.shapes import GPT2Config
@@ -169,7 +169,7 @@ def planned(cfg: GPT2Config, rank: int = 0, world: int = 1, decode: Sequence[int
         return plan_arena(table, dtype, state, [one(i, of) for i, of in enumerate(schedules)], *rest)
 
     with replaced(arena, PlanFrame=noting, Recorder=NotingRecorder), replaced(schedule, plan_arena=numbered):
-        model, table, plan = plan_engine(cfg, group=Group(rank=rank, world=world), **options)
+        model, table, plan = plan_engine(EngineSpec(cfg, **options), Group(rank=rank, world=world))
     (frame,) = frames
     s: Any = frame.state
     known = set(frame.activations)
@@ -217,7 +217,7 @@ def buckets(plan: Sharding) -> list[str]:
 
 def live(cfg: GPT2Config, drive: Callable[[Engine], None], **options: Any) -> Recording:
     """The recording of an engine that really runs on the CPU, while `drive` uses it."""
-    engine = Engine(cfg, **options)
+    engine = Engine(EngineSpec(cfg, **options))
     frame, calls = engine.frame, list[str]()
     named = [e for e in engine.arena.entries if e.buffer != "activations"]
 
@@ -231,7 +231,7 @@ def live(cfg: GPT2Config, drive: Callable[[Engine], None], **options: Any) -> Re
         assert 0 <= at < frame.buffers["activations"].nbytes, "a kernel was given memory that is not the arena's"
         return "activations", at // x.element_size()
 
-    say = partial(describe, find=find, table=engine.table, dtype=DTYPES[engine.compute])
+    say = partial(describe, find=find, table=engine.table, dtype=engine.spec.dtype)
 
     def noting(name: str, kernel: Callable[..., None]) -> Callable[..., None]:
         def call(*args: Any, **kwargs: Any) -> None:

@@ -24,7 +24,7 @@ from daybreak.data.loader import Loader
 from daybreak.data.prepare import JOURNAL, prepare
 from daybreak.data.shards import open_shard, read_header
 from daybreak.data.tokenizer import GPT2_PATTERN, get_tokenizer
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.errors import ConfigError, DataError
 from daybreak.shapes import GPT2Config
 from daybreak.state.run import Run
@@ -190,7 +190,7 @@ def test_losses_do_not_depend_on_the_width_of_the_tokens(tmp_path: Path) -> None
     wide, narrow = tmp_path / "w.bin", tmp_path / "n.bin"
     wide.write_bytes(struct.pack("<3i", 20240801, 7, 50).ljust(1024, b"\0") + struct.pack("<50I", *ids))
     narrow.write_bytes(struct.pack("<3i", 20240520, 1, 50).ljust(1024, b"\0") + struct.pack("<50H", *ids))
-    engine = Engine(GPT2Config(1, 8, 1, 16, 100), B=2, T=16, train=False)
+    engine = Engine(EngineSpec(GPT2Config(1, 8, 1, 16, 100), B=2, T=16, train=False))
     losses = []
     for path in (wide, narrow):
         rows = torch.from_numpy(Loader([read_header(path)], 16, seed=1, V=100).batch(0, 2))

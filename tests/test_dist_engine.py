@@ -11,7 +11,7 @@ import pytest
 import ranks
 import torch
 
-from daybreak.engine import Engine, plan_engine
+from daybreak.engine import Engine, EngineSpec, plan_engine
 from daybreak.engine.collectives import Sharding
 from daybreak.engine.moments import final_moments
 from daybreak.engine.params import ALIGN, ParamTable
@@ -195,7 +195,7 @@ def test_the_space_for_a_save_is_that_of_all_ranks(zero: int) -> None:
     """Rank 0 looks at the disk before all four write: its own slices are the fourth part of m and v."""
     shape, snaps = GPT2Config(L=2, C=24, NH=2, max_T=12, V=61), []
     for group in [Group(), *(Group(rank, 4) for rank in range(4))]:
-        engine = Engine(shape, B=1, T=8, group=group, zero=zero, bucket_bytes=16384)
+        engine = Engine(EngineSpec(shape, B=1, T=8, zero=zero, bucket_bytes=16384), group=group)
         snaps.append(snapshot(engine, 1, {}))
     alone, written = snaps[0].nbytes, [t.nbytes for s in snaps[1:] for key in s.optimizer.values() for _, t in key]
     model, extra = (sum(t.nbytes for t in kept.values()) for kept in (snaps[1].model, snaps[1].extra))
@@ -206,7 +206,7 @@ def test_stage_2_needs_less_memory_than_1_than_0() -> None:
     """d12 on 8 ranks in bf16, to the byte of the plan; at stage 2 whole gradients are nowhere."""
     sizes, buffers = [], {}
     for zero in STAGES:
-        arena = plan_engine(parse_shape("d12"), B=1, T=64, compute="bf16", group=Group(0, 8), zero=zero)[2]
+        arena = plan_engine(EngineSpec(parse_shape("d12"), B=1, T=64, compute="bf16", zero=zero), Group(0, 8))[2]
         sizes.append(arena.nbytes)
         buffers[zero] = arena.sizes()
     P = 124_475_904

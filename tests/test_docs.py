@@ -23,7 +23,7 @@ from daybreak.config import (
     resolve,
 )
 from daybreak.config_keys import toml_value
-from daybreak.engine import arena, plan_engine
+from daybreak.engine import EngineSpec, arena, plan_engine
 from daybreak.kernels import Impl, Op, Recorder
 from daybreak.report.bench import flops_of, nbytes_of
 from daybreak.report.plan import plan
@@ -65,7 +65,7 @@ def costs() -> dict[str, tuple[float, ...]]:
         patch.setattr(arena, "Recorder", Counting)
         patch.setattr(Counting, "costs", defaultdict(lambda: [0, 0, 0]))
         patch.setattr("daybreak.engine.schedule.plan_arena", first_schedule_only)
-        plan_engine(parse_shape("d48"), **options)
+        plan_engine(EngineSpec(parse_shape("d48"), **options))
         found = sorted(Counting.costs.items())
     return {name: (n, size, flops, 1e3 * max(size / COPY, flops / PRODUCT)) for name, (n, size, flops) in found}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import daybreak.models.gpt2 as gpt2
 from daybreak.config_keys import OptimConfig
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.params import draw_parameters
 from daybreak.models.registry import build_model
 from daybreak.shapes import GPT2Config, parse_shape
@@ -33,7 +33,8 @@ each_case = pytest.mark.parametrize(("shape", "A", "B", "T"), CASES, ids=["small
 
 
 def build(shape: Shape, B: int, T: int, **options) -> Engine:
-    return Engine(GPT2Config(**shape._asdict()), B=B, T=T, **options)
+    outside = {key: options.pop(key) for key in ("seed", "init") if key in options}
+    return Engine(EngineSpec(GPT2Config(**shape._asdict()), B=B, T=T, **options), **outside)
 
 
 def calls(engine: Engine) -> list[str]:
@@ -398,7 +399,7 @@ def test_oracle_agrees_with_llmc():
 
 def test_evaluation_of_any_smaller_batch_fits_the_plan():
     """What is planned for (B, T) is enough for every b <= B, t <= T, without the reserves that training brings."""
-    engine = Engine(GPT2Config(L=1, C=48, NH=12, max_T=200, V=200), B=3, T=200, train=False)
+    engine = Engine(EngineSpec(GPT2Config(L=1, C=48, NH=12, max_T=200, V=200), B=3, T=200, train=False))
     for b in (1, 2, 3):
         for t in (1, 2, 67, 100, 101, 128, 129, 199, 200):
             tokens = torch.arange(b * t).view(b, t) % 200

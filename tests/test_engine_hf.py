@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.shapes import GPT2Config
 
 transformers = pytest.importorskip("transformers", reason="the test extra installs transformers")
@@ -46,7 +46,7 @@ def test_logits_loss_and_gradients_equal_hugging_face():
         for p in theirs.parameters():
             if p.dim() == 1:
                 p += 0.2 * torch.randn_like(p)
-    engine = Engine(GPT2Config(L=L, C=C, NH=NH, max_T=MAX_T, V=V), B=3, T=20, compute="fp32")
+    engine = Engine(EngineSpec(GPT2Config(L=L, C=C, NH=NH, max_T=MAX_T, V=V), B=3, T=20))
     engine.load_params(in_our_layout({name: p.data for name, p in theirs.named_parameters()}))
 
     ids = torch.randint(V, (3, 21))

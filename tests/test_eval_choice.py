@@ -13,7 +13,7 @@ import torch
 
 from daybreak.cli.main import main
 from daybreak.data.tokenizer import get_tokenizer
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, accuracy, load_examples, losses_of, read_eval_bin, write_eval_bin
 from daybreak.shapes import GPT2Config
@@ -95,7 +95,7 @@ def test_accuracy_by_hand() -> None:
 
 
 def test_losses_equal_those_of_each_row_alone_and_long_rows_lose_their_beginning() -> None:
-    engine = Engine(GPT2Config(2, 16, 2, 24, 97), B=4, T=24, seed=5, train=False)
+    engine = Engine(EngineSpec(GPT2Config(2, 16, 2, 24, 97), B=4, T=24, train=False), seed=5)
     engine.param("wte").mul_(20)
     rng = np.random.default_rng(1)
     rows = [(rng.integers(0, 97, int(c)).tolist(), rng.integers(0, 97, int(n)).tolist())

@@ -16,11 +16,11 @@ from test_engine import gradients
 from test_memory import allocations
 from torch import Tensor
 
-from daybreak.engine import Engine, plan_engine
+from daybreak.engine import Engine, EngineSpec, plan_engine
 from daybreak.engine.arena import Entry
 from daybreak.kernels import OPS, Temps, all_ops, backend
 from daybreak.kernels.operand import Format, Operand
-from daybreak.parallel import Group
+from daybreak.parallel import ALONE, Group
 from daybreak.shapes import GPT2Config
 
 F32 = torch.float32
@@ -108,7 +108,7 @@ def batch(step: int, A: int = 2) -> tuple[Tensor, Tensor]:
 
 def poisoned(**options) -> Engine:
     """An engine whose memory is NaN in every dtype, but for what lasts from step to step."""
-    engine = Engine(CFG, B=B, T=T, **options)
+    engine = Engine(EngineSpec(CFG, B=B, T=T, **options))
     for name in {"activations", "scratch", "operands"} & engine.frame.buffers.keys():
         engine.frame.buffers[name].fill_(0xFF)
     return engine
@@ -117,7 +117,7 @@ def poisoned(**options) -> Engine:
 @pytest.mark.parametrize("recompute", [0, 1, 2, 3])
 def test_an_exact_format_changes_not_one_bit(recompute: int) -> None:
     """Three steps of two micro-steps, each after evaluation and generation, which share memory with training."""
-    engines = [poisoned(recompute=recompute, formats=formats) for formats in (None, dict.fromkeys(MATMULS, EXACT))]
+    engines = [poisoned(recompute=recompute, formats=formats) for formats in ({}, dict.fromkeys(MATMULS, EXACT))]
     for step in range(3):
         tokens, targets = batch(step)
         found = []
@@ -136,7 +136,7 @@ def test_eight_bits_learn_as_fp32_does() -> None:
     """e4m3 has 3 bits behind the point: a value is rounded by at most 2^-4 of itself, 2.6 % in the mean of squares, and
     a product of two such values by 3.7 %. A gradient comes out of a chain of them. Errors are independent, so those of
     eight in a row are 10 % of its norm."""
-    eight, exact = (poisoned(formats=formats) for formats in (dict.fromkeys(MATMULS, E4M3), None))
+    eight, exact = (poisoned(formats=formats) for formats in (dict.fromkeys(MATMULS, E4M3), {}))
     losses = []
     for step in range(25):
         for engine in (eight, exact):
@@ -150,8 +150,8 @@ def test_eight_bits_learn_as_fp32_does() -> None:
     assert losses[-1][1] < losses[0][1] - 1.5  # of log 61 = 4.1; the chain's own is log 2
 
 
-def entries(**options) -> dict[str, Entry]:
-    return {e.name: e for e in plan_engine(CFG, B=B, T=T, **options)[2].entries}
+def entries(group: Group = ALONE, **options) -> dict[str, Entry]:
+    return {e.name: e for e in plan_engine(EngineSpec(CFG, B=B, T=T, **options), group)[2].entries}
 
 
 def test_the_plan_counts_the_parts_and_is_what_is_used(tmp_path: Path) -> None:
@@ -198,6 +198,6 @@ def test_the_first_pattern_that_fits_counts_and_ranks_plan_the_same() -> None:
 
 def test_a_format_without_a_kernel_is_refused_by_name() -> None:
     with pytest.raises(AssertionError, match="matmul_gelu_forward has no kernel for int8"):
-        plan_engine(CFG, B=B, T=T, formats={"h.*.gelu": Format("int8", torch.int8)})
+        plan_engine(EngineSpec(CFG, B=B, T=T, formats={"h.*.gelu": Format("int8", torch.int8)}))
     with pytest.raises(AssertionError, match="matmul_forward has no kernel for e4m3, exact"):
-        plan_engine(CFG, B=B, T=T, formats={"h.*.ln1": E4M3, "h.*.qkvw": EXACT})
+        plan_engine(EngineSpec(CFG, B=B, T=T, formats={"h.*.ln1": E4M3, "h.*.qkvw": EXACT}))

@@ -8,7 +8,7 @@ import torch
 from oracle import GPT2, Shape, random_values
 
 from daybreak.data.tokenizer import get_tokenizer
-from daybreak.engine import Engine, plan_engine
+from daybreak.engine import Engine, EngineSpec, plan_engine
 from daybreak.errors import ConfigError
 from daybreak.generate import Batch, Sampling, Text, adjusted, choose, sample_text, token_of, write_all
 from daybreak.shapes import GPT2Config
@@ -129,7 +129,7 @@ def test_a_bias_decides_one_text_and_leaves_its_neighbours() -> None:
 
 
 def test_greedy_follows_the_logits_beyond_the_window() -> None:
-    engine = Engine(GPT2Config(L=2, C=32, NH=2, max_T=8, V=257), B=1, T=8, train=False)
+    engine = Engine(EngineSpec(GPT2Config(L=2, C=32, NH=2, max_T=8, V=257), B=1, T=8, train=False))
     prompt = [256, 10, 20]
     made = Text(prompt, Sampling(12, temperature=0.0))
     write_all(engine, [made])
@@ -143,7 +143,7 @@ def test_greedy_follows_the_logits_beyond_the_window() -> None:
 
 
 def test_a_text_depends_on_its_seed_alone() -> None:
-    engine = Engine(GPT2Config(L=1, C=32, NH=2, max_T=16, V=257), B=1, T=16, train=False)
+    engine = Engine(EngineSpec(GPT2Config(L=1, C=32, NH=2, max_T=16, V=257), B=1, T=16, train=False))
     tokenizer = get_tokenizer("bytes")
 
     def text(seed: int) -> str:
@@ -162,7 +162,7 @@ SHAPE = Shape(L=3, C=48, NH=4, max_T=24, V=257)
 
 def engine_and_oracle(rows: int, compute: str = "fp32") -> tuple[Engine, GPT2]:
     values = random_values(SHAPE, 3)
-    engine = Engine(GPT2Config(**SHAPE._asdict()), B=1, T=24, train=False, rows=rows, compute=compute)
+    engine = Engine(EngineSpec(GPT2Config(**SHAPE._asdict()), B=1, T=24, train=False, rows=rows, compute=compute))
     engine.load_params(values)
     for name in ("activations", "scratch", "kv"):
         engine.frame.buffers[name].fill_(0xFF)
@@ -225,7 +225,7 @@ def test_sampled_texts_do_not_depend_on_their_company() -> None:
 
 def test_the_cache_is_planned() -> None:
     cfg = GPT2Config(L=3, C=64, NH=4, max_T=64, V=257)
-    one, five = (plan_engine(cfg, B=1, T=48, train=False, rows=n)[2].sizes()["kv"] for n in (1, 5))
+    one, five = (plan_engine(EngineSpec(cfg, B=1, T=48, train=False, rows=n))[2].sizes()["kv"] for n in (1, 5))
     assert (one, five) == (2 * 3 * 48 * 64 * 4, 5 * 2 * 3 * 48 * 64 * 4)
 
 

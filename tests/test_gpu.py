@@ -21,7 +21,7 @@ from torch import Tensor
 
 import daybreak
 from daybreak.config import Config
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on, set_precision
 from daybreak.kernels import CUDA_ORDER
@@ -77,7 +77,9 @@ def batch(shape: Shape, A: int, t: int = T, seed: int = 0) -> tuple[Tensor, Tens
 
 
 def build(shape: Shape, t: int = T, **options: Any) -> Engine:
-    return Engine(GPT2Config(**shape._asdict()), B=B, T=t, device=options.pop("device", "cuda"), **options)
+    outside = {key: options.pop(key) for key in ("seed", "init", "group") if key in options}
+    device = options.pop("device", "cuda")
+    return Engine(EngineSpec(GPT2Config(**shape._asdict()), B=B, T=t, **options), device=device, **outside)
 
 
 def train(engine: Engine, shape: Shape, steps: int = 10, A: int = 2) -> list[float]:
@@ -298,8 +300,9 @@ def test_memory_is_constant_after_the_first_step() -> None:
 def test_a_text_written_token_by_token_has_the_logits_of_the_whole(compute: str, rows: int) -> None:
     """By graphs whose launches overlap: as near to fp64 as one forward pass is; and the same bits once more."""
     shape = Shape(L=4, C=768, NH=12, max_T=512, V=50257)
+    cfg = GPT2Config(**shape._asdict())
     engine, oracle = (
-        Engine(GPT2Config(**shape._asdict()), B=1, T=512, compute=kind, device=device, train=False, rows=rows)
+        Engine(EngineSpec(cfg, B=1, T=512, compute=kind, train=False, rows=rows), device=device)
         for kind, device in ((compute, "cuda"), ("fp64", "cpu"))
     )
     for each in (engine, oracle):

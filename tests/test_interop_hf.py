@@ -16,7 +16,7 @@ from test_data_formats import tokenizer_json
 
 from daybreak.cli.main import main
 from daybreak.data.tokenizer import get_tokenizer
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.errors import ConfigError, Error
 from daybreak.generate import Sampler, Sampling, Text, write_all
 from daybreak.interop import huggingface, open_source
@@ -50,7 +50,8 @@ def exported(run: Path, out: Path, dtype: str = "fp32", max_shard: int = hugging
 
 def engine_of(dtype: str, B: int = 2, values: dict[str, torch.Tensor] | None = None) -> Engine:
     s = shape_of()
-    engine = Engine(GPT2Config(L=s.L, C=s.C, NH=s.NH, max_T=s.max_T, V=s.V), B=B, T=MAX_T, compute=dtype, train=False)
+    cfg = GPT2Config(L=s.L, C=s.C, NH=s.NH, max_T=s.max_T, V=s.V)
+    engine = Engine(EngineSpec(cfg, B=B, T=MAX_T, compute=dtype, train=False))
     engine.load_params(values or values_of(s))
     return engine
 
@@ -91,7 +92,7 @@ def test_logits_at_the_width_and_length_of_gpt2(tmp_path: Path, dtype: str) -> N
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).to(kind).eval()
     theirs.save_pretrained(tmp_path / "m")
     source = open_source(tmp_path / "m", "gpt2-1024")
-    engine = Engine(source.model, B=1, T=1024, compute=dtype, train=False)
+    engine = Engine(EngineSpec(source.model, B=1, T=1024, compute=dtype, train=False))
     engine.load_params({name: source.read(name) for name in source.names()})
     tokens = torch.randint(1025, (1, 1024), generator=torch.Generator().manual_seed(1))
     ours = engine.logits(tokens).float()

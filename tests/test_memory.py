@@ -19,7 +19,7 @@ from daybreak.config_keys import GuardConfig
 from daybreak.data.loader import Loader
 from daybreak.data.shards import read_header
 from daybreak.data.tokenizer import get_tokenizer
-from daybreak.engine import Engine, plan_engine
+from daybreak.engine import Engine, EngineSpec, plan_engine
 from daybreak.engine.device import cpu_has_bf16
 from daybreak.evaluate.validation import validate
 from daybreak.generate import Sampling, Text, write_all
@@ -41,8 +41,9 @@ SCALAR = 64  # bytes: torch wraps Python numbers in tensors of a few bytes for t
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 @pytest.mark.parametrize("train", [True, False])
 def test_training_allocates_exactly_the_plan(compute: str, recompute: int, train: bool) -> None:
-    _, table, arena = plan_engine(SHAPE, B=4, T=48, compute=compute, recompute=recompute, train=train)
-    engine = Engine(SHAPE, B=4, T=48, compute=compute, recompute=recompute, train=train)
+    spec = EngineSpec(SHAPE, B=4, T=48, compute=compute, recompute=recompute, train=train)
+    _, table, arena = plan_engine(spec)
+    engine = Engine(spec)
     assert engine.arena.entries == arena.entries
     allocated = {name: buffer.untyped_storage().nbytes() for name, buffer in engine.frame.buffers.items()}
     assert allocated == arena.sizes()
@@ -56,7 +57,7 @@ def test_training_allocates_exactly_the_plan(compute: str, recompute: int, train
 
 def test_tensors_alive_together_never_overlap() -> None:
     for recompute in (0, 1, 2):
-        _, _, arena = plan_engine(SHAPE, B=4, T=48, recompute=recompute)
+        _, _, arena = plan_engine(EngineSpec(SHAPE, B=4, T=48, recompute=recompute))
         sizes = arena.sizes()
         for e in arena.entries:
             assert e.offset % 256 == 0
@@ -70,7 +71,7 @@ def test_recompute_and_sharing_save_what_they_should() -> None:
     """d12, B=4 T=1024 in bf16 against llm.c's formula (spec of its activations), which shares nothing by lifetime."""
     llmc = {0: 1590, 1: 1326, 2: 1182}
     for level, mib in llmc.items():
-        _, _, arena = plan_engine(parse_shape("d12"), B=4, T=1024, compute="bf16", recompute=level)
+        _, _, arena = plan_engine(EngineSpec(parse_shape("d12"), B=4, T=1024, compute="bf16", recompute=level))
         assert arena.sizes()["activations"] / 2**20 < mib
 
 
@@ -106,7 +107,7 @@ def test_the_meter_sees_temporaries(tmp_path: Path) -> None:
 def test_one_of_two_ranks_saves_and_sets_split_masters_in_pieces(zero: int, tmp_path: Path) -> None:
     """On a GPU what both take stays reserved: a rank's whole fp32 weights were 254 MiB of GPT-2 124M on 2 GPUs."""
     shape, group = GPT2Config(L=1, C=64, NH=2, max_T=16, V=50257), Group(world=2)
-    engine = Engine(shape, B=1, T=8, compute="bf16", masters="split", zero=zero, group=group)
+    engine = Engine(EngineSpec(shape, B=1, T=8, compute="bf16", masters="split", zero=zero), group=group)
     taken = snapshot(engine, 0, {})
     assert taken.parts is not None
     create_safetensors(tmp_path / "model.safetensors", taken.model)
@@ -154,7 +155,7 @@ def test_nothing_is_allocated_after_the_first_step(
     header[:3] = 20240520, 1, 5000
     shard.write_bytes(header.tobytes() + rng.integers(0, 257, 5000).astype("<u2").tobytes())
     loader = Loader([read_header(shard)], 48, V=257)
-    engine = Engine(SHAPE, B=4, T=48, compute=compute, recompute=recompute, guard=GuardConfig(loss_z=3.0))
+    engine = Engine(EngineSpec(SHAPE, B=4, T=48, compute=compute, recompute=recompute, guard=GuardConfig(loss_z=3.0)))
     lengths = get_tokenizer("bytes").lengths(257)
     staging, saver = Staging(engine), Saver(tmp_path / "staged", 1, 0)
 
@@ -191,7 +192,7 @@ def test_tensors_that_only_a_later_schedule_needs_together_share_no_bytes(monkey
     options = {"B": 4, "T": 1024, "compute": "bf16", "train": False, "device_type": "cuda"}
 
     def overlap() -> bool:
-        entries = {e.name: e for e in plan_engine(parse_shape("d12"), **options)[2].entries}
+        entries = {e.name: e for e in plan_engine(EngineSpec(parse_shape("d12"), **options))[2].entries}
         a, b = entries["logits"], entries["h.11.residual3"]
         return a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
 
@@ -202,6 +203,6 @@ def test_tensors_that_only_a_later_schedule_needs_together_share_no_bytes(monkey
 
 def test_many_short_texts_fit_the_plan():
     """b texts of any length t with b t <= B T: the plan knows the scratch of each."""
-    engine = Engine(GPT2Config(L=2, C=64, NH=2, max_T=512, V=300), B=1, T=512, train=False, rows=4)
+    engine = Engine(EngineSpec(GPT2Config(L=2, C=64, NH=2, max_T=512, V=300), B=1, T=512, train=False, rows=4))
     for b, t in ((4, 128), (3, 170), (2, 256), (1, 512), (4, 5)):
         assert torch.isfinite(engine.prefill(0, [[1] * t] * b)).all()

@@ -37,7 +37,7 @@ from recovery import (
 
 import daybreak
 from daybreak.cli.main import main
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.schedule import plan_engine
 from daybreak.report.doctor import check_run
 from daybreak.shapes import GPT2Config
@@ -66,13 +66,14 @@ def put_the_log_back() -> Iterator[None]:
                                                   ("bf16", "split"), ("bf16", "none")])  # fmt: skip
 def test_the_staged_copy_does_not_see_the_next_step(tmp_path, compute, masters):
     shape = GPT2Config(L=1, C=16, NH=2, max_T=16, V=257)
-    engine = Engine(shape, B=2, T=16, compute=compute, masters=masters)
+    spec = EngineSpec(shape, B=2, T=16, compute=compute, masters=masters)
+    engine = Engine(spec)
     tokens = torch.randint(257, (1, 2, 17), generator=torch.Generator().manual_seed(1))
     engine.train_step(tokens[..., :-1], tokens[..., 1:], lr=1e-2, step=0)
     plain = tensors(save_checkpoint(tmp_path / "plain", snapshot(engine, 1, {})))
     staging = Staging(engine)
     held = [staging.weights, *(t for ranges in staging.optimizer.values() for _, t in ranges), *staging.extra.values()]
-    arena = plan_engine(shape, B=2, T=16, compute=compute, masters=masters)[2]
+    arena = plan_engine(spec)[2]
     assert sum(t.nbytes for t in held) == staged_bytes(arena)  # as `plan` said
 
     snap = snapshot(engine, 1, {}, staging)

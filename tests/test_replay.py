@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from replay import Recording, live, planned, replaced
 from torch import Tensor
 
 from daybreak.config_keys import GuardConfig
-from daybreak.engine import Engine, arena, collectives, schedule
+from daybreak.engine import Engine, EngineSpec, arena, collectives, schedule
+from daybreak.engine.schedule import update as schedule_update
 from daybreak.models.registry import Model, build_model
 from daybreak.shapes import GPT2Config, parse_shape
 
@@ -178,11 +180,15 @@ def always_adds(plain: Any, f: Any, tokens: Tensor, *, first: bool) -> None:
     plain(f, tokens, first=False)
 
 
+def other_limit(f: Any, s: Any, spec: EngineSpec, seed: int) -> None:
+    schedule_update(f, s, replace(spec, guard=GuardConfig(loss_z=3.0)), seed)
+
+
 CHANGES: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "a call is made twice": (schedule, with_model(forward=one_call_more), {"count", "calls", "memory"}),
     "an argument's strides": (schedule, with_model(forward=other_strides), {"calls"}),
     "gradients add where they should start": (schedule, with_model(backward=always_adds), {"calls"}),
-    "a scalar argument": (schedule, {"GuardConfig": lambda: GuardConfig(loss_z=3.0)}, {"calls"}),
+    "a scalar argument": (schedule, {"update": other_limit}, {"calls"}),
     "an update is missing": (schedule, {"update": lambda *_: None}, {"count", "calls", "memory"}),
     "a dtype": (schedule, {"acc_dtype": lambda _: torch.float64}, {"calls", "memory"}),
     "offsets in the arena": (arena, {"ALIGN": 512}, {"memory"}),
@@ -234,7 +240,7 @@ def synthetic_tokens(count: int, V: int, seed: int = 1234) -> Tensor:
 def recorded_curve() -> list[float]:
     """Losses of 50 fp32 steps, two micro-steps each, on the synthetic chain."""
     A, B, T = 2, 2, 32
-    engine = Engine(CURVE, B=B, T=T, seed=42)
+    engine = Engine(EngineSpec(CURVE, B=B, T=T))
     stream, losses = synthetic_tokens(50 * A * B * T, CURVE.V), []
     for step in range(50):
         part = stream[step * A * B * T :][: A * B * T + 1]

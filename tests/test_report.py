@@ -10,7 +10,7 @@ import torch
 import daybreak
 import daybreak.report.bench as report
 from daybreak.cli.main import main
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.kernels import CUDA_ORDER, OPS
 from daybreak.report.bench import Bench, Cost, flops_of, meter, nbytes_of, print_bench
 from daybreak.report.doctor import machine
@@ -39,7 +39,7 @@ def test_flops_of_a_call() -> None:
 
 
 def test_every_call_of_a_step_is_metered() -> None:
-    engine = Engine(SHAPE, B=2, T=16)
+    engine = Engine(EngineSpec(SHAPE, B=2, T=16))
     costs = meter(engine)
     calls = [call.name for call in engine.arena.calls]
     assert {name: c.calls for name, c in costs.items()} == {name: calls.count(name) for name in set(calls)}
@@ -54,7 +54,7 @@ def test_every_call_of_a_step_is_metered() -> None:
 
 def test_step_times_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that only advances with the updates, 10 ms each, then 20: the first five steps do not count."""
-    engine, now, step = Engine(SHAPE, B=2, T=16), [0.0], [0]
+    engine, now, step = Engine(EngineSpec(SHAPE, B=2, T=16)), [0.0], [0]
     update = engine.update
 
     def timed_update():

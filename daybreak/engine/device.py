@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from daybreak.config import Config
+from daybreak.engine.spec import EngineSpec
 from daybreak.errors import ConfigError
 from daybreak.kernels.matmul import onednn
 from daybreak.parallel import ALONE, Group
@@ -51,14 +52,18 @@ def pick_compute(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
 
 
-def engine_options(config: Config, device: torch.device, *, train: bool = True) -> dict[str, Any]:
-    """What of a configuration the engine and its plan are built from, for a device."""
+def engine_spec(
+    config: Config, device: torch.device, missing: Collection[str] | None = None, **changes: Any
+) -> EngineSpec:
+    """What a configuration says of an engine on a device; `missing` backends are found out there, if not given."""
     kernels = {key.name: getattr(config.kernels, key.name) for key in fields(config.kernels)}
-    return {
-        "T": config.T, "compute": pick_compute(config.precision.compute, device), "train": train, "kernels": kernels,
-        "recompute": config.batch.recompute, "masters": config.precision.masters, "zero": config.parallel.zero,
-        "bucket_bytes": config.parallel.bucket_bytes,
-    }  # fmt: skip
+    spec = EngineSpec(
+        config.model, B=config.batch.B, T=config.T, compute=pick_compute(config.precision.compute, device),
+        recompute=config.batch.recompute, masters=config.precision.masters, zero=config.parallel.zero,
+        bucket_bytes=config.parallel.bucket_bytes, optim=config.optim, guard=config.guard, kernels=kernels,
+        device_type=device.type, missing=missing_on(device) if missing is None else missing,
+    )  # fmt: skip
+    return replace(spec, **changes)
 
 
 @cache

@@ -12,7 +12,7 @@ import torch
 
 from daybreak.config import Config
 from daybreak.engine.arena import Arena
-from daybreak.engine.device import available_bytes, engine_options, missing_on, pick_device
+from daybreak.engine.device import available_bytes, engine_spec, missing_on, pick_device
 from daybreak.engine.schedule import plan_engine
 from daybreak.errors import Error, OutOfMemory
 from daybreak.parallel import ALONE, Group
@@ -29,8 +29,7 @@ def plan_memory(
     config: Config, device: torch.device, missing: Collection[str], group: Group = ALONE
 ) -> tuple[Arena, int]:
     """The arena of a configuration on a kind of device, and the bytes that come on top of it there."""
-    options = {"B": config.batch.B, "device_type": device.type, **engine_options(config, device)}
-    arena = plan_engine(config.model, missing=missing, group=group, **options)[2]
+    arena = plan_engine(engine_spec(config, device, missing), group)[2]
     if device.type != "cuda":
         return arena, 0
     outside, c = OUTSIDE + (NCCL if group.world > 1 else 0), config

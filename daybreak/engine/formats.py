@@ -1,6 +1,6 @@
 """Training with narrower number formats: a frame that gives matmuls Operands in place of plain tensors.
 
-    Engine(cfg, B=4, T=1024, formats={"h.*.ln1": e4m3, "h.*.qkvw": e4m3})
+    EngineSpec(cfg, B=4, T=1024, formats={"h.*.ln1": e4m3, "h.*.qkvw": e4m3})
 
 The first pattern that a matrix's name fits chooses its format. Names are those of weights and activations, as `plan`
 lists them, and `h.0.d_residual3`, `d_residual2`, `d_fc` and `d_qkv` for gradients. The parts of an Operand lie in the
@@ -58,7 +58,7 @@ class FormatFrame(StepFrame):
         return self.operands[key]
 
 
-def in_formats(f: F, formats: Mapping[str, Format] | None) -> F:
+def in_formats(f: F, formats: Mapping[str, Format]) -> F:
     """The frame that training uses: f itself where no formats are chosen."""
     if not formats:
         return f

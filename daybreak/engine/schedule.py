@@ -5,28 +5,25 @@ The functions are what runs; `plan_engine` records the very same ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from daybreak.config_keys import GuardConfig, OptimConfig
 from daybreak.engine.arena import Arena, Entry, StepFrame, plan_arena
 from daybreak.engine.collectives import Collectives, Sharding
 from daybreak.engine.formats import in_formats, weight_entries
 from daybreak.engine.moments import final_moments
 from daybreak.engine.params import ParamTable
+from daybreak.engine.spec import EngineSpec
 from daybreak.errors import ConfigError
 from daybreak.kernels import acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
-from daybreak.kernels.operand import Format
 from daybreak.models.registry import Model, build_model
 from daybreak.parallel import ALONE, Group
-from daybreak.shapes import Shape
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # The layout of `hyper`: device scalars that change from step to step. bias1 = 1 - beta1^t, bias2 = 1 - beta2^t.
 HYPER = ("lr", "t", "inv_valid", "bias1", "bias2")
 State = dict[str, Tensor]
@@ -53,16 +50,16 @@ def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool 
     model.backward(f, s["tokens"], first=fresh)
 
 
-def update(f: StepFrame, s: State, optim: OptimConfig, guard: GuardConfig, seed: int) -> None:
+def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
     """Gradient norm, the guard's decision, and one AdamW launch per parameter group (and bucket, of a shard)."""
-    c, grads = f.comm, s["shard" if f.comm.plan.zero else "grads"]
+    c, optim, grads = f.comm, spec.optim, s["shard" if f.comm.plan.zero else "grads"]
     f.k.global_norm(s["norm"], grads)
     if c.active:
         scalars = [s["loss"], s["norm"]]
         f.do("sum_scalars", lambda: c.sum_scalars(s), scalars, scalars)
     f.k.step_guard(
         s["stats"], s["windows"], s["counts"], s["loss"], s["norm"],
-        clip=optim.clip, max_loss_z=guard.loss_z, max_norm_z=guard.norm_z,
+        clip=optim.clip, max_loss_z=spec.guard.loss_z, max_norm_z=spec.guard.norm_z,
     )  # fmt: skip
     for piece in c.plan.pieces():
         part = slice(piece.at, piece.at + piece.stop - piece.start)
@@ -89,24 +86,16 @@ def next_token(model: Model, f: StepFrame, s: State, b: int) -> None:
     model.decode(f, tokens, positions, s["kv"][:, :, :b], s["last_hidden"][:b])
 
 
-def pick_masters(name: str, dtype: torch.dtype, device_type: str) -> str:
-    """precision.masters -> fp32, split or none. Only bf16 weights need anything beside them."""
-    if dtype != torch.bfloat16:
-        return "none"
-    return name if name != "auto" else "split" if device_type == "cuda" else "fp32"
-
-
-def state_entries(
-    plan: Sharding, cfg: Shape, B: int, T: int, dtype: torch.dtype, train: bool, masters: str, kv: tuple[int, ...]
-) -> list[Entry]:
+def state_entries(spec: EngineSpec, plan: Sharding, kv: tuple[int, ...]) -> list[Entry]:
     """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and keys and
     values (of shape `kv`) of sequences under way."""
-    V, C, N, acc, f64, i64 = cfg.V, cfg.C, plan.numel, acc_dtype(dtype), torch.float64, torch.int64
+    B, T, V, C, N, dtype = spec.B, spec.T, spec.cfg.V, spec.cfg.C, plan.numel, spec.dtype
+    acc, f64, i64 = acc_dtype(dtype), torch.float64, torch.int64
     held = plan.shard if plan.zero else N
     entries = [Entry("weights", "weights", (N,), dtype)]
-    if train:
-        if masters != "none":
-            entries += [Entry("masters", "masters", (held,), acc if masters == "fp32" else torch.int16)]
+    if spec.train:
+        if spec.kept != "none":
+            entries += [Entry("masters", "masters", (held,), acc if spec.kept == "fp32" else torch.int16)]
         if plan.zero < 2:
             entries += [Entry("grads", "grads", (N,), dtype)]
         if plan.zero:
@@ -124,34 +113,27 @@ def state_entries(
     return entries + [Entry(name, "state", shape, kind) for name, shape, kind in small]
 
 
-def plan_engine(
-    cfg: Shape, *, B: int, T: int, compute: str = "fp32", recompute: int = 0, train: bool = True,
-    masters: str = "auto", device_type: str = "cpu", kernels: Mapping[str, str] | None = None,
-    missing: Collection[str] = (), rows: int = 1, group: Group = ALONE, zero: int = 0, bucket_bytes: int = 1 << 25,
-    formats: Mapping[str, Format] | None = None,
-) -> tuple[Model, ParamTable, Arena]:  # fmt: skip
+def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTable, Arena]:
     """The model, its parameter table and the complete memory list of one rank; no device is touched.
 
-    kernels: group of operations -> backend, where not the best (see kernels.choose); missing: backends that are not
-    there; rows: sequences that can be generated at a time.
-    group: ranks that train together; Group(rank, world) will do. formats: see engine/formats.py. Raises ConfigError for
-    a shape that cannot exist.
+    group: ranks that train together; Group(rank, world) will do. Raises ConfigError for a shape that cannot exist.
     """
+    cfg, B, T, dtype, rows = spec.cfg, spec.B, spec.T, spec.dtype, spec.rows
     cfg.check()
-    if device_type == "cuda" and cfg.HS > 256:
+    if spec.device_type == "cuda" and cfg.HS > 256:
         raise ConfigError(
             f"model.NH = {cfg.NH} makes heads of {cfg.HS}, and CUDA's attention takes 256 at most; use more."
         )
-    model = build_model(cfg, recompute, device_type)
-    table, dtype = ParamTable(model.rows()), DTYPES[compute]
-    sharding = Sharding(table, final_moments(model, table), group, zero, bucket_bytes // dtype.itemsize)
+    model = build_model(cfg, spec.recompute, spec.device_type)
+    table = ParamTable(model.rows())
+    sharding = Sharding(table, final_moments(model, table), group, spec.zero, spec.bucket_bytes // dtype.itemsize)
 
     def more(f: Any, first: bool = False) -> None:
-        micro_step(model, in_formats(f, formats), f.state, first=first)
+        micro_step(model, in_formats(f, spec.formats), f.state, first=first)
 
     def training(f: Any) -> None:
         more(f, first=True)
-        update(f, f.state, OptimConfig(), GuardConfig(), 0)
+        update(f, f.state, spec, 0)
 
     def prefill(b: int, f: Any) -> None:
         t = min(T, B * T // b)
@@ -161,14 +143,14 @@ def plan_engine(
         next_token(model, f, f.state, b)
 
     schedules: list[Callable[[Any], None]] = [lambda f: evaluate(model, f, f.state, B, T)]
-    if train:
+    if spec.train:
         schedules = [training, more, *schedules]
     assert rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
     # A model may decode few rows by other calls. Many short sequences may need more scratch than one long one.
     schedules += [partial(decoding, b) for b in sorted({1, min(2, rows), rows})]
     schedules += [partial(prefill, b) for b in range(2, rows + 1)]
     kv = model.cache_shape(rows, T)
-    state = state_entries(sharding, cfg, B, T, dtype, train, pick_masters(masters, dtype, device_type), kv)
-    state += weight_entries(table, formats) if train and formats else []
-    choices, comm = choose(device_type, dtype, kernels, missing), Collectives(sharding, group)
+    choices = choose(spec.device_type, dtype, spec.kernels, spec.missing)
+    state, comm = state_entries(spec, sharding, kv), Collectives(sharding, group)
+    state += weight_entries(table, spec.formats) if spec.train else []
     return model, table, plan_arena(table, dtype, state, schedules, choices, comm)

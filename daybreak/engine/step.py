@@ -1,6 +1,6 @@
 """The engine: weights, optimizer state and activations in memory that is allocated once, and the steps over them.
 
-    engine = Engine(parse_shape("d12"), B=4, T=1024)
+    engine = Engine(EngineSpec(parse_shape("d12"), B=4, T=1024))
     engine.train_step(tokens, targets, lr=6e-4, step=0)
     engine.stats()["loss"]
 
@@ -10,24 +10,24 @@ What a step consists of is in schedule.py; this is the engine that owns the memo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from daybreak.config_keys import GuardConfig, OptimConfig
 from daybreak.engine.arena import LiveFrame
 from daybreak.engine.capture import Graphs, Pending, Ring, Tapes
 from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on
 from daybreak.engine.formats import in_formats
 from daybreak.engine.params import draw_parameters
-from daybreak.engine.schedule import DTYPES, HYPER, State, evaluate, micro_step, next_token, plan_engine, update
+from daybreak.engine.schedule import HYPER, State, evaluate, micro_step, next_token, plan_engine, update
+from daybreak.engine.spec import EngineSpec
 from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
-from daybreak.kernels.operand import Format
 from daybreak.kernels.optimizer import FLAT_CHUNK, join_masters, round_weights, split_masters
 from daybreak.models.registry import build_model
 from daybreak.parallel import ALONE, Group
@@ -56,21 +56,12 @@ def _pieces(parts: Iterable[tuple[slice, slice]]) -> Iterator[tuple[slice, slice
 
 
 class Engine:
-    """A model and its optimizer in memory that was allocated once. Knows no files, loggers or flags.
-
-    B rows of T tokens are one micro-step. `compute` is fp32, bf16 or fp64; in bf16 fp32 masters are kept. With
-    `train=False` only what evaluation and sampling need is allocated. `rows` texts can be written at a time
-    (generate.Batch). `formats`: number formats of the matrices that training's matmuls read (kernels/operand.py).
-    """
+    """A model and its optimizer in memory that was allocated once. Knows no files, loggers or flags."""
 
     def __init__(
-        self, cfg: Shape, *, B: int, T: int, compute: str = "fp32", recompute: int = 0,
-        device: str | torch.device = "cpu", seed: int = 42, init: bool = True, optim: OptimConfig | None = None,
-        guard: GuardConfig | None = None, train: bool = True, masters: str = "auto",
-        kernels: Mapping[str, str] | None = None, rows: int = 1, group: Group = ALONE, zero: int = 0,
-        bucket_bytes: int = 1 << 25, formats: Mapping[str, Format] | None = None,
+        self, spec: EngineSpec, *, device: str | torch.device = "cpu", seed: int = 42, init: bool = True,
+        group: Group = ALONE,
     ) -> None:  # fmt: skip
-        self.cfg, self.B, self.T, self.compute, self.train, self.rows = cfg, B, T, compute, train, rows
         self.device = torch.device(device)
         if self.device.type == "cuda":  # Triton, events and graphs use the current device
             index = torch.cuda.current_device() if self.device.index is None else self.device.index
@@ -78,21 +69,18 @@ class Engine:
             torch.cuda.set_device(self.device)
             # torch's own products, where they are used, add up in fp32 too
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self.optim, self.guard = optim or OptimConfig(), guard or GuardConfig()
+        self.spec = spec = replace(spec, device_type=self.device.type, missing=missing_on(self.device))
+        self.cfg, self.B, self.T, self.rows = spec.cfg, spec.B, spec.T, spec.rows
         self.seed = seed  # of the initial weights and of stochastic rounding
         # On CUDA the draw takes seconds and so do loading and compiling kernels: they go on side by side.
         drawing: Future[dict[str, Tensor]] | None = None
         if init and self.device.type == "cuda":
-            cfg.check()
-            drawing = ThreadPoolExecutor(1).submit(draw, cfg, seed)
-        self.model, self.table, self.arena = plan_engine(
-            cfg, B=B, T=T, compute=compute, recompute=recompute, train=train, masters=masters,
-            device_type=self.device.type, kernels=kernels, missing=missing_on(self.device), rows=rows, group=group,
-            zero=zero, bucket_bytes=bucket_bytes, formats=formats,
-        )  # fmt: skip
+            spec.cfg.check()
+            drawing = ThreadPoolExecutor(1).submit(draw, spec.cfg, seed)
+        self.model, self.table, self.arena = plan_engine(spec, group)
         self.comm = Collectives(self.arena.sharding, group)
-        self.frame = LiveFrame(self.arena, self.table, DTYPES[compute], self.device, self.comm)
-        self._training = in_formats(self.frame, formats)
+        self.frame = LiveFrame(self.arena, self.table, spec.dtype, self.device, self.comm)
+        self._training = in_formats(self.frame, spec.formats)
         self.state: State = self.frame.state
         self.state["tokens"], self.state["targets"] = self.state["batch"]
         on_host = any(self.arena.choices[name] == "torch" for name in ON_HOST)
@@ -101,14 +89,14 @@ class Engine:
             group.before_close.append(self.graphs.clear)
         wait = group.wait_for if group.world > 1 else None  # for the device, which waits for other ranks
         self._hyper = Ring((len(HYPER),), torch.float64, self.device, wait)
-        self._batch = Ring((2, B, T), torch.int64, self.device, wait)
+        self._batch = Ring((2, spec.B, spec.T), torch.int64, self.device, wait)
         self._stats = Ring((len(STATS),), torch.float64, self.device, wait)
-        self._next = torch.zeros(2, rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self._next = torch.zeros(2, spec.rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         # Decoding's reference kernel reads the lengths on the host: no graph then.
         graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"
         self._decoding: Graphs | Tapes = Graphs(True) if graphed else Tapes(self.frame)
         self._last: Pending | None = None
-        if train:  # before anything else asks for kernels: what is built first may depend on the order
+        if spec.train:  # before anything else asks for kernels: what is built first may depend on the order
             self.prepare()
         if init:
             self.init(seed, drawing)
@@ -150,7 +138,7 @@ class Engine:
         return lambda: micro_step(self.model, self._training, self.state, first=first, last=last)
 
     def _update(self) -> None:
-        update(self.frame, self.state, self.optim, self.guard, self.seed)
+        update(self.frame, self.state, self.spec, self.seed)
 
     def names(self) -> list[str]:
         """Parameter names in forward order."""
@@ -234,7 +222,7 @@ class Engine:
 
     def begin_step(self, *, lr: float, step: int, valid: int) -> None:
         """Set a step's device scalars: learning rate, update number, and how many targets count in the whole step."""
-        slot, t, betas = self._hyper.take(), step + 1, (self.optim.beta1, self.optim.beta2)
+        slot, t, betas = self._hyper.take(), step + 1, (self.spec.optim.beta1, self.spec.optim.beta2)
         for i, value in enumerate((lr, t, 1.0 / max(valid, 1), *(1.0 - beta**t for beta in betas))):
             self._hyper.slots[slot][i] = value
         self._hyper.upload(slot, self.state["hyper"])

@@ -26,7 +26,7 @@ from daybreak.data.dataset import open_dataset
 from daybreak.data.kinds import guess
 from daybreak.data.loader import Loader
 from daybreak.data.tokenizer import Tokenizer
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.files import replacing, write_atomic
 from daybreak.interop.source import (
@@ -378,7 +378,7 @@ def _export_debug_state(source: Export, config: Config, path: Path) -> None:
     shards = open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer).val
     rows = torch.from_numpy(Loader(shards, T, shuffle=False, V=c.V).batch(0, 4).astype(np.int64))
     x, y = rows[:, :-1], rows[:, 1:]
-    engine = Engine(c, B=4, T=T, compute="fp32")
+    engine = Engine(EngineSpec(c, B=4, T=T))
     engine.load_params({name: source.read(name) for name in source.shapes})
     logits = engine.logits(x)
     engine.forward_backward(x[None], y[None])

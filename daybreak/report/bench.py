@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from daybreak.config import Config
-from daybreak.engine import DTYPES, Engine, plan_engine
+from daybreak.engine import Engine, plan_engine
 from daybreak.engine.arena import PlanFrame
 from daybreak.engine.capture import Pending
 from daybreak.engine.collectives import Collectives
-from daybreak.engine.device import engine_options, missing_on, pick_device, set_precision, used_mib
+from daybreak.engine.device import engine_spec, missing_on, pick_device, set_precision, used_mib
 from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.engine.schedule import micro_step
 from daybreak.errors import ConfigError
@@ -213,13 +213,12 @@ def bench(config: Config, seconds: float = 10.0) -> Bench:
     arena, outside = plan_memory(config, device, missing_on(device))
     check_fits(arena, device, config, outside=outside)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    B, tokens = config.batch.B, config.tokens_at(0)
-    engine = Engine(config.model, B=B, device=device, optim=config.optim, guard=config.guard,
-                    **engine_options(config, device))  # fmt: skip
-    result = Bench(name, tokens, tokens // (B * config.T))
+    tokens = config.tokens_at(0)
+    engine = Engine(engine_spec(config, device), device=device)
+    result = Bench(name, tokens, tokens // (config.batch.B * config.T))
     result.seconds = time_steps(engine, result.micro_steps, seconds)
     result.memory_mib = used_mib(device)
-    peak = peak_flops(name) if engine.compute == "bf16" else None
+    peak = peak_flops(name) if engine.spec.compute == "bf16" else None
     result.mfu = engine.flops_per_token * tokens / result.step_seconds / peak if peak else None
     result.costs = meter(engine)
     result.bandwidth, result.flop_rate = limits(device)
@@ -231,10 +230,10 @@ def step_products(config: Config, device: torch.device) -> list[Key]:
     without storage."""
     from daybreak.kernels.cuda import cublaslt
 
-    options, ops = engine_options(config, device), all_ops("cuda")
-    model, table, arena = plan_engine(config.model, B=config.batch.B, device_type="cuda", **options)
+    spec, ops = engine_spec(config, device, missing=()), all_ops("cuda")
+    model, table, arena = plan_engine(spec)
     state = [e for e in arena.entries if e.buffer not in ("activations", "scratch")]
-    frame = PlanFrame(table, DTYPES[options["compute"]], state, Collectives(arena.sharding, ALONE))
+    frame = PlanFrame(table, spec.dtype, state, Collectives(arena.sharding, ALONE))
     kernels = dict.fromkeys(ops, lambda *_, **__: None)
     kernels |= {name: partial(ops[name].impls["cublaslt"].fn, scratch=None) for name in PRODUCTS}
     frame.k = SimpleNamespace(**kernels)  # type: ignore[assignment]  # the same attributes

@@ -22,7 +22,7 @@ from torch import Tensor
 from daybreak import __version__
 from daybreak.config import resolve
 from daybreak.data.shards import ShardWriter
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.device import pick_compute, pick_device, used_mib
 from daybreak.report.plan import MIB, Plan, plan
 from daybreak.shapes import model_config
@@ -41,7 +41,8 @@ def _batch(V: int, B: int, T: int) -> tuple[Tensor, Tensor]:
 def _derivatives() -> float:
     """The largest gap between a derivative of the loss by finite differences and by backward, over the gradient's norm,
     in fp64, along a random direction in each parameter."""
-    engine = Engine(model_config({"L": 2, "C": 32, "NH": 2, "max_T": 16, "V": 61}), B=2, T=16, compute="fp64")
+    cfg = model_config({"L": 2, "C": 32, "NH": 2, "max_T": 16, "V": 61})
+    engine = Engine(EngineSpec(cfg, B=2, T=16, compute="fp64"))
     tokens, targets = _batch(61, 2, 16)
     generator, worst = torch.Generator().manual_seed(2), 0.0
     engine.forward_backward(tokens, targets)
@@ -60,8 +61,8 @@ def _derivatives() -> float:
 def _gradients(device: torch.device, compute: str) -> float:
     """The largest error of a parameter's gradient on this device, over its norm, against fp64 on the CPU."""
     cfg, (B, T) = model_config({"L": 2, "C": 256, "NH": 4, "max_T": 256, "V": 1000}), (4, 256)
-    engine = Engine(cfg, B=B, T=T, compute=compute, device=device)
-    exact = Engine(cfg, B=B, T=T, compute="fp64")
+    engine = Engine(EngineSpec(cfg, B=B, T=T, compute=compute), device=device)
+    exact = Engine(EngineSpec(cfg, B=B, T=T, compute="fp64"))
     exact.load_params({name: engine.param(name).double().cpu() for name in engine.names()})
     for each in (engine, exact):
         each.forward_backward(*_batch(cfg.V, B, T))

@@ -8,7 +8,7 @@ from typing import Any
 from daybreak.config import Config, read_toml, run_hint
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine, plan_engine
-from daybreak.engine.device import engine_options, missing_on, pick_device
+from daybreak.engine.device import engine_spec, pick_device
 from daybreak.engine.fit import check_fits
 from daybreak.errors import CheckpointError, ConfigError, DataError
 from daybreak.state.checkpoint import Checkpoint, checkpoint_step, list_checkpoints, load_checkpoint, newest_good
@@ -83,10 +83,8 @@ def engine_with(config: Config, weights: Weights, *, B: int = 1, rows: int = 1, 
     """An engine that evaluates B rows and writes `rows` texts at a time, with these weights. Raises CheckpointError,
     OutOfMemory."""
     where = pick_device(device or config.run.device)
-    options = engine_options(config, where, train=False)
-    rows = min(rows, config.T)
-    planned = plan_engine(config.model, B=B, device_type=where.type, missing=missing_on(where), rows=rows, **options)
-    check_fits(planned[2], where)
-    engine = Engine(config.model, B=B, device=where, init=False, rows=rows, **options)
+    spec = engine_spec(config, where, train=False, B=B, rows=min(rows, config.T))
+    check_fits(plan_engine(spec)[2], where)
+    engine = Engine(spec, device=where, init=False)
     restore_weights(engine, weights)
     return engine

@@ -31,7 +31,7 @@ from daybreak.data.dataset import text_bytes, unigram_entropy
 from daybreak.data.loader import ahead
 from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
-from daybreak.engine.device import Sensors, engine_options, numerics, used_mib
+from daybreak.engine.device import Sensors, engine_spec, numerics, used_mib
 from daybreak.engine.fit import explaining_memory
 from daybreak.errors import Error, Stopped, TooManySkips, os_error
 from daybreak.evaluate.multiple_choice import accuracy
@@ -176,10 +176,8 @@ class Trainer:
         self.on_save, self.group = on_save, setup.group
         self.chief = self.group.rank == 0  # who writes what there is one of
         c = self.config
-        self.engine = Engine(
-            c.model, B=c.batch.B, device=setup.device, seed=c.run.seed, init=not setup.continues, optim=c.optim,
-            guard=c.guard, group=self.group, **engine_options(c, setup.device),
-        )  # fmt: skip
+        spec = engine_spec(c, setup.device)
+        self.engine = Engine(spec, device=setup.device, seed=c.run.seed, init=not setup.continues, group=self.group)
         alone = self.group.world == 1  # several ranks write together, in step
         self.staging = Staging(self.engine) if c.checkpoint.background and alone else None
         stop.check()

@@ -1,0 +1,56 @@
+"""What an engine is planned and built from. Whoever has a configuration gets it from `engine.device.engine_spec`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+
+import torch
+
+from daybreak.config_keys import GuardConfig, OptimConfig
+from daybreak.kernels.operand import Format
+from daybreak.shapes import Shape
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """B sequences of T tokens are one micro-step of the model `cfg`.
+
+    compute: fp32, bf16 or fp64. recompute: see models. train: False allocates only what evaluation and sampling need.
+    masters: how weights in bf16 are kept exact (precision.masters). rows: sequences that can be generated at a time.
+    zero, bucket_bytes: see collectives. kernels: group of operations -> backend, where not the best (kernels.choose).
+    formats: patterns of names -> number formats of the matrices that training's matmuls read (engine/formats.py).
+    device_type, missing: cpu or cuda, and backends that are not there; an engine fills both in for its own device.
+    """
+
+    cfg: Shape
+    _: KW_ONLY
+    B: int
+    T: int
+    compute: str = "fp32"
+    recompute: int = 0
+    train: bool = True
+    masters: str = "auto"
+    rows: int = 1
+    zero: int = 0
+    bucket_bytes: int = 1 << 25
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    device_type: str = "cpu"
+    missing: Collection[str] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return DTYPES[self.compute]
+
+    @property
+    def kept(self) -> str:
+        """How exact weights are kept: fp32, split or none. Only bf16 weights need anything beside them."""
+        if self.dtype != torch.bfloat16:
+            return "none"
+        return self.masters if self.masters != "auto" else "split" if self.device_type == "cuda" else "fp32"

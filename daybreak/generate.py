@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,32 +90,44 @@ def choose(logits: Any, hows: Sequence[Sampling], draws: Sequence[float]) -> Any
     Of equal probabilities top_p takes lower ids first; top_k keeps all that equal the k-th. Probabilities are whole
     numbers of 2^-52 / V of the likeliest's, so every sum is exact in fp64 and no order of summing changes the token.
     """
-    best, V = logits.argmax(-1), logits.shape[-1]
     if not any(how.temperature for how in hows):
-        return best
+        return logits.argmax(-1)
     rows = [
         (max(h.temperature or 1.0, 1e-30), h.top_k, h.top_p, h.min_p, u, h.temperature)
         for h, u in zip(hows, draws, strict=True)
     ]
+    numbers, top_k = np.array(rows), max(how.top_k for how in hows)
+    cuts = (top_k, any(how.top_p < 1 for how in hows), any(how.min_p for how in hows))
+    if not isinstance(logits, Tensor):
+        return _drawn(logits, numbers, *cuts)
+    if logits.device.type == "cpu":
+        return _drawn(logits, torch.from_numpy(numbers), *cuts)
+    kind = (get_ident(), logits.device, logits.shape, logits.dtype, bool(top_k), *cuts[1:])
+    if kind not in _replays:
+        _replays[kind] = _Replay(logits, numbers, *cuts)
+    return _replays[kind](logits, numbers)
+
+
+def _drawn(logits: Any, numbers: Any, most: int, top_p_cuts: bool, min_p_cuts: bool) -> Any:
+    """`choose` in arrays alone. numbers: (b, 6), the settings of each row. most: the largest top_k, 0 if nobody uses
+    it. It sorts the likeliest tokens only on a CPU; a GPU sorts all sooner than its host could ask how many do."""
+    V = logits.shape[-1]
     xp: Any = np
-    numbers: Any = np.array(rows)
     ids: Any = np.arange(V)
     if isinstance(logits, Tensor):
-        device = logits.device
-        xp, numbers, ids = torch, torch.from_numpy(numbers).to(device), torch.arange(V, device=device)
+        xp, ids = torch, torch.arange(V, device=logits.device)
     temperature, top_k, top_p, min_p, draw, hot = numbers.T[..., None]
     whole = 2.0 ** (52 - V.bit_length())
     p = xp.round(xp.exp((logits - xp.amax(logits, -1)[:, None]) / temperature) * whole)
-    if any(how.min_p for how in hows):
+    if min_p_cuts:
         p = p * (p >= min_p * whole)
-    if most := min(V, max(how.top_k for how in hows)):
-        least = _at(_largest(p, most), top_k[:, 0].clip(1, most) - 1)
-        p = p * ((p >= least) | (top_k == 0))
-    if any(how.top_p < 1 for how in hows):
+    if most or top_p_cuts:
+        s = _largest(p, min(V, max(most, 1 + V // 32 if top_p_cuts else 0)))
+    if most:
+        least = xp.where(top_k > 0, _at(s, top_k[:, 0].clip(1, s.shape[-1]) - 1), 0)
+        p, s = p * (p >= least), s * (s >= least)
+    if top_p_cuts:
         enough = xp.ceil(top_p * p.sum(-1)[:, None])
-        # A GPU sorts all sooner than its host could ask how much is enough.
-        few = 1 + V // 32
-        s = _largest(p, V if xp is torch else few)
         if xp is np and (s.sum(-1)[:, None] < enough).any():
             s = _largest(p, V)
         last = _reach(s, enough)
@@ -123,13 +136,33 @@ def choose(logits: Any, hows: Sequence[Sampling], draws: Sequence[float]) -> Any
         p = p * ((p > least) | ((p == least) & (ids <= final[:, None])))
     total = p.sum(-1)[:, None]
     drawn = _reach(p, xp.minimum(xp.floor(draw * total) + 1, total))
-    return xp.where(hot[:, 0] > 0, drawn, best)
+    return xp.where(hot[:, 0] > 0, drawn, logits.argmax(-1))
+
+
+class _Replay:
+    """`_drawn` on a GPU, captured once: its fifty small launches take longer than decoding with a small model."""
+
+    def __init__(self, logits: Tensor, numbers: NDArray[np.float64], *cuts: Any) -> None:
+        self._logits, self._numbers = logits.clone(), torch.from_numpy(numbers).to(logits.device)
+        _drawn(self._logits, self._numbers, *cuts)  # loads what a capture may not load
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._ids: Tensor = _drawn(self._logits, self._numbers, *cuts)
+
+    def __call__(self, logits: Tensor, numbers: NDArray[np.float64]) -> Tensor:
+        self._logits.copy_(logits)
+        self._numbers.copy_(torch.from_numpy(numbers))
+        self._graph.replay()
+        return self._ids
+
+
+_replays: dict[tuple[Any, ...], _Replay] = {}  # by thread and by what a graph cannot change
 
 
 def _largest(p: Any, n: int) -> Any:
-    """The n largest values of each row, from the largest down."""
+    """The n largest values of each row, from the largest down; of a tensor all."""
     if isinstance(p, Tensor):
-        return p.topk(n).values if n < p.shape[-1] else p.sort(-1, descending=True).values
+        return p.sort(-1, descending=True).values
     return np.sort(np.partition(p, p.shape[-1] - n)[:, p.shape[-1] - n :])[:, ::-1]
 
 

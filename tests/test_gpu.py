@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -24,6 +25,7 @@ from daybreak.config import Config
 from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on, set_precision
+from daybreak.generate import Sampling, choose
 from daybreak.kernels import CUDA_ORDER
 from daybreak.kernels.cuda import cublaslt
 from daybreak.parallel import Group
@@ -323,6 +325,19 @@ def test_a_text_written_token_by_token_has_the_logits_of_the_whole(compute: str,
     assert usual <= (1e-5 if compute == "fp32" else 0.1)
     assert error <= 1.2 * usual
     assert torch.equal(write(), got)
+
+
+@pytest.mark.parametrize("V", [1000, 50257])
+def test_tokens_are_chosen_as_on_a_cpu(V: int) -> None:
+    """With the graphs of every combination of cuts, first captured and then replayed with other settings."""
+    rng, b = np.random.default_rng(5), 6
+    for top_k, top_p, min_p in itertools.product((0, 7), (1.0, 0.8), (0.0, 0.01)):
+        for turn in range(2):
+            logits = rng.normal(scale=3, size=(b, V)).astype(np.float32)
+            hows = [Sampling(temperature=i / 2, top_k=top_k * (i + turn), top_p=top_p, min_p=min_p) for i in range(b)]
+            draws = rng.random(b).tolist()
+            found = choose(torch.from_numpy(logits).cuda(), hows, draws)
+            assert found.tolist() == choose(logits, hows, draws).tolist()
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:

@@ -9,21 +9,29 @@ from pathlib import Path
 
 import torch
 
+from daybreak.engine import Engine
 from daybreak.state.checkpoint import Snapshot, list_checkpoints, load_checkpoint
 
 
 def snapshot(step: int, value: float | None = None, numel: int = 96) -> Snapshot:
     """Every number in it follows from `value` (default: the step)."""
     base = torch.arange(numel, dtype=torch.float32) + (step if value is None else value)
+    model = {"wte": base[:60].view(12, 5), "lnfw": base[64:69]}
     return Snapshot(
         step=step,
-        model={"wte": base[:60].view(12, 5), "lnfw": base[64:69]},
+        model=model,
         optimizer={"m": [(0, base * 2)], "v": [(0, base * 3)]},
         flat_numel=numel,
         layout=[("wte", 0, (12, 5)), ("lnfw", 64, (5,))],
         extra={"loss_window": torch.full((4,), float(base[0]), dtype=torch.float64), "filled": torch.tensor([step])},
         manifest={"samples": 7 * step, "config": {"optim": {"lr": 0.0006}}, "rng": [1, 2**63]},
+        parts=lambda name: [(0, model[name].view(-1))],
     )
+
+
+def exact_weight(engine: Engine, name: str) -> torch.Tensor:
+    """A weight as exactly as an engine of one rank has it."""
+    return torch.cat([part for _, part in engine.exact_parts(name)]).view(engine.param(name).shape)
 
 
 def model_value(path: Path) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import GPT2, AdamW, Shape, initial_values, learning_rate, random_values
+from snapshots import exact_weight
 from torch import Tensor
 
 import daybreak.models.gpt2 as gpt2
@@ -93,7 +94,7 @@ def gradients(engine: Engine) -> dict[str, Tensor]:
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
-    return {name: engine.master(name) for name in engine.names()}
+    return {name: exact_weight(engine, name) for name in engine.names()}
 
 
 def everything(engine: Engine) -> bytes:
@@ -266,7 +267,7 @@ def test_vocabulary_padding_stays_zero(compute):
     for step in range(5):
         engine.train_step(*batch(SMALL, 2, 2, 16, step), lr=1e-2, step=step)
     moments = [engine.table.view(engine.state[name], "wte") for name in ("m", "v")]
-    for x in (engine.param("wte"), engine.master("wte"), engine.grad("wte"), *moments):
+    for x in (engine.param("wte"), exact_weight(engine, "wte"), engine.grad("wte"), *moments):
         assert x.shape == (128, SMALL.C)
         assert x[: SMALL.V].any(1).all()
         assert not x[SMALL.V :].any()
@@ -342,10 +343,12 @@ def test_parameters_and_initial_weights():
         assert {name: tuple(exact.param(name).shape) for name in exact.names()} == shape.parameters()
         rounded = build(shape, 1, 4, seed=42, compute="bf16")
         for name, want in initial_values(shape, 42).items():
-            assert torch.equal(exact.master(name), want), name
+            assert torch.equal(exact_weight(exact, name), want), name
             nearest = (want.bfloat16() - want).abs()  # two values of bf16 can be as near
             assert ((rounded.param(name) - want).abs() <= nearest).all(), name
-            assert torch.equal(rounded.master(name), want), name  # llm.c's masters start from the rounded weights
+            assert torch.equal(exact_weight(rounded, name), want), (
+                name
+            )  # llm.c's masters start from the rounded weights
 
 
 def test_the_first_update_reaches_bf16_weights_on_average():

@@ -72,7 +72,7 @@ def test_the_staged_copy_does_not_see_the_next_step(tmp_path, compute, masters):
     engine.train_step(tokens[..., :-1], tokens[..., 1:], lr=1e-2, step=0)
     plain = tensors(save_checkpoint(tmp_path / "plain", snapshot(engine, 1, {})))
     staging = Staging(engine)
-    held = [staging.weights, *(t for ranges in staging.optimizer.values() for _, t in ranges), *staging.extra.values()]
+    held = [staging._weights, *staging._state.values()]
     arena = plan_engine(spec)[2]
     assert sum(t.nbytes for t in held) == staged_bytes(arena)  # as `plan` said
 

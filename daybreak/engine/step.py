@@ -28,7 +28,7 @@ from daybreak.engine.schedule import HYPER, State, evaluate, micro_step, next_to
 from daybreak.engine.spec import EngineSpec
 from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
-from daybreak.kernels.optimizer import FLAT_CHUNK, join_masters, round_weights, split_masters
+from daybreak.kernels.optimizer import FLAT_CHUNK, exact, round_weights, set_exact
 from daybreak.models.registry import build_model
 from daybreak.parallel import ALONE, Group
 from daybreak.shapes import Shape
@@ -111,10 +111,10 @@ class Engine:
             if name in self.state:
                 self.state[name].zero_()
         if self.device.type == "cpu":
-            draw_parameters(list(self.table.rows.values()), seed, self.set_master)
+            draw_parameters(list(self.table.rows.values()), seed, self.set_exact)
         else:
             for name, value in (drawing.result() if drawing else draw(self.cfg, seed)).items():
-                self.set_master(name, value)
+                self.set_exact(name, value)
 
     def prepare(self) -> None:
         """On CUDA: run the schedule once without effect, so that everything is compiled, and capture its graphs."""
@@ -148,36 +148,14 @@ class Engine:
         """A weight in compute dtype, a view."""
         return self.frame.w(name)
 
-    def master(self, name: str) -> Tensor:
-        """A weight as exactly as the engine has it: fp32 (fp64; bf16 without masters). A view, or of split ones a copy
-        in host memory. Change it with `set_master`. At ZeRO stage 1 and 2 no rank has a whole one: see `master_parts`.
-        """
-        masters, plan = self.state.get("masters", self.state["weights"]), self.comm.plan
-        assert not plan.zero or masters is self.state["weights"], "masters are shared out over the ranks"
-        if masters.dtype != torch.int16:
-            return self.table.view(masters, name)
-        whole = torch.empty(self.param(name).shape)
-        for start, part in self._exact(name, plan.held()):
-            whole.view(-1)[start : start + part.numel()].copy_(part)
-        return whole
+    def exact_parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """(first element, 1-D tensor) of the parts of a weight that are this rank's to save, as exactly as the engine
+        has them: fp32 (fp64; bf16 without masters). Views, or copies of split ones made when it is their turn."""
+        masters, weight, plan = self.state.get("masters"), self.param(name).view(-1), self.comm.plan
+        for where, at in _pieces(plan.within(name, plan.shards())):
+            yield where.start, exact(weight[where], None if masters is None else masters[at])
 
-    def master_parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(first element, 1-D tensor) of the parts of a weight that are this rank's to save, as exact as `master`'s.
-        Views, or of split ones pieces that are joined when it is their turn."""
-        return self._exact(name, self.comm.plan.shards())
-
-    def _exact(self, name: str, ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, Tensor]]:
-        masters, weight = self.state.get("masters"), self.param(name).view(-1)
-        for where, at in _pieces(self.comm.plan.within(name, ranges)):
-            if masters is None:
-                yield where.start, weight[where]
-            elif masters.dtype == torch.int16:
-                value = torch.empty(where.stop - where.start, device=self.device)
-                yield where.start, join_masters(value, weight[where], masters[at])
-            else:
-                yield where.start, masters[at]
-
-    def set_master(self, name: str, value: Tensor) -> None:
+    def set_exact(self, name: str, value: Tensor) -> None:
         """Set a weight and what belongs to it from a tensor of its shape, of any float dtype and device."""
         masters, weight, plan = self.state.get("masters"), self.param(name).view(-1), self.comm.plan
         value = value.reshape(-1)
@@ -188,11 +166,7 @@ class Engine:
             for where, _ in _pieces([(slice(0, weight.numel()), slice(0, weight.numel()))]):
                 round_weights(weight[where], value[where].to(self.device, torch.float32))
         for where, at in _pieces(plan.within(name, plan.held())):
-            exact = value[where].to(self.device, torch.float32)
-            if masters.dtype == torch.int16:
-                split_masters(weight[where], masters[at], exact)
-            else:
-                round_weights(weight[where], masters[at].copy_(exact))
+            set_exact(weight[where], masters[at], value[where])
 
     def finish(self) -> None:
         """Fetch the weights that other ranks updated. Collective; before whatever reads weights between steps."""
@@ -216,7 +190,7 @@ class Engine:
         """Set every weight from tensors of the table's names and shapes."""
         assert set(params) == set(self.table.rows), "load_params takes every parameter exactly once"
         for name, value in params.items():
-            self.set_master(name, value)
+            self.set_exact(name, value)
 
     # ------------------------------------------------------------------------------------------------- training
 
@@ -341,7 +315,7 @@ class Engine:
         squares = []
         for name in self.table.rows:
             grads = [sums[at] for _, at in plan.within(name, plan.shards())]
-            for parts in ((part for _, part in self.master_parts(name)), grads):
+            for parts in ((part for _, part in self.exact_parts(name)), grads):
                 norms = (torch.linalg.vector_norm(part, dtype=acc_dtype(part.dtype)).item() for part in parts)
                 squares.append(sum(norm**2 for norm in norms))
         found = iter(self.comm.group.numbers(squares))

@@ -110,14 +110,16 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
         "compute": "",
         "kernels": {},
     }
+    model = {name: source.read(name).contiguous() for name, _, _ in table}
     snapshot = Snapshot(
         step=source.step,
-        model={name: source.read(name).contiguous() for name, _, _ in table},
+        model=model,
         optimizer={key: source.optimizer.get(key, zeros) for key in ("m", "v")},
         flat_numel=numel,
         layout=table,
         extra={"windows": torch.zeros(2, WINDOW, dtype=torch.float64), "counts": torch.zeros(2, dtype=torch.int64)},
         manifest=manifest,
+        parts=lambda name: [(0, model[name].view(-1))],
     )
     write_atomic(folder.config, config.to_toml())
     write_atomic(folder.path / "imported.json", json.dumps({"from": source.path.name, "step": source.step}) + "\n")

@@ -127,6 +127,28 @@ def _join(out: Tensor, weights: Tensor, low: Tensor, bits: Tensor) -> Tensor:
     return out
 
 
+def exact_dtype(weights: torch.dtype, masters: torch.dtype | None) -> torch.dtype:
+    """Of exact parameters, from the dtypes of weights and masters."""
+    return weights if masters is None else torch.float32 if masters == torch.int16 else masters
+
+
+def exact(weights: Tensor, masters: Tensor | None) -> Tensor:
+    """Exact parameters of any layout (see above): a view, or of split ones a new tensor."""
+    if masters is None or masters.dtype != torch.int16:
+        return weights if masters is None else masters
+    return join_masters(torch.empty_like(weights, dtype=torch.float32), weights, masters)
+
+
+def set_exact(weights: Tensor, masters: Tensor | None, values: Tensor) -> None:
+    """Set weights and masters of any layout from exact values of their shape, of any float dtype and device."""
+    if masters is None:
+        weights.copy_(values)
+    elif masters.dtype == torch.int16:
+        split_masters(weights, masters, values.to(weights.device, torch.float32))
+    else:
+        round_weights(weights, masters.copy_(values))
+
+
 def round_weights(weights: Tensor, masters: Tensor) -> None:
     """weights (any shape) = masters (its shape) as an update rounds them: to bf16 with ties away from zero.
 

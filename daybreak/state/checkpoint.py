@@ -60,8 +60,8 @@ class Snapshot:
     optimizer: key ("m", "v") -> this rank's ranges of that flat buffer as (first element, contiguous 1-D tensor).
     flat_numel: elements of a whole flat buffer. layout: (name, first element, shape) of each tensor in it.
     extra: small tensors kept by rank 0. manifest: JSON-able, keys other than RESERVED, no non-finite floats.
-    parts: of several ranks, gives this one's parts of a model tensor, (first element, contiguous 1-D tensor), when they
-    are written; `model` then has only shapes and dtypes.
+    parts: gives this rank's parts of a model tensor, (first element, contiguous 1-D tensor) in order, when they are
+    written; of `model` only shapes and dtypes are read.
     """
 
     step: int
@@ -71,7 +71,7 @@ class Snapshot:
     layout: list[tuple[str, int, tuple[int, ...]]]
     extra: Mapping[str, torch.Tensor]
     manifest: Mapping[str, Any]
-    parts: Callable[[str], Iterable[tuple[int, torch.Tensor]]] | None = None
+    parts: Callable[[str], Iterable[tuple[int, torch.Tensor]]]
 
     @property
     def nbytes(self) -> int:
@@ -117,14 +117,12 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
 
     @sentence
     def write() -> dict[str, Written]:
+        model = {}
         if group.world > 1:
-            assert snap.parts is not None
             fill_safetensors(temporary / MODEL, {name: snap.parts(name) for name in snap.model})
-            return {optimizer: _write_optimizer(temporary / optimizer, snap, group.rank)}
-        return {
-            MODEL: write_safetensors(temporary / MODEL, snap.model),
-            optimizer: _write_optimizer(temporary / optimizer, snap, 0),
-        }
+        else:
+            model[MODEL] = write_safetensors(temporary / MODEL, snap.model, parts=snap.parts)
+        return {**model, optimizer: _write_optimizer(temporary / optimizer, snap, group.rank)}
 
     @sentence
     def publish() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +15,10 @@ from daybreak.engine.arena import Arena, zeros
 from daybreak.engine.device import available_bytes
 from daybreak.errors import CheckpointError, OutOfMemory
 from daybreak.kernels import acc_dtype
-from daybreak.kernels.optimizer import FLAT_CHUNK, join_masters
+from daybreak.kernels.optimizer import FLAT_CHUNK, exact, exact_dtype
 from daybreak.state.checkpoint import Checkpoint, Snapshot
 
+MOMENTS = ("m", "v")
 WINDOWS = ("windows", "counts")  # the guard's outlier windows
 
 
@@ -25,28 +27,32 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Stagi
     step; with it (one process) all is copied there, and stays until the next snapshot. Of several ranks each has its
     shards, whatever the ZeRO stage."""
     plan, table, state = engine.comm.plan, engine.table, engine.state
-    ranges = [(a, b, at if plan.zero else a) for a, b, at in plan.shards() if a < b]
-    optimizer = {key: [(a, state[key][at : at + b - a]) for a, b, at in ranges] for key in ("m", "v")}
-    extra: Mapping[str, Tensor] = {name: state[name] for name in WINDOWS}
-    parts = None
+    parts: Callable[[str], Iterable[tuple[int, Tensor]]] = engine.exact_parts
     if staging is not None:
-        staging.take(engine)
-        model = {name: table.view(staging.weights, name) for name in engine.names()}
-        optimizer, extra = staging.optimizer, staging.extra
-    elif plan.world > 1:
-        dtype = _exact(state.get("masters", state["weights"]).dtype)
-        model = {name: torch.empty(row.shape, dtype=dtype, device="meta") for name, row in table.rows.items()}
-        parts = engine.master_parts
-    else:
-        model = {name: engine.master(name).cpu() for name in engine.names()}
-    return Snapshot(step, model, optimizer, table.numel, table.layout(), extra, manifest, parts)
+        state, parts = staging.take(engine), staging.parts
+    ranges = [(a, b, at if plan.zero else a) for a, b, at in plan.shards() if a < b]
+    return Snapshot(
+        step,
+        {name: torch.empty(row.shape, dtype=_exact(engine.arena), device="meta") for name, row in table.rows.items()},
+        {key: [(a, state[key][at : at + b - a]) for a, b, at in ranges] for key in MOMENTS},
+        table.numel,
+        table.layout(),
+        {name: state[name] for name in WINDOWS},
+        manifest,
+        parts,
+    )
+
+
+def _exact(arena: Arena) -> torch.dtype:
+    """The dtype of weights as exactly as training has them."""
+    kept = {e.name: e.dtype for e in arena.entries}
+    return exact_dtype(kept["weights"], kept.get("masters"))
 
 
 def staged_bytes(arena: Arena) -> int:
     """Host memory of a `Staging`: the weights as exactly as training has them, m, v and the windows."""
     kept = {e.name: e for e in arena.entries}
-    weights = kept["weights"].shape[0] * _exact(kept.get("masters", kept["weights"]).dtype).itemsize
-    return weights + sum(kept[name].nbytes for name in ("m", "v", *WINDOWS))
+    return kept["weights"].shape[0] * _exact(arena).itemsize + sum(kept[name].nbytes for name in (*MOMENTS, *WINDOWS))
 
 
 def check_host_memory(arena: Arena, device: torch.device) -> None:
@@ -60,16 +66,12 @@ def check_host_memory(arena: Arena, device: torch.device) -> None:
         )
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.int16 else dtype  # int16: split masters
-
-
 class Staging:
     """Host memory for one snapshot, allocated once; on CUDA page-locked, so that it fills at the bus's speed."""
 
     def __init__(self, engine: Engine) -> None:
         self._pinned: list[int] = []
-        table, state, cuda = engine.table, engine.state, engine.device.type == "cuda"
+        self._table, cuda = engine.table, engine.device.type == "cuda"
 
         def host(numel: int, dtype: torch.dtype) -> Tensor:
             flat = zeros(numel * dtype.itemsize, torch.device("cpu")).view(dtype)
@@ -80,24 +82,26 @@ class Staging:
                     self._pinned.append(flat.data_ptr())
             return flat
 
-        self.weights = host(table.numel, _exact(state.get("masters", state["weights"]).dtype))
-        self.optimizer = {k: [(0, host(table.numel, state[k].dtype))] for k in ("m", "v")}
-        self.extra = {name: torch.empty_like(state[name], device="cpu") for name in WINDOWS}
+        kept = {e.name: e for e in engine.arena.entries if e.name in (*MOMENTS, *WINDOWS)}
+        self._weights = host(engine.table.numel, _exact(engine.arena))
+        self._state = {name: host(math.prod(e.shape), e.dtype).view(e.shape) for name, e in kept.items()}
 
-    def take(self, engine: Engine) -> None:
-        """Copy the state of `engine`; back when it is all here."""
-        rounded = engine.state["weights"]
-        exact = engine.state.get("masters", rounded)
-        for at in range(0, exact.numel(), FLAT_CHUNK):
+    def take(self, engine: Engine) -> dict[str, Tensor]:
+        """Copy the state of `engine`; back when it is all here. Returns what it is now, by name."""
+        weights, masters = engine.state["weights"], engine.state.get("masters")
+        for at in range(0, weights.numel(), FLAT_CHUNK):
             part = slice(at, at + FLAT_CHUNK)
-            value = exact[part]
-            if exact.dtype == torch.int16:
-                value = join_masters(torch.empty(value.shape, device=exact.device), rounded[part], value)
-            self.weights[part].copy_(value, non_blocking=True)
-        for name, here in ({key: flat for key, [(_, flat)] in self.optimizer.items()} | self.extra).items():
+            value = exact(weights[part], None if masters is None else masters[part])
+            self._weights[part].copy_(value, non_blocking=True)
+        for name, here in self._state.items():
             here.copy_(engine.state[name], non_blocking=True)
         if engine.device.type == "cuda":
             torch.cuda.current_stream(engine.device).synchronize()
+        return self._state
+
+    def parts(self, name: str) -> list[tuple[int, Tensor]]:
+        """The only part of a weight: all of it."""
+        return [(0, self._table.view(self._weights, name).view(-1))]
 
     def close(self) -> None:
         """Give the pages back to the system's care; the memory goes with the last reference to it."""
@@ -125,13 +129,13 @@ def restore_weights(engine: Engine, checkpoint: Weights) -> None:
     for name in engine.names():
         value = torch.empty(engine.param(name).shape, dtype=acc_dtype(engine.param(name).dtype))
         checkpoint.read_model(name, value)
-        engine.set_master(name, value)
+        engine.set_exact(name, value)
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     """Load weights, optimizer state and outlier windows: the engine continues as if it had never stopped."""
     restore_weights(engine, checkpoint)
-    for key in ("m", "v"):
+    for key in MOMENTS:
         # By name: the flat buffers may have been ordered otherwise when this was written.
         for name, offset, _ in checkpoint.manifest["layout"]:
             for where, at in engine.comm.plan.within(name, engine.comm.plan.held()):

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,10 +43,12 @@ class Written:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> Written:
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None,
+    parts: Callable[[str], Iterable[tuple[int, torch.Tensor]]] | None = None,
+) -> Written:  # fmt: skip
     """Write contiguous tensors of any device to a new file, fsynced. The tensors must not change meanwhile.
 
+    parts: gives a tensor's values one piece after the other; of `tensors` only shapes and dtypes are read then.
     Raises OSError (FileExistsError: the file is there already).
     """
     # Largest items first, as the library itself does: every tensor then starts at a multiple of its item size.
@@ -55,12 +58,12 @@ def write_safetensors(
         header = _header(ordered, metadata or {})
         file.write(header)
         digest.update(header)
-        for _, tensor in ordered:
-            for chunk in _chunks(tensor):
-                # hashlib and write both release the GIL: the slower of the two sets the pace.
-                hashing = hasher.submit(digest.update, chunk)
-                file.write(chunk)
-                hashing.result()
+        pieces = (piece for name, whole in ordered for _, piece in (parts(name) if parts else [(0, whole)]))
+        for chunk in chain.from_iterable(map(_chunks, pieces)):
+            # hashlib and write both release the GIL: the slower of the two sets the pace.
+            hashing = hasher.submit(digest.update, chunk)
+            file.write(chunk)
+            hashing.result()
         file.flush()
         fsync(file.fileno())
         return Written(file.tell(), digest.hexdigest())

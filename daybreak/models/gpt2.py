@@ -11,7 +11,7 @@ The residual stream x (n, C) runs through L blocks:
 Backward goes through the same list from its end. One tensor, d, is the gradient of the residual stream all the way
 down: each half of a block adds its part. The pieces are in blocks.py. Some cross the border of a layer to save a pass
 over memory: a matmul adds the residual stream, and a layernorm's backward sums the bias gradient of the linear layer
-below it. The head runs in chunks, forward, loss and backward, so full-size logits never exist.
+below it. The head (head.py) runs in chunks, forward, loss and backward.
 
 `recompute` trades time for memory. Level 1 keeps no GELU output, and level 2 no layernorm output either. A backward
 kernel that has the input at hand writes them once more. Level 3 keeps only the blocks' inputs, and runs `block` again.
@@ -21,25 +21,25 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from daybreak.models import blocks
 from daybreak.models.frame import Frame, Matrix, Mode
+from daybreak.models.head import Head
 from daybreak.models.rows import Row, layernorm_rows, linear_rows
 from daybreak.shapes import GPT2Config
 
-HEAD_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # upper limit for one chunk of logits; a GPU needs more work at once
 FEW_ROWS = 2  # decoded at once by the kernel for few rows: it takes 0.8 ms for each more of 1558M's (NOTES.md)
 REWRITTEN = {1: ("gelu",), 2: ("gelu", "ln1", "ln2")}  # by recompute level: outputs that backward kernels write again
 RECOMPUTE_BLOCK = 3
 
 
-class GPT2:
+class GPT2(Head):
     """GPT-2 or GPT-3 of one shape (Radford et al. 2019; Brown et al. 2020, dense attention)."""
 
     def __init__(self, cfg: GPT2Config, recompute: int = 0, device_type: str = "cpu") -> None:
-        self.cfg, self.recompute, self.head_bytes = cfg, recompute, HEAD_BYTES[device_type]
+        super().__init__(device_type)
+        self.cfg, self.recompute = cfg, recompute
         self.heads, self.scale = (cfg.NH, cfg.HS), 1.0 / math.sqrt(cfg.HS)
 
     def rows(self) -> list[Row]:
@@ -148,33 +148,6 @@ class GPT2:
         for gradient in mode.late:
             gradient()
         f.final()
-
-    # -------------------------------------------------------------------------------------- head and classifier
-
-    def head_rows(self, n: int, dtype: torch.dtype) -> int:
-        """Rows of one chunk of logits: a power of two under the limit. Changes summation order, so a fixed rule."""
-        return min(n, 1 << max(0, (self.head_bytes // (self.cfg.Vp * dtype.itemsize)).bit_length() - 1))
-
-    def head_loss(
-        self, f: Frame, hidden: Tensor, targets: Tensor, losses: Tensor, scale: Tensor, *, backward: bool, first: bool
-    ) -> None:
-        """Per-token losses (n) of hidden (n, C) for targets (n); with `backward` also d_lnf and the head's gradient."""
-        k, n = f.k, hidden.shape[0]
-        wte, step = f.matmul_w("wte"), self.head_rows(n, hidden.dtype)
-        d_hidden = f.a("d_lnf", n, self.cfg.C) if backward else None
-        for start in f.chunks(n, step):
-            rows = slice(start, min(start + step, n))
-            logits = self.head_logits(f, hidden[rows])
-            k.classifier(losses[rows], logits, targets[rows], scale, V=self.cfg.V, backward=backward)
-            if d_hidden is not None:  # logits now hold d_logits
-                k.matmul_backward_input(d_hidden[rows], logits, wte)
-                k.matmul_backward_weight(f.g("wte"), logits, hidden[rows], accumulate=not first or start > 0)
-
-    def head_logits(self, f: Frame, hidden: Tensor) -> Tensor:
-        """Logits (r, Vp) of r rows of hidden, r at most one chunk."""
-        logits = f.a("logits", hidden.shape[0], self.cfg.Vp)
-        f.k.matmul_forward(logits, hidden, f.matmul_w("wte"))
-        return logits
 
     def cache_shape(self, rows: int, T: int) -> tuple[int, ...]:
         """Keys and values of `rows` sequences of up to T tokens; heads in front of time, as decoding reads them."""

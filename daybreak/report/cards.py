@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from daybreak.errors import ConfigError
 from daybreak.formatting import nearest
-from daybreak.shapes import Shape
+from daybreak.shapes import SHAPES, Shape
 from daybreak.state.throughput import CARDS, Card, peak_flops
 
 
@@ -25,8 +25,6 @@ class Measured:
     """A row of `source`: tokens a second and utilisation on one `card`, T = 1024, in bf16."""
 
     shape: str
-    L: int
-    C: int
     B: int
     recompute: int
     tok_s: float
@@ -36,11 +34,11 @@ class Measured:
 
 
 MEASURED = (
-    Measured("d12", 12, 768, 64, 0, 616334, 0.5008),
-    Measured("d48", 48, 1600, 16, 1, 56367, 0.5597),
-    Measured("d48", 48, 1600, 16, 2, 56680, 0.5628),
-    Measured("d48", 48, 1600, 28, 2, 57129, 0.5672),
-    Measured("d48", 48, 1600, 34, 2, 55324, 0.5493),
+    Measured("d12", 64, 0, 616334, 0.5008),
+    Measured("d48", 16, 1, 56367, 0.5597),
+    Measured("d48", 16, 2, 56680, 0.5628),
+    Measured("d48", 28, 2, 57129, 0.5672),
+    Measured("d48", 34, 2, 55324, 0.5493),
 )
 # A card's speed among 4 H200 of one host over its own alone: d48, 1,048,576 tokens a step
 # (bench/results/multi_gpu.csv).
@@ -54,12 +52,13 @@ def token_rate(
     scale, more = (1.0, "") if gpus == 1 else (gpus * SEVERAL_GPUS, f"; times {gpus} x {SEVERAL_GPUS}, measured on 4")
 
     def distance(m: Measured) -> tuple[float, ...]:
-        size = math.log(m.L * m.C**2 / (model.L * model.C**2))
+        at = SHAPES[m.shape]
+        size = math.log(at.L * at.C**2 / (model.L * model.C**2))
         return abs(size), abs(m.recompute - recompute), abs(math.log(m.B / B))
 
     near = min(MEASURED, key=distance)
     where = f"{near.shape} B {near.B}, recompute {near.recompute} on one {near.card} ({near.source})"
-    if (near.L, near.C, 1024, card) == (model.L, model.C, T, near.card):
+    if (SHAPES[near.shape], 1024, card) == (model, T, near.card):
         exact = (near.B, near.recompute, gpus) == (B, recompute, 1)
         return near.tok_s * scale, f"{'measured' if exact else 'modelled, from'} {where}{more}"
     if (peak := peak_flops(card)) is None:

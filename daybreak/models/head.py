@@ -1,0 +1,51 @@
+"""The end that families share: logits and their loss, forward and backward, chunk by chunk of the rows.
+
+Logits are by far the widest activation: V is 65 times C in GPT-2 124M. A chunk of rows goes through matmul, loss and
+both matmuls of backward before the next one starts, in the same bytes. So full-size logits never exist.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from daybreak.models.frame import Frame
+from daybreak.shapes import Shape
+
+HEAD_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # upper limit for one chunk of logits; a GPU needs more work at once
+
+
+class Head:
+    """Part of a model: `head_weight` (Vp, C) is the parameter that makes logits, the embedding where both are tied."""
+
+    cfg: Shape
+    head_weight = "wte"
+
+    def __init__(self, device_type: str) -> None:
+        self.head_bytes = HEAD_BYTES[device_type]
+
+    def head_rows(self, n: int, dtype: torch.dtype) -> int:
+        """Rows of one chunk of logits: a power of two under the limit. Changes summation order, so a fixed rule."""
+        return min(n, 1 << max(0, (self.head_bytes // (self.cfg.Vp * dtype.itemsize)).bit_length() - 1))
+
+    def head_loss(
+        self, f: Frame, hidden: Tensor, targets: Tensor, losses: Tensor, scale: Tensor, *, backward: bool, first: bool
+    ) -> None:
+        """Per-token losses (n) of hidden (n, C) for targets (n); with `backward` also d_lnf and the head's gradient."""
+        k, n = f.k, hidden.shape[0]
+        weight, step = f.matmul_w(self.head_weight), self.head_rows(n, hidden.dtype)
+        d_hidden = f.a("d_lnf", n, self.cfg.C) if backward else None
+        for start in f.chunks(n, step):
+            rows = slice(start, min(start + step, n))
+            logits = self.head_logits(f, hidden[rows])
+            k.classifier(losses[rows], logits, targets[rows], scale, V=self.cfg.V, backward=backward)
+            if d_hidden is not None:  # logits now hold d_logits
+                adds = not first or start > 0
+                k.matmul_backward_input(d_hidden[rows], logits, weight)
+                k.matmul_backward_weight(f.g(self.head_weight), logits, hidden[rows], accumulate=adds)
+
+    def head_logits(self, f: Frame, hidden: Tensor) -> Tensor:
+        """Logits (r, Vp) of r rows of hidden, r at most one chunk."""
+        logits = f.a("logits", hidden.shape[0], self.cfg.Vp)
+        f.k.matmul_forward(logits, hidden, f.matmul_w(self.head_weight))
+        return logits

@@ -451,7 +451,7 @@ def test_open_files_are_few_however_many_sets_and_shards(tmp_path: Path) -> None
                 shards.append(read_header(path))
             sets.append(Loader(shards, 4, seed=s, V=2000))
         mix = MixLoader(sets, [1, 1, 1, 1], seed=1)
-        print(sorted({int(i) for i in mix.batch(0, 1024)[:, 0]}) == [9 * k + j for k in range(120) for j in (0, 4)])
+        print(sorted({int(i) for i in mix.batch(0, 1024)[0][:, 0]}) == [9 * k + j for k in range(120) for j in (0, 4)])
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
     assert subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout == "True\n"

@@ -171,8 +171,9 @@ def test_uint32_shards_and_the_tokenizers_way_through_a_run(
     assert len(train) > 0.9 * len(prose(3000))
     shard = read_header("data/a/a_train_000000.bin")
     assert open_shard(shard)[:5].tolist() == list(tokens[:5])
-    batch = Loader([shard], 16, shuffle=False, V=mine.V).batch(0, 2)
-    assert (batch.dtype, batch[1].tolist()) == (np.uint32, list(tokens[16:33]))
+    inputs, targets = Loader([shard], 16, shuffle=False, V=mine.V).batch(0, 2)
+    assert (inputs.dtype, inputs[1].tolist()) == (np.uint32, list(tokens[16:32]))
+    assert (targets.dtype, targets[1].tolist()) == (np.uint32, list(tokens[17:33]))
     assert open_dataset("a").tokenizer_name == mine.name
     (tmp_path / "t.json").unlink()
     small = ["--model.L", "1", "--model.C", "8", "--model.NH", "1", "--model.max_T", "16", "--model.V", "71257"]
@@ -190,11 +191,11 @@ def test_losses_do_not_depend_on_the_width_of_the_tokens(tmp_path: Path) -> None
     wide, narrow = tmp_path / "w.bin", tmp_path / "n.bin"
     wide.write_bytes(struct.pack("<3i", 20240801, 7, 50).ljust(1024, b"\0") + struct.pack("<50I", *ids))
     narrow.write_bytes(struct.pack("<3i", 20240520, 1, 50).ljust(1024, b"\0") + struct.pack("<50H", *ids))
-    engine = Engine(EngineSpec(GPT2Config(1, 8, 1, 16, 100), B=2, T=16, train=False))
+    engine = Engine(EngineSpec(GPT2Config(L=1, C=8, NH=1, max_T=16, V=100), B=2, T=16, train=False))
     losses = []
     for path in (wide, narrow):
-        rows = torch.from_numpy(Loader([read_header(path)], 16, seed=1, V=100).batch(0, 2))
-        losses.append(engine.eval_losses(rows[:, :-1], rows[:, 1:]).clone())
+        inputs, targets = map(torch.from_numpy, Loader([read_header(path)], 16, seed=1, V=100).batch(0, 2))
+        losses.append(engine.eval_losses(inputs, targets).clone())
     assert torch.equal(*losses)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_loader import write_shard
+from test_loader import Masked, rows, write_shard
 
 from daybreak.cli.main import main
 from daybreak.data.loader import Loader, document_starts
@@ -40,7 +40,7 @@ def test_a_mixture_is_exact_covers_its_sources_and_does_not_depend_on_its_cuts(t
     mix = MixLoader(sources, [0.6, 0.3, 0.1], seed=7)
     assert mix.shares == [615, 307, 102]
     n = 3 * BLOCK
-    batch = mix.batch(0, n)
+    batch = rows(mix, 0, n)
     of = batch[:, 0] // 5000
     assert Counter(of.tolist()) == {0: 3 * 615, 1: 3 * 307, 2: 3 * 102}
     for block in range(3):
@@ -49,21 +49,34 @@ def test_a_mixture_is_exact_covers_its_sources_and_does_not_depend_on_its_cuts(t
         assert mix.counts(k) == [int((of[:k] == s).sum()) for s in range(3)]
     for s, loader in enumerate(sources):  # within a source its own order: every epoch covers it exactly
         mine = batch[of == s]
-        assert (mine == loader.batch(0, len(mine))).all()
+        assert (mine == rows(loader, 0, len(mine))).all()
         for epoch in range(len(mine) // loader.samples_per_epoch):
             seen = mine[epoch * loader.samples_per_epoch : (epoch + 1) * loader.samples_per_epoch, 0]
             assert len(set(seen.tolist())) == loader.samples_per_epoch
     rng = np.random.default_rng(0)
     for _ in range(30):
         first, count = int(rng.integers(0, n - 300)), int(rng.integers(0, 300))
-        assert (mix.batch(first, count) == batch[first : first + count]).all()
+        assert (rows(mix, first, count) == batch[first : first + count]).all()
     again, other = (MixLoader(sources, [6, 3, 1], seed=seed) for seed in (7, 8))
-    assert (again.batch(0, 200) == batch[:200]).all()
-    assert (other.batch(0, 200) // 5000 != batch[:200] // 5000).any()
+    assert (rows(again, 0, 200) == batch[:200]).all()
+    assert (rows(other, 0, 200) // 5000 != batch[:200] // 5000).any()
     assert abs(np.corrcoef(of[:-1] == 0, of[1:] == 0)[0, 1]) < 0.1  # no pattern from place to place
     # The epoch ends when the first source has been read once: 37 samples at 102 a block.
     assert mix.samples_per_epoch == 37 * BLOCK // 102
     assert mix.fingerprint == again.fingerprint != MixLoader(sources, [5, 3, 2], seed=7).fingerprint
+
+
+def test_a_mixture_keeps_the_mask_of_each_source(tmp_path: Path) -> None:
+    plain, other = loaders(tmp_path, [1000, 400])
+    masked = Masked(other.shards, 4, seed=1, V=50257)
+    masked.target_dtype = np.dtype(np.int64)
+    mix, both = MixLoader([plain, masked], [0.6, 0.4], seed=7), MixLoader([plain, other], [0.6, 0.4], seed=7)
+    tokens, targets = mix.batch(3, 1500)
+    assert (tokens == both.batch(3, 1500)[0]).all()
+    want = both.batch(3, 1500)[1].astype(np.int64)
+    want[(want >= 5000) & (want % 3 > 0)] = -1
+    assert (targets == want).all()
+    assert (mix.batch(903, 7)[1] == want[900:907]).all()
 
 
 def test_names_of_mixtures() -> None:
@@ -104,7 +117,7 @@ def test_aligned_samples_start_documents_and_what_is_dropped_is_counted(tmp_path
     assert loader.samples_per_epoch == len(wanted)
     assert loader.dropped_tokens == sum(s.tokens for s in shards) - covered
     for epoch in range(2):
-        batch = loader.batch(epoch * len(wanted), len(wanted))
+        batch = rows(loader, epoch * len(wanted), len(wanted))
         assert (batch[:, 0] == eot).all()
         assert sorted(batch.tolist()) == sorted(wanted)
 

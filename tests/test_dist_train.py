@@ -22,7 +22,10 @@ from test_training import config, losses, markov, write_shard
 
 import daybreak
 from daybreak.config import Config
+from daybreak.data.loader import Loader
+from daybreak.data.shards import read_header
 from daybreak.data.tokenizer import get_tokenizer
+from daybreak.engine import Engine
 from daybreak.parallel import launched
 
 WAIT = 10  # parallel.timeout, in seconds, of the runs in which a rank does not come
@@ -97,6 +100,29 @@ def test_resume_on_other_ranks_and_stages(shards: Path, tmp_path: Path, compute:
     if compute == "fp64":
         a, b = (load_file(run.checkpoints[0] / "model.safetensors") for run in (straight, moved))
         assert all(torch.allclose(a[name], b[name], rtol=1e-9, atol=1e-12) for name in a)
+
+
+def test_a_masked_target_is_neither_learned_nor_counted_whatever_the_rank(shards: Path, tmp_path: Path) -> None:
+    """Every fourth sample is all masked: one rank has more targets than the other, and micro-steps differ too."""
+    for world in (1, 2):
+        values = {"run__steps": 3, "precision__compute": "fp64", "eval__every": 3, "eval__hellaswag": ""}
+        command = ["train", recipe(shards, tmp_path, f"on{world}", **values), "--quiet"]
+        assert ranks.finish(ranks.start(world, command, tmp_path, run=dist_engine.masked)) == [0] * world
+    one, two = (daybreak.load(tmp_path / f"on{world}") for world in (1, 2))
+    assert losses(two) == [pytest.approx(step, rel=1e-9) for step in losses(one)]
+    a, b = (run.metrics("val")[-1] for run in (one, two))
+    assert b["loss"] == pytest.approx(a["loss"], rel=1e-9)
+    assert b["bpb"] == pytest.approx(a["bpb"], rel=1e-9, nan_ok=True)
+    # By hand: the mean over the learned targets of the first step, and how many those of the validation are.
+    loader = Loader([read_header(shards / "x_train_000000.bin")], 16, one.config.run.seed, V=one.config.model.V)
+    tokens, targets = (part.astype(np.int64) for part in loader.batch(0, 12))
+    targets[(targets % 3 > 0) | (np.arange(12) % 4 == 0)[:, None]] = -1
+    engine = Engine(one.config.model, B=12, T=16, compute="fp64", seed=one.config.run.seed)
+    found = engine.eval_losses(torch.from_numpy(tokens), torch.from_numpy(targets))
+    assert losses(one)[0][1] == pytest.approx(float(found.sum()) / (targets >= 0).sum(), rel=1e-9)
+    budget = markov(600, 3)[1:513].reshape(32, 16)
+    learned = int((budget[np.arange(32) % 4 > 0] % 3 == 0).sum())
+    assert a["tokens_evaluated"] == b["tokens_evaluated"] == learned
 
 
 def test_each_rank_writes_its_slice_and_any_rank_can_be_read(shards: Path, tmp_path: Path) -> None:

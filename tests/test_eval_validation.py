@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_loader import write_shard
+from test_loader import Masked, write_shard
 
 from daybreak.data.loader import Loader
 from daybreak.data.mixing import MixLoader
@@ -28,7 +28,7 @@ class Bits:
         assert tokens.shape[0] <= self.B
         assert tokens.shape[1] == self.T
         self.targets += targets.flatten().tolist()
-        costs = [[self.bits.get(t, 0.0) * math.log(2) for t in row] for row in targets.tolist()]
+        costs = [[self.bits.get(t, 0.0) * math.log(2) for t in row] for row in targets.tolist()]  # 0 for -1
         return torch.tensor(costs, dtype=torch.float64)
 
 
@@ -92,3 +92,15 @@ def test_bits_per_byte_by_hand(tmp_path: Path) -> None:
     assert found.loss == pytest.approx((2 * 50.5 + 40) / 17 * math.log(2), rel=1e-12)
     nothing = Loader([write_shard(tmp_path / "b.bin", [50256] * 18)], 17, shuffle=False, V=50257)
     assert math.isnan(validate(Bits(1, 17, bits), nothing, lengths, 17).bits_per_byte)  # type: ignore[arg-type]
+    # A mask that leaves the multiples of 5: 10545, 245, 105 and 0, of 2 + 1 + 1 + 1 bytes and 12.5 bits. Places of -1
+    # have no length, whatever the last token of the vocabulary is.
+    loader, nothing = (Masked(x.shards, 17, shuffle=False, V=50257) for x in (loader, nothing))
+    loader.divisor = nothing.divisor = 5
+    lengths[-1] = 99
+    found = validate(Bits(1, 17, bits), loader, lengths, 17)  # type: ignore[arg-type]
+    assert found.tokens == 8
+    assert found.bits_per_byte == pytest.approx(2 * 12.5 / (2 * 5), rel=1e-12)
+    assert found.loss == pytest.approx(2 * 12.5 / 8 * math.log(2), rel=1e-12)
+    found = validate(Bits(1, 17, bits), nothing, lengths, 17)  # type: ignore[arg-type]
+    assert found.tokens == 0
+    assert math.isnan(found.loss)

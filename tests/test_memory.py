@@ -159,10 +159,10 @@ def test_nothing_is_allocated_after_the_first_step(
     staging, saver = Staging(engine), Saver(tmp_path / "staged", 1, 0)
 
     def everything(step: int) -> None:
-        batch = torch.from_numpy(loader.batch(8 * step, 8))
+        tokens, targets = map(torch.from_numpy, loader.batch(8 * step, 8))
         engine.begin_step(lr=1e-3, step=step, valid=8 * 48)
         for start in (0, 4):
-            engine.micro_step(batch[start : start + 4, :-1], batch[start : start + 4, 1:], first=start == 0)
+            engine.micro_step(tokens[start : start + 4], targets[start : start + 4], first=start == 0)
         engine.update()
         engine.stats()
         validate(engine, loader, lengths, 48 * 6)  # the last batch is a partial one

@@ -1,8 +1,9 @@
 """Batches as a pure function: sample i of one infinite order over the shards, permuted anew in every epoch.
 
-A sample is T + 1 tokens inside one shard (inputs and targets overlap by T); a shard of n tokens has (n - 1) // T of
-them, at fixed places. Epoch e visits sample `permutation(seed, e, n)(i)` at its i-th place. Nothing is remembered
-between calls, so ranks, micro-batches and resumed runs only choose which part of the order they read.
+A sample is T + 1 tokens inside one shard: T inputs, and as targets the tokens that follow each. A shard of n tokens has
+(n - 1) // T samples, at fixed places. A target of -1 is neither learned nor counted: token shards have none, but a
+loader may mask targets that way. Epoch e visits sample `permutation(seed, e, n)(i)` at its i-th place. Nothing is
+remembered between calls, so ranks, micro-batches and resumed runs only choose which part of the order they read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from daybreak.data.shards import ShardInfo, fingerprint_shards, open_shard
 from daybreak.errors import DataError
 
+Batch = tuple[NDArray[Any], NDArray[Any]]  # tokens and targets, both (samples, T)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -90,6 +92,7 @@ class Loader:
     ) -> None:
         self.shards, self.T, self.V, self.seed, self.shuffle = list(shards), T, V, seed, shuffle
         self.dtype = np.dtype(np.uint32 if any(shard.width == 4 for shard in self.shards) else np.uint16)
+        self.target_dtype = self.dtype
         self._starts = None if eot is None else [document_starts(open_shard(s), eot, T) for s in self.shards]
         counts = [(s.tokens - 1) // T for s in self.shards] if self._starts is None else [len(s) for s in self._starts]
         self._ends = np.cumsum(counts, dtype=np.int64)
@@ -112,8 +115,9 @@ class Loader:
         """`fingerprint_shards` of the shards, in order."""
         return fingerprint_shards(shard.path for shard in self.shards)
 
-    def batch(self, first_sample: int, count: int) -> NDArray[Any]:
-        """Samples first_sample .. first_sample + count - 1 of the infinite order, shape (count, T + 1). Thread-safe."""
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """Tokens and targets, both (count, T), of samples first_sample, first_sample + 1 ... of the infinite order.
+        Thread-safe."""
         epochs, places = np.divmod(np.arange(first_sample, first_sample + count), self.samples_per_epoch)
         if self.shuffle:
             for epoch in np.unique(epochs):
@@ -131,7 +135,7 @@ class Loader:
                 f"{path} has token {out[row, column]} at position {at}, outside the vocabulary of {self.V}; "
                 "the data was made with another tokenizer."
             )
-        return out
+        return out[:, :-1], out[:, 1:]
 
     def counts(self, samples: int) -> list[int]:
         """How many of the first `samples` samples come from each source: there is one (see mixing.MixLoader)."""

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daybreak.data.dataset import Dataset, open_dataset
-from daybreak.data.loader import Loader, permutation
+from daybreak.data.loader import Batch, Loader, permutation
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import ConfigError, DataError
 
@@ -60,7 +60,9 @@ class MixLoader(Loader):
             ld.samples_per_epoch * BLOCK // n for ld, n in zip(self.loaders, self.shares, strict=True)
         )
         self.dropped_tokens = sum(loader.dropped_tokens for loader in self.loaders)
-        self.dtype = np.result_type(*(loader.dtype for loader in self.loaders))
+        self.dtype, self.target_dtype = (
+            np.result_type(*(getattr(loader, kind) for loader in self.loaders)) for kind in ("dtype", "target_dtype")
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,16 +91,17 @@ class MixLoader(Loader):
         tokens = min(tokens, *(-(-ld.samples_per_epoch * self.T * BLOCK // n) for n, ld in each))
         return [part for n, loader in each for part in loader.parts(tokens * n // BLOCK)]
 
-    def batch(self, first_sample: int, count: int) -> NDArray[Any]:
+    def batch(self, first_sample: int, count: int) -> Batch:
         """As `Loader.batch`."""
-        out = np.empty((count, self.T + 1), self.dtype)
+        tokens, targets = np.empty((count, self.T), self.dtype), np.empty((count, self.T), self.target_dtype)
         for block in range(first_sample // BLOCK, -(-(first_sample + count) // BLOCK)):
             low, high = max(first_sample, block * BLOCK), min(first_sample + count, (block + 1) * BLOCK)
             source, index = (a[low - block * BLOCK : high - block * BLOCK] for a in self._block(block))
             for s, loader in enumerate(self.loaders):
                 if (here := np.flatnonzero(source == s)).size:  # a source's indices are consecutive
-                    out[low - first_sample + here] = loader.batch(int(index[here[0]]), here.size)
-        return out
+                    rows = low - first_sample + here
+                    tokens[rows], targets[rows] = loader.batch(int(index[here[0]]), here.size)
+        return tokens, targets
 
 
 def open_loaders(data: Any, T: int, seed: int, V: int, shuffle: bool = True) -> tuple[Dataset, Loader, Loader]:

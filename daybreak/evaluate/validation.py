@@ -18,7 +18,8 @@ from daybreak.parallel import ALONE, Group
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean loss in nats per token, and in bits per UTF-8 byte (which does not depend on the tokenizer)."""
+    """Mean loss in nats per target that counts, how many those are, and the loss in bits per UTF-8 byte (which does not
+    depend on the tokenizer)."""
 
     loss: float
     tokens: int
@@ -33,7 +34,7 @@ def validate(
     share of them. `check` runs before each batch; lengths: bytes of each token (`data.dataset.text_bytes`).
     Collective: ranks take batches in turn.
 
-    Bits per byte leave out tokens without bytes (end of text) on both sides.
+    Bits per byte leave out tokens without bytes (end of text) on both sides. Targets of -1 count nowhere.
     """
     total = text_total = 0.0
     tokens, size = 0, 0.0
@@ -43,14 +44,16 @@ def validate(
         first = round_ + group.rank * engine.B
         if first >= samples:
             continue
-        batch = torch.from_numpy(source.batch(first, min(engine.B, samples - first)))
-        losses = engine.eval_losses(batch[:, :-1], batch[:, 1:]).cpu().numpy()
-        length = lengths[batch[:, 1:].numpy()]
+        inputs, targets = source.batch(first, min(engine.B, samples - first))
+        losses = engine.eval_losses(torch.from_numpy(inputs), torch.from_numpy(targets)).cpu().numpy()
+        counts = targets >= 0
+        length = lengths[targets] * counts
         total += losses.sum(dtype=np.float64)
         text_total += losses.sum(dtype=np.float64, where=length > 0)
-        tokens += losses.size
+        tokens += int(counts.sum())
         size += float(length.sum())
     if group.world > 1:
         total, text_total, count, size = group.numbers([total, text_total, tokens, size])
         tokens = int(count)
-    return Validation(total / tokens, tokens, text_total / math.log(2) / size if size else math.nan)
+    bits = text_total / math.log(2)
+    return Validation(total / tokens if tokens else math.nan, tokens, bits / size if size else math.nan)

@@ -376,8 +376,7 @@ def _export_debug_state(source: Export, config: Config, path: Path) -> None:
     c, d = source.model, config.data
     T = min(64, c.max_T)
     shards = open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer).val
-    rows = torch.from_numpy(Loader(shards, T, shuffle=False, V=c.V).batch(0, 4).astype(np.int64))
-    x, y = rows[:, :-1], rows[:, 1:]
+    x, y = (torch.from_numpy(a.astype(np.int64)) for a in Loader(shards, T, shuffle=False, V=c.V).batch(0, 4))
     engine = Engine(EngineSpec(c, B=4, T=T))
     engine.load_params({name: source.read(name) for name in source.shapes})
     logits = engine.logits(x)

@@ -23,12 +23,11 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from daybreak.config import Config, check_resume, is_untouched_import, run_of
 from daybreak.data.dataset import text_bytes, unigram_entropy
-from daybreak.data.loader import ahead
+from daybreak.data.loader import Batch, ahead
 from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
 from daybreak.engine.device import Sensors, engine_spec, numerics, used_mib
@@ -273,7 +272,7 @@ class Trainer:
                 if sinks is not None:
                     sinks.close()
 
-    def _loop(self, batches: Iterator[np.ndarray[Any, Any]]) -> None:
+    def _loop(self, batches: Iterator[Batch]) -> None:
         c = self.config
         self.resumed = self.step
         self.clock.start()
@@ -310,17 +309,21 @@ class Trainer:
             norms = c.log.norms_every and self.step % c.log.norms_every == 0  # they are of the gradients in memory
             self._read_results(0 if norms else self._late)
 
-    def _update(self, batch: np.ndarray[Any, Any], lr: float) -> None:
-        """One update from `batch` (samples, T + 1). Between micro-steps a stop abandons it without a trace."""
-        B, rows = self.config.batch.B, torch.from_numpy(batch)
-        samples = rows.shape[0] * self.group.world
+    def _update(self, batch: Batch, lr: float) -> None:
+        """One update from this rank's part of a step's batch. Between micro-steps a stop abandons it without a trace.
+
+        The loss is the mean over the step's targets that count, those of all ranks together."""
+        B, rows = self.config.batch.B, len(batch[0])
+        samples = rows * self.group.world
+        valid = int(self.group.numbers([int((batch[1] >= 0).sum())])[0])
+        tokens, targets = map(torch.from_numpy, batch)
         display = self.display if self.step == self.resumed else Display()  # later ones come at a known pace
-        with display.working(f"computing step {self.step + 1}", rows.shape[0] // B, self.stop.check) as check:
-            self.engine.begin_step(lr=lr, step=self.step, valid=samples * self.config.T)
-            for start in range(0, rows.shape[0], B):
+        with display.working(f"computing step {self.step + 1}", rows // B, self.stop.check) as check:
+            self.engine.begin_step(lr=lr, step=self.step, valid=valid)
+            for start in range(0, rows, B):
                 check()
-                part, last = rows[start : start + B], start + B == rows.shape[0]
-                self.engine.micro_step(part[:, :-1], part[:, 1:], first=start == 0, last=last)
+                part = slice(start, start + B)
+                self.engine.micro_step(tokens[part], targets[part], first=start == 0, last=start + B == rows)
             check()
             results = self.engine.update()
         self.step += 1

@@ -11,15 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
 from daybreak import __version__
 from daybreak.config import Config, check_resume, is_untouched_import
 from daybreak.data.dataset import Dataset, dataset_name
-from daybreak.data.loader import Loader
+from daybreak.data.loader import Batch, Loader
 from daybreak.data.mixing import open_loaders, parse_mix
 from daybreak.data.prepare import prepare
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
@@ -65,12 +63,12 @@ class Setup:
         counts = self.train_loader.counts(samples)
         return {name: n * self.config.T for name, n in zip(names or [self.dataset.name], counts, strict=True)}
 
-    def batches(self, step: int, samples: int) -> Callable[[int], NDArray[Any]]:
+    def batches(self, step: int, samples: int) -> Callable[[int], Batch]:
         """This rank's part of each step's batch from `step` on, when `samples` samples are consumed: a pure function
         of the step, so a thread can compute it ahead."""
         c = self.config
 
-        def batch(at: int) -> NDArray[Any]:
+        def batch(at: int) -> Batch:
             first = 0 if c.run.overfit else samples + c.tokens_between(step, at) // c.T
             mine = c.tokens_at(at) // c.T // self.group.world
             return self.train_loader.batch(first + self.group.rank * mine, mine)

@@ -25,7 +25,7 @@ from daybreak.config import Config
 from daybreak.data.loader import Loader
 from daybreak.data.shards import read_header
 from daybreak.data.tokenizer import get_tokenizer
-from daybreak.engine import Engine
+from daybreak.engine import Engine, EngineSpec
 from daybreak.parallel import launched
 
 WAIT = 10  # parallel.timeout, in seconds, of the runs in which a rank does not come
@@ -117,7 +117,7 @@ def test_a_masked_target_is_neither_learned_nor_counted_whatever_the_rank(shards
     loader = Loader([read_header(shards / "x_train_000000.bin")], 16, one.config.run.seed, V=one.config.model.V)
     tokens, targets = (part.astype(np.int64) for part in loader.batch(0, 12))
     targets[(targets % 3 > 0) | (np.arange(12) % 4 == 0)[:, None]] = -1
-    engine = Engine(one.config.model, B=12, T=16, compute="fp64", seed=one.config.run.seed)
+    engine = Engine(EngineSpec(one.config.model, B=12, T=16, compute="fp64"), seed=one.config.run.seed)
     found = engine.eval_losses(torch.from_numpy(tokens), torch.from_numpy(targets))
     assert losses(one)[0][1] == pytest.approx(float(found.sum()) / (targets >= 0).sum(), rel=1e-9)
     budget = markov(600, 3)[1:513].reshape(32, 16)

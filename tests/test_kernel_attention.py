@@ -16,7 +16,7 @@ from oracle import attention
 from torch import Tensor
 
 import daybreak.kernels.attention as attention_file
-from daybreak.kernels import Kernels, acc_dtype, all_ops, temps_bytes
+from daybreak.kernels import Kernels, acc_dtype, all_ops, choose, temps_bytes
 from daybreak.kernels.cuda import cudnn, fa4
 
 GPU = torch.cuda.is_available()
@@ -82,6 +82,62 @@ def check(backend: str, dtype: torch.dtype, B: int, T: int, NH: int, HS: int) ->
 def test_reference(monkeypatch, dtype, B, T, NH, HS, rows):
     monkeypatch.setattr(attention_file, "ROWS", rows)
     check("torch", dtype, B, T, NH, HS)
+
+
+def limited(x: Tensor, NH: int, lo: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """y (B, T, NH, HS) and lse (B, NH, T) of packed x, by the definition: query i sees keys lo[i] to i."""
+    q, k, v = (part.transpose(1, 2) for part in packed(x, NH))
+    S = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    S = softcap * torch.tanh(S / softcap) if softcap else S
+    places = torch.arange(S.shape[-1], device=x.device)
+    seen = (places[None, :] >= lo[:, None, :, None]) & (places[None, :] <= places[:, None])
+    S = S.masked_fill(~seen, -math.inf)
+    return (S.softmax(-1) @ v).transpose(1, 2), S.logsumexp(-1)
+
+
+LO = {
+    "causal": lambda T: torch.zeros(T),
+    "window of 5": lambda T: (torch.arange(T) - 4).clamp(min=0),
+    "documents of 40": lambda T: torch.arange(T) // 40 * 40,
+    "itself": torch.arange,
+    "any": lambda T: (torch.rand(T, generator=torch.Generator().manual_seed(T)) * (torch.arange(T) + 1)).floor(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+@pytest.mark.parametrize("kind", LO)
+def test_reference_where_queries_see_less(monkeypatch, dtype, softcap, kind):
+    """Against autograd in fp64, forward and backward; the rows of a batch see different keys, and are cut in groups."""
+    monkeypatch.setattr(attention_file, "ROWS", 512)
+    B, T, NH, HS = 3, 150, 2, 8
+    lo = torch.stack([LO[kind](T), torch.zeros(T), LO[kind](T)]).to(DEVICE, torch.int32)
+    qkv, dout = draw(B, T, 3 * NH * HS, dtype=dtype), draw(B, T, NH, HS, dtype=dtype, seed=1)
+    out, lse = poison(B, T, NH, HS, dtype=dtype), poison(B, NH, T, dtype=dtype)
+    how = {"scale": HS**-0.5, "lo": lo, "softcap": softcap}
+    run("attention_forward", out, lse, *packed(qkv, NH), **how)
+    X = f64(qkv).requires_grad_()
+    y, want_lse = limited(X, NH, lo, softcap)
+    close(out, y.detach())
+    close(lse, want_lse.detach())
+    dqkv = poison(B, T, 3 * NH * HS, dtype=dtype)
+    run("attention_backward", *packed(dqkv, NH), dout, *packed(qkv, NH), out, lse, **how)
+    close(dqkv, torch.autograd.grad(y, X, f64(dout))[0])
+    if kind == "causal" and not softcap:  # the same bits as without
+        plain = [torch.empty_like(x) for x in (out, lse, dqkv)]
+        run("attention_forward", *plain[:2], *packed(qkv, NH), scale=HS**-0.5)
+        run("attention_backward", *packed(plain[2], NH), dout, *packed(qkv, NH), *plain[:2], scale=HS**-0.5)
+        assert all(map(torch.equal, plain, (out, lse, dqkv)))
+
+
+def test_a_backend_without_an_argument_is_passed_over():
+    """A model that gives `lo` gets the backend that takes it, also where another was asked for."""
+    ops = ("attention_forward", "attention_backward")
+    for forced in (None, {"attention": "cudnn"}):
+        plain = choose("cuda", torch.bfloat16, forced)
+        assert {plain[name] for name in ops} <= {"fa4", "cudnn"}
+        limits = choose("cuda", torch.bfloat16, forced, asks=dict.fromkeys(ops, ("lo",)))
+        assert limits == plain | dict.fromkeys(ops, "torch")
 
 
 SHAPES = [(1, 1, 1, 64), (2, 7, 3, 5), (1, 128, 2, 64), (2, 150, 1, 16), (1, 33, 2, 80), (1, 140, 1, 128)]

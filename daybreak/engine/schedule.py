@@ -150,7 +150,7 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     schedules += [partial(decoding, b) for b in sorted({1, min(2, rows), rows})]
     schedules += [partial(prefill, b) for b in range(2, rows + 1)]
     kv = model.cache_shape(rows, T)
-    choices = choose(spec.device_type, dtype, spec.kernels, spec.missing)
+    choices = choose(spec.device_type, dtype, spec.kernels, spec.missing, model.asks)
     state, comm = state_entries(spec, sharding, kv), Collectives(sharding, group)
     state += weight_entries(table, spec.formats) if spec.train else []
     return model, table, plan_arena(table, dtype, state, schedules, choices, comm)

@@ -53,6 +53,11 @@ class Impl:
     dtypes: tuple[torch.dtype, ...] | None = None
     parts: Mapping[str, Collection[str]] = field(default_factory=dict)
 
+    def serves(self, dtype: torch.dtype, arguments: Collection[str]) -> bool:
+        """Whether it serves this compute dtype, and has all of these arguments."""
+        known = inspect.signature(self.fn).parameters.keys()
+        return (self.dtypes is None or dtype in self.dtypes) and set(arguments) <= known
+
 
 @dataclass
 class Op:
@@ -108,10 +113,12 @@ def all_ops(device_type: str = "cpu") -> dict[str, Op]:
 
 
 def choose(
-    device_type: str, dtype: torch.dtype, forced: Mapping[str, str] | None = None, missing: Collection[str] = ()
-) -> dict[str, str]:
-    """The backend of every operation. `forced` (group -> backend) starts a group's order there instead of at its best;
-    backends in `missing` (kernels.cuda.missing_backends) are passed over."""
+    device_type: str, dtype: torch.dtype, forced: Mapping[str, str] | None = None, missing: Collection[str] = (),
+    asks: Mapping[str, Collection[str]] | None = None,
+) -> dict[str, str]:  # fmt: skip
+    """The backend of every operation. `forced` (group -> backend) starts a group's order there instead of at its best.
+    Passed over are backends in `missing` (kernels.cuda.missing_backends), and those whose function lacks an argument
+    that a model gives (operation -> `asks`, see models.registry)."""
     choices = {}
     for name, operation in all_ops(device_type).items():
         order = CUDA_ORDER.get(operation.group, ()) if device_type == "cuda" else ("torch",)
@@ -119,7 +126,7 @@ def choose(
         order = order[order.index(first) :] if first in order else order
         for candidate in order:
             impl = operation.impls.get(candidate)
-            if impl and candidate not in missing and (impl.dtypes is None or dtype in impl.dtypes):
+            if impl and candidate not in missing and impl.serves(dtype, (asks or {}).get(name, ())):
                 choices[name] = candidate
                 break
     return choices

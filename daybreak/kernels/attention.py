@@ -1,10 +1,15 @@
-"""Causal self-attention without ever storing a T x T matrix in DRAM.
+"""Self-attention without ever storing a T x T matrix in DRAM.
 
-softmax(q k^T / sqrt(HS)) v over keys at or before each query. A block of queries sees all its keys at once, so the
-softmax is exact and only its log-sum-exp is kept (as in FlashAttention, Dao et al. 2022, section 3.1). Backward
-recomputes P = exp(S - lse) block by block:
+softmax(scale q k^T) v, where query i sees keys lo[i] to i. Causal attention has lo[i] = 0, a window of w tokens has
+lo[i] = max(i - w + 1, 0), and in packed documents lo[i] is the place where the document of query i begins.
+
+A block of queries sees all its keys at once, so the softmax is exact and only its log-sum-exp is kept (as in
+FlashAttention, Dao et al. 2022, section 3.1). Backward recomputes P = exp(S - lse) block by block:
 
 dv += P^T do,   dP = do v^T,   dS = P (dP - sum(do * o)) * scale,   dq = dS k,   dk += dS^T q
+
+A softcap c > 0 limits scores, as in Gemma 2 (2024, section 2): c tanh(S / c) takes the place of S, and dS is multiplied
+by the slope 1 - tanh^2(S / c).
 
 `attention_decode` is the case of one query per row, whose keys and values are kept in a cache from token to token.
 
@@ -33,7 +38,14 @@ def _sizes(q: Tensor) -> tuple[int, int]:
     return block, max(1, min(B, ROWS // (NH * QUERY_BLOCK)))
 
 
-def forward_temps(out: Tensor, lse: Tensor, q: Tensor, *_: object, **__: object) -> Temps:
+def _lo_temps(lo: Tensor | None, queries: int, T: int) -> Temps:
+    """Places of keys, and which ones queries do not see."""
+    return [((T,), torch.int32), ((queries * T,), torch.bool)] if lo is not None else [((0,), torch.int32)] * 2
+
+
+def forward_temps(
+    out: Tensor, lse: Tensor, q: Tensor, *_: object, lo: Tensor | None = None, **__: object
+) -> Temps:  # fmt: skip
     T, NH, HS = q.shape[1:]
     block, group = _sizes(q)
     acc, heads = acc_dtype(q.dtype), group * NH
@@ -43,6 +55,7 @@ def forward_temps(out: Tensor, lse: Tensor, q: Tensor, *_: object, **__: object)
         ((heads * block * HS,), acc),
         *[((heads * block,), acc)] * 2,
         ((block, block), torch.bool),
+        *_lo_temps(lo, group * block, T),
     ]
 
 
@@ -54,23 +67,43 @@ def _heads_first(x: Tensor, buffer: Tensor) -> Tensor:
     return view.view(b * NH, T, HS)
 
 
-def _scores(buffer: Tensor, q: Tensor, k: Tensor, start: int, stop: int, scale: float, mask: Tensor) -> Tensor:
-    """Scaled, masked scores of queries [start, stop) against keys [0, stop)."""
+def _scores(
+    buffer: Tensor, q: Tensor, k: Tensor, start: int, stop: int, scale: float, mask: Tensor, softcap: float,
+    slope: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Scaled, masked scores of queries [start, stop) against keys [0, stop). `slope` takes the softcap's."""
     r = stop - start
     S = buffer[: q.shape[0] * r * stop].view(q.shape[0], r, stop)
     torch.baddbmm(S, q[:, start:stop], k[:, :stop].transpose(1, 2), beta=0, alpha=scale, out=S)
+    if softcap:
+        S.div_(softcap).tanh_()
+        if slope is not None:
+            torch.mul(S, S, out=slope[: S.numel()].view(S.shape)).neg_().add_(1)
+        S.mul_(softcap)
     S[:, :, start:].masked_fill_(mask[:r, :r], -math.inf)
     return S
 
 
+def _hide(S: Tensor, lo: Tensor, places: Tensor, buffer: Tensor) -> None:
+    """Mask keys before lo (b, r) in scores S (b NH, r, keys)."""
+    (b, r), k = lo.shape, S.shape[2]
+    hidden = buffer[: b * r * k].view(b, 1, r, k)
+    torch.lt(torch.arange(k, out=places[:k]), lo[:, None, :, None], out=hidden)
+    S.view(b, -1, r, k).masked_fill_(hidden, -math.inf)
+
+
 @op("out", "lse", temps=forward_temps)
 def attention_forward(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, scratch: Scratch
-) -> None:
-    """out (B, T, NH, HS) = causal attention; lse (B, NH, T) in fp32 or wider is kept for backward."""
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    *, scale: float, lo: Tensor | None = None, softcap: float = 0.0, scratch: Scratch,
+) -> None:  # fmt: skip
+    """out (B, T, NH, HS) = attention; lse (B, NH, T) in fp32 or wider is kept for backward.
+
+    lo (B, T) int32: the first key that each query sees, at most its own place; causal if not given. softcap: 0 = none.
+    """
     B, T, NH, HS = q.shape
     block, group = _sizes(q)
-    qh_, kh_, vh_, s_, o_, m_, l_, mask = scratch(forward_temps(out, lse, q))
+    qh_, kh_, vh_, s_, o_, m_, l_, mask, places, hidden = scratch(forward_temps(out, lse, q, lo=lo))
     mask.fill_(True).triu_(1)
     for b in range(0, B, group):
         rows = slice(b, min(b + group, B))
@@ -79,7 +112,9 @@ def attention_forward(
         for start in range(0, T, block):
             stop = min(start + block, T)
             r = stop - start
-            S = _scores(s_, qh, kh, start, stop, scale, mask)
+            S = _scores(s_, qh, kh, start, stop, scale, mask, softcap)
+            if lo is not None:
+                _hide(S, lo[rows, start:stop], places, hidden)
             m, total, o = m_[: H * r].view(H, r, 1), l_[: H * r].view(H, r, 1), o_[: H * r * HS].view(H, r, HS)
             torch.amax(S, 2, keepdim=True, out=m)
             torch.sum(S.sub_(m).exp_(), 2, keepdim=True, out=total)
@@ -89,7 +124,10 @@ def attention_forward(
             lse[rows, :, start:stop].copy_(m.add_(total.log_()).view(-1, NH, r))
 
 
-def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, *_: object, **__: object) -> Temps:
+def backward_temps(
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, *_: object,
+    lo: Tensor | None = None, softcap: float = 0.0, **__: object,
+) -> Temps:  # fmt: skip
     T, NH, HS = q.shape[1:]
     block, group = _sizes(q)
     acc, heads = acc_dtype(q.dtype), group * NH
@@ -98,19 +136,21 @@ def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, 
         *[((heads * block * T,), acc)] * 2,
         *[((heads * T,), acc)] * 2,
         ((block, block), torch.bool),
+        ((heads * block * T if softcap else 0,), acc),
+        *_lo_temps(lo, group * block, T),
     ]
 
 
 @op("dq", "dk", "dv", temps=backward_temps)
 def attention_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *, scale: float, scratch: Scratch,
+    *, scale: float, lo: Tensor | None = None, softcap: float = 0.0, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """dq, dk, dv (B, T, NH, HS) from dout and what forward kept."""
+    """dq, dk, dv (B, T, NH, HS) from dout and what forward kept; lo and softcap as there."""
     B, T, NH, HS = q.shape
     block, group = _sizes(q)
-    qh_, kh_, vh_, gh_, oh_, dqh_, dkh_, dvh_, s_, ds_, delta_, lse_, mask = scratch(
-        backward_temps(dq, dk, dv, dout, q)
+    qh_, kh_, vh_, gh_, oh_, dqh_, dkh_, dvh_, s_, ds_, delta_, lse_, mask, slope, places, hidden = scratch(
+        backward_temps(dq, dk, dv, dout, q, lo=lo, softcap=softcap)
     )
     mask.fill_(True).triu_(1)
     for b in range(0, B, group):
@@ -126,13 +166,17 @@ def attention_backward(
         for start in reversed(range(0, T, block)):
             stop = min(start + block, T)
             beta = 0 if stop == T else 1
-            P = _scores(s_, qh, kh, start, stop, scale, mask)
+            P = _scores(s_, qh, kh, start, stop, scale, mask, softcap, slope)
+            if lo is not None:
+                _hide(P, lo[rows, start:stop], places, hidden)
             P.sub_(L[:, start:stop]).exp_()
             g = gh[:, start:stop]
             torch.baddbmm(dvh[:, :stop], P.transpose(1, 2), g, beta=beta, out=dvh[:, :stop])
             dS = ds_[: P.numel()].view(P.shape)
             torch.bmm(g, vh[:, :stop].transpose(1, 2), out=dS)
             dS.sub_(delta[:, start:stop]).mul_(P)
+            if softcap:
+                dS.mul_(slope[: P.numel()].view(P.shape))
             torch.baddbmm(dqh[:, start:stop], dS, kh[:, :stop], beta=0, alpha=scale, out=dqh[:, start:stop])
             torch.baddbmm(
                 dkh[:, :stop], dS.transpose(1, 2), qh[:, start:stop], beta=beta, alpha=scale, out=dkh[:, :stop]

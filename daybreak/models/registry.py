@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,8 @@ from daybreak.shapes import Shape
 
 class Model(Protocol):
     """What a model file provides: its parameters, forward, backward, decode, and its cost."""
+
+    asks: Mapping[str, Collection[str]]  # operation -> arguments that not every backend has, as attention's lo
 
     def rows(self) -> list[Row]:
         """Parameters in forward order."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -40,6 +41,8 @@ class GroupedConfig(Shape):
 
 class Grouped(Head):
     """One shape. x (n, C) is the residual stream of n = B T tokens: x += attproj(attention(qkv(ln(x))))."""
+
+    asks: Mapping[str, Collection[str]] = {}  # nothing that only some kernels have
 
     def __init__(self, cfg: GroupedConfig, recompute: int = 0, device_type: str = "cpu") -> None:
         super().__init__(device_type)

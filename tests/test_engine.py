@@ -14,7 +14,7 @@ from oracle import GPT2, AdamW, Shape, initial_values, learning_rate, random_val
 from snapshots import exact_weight
 from torch import Tensor
 
-import daybreak.models.gpt2 as gpt2
+import daybreak.models.head as head
 from daybreak.config_keys import OptimConfig
 from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.params import draw_parameters
@@ -140,7 +140,7 @@ def test_logits_and_token_losses(shape, A, B, T, compute, limit):
 
 def test_head_in_chunks(monkeypatch):
     """Logits that do not fit one chunk, the last chunk shorter than the others."""
-    monkeypatch.setattr(gpt2, "HEAD_BYTES", {"cpu": 8 * SMALL.Vp * 4})
+    monkeypatch.setattr(head, "HEAD_BYTES", {"cpu": 8 * SMALL.Vp * 4})
     engine, oracle = pair(SMALL, 3, 7)
     assert calls(engine).count("classifier") == 3
     tokens, targets = batch(SMALL, 2, 3, 7, ignored=True)

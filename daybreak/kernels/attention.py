@@ -43,9 +43,7 @@ def _lo_temps(lo: Tensor | None, queries: int, T: int) -> Temps:
     return [((T,), torch.int32), ((queries * T,), torch.bool)] if lo is not None else [((0,), torch.int32)] * 2
 
 
-def forward_temps(
-    out: Tensor, lse: Tensor, q: Tensor, *_: object, lo: Tensor | None = None, **__: object
-) -> Temps:  # fmt: skip
+def forward_temps(out: Tensor, lse: Tensor, q: Tensor, *_: object, lo: Tensor | None = None, **__: object) -> Temps:
     T, NH, HS = q.shape[1:]
     block, group = _sizes(q)
     acc, heads = acc_dtype(q.dtype), group * NH

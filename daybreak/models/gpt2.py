@@ -20,7 +20,6 @@ kernel that has the input at hand writes them once more. Level 3 keeps only the 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -37,8 +36,6 @@ RECOMPUTE_BLOCK = 3
 
 class GPT2(Head):
     """GPT-2 or GPT-3 of one shape (Radford et al. 2019; Brown et al. 2020, dense attention)."""
-
-    asks: Mapping[str, Collection[str]] = {}  # attention is causal
 
     def __init__(self, cfg: GPT2Config, recompute: int = 0, device_type: str = "cpu") -> None:
         super().__init__(device_type)

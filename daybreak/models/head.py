@@ -6,6 +6,8 @@ both matmuls of backward before the next one starts, in the same bytes. So full-
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ class Head:
 
     cfg: Shape
     head_weight = "wte"
+    asks: Mapping[str, Collection[str]] = {}  # nothing that a backend may lack (see registry.Model)
 
     def __init__(self, device_type: str) -> None:
         self.head_bytes = HEAD_BYTES[device_type]

@@ -194,7 +194,7 @@ def memory(plan: arena.Arena, table: ParamTable) -> list[str]:
             for e in plan.entries
         ),
         *(f"{name} at {offset}, {list(shape)}" for name, offset, shape in table.layout()),
-        *(f"group {g.start} to {g.stop}, decay {g.decay}" for g in table.groups),
+        *(f"group {s.start} to {s.stop}, decay {s.decay}" for s in table.spans),
         f"{table.numel} elements of {table.num_parameters} parameters; "
         + " ".join(f"{op}:{backend}" for op, backend in sorted(plan.choices.items())),
     ]
@@ -207,7 +207,7 @@ def buckets(plan: Sharding) -> list[str]:
         *(f"segment {start} to {stop}, final at {moment}" for start, stop, moment in plan.segments),
         *(f"bucket {b.start} to {b.stop}, final at {b.moment}, shard at {b.at}" for b in plan.buckets),
         f"order {plan.order}, last moment {plan.last_moment}",
-        *(f"piece {p.start} to {p.stop} at {p.at}, decay {p.decay}" for p in plan.pieces()),
+        *(f"piece {p.start} to {p.stop} at {p.at}, decay {p.span.decay}" for p in plan.pieces()),
         *(f"shard {start} to {stop} at {at}" for start, stop, at in plan.shards()),
     ]
 

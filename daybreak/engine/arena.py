@@ -29,7 +29,11 @@ MAX_CHUNKS = 64  # of one calculation in chunks, that a plan records one by one
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its flat buffer, byte offset there, and the calls (first, last) between which it is alive."""
+    """One tensor: its flat buffer, byte offset there, and the calls (first, last) between which it is alive.
+
+    saved: how a checkpoint holds it. "ranges" are a rank's ranges of a flat buffer, with one value an element. "whole"
+    belongs to a parameter that is one rank's, and "once" is the same on all ranks.
+    """
 
     name: str
     buffer: str
@@ -38,6 +42,7 @@ class Entry:
     offset: int = 0
     first: int = 0
     last: int = 0
+    saved: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -56,9 +61,6 @@ class StepFrame(Frame, Protocol):
 
     def final(self) -> None:
         exchange(self)
-
-    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
-        """Call fn, which is no kernel: what it writes and reads is on the call list."""
 
     def convert_weights(self) -> None:
         """Make the weights that matmuls read in a format of their own, from the plain ones."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.engine.params import ALIGN, ParamTable
+from daybreak.engine.params import ALIGN, ParamTable, Span
 from daybreak.parallel import ALONE, Group
 
 IN_FLIGHT = 2  # stage 2: buckets whose exchange may be under way while backward fills the next
@@ -38,12 +38,16 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, stop) of the flat buffers that this rank updates; state and summed gradient begin at `at`."""
+    """Elements [start, stop) of the flat buffers that this rank updates; masters and summed gradient begin at `at`.
+
+    name: the parameter's that they are, if the optimizer takes whole ones.
+    """
 
     start: int
     stop: int
     at: int
-    decay: bool
+    span: Span
+    name: str = ""
 
 
 class Sharding:
@@ -77,6 +81,7 @@ class Sharding:
         filled = [k for k, b in enumerate(self.buckets) if b.stop > b.start]
         self.order = sorted(filled, key=lambda k: self.buckets[k].moment)
         self.last_moment = max(moment for _, _, moment in self.segments)
+        self.whole = table.whole // self.world if self.zero else table.whole  # elements held of these
         self._segment_of = {
             name: k for k, (a, b, _) in enumerate(self.segments) for name in table.rows if a <= table.offsets[name] < b
         }
@@ -100,14 +105,25 @@ class Sharding:
         yield from self.shards() if self.zero else [(0, self.table.numel, 0)]
 
     def pieces(self) -> list[Piece]:
-        """What one optimizer launch each updates: the ranges held, cut where the optimizer's group changes."""
+        """What one optimizer launch each updates: the ranges held, cut where the group changes, or whole parameters."""
         found = []
-        for group in self.table.groups:
-            for start, stop, at in self.held():
-                low, high = max(start, group.start), min(stop, group.stop)
+        for span in self.table.spans:
+            for name in span.names if span.group.optimizer.whole else ():
+                first = self.table.offsets[name]
+                for where, at in self.within(name, self.held()):
+                    found.append(Piece(first, first + where.stop, at.start, span, name))
+            for start, stop, place in () if span.group.optimizer.whole else self.held():
+                low, high = max(start, span.start), min(stop, span.stop)
                 if low < high:
-                    found.append(Piece(low, high, at + low - start, group.decay))
+                    found.append(Piece(low, high, place + low - start, span))
         return found
+
+    def by_element(self, ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+        """The parts of such ranges where optimizers work by element, with their places in the state of these."""
+        for start, stop, at in ranges:
+            low = max(start, self.table.whole)
+            if low < stop:
+                yield low, stop, at + low - start - self.whole
 
     def within(self, name: str, ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[slice, slice]]:
         """For the parts of a row inside `ranges`: where they are in the flattened row, and in the compact buffer."""
@@ -161,13 +177,15 @@ class Sharding:
 
 
 def _segments(table: ParamTable, moments: Mapping[str, int], limit: int) -> list[tuple[int, int, int]]:
-    """Consecutive rows that become final together, and runs of them that do so one after the other, up to `limit`."""
-    runs: list[tuple[int, int, int]] = []
+    """Consecutive rows that become final together, and runs of them that do so one after the other, up to `limit`. A
+    bucket of whole parameters is a segment, final with the last of them."""
+    rows = sorted(table.offsets.items(), key=lambda item: item[1])
+    runs = [(a, b, max(moments[name] for name, at in rows if a <= at < b)) for a, b in table.buckets]
     end = max(moments.values())  # nothing is made to wait for the very end
-    for name, start in sorted(table.offsets.items(), key=lambda item: item[1]):
+    for name, start in rows[sum(at < table.whole for _, at in rows) :]:
         stop = start + -(-table.rows[name].numel // ALIGN) * ALIGN
         moment = moments[name]
-        first, _, before = runs[-1] if runs else (0, 0, -2)
+        first, _, before = runs[-1] if start > table.whole else (0, 0, -2)
         if moment == before or (before + 1 == moment < end and stop - first <= limit):
             runs[-1] = (first, stop, moment)
         else:

@@ -1,51 +1,100 @@
-"""The parameter table: the only truth about weights. Names, shapes, decay, initialisation, and where each one lies.
+"""The parameter table: the only truth about weights. Names, shapes, groups, initialisation, and where each one lies.
 
-Weights, gradients, fp32 master weights and moments are flat buffers with one layout. Rows are ordered by optimizer
-group, and in a group by backward order. So the optimizer is one launch a group, and gradients become final front to
-back: buckets of contiguous memory can be reduced while backward still runs.
+Weights, gradients and fp32 master weights are flat buffers with one layout. Parameters are ordered by group, and in a
+group by backward order. So AdamW is one launch a group, and gradients become final front to back: buckets of contiguous
+memory can be reduced while backward still runs.
+
+Of several ranks each updates an equal share of every bucket. A group whose optimizer needs whole parameters gets
+buckets of its own, in front. For three ranks and two layers of four matrices each:
+
+    | h.1.fc          | h.1.fcproj | h.1.qkv h.1.attproj || h.0.fc ...      || wte   wpe   biases and layernorms |
+    | share of rank 0 | of rank 1  | of rank 2           || the next bucket || cut anywhere, see collectives.py  |
+
+The largest parameter goes first, always into the emptiest share. The more parameters a bucket has, the more evenly they
+fill the shares, so a bucket may span many layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
+from daybreak.config_keys import OptimConfig
 from daybreak.models.rows import Row
+from daybreak.optimizers import SCALARS, Optimizer, ParamGroup
+from daybreak.optimizers.adamw import adamw_group
 
 ALIGN = 128  # elements: 256 bytes in bf16, more in wider dtypes
+MOST_PADDING = 1 / 8  # of a group's parameters, where whole ones are spread over ranks; else buckets grow
 
 
 @dataclass(frozen=True)
-class Group:
-    """Consecutive rows that the optimizer treats alike: elements [start, stop) of every flat buffer."""
+class Span:
+    """Parameters of a group that lie one after the other, with weight decay or without: elements [start, stop)."""
 
     start: int
     stop: int
+    group: ParamGroup
     decay: bool
+    names: tuple[str, ...]
 
 
 class ParamTable:
-    """Rows in forward order with their offsets (in elements) in the flat buffers."""
+    """Rows in forward order with their offsets (in elements) in the flat buffers.
 
-    def __init__(self, rows: list[Row]) -> None:
+    groups: the first one that fits a name takes it. world, limit: ranks, and the elements of a bucket, for groups whose
+    parameters stay whole: `buckets` are theirs, up to `whole`. hyper: where the device scalars of an optimizer at a
+    scale of the learning rate are.
+    """
+
+    def __init__(
+        self, rows: list[Row], groups: Sequence[ParamGroup] = (adamw_group(OptimConfig()),), world: int = 1,
+        limit: int = 1 << 24,
+    ) -> None:  # fmt: skip
         self.rows = {row.name: row for row in rows}
         assert len(self.rows) == len(rows), "parameter names must be unique"
         self.offsets: dict[str, int] = {}
-        self.groups: list[Group] = []
-        offset = 0
-        for decay in (True, False):
-            start = offset
-            for row in reversed(rows):
-                if row.decay == decay:
-                    self.offsets[row.name] = offset
-                    offset += -(-row.numel // ALIGN) * ALIGN
-            self.groups.append(Group(start, offset, decay))
-        self.numel = offset
+        self.spans: list[Span] = []
+        self.buckets: list[tuple[int, int]] = []
+        self.numel = self.whole = 0
+        group_of = {name: next(g for g in groups if fnmatchcase(name, g.names)) for name in self.rows}
+        for group in sorted(dict.fromkeys(groups), key=lambda g: not g.optimizer.whole):
+            for decay in (True, False):
+                chosen = [row for row in reversed(rows) if row.decay == decay and group_of[row.name] is group]
+                if not chosen:
+                    continue
+                start = self.numel
+                if group.optimizer.whole:
+                    for shares in _spread(chosen, world, limit):
+                        self._place_bucket(shares)
+                else:
+                    self.numel = self._place(chosen, start)
+                self.spans.append(Span(start, self.numel, group, decay, tuple(row.name for row in chosen)))
+        self.hyper: dict[tuple[Optimizer, float], slice] = {}
+        at = 0
+        for key in dict.fromkeys((span.group.optimizer, span.group.lr_scale) for span in self.spans):
+            size = len(SCALARS) + len(key[0].scalars(1))
+            self.hyper[key], at = slice(at, at + size), at + size
+
+    def _place(self, rows: Sequence[Row], at: int) -> int:
+        """Put rows one after the other from element `at` on. Returns where they end."""
+        for row in rows:
+            self.offsets[row.name] = at
+            at += _padded(row)
+        return at
+
+    def _place_bucket(self, shares: list[list[Row]]) -> None:
+        start, size = self.numel, max(sum(map(_padded, share)) for share in shares)
+        for rank, share in enumerate(shares):
+            self._place(share, start + rank * size)
+        self.numel = self.whole = start + len(shares) * size
+        self.buckets.append((start, self.numel))
 
     @property
     def num_parameters(self) -> int:
@@ -60,6 +109,36 @@ class ParamTable:
     def layout(self) -> list[tuple[str, int, tuple[int, ...]]]:
         """(name, offset, shape) of every row: how a flat buffer maps to names, for checkpoints."""
         return [(name, self.offsets[name], row.shape) for name, row in self.rows.items()]
+
+
+def _padded(row: Row) -> int:
+    return -(-row.numel // ALIGN) * ALIGN
+
+
+def _spread(rows: list[Row], world: int, limit: int) -> list[list[list[Row]]]:
+    """Buckets of about `limit` elements, of rows in backward order: the rows of every share of each."""
+    total = sum(map(_padded, rows))
+    for count in range(max(1, total // limit), 0, -1):
+        runs: list[list[Row]] = [[] for _ in range(count)]
+        at = 0
+        for row in rows:
+            runs[at * count // total].append(row)
+            at += _padded(row)
+        buckets = [_shares(run, world) for run in runs if run]
+        fullest = sum(max(sum(map(_padded, share)) for share in shares) for shares in buckets)
+        if world * fullest <= (1 + MOST_PADDING) * total:
+            break
+    return buckets
+
+
+def _shares(rows: list[Row], world: int) -> list[list[Row]]:
+    shares: list[list[Row]] = [[] for _ in range(world)]
+    filled = [0] * world
+    for row in sorted(rows, key=_padded, reverse=True):
+        emptiest = filled.index(min(filled))
+        shares[emptiest].append(row)
+        filled[emptiest] += _padded(row)
+    return shares
 
 
 @torch.no_grad()

@@ -22,10 +22,9 @@ from daybreak.errors import ConfigError
 from daybreak.kernels import acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
 from daybreak.models.registry import Model, build_model
+from daybreak.optimizers import Part
 from daybreak.parallel import ALONE, Group
 
-# The layout of `hyper`: device scalars that change from step to step. bias1 = 1 - beta1^t, bias2 = 1 - beta2^t.
-HYPER = ("lr", "t", "inv_valid", "bias1", "bias2")
 State = dict[str, Tensor]
 
 
@@ -51,25 +50,30 @@ def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool 
 
 
 def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
-    """Gradient norm, the guard's decision, and one AdamW launch per parameter group (and bucket, of a shard)."""
-    c, optim, grads = f.comm, spec.optim, s["shard" if f.comm.plan.zero else "grads"]
+    """Gradient norm, the guard's decision, and the optimizers: of each group, a launch for each part that is held."""
+    c, grads = f.comm, s["shard" if f.comm.plan.zero else "grads"]
     f.k.global_norm(s["norm"], grads)
     if c.active:
         scalars = [s["loss"], s["norm"]]
         f.do("sum_scalars", lambda: c.sum_scalars(s), scalars, scalars)
     f.k.step_guard(
         s["stats"], s["windows"], s["counts"], s["loss"], s["norm"],
-        clip=optim.clip, max_loss_z=spec.guard.loss_z, max_norm_z=spec.guard.norm_z,
+        clip=spec.optim.clip, max_loss_z=spec.guard.loss_z, max_norm_z=spec.guard.norm_z,
     )  # fmt: skip
+    table = c.plan.table
     for piece in c.plan.pieces():
-        part = slice(piece.at, piece.at + piece.stop - piece.start)
+        group, n = piece.span.group, piece.stop - piece.start
+        held, at = slice(piece.at, piece.at + n), piece.at - c.plan.whole
         weights = s["weights"][piece.start : piece.stop]
-        exact = weights if weights.dtype == s["m"].dtype else None
-        f.k.adamw_update(
-            weights, s["masters"][part] if "masters" in s else exact, s["m"][part], s["v"][part], grads[part],
-            s["stats"], s["hyper"], beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps,
-            weight_decay=optim.weight_decay if piece.decay else 0.0, seed=seed, offset=piece.start,
+        plain = weights if weights.dtype == f.acc else None
+        whole = group.optimizer.whole
+        state = {key: s[f"{key}.{piece.name}"] if whole else s[key][at : at + n] for key in group.optimizer.state}
+        part = Part(
+            weights, s["masters"][held] if "masters" in s else plain, grads[held], state, s["stats"],
+            s["hyper"][table.hyper[group.optimizer, group.lr_scale]], group.weight_decay if piece.span.decay else 0.0,
+            seed, piece.start, table.rows.get(piece.name),
         )  # fmt: skip
+        group.optimizer.update(f, part)
 
 
 def evaluate(model: Model, f: StepFrame, s: State, B: int, T: int) -> None:
@@ -100,9 +104,10 @@ def state_entries(spec: EngineSpec, plan: Sharding, kv: tuple[int, ...]) -> list
             entries += [Entry("grads", "grads", (N,), dtype)]
         if plan.zero:
             entries += [Entry("shard", "grads", (held,), dtype if plan.zero == 1 else acc)]
-        entries += [Entry(name, name, (held,), acc) for name in ("m", "v")]
+        entries += optimizer_entries(plan, acc)
     small = [
-        ("batch", (2, B, T), i64), ("losses", (B * T,), acc), ("hyper", (len(HYPER),), f64),
+        ("batch", (2, B, T), i64), ("losses", (B * T,), acc),
+        ("hyper", (max(part.stop for part in plan.table.hyper.values()),), f64),
         ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
         ("counts", (2,), i64), ("next", (2, kv[2]), i64), ("next_logits", (kv[2], V), torch.float32),
         ("last_hidden", (kv[2], C), dtype),
@@ -110,7 +115,23 @@ def state_entries(spec: EngineSpec, plan: Sharding, kv: tuple[int, ...]) -> list
     entries += [Entry("kv", "kv", kv, dtype)]
     if plan.world > 1:
         small += [("sums", (2,), f64)]
-    return entries + [Entry(name, "state", shape, kind) for name, shape, kind in small]
+    once = {"windows": "once", "counts": "once"}
+    return entries + [Entry(name, "state", shape, kind, saved=once.get(name, "")) for name, shape, kind in small]
+
+
+def optimizer_entries(plan: Sharding, acc: torch.dtype) -> list[Entry]:
+    """What the optimizers keep of the parameters that this rank updates."""
+    by_element = (plan.shard if plan.zero else plan.numel) - plan.whole
+    flat, whole = dict[str, Entry](), list[Entry]()
+    for piece in plan.pieces():
+        optimizer = piece.span.group.optimizer
+        for key in optimizer.state:
+            if optimizer.whole:
+                shape = optimizer.shape(key, plan.table.rows[piece.name])
+                whole.append(Entry(f"{key}.{piece.name}", key, shape, acc, saved="whole"))
+            else:
+                flat[key] = Entry(key, key, (by_element,), acc, saved="ranges")
+    return [*flat.values(), *whole]
 
 
 def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTable, Arena]:
@@ -125,8 +146,9 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
             f"model.NH = {cfg.NH} makes heads of {cfg.HS}, and CUDA's attention takes 256 at most; use more."
         )
     model = build_model(cfg, spec.recompute, spec.device_type)
-    table = ParamTable(model.rows())
-    sharding = Sharding(table, final_moments(model, table), group, spec.zero, spec.bucket_bytes // dtype.itemsize)
+    limit = spec.bucket_bytes // dtype.itemsize
+    table = ParamTable(model.rows(), spec.param_groups, group.world, limit)
+    sharding = Sharding(table, final_moments(model, table), group, spec.zero, limit)
 
     def more(f: Any, first: bool = False) -> None:
         micro_step(model, in_formats(f, spec.formats), f.state, first=first)

@@ -9,6 +9,8 @@ import torch
 
 from daybreak.config_keys import GuardConfig, OptimConfig
 from daybreak.kernels.operand import Format
+from daybreak.optimizers import ParamGroup
+from daybreak.optimizers.adamw import adamw_group
 from daybreak.shapes import Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -22,6 +24,7 @@ class EngineSpec:
     masters: how weights in bf16 are kept exact (precision.masters). rows: sequences that can be generated at a time.
     zero, bucket_bytes: see collectives. kernels: group of operations -> backend, where not the best (kernels.choose).
     formats: patterns of names -> number formats of the matrices that training's matmuls read (engine/formats.py).
+    optim, groups: AdamW's options, and groups of parameters that are updated otherwise (optimizers).
     device_type, missing: cpu or cuda, and backends that are not there; an engine fills both in for its own device.
     """
 
@@ -37,6 +40,7 @@ class EngineSpec:
     zero: int = 0
     bucket_bytes: int = 1 << 25
     optim: OptimConfig = field(default_factory=OptimConfig)
+    groups: tuple[ParamGroup, ...] = ()
     guard: GuardConfig = field(default_factory=GuardConfig)
     kernels: Mapping[str, str] = field(default_factory=dict)
     formats: Mapping[str, Format] = field(default_factory=dict)
@@ -47,6 +51,11 @@ class EngineSpec:
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
         return DTYPES[self.compute]
+
+    @property
+    def param_groups(self) -> tuple[ParamGroup, ...]:
+        """Every parameter is in the first of these that fits its name."""
+        return (*self.groups, adamw_group(self.optim))
 
     @property
     def kept(self) -> str:

@@ -24,7 +24,7 @@ from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on
 from daybreak.engine.formats import in_formats
 from daybreak.engine.params import draw_parameters
-from daybreak.engine.schedule import HYPER, State, evaluate, micro_step, next_token, plan_engine, update
+from daybreak.engine.schedule import State, evaluate, micro_step, next_token, plan_engine, update
 from daybreak.engine.spec import EngineSpec
 from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
@@ -88,7 +88,7 @@ class Engine:
         if group.world > 1:
             group.before_close.append(self.graphs.clear)
         wait = group.wait_for if group.world > 1 else None  # for the device, which waits for other ranks
-        self._hyper = Ring((len(HYPER),), torch.float64, self.device, wait)
+        self._hyper = Ring(tuple(self.state["hyper"].shape), torch.float64, self.device, wait)
         self._batch = Ring((2, spec.B, spec.T), torch.int64, self.device, wait)
         self._stats = Ring((len(STATS),), torch.float64, self.device, wait)
         self._next = torch.zeros(2, spec.rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
@@ -107,9 +107,9 @@ class Engine:
         """Fresh weights from `seed`, always drawn on the CPU (or already, by `drawing`); optimizer state and windows
         zeroed. Masters keep what rounding takes from the weights. llm.c's start from the rounded ones: then the first
         updates, smaller than half of a large weight's last place, do nothing (bench/NOTES.md)."""
-        for name in ("m", "v", "weights", "masters", "windows", "counts"):
-            if name in self.state:
-                self.state[name].zero_()
+        for e in self.arena.entries:
+            if e.saved or e.name in ("weights", "masters"):
+                self.state[e.name].zero_()
         if self.device.type == "cpu":
             draw_parameters(list(self.table.rows.values()), seed, self.set_exact)
         else:
@@ -196,9 +196,10 @@ class Engine:
 
     def begin_step(self, *, lr: float, step: int, valid: int) -> None:
         """Set a step's device scalars: learning rate, update number, and how many targets count in the whole step."""
-        slot, t, betas = self._hyper.take(), step + 1, (self.spec.optim.beta1, self.spec.optim.beta2)
-        for i, value in enumerate((lr, t, 1.0 / max(valid, 1), *(1.0 - beta**t for beta in betas))):
-            self._hyper.slots[slot][i] = value
+        slot, t = self._hyper.take(), step + 1
+        for (optimizer, scale), part in self.table.hyper.items():
+            for i, value in enumerate((lr * scale, t, 1.0 / max(valid, 1), *optimizer.scalars(t)), part.start):
+                self._hyper.slots[slot][i] = value
         self._hyper.upload(slot, self.state["hyper"])
 
     def micro_step(self, tokens: Tensor, targets: Tensor, *, first: bool, last: bool = True) -> None:

@@ -102,5 +102,8 @@ class Frame(Protocol):
         """Where chunks of `step` of n rows start."""
         return range(0, n, step)
 
+    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+        """Call fn, which is no kernel: what it writes and reads is on the call list."""
+
     def final(self) -> None:
         """Backward has finished some gradients: they may be exchanged. engine/moments.py finds out which."""

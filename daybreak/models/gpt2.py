@@ -48,7 +48,7 @@ class GPT2(Head):
         std, residual_std = 0.02, 0.02 / math.sqrt(2 * c.L)
         rows = [Row("wte", (c.Vp, C), True, std, drawn_rows=c.V), Row("wpe", (c.max_T, C), True, std)]
         for h in (f"h.{l}." for l in range(c.L)):
-            rows += [*layernorm_rows(h + "ln1", C), *linear_rows(h + "qkv", 3 * C, C, std)]
+            rows += [*layernorm_rows(h + "ln1", C), *linear_rows(h + "qkv", 3 * C, C, std, (C, C, C))]
             rows += linear_rows(h + "attproj", C, C, residual_std)
             rows += [*layernorm_rows(h + "ln2", C), *linear_rows(h + "fc", 4 * C, C, std)]
             rows += linear_rows(h + "fcproj", C, 4 * C, residual_std)

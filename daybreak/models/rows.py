@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter. `std` draws N(0, std) for the first `drawn_rows` rows (None: all), else every value is `fill`."""
+    """One parameter. `std` draws N(0, std) for the first `drawn_rows` rows (None: all), else every value is `fill`.
+
+    decay: whether weight decay is for it, as for matrices. stacked: the rows of each matrix, if it is several in one.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -16,15 +19,16 @@ class Row:
     std: float | None = None
     fill: float = 0.0
     drawn_rows: int | None = None
+    stacked: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
 
-def linear_rows(name: str, outputs: int, inputs: int, std: float) -> list[Row]:
+def linear_rows(name: str, outputs: int, inputs: int, std: float, stacked: tuple[int, ...] = ()) -> list[Row]:
     """The weight (outputs, inputs) and the bias of a linear layer."""
-    return [Row(name + "w", (outputs, inputs), True, std), Row(name + "b", (outputs,), False)]
+    return [Row(name + "w", (outputs, inputs), True, std, stacked=stacked), Row(name + "b", (outputs,), False)]
 
 
 def layernorm_rows(name: str, channels: int) -> list[Row]:

@@ -23,7 +23,7 @@ from daybreak.engine.params import ParamTable
 from daybreak.formatting import counted, disk, format_duration
 from daybreak.models.registry import build_model
 from daybreak.report.cards import find_card, token_rate
-from daybreak.state.restore import staged_bytes
+from daybreak.state.restore import exact_weights, staged_bytes
 
 BUFFERS = {
     "weights": "weights in compute dtype",
@@ -98,9 +98,8 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint: weights in fp32 (bf16 where no masters are kept) and AdamW's two moments."""
-        kept = {e.name: e.dtype.itemsize for e in self.arena.entries}
-        weights = kept["weights"] if self.compute != "bf16" or "masters" not in kept else 4
-        return self.parameters * (weights + kept["m"] + kept["v"])
+        moments = sum(e.dtype.itemsize for e in self.arena.entries if e.saved == "ranges")
+        return self.parameters * (exact_weights(self.arena).itemsize + moments)
 
     @property
     def checkpoints_kept(self) -> int:

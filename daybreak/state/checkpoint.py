@@ -57,7 +57,8 @@ class NewerFormat(CheckpointError):
 class Snapshot:
     """What a checkpoint holds. The tensors are not copied: they must not change until the save returns.
 
-    optimizer: key ("m", "v") -> this rank's ranges of that flat buffer as (first element, contiguous 1-D tensor).
+    optimizer: key ("m", "v") -> this rank's ranges of that flat buffer as (first element, contiguous 1-D tensor). What
+    belongs to a whole parameter is a buffer of its own, "KEY.PARAMETER".
     flat_numel: elements of a whole flat buffer. layout: (name, first element, shape) of each tensor in it.
     extra: small tensors kept by rank 0. manifest: JSON-able, keys other than RESERVED, no non-finite floats.
     parts: gives this rank's parts of a model tensor, (first element, contiguous 1-D tensor) in order, when they are
@@ -73,11 +74,10 @@ class Snapshot:
     manifest: Mapping[str, Any]
     parts: Callable[[str], Iterable[tuple[int, torch.Tensor]]]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, those of the other ranks too."""
-        moments = sum(self.flat_numel * ranges[0][1].itemsize for ranges in self.optimizer.values())
-        return moments + sum(t.nbytes for t in (*self.model.values(), *self.extra.values()))
+    def nbytes(self, group: Group = ALONE) -> int:
+        """Bytes of all tensors, those of the other ranks too. Collective."""
+        optimizer = group.numbers([sum(t.nbytes for ranges in self.optimizer.values() for _, t in ranges)])
+        return int(optimizer[0]) + sum(t.nbytes for t in (*self.model.values(), *self.extra.values()))
 
 
 def _directory(step: int) -> str:
@@ -101,6 +101,7 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
     temporary = root / f".tmp-{final.name}-{group.first(os.getpid)}"
     optimizer = _optimizer_file(group.rank, group.world)
 
+    need = snap.nbytes(group) + SLACK
     way_out = "free space on its disk, lower checkpoint.keep, or move the run"
     sentence = explained(Error, f"checkpoint {final} could not be written", way_out)
 
@@ -110,7 +111,7 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
             root.mkdir(parents=True)
             fsync_folder(root.parent)
         remove(temporary)
-        _check_space(root, snap, final)
+        _check_space(root, need, final)
         temporary.mkdir()
         if group.world > 1:
             create_safetensors(temporary / MODEL, snap.model)
@@ -143,9 +144,9 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
     return final
 
 
-def _check_space(root: Path, snap: Snapshot, final: Path) -> None:
+def _check_space(root: Path, need: int, final: Path) -> None:
     """Better no attempt than one that fills the disk for everybody. What a quota allows only writing tells."""
-    need, disk = snap.nbytes + SLACK, os.statvfs(root)
+    disk = os.statvfs(root)
     if disk.f_blocks and (free := disk.f_bavail * disk.f_frsize) < need:  # no blocks at all: it does not tell
         raise Error(
             f"checkpoint {final} needs {need >> 20} MiB and its disk has {free >> 20} MiB free: free space, lower "

@@ -18,9 +18,6 @@ from daybreak.kernels import acc_dtype
 from daybreak.kernels.optimizer import FLAT_CHUNK, exact, exact_dtype
 from daybreak.state.checkpoint import Checkpoint, Snapshot
 
-MOMENTS = ("m", "v")
-WINDOWS = ("windows", "counts")  # the guard's outlier windows
-
 
 def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Staging | None = None) -> Snapshot:
     """Everything of `engine` that the next step depends on. Without `staging` parts are views: save it before the next
@@ -30,29 +27,40 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Stagi
     parts: Callable[[str], Iterable[tuple[int, Tensor]]] = engine.exact_parts
     if staging is not None:
         state, parts = staging.take(engine), staging.parts
-    ranges = [(a, b, at if plan.zero else a) for a, b, at in plan.shards() if a < b]
+    saved = _saved(engine.arena)
+    ranges = [(a, slice(at, at + b - a)) for a, b, at in plan.by_element(plan.shards())]
+    optimizer = {key: [(a, state[key][part]) for a, part in ranges] for key in saved["ranges"]}
+    for name in saved["whole"]:
+        if any(plan.within(name.partition(".")[2], plan.shards())):
+            optimizer[name] = [(0, state[name].view(-1))]
+    dtype = exact_weights(engine.arena)
     return Snapshot(
         step,
-        {name: torch.empty(row.shape, dtype=_exact(engine.arena), device="meta") for name, row in table.rows.items()},
-        {key: [(a, state[key][at : at + b - a]) for a, b, at in ranges] for key in MOMENTS},
+        {name: torch.empty(row.shape, dtype=dtype, device="meta") for name, row in table.rows.items()},
+        optimizer,
         table.numel,
         table.layout(),
-        {name: state[name] for name in WINDOWS},
+        {name: state[name] for name in saved["once"]},
         manifest,
         parts,
     )
 
 
-def _exact(arena: Arena) -> torch.dtype:
+def _saved(arena: Arena) -> dict[str, list[str]]:
+    """Names of what a checkpoint holds beside the weights, by the way it does (arena.Entry)."""
+    return {how: [e.name for e in arena.entries if e.saved == how] for how in ("ranges", "whole", "once")}
+
+
+def exact_weights(arena: Arena) -> torch.dtype:
     """The dtype of weights as exactly as training has them."""
     kept = {e.name: e.dtype for e in arena.entries}
     return exact_dtype(kept["weights"], kept.get("masters"))
 
 
 def staged_bytes(arena: Arena) -> int:
-    """Host memory of a `Staging`: the weights as exactly as training has them, m, v and the windows."""
-    kept = {e.name: e for e in arena.entries}
-    return kept["weights"].shape[0] * _exact(arena).itemsize + sum(kept[name].nbytes for name in (*MOMENTS, *WINDOWS))
+    """Host memory of a `Staging`: the weights as exactly as training has them, and all else that is saved."""
+    weights = sum(e.shape[0] * exact_weights(arena).itemsize for e in arena.entries if e.name == "weights")
+    return weights + sum(e.nbytes for e in arena.entries if e.saved)
 
 
 def check_host_memory(arena: Arena, device: torch.device) -> None:
@@ -82,9 +90,9 @@ class Staging:
                     self._pinned.append(flat.data_ptr())
             return flat
 
-        kept = {e.name: e for e in engine.arena.entries if e.name in (*MOMENTS, *WINDOWS)}
-        self._weights = host(engine.table.numel, _exact(engine.arena))
-        self._state = {name: host(math.prod(e.shape), e.dtype).view(e.shape) for name, e in kept.items()}
+        kept = [e for e in engine.arena.entries if e.saved]
+        self._weights = host(engine.table.numel, exact_weights(engine.arena))
+        self._state = {e.name: host(math.prod(e.shape), e.dtype).view(e.shape) for e in kept}
 
     def take(self, engine: Engine) -> dict[str, Tensor]:
         """Copy the state of `engine`; back when it is all here. Returns what it is now, by name."""
@@ -135,10 +143,13 @@ def restore_weights(engine: Engine, checkpoint: Weights) -> None:
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     """Load weights, optimizer state and outlier windows: the engine continues as if it had never stopped."""
     restore_weights(engine, checkpoint)
-    for key in MOMENTS:
-        # By name: the flat buffers may have been ordered otherwise when this was written.
-        for name, offset, _ in checkpoint.manifest["layout"]:
-            for where, at in engine.comm.plan.within(name, engine.comm.plan.held()):
-                checkpoint.read_optimizer(key, offset + where.start, engine.state[key][at])
-    for name in WINDOWS:
-        checkpoint.read_extra(name, engine.state[name])
+    plan, state, saved = engine.comm.plan, engine.state, _saved(engine.arena)
+    # By name: the flat buffers may have been ordered otherwise when this was written.
+    for name, offset, _ in checkpoint.layout:
+        for where, at in plan.within(name, plan.by_element(plan.held())):
+            for key in saved["ranges"]:
+                checkpoint.read_optimizer(key, offset + where.start, state[key][at])
+    for name in saved["whole"]:
+        checkpoint.read_optimizer(name, 0, state[name].view(-1))
+    for name in saved["once"]:
+        checkpoint.read_extra(name, state[name])

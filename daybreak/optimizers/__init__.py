@@ -1,0 +1,74 @@
+"""Optimizers: how parameters are updated, and the state that this takes. One file each.
+
+A group of parameters has an optimizer, a scale of the learning rate, and a weight decay. Patterns of names choose its
+members. Weights, gradients and state lie in flat buffers, and ranks that share them update a part each:
+
+    optimizer         a rank updates       its state                           so a checkpoint holds
+    by element        any elements         flat buffers, one value an element  ranges of those buffers
+    `whole`           whole parameters     tensors of any shape for each       tensors named KEY.PARAMETER
+
+An optimizer that needs whole matrices, such as Muon, is the second kind. AdamW is the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from daybreak.models.frame import Frame
+from daybreak.models.rows import Row
+
+SCALARS = ("lr", "t", "inv_valid")  # device scalars of every optimizer: see `Part.hyper`
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is updated in one go: n neighbouring elements of one group, or one whole parameter.
+
+    masters: how the exact weights are kept (kernels/optimizer.py). stats: the guard's decision (kernels.guard.STATS).
+    hyper: the learning rate, times the group's scale; the update's number from 1; 1 / the number of targets; and what
+    the optimizer's `scalars` gave. seed, offset: for stochastic rounding, the place of the first element among all.
+    """
+
+    weights: Tensor  # (n), in compute dtype
+    masters: Tensor | None
+    grads: Tensor  # (n)
+    state: Mapping[str, Tensor]
+    stats: Tensor
+    hyper: Tensor
+    weight_decay: float
+    seed: int
+    offset: int
+    row: Row | None  # the whole parameter's
+
+
+class Optimizer:
+    """One rule for updates. Subclasses are frozen dataclasses: two that are equal share their device scalars."""
+
+    whole: ClassVar[bool] = False
+    state: ClassVar[tuple[str, ...]] = ()  # names of what is kept from step to step
+
+    def shape(self, key: str, row: Row) -> tuple[int, ...]:
+        """Of a state of a whole parameter."""
+        return row.shape
+
+    def scalars(self, t: int) -> tuple[float, ...]:
+        """Numbers that change from update to update, for the t-th one, from 1."""
+        return ()
+
+    def update(self, f: Frame, part: Part) -> None:
+        """Update weights, masters and state of `part`, unless the guard said no; by kernels, or by `f.do`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """The parameters that are updated alike: those whose names fit a pattern, and no group's before this one."""
+
+    names: str
+    optimizer: Optimizer
+    lr_scale: float = 1.0
+    weight_decay: float = 0.0  # of matrices; a model's other parameters never decay

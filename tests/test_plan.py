@@ -150,7 +150,8 @@ def test_a_shape_without_a_step_gets_the_rows_that_fit(gpu: str, gpus: int) -> N
     B = p.fit.largest_B(p.config)
     flags, basis = said(p)["use"]
     assert flags == f"--batch.B {B} --batch.recompute 0"
-    assert basis == f"modelled: the least recomputation with enough rows; a step is {B * 1024 * gpus:,} tokens then"
+    tokens = f"a step is {B * 1024 * gpus:,} tokens then"
+    assert basis == f"modelled: the least recomputation that keeps the GPU busy; {tokens}"
     followed = on("d12", gpu, gpus, batch__B=B, batch__recompute=0)
     assert said(followed)["use"] == ("as it is", "planned")
     assert followed.config.tokens_at(0, gpus) == B * 1024 * gpus
@@ -168,7 +169,7 @@ def test_larger_shapes_without_a_step_recompute_for_enough_rows() -> None:
 def test_what_a_recipe_gets() -> None:
     """Its step stays what it is: `tiny` has none in tokens, but rows that were chosen."""
     assert said(on("tiny"))["use"] == said(on("tiny", None, run__device="cpu"))["use"] == ("as it is", "planned")
-    basis = "modelled: the least recomputation with enough rows"
+    basis = "modelled: the least recomputation that keeps the GPU busy"
     assert said(on("gpt2-124M", gpus=8))["use"] == ("--batch.B 64 --batch.recompute 0", basis)
 
 
@@ -199,7 +200,7 @@ def test_what_does_not_fit_says_the_flag() -> None:
     got = said(on("d48", "4090", batch__B=8))
     assert re.fullmatch(r"NO: it needs [\d,]+ MiB, there are 24,072 MiB", got["fits"][0])
     value, basis = got["to make it fit"]
-    assert re.fullmatch(r"--batch.recompute 2 --batch.B [1-9]", value)
+    assert re.fullmatch(r"--batch.recompute 1 --batch.B [1-9]", value)
     assert basis == "makes it fit: planned"
 
 

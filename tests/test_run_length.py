@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -43,7 +44,9 @@ def test_steps_at_learning_rate_0_are_refused_with_two_commands_that_work(
         assert all(rate > 0 for rate in rates)
 
 
-def test_the_refusal_asks_only_for_the_steps_that_are_added(shards: Path, tmp_path: Path) -> None:
+def test_the_refusal_asks_only_for_the_steps_that_are_added(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A run that was planned beyond its horizon is resumed as ever; so is one whose rate does not end at 0."""
     planned = config(shards, tmp_path, "p", run__steps=6, optim__horizon=4, run__max_hours=1e-9)
     with pytest.raises(daybreak.Error, match="before the first update"):
@@ -53,8 +56,11 @@ def test_the_refusal_asks_only_for_the_steps_that_are_added(shards: Path, tmp_pa
     assert [record["lr"] for record in run.metrics("step")][4:] == [0.0, 0.0]
     for name, more in (("c", {"schedule__name": "constant"}), ("f", {"schedule__final_frac": 0.5})):
         made = daybreak.train(config(shards, tmp_path, name, run__steps=2, **more))
+        caplog.clear()
         longer = daybreak.train(made.config.override({"run.steps": 3}), resume=made.path)
         assert longer.metrics("step")[-1]["lr"] > 0
+        past = re.search(r"the schedule ended at step 2: .* last learning rate, (\S+)\. .*horizon 3\.", caplog.text)
+        assert past is None if name == "c" else past and float(past[1]) == longer.metrics("step")[-1]["lr"]
     with pytest.raises(ConfigError, match=r"--fork q --steps 8 --optim\.horizon 8"):
         daybreak.train(run.config.override({"run.steps": 8, "run.name": "q"}), fork_from=run.path)
     assert not (tmp_path / "q").exists()

@@ -139,9 +139,10 @@ def open_dataset(
 
 def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
     folders = [data_dir / dataset_name(name, tokenizer), data_dir / name]
-    for folder in folders:
-        if (folder / MANIFEST).is_file():
-            return folder
+    if found := [folder for folder in folders if (folder / MANIFEST).is_file()]:
+        if found[0].name != found[-1].name:
+            log.warning("%s exists too; using %s, which has this run's tokenizer.", found[-1], found[0])
+        return found[0]
     have = sorted(path.parent.name for path in data_dir.glob(f"[!.]*/{MANIFEST}"))
     near = difflib.get_close_matches(folders[0].name, have, 1)
     hint = f"; did you mean {near[0]!r}? If not," if near else f" (it has {', '.join(have) or 'none'});"

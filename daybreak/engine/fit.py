@@ -83,7 +83,7 @@ class Fit:
         masters, a shorter T."""
         share = {"parallel.zero": 1} if self.ranks > 1 and not config.parallel.zero else {}
         changes: list[dict[str, Any]] = [{}, share] if share else [{}]
-        changes += [{**share, "batch.recompute": r} for r in (2, 3) if r > config.batch.recompute]
+        changes += [{**share, "batch.recompute": r} for r in (1, 2, 3) if r > config.batch.recompute]
         if self.device.type == "cuda" and config.precision.masters != "none":
             changes.append({**share, "batch.recompute": 3, "precision.masters": "none"})
         short = [config.T >> i for i in range(1, 20) if config.T >> i >= 64 and config.T % (1 << i) == 0]

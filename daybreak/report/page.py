@@ -68,13 +68,15 @@ def policy_of(page: str) -> str:
 
 
 def write_report(paths: Sequence[str], out: Path | None) -> Path:
-    """One self-contained file about `paths` (runs, or llm.c's logs), by default in the first one's folder."""
+    """One self-contained file about `paths` (runs, or llm.c's logs), by default in the run's folder, and for
+    several beside the first one's."""
     runs = [Follower(path) for path in paths]
     for run in runs:
         run.update()
     text = render(page_data(runs))[0]
     if out is None:  # in a folder that may be somebody else's: a link there is replaced, not followed
-        write_atomic(out := runs[0].folder / "report.html", text)
+        folder = runs[0].folder if len(runs) == 1 else runs[0].folder.parent
+        write_atomic(out := folder / "report.html", text)
     else:
         out.write_text(text, encoding="utf-8")
     return out

@@ -166,7 +166,7 @@ def suggest(p: Plan) -> tuple[str, str]:
             if min(ENOUGH_TOKENS, share) <= B * c.T:
                 flags = f"--batch.B {B} --batch.recompute {level}" + (f" --parallel.zero {zero}" if zero else "")
                 step = "" if total else f"; a step is {B * c.T * p.gpus:,} tokens then"
-                return flags, "modelled: the least recomputation with enough rows" + step
+                return flags, "modelled: the least recomputation that keeps the GPU busy" + step
     if p.budget and p.nbytes + p.outside > p.budget:
         return fit.advice(c), "makes it fit: planned"
     return "as it is", "planned"

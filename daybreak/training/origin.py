@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from daybreak.config import Config, run_of
@@ -11,6 +12,8 @@ from daybreak.state.checkpoint import Checkpoint, checkpoint_step
 from daybreak.state.restore import Weights
 from daybreak.state.run import Run
 from daybreak.training.schedule import learning_rate
+
+log = logging.getLogger("daybreak")
 
 
 def checkpoint_of(path: Path | str) -> Checkpoint:
@@ -40,9 +43,16 @@ def finished_at(run: Run, steps: int) -> int:
 
 
 def check_rate(path: Path | str, saved: Config, config: Config, *, fork: bool) -> None:
-    """Raise ConfigError where a run is made longer, and every step that this adds would have learning rate 0."""
+    """Warn where a run is made longer than its schedule. Raise ConfigError if the added steps had learning rate 0."""
     was, steps = saved.run.steps, config.run.steps
-    if not 0 < was < steps or config.optim.lr == 0 or learning_rate(was, config.optim, config.schedule) > 0:
+    if not 0 < was < steps or config.optim.lr == 0:
+        return
+    if (rate := learning_rate(was, config.optim, config.schedule)) > 0:
+        if config.optim.horizon <= was and rate < config.optim.lr:
+            log.warning(
+                "the schedule ended at step %d: the added steps keep its last learning rate, %.2g. To stretch it, add "
+                "--optim.horizon %d.", config.optim.horizon, rate, steps,
+            )  # fmt: skip
         return
     same, name = (f" --fork {config.run.name}", config.run.name) if fork else ("", f"{config.run.name}-longer")
     raise ConfigError(

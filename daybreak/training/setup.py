@@ -220,7 +220,13 @@ def _prepare_embedded(config: Config, check: Callable[[], None]) -> None:
 def check_data(checkpoint: Weights, setup: Setup, same_data: bool) -> None:
     """Raise DataError (exit 4) unless the tokenizer, and with `same_data` the data, are those it was trained on."""
     saved = checkpoint.manifest
-    checks = [("tokenizer", saved["tokenizer"]["fingerprint"], setup.tokenizer.fingerprint)]
+    had, has = saved["tokenizer"], setup.tokenizer
+    if had["fingerprint"] != has.fingerprint and had["name"] != has.name:
+        raise DataError(
+            f"{checkpoint.path} was trained with tokenizer {had['name']!r}, and the data set {setup.dataset.name!r} is "
+            f"made with {has.name!r}; choose --data that was prepared with --tokenizer {had['name']}."
+        )
+    checks = [("tokenizer", had["fingerprint"], has.fingerprint)]
     if same_data and saved["data"]["fingerprint"]:  # an import has not seen any data
         checks.append(("training data", saved["data"]["fingerprint"], setup.train_loader.fingerprint))
     for what, was, now in checks:

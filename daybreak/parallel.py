@@ -1,11 +1,37 @@
-"""Processes that train together: who they are, how they meet, what they agree on, and who is to blame when it fails.
+"""Start-up, agreement and errors across the processes that train together.
 
-A `Group` is this process's place among them; `ALONE` is the group of one, with which the same code runs. `connect`
-makes one from what torchrun, mpirun or srun put into the environment. Tensors travel through torch.distributed (NCCL
-on GPUs, gloo on CPUs), decisions and errors through gloo and the launch's key-value store.
+A `Group` is this process's place among the others. `ALONE` is a group of one process, and the same code runs with it.
+`connect` makes a group from the environment variables of torchrun, mpirun or srun. Tensors travel through
+torch.distributed, with NCCL on GPUs and gloo on CPUs. Decisions use gloo too. Errors use the store, a small key-value
+server which rank 0 or torchrun runs.
 
-Within `parallel.timeout` seconds every failure becomes one sentence that names a rank: each process tells the store
-once a second how far it has come, and the first to notice a failure says there who is behind.
+How the ranks meet (`connect`, `_assemble`). Every rank waits up to `parallel.timeout` seconds:
+
+    rank r                                      rank 0
+    word/r = world size and a random number
+                       ---------------------->  reads word/r, sets answer/WORD = world size and MEETING's name
+    reads answer/WORD, compares world sizes
+    came/MEETING/r = ""  ------------------->   waits until all have come, sets complete/MEETING
+    waits for complete/MEETING                  then all start torch.distributed under that name
+
+A store can hold the words of an earlier attempt. Rank 0 answers these too, but nobody reads the answers.
+
+How a failure gets its reason. Each rank writes a beat once a second: a count that grows, and how many collectives it
+has entered. `parallel.timeout` limits how long a rank waits for the others:
+
+                       an error of its own
+    training ------------------------------------> fail(): the first rank sets "failed" = [rank, code, sentence]
+       |                                             ^
+       | torch.distributed raised, or wait_for ended | nobody gave a reason: _blame() names a rank
+       v                                             |
+    explain(): wait 3 beats for "failed" ------------+
+       |
+       | another rank gave a reason
+       v
+    raise that reason as an Error of the same exit code, marked `elsewhere` so that not all ranks print it
+
+`_blame` compares the beats at the start and end of these 3 seconds. If there was no timeout and a rank's count stood
+still, that rank died. Otherwise a rank hangs: mostly the one that has entered the fewest collectives.
 """
 
 from __future__ import annotations
@@ -27,22 +53,22 @@ from daybreak.errors import ConfigError, Error, Hung, Stopped, by_exit_code
 
 log = logging.getLogger("daybreak")
 PORT = "29500"  # torch's own default
-BEAT = 1.0  # seconds between signs of life
-SILENT = 30.0  # seconds without one after which a rank is taken for dead: a compiler may hold Python for a while
-LEAVE = 10.0  # seconds that torch.distributed gets to end
-RANK_VARIABLES = (  # (rank, processes, rank on this machine), as launchers set them
+BEAT = 1.0  # seconds between two beats of a rank
+SILENT = 30.0  # seconds without a beat after which a rank counts as dead; a compiler may hold Python's lock for long
+LEAVE = 10.0  # seconds that `close` gives to torch.distributed
+RANK_VARIABLES = (  # of each launcher: rank, number of processes, rank on this machine
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # the second: only srun sets it, not a batch script
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # only srun sets the second; a batch script does not
 )
 T = TypeVar("T")
 
 
 def launched(environ: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as the launcher means them; a group of one without.
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the launcher's variables; one rank without them.
 
-    mpirun tells no address: on several machines give it with `-x MASTER_ADDR=HOST`. Under srun it is the job's first.
+    mpirun gives no address: on several machines pass `-x MASTER_ADDR=HOST`. Under srun it is the step's first host.
     Raises ConfigError for a rank that is not below the number of processes.
     """
     made = dict(zip(RANK_VARIABLES[0], ("0", "1", "0"), strict=True))
@@ -69,9 +95,9 @@ def restarted(environ: Mapping[str, str]) -> bool:
 
 
 def agent(environ: Mapping[str, str]) -> str:
-    """A hash that tells this host's torchrun from any other one; "" without torchrun. It stays when workers restart.
+    """A hash that differs between any two torchruns; "" without torchrun. It stays the same when workers restart.
 
-    torchrun makes itself a folder with a name of its own, in which every attempt's error file lies.
+    torchrun makes a folder with a unique name, and the error file of every attempt lies in it.
     """
     if "TORCHELASTIC_RUN_ID" not in environ:
         return ""
@@ -80,8 +106,8 @@ def agent(environ: Mapping[str, str]) -> str:
 
 
 def exit_code(error: Error, environ: Mapping[str, str]) -> int:
-    """What the process ends with. torchrun starts workers again that fail: one that was asked to stop, and has saved,
-    has not failed; exit.json says 75."""
+    """The exit code of this process. torchrun restarts every worker that fails. A worker that stopped on request and
+    saved has not failed, so under torchrun it ends with 0. Its exit.json still says 75."""
     return 0 if isinstance(error, Stopped) and "TORCHELASTIC_RUN_ID" in environ else error.exit_code
 
 
@@ -90,14 +116,14 @@ class Group:
 
     def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, timeout: float = 300.0) -> None:
         self.rank, self.world, self.local_rank, self.timeout = rank, world, local_rank, timeout
-        self.progress = 0  # collectives entered: who is behind is who the others wait for
+        self.progress = 0  # collectives entered: the others wait for the rank with the fewest
         self.dist: Any = None  # torch.distributed, once connected
         self.store: Any = None
-        self.holds_store = False  # it ends with this process
-        self._reason: tuple[int, int, str] | None = None  # (rank, exit code, sentence): why all end, once it is known
-        self.leave_stacks: Callable[[], None] = lambda: None  # called in a thread when ranks wait in vain, on each
-        self.capturable = True  # into CUDA graphs: NCCL's calls, not gloo's
-        self.before_close: list[Callable[[], None]] = []  # what holds on to NCCL's communicators lets go of them
+        self.holds_store = False  # this process runs the store, which ends with it
+        self._reason: tuple[int, int, str] | None = None  # rank, exit code, sentence: why all ranks end
+        self.leave_stacks: Callable[[], None] = lambda: None  # called in a thread on every rank at a timeout
+        self.capturable = True  # CUDA graphs can record NCCL's calls, but not gloo's
+        self.before_close: list[Callable[[], None]] = []  # they release NCCL's communicators
         self._closing = threading.Event()
 
     # ---- deciding together
@@ -123,7 +149,7 @@ class Group:
         return flat.tolist()
 
     def everywhere(self, fn: Callable[[], T]) -> list[T]:
-        """fn() on every rank, and all results. Where one raises an Error, or the disk does, every rank raises it."""
+        """Call fn() on every rank and return all results. If one raises an Error or OSError, every rank raises."""
         if self.world == 1:
             return [fn()]
         value, failure = None, None
@@ -141,11 +167,11 @@ class Group:
         return [outcome[0] for outcome in outcomes]
 
     def first(self, fn: Callable[[], T]) -> T:
-        """fn() on rank 0 alone; every rank returns its result, or raises its Error."""
+        """Call fn() on rank 0 alone; every rank returns its result, or raises its Error."""
         return self.everywhere(lambda: fn() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     def agree(self, what: Mapping[str, Any], error: type[Error] = ConfigError) -> None:
-        """Raise `error` on every rank, naming rank and key, unless all ranks have the same `what`."""
+        """Raise `error` on every rank, with rank and key, unless all ranks have the same `what`."""
         for rank, other in enumerate(everyone := self.gather((socket.gethostname(), dict(what)))):
             for name, value in other[1].items():
                 if value != everyone[0][1].get(name):
@@ -157,19 +183,21 @@ class Group:
     # ---- tensors
 
     def reduce_scatter(self, out: Any, whole: Any) -> Any:
-        """Start: out = this rank's part of the sum of all ranks' `whole`. Returns what to wait for."""
+        """Start out = this rank's part of the sum of all ranks' `whole`. Returns a handle with wait()."""
         run = getattr(self.dist, "reduce_scatter_single", None) or self.dist.reduce_scatter_tensor
         return run(out, whole, async_op=True)
 
     def all_gather_into(self, whole: Any, part: Any) -> Any:
-        """Start: whole = all ranks' `part`, one after the other; `part` may lie in it. Returns what to wait for."""
+        """Start whole = all ranks' `part`, one after the other; `part` may lie in it. Returns a handle with wait()."""
         run = getattr(self.dist, "all_gather_single", None) or self.dist.all_gather_into_tensor
         return run(whole, part, async_op=True)
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
-        """Until ready(). NCCL's kernels wait for ever for a rank that is gone, and the host for them: here the waiting
-        ends, with an Error, soon after another rank gave a reason or fell silent, and after `timeout`."""
-        self.progress += 1  # graphs enter their collectives unseen: who does not come to wait is behind
+        """Wait until ready(). NCCL's kernels wait for ever for a rank that is gone, and so would the host.
+
+        This wait ends with an Error soon after another rank gave a reason or its beats stopped, and after `timeout`.
+        """
+        self.progress += 1  # collectives inside CUDA graphs are not counted, so each wait counts as one
         began = looked = time.monotonic()
         before: list[list[Any]] = []
         while not ready():
@@ -179,38 +207,38 @@ class Group:
                 beats = self._beats()
                 dead = any(a[1] == b[1] for a, b in zip(before, beats, strict=False))
                 before, looked = beats, now
-            if late or dead or self._reason:  # the thread that gives signs of life hears of reasons
+            if late or dead or self._reason:  # the beating thread learns the reason
                 raise self.explain(RuntimeError("NCCL timed out" if late else "NCCL"))
             time.sleep(0.0002)
 
     # ---- failing together
 
     def fail(self, code: int, text: str) -> tuple[int, str]:
-        """Tell the other ranks why this one ends. Returns what counts: the first reason that anybody gave."""
+        """Tell the other ranks why this one ends. Returns code and sentence of the first reason of any rank."""
         if self.store is None:
             return code, text
-        with suppress(RuntimeError):  # the store was rank 0's, which is gone
+        with suppress(RuntimeError):  # rank 0 ran the store and is gone
             self.store.compare_set("failed", "", json.dumps([self.rank, code, text]))
             self._hear()
         rank, code, text = self._reason or (self.rank, code, text)
         return code, text if rank == self.rank or text.startswith("rank ") else f"rank {rank}: {text}"
 
     def _hear(self) -> bool:
-        """Whether anybody has given a reason, which from then on this rank knows without the store."""
+        """Whether any rank has given a reason. From then on this rank knows it without the store."""
         if self._reason is None and self.store.check(["failed"]):
             self._reason = json.loads(self.store.get("failed"))
             self.store.set(f"heard/{self.rank}", "")
         return self._reason is not None
 
     def _be_heard(self) -> None:
-        """Whose store it is stays until all ranks know the reason; those that died never will."""
+        """The rank that runs the store waits until all ranks know the reason, 3 beats at most: some may have died."""
         deadline, heard = time.monotonic() + 3 * BEAT, [f"heard/{rank}" for rank in range(self.world)]
         while self.store.check(["failed"]) and not self.store.check(heard) and time.monotonic() < deadline:
             time.sleep(0.05)
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """What is raised inside becomes known to the other ranks; what torch.distributed raises gets its reason."""
+        """Tell the other ranks about an exception raised inside. One of torch.distributed is replaced by its reason."""
         try:
             yield
         except Error as error:
@@ -226,18 +254,18 @@ class Group:
             self.fail(1, f"{error.filename or 'a file'} failed ({error.strerror}); free space or repair the disk.")
             raise
         except BaseException as error:
-            if type(error).__name__ != "Interrupted":  # that one all ranks have agreed on
+            if type(error).__name__ != "Interrupted":  # all ranks have agreed to stop
                 self.fail(1, f"{type(error).__name__}: {error}")
             raise
 
     def explain(self, error: BaseException) -> Error:
-        """The Error that an exception of torch.distributed means: what another rank said, or who is behind."""
+        """The Error behind an exception of torch.distributed: another rank's reason, or the rank that died or hangs."""
         late = "imed out" in str(error) or "imeout" in str(error)
         with suppress(RuntimeError, ValueError):
             deadline, before = time.monotonic() + 3 * BEAT, self._beats()
             if late:
                 self.store.set("late", "")
-            while not self._hear() and time.monotonic() < deadline:  # who ends with a reason says it within moments
+            while not self._hear() and time.monotonic() < deadline:  # a rank that fails gives its reason within moments
                 time.sleep(0.05)
             if self._reason is None:
                 self.fail(*self._blame(before, self._beats(), late))
@@ -245,7 +273,7 @@ class Group:
         return _from_elsewhere(*self.fail(1, gone))
 
     def _beats(self) -> list[list[Any]]:
-        """[host, signs of life, collectives entered] of every rank."""
+        """[host, number of beats, collectives entered] of every rank."""
         self._beat()
         return [json.loads(self.store.get(f"beat/{rank}")) for rank in range(self.world)]
 
@@ -254,6 +282,11 @@ class Group:
         self.store.set(f"beat/{self.rank}", json.dumps([socket.gethostname(), self._alive, self.progress]))
 
     def _blame(self, before: list[list[Any]], now: list[list[Any]], late: bool) -> tuple[int, str]:
+        """Exit code and sentence about the rank that died or hangs, from two looks at the beats; `late`: at a timeout.
+
+        At a timeout a rank may stand still because it is stopped, so it hangs. It is the one with the fewest
+        collectives, unless that one still beats and another does not.
+        """
         behind = min(range(self.world), key=lambda r: now[r][2])
         silent = [r for r in range(self.world) if before[r][1] == now[r][1]]
         if silent and not late:
@@ -274,7 +307,7 @@ class Group:
                 if not left and self.store.check(["late"]):
                     left = True
                     self.leave_stacks()
-            except (RuntimeError, OSError):  # the store is gone, and with it whoever could read; or the disk refuses
+            except (RuntimeError, OSError):  # the store is gone and nobody can read; or the disk failed
                 return
 
     def close(self) -> None:
@@ -287,7 +320,7 @@ class Group:
             self._closing.set()
             leaving = threading.Thread(target=self._leave, daemon=True)
             leaving.start()
-            leaving.join(LEAVE)  # NCCL may wait for a rank that is gone; the process's end does not
+            leaving.join(LEAVE)  # NCCL may wait for a rank that is gone; this process ends all the same
 
     def _leave(self) -> None:
         for let_go in self.before_close:
@@ -299,15 +332,17 @@ ALONE = Group()
 
 
 def _from_elsewhere(code: int, text: str) -> Error:
-    """Another rank's Error: of its class, and marked, so that not every rank prints it."""
+    """Another rank's Error, of the same class, and marked so that not every rank prints it."""
     error = by_exit_code(code)(text)
     error.elsewhere = True
     return error
 
 
 def connect(environ: Mapping[str, str], timeout: float, stopped: Callable[[], str] = str) -> Group:
-    """Meet the other processes of this launch. Raises ConfigError, within `timeout` seconds, when they do not come,
-    and Stopped soon after `stopped` gives a reason to wait no longer."""
+    """Meet the other processes of this launch, in the steps at the top of this file.
+
+    Raises ConfigError if they do not come within `timeout` seconds, and Stopped soon after `stopped` gives a reason.
+    """
     env = launched(environ)
     rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
     if world == 1:
@@ -323,7 +358,7 @@ def connect(environ: Mapping[str, str], timeout: float, stopped: Callable[[], st
             raise Stopped(f"{reason} before all ranks had started; start them again.")
 
     where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
-    agents = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own process listens, not rank 0
+    agents = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun runs the store, not rank 0
     group.holds_store = rank == 0 and not agents
     method, wait = environ.get("INIT_METHOD", ""), timedelta(seconds=timeout)
     if rank and not method:
@@ -344,23 +379,23 @@ def connect(environ: Mapping[str, str], timeout: float, stopped: Callable[[], st
         raise ConfigError(f"rank {rank} cannot join the other ranks at {where}: {_line(error)}") from None
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available() and group.local_rank >= torch.cuda.device_count():
-        backend, group.capturable = "cpu:gloo,cuda:gloo", False  # NCCL refuses two ranks on one card
+        backend, group.capturable = "cpu:gloo,cuda:gloo", False  # NCCL refuses two ranks on one GPU
     dist.init_process_group(
         backend, store=dist.PrefixStore(f"torch/{meeting}", root), rank=rank, world_size=world, timeout=wait
     )
     group.dist = dist
     group._beat()
-    group.gather(None)  # from here on every rank has a sign of life in the store
+    group.gather(None)  # from here on every rank has a beat in the store
     threading.Thread(target=group._keep_beating, name="beat", daemon=True).start()
     return group
 
 
 def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]  # what follows is a C++ stack
+    return str(error).strip().split("\n")[0]  # the lines after the first are a C++ stack
 
 
 def _reach(host: str, port: int, timeout: float, rank: int, look: Callable[[], None]) -> None:
-    """Wait until somebody listens there: a sentence of ours instead of torch's pages."""
+    """Wait until a process listens there. The error is one sentence, where torch would print pages."""
     deadline = time.monotonic() + timeout
     while True:
         look()
@@ -377,11 +412,11 @@ def _reach(host: str, port: int, timeout: float, rank: int, look: Callable[[], N
 
 
 def _assemble(group: Group, root: Any, where: str, again: bool, look: Callable[[], None]) -> str:
-    """Wait until every rank is there, and return a name for this meeting that no earlier one in this store had.
+    """Wait until every rank is there, and return a name for this meeting that is new in this store.
 
-    Each rank leaves a word of its own and waits for rank 0's answer to just that word: what ranks that are gone left
-    in a store that outlives them (torchrun's, or a file: `again` is true) is answered to nobody. ConfigError names who
-    is missing, was started twice, or expects another number of ranks.
+    Each rank writes a random word and waits for rank 0's answer to that word. So words of ranks that are gone do no
+    harm. `again`: the store outlives the ranks (torchrun's, or a file), and such words may be in it. Raises ConfigError
+    with the ranks that are missing, that were started twice, or that expect another number of ranks.
     """
     rank, world, deadline = group.rank, group.world, time.monotonic() + group.timeout
     word = f"{world} {os.urandom(8).hex()}"
@@ -394,7 +429,7 @@ def _assemble(group: Group, root: Any, where: str, again: bool, look: Callable[[
         while not root.check([key]):
             look()
             if time.monotonic() > deadline:
-                root.wait([key], timedelta(seconds=1))  # for the store's own words
+                root.wait([key], timedelta(seconds=1))  # raises the store's own error
             time.sleep(0.01)
 
     meeting: str = word.split()[1]

@@ -82,10 +82,10 @@ def write_run(
         flat["m"] += [values_of(shape, seed + 1)[name].view(-1), hole]
         flat["v"] += [values_of(shape, seed + 2)[name].view(-1).abs(), hole]
         at += n + hole.numel()
-    tok = get_tokenizer(tokenizer)
+    tok, model = get_tokenizer(tokenizer), values_of(shape, seed)
     save_checkpoint(folder / "checkpoints", Snapshot(
-        step=step, model=values_of(shape, seed), optimizer={k: [(0, torch.cat(x))] for k, x in flat.items()},
-        flat_numel=at, layout=layout,
+        step=step, model=model, parts=lambda name: [(0, model[name].view(-1))],
+        optimizer={k: [(0, torch.cat(x))] for k, x in flat.items()}, flat_numel=at, layout=layout,
         extra={"windows": torch.zeros(2, 128, dtype=torch.float64), "counts": torch.zeros(2, dtype=torch.int64)},
         manifest={
             "config": dict(config.items()), "samples": 14, "skips_in_a_row": 0, "seed": 42, "compute": "fp32",

@@ -1,9 +1,30 @@
-"""Embedding forward, and a backward without atomics whose order of summation the tokens alone decide.
+"""Embedding forward, and a backward without atomics. The tokens alone decide the order of its sums.
 
-Backward sorts the positions of the batch by token (least significant digit first, stable) and cuts the sorted list
-into chunks of CHUNK. One program adds up the rows of a chunk in fp32, run by run of equal tokens. A run inside a chunk
-goes straight to its row of dwte; one that crosses chunks leaves a partial sum in each, and a second kernel adds those
-up, so a token that is every tenth of the batch keeps no program waiting. Every row of dwte is rounded once.
+Row v of dwte is the sum of the rows of dout at the places where token v occurs. Backward sorts the places of the batch
+by token, so that equal tokens become one run. Then it adds up the runs:
+
+    tokens   5 2 5 7 5 2                                places 0 1 2 3 4 5 in the batch
+    sorted   2 2 | 5 5 | 5 7                            chunks of CHUNK places, here 2
+    places   1 5 | 0 2 | 4 3
+    sums     dwte[2] += 1 + 5     a run inside one chunk goes to dwte directly
+             tail[1]  = 0 + 2     the run of 5 begins in chunk 1 and continues in the next chunk
+             head[2]  = 4         the run of 5 came from the chunk before
+             dwte[7] += 3
+             dwte[5] += tail[1] + head[2]               added by a second kernel
+
+One program of `_runs_kernel` adds up one chunk in fp32, so many programs share a very frequent token. A program of
+`_long_runs_kernel` adds the partial sums of the run that begins in its chunk. Each row of dwte is rounded once.
+
+The sort is a radix sort with the least significant digit first. A digit has DIGIT_BITS bits, so GPT-2's vocabulary
+needs two passes. Each pass has two kernels. The first counts how often each digit occurs in each block of SORT_BLOCK
+keys. The second moves every key to its new place:
+
+    new place = number of keys with a smaller digit
+              + number of keys with the same digit in earlier blocks
+              + number of keys with the same digit before it in its own block
+
+Keys with equal digits keep their order. So each pass keeps the order of the pass before, and equal tokens stay in the
+order of the batch.
 """
 
 from __future__ import annotations
@@ -15,11 +36,11 @@ from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 
 MAX_COLS = 2048  # of one program of forward
-SORT_BLOCK, SORT_WARPS = 512, 8  # positions that one program of the sort takes
+SORT_BLOCK, SORT_WARPS = 512, 8  # keys of one program of the sort, and its warps
 DIGIT_BITS = 8
-CHUNK = 32  # sorted positions that one program adds up
+CHUNK = 32  # sorted places whose rows one program adds up
 RUN_COLS = 256  # columns of one program of one warp: 16 bytes of bf16 a thread
-PARTS = 16  # partial sums that are read at a time
+PARTS = 16  # partial sums, or rows of the table of counts, that are read at a time
 POSITION_ROWS, POSITION_COLS = 8, 1024
 
 
@@ -28,7 +49,10 @@ POSITION_ROWS, POSITION_COLS = 8, 1024
 
 @triton.jit
 def _forward_kernel(out, tokens, positions, wte, wpe, T, C, GIVEN: tl.constexpr, COLS: tl.constexpr):
-    """One row: at its place in a sequence of T, or at the one that is GIVEN. Rows are read again, out is not."""
+    """One row of out. Its position is its place in a sequence of T, or is read from `positions` if GIVEN.
+
+    The cache hints keep rows of wte and wpe, which are read again, but not out.
+    """
     t, b = tl.program_id(0), tl.program_id(1)
     row = b * T + t
     place = t.to(tl.int64)
@@ -43,7 +67,7 @@ def _forward_kernel(out, tokens, positions, wte, wpe, T, C, GIVEN: tl.constexpr,
 
 
 def _forward_launch(C: int) -> tuple[int, int]:
-    """Columns and warps of one program of forward: 16 values a thread at most."""
+    """Columns and warps of one program of forward: a thread has at most 16 values."""
     cols = min(triton.next_power_of_2(C), MAX_COLS)
     return cols, max(cols // 512, 1)
 
@@ -77,7 +101,7 @@ def _positions_kernel(
     dwpe, dout, B, T, C,
     ACCUMULATE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """dwpe[t] = or += sum over b of dout[b T + t]; zero from t = T on, where there is nothing to add up."""
+    """dwpe[t] = or += the sum over b of dout[b T + t]. Rows from t = T on get zero: no token was there."""
     t = tl.program_id(0)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     mask = cols < C
@@ -97,7 +121,7 @@ def _positions_kernel(
 
 @triton.jit
 def _digit_counts_kernel(table, keys, n, SHIFT: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
-    """table[block] (DIGITS) = how often each digit occurs among the keys of this block."""
+    """table[block] (DIGITS) = how often each digit occurs among the keys of this block: first half of a pass."""
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
     digit = (tl.load(keys + at, mask=at < n, other=0).to(tl.int32) >> SHIFT) & (DIGITS - 1)
@@ -110,8 +134,10 @@ def _scatter_kernel(
     keys_out, rows_out, keys, rows, table, n, blocks,
     FIRST: tl.constexpr, SHIFT: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr, TABLE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One pass of the sort. A key goes behind all with smaller digits, those of its digit in earlier blocks, and those
-    of its digit before it in its own block."""
+    """Second half of a pass: move the keys of one block, and their rows, to their new places (see the module).
+
+    FIRST: in the first pass the row of a key is its place in the batch.
+    """
     block = tl.program_id(0)
     digits = tl.arange(0, DIGITS)
     total = tl.zeros((DIGITS,), tl.int32)
@@ -121,7 +147,7 @@ def _scatter_kernel(
         counts = tl.load(table + r[:, None] * DIGITS + digits[None, :], mask=(r < blocks)[:, None], other=0)
         total += tl.sum(counts, 0)
         before += tl.sum(tl.where((r < block)[:, None], counts, 0), 0)
-    base = tl.cumsum(total, 0) - total + before
+    base = tl.cumsum(total, 0) - total + before  # keys of smaller digits, and of the same digit in earlier blocks
     start = block * BLOCK
     lanes = tl.arange(0, BLOCK)
     at = start + lanes
@@ -141,7 +167,10 @@ def _scatter_kernel(
 
 
 def _sort(tokens: Tensor, pairs: list[Tensor], table: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """The tokens (n) < V in ascending order, and for each its position in the batch; both are of `pairs`."""
+    """The tokens (n) < V in ascending order, and the place of each in the batch (see the module).
+
+    pairs: keys and rows, twice. Passes alternate between the two pairs, and the result is the pair written last.
+    """
     n, blocks = tokens.numel(), table.shape[0]
     keys, rows = tokens, pairs[0]
     for turn, shift in enumerate(range(0, max(1, (V - 1).bit_length()), DIGIT_BITS)):
@@ -162,8 +191,11 @@ def _sort(tokens: Tensor, pairs: list[Tensor], table: Tensor, V: int) -> tuple[T
 
 @triton.jit
 def _runs_kernel(dwte, part, keys, rows, dout, n, chunks, C, CHUNK: tl.constexpr, COLS: tl.constexpr):
-    """The sums of one chunk of the sorted list. part (2, chunks, C) in fp32: [0] of a run that came from the chunk
-    before, [1] of one that began here and goes on in the next."""
+    """The sums of one chunk of the sorted list. part (2, chunks, C) in fp32 holds the partial sums.
+
+    part[0] (head) is for a run that came from the chunk before, even if it fills this chunk and continues. part[1]
+    (tail) is for a run that began here and continues in the next chunk. Rows are loaded ahead of their addition.
+    """
     chunk = tl.program_id(0)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     mask = cols < C
@@ -204,13 +236,13 @@ def _long_runs_kernel(
     dwte, part, keys, n, chunks, C,
     CHUNK: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums of the run, if any, that begins in this chunk and ends in a later one."""
+    """Adds up the partial sums of the run that begins in this chunk and ends in a later one, if there is one."""
     chunk = tl.program_id(0)
     first, last = chunk * CHUNK, (chunk + 1) * CHUNK
     key = tl.load(keys + last - 1, mask=last < n, other=-2)
-    goes_on = tl.load(keys + last, mask=last < n, other=-1) == key
+    continues = tl.load(keys + last, mask=last < n, other=-1) == key
     begins = tl.load(keys + first - 1, mask=first > 0, other=-1) != key
-    if goes_on & begins:
+    if continues & begins:
         cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
         mask = cols < C
         acc = tl.zeros((PARTS, COLS), tl.float32)
@@ -230,7 +262,7 @@ def _long_runs_kernel(
 
 
 def backward_temps(dwte: Tensor, dwpe: Tensor, dout: Tensor, *_: object, **__: object) -> Temps:
-    """Sorted tokens and their positions, twice; the digits' counts; the partial sums of the chunks."""
+    """Sorted tokens and their places in the batch, twice; the counts of digits; the partial sums of the chunks."""
     n, C = dout.shape
     table = ((triton.cdiv(n, SORT_BLOCK), 1 << DIGIT_BITS), torch.int32)
     return [*[((n,), torch.int32)] * 4, table, ((2, triton.cdiv(n, CHUNK), C), torch.float32)]

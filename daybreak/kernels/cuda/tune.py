@@ -1,13 +1,23 @@
-"""Searches the fastest way to compute a schedule's products and writes the table that cublaslt.py and quack.py read.
+"""Finds the fastest way to compute each matmul of a step and writes the table that cublaslt.py and quack.py read.
 
-    table = search(keys)      # report.bench.step_products: all that a step makes
+    table = search(keys)      # report.bench.step_products gives the keys of all matmuls of a step
     write(table, folder)
 
-A figure counts only as training sees it, so everything is timed at the power limit: the device is heated first and
-never idles, operands rotate through more memory than the L2 cache holds, candidates take turns in rounds, every other
-round backwards, and medians are compared. A candidate must agree with an fp32 product and give the same bits three
-times while another stream keeps the device busy. The library's first heuristic stays unless another is faster by more
-than GAIN: below that the search would pick noise.
+`search` takes one key after the other, those with GELU last. For each key, `Search.tune` narrows many candidates down:
+
+    1 collect   the library's OFFERS, and their variations (other tiles, clusters, block orders): CANDIDATES at most;
+                with GELU also two passes, the matmul that the table has and then GELU; where it can, quack's tiles
+    2 time      all of them shortly: 2 rounds of SHORT_S seconds
+    3 check     the fast ones, fastest first: within PRUNE times the best, until more than FINALISTS are
+                sound; and the library's first offer, however slow it is
+    4 time      the finalists longer: ROUNDS rounds of ROUND_S seconds
+    5 choose    the first offer, unless another is faster by more than GAIN; a smaller difference could be noise
+    6 quack     its best tile is named beside that winner if it is faster; it passes steps 2 to 4 too
+
+A sound candidate agrees with an fp32 matmul. It also gives the same bits three times while another stream keeps the GPU
+busy. All times are taken as in training, at the power limit. The GPU is heated first and is never idle. The operands
+rotate through more memory than the L2 cache holds. The candidates take turns, every other round in reverse order, and
+their medians are compared.
 """
 
 from __future__ import annotations
@@ -36,12 +46,12 @@ from daybreak.kernels.cuda.products import Key
 
 GAIN = 0.01
 HEAT_S, SHORT_S, ROUND_S, ROUNDS = 2.0, 0.004, 0.02, 5
-OFFERS, CANDIDATES, FINALISTS, PRUNE = 32, 96, 6, 1.15
+OFFERS, CANDIDATES, FINALISTS, PRUNE = 32, 96, 6, 1.15  # see the steps above
 TANH = 2.0**-10.98  # relative error of tanh.approx.f32 (PTX ISA), which an epilogue may use
-ROTATE = 256 << 20  # bytes of operands that take turns
-TILES = (20, 23, 24, 31, 32)  # 128x128, 128x256, 256x128, 192x128, 128x192: tried beside those offered
+ROTATE = 256 << 20  # bytes of operands that take turns, at least
+TILES = (20, 23, 24, 31, 32)  # 128x128, 128x256, 256x128, 192x128, 128x192: tried beside the offered ones
 CLUSTERS = (2, 3, 4, 5, 6)  # 1x1, 2x1, 4x1, 1x2, 2x2
-BUDGET_S = 300.0
+BUDGET_S = 300.0  # seconds of a whole search
 PAIRED = ((128, 128), (128, 160), (128, 192), (128, 208), (192, 128))
 SHARED = ((256, 128), (256, 160), (256, 192), (256, 208), (128, 256))
 QUACK = [
@@ -53,7 +63,7 @@ QUACK = [
 
 @dataclass
 class Operands:
-    """One set of buffers for a product, row-major as the operations see them."""
+    """One set of buffers for a matmul, row-major as in the operations."""
 
     a: Tensor
     b: Tensor
@@ -74,7 +84,7 @@ class Operands:
 
 
 def operands(key: Key, device: torch.device) -> Operands:
-    """Random buffers with the key's row strides; the product's entries have a variance of about 1."""
+    """Random buffers with the key's row strides; the entries of the result have a variance of about 1."""
     dtype = torch.bfloat16 if key.dtype == "bf16" else torch.float32
 
     def matrix(rows: int, columns: int, ld: int, scale: float = 1.0) -> Tensor:
@@ -91,7 +101,7 @@ def operands(key: Key, device: torch.device) -> Operands:
 
 
 def product(key: Key, x: Operands) -> Tensor:
-    """The product alone, with the addend and the bias, by torch in fp32."""
+    """The matmul with the addend and the bias but without GELU, by torch in fp32."""
     left = x.b if key.trans[1] == "n" else x.b.t()
     right = x.a.t() if key.trans[0] == "t" else x.a
     addend = x.bias if x.bias is not None else None if key.mode == "beta0" else x.c
@@ -102,13 +112,16 @@ def product(key: Key, x: Operands) -> Tensor:
 
 
 def target(key: Key, x: Operands) -> tuple[Tensor, Tensor]:
-    """The result in fp32, and how far from it a sound one may be: the rounding of the result, the sum's own error, and
-    what the operands' rounding (TF32), the rounding of GELU's input and the hardware's tanh carry to the result."""
+    """The result in fp32, and how far a sound result may be from it.
+
+    The limit adds up several errors: the rounding of the result, and that of the sum. It adds the effect of rounded
+    operands (TF32), of GELU's rounded input, and of the GPU's tanh, as far as the key has them.
+    """
     with full_precision():
         first = product(key, x)
         want, half_ulp = first, 2.0**-8 if key.dtype == "bf16" else 0.0
         carried = torch.zeros((), device=x.d.device)
-        if key.mode != "beta0":  # Hopper's kernels round the product before they add C
+        if key.mode != "beta0":  # Hopper's kernels round the matmul before they add C
             carried = half_ulp * (first - x.c.float()).abs()
         if key.epilogue == "gelu":
             want = torch.ops.aten.gelu(first, approximate="tanh")
@@ -117,7 +130,7 @@ def target(key: Key, x: Operands) -> tuple[Tensor, Tensor]:
             pre = x.aux.float()
             want = torch.ops.aten.gelu_backward(first, pre, approximate="tanh")
             carried = first.abs() * TANH * (0.5 + 0.8 * pre.abs() * (1 + 0.1342 * pre * pre))
-        if key.dtype == "tf32":  # 10 bits of each operand's fraction, rounded or cut
+        if key.dtype == "tf32":  # each operand keeps 10 bits of its fraction, rounded or cut
             sizes = Operands(x.a.abs(), x.b.abs(), x.c.abs(), x.d, None if x.bias is None else x.bias.abs(), x.aux)
             carried = carried + 2.0**-9 * 1.13 * product(key, sizes)
         return want, half_ulp * want.abs() + 1e-5 * max(1.0, key.k / 8192) * want.abs().amax() + carried
@@ -125,7 +138,7 @@ def target(key: Key, x: Operands) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """torch's fp32 products without TF32 for a while."""
+    """Inside the block, torch computes fp32 matmuls without TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -136,8 +149,10 @@ def full_precision() -> Iterator[None]:
 
 @dataclass
 class Candidate:
-    """A way to compute a product: launches on a set of operands and returns a status. Algorithm None: quack's tile
-    `config`, or two passes."""
+    """A way to compute a matmul. `launch` runs it on a set of operands and returns a status.
+
+    `algo` is cuBLASLt's algorithm. It is None for quack's tile, which `config` names, and for two passes.
+    """
 
     launch: Callable[[Operands], int]
     algo: Algo | None
@@ -146,7 +161,7 @@ class Candidate:
 
 
 def tile_ids(plan: Plan, algo: Algo) -> list[int]:
-    """The tiles that an algorithm knows."""
+    """The tiles that an algorithm supports."""
     at, written = ctypes.addressof(algo), ctypes.c_size_t()
     get, size_at = plan.lib.cublasLtMatmulAlgoCapGetAttribute, ctypes.addressof(written)
     if get(at, CAP_TILES, None, 0, size_at) or not written.value:
@@ -204,7 +219,7 @@ class Search:
         return int(torch.cuda.current_stream(self.device).cuda_stream)
 
     def heat(self, seconds: float) -> None:
-        """Large products back to back, so that the clock is what training will have."""
+        """Run large matmuls back to back, so that the clock is as in training."""
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             for _ in range(50):
@@ -212,7 +227,10 @@ class Search:
             torch.cuda.synchronize()
 
     def times(self, runs: list[Callable[[Operands], Any]], sets: list[Operands], s: float, rounds: int) -> list[float]:
-        """Median seconds of each function: `rounds` rounds of about `s` seconds each, without a pause in between."""
+        """Median seconds of each function, over `rounds` rounds without a pause between them.
+
+        In each round every function runs for about `s` seconds. A first round only finds how often to call it.
+        """
         event: Callable[[], Any] = functools.partial(torch.cuda.Event, enable_timing=True)
         events = [[(event(), event()) for _ in runs] for _ in range(rounds + 1)]
         counts, turn = [2] * len(runs), 0
@@ -224,7 +242,7 @@ class Search:
                     runs[i](sets[turn % len(sets)])
                     turn += 1
                 row[i][1].record()
-            if number == 0:  # the first round only measures how often to call
+            if number == 0:  # this round is not counted
                 torch.cuda.synchronize()
                 counts = [max(2, math.ceil(s / (max(a.elapsed_time(b), 1e-3) / 2e3))) for a, b in row]
         torch.cuda.synchronize()
@@ -232,7 +250,7 @@ class Search:
         return [statistics.median(column) for column in zip(*seconds, strict=True)]
 
     def candidates(self, plan: Plan, x: Operands) -> list[Candidate]:
-        """The library's offers, first heuristic first, and variations of them; each has run once."""
+        """The library's offers, best guess first, and their variations; each has run once."""
         offered = [offer.algo for offer in plan.offered(OFFERS)]
         algos, found = (offered + variations(plan, offered))[:CANDIDATES], []
         for algo in algos:
@@ -246,7 +264,10 @@ class Search:
         return found
 
     def tiles(self, key: Key, x: Operands) -> list[Candidate]:
-        """quack's ways, each compiled and run once; none for a product whose epilogue it has by rule, or not at all."""
+        """quack's tiles, each compiled and run once.
+
+        Empty for GELU and its derivative, where no table chooses the tile, and for operands that quack does not support.
+        """
         if not self.quack or key.dtype != "bf16" or key.epilogue not in ("plain", "bias"):
             return []
 
@@ -266,7 +287,7 @@ class Search:
         return compiled(found, x)
 
     def two_passes(self, key: Key, entry: dict[str, Any] | None) -> Candidate | None:
-        """GELU as a pass of its own behind the table's product with bias."""
+        """The table's matmul with bias, then GELU in a separate pass."""
         if not entry:
             return None
         plan = Plan(self.blas, with_bias(key))
@@ -281,7 +302,7 @@ class Search:
         return Candidate(launch, None, "a product, then gelu")
 
     def sound(self, key: Key, candidate: Candidate, x: Operands, start: Tensor, wanted: tuple[Tensor, Tensor]) -> str:
-        """Why a candidate may not be used; empty if it may: right, and the same bits three times under load."""
+        """Why a candidate may not be used, or "" if it is right and gives the same bits three times under load."""
         results = []
         for _ in range(3):
             x.d.copy_(start) if key.mode == "beta1" else x.d.fill_(math.nan)
@@ -305,8 +326,8 @@ class Search:
         return "" if excess <= 1 else f"off by {excess:.1f} times the limit"
 
     def finalists(self, key: Key, found: list[Candidate], x: Operands) -> list[Candidate]:
-        """The fast ones that are sound, the first heuristic in front if it is."""
-        start = x.d.normal_().clone()  # timing has added to it many times
+        """The fast candidates that are sound: step 3. The first offer comes first if it is sound."""
+        start = x.d.normal_().clone()  # the timed matmuls have added to it many times
         wanted, best = target(key, x), min(c.seconds for c in found)
         near = sorted((c for c in found[1:] if c.seconds <= PRUNE * best), key=lambda c: c.seconds)
         kept: list[Candidate] = []
@@ -321,7 +342,7 @@ class Search:
         return kept
 
     def tune(self, key: Key, bias_entry: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The table's entry for one product; None if the library has no sound algorithm for it."""
+        """The table's entry for one key, in steps 1 to 6; None if the library has no sound algorithm for it."""
         plan, sets = Plan(self.blas, key), [operands(key, self.device)]
         while sum(x.nbytes() for x in sets) < ROTATE:
             sets.append(operands(key, self.device))
@@ -362,7 +383,7 @@ class Search:
 
 
 def compiled(candidates: list[Candidate], x: Operands) -> list[Candidate]:
-    """Those of quack's candidates that run, each having run once; processes beside this one compile them."""
+    """Those of quack's candidates that run; each has run once. Other processes compile them in parallel."""
     from quack.cache import CompilePending, pool_scope
 
     kept, waiting = [], candidates
@@ -374,7 +395,7 @@ def compiled(candidates: list[Candidate], x: Operands) -> list[Candidate]:
                     candidate.launch(x)
                 except CompilePending:
                     later.append(candidate)
-                except Exception as error:  # a tile that this product or this card does not take
+                except Exception as error:  # this matmul or this GPU does not support the tile
                     print(f"  left out: {candidate.config}: {type(error).__name__}: {str(error)[:80]}")
                 else:
                     kept.append(candidate)
@@ -385,17 +406,17 @@ def compiled(candidates: list[Candidate], x: Operands) -> list[Candidate]:
 
 
 def with_bias(key: Key) -> Key:
-    """The product before a GELU, with its bias alone, into GELU's input."""
+    """The key of a matmul with GELU, without its GELU: the bias is added, and the result is GELU's input."""
     return key._replace(epilogue="bias", ldd=key.ldaux, ldc=key.ldaux, ldaux=0)
 
 
 def search(keys: Collection[Key]) -> dict[str, Any]:
-    """A table for these products on the current device: the fastest sound algorithm of each. Products that BUDGET_S
-    no longer reaches are left out, which is said."""
+    """A table with the fastest sound algorithm for each key on the current device. After BUDGET_S seconds the remaining
+    keys are left out and printed."""
     tools, start = Search(), time.perf_counter()
     plans: dict[str, dict[str, Any]] = {}
     tools.heat(HEAT_S)
-    # A product with bias comes before the same with GELU, which may use it.
+    # A matmul with bias comes before the same matmul with GELU: its algorithm is the first of the two passes.
     todo = {*keys, *(with_bias(key) for key in keys if key.epilogue == "gelu")}
     for key in sorted(todo, key=lambda key: (key.epilogue == "gelu", key)):
         if time.perf_counter() - start > BUDGET_S:
@@ -421,7 +442,7 @@ def search(keys: Collection[Key]) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """Driver, power limit and clock as nvidia-smi tells them."""
+    """Driver, power limit, power and clock as nvidia-smi prints them."""
     query = "--query-gpu=driver_version,power.limit,power.draw,clocks.sm"
     try:
         run = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=10)
@@ -431,7 +452,7 @@ def machine() -> str:
 
 
 def write(table: dict[str, Any], folder: Path) -> Path:
-    """Write a table to its file; products of an earlier search that this one lacks stay in it."""
+    """Write a table to its file. Entries of an earlier search stay unless this table has their key."""
     path = folder / products.table_path(table["card"], table["cublaslt"]).name
     before = products.read_table(path, table["card"], table["cublaslt"])
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,29 @@
-"""Matrix products through cuBLASLt, with the epilogues that pay: bias, an addend, GELU, GELU's derivative.
+"""Matmuls through cuBLASLt, with epilogues that save time: bias, an addend, GELU, GELU's derivative.
 
-The library is the one that torch has loaded, called through ctypes. cuBLASLt sees matrices column by column, so a
-row-major tensor (r, s) is its matrix (s, r), and every product is computed transposed: D (m, n) = op(A) op(B) where m
-are the columns and n the rows of the row-major output. In this file m, n, k, A, B, C, D are the library's.
+The library is the one that torch has loaded, called through ctypes. It stores matrices column by column, so it sees a
+row-major tensor (r, s) as a matrix (s, r), and it computes every matmul transposed: D (m, n) = op(A) op(B) + C. Here m
+are the columns of the row-major output and n its rows. In this file m, n, k, A, B, C, D are the library's letters. For
+x with N rows and I columns, and w with O rows and I columns:
 
-A product is described by a `Key`; what was prepared for one (descriptors and algorithm) is a `Plan`, built at the first
-call and kept for the life of the process. The algorithm comes from a table measured for this card and exactly this
-version of the library (kernels/cuda/tables, written by kernels.cuda.tune), else it is the library's first heuristic.
-Timing never decides at run time: another algorithm may mean other bits. Where the library has no algorithm (odd row
-strides in bf16, say) the product goes through torch; `choices` tells what was used for every key.
+    operation          row-major                   op(A), op(B)   A   B     m  n  k
+    forward            out (N, O) = x w^T          t n            w   x     O  N  I
+    backward input     dx (N, I) = dout w          n n            w   dout  I  N  O
+    backward weight    dw (O, I) = dout^T x        n t            x   dout  I  O  N
 
-Only algorithms that add up in fp32 are asked for: a split over k that reduces in bf16 would round partial sums.
+Every operation below calls `_gemm`, which finds a prepared matmul or prepares one:
+
+    tensors --> Key --> plans[key] --> launch
+                           | first call with this key: `Blas.plan`
+                           +--> Plan with the table's algorithm, or of a Key with the nearest number of rows
+                           +--> Plan with the library's first offer
+                           +--> None: the caller uses torch or, with GELU, two passes if the table says so
+
+A `Key` (products.py) holds all that the choice of an algorithm may depend on: dtype, op(A) and op(B), m, n, k, the
+epilogue, whether C is added, row strides, and the alignment of all addresses, but not the addresses. A `Plan` holds the
+library's descriptors and the algorithm, and is kept for the life of the process. tune.py measures a table for one GPU
+and one version of the library. Timing never decides at run time, since another algorithm may give other bits. Where
+the library has no algorithm, as for odd row strides in bf16, torch computes the matmul. `choices` lists the choice of
+every key. Only algorithms that add up in fp32 are used: a split over k that reduces in bf16 would round partial sums.
 """
 
 from __future__ import annotations
@@ -31,7 +44,7 @@ from daybreak.kernels.cuda import bias, missing_backends
 from daybreak.kernels.cuda import gelu as gelu_kernels
 from daybreak.kernels.cuda.products import Key, nearest, read_table, table_path
 
-WORKSPACE = 32 << 20  # bytes: what the library recommends on Hopper; algorithms that want more are not offered
+WORKSPACE = 32 << 20  # bytes, as the library recommends on Hopper; algorithms that need more are not used
 _TEMPS = [((WORKSPACE,), torch.uint8)]
 
 # Numbers of the library's enumerations, the same in CUDA 11.4 to 13. Types: cudaDataType_t, cublasComputeType_t.
@@ -57,7 +70,7 @@ STATUS = {
     0: "SUCCESS", 1: "NOT_INITIALIZED", 3: "ALLOC_FAILED", 7: "INVALID_VALUE", 8: "ARCH_MISMATCH", 11: "MAPPING_ERROR",
     13: "EXECUTION_FAILED", 14: "INTERNAL_ERROR", 15: "NOT_SUPPORTED", 16: "LICENSE_ERROR",
 }  # fmt: skip
-REFUSED = (7, 15)  # what the library answers to a product it cannot do
+REFUSED = (7, 15)  # the library's answers to a matmul that it cannot do
 DTYPES = {"bf16": (R_16BF, COMPUTE_32F), "fp32": (R_32F, COMPUTE_32F), "tf32": (R_32F, COMPUTE_32F_FAST_TF32)}
 
 
@@ -104,7 +117,7 @@ SIGNATURES: dict[str, list[Any]] = {  # all return a status
 
 
 def library_paths() -> list[str]:
-    """Where cuBLASLt may be, best first: what this process has loaded, beside torch, the system's."""
+    """Where cuBLASLt may be, best first: loaded by this process, beside torch, in the system."""
     loaded: list[str] = []
     maps = Path("/proc/self/maps")
     if maps.exists():
@@ -144,14 +157,14 @@ ONE, ZERO = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
 
 
 class Blas:
-    """The library on one device: its handle, the card's table, the plans made so far (None: torch does it)."""
+    """The library on one device: its handle, the GPU's table, the plans made so far (None: torch computes it)."""
 
     def __init__(self, lib: Any, device: int) -> None:
         self.lib, self.device = lib, device
         self.version = int(lib.cublasLtGetVersion())
         self.card = torch.cuda.get_device_name(device)
         self.table = read_table(table_path(self.card, self.version), self.card, self.version)
-        self.plans: dict[tuple[Any, ...], Plan | None] = {}
+        self.plans: dict[Key, Plan | None] = {}
         self.used: dict[str, str] = {}
         handle = _VOID()
         with torch.cuda.device(device):
@@ -159,7 +172,7 @@ class Blas:
         self.handle = handle.value
 
     def plan(self, key: Key) -> Plan | None:
-        """Prepare a product: the table's algorithm if it fits, else the first that the library offers."""
+        """Prepare a matmul: with the table's algorithm if it fits, else with the first that the library offers."""
         name = str(key)
         found, entry = nearest(self.table, key)
         if entry.get("separate"):
@@ -184,8 +197,8 @@ class Blas:
 
 
 class Plan:
-    """Descriptors of one product and the algorithm for it. Not for use by two threads at once: pointers are set in the
-    descriptor, then launched."""
+    """Descriptors of one matmul and its algorithm. Two threads must not use it at once: `launch` writes addresses into
+    the descriptor before the call."""
 
     def __init__(self, blas: Blas, key: Key) -> None:
         self.blas, self.key = blas, key
@@ -200,7 +213,7 @@ class Plan:
         for side, letter in zip((TRANSA, TRANSB), key.trans, strict=True):
             self._set(side, ctypes.c_int32("nt".index(letter)))
         self._set(EPILOGUE, ctypes.c_uint32(EPILOGUES[key.epilogue]))
-        # The heuristic reads a pointer's alignment and nothing else of it.
+        # The heuristic reads only the alignment of a pointer.
         pointer = ctypes.c_uint64((1 << 28) + key.align)
         if key.epilogue in ("bias", "gelu"):
             self._set(BIAS_TYPE, ctypes.c_int32(dtype))
@@ -225,17 +238,17 @@ class Plan:
         return made.value
 
     def destroy(self) -> None:
-        """Give the descriptors back; the plan is of no use afterwards."""
+        """Free the descriptors; the plan cannot be used afterwards."""
         self.lib.cublasLtMatmulDescDestroy(self.desc)
         for layout in {self.a, self.b, self.c, self.d}:
             self.lib.cublasLtMatrixLayoutDestroy(layout)
 
     def offered(self, count: int) -> list[Heuristic]:
-        """What the library's heuristic offers, best guess first: deterministic, fp32 sums, at most WORKSPACE bytes."""
+        """Offers of the library's heuristic, best guess first: deterministic, fp32 sums, at most WORKSPACE bytes."""
         key, preference, returned = self.key, _VOID(), ctypes.c_int()
         odd = key.align < 16 or any(ld % 8 for ld in (key.lda, key.ldb, key.ldc, key.ldd, key.ldaux))
         if odd and (key.ldaux or (key.epilogue == "bias" and key.dtype == "bf16")):
-            return []  # an aux is documented as unsupported; the bias would be added to the product's rounding
+            return []  # documented: no aux here; and the bias would be added after a rounding
         check(self.lib.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)), "a preference")
         wishes: list[tuple[int, Any]] = [(PREF_ALIGN_A + i, ctypes.c_uint32(key.align)) for i in range(4)]
         wishes.append((PREF_WORKSPACE, ctypes.c_uint64(WORKSPACE)))
@@ -256,7 +269,7 @@ class Plan:
         return [r for r in found if r.state == 0 and r.workspace <= WORKSPACE and self._fits(r.algo)]
 
     def _fits(self, algo: Algo) -> bool:
-        """The heuristic is not told whether C is another matrix than D, so ask the algorithm."""
+        """The heuristic does not know whether C is another matrix than D, so ask the algorithm."""
         if self.key.mode != "add":
             return True
         value, written = ctypes.c_int32(1), ctypes.c_size_t()
@@ -265,7 +278,7 @@ class Plan:
         return value.value != 0
 
     def checked(self, algo: Algo) -> Heuristic | None:
-        """Whether the algorithm can do this product, within the workspace and with sums in fp32."""
+        """The library's answer if the algorithm can do this matmul in the workspace with fp32 sums, else None."""
         result = Heuristic()
         status = self.lib.cublasLtMatmulAlgoCheck(
             self.blas.handle, self.desc, self.a, self.b, self.c, self.d, ctypes.addressof(algo),
@@ -276,7 +289,7 @@ class Plan:
         return result if self.setting(algo, "reduction") & ~REDUCE_IN_COMPUTE_TYPE == 0 else None
 
     def setting(self, algo: Algo, name: str) -> int:
-        """One setting of an algorithm; 0 where this algorithm has none."""
+        """One setting of an algorithm; 0 if it has no such setting."""
         number, kind = CONFIG[name]
         value, written = kind(), ctypes.c_size_t()
         at = (ctypes.addressof(value), ctypes.sizeof(value), ctypes.addressof(written))
@@ -288,7 +301,7 @@ class Plan:
         return " ".join(f"{name}{self.setting(algo, name)}" for name in CONFIG)
 
     def launch(self, algo: Algo, a: int, b: int, c: int, d: int, bias: int, aux: int, work: int, stream: int) -> int:
-        """Queue the product on the stream; every argument but the first is an address. Returns the status."""
+        """Queue the matmul on the stream; every argument but the first is an address. Returns the status."""
         if bias:
             self.pointer.value = bias
             self.lib.cublasLtMatmulDescSetAttribute(self.desc, BIAS_POINTER, self.pointer_at, 8)
@@ -305,12 +318,12 @@ class Plan:
 
 
 def choices() -> dict[str, str]:
-    """What was used so far: key of a product -> the algorithm and where it came from, or why torch does it."""
+    """The choices so far: key of a matmul -> its algorithm and its source, or the reason that torch computes it."""
     return {key: used for blas in _devices.values() if blas for key, used in sorted(blas.used.items())}
 
 
 def listed(run: Callable[[], None]) -> list[Key]:
-    """The products that `run` makes on tensors without storage (meta), in order of their keys: nothing is computed."""
+    """The keys of all matmuls that `run` makes on meta tensors, sorted. Nothing is computed."""
     _listed.clear()
     run()
     return sorted(_listed)
@@ -329,7 +342,7 @@ def blas_of(device: int) -> Blas | None:
 
 
 def usable(capability: tuple[int, int]) -> str | None:
-    """Why there is no cuBLASLt for a card of this compute capability, or None."""
+    """Why there is no cuBLASLt for a GPU of this compute capability, or None."""
     return None if library() else "libcublasLt is not where torch has its libraries"
 
 
@@ -340,7 +353,10 @@ def _gemm(
     trans: str, epilogue: str, d: Tensor, a: Tensor, b: Tensor, scratch: Scratch,
     bias: Tensor | None = None, aux: Tensor | None = None, c: Tensor | None = None,
 ) -> bool:  # fmt: skip
-    """D = epilogue(op(A) op(B) + C): c None, d itself or another. False if the library cannot: nothing was queued."""
+    """D = epilogue(op(A) op(B) + C), where c is None, d itself or another tensor. The steps are at the top of the file.
+
+    trans: n or t for A and for B. False: the library cannot do it and nothing was queued; the caller uses torch.
+    """
     n, m = d.shape
     mode = "beta0" if c is None else "beta1" if c is d else "add"
     k = a.shape[1] if trans[0] == "t" else a.shape[0]
@@ -350,14 +366,16 @@ def _gemm(
     pbias = 0 if bias is None else bias.data_ptr()
     paux = 0 if aux is None else aux.data_ptr()
     low = (pa | pb | pc | pd | pbias | paux) & 15
-    # A single row may carry any stride.
-    key = (
-        name, trans, m, n, k, epilogue, mode, max(a.stride(0), a.shape[1]), max(b.stride(0), b.shape[1]),
-        max(c.stride(0), m) if mode == "add" and c is not None else max(d.stride(0), m), max(d.stride(0), m),
-        0 if aux is None else max(aux.stride(0), m), low & -low or 16,
+    # A tensor with a single row can have any stride, so it is at least the row's length. The lowest bit that is set in
+    # any address is the alignment of all.
+    key = Key(
+        dtype=name, trans=trans, m=m, n=n, k=k, epilogue=epilogue, mode=mode,
+        lda=max(a.stride(0), a.shape[1]), ldb=max(b.stride(0), b.shape[1]),
+        ldc=max(c.stride(0), m) if mode == "add" and c is not None else max(d.stride(0), m), ldd=max(d.stride(0), m),
+        ldaux=0 if aux is None else max(aux.stride(0), m), align=low & -low or 16,
     )  # fmt: skip
-    if d.is_meta:  # a schedule that is only listed
-        _listed.add(Key(*key))
+    if d.is_meta:  # for `listed`
+        _listed.add(key)
         return True
     device = d.get_device()
     blas = _devices[device] if device in _devices else blas_of(device)
@@ -365,14 +383,14 @@ def _gemm(
         return False
     plans = blas.plans
     if key not in plans:
-        plans[key] = blas.plan(Key(*key))
+        plans[key] = blas.plan(key)
     plan = plans[key]
     if plan is None or plan.algo is None:
         return False
     (workspace,) = scratch(_TEMPS)
     stream = torch.cuda.current_stream(device).cuda_stream
     status = plan.launch(plan.algo, pa, pb, pc, pd, pbias, paux, workspace.data_ptr(), stream)
-    if status in REFUSED:  # offered, but then refused: the refusal comes before anything is queued
+    if status in REFUSED:  # it offered the algorithm but refuses the call, before anything is queued
         plans[key], blas.used[str(plan.key)] = None, f"torch: cuBLASLt answered {STATUS[status]}"
         return False
     check(status, f"cublasLtMatmul {plan.key}")
@@ -380,12 +398,12 @@ def _gemm(
 
 
 def workspace(*_: object, **__: object) -> Temps:
-    """What the library may use."""
+    """The workspace that the library may use."""
     return _TEMPS
 
 
 def gelu_pass(out: Tensor, x: Tensor) -> None:
-    """out = gelu(x) in a pass of its own."""
+    """out = gelu(x) in a separate pass."""
     if "triton" not in missing_backends() and out.is_contiguous() and x.is_contiguous():
         gelu_kernels.gelu_forward(out, x)
     else:
@@ -393,7 +411,7 @@ def gelu_pass(out: Tensor, x: Tensor) -> None:
 
 
 def slope_pass(grad: Tensor, pre: Tensor) -> None:
-    """grad *= gelu'(pre) in a pass of its own."""
+    """grad *= gelu'(pre) in a separate pass."""
     if "triton" not in missing_backends() and grad.is_contiguous() and pre.is_contiguous():
         gelu_kernels.multiply_by_slope(grad, pre)
     else:
@@ -411,8 +429,10 @@ def matmul_forward(
 
 @backend("cublaslt", temps=workspace)
 def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tensor, *, scratch: Scratch) -> None:
-    """pre (n, O) = x (n, I) @ w (O, I)^T + b (O); out (n, O) = gelu of it, before or after its rounding, as the table
-    says which of an epilogue and a separate pass is faster. The epilogue's GELU is the tanh form too."""
+    """pre (n, O) = x (n, I) @ w (O, I)^T + b (O); out (n, O) = gelu(pre), in its tanh form.
+
+    The table chooses between an epilogue, which uses pre before its rounding, and a separate pass, which uses it after.
+    """
     if _gemm("tn", "gelu", out, w, x, scratch, bias=b, aux=pre):
         return
     if not _gemm("tn", "bias", pre, w, x, scratch, bias=b):
@@ -428,12 +448,12 @@ def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor, *, scratch: Scrat
 
 
 def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor, *_: object, **__: object) -> Temps:
-    """The library's workspace, then partial sums of the bias gradient: one after the other in the same bytes."""
+    """The library's workspace and, later in the same bytes, the partial sums of the bias gradient."""
     return max(_TEMPS, _bias(dpre).bias_temps(db, dpre), key=temps_bytes)
 
 
 def _bias(dout: Tensor) -> Any:
-    """Where this bias gradient is computed."""
+    """The module that computes this bias gradient."""
     return bias if "triton" not in missing_backends() and dout.is_contiguous() else matmul
 
 
@@ -442,13 +462,15 @@ def matmul_gelu_backward(
     dpre: Tensor, gelu: Tensor | None, db: Tensor, dout: Tensor, w: Tensor, pre: Tensor,
     *, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)), the factor applied before rounding; the bias gradient
-    and, where it is wanted, gelu (n, I) in passes of their own."""
+    """dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)), multiplied before rounding.
+
+    Separate passes compute the bias gradient and, if it is given, gelu (n, I).
+    """
     if not _gemm("nn", "dgelu", dpre, w, dout, scratch, aux=pre):
         if not _gemm("nn", "plain", dpre, w, dout, scratch):
             torch.mm(dout, w, out=dpre)
         slope_pass(dpre, pre)
-    if dpre.is_meta:  # a schedule that is only listed
+    if dpre.is_meta:  # for `listed`
         return
     if gelu is not None:
         gelu_pass(gelu, pre)

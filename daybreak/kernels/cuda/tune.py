@@ -266,7 +266,7 @@ class Search:
     def tiles(self, key: Key, x: Operands) -> list[Candidate]:
         """quack's tiles, each compiled and run once.
 
-        Empty for GELU and its derivative, where no table chooses the tile, and for operands that quack does not support.
+        Empty for GELU and its derivative, where no table chooses the tile, and for operands that quack cannot take.
         """
         if not self.quack or key.dtype != "bf16" or key.epilogue not in ("plain", "bias"):
             return []

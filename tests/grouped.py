@@ -1,7 +1,7 @@
 """A family of models that is only here: layers of attention alone, whose heads share keys and values in groups.
 
-It shows how little a family needs: a dataclass, a file like this one, and two entries in registries. Run as a program,
-this file is daybreak's command line with one family more.
+It shows how little a family needs: a dataclass, a model, a table of names, and an entry in three registries. Run
+as a program, this file is daybreak's command line with one family more.
 
 The kernels take as many heads of keys as of queries. So the NH heads of queries go in NH / NKV groups, each of NKV
 heads, and every group has an attention of its own with the same keys and values. Their gradients are added up behind
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from daybreak.config_keys import at_least, key
+from daybreak.interop.families import FAMILIES, Family
 from daybreak.models import blocks
 from daybreak.models.frame import Frame, Mode
 from daybreak.models.head import Head
@@ -142,8 +144,31 @@ class Grouped(Head):
         f.final()
 
 
+class Names(Family):
+    """In other programs q, k and v are tensors of their own, and the heads' dimensions of k are in pairs."""
+
+    def rows_of_each(self, shape: Shape, leaf: str, rows: int) -> Sequence[slice | Tensor]:
+        if not leaf.startswith("qkv"):
+            return super().rows_of_each(shape, leaf, rows)
+        k = torch.arange(shape.C, (rows + shape.C) // 2).view(-1, 2, shape.HS // 2).mT.flatten()
+        return [slice(shape.C), k, slice(-len(k), None)]
+
+
+NAMES = Names(
+    arch="grouped", model_type="grouped", architecture="GroupedForCausalLM", prefix="model.", layer="layers.{}.",
+    names={
+        "wte": ("embed.weight",), "wpe": ("places.weight",), "lnfw": ("norm.weight",), "lnfb": ("norm.bias",),
+        "lnw": ("norm.weight",), "lnb": ("norm.bias",), "attprojw": ("o.weight",), "attprojb": ("o.bias",),
+        "qkvw": ("q.weight", "k.weight", "v.weight"), "qkvb": ("q.bias", "k.bias", "v.bias"),
+    },
+    sizes={"L": ("layers", 2), "C": ("hidden", 32), "NH": ("heads", 4), "NKV": ("key_heads", 2),
+           "max_T": ("positions", 16), "V": ("vocab_size", 257)},
+    arithmetic={}, written={},
+)  # fmt: skip
+
+
 def register() -> None:
-    ARCHS["grouped"], MODELS["grouped"] = GroupedConfig, Grouped
+    ARCHS["grouped"], MODELS["grouped"], FAMILIES["grouped"] = GroupedConfig, Grouped, NAMES
 
 
 def daybreak(args: list[str]) -> int:

@@ -6,7 +6,7 @@ Everything else in this folder is the same for all families.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,7 @@ from daybreak.shapes import Shape, model_config
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of Hugging Face's: it holds `rows` of one of our parameters, (out, in), or `transposed`, (in, out).
-
-    The padding of a vocabulary is not among the rows. Where several tensors make one parameter, each is a part."""
+    """A tensor of Hugging Face's: it holds `rows` of one of our parameters, (out, in), or `transposed`, (in, out)."""
 
     name: str
     rows: slice | Tensor
@@ -45,13 +43,15 @@ class Family:
     architecture: str  # transformers' class
     prefix: str  # of tensor names; some files leave it out
     layer: str  # before the names of layer {}
-    names: Mapping[str, str]  # our last word -> their name, inside `layer` or the whole model
+    names: Mapping[str, tuple[str, ...]]  # our last word -> their tensors, inside `layer` or the whole model
     sizes: Mapping[str, tuple[str, int]]  # our key -> config.json's and its default there
     arithmetic: Mapping[str, tuple[Any, ...]]  # key of config.json -> values that we compute, the default first
     written: Mapping[str, Any]  # further keys of a config.json of ours
+    padded: Collection[str] = ("wte",)  # parameters with a row for every id, which theirs do not pad
     transposed: Collection[str] = ()
     copies: Mapping[str, str] = field(default_factory=dict)  # tensors that some files have -> what they repeat, ours
     ignored: tuple[str, ...] = ()  # endings of tensors without learned values
+    gguf: str = ""  # llama.cpp's architecture, if it has this family
     gguf_plain: Collection[str] = ()  # matrices that stay fp32 in GGUF
     gguf_copies: Mapping[str, str] = field(default_factory=dict)  # further tensors of GGUF -> what they repeat, ours
 
@@ -77,9 +77,13 @@ class Family:
     def parts(self, shape: Shape, name: str, rows: int) -> list[Part]:
         """The tensors of one of our parameters, which has so many rows, without their prefix."""
         head, _, leaf = name.rpartition(".")
-        before = self.layer.format(head.rpartition(".")[2]) if head else ""
-        return [Part(before + self.names[leaf], slice(min(rows, shape.V) if leaf == "wte" else rows),
-                     leaf in self.transposed)]  # fmt: skip
+        before, each = self.layer.format(head.rpartition(".")[2]) if head else "", self.rows_of_each(shape, leaf, rows)
+        return [Part(before + n, r, leaf in self.transposed) for n, r in zip(self.names[leaf], each, strict=True)]
+
+    def rows_of_each(self, shape: Shape, leaf: str, rows: int) -> Sequence[slice | Tensor]:
+        """Which of a parameter's rows each of its tensors holds, in their order. A family overrides it where one of our
+        parameters is several tensors of theirs, or has its rows in another order."""
+        return [slice(min(rows, shape.V) if leaf in self.padded else rows)]
 
     def gguf_keys(self, shape: Shape) -> dict[str, Any]:
         """What GGUF says of a shape: names of GGUFWriter's methods, without add_."""
@@ -107,10 +111,12 @@ class _GPT2(Family):
 GPT2 = _GPT2(
     arch="gpt2", model_type="gpt2", architecture="GPT2LMHeadModel", prefix="transformer.", layer="h.{}.",
     names={
-        "wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias",
-        "ln1w": "ln_1.weight", "ln1b": "ln_1.bias", "qkvw": "attn.c_attn.weight", "qkvb": "attn.c_attn.bias",
-        "attprojw": "attn.c_proj.weight", "attprojb": "attn.c_proj.bias", "ln2w": "ln_2.weight", "ln2b": "ln_2.bias",
-        "fcw": "mlp.c_fc.weight", "fcb": "mlp.c_fc.bias", "fcprojw": "mlp.c_proj.weight", "fcprojb": "mlp.c_proj.bias",
+        "wte": ("wte.weight",), "wpe": ("wpe.weight",), "lnfw": ("ln_f.weight",), "lnfb": ("ln_f.bias",),
+        "ln1w": ("ln_1.weight",), "ln1b": ("ln_1.bias",), "ln2w": ("ln_2.weight",), "ln2b": ("ln_2.bias",),
+        "qkvw": ("attn.c_attn.weight",), "qkvb": ("attn.c_attn.bias",),
+        "attprojw": ("attn.c_proj.weight",), "attprojb": ("attn.c_proj.bias",),
+        "fcw": ("mlp.c_fc.weight",), "fcb": ("mlp.c_fc.bias",),
+        "fcprojw": ("mlp.c_proj.weight",), "fcprojb": ("mlp.c_proj.bias",),
     },
     sizes={"L": ("n_layer", 12), "C": ("n_embd", 768), "NH": ("n_head", 12), "max_T": ("n_positions", 1024),
            "V": ("vocab_size", 50257)},
@@ -121,16 +127,17 @@ GPT2 = _GPT2(
     },
     written={"n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     transposed=("qkvw", "attprojw", "fcw", "fcprojw"), copies={"lm_head.weight": "wte"},
-    ignored=("attn.bias", "attn.masked_bias"), gguf_plain=("wpe",), gguf_copies={"output.weight": "wte"},
+    ignored=("attn.bias", "attn.masked_bias"), gguf="gpt2", gguf_plain=("wpe",), gguf_copies={"output.weight": "wte"},
 )  # fmt: skip
 
-FAMILIES: list[Family] = [GPT2]
+FAMILIES: dict[str, Family] = {"gpt2": GPT2}  # by model_type
 
 
 def family_of(shape: Shape, to: str) -> Family:
     """The table of a shape's family. ConfigError if there is none, for who exports `to` a format."""
-    found = next((family for family in FAMILIES if family.arch == shape.arch), None)
-    if found is None:
-        known = ", ".join(family.arch for family in FAMILIES)
+    able = [family for family in FAMILIES.values() if family.gguf or to != "GGUF"]
+    found = [family for family in able if family.arch == shape.arch]
+    if not found:
+        known = ", ".join(family.arch for family in able)
         raise ConfigError(f"model.arch = {shape.arch!r} has no form in {to}; those that have one: {known}.")
-    return found
+    return found[0]

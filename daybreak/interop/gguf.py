@@ -30,11 +30,11 @@ def export(source: Export, out: Path, dtype: str = "f32") -> None:
     kind = gguf.GGMLQuantizationType[dtype.upper()]
     family = family_of(source.model, "GGUF")
     with appearing(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, family.arch)
+        writer = gguf.GGUFWriter(temporary, family.gguf)
         _describe(
             writer, source, family, gguf, gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"]
         )
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.arch.upper()], source.model.L)
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.gguf.upper()], source.model.L)
         for name, shape in source.shapes.items():
             x = source.read(name)
             of = kind if len(shape) == 2 and name not in family.gguf_plain else gguf.GGMLQuantizationType.F32

@@ -110,11 +110,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _shape(path: Path) -> tuple[Shape, Family]:
-    config, types = _json(path), {family.model_type: family for family in FAMILIES}
-    if (kind := config.get("model_type")) not in types:
-        known = " or ".join(map(repr, types))
+    config = _json(path)
+    if (kind := str(config.get("model_type"))) not in FAMILIES:
+        known = " or ".join(map(repr, FAMILIES))
         raise CheckpointError(f"{path}: model_type = {kind!r} is not supported; daybreak computes {known}.")
-    return checked_shape(path, types[kind].shape(path, config)), types[kind]
+    return checked_shape(path, FAMILIES[kind].shape(path, config)), FAMILIES[kind]
 
 
 def _tensor_files(path: Path) -> dict[str, tuple[SafetensorsFile, Entry]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from daybreak import __version__
-from daybreak.config import Config
+from daybreak.config import every_key
 from daybreak.files import write_atomic
 from daybreak.report.series import Follower
 
@@ -33,7 +33,7 @@ def page_data(runs: Sequence[Follower], *, live: bool = False) -> dict[str, Any]
     made = time.strftime("made %d %b %Y, %H:%M UTC", time.gmtime())
     return {
         "runs": [run.payload() for run in runs], "references": REFERENCES, "live": live, "made": made,
-        "defaults": dict(Config().items()), "daybreak": __version__,
+        "defaults": {name: key.default for name, key in every_key().items()}, "daybreak": __version__,
         "version": version(runs),
     }  # fmt: skip
 

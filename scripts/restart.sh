@@ -4,11 +4,12 @@
 #     scripts/restart.sh runs/mine daybreak train tiny --name mine
 #
 # The command makes the run; once it exists, every start is `daybreak train RUN` with the launcher in front of the
-# command's `daybreak` (torchrun -m daybreak, srun daybreak). Tried again: 1 (unexpected), 7 (hung) and no exit.json
-# (kill -9, lost power), until 3 starts in a row brought no new checkpoint. Everything else is final: 0 done, 75 stopped
-# by a signal, and what trying again cannot mend (2 to 6). Exits with that code; 137 where there is none.
+# command's `daybreak` (torchrun -m daybreak, srun daybreak). Tried again: 1 (unexpected), 7 (hung, or ranks did not meet)
+# and no exit.json (kill -9, lost power), until 3 starts in a row brought no new checkpoint. Everything else is final: 0
+# done, 75 stopped by a signal, and what trying again cannot mend (2 to 6). Exits with that code; 137 where there is none.
 #
-#     scripts/restart.sh --verdict RUN    only decides, for schedulers: prints again, stopped, failed or done
+#     scripts/restart.sh --once RUN COMMAND   one start by the same rule: COMMAND, or its launcher and `train RUN`
+#     scripts/restart.sh --verdict RUN        only decides, for schedulers: prints again, stopped, failed or done
 #
 # The decision is made by verdict.py beside this file, with $PYTHON (python3).
 set -u
@@ -22,7 +23,8 @@ if [ "${1:-}" = --verdict ]; then
     echo "$what"
     exit
 fi
-[ $# -ge 3 ] || { sed -n '2,14s/^# \?//p' "$0" >&2; exit 2; }
+once=${1:-} && [ "$once" = --once ] && shift
+[ $# -ge 3 ] || { sed -n '2,15s/^# \?//p' "$0" >&2; exit 2; }
 run=$1 && shift
 launcher=() && words=("$@")
 for i in "${!words[@]}"; do
@@ -30,10 +32,14 @@ for i in "${!words[@]}"; do
 done
 while true; do
     [ -e "$run/config.toml" ] && set -- "${launcher[@]}" train "$run"
+    [ "$once" = --once ] && exec "$@"
     "$@" &
     child=$!
     trap 'kill -TERM $child 2>/dev/null' TERM INT
-    trap 'kill -USR1 $child 2>/dev/null' USR1
+    case "${launcher[*]}" in
+        *torchrun* | *torch.distributed*) trap : USR1 ;; # it would die of it, and leave its workers alone
+        *) trap 'kill -USR1 $child 2>/dev/null' USR1 ;;
+    esac
     while kill -0 $child 2>/dev/null; do wait $child; done # a trapped signal ends `wait`, not the child
     if [ ! -d "$run" ]; then wait $child; exit; fi
     verdict "$run"

@@ -1,8 +1,9 @@
 """Decides whether a run is to be started again: python3 scripts/verdict.py RUN prints a word and an exit code.
 
 The word is again, stopped (by a signal, saved), failed or done; the code is that of the last attempt, 137 where it was
-killed. Starts without progress are counted in RUN/.restarts, so that the count survives the machine. What the folder's
-files say is read as data: a folder may come from somebody else. Needs nothing but Python.
+killed. Starts without progress are counted in RUN/.restarts, so that the count survives the machine. A start that left
+no folder RUN is failed: there is nothing to continue. What the folder's files say is read as data, because a folder may
+come from somebody else. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def code_of(run: Path) -> int:
 
 
 def newest_step(run: Path) -> int:
-    """Of the complete checkpoints; -1 for none."""
-    names = [path.parent.name for path in run.glob("checkpoints/step-*/manifest.json")]
-    return max((int(name[5:]) for name in names if re.fullmatch(r"step-[0-9]{8,12}", name)), default=-1)
+    """Of the complete checkpoint that was written last; -1 for none. A damaged one may have a higher step."""
+    found = [path for path in run.glob("checkpoints/step-*/manifest.json") if path.is_file()]
+    named = [path for path in found if re.fullmatch(r"step-[0-9]{8,12}", path.parent.name)]
+    return max(((path.stat().st_mtime_ns, int(path.parent.name[5:])) for path in named), default=(0, -1))[1]
 
 
 def count_start(run: Path) -> int:
@@ -46,17 +48,20 @@ def count_start(run: Path) -> int:
     said = re.fullmatch(r"(-?[0-9]{1,12}) ([0-9]{1,3})\n?", read(run / ".restarts"))
     step = newest_step(run)
     count = int(said[2]) + 1 if said and int(said[1]) == step else 1
-    if run.is_dir():
-        temporary = run / f".restarts-{os.getpid()}"
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "x") as file:
-            file.write(f"{step} {count}\n")
-        os.replace(temporary, run / ".restarts")
+    temporary = run / f".restarts-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x") as file:
+        file.write(f"{step} {count}\n")
+    os.replace(temporary, run / ".restarts")
     return count
 
 
 def verdict(run: Path) -> tuple[str, int]:
     """(word, code)"""
+    if not run.is_dir():
+        print(f"restart.sh: there is no folder {run}: the command did not start, or its run has another name. Read its "
+              "messages; it is not started again.", file=sys.stderr)  # fmt: skip
+        return "failed", 1
     code = code_of(run)
     if code not in (1, 7, STOPPED, KILLED):
         return "done" if code == 0 else "failed", code

@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from patience import PATIENCE
+from patience import PATIENCE, until
 from recovery import CHILD, assert_intact, assert_same, config, exit_code, make_shards, recipe, spawn, train, wait_for
 
 import daybreak
@@ -311,35 +312,60 @@ def test_a_signal_to_the_restart_loop_reaches_the_run(shards, tmp_path):
     assert loop.wait(PATIENCE) == exit_code(tmp_path / "r") == 75
 
 
+SLURM = {  # script -> the words of its job, and those with which srun is called first and later
+    "slurm": (["r", "daybreak", "train", "tiny", "--name", "r"], "daybreak train tiny --name r", "daybreak train r"),
+    "slurm torchrun": (["r", "torchrun", "-m", "daybreak", "train", "tiny", "--name", "r"],
+                       "torchrun -m daybreak train tiny --name r", "torchrun -m daybreak train r"),
+    "slurm_cluster": (["r", "tiny", "--parallel.zero", "1"], " --nproc-per-node 4 --max-restarts 3 --rdzv-id 77 "
+                      "--rdzv-backend c10d --rdzv-endpoint host7:29400 -m daybreak train tiny --parallel.zero 1 "
+                      "--name r --run.dir .", "host7:29400 -m daybreak train r"),
+}  # fmt: skip
+
+
+def slurm_job(folder: Path, script: str, srun: str) -> Callable[[], tuple[int, str, list[str]]]:
+    """A job of a Slurm script: each call is a start, and returns its exit code, what it told scontrol so far, and the
+    words of every srun. srun and scontrol are stand-ins that record how they are called: there is no Slurm here."""
+    srun = f'#!/bin/bash\necho "$@" >> sruns\n{srun}exit 1\n'
+    scontrol = '#!/bin/bash\n[ "$1" = show ] && echo host7 || echo "$@" >> scontrols\n'
+    env = tools(folder, srun=srun, scontrol=scontrol)
+    env |= {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host[7-8]", "SLURM_GPUS_ON_NODE": "4"}
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    (folder / "scontrols").touch()
+    command = ["bash", f"scripts/{script.split()[0]}.sbatch", *SLURM[script][0]]
+
+    def start() -> tuple[int, str, list[str]]:
+        job = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=PATIENCE)
+        return job.returncode, (folder / "scontrols").read_text(), (folder / "sruns").read_text().splitlines()
+
+    return start
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(0, 0), (1, 1), (2, 0), (3, 0), (5, 0), (7, 1), (75, 1), (None, 1)])
 @pytest.mark.parametrize("script", ["slurm", "slurm_cluster"])
 def test_the_slurm_scripts_requeue_by_the_rule(tmp_path, script, code, requeued):
-    """srun and scontrol are stand-ins that record how they are called: there is no Slurm here."""
-    said = "" if code is None else f'echo \'{{"code": {code}, "reason": "x", "t": 0}}\' > r/exit.json'
-    srun = f'#!/bin/bash\necho "$@" >> sruns\nmkdir -p r/checkpoints; touch r/config.toml\n{said}\nexit 1\n'
-    scontrol = '#!/bin/bash\n[ "$1" = show ] && echo host7 || echo "$@" >> scontrols\n'
-    env = tools(tmp_path, srun=srun, scontrol=scontrol)
-    env |= {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host[7-8]", "RECIPE": "tiny"}
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    command = ["bash", f"scripts/{script}.sbatch", "r", "daybreak", "train", "tiny", "--name", "r"]
-    if script == "slurm_cluster":  # which names the run itself
-        (tmp_path / "runs").mkdir()
-        (tmp_path / "r").mkdir()
-        (tmp_path / "runs/tiny").symlink_to("../r")
+    said = "" if code is None else f'echo \'{{"code": {code}, "reason": "x", "t": 0}}\' > r/exit.json\n'
+    start = slurm_job(tmp_path, script, f"mkdir -p r/checkpoints; touch r/config.toml\n{said}")
     for attempt in range(3):
-        job = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE)
+        ended, calls, _ = start()
         (tmp_path / "r/exit.json").unlink(missing_ok=True)
-        calls = (tmp_path / "scontrols").read_text() if (tmp_path / "scontrols").exists() else ""
         wanted = requeued * min(attempt + 1, 2)  # the third start without progress is the last
         assert calls == "requeue 77\n" * wanted
-        assert job.returncode == (code != 0 and wanted < attempt + 1)
-    starts = (tmp_path / "sruns").read_text().splitlines()
-    first, later = "tiny --name r", "r"
-    if script == "slurm_cluster":
-        first, later = "tiny --parallel.zero 1", "runs/tiny --parallel.zero 1"
-    assert starts[0].endswith(f"daybreak train {first}")
-    assert starts[1].endswith(f"daybreak train {later}")
-    assert ("--rdzv-endpoint host7:29400" in starts[0]) == (script == "slurm_cluster")
+        assert ended == (code != 0 and wanted < attempt + 1)
+
+
+@pytest.mark.parametrize("script", SLURM)
+def test_a_requeued_job_keeps_its_launcher(tmp_path, script):
+    start = slurm_job(tmp_path, script, "mkdir -p r; touch r/config.toml\n")
+    start()
+    (first, later), words = start()[2], SLURM[script]
+    assert first.endswith(words[1])
+    assert later.endswith(words[2])
+
+
+@pytest.mark.parametrize("script", ["slurm", "slurm_cluster"])
+def test_a_start_that_left_no_run_is_not_requeued(tmp_path, script):
+    """A recipe that does not exist, missing data, no torchrun: nothing could count such starts, so one is the end."""
+    assert slurm_job(tmp_path, script, "")()[:2] == (1, "")
 
 
 def test_a_stopped_run_is_requeued_while_it_makes_progress(tmp_path):
@@ -351,6 +377,39 @@ def test_a_stopped_run_is_requeued_while_it_makes_progress(tmp_path):
         (run / "exit.json").write_text('{"code": 75, "reason": "x", "t": 0}')
         said.append(verdict(run))
     assert said == ["stopped"] * 6 + ["failed"]
+
+
+def test_a_run_that_fell_back_makes_progress(tmp_path):
+    """Step 9 is damaged, so the run continued from 4; the checkpoint that was written last counts, not the highest."""
+    run, said = tmp_path / "r", []
+    for n, step in enumerate((9, 5, 6, 7, 7, 7)):
+        made = run / f"checkpoints/step-{step:08d}/manifest.json"
+        made.parent.mkdir(parents=True, exist_ok=True)
+        if not made.exists():
+            made.touch()
+            os.utime(made, ns=(n, n))
+        said.append(verdict(run))
+    assert said == ["again"] * 5 + ["failed"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "daybreak"])
+def test_usr1_does_not_end_torchrun(tmp_path, launcher):
+    """torchrun would die of it and leave its workers alone; daybreak itself saves."""
+    shim = "#!/bin/bash\ntrap 'echo > saved' USR1\ntrap 'exit 0' TERM\ntouch ready\nwhile true; do sleep 0.05; done\n"
+    command = ["env", "--default-signal=USR1", "bash", RESTART, "r"]  # this process ignores it
+    command += [*(["torchrun", "-m"] * (launcher == "torchrun")), "daybreak", "train", "tiny"]
+    loop = subprocess.Popen(command, cwd=tmp_path, env=tools(tmp_path, **{launcher: shim}))
+    status = Path(f"/proc/{loop.pid}/status")
+    until(lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> signal.SIGUSR1 - 1 & 1)
+    until(lambda: (tmp_path / "ready").exists())
+    for _ in range(5):
+        loop.send_signal(signal.SIGUSR1)
+        time.sleep(0.1)
+    if launcher == "daybreak":
+        until(lambda: (tmp_path / "saved").exists())
+    loop.terminate()
+    assert loop.wait(PATIENCE) == 0
+    assert (tmp_path / "saved").exists() == (launcher == "daybreak")
 
 
 @pytest.mark.parametrize(

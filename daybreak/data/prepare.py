@@ -1,10 +1,26 @@
 """Text to token shards: `data/NAME/{manifest.json, NAME_train_%06d.bin, NAME_val_%06d.bin}`; or ready-made ones.
 
-Every document is preceded by EOT and documents run on across shards, as in llm.c. The text is cut into units that
-depend on the source alone; threads encode them (tiktoken releases the GIL) and they are written in order, so the files
-are the same for any number of workers. A bounded number of units is in flight. The dataset is built in a hidden folder
-beside its place and renamed into it at the end: it is there complete, or not there. A journal in that folder, written
-whenever a shard is full and twice a minute, lets the same command go on after a kill, to the same bytes.
+    source -> pieces -> units of about UNIT characters -> threads encode -> written in order -> shards -> rename
+
+EOT stands before every document, and a document may continue in the next shard, as in llm.c. Units depend on the source
+alone, so the files are the same for any number of workers. A bounded number of units is in flight. The dataset is built
+in a hidden folder beside its place, and renamed at the end. So it is either complete or absent.
+
+The journal is a file in that folder, written when a shard is full, every 30 seconds, and before a DataError of the
+source. It lets the same command resume after a kill and write the same bytes. It says how much is written, and how
+much of the text that was:
+
+    text    | file 0: 0 1 2 | file 1: 3 4 | 5 6    place: pieces 5, file 1, in_file 2, before = documents of file 0
+    shards  | train_000000 | train_000001 | ...    shards: one full; partial: tokens of train_000001
+                                          ^ everything before this point is on the disk
+
+1. `_read_journal` compares its identity: source, options, tokenizer. If that differs, the folder is emptied.
+2. `_Split.restore` reopens the unfinished shard at `partial` tokens; tokens behind them are cut off.
+3. `_Job._pieces` skips the pieces that are written. A source with a revision starts at `file` and skips `in_file`
+   pieces. Local files may have changed, so they are read from the start, and their hash at `place` must be the journal's
+   `text`. If it is not, `prepare` empties the folder and starts over.
+
+For ready-made shards the journal holds only the identity: complete files stay, and the missing ones are downloaded.
 """
 
 from __future__ import annotations
@@ -27,15 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daybreak.data.catalogue import CATALOGUE, known_name, resolve_source
-from daybreak.data.dataset import (
-    MANIFEST,
-    Manifest,
-    ShardRecord,
-    SplitRecord,
-    check_name,
-    dataset_name,
-    token_counts,
-)
+from daybreak.data.dataset import MANIFEST, Manifest, ShardRecord, SplitRecord, check_name, dataset_name, token_counts
 from daybreak.data.formats import without_surrogates
 from daybreak.data.hub import SPEC, Remote, download, hub_files
 from daybreak.data.loader import ahead
@@ -46,10 +54,10 @@ from daybreak.errors import ConfigError, DataError, explained
 from daybreak.files import fsync_folder, locked, sha256_of, write_atomic
 
 log = logging.getLogger("daybreak")
-UNIT = 1 << 20  # characters a worker encodes at a time
+UNIT = 1 << 20  # characters that a worker encodes at a time
 PROSE = "Most of what people write is prose like this sentence: GPT-2 makes a token of about four of its bytes."
-SECONDS = 1 << 20  # bytes of text that are over before anybody has read what they will take
-SAMPLE = 1 << 14  # characters of a piece
+SECONDS = 1 << 20  # bytes of text that take so little time that no estimate is printed
+SAMPLE = 1 << 14  # characters of each piece that the estimate encodes
 JOURNAL, JOURNAL_SECONDS = "journal.json", 30.0
 PARALLEL = 4  # ready-made shards downloaded at once
 
@@ -58,7 +66,7 @@ Journal = dict[str, Any]
 
 
 class Encoded(NamedTuple):
-    """A unit's part of one split."""
+    """The part of a unit that belongs to one split."""
 
     tokens: NDArray[np.integer]
     documents: int
@@ -102,7 +110,7 @@ class _Split:
             self.shards.append(ShardRecord(info.path.name, info.tokens, info.size, sha256_of(info.path)))
 
     def state(self) -> Journal:
-        """What `restore` needs, all of it on the disk."""
+        """The journal's part about this split. All that it counts is on the disk."""
         if self.writer is not None:
             self.writer.flush()
         counts = {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
@@ -127,18 +135,10 @@ class _Split:
 
 
 def prepare(
-    names: str | Path | Sequence[str | Path],
-    *,
-    name: str | None = None,
-    data_dir: str | Path = "data",
-    tokenizer: str = "gpt2",
-    val_fraction: float | None = None,
-    shard_tokens: int = 100_000_000,
-    workers: int = 0,
-    text_field: str = "text",
-    skip_bad: bool = False,
-    progress: Progress = lambda done, total, tokens: None,
-) -> Manifest:
+    names: str | Path | Sequence[str | Path], *, name: str | None = None, data_dir: str | Path = "data",
+    tokenizer: str = "gpt2", val_fraction: float | None = None, shard_tokens: int = 100_000_000, workers: int = 0,
+    text_field: str = "text", skip_bad: bool = False, progress: Progress = lambda done, total, tokens: None,
+) -> Manifest:  # fmt: skip
     """Tokenize a catalogue name, hf:owner/name, URLs or files (`catalogue.resolve_source`) into `data_dir/NAME`.
 
     name: the dataset's; by default the catalogue name or the first path's stem, with `-TOKENIZER` appended unless that
@@ -146,9 +146,8 @@ def prepare(
     skip_bad: pass over bad files, lines and rows, and log how many there were of each kind.
     progress(done, total, tokens) is called as units are written, in UTF-8 bytes of text; `total` is an estimate until
     the last call. A dataset of the same name, source and tokenizer is replaced; any other is a ConfigError.
-    Raises DataError for text that cannot be read or is too little for both splits. A preparation that ended early, in
-    whatever way, is continued by the next one of the same source and options, if the text that it had written is
-    still the same.
+    Raises DataError for text that cannot be read or is too little for both splits. After an early end of any kind, the
+    same source and options continue the preparation, if the text that was written is still the same.
     """
     if not 1 <= shard_tokens <= MAX_TOKENS:
         raise ConfigError(f"shard-tokens = {shard_tokens} must be from 1 to {MAX_TOKENS}.")
@@ -175,8 +174,8 @@ def prepare(
 
 
 def _announce(source: Source, folder: Path, tokenizer: Tokenizer) -> None:
-    """What it will take, before it starts. Text is taken to have as many bytes a token as its first pieces, or as PROSE
-    if these must be downloaded. DataError where twice the room would not do for what `folder` still lacks."""
+    """Log an estimate of size and disk space before the start. It counts the bytes per token of the first pieces, or of
+    PROSE if the text is not here yet. Raises DataError if even twice the free space is too little."""
     if source.size < SECONDS:
         return
     pieces = source.pieces(0, 0, folder) if source.state is None else iter(())
@@ -199,7 +198,7 @@ def _announce(source: Source, folder: Path, tokenizer: Tokenizer) -> None:
 
 
 class _TextChangedError(Exception):
-    """The text before the place that a journal names is not what was written."""
+    """The text before the journal's place has changed since it was written."""
 
 
 class _Job:
@@ -212,8 +211,8 @@ class _Job:
         self.folder, self.name, self.source, self.tokenizer, self.identity = folder, name, source, tokenizer, identity
         width = tokenizer.dtype.itemsize
         self.splits = {split: _Split(f"{name}_{split}", folder, shard_tokens, width) for split in SPLITS}
-        self.digest, self.cuts = hashlib.sha256(), hashlib.sha256()  # of the text; of how it is cut and split
-        # Written so far: pieces in all; the file they end in, its pieces among them, the documents before that file.
+        self.digest, self.cuts = hashlib.sha256(), hashlib.sha256()  # of the text; of its cuts and splits
+        # Written so far: pieces in all; the file of the last one, pieces of that file, documents before it, the hash.
         self.place: Journal = {"pieces": 0, "file": 0, "in_file": 0, "before": 0, "text": ""}
         self.saved, self.shards = time.monotonic(), 0
         if journal is not None:
@@ -235,7 +234,7 @@ class _Job:
                 lossless = lossless and _round_trip(self.tokenizer, unit[0].text)
                 progress(done := self.count("bytes"), max(done, self.source.size), self.count("tokens"))
             train, val = (self.splits[key].record() for key in SPLITS)
-        except DataError:  # of a bad file: when it is mended, the work before it stays
+        except DataError:  # of a bad file: after its repair, the work before it is not repeated
             self._save()
             raise
         finally:
@@ -253,8 +252,7 @@ class _Job:
         return manifest
 
     def _pieces(self) -> Iterator[Piece]:
-        """The pieces not written yet. Those of local files are all read again, for the hash of the text, and must be
-        those that were written."""
+        """The pieces not written yet: step 3 at the top of the file. Raises _TextChangedError."""
         start, local = self.place, not self.source.revision
         first, before, skip = (0, 0, start["pieces"]) if local else (start["file"], start["before"], start["in_file"])
         number = -1
@@ -267,13 +265,14 @@ class _Job:
             raise _TextChangedError
 
     def _hashed(self, piece: Piece, ends: bool = True) -> str:
-        """Of all local text up to this piece and of its cuts, where that `ends` here; else the journal's."""
+        """Add a piece to the hash of the local text and its cuts. Returns the hash if the written text `ends` with this
+        piece, else the journal's own hash, which compares equal."""
         self.digest.update(piece.text.encode())
         self.cuts.update(f"{piece.split} {piece.starts} {len(piece.text)}\n".encode())
         return self.digest.hexdigest() + self.cuts.hexdigest() if ends else str(self.place["text"])
 
     def _advance(self, unit: Sequence[Piece]) -> None:
-        """Note what was written, and put it in the journal when a shard was finished or some time has passed."""
+        """Move the place behind a written unit. Save the journal if a shard was finished or JOURNAL_SECONDS passed."""
         p = dict(self.place)
         documents = self.count("documents") - sum(piece.starts for piece in unit)
         for piece in unit:
@@ -297,11 +296,11 @@ class _Job:
 
 
 def finish(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
-    """Complete a workspace: the manifest, a tokenizer that is not one of ours, and nothing else but the shards."""
+    """Complete a workspace: write the manifest and a foreign tokenizer, and delete everything else but the shards."""
     write_atomic(folder / MANIFEST, manifest.to_json())
     if tokenizer.source:
         write_atomic(folder / TOKENIZER_FILE, tokenizer.source)
-    for leftover in (folder / JOURNAL, *folder.glob(".*")):  # hidden: what a kill left of a writing
+    for leftover in (folder / JOURNAL, *folder.glob(".*")):  # hidden: temporary files that a kill left
         leftover.unlink(missing_ok=True)
     shutil.rmtree(folder / "download", ignore_errors=True)
 
@@ -320,7 +319,7 @@ def _units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encode_unit(tokenizer: Tokenizer, unit: list[Piece]) -> tuple[list[Piece], dict[str, Encoded]]:
-    """The unit and what its part of each split encodes to."""
+    """The unit, and the tokens of its part of each split."""
     eot: NDArray[np.integer] = np.array([tokenizer.eot], tokenizer.dtype)
     found = {}
     for split in dict.fromkeys(piece.split for piece in unit):
@@ -334,8 +333,8 @@ def _encode_unit(tokenizer: Tokenizer, unit: list[Piece]) -> tuple[list[Piece], 
 
 
 def _round_trip(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether a text comes back from its tokens, but for spaces before it; one warning where it does not. Our own
-    tokenizers lose nothing."""
+    """Whether decoding gives the text back, except for leading spaces; logs one warning if not. Only foreign tokenizers
+    are checked, since ours lose nothing."""
     if not tokenizer.source:
         return True
     text, back = (t.lstrip(" ") for t in (without_surrogates(text), tokenizer.decode(tokenizer.encode(text))))
@@ -367,9 +366,9 @@ def check_replaceable(final: Path, origin: str, tokenizer: str) -> None:
 
 @contextmanager
 def workspace(final: Path, identity: Any) -> Iterator[tuple[Path, Journal | None]]:
-    """A folder beside `final` that takes its place when the block ends well; with the journal of an earlier attempt.
+    """A folder beside `final` that replaces it if the block succeeds, and the journal of an earlier attempt.
 
-    Without a journal of this `identity` it is empty. When the block fails it stays if there is something to go on with.
+    Without a journal of this `identity` it is empty. If the block fails, the folder stays only if it has a journal.
     """
     folder, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     folder.mkdir(parents=True, exist_ok=True)
@@ -394,7 +393,7 @@ def workspace(final: Path, identity: Any) -> Iterator[tuple[Path, Journal | None
 
 
 def _read_journal(folder: Path, identity: Any) -> Journal | None:
-    """The journal of an earlier attempt at the same; without one the folder is emptied."""
+    """The journal of an earlier attempt with this identity. Without one, the folder is emptied."""
     try:
         journal: Journal = json.loads((folder / JOURNAL).read_text("utf-8"))
         if journal["identity"] == json.loads(json.dumps(identity)):
@@ -423,8 +422,8 @@ def pretokenized(
     """The validation shards and the first `shards` training shards (0: all) of GPT-2 tokens, into `data_dir/NAME`.
 
     source: a catalogue name that has them, or hf:owner/name[@revision]. Each file is checked: size, sha256, magic
-    number, header. A download that ended early goes on with the files that are missing. progress(bytes, total bytes,
-    tokens). DataError, ConfigError.
+    number, header. A download that ended early continues with the missing files. progress(bytes, total bytes,
+    tokens). Raises DataError, ConfigError.
     """
     known = known_name(source)
     spec = SPEC.fullmatch(f"hf:{CATALOGUE[known].shards}" if known else source)

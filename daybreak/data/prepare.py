@@ -17,8 +17,8 @@ much of the text that was:
 1. `_read_journal` compares its identity: source, options, tokenizer. If that differs, the folder is emptied.
 2. `_Split.restore` reopens the unfinished shard at `partial` tokens; tokens behind them are cut off.
 3. `_Job._pieces` skips the pieces that are written. A source with a revision starts at `file` and skips `in_file`
-   pieces. Local files may have changed, so they are read from the start, and their hash at `place` must be the journal's
-   `text`. If it is not, `prepare` empties the folder and starts over.
+   pieces. Local files may have changed, so they are read from the start, and their hash at `place` must be `text` of
+   the journal. If it is not, `prepare` empties the folder and starts over.
 
 For ready-made shards the journal holds only the identity: complete files stay, and the missing ones are downloaded.
 """

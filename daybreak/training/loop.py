@@ -1,7 +1,14 @@
-"""The training loop: prepare, then step after step in llm.c's order - validate, sample, save, learn, log.
+"""The training loop: preparation, then iterations in llm.c's order: validate, score, sample, save, update, log.
 
-`train` is what the command line and the Python API call. `Trainer` holds what a run needs; its methods are the parts
-of an iteration, in the order in which `run` calls them.
+The command line and the Python API call `train`. Each function below adds one kind of care and calls the next:
+
+    train              connects the ranks; if one fails, all end with its reason
+      _prepared        reads the run or weights to start from; rank 0 locks the folder of a resumed run
+        _train         locks the folder of a new run; leaves exit code and reason in exit.json, however it ends
+          open_run     checks everything and opens data and folder (training/setup.py)
+          Trainer.load the checkpoint or the given weights
+          Trainer.run  opens files and threads, and closes them in reverse order, however the loop ends
+            _loop      decides what is due, until the last step; step 7 of docs/tour.md has a table of its rules
 """
 
 from __future__ import annotations
@@ -55,7 +62,7 @@ from daybreak.training.watchdog import Watchdog
 
 log = logging.getLogger("daybreak")
 SAMPLE_SEED = 1337
-COUNTED_TOKENS = 100_000_000  # up to this much training data, the unigram entropy is worth computing
+COUNTED_TOKENS = 100_000_000  # above this much training data, the unigram entropy is not computed
 
 
 def train(
@@ -75,7 +82,7 @@ def train(
     stop = stop or Stop()
     stop.limit_hours(config.run.max_hours)
     if stop.group.world == 1:
-        config.check(ranks=int(launched(os.environ)["WORLD_SIZE"]))  # before anybody is waited for
+        config.check(ranks=int(launched(os.environ)["WORLD_SIZE"]))  # before any rank waits for another
         stop.group = connect(os.environ, config.parallel.timeout, lambda: stop.reason)
     group = stop.group
     try:
@@ -89,7 +96,7 @@ def _prepared(
     config: Config, resume: Path | str | None, fork_from: Path | str | None, init_from: Path | str | None, stop: Stop,
     on_save: Callable[[Path], None] | None,
 ) -> Run:  # fmt: skip
-    """`train` among the ranks of stop.group: what it starts from, and the run's lock, which rank 0 holds for all."""
+    """`train` among the ranks of stop.group: find the start, and hold the lock of a resumed run on rank 0."""
     old, check = resume if resume is not None else fork_from, Config.check
     if old is not None:
         run = Run(run_of(old))
@@ -114,11 +121,11 @@ def _train(
     config: Config, resume: Path | None, check: Callable[[Config], None], fork: Checkpoint | None, init: Weights | None,
     stop: Stop, on_save: Callable[[Path], None] | None,
 ) -> Run:  # fmt: skip
-    """`train` with its exits: every way out leaves its code and reason in exit.json once there is a folder for it."""
+    """`train` with its exits: each one leaves its code and reason in exit.json once this process holds a folder."""
     chief = stop.group.rank == 0
     folder = RunFolder(resume) if resume is not None else None
     if folder is not None and chief:
-        folder.forget_exit()  # an earlier attempt's verdict is not this one's
+        folder.forget_exit()  # it is of an earlier attempt
     code, reason = 1, "unknown"
     try:
         with stop.group.failing_together(), explaining_memory(config, stop.group):
@@ -128,14 +135,14 @@ def _train(
             who = f"rank {stop.group.rank} on {socket.gethostname()}: ranks wait for each other in vain"
             stop.group.leave_stacks = partial(new.append_stacks, who)
             with new.locked() if resume is None and chief else new.watched():
-                folder = new  # ours from here on: the exit.json of a run that another process holds is that one's
+                folder = new  # only now: if another process holds the run, exit.json belongs to it
                 with working("loading the model"):
                     trainer = Trainer(setup, stop, on_save)
                     trainer.load(fork, init)
                 trainer.run()
         code, reason = 0, "done"
         return setup.run
-    except Interrupted as stopped:  # before the first update: there is nothing to save
+    except Interrupted as stopped:  # before the first update, with nothing to save
         code, reason = Stopped.exit_code, str(stopped)
         again = f"; resume with: daybreak train {folder.path}" if folder is not None else ""
         raise Stopped(f"{reason} before the first update{again}.") from None
@@ -159,7 +166,7 @@ def _train(
 
 @dataclass(frozen=True)
 class Update:
-    """An update on its way: the step and samples it completes, its learning rate, its results."""
+    """An update that may still be computed: steps and samples when it is complete, learning rate, results."""
 
     step: int
     samples: int
@@ -173,25 +180,25 @@ class Trainer:
     def __init__(self, setup: Setup, stop: Stop, on_save: Callable[[Path], None] | None = None) -> None:
         self.setup, self.config, self.run_folder, self.stop = setup, setup.config, setup.run.folder, stop
         self.on_save, self.group = on_save, setup.group
-        self.chief = self.group.rank == 0  # who writes what there is one of
+        self.chief = self.group.rank == 0  # rank 0 writes the files that a run has once
         c = self.config
         spec = engine_spec(c, setup.device)
         self.engine = Engine(spec, device=setup.device, seed=c.run.seed, init=not setup.continues, group=self.group)
-        alone = self.group.world == 1  # several ranks write together, in step
+        alone = self.group.world == 1  # several ranks save together, while training waits
         self.staging = Staging(self.engine) if c.checkpoint.background and alone else None
         stop.check()
         self.step = self.samples = self.skips_in_a_row = 0
         self.saved_step = -1
         self.given_weights = False
-        self._unread: deque[Update] = deque()  # updates whose results the host has not looked at yet
-        self._late = 1 if setup.device.type == "cuda" else 0  # how many to leave so, for the device to stay busy
+        self._unread: deque[Update] = deque()  # updates whose results the host has not read yet
+        self._late = 1 if setup.device.type == "cuda" else 0  # so many stay unread, so that the GPU stays busy
         self.sensors = Sensors(setup.device)
         self.lengths = text_bytes(setup.dataset, setup.tokenizer, c.model.V)
 
     # ------------------------------------------------------------------------------------------------- starting
 
     def load(self, fork: Checkpoint | None, init: Weights | None) -> None:
-        """Continue from this run's newest checkpoint, or start from another run's."""
+        """Continue from this run's newest checkpoint, or start from another run's checkpoint or from given weights."""
         self.given_weights = fork is not None or init is not None
         if self.setup.continues:
             path = self.group.first(self._newest)
@@ -230,7 +237,8 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- the loop
 
     def run(self) -> None:
-        """Everything from here to the last step. Raises Stopped after saving, TooManySkips."""
+        """Train to the last step. Raises Stopped after saving, TooManySkips. On the way out the saver closes before the
+        buffers and files that its last save needs."""
         c, engine = self.config, self.engine
         self.clock = Throughput(engine.flops_per_token, self.setup.peak)
         title = f"{c.run.name}: {engine.num_parameters:,} parameters on {self.setup.device_name}"
@@ -247,7 +255,7 @@ class Trainer:
                 open_.callback(self.staging.close)
             saver = Saver(folder.checkpoints, k.keep, k.major, self.metrics.sync, self.group, folder)
             self.saver = open_.enter_context(saver)
-            # Of several ranks a silent one is found, and named, by those that wait for it.
+            # Among several ranks, those that wait find and name the rank that hangs (parallel.py).
             factor = guard.hang_factor if self.group.world == 1 else 0.0
             self.watchdog = open_.enter_context(Watchdog(folder, lambda: self.stop.checks, factor, guard.hang_seconds))
             batch = self.setup.batches(self.step, self.samples)
@@ -262,7 +270,7 @@ class Trainer:
             try:
                 self._write_run_record()
                 if self.given_weights:
-                    self._save(wait=True)  # nothing else in the folder says where they came from
+                    self._save(wait=True)  # nothing else in the folder holds them
                 self._loop(batches)
             except Interrupted as reason:
                 self._save_and_stop(str(reason))
@@ -285,7 +293,7 @@ class Trainer:
             sample = last or (c.eval.sample_every and self.step and self.step % c.eval.sample_every == 0)
             sample = bool(sample and c.eval.sample_tokens)
             due = bool(c.checkpoint.every) and self.step % c.checkpoint.every == 0 and self.step != self.resumed
-            save = self.stop.take_save_request() or last or due  # whatever is due, a request is answered by it
+            save = self.stop.take_save_request() or last or due  # the request first: a save that is due answers it too
             if validate or score or sample or save:
                 self._read_results(0)
                 with self.clock.pause():
@@ -300,24 +308,23 @@ class Trainer:
                         self._save(wait=last)
             if last:
                 return
-            if self.profiler.due(self.step):  # it starts and writes in seconds, which are no step's
+            if self.profiler.due(self.step):  # its seconds of starting and writing are not a step's
                 self._read_results(0)
                 with self.clock.pause():
                     self.profiler.before(self.step)
-            lr = learning_rate(self.step, c.optim, c.schedule)
-            self._update(next(batches), lr)
-            norms = c.log.norms_every and self.step % c.log.norms_every == 0  # they are of the gradients in memory
+            self._update(next(batches), learning_rate(self.step, c.optim, c.schedule))
+            norms = c.log.norms_every and self.step % c.log.norms_every == 0  # they need this update's gradients
             self._read_results(0 if norms else self._late)
 
     def _update(self, batch: Batch, lr: float) -> None:
-        """One update from this rank's part of a step's batch. Between micro-steps a stop abandons it without a trace.
+        """One update from this rank's part of a step's batch. A stop between micro-steps abandons it without a trace.
 
-        The loss is the mean over the step's targets that count, those of all ranks together."""
+        The loss is the mean over the step's valid targets of all ranks together."""
         B, rows = self.config.batch.B, len(batch[0])
         samples = rows * self.group.world
         valid = int(self.group.numbers([int((batch[1] >= 0).sum())])[0])
         tokens, targets = map(torch.from_numpy, batch)
-        display = self.display if self.step == self.resumed else Display()  # later ones come at a known pace
+        display = self.display if self.step == self.resumed else Display()  # later steps show no progress
         with display.working(f"computing step {self.step + 1}", rows // B, self.stop.check) as check:
             self.engine.begin_step(lr=lr, step=self.step, valid=valid)
             for start in range(0, rows, B):
@@ -332,7 +339,7 @@ class Trainer:
         self._unread.append(Update(self.step, self.samples, lr, results))
 
     def _read_results(self, leave: int) -> None:
-        """Look at the results of all updates but the last `leave`: log them, and end the run on too many skips."""
+        """Log the results of all updates but the last `leave`, and end the run after too many skips."""
         while len(self._unread) > leave:
             self._log(self._unread.popleft())
 
@@ -368,19 +375,19 @@ class Trainer:
         check = self.stop.check if self.group.world == 1 else lambda: None
         with self.display.working("generating a sample", e.sample_tokens, check) as task:
             pieces = sample_text(self.engine, self.setup.tokenizer, e.prompt, how, task)
-            if self.group.world > 1:  # the others are not asked in between: what there is at a stop is the sample
+            if self.group.world > 1:  # only rank 0 samples: at a stop it keeps the text so far
                 pieces = takewhile(lambda _: not self.stop.reason, pieces)
             text = e.prompt + "".join(pieces)
         self.run_folder.append_sample(self.step, text)
         self.metrics.write("sample", self.step, self.tokens, text=text)
-        if self.step < self.config.run.steps:  # the summary shows the last one
+        if self.step < self.config.run.steps:  # the summary shows the last sample
             self.display.sample(text)
 
     def _save(self, wait: bool = False) -> None:
-        """Begin a save of the state after the last completed update; `wait`: to its end, and raise if it fails."""
+        """Begin to save the state after the last completed update. `wait`: until it ends, and raise if it fails."""
         self._read_results(0)  # the count of skips belongs to the checkpoint
         began = time.perf_counter()
-        with self.watchdog.paused(), self.display.working(f"saving step {self.step}"):  # a disk takes its time
+        with self.watchdog.paused(), self.display.working(f"saving step {self.step}"):  # a disk can be slow
             self._report_save(wait=True)  # one at a time
             if self.saved_step != self.step:
                 self.engine.finish()
@@ -390,7 +397,7 @@ class Trainer:
                 self._report_save(wait=True, must=wait)
 
     def _report_save(self, wait: bool = False, must: bool = False) -> None:
-        """Say what became of the save under way, if it is over; `must`: a failed one ends the run."""
+        """Report the current save if it is over. `wait` until it is. `must`: a failed save ends the run."""
         try:
             saved = self.saver.result(wait)
         except Error as error:
@@ -414,21 +421,16 @@ class Trainer:
     def _manifest(self) -> dict[str, Any]:
         c = self.config
         return {
-            "config": dict(c.items()),
-            "run": self.run_folder.id,
-            "samples": self.samples,
-            "skips_in_a_row": self.skips_in_a_row,
+            "config": dict(c.items()), "run": self.run_folder.id,
+            "samples": self.samples, "skips_in_a_row": self.skips_in_a_row,
             "tokenizer": {"name": self.setup.tokenizer.name, "fingerprint": self.setup.tokenizer.fingerprint},
             "data": {
-                "fingerprint": self.setup.train_loader.fingerprint,
-                "val": self.setup.val_loader.fingerprint,
+                "fingerprint": self.setup.train_loader.fingerprint, "val": self.setup.val_loader.fingerprint,
                 "samples": self.setup.train_loader.counts(self.samples),  # of each source of a mixture
                 "tokens": self.setup.tokens_of(self.samples),
             },
-            "seed": c.run.seed,
-            "compute": self.setup.compute,
-            "kernels": self._numerics(),
-        }
+            "seed": c.run.seed, "compute": self.setup.compute, "kernels": self._numerics(),
+        }  # fmt: skip
 
     def _log(self, update: Update) -> None:
         """Report an update, and end the run if too many in a row were skipped."""
@@ -468,7 +470,7 @@ class Trainer:
             )
 
     def _save_and_stop(self, reason: str) -> None:
-        """Save the state after the last completed update, and leave."""
+        """Save the state after the last completed update, and raise Stopped."""
         if self.step == 0:
             raise Interrupted(reason)
         self._save(wait=True)

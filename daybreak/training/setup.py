@@ -1,4 +1,24 @@
-"""What must be true before the first step: device, data, tokenizer, a concrete configuration, a run folder."""
+"""Everything that a run needs before its first step: device, data, tokenizer, a concrete configuration, a run folder.
+
+`open_run` checks all that can be wrong before it writes anything. Its steps, with their branches:
+
+    step                                   new run             resumed run               which ranks
+    1 the configuration's rules            all                 all                       all
+    2 the folder must be free              yes                 no: it is the run's       rank 0, all hear the result
+    3 device, dtype, metric sinks          all                 all                       all
+    4 the embedded data set, on first use  prepared            prepared                  rank 0, the others wait
+    5 data, loaders, tokenizer             opened              opened, and compared with all
+                                                               a checkpoint if moved
+    6 concrete configuration, `check`      T, total_tokens, steps, horizon, warmup set  all
+    7 ranks agree                          configuration, data, code, versions           if there are several
+    8 memory fits                          planned, then compared with the device        all
+    9 write config, env, tokenizer ...     creates the folder  uses its folder           rank 0
+   10 see the folder                       waits up to 10 s for shared file systems      all
+
+The first write is in step 9, except for data of step 4. So a new run that fails before it leaves no folder. Step 9 also
+finds out whether a checkpoint exists, which is then loaded: `Setup.continues`. Steps in which only rank 0 acts use
+`group.first`: an error there is raised on every rank.
+"""
 
 from __future__ import annotations
 
@@ -53,19 +73,21 @@ class Setup:
     compute: str
     device_name: str
     peak: float | None
-    hellaswag: list[Example]  # scored at each validation
+    hellaswag: list[Example]  # scored during training; may be empty
     continues: bool  # a checkpoint will be loaded
     group: Group
 
     def tokens_of(self, samples: int) -> dict[str, int]:
-        """How many tokens of each source the first `samples` samples are."""
+        """The number of tokens of each source among the first `samples` samples."""
         names = [] if self.config.data.train else [name for name, _ in parse_mix(self.config.data.name)]
         counts = self.train_loader.counts(samples)
         return {name: n * self.config.T for name, n in zip(names or [self.dataset.name], counts, strict=True)}
 
     def batches(self, step: int, samples: int) -> Callable[[int], Batch]:
-        """This rank's part of each step's batch from `step` on, when `samples` samples are consumed: a pure function
-        of the step, so a thread can compute it ahead."""
+        """A function from a step to this rank's part of its batch, if `samples` samples are consumed before `step`.
+
+        It is a pure function of the step, so a thread can compute batches ahead.
+        """
         c = self.config
 
         def batch(at: int) -> Batch:
@@ -77,11 +99,10 @@ class Setup:
 
 
 def open_run(config: Config, *, resume: Path | None, stop: Stop, check: Callable[[Config], None]) -> Setup:
-    """Check everything that can be wrong, then create the run's folder (or open it, for `resume`).
+    """Check everything that can be wrong, then create the run's folder, or open it for `resume`: the steps above.
 
-    check: called with the concrete configuration before anything is written. Collective over stop.group: ranks that
-    differ in configuration, data or code are refused, and rank 0 alone prepares data and writes. Raises ConfigError,
-    DataError; a new run leaves no folder behind when it does.
+    check: called with the concrete configuration before anything is written. Collective over stop.group. Raises
+    ConfigError, DataError.
     """
     group = stop.group
     config.check(ranks=group.world)
@@ -91,7 +112,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop, check: Callable
     device = pick_device(config.run.device, group)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # looking for libraries imports them, which takes seconds: meanwhile the data is opened
+        # The search imports libraries, which takes seconds. Meanwhile the data is opened.
         Thread(target=missing_on, args=(device,), daemon=True).start()
     compute = pick_compute(config.precision.compute, device)
     _set_precision(config, device, compute)
@@ -133,8 +154,8 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop, check: Callable
     def write() -> bool:
         if resume is None:
             folder.create()
-        folder.keep_agents(agents)  # before there is a run: none is without
-        write_atomic(folder.config, config.to_toml())  # on resume too: what was changed now holds from now on
+        folder.keep_agents(agents)  # before config.toml, so that every run has it
+        write_atomic(folder.config, config.to_toml())  # on resume too: changed settings hold from now on
         old = published(folder.checkpoints)
         folder.keep_id(next(filter(None, map(run_id, old)), ""))
         folder.write_env()
@@ -152,7 +173,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop, check: Callable
 
 
 def _check_moved(run: Run, config: Config, train: Loader, val: Loader) -> None:
-    """Raise ConfigError if the data is in another place than a run's, and its content differs from a checkpoint's."""
+    """Raise ConfigError if the data has moved and its content differs from the data of the run's checkpoint."""
     try:
         check_resume(run.config, config, fork=is_untouched_import(run.path))
     except ConfigError:
@@ -163,7 +184,7 @@ def _check_moved(run: Run, config: Config, train: Loader, val: Loader) -> None:
 
 
 def _see(folder: RunFolder) -> None:
-    """Raise ConfigError unless this rank sees the folder that rank 0 made; some file systems take a moment."""
+    """Raise ConfigError unless this rank sees rank 0's folder within 10 s; some file systems are slow."""
     deadline = time.monotonic() + 10
     while not folder.config.is_file():
         if time.monotonic() > deadline:
@@ -174,7 +195,7 @@ def _see(folder: RunFolder) -> None:
 
 
 def code_fingerprint() -> str:
-    """Version and hash of the package's own source, which every rank has to have in common."""
+    """Version and hash of the package's own source, which must be equal on all ranks."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -191,8 +212,8 @@ def _set_precision(config: Config, device: torch.device, compute: str) -> None:
 
 
 def _say_untuned(device: torch.device) -> None:
-    """One line where this card's products have not been measured."""
-    from daybreak.kernels.cuda import cublaslt, products  # here: costs the import of Triton
+    """Log one line if there is no table of measured matmuls for this GPU."""
+    from daybreak.kernels.cuda import cublaslt, products  # here, since it imports Triton
 
     blas = cublaslt.blas_of(device.index)
     if blas is not None and (said := products.untuned(blas.card, blas.version)):
@@ -200,7 +221,7 @@ def _say_untuned(device: torch.device) -> None:
 
 
 def describe_device(device: torch.device, compute: str) -> tuple[str, float | None]:
-    """Name of the device, and its peak FLOP/s where one is known for this precision."""
+    """Name of the device, and its peak FLOP/s if it is known for this precision, else None."""
     if device.type == "cpu":
         return cpu_model(), None
     name = torch.cuda.get_device_name(device)
@@ -208,7 +229,7 @@ def describe_device(device: torch.device, compute: str) -> tuple[str, float | No
 
 
 def _prepare_embedded(config: Config, check: Callable[[], None]) -> None:
-    """The data set that is made from this machine's own files is prepared on first use; `check` may stop that."""
+    """Prepare the data set made from this machine's own files, on its first use. `check` may raise to stop it."""
     d = config.data
     if EMBEDDED in (d.name, *(name for name, _ in parse_mix(d.name))) and not d.train:
         folder = Path(d.dir) / dataset_name(EMBEDDED, d.tokenizer)

@@ -23,9 +23,10 @@ import torch
 from timing import append_row
 
 from daybreak.engine import Engine, EngineSpec
+from daybreak.engine.capture import Graphs
 from daybreak.engine.device import missing_on, used_mib
 from daybreak.kernels import OPS
-from daybreak.report.bench import PRODUCTS, Meter, batches, time_steps
+from daybreak.report.bench import PRODUCTS, batches, time_steps
 from daybreak.shapes import parse_shape
 from daybreak.state.throughput import peak_flops
 
@@ -58,14 +59,13 @@ class Smi:
         return statistics.median(clocks), statistics.median(watts)
 
 
-class Shapes(Meter):
-    """Records the products and attention calls of a micro-step in order, running nothing else."""
+class Shapes:
+    """Records the products and attention calls of a micro-step in order, running nothing."""
 
-    def __init__(self, kernels: object, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[int, ...]]] = []
-        super().__init__(kernels, device)
 
-    def _metered(self, name: str, backend: str, fn: Callable[..., None]) -> Callable[..., None]:
+    def recording(self, name: str, _: object) -> Callable[..., None]:
         def call(*args: object, **kwargs: object) -> None:
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
             if name == "matmul_backward_weight":  # dw (O, I), dout (n, O)
@@ -81,13 +81,14 @@ class Shapes(Meter):
 
 
 def recorded(engine: Engine) -> list[tuple[str, tuple[int, ...]]]:
-    kernels = engine.frame.k
-    engine.frame.k = shapes = Shapes(kernels, engine.device)  # type: ignore[assignment]
+    kernels, graphs, shapes = engine.frame.k, engine.graphs, Shapes()
+    engine.frame.k, engine.graphs = kernels.each(shapes.recording), Graphs(False)
     tokens = batches(engine, 1)[0]
     try:
-        engine.plain_step(tokens[:, :-1], tokens[:, 1:])
+        engine.micro_step(tokens[:, :-1], tokens[:, 1:], first=True)
+        engine.update()
     finally:
-        engine.frame.k = kernels
+        engine.frame.k, engine.graphs = kernels, graphs
     return shapes.calls
 
 

@@ -51,7 +51,7 @@ def main() -> None:
     alone, nccl = (statistics.median(of) for of in times)
     print(
         f"{a.model} B={a.B}, {a.micro} micro-steps: {1e3 * alone:.2f} ms alone, {1e3 * nccl:.2f} ms through NCCL with "
-        f"one rank: {100 * (nccl / alone - 1):+.2f} %, {len(engines[1].comm.record)} exchanges recorded, "
+        f"one rank: {100 * (nccl / alone - 1):+.2f} %, "
         f"{torch.cuda.get_device_name()}"
     )
     engines[1].graphs.clear()  # a communicator does not end while graphs hold its calls

@@ -47,7 +47,7 @@ GROUPS = {
     **{f"tests/{name}.py": "interop" for name in INTEROP},
     **{f"tests/{name}.py": "data" for name in DATA},
     **{f"tests/test_dist_{name}.py": "distributed" for name in ("engine", "train", "elastic")},
-    "tests/test_optimizers.py": "distributed",
+    **{f"tests/test_{name}.py": "distributed" for name in ("optimizers", "frozen")},
 }
 GROUPS |= {f"tests/test_{name}.py": "pages" for name in ("plan", "display", "sinks", "pages", "series", "docs", "site")}
 RECOVERY = ("kill", "faults", "fuzz", "signals")

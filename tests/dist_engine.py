@@ -18,6 +18,7 @@ from daybreak import parallel
 from daybreak.config_keys import GuardConfig, OptimConfig
 from daybreak.data.loader import Loader
 from daybreak.engine import Engine, EngineSpec
+from daybreak.engine.collectives import Collectives
 from daybreak.errors import DataError, Error
 from daybreak.kernels.guard import WINDOW
 from daybreak.parallel import Group, connect
@@ -42,6 +43,25 @@ def gradients(engine: Engine) -> dict[str, list[tuple[int, torch.Tensor]]]:
     }
 
 
+def noted(comm: Collectives) -> list[tuple[str, int, float]]:
+    """(what, bucket, bytes that each rank sends for it) of the exchanges that are started from now on, in order."""
+    found: list[tuple[str, int, float]] = []
+    reduce, gather, share = comm.reduce, comm.gather, (comm.plan.world - 1) / comm.plan.world
+
+    def noting_reduce(k: int, grads: torch.Tensor, out: torch.Tensor | None) -> None:
+        what, times = ("all_reduce", 2) if out is None else ("reduce_scatter", 1)
+        found.append((what, k, times * grads.nbytes * share))
+        reduce(k, grads, out)
+
+    def noting_gather(weights: torch.Tensor) -> None:
+        gather(weights)
+        spans = {k: comm.plan.buckets[k].stop - comm.plan.buckets[k].start for k in comm.gathering}
+        found.extend(("all_gather", k, n * weights.itemsize * share) for k, n in spans.items())
+
+    comm.reduce, comm.gather = noting_reduce, noting_gather  # type: ignore[method-assign]
+    return found
+
+
 def train(
     group: Group, zero: int, compute: str, steps: int, B: int, masters: str = "auto", bucket: int = 16384
 ) -> dict[str, Any]:
@@ -50,7 +70,7 @@ def train(
         SHAPE, B=B, T=T, compute=compute, optim=OptimConfig(clip=clip), masters=masters, zero=zero, bucket_bytes=bucket
     )
     engine = Engine(spec, seed=3, group=group)
-    mine = SAMPLES // group.world
+    mine, exchanges = SAMPLES // group.world, noted(engine.comm)
     losses, norms, first, record, grads = [], [], {}, [], {}
     for step in range(steps):
         rows = batch(step)[group.rank * mine : (group.rank + 1) * mine].view(-1, B, T + 1)
@@ -64,8 +84,8 @@ def train(
             first = {name: grad for name, _, grad in engine.norms()}
             grads = gradients(engine)
         if step == 1:
-            record = list(engine.comm.record)
-        engine.comm.record.clear()
+            record = list(exchanges)
+        exchanges.clear()
     engine.finish()
     volume = engine.arena.sharding.volume(engine.frame.dtype, mine // B)
     plan = engine.arena.sharding

@@ -94,6 +94,10 @@ class NotingRecorder(Recorder):
 
     noted: list[Any]  # the frame's
 
+    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+        super().do(name, fn, writes, reads)
+        self.noted.append((name, list(writes), list(reads)))
+
     def _bind(self, operation: Op, impl: Impl) -> Callable[..., None]:
         record = super()._bind(operation, impl)
 
@@ -111,10 +115,6 @@ class NotingFrame(arena.PlanFrame):
         super().__init__(*args)
         self.noted: list[Any] = []
         self.recorder.noted = self.noted
-
-    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
-        super().do(name, fn, writes, reads)
-        self.noted.append((name, list(writes), list(reads)))
 
     def text(self) -> list[str]:
         """Everything noted, once all tensors are known by name."""

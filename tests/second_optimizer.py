@@ -44,7 +44,7 @@ class Normalized(Optimizer):
 
     def update(self, f: Frame, part: Part) -> None:
         kept = [x for x in (part.weights, part.masters, *part.state.values()) if x is not None]
-        f.do("normalized_update", partial(self._step, part), kept, [*kept, part.grads, part.stats, part.hyper])
+        f.k.do("normalized_update", partial(self._step, part), kept, [*kept, part.grads, part.stats, part.hyper])
 
     def _step(self, part: Part) -> None:
         if part.stats[3] != 0:

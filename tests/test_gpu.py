@@ -15,6 +15,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from dist_engine import noted
 from oracle import GPT2, Shape, random_values
 from recovery import assert_intact, assert_same, config, make_shards, recipe
 from recovery import train as run_train
@@ -248,13 +249,38 @@ def test_split_and_fp32_masters_train_with_the_same_bits() -> None:
         assert torch.equal(exact_weight(split, name), exact_weight(whole, name))
 
 
+@pytest.mark.parametrize("kernels", [{}, {"matmul": "cublaslt"}, {"matmul": "triton"}], ids=str)
+def test_one_layer_trains_and_the_rest_is_frozen(kernels: dict[str, str]) -> None:
+    """Its gradients have the bits that they have where everything trains; no other weight changes in any bit."""
+    options = {"compute": "bf16", "kernels": kernels}
+    whole, part, narrow = (
+        build(SMALL, **options, **more)
+        for more in ({}, {"trainable": ("h.1.*",)}, {"trainable": ("h.1.*",), "frozen": {"*w*": "fp32"}})
+    )
+    for engine in (whole, part, narrow):
+        engine.load_params(random_values(SMALL, 0))
+    before = {name: part.param(name).clone() for name in part.names()}
+    for step in range(3):
+        tokens, targets = batch(SMALL, 2, T, step)
+        for engine in (whole, part, narrow) if not step else (part, narrow):
+            engine.train_step(tokens, targets, lr=1e-2, step=step)
+        if not step:
+            assert all(torch.equal(part.grad(name), whole.grad(name)) for name in part.table.offsets)
+    for name, weight in before.items():
+        assert torch.equal(part.param(name), weight) != name.startswith("h.1."), name
+        assert torch.equal(part.param(name), narrow.param(name).bfloat16()), name
+    assert part.arena.nbytes < 0.8 * whole.arena.nbytes
+
+
 def test_graphs_compute_what_plain_calls_do() -> None:
     captured, plain = build(SMALL, compute="bf16"), build(SMALL, compute="bf16")
+    plain.graphs.clear()
     for step in range(3):
         tokens, targets = batch(SMALL, 1, T, step)
         captured.train_step(tokens, targets, lr=1e-3, step=step)
         plain.begin_step(lr=1e-3, step=step, valid=targets.numel())
-        plain.plain_step(tokens[0], targets[0])
+        plain.micro_step(tokens[0], targets[0], first=True)
+        plain.update()
     assert captured.graphs._graphs
     assert same_bits(captured, plain)
 
@@ -368,13 +394,15 @@ def test_exchanges_through_nccl_are_captured_and_let_go(monkeypatch: pytest.Monk
     def sends(self: Collectives, *args: Any) -> None:
         plain(self, *args)
         self.active = True
+        exchanges.append(noted(self))
 
+    exchanges: list[Any] = []
     monkeypatch.setattr(Collectives, "__init__", sends)
     monkeypatch.setattr(Collectives, "sum_scalars", lambda self, state: None)  # of several ranks only is there room
     engine = build(SMALL, compute="bf16", group=group)
     assert train(engine, SMALL, 4) == losses
     assert same_bits(engine, alone)
-    assert {what for what, _, _ in engine.comm.record} == {"all_reduce"}
+    assert {what for each in exchanges for what, _, _ in each} == {"all_reduce"}
     group.before_close.append(engine.graphs.clear)
     leaving = threading.Thread(target=group._leave, daemon=True)
     leaving.start()

@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+import torch
+from kernel_harness import DEVICE, draw, each_backend, run
+
 from daybreak.kernels import all_ops
 
 
@@ -12,3 +16,35 @@ def test_every_operation_is_tested():
     """`quantise` is each number format's own: see test_formats.py."""
     tests = "".join(p.read_text() for p in Path(__file__).parent.glob("test_kernel_*.py"))
     assert set(re.findall(r'run\(\s*"(\w+)"', tests)) == {name for name, op in all_ops().items() if op.impls}
+
+
+UNWANTED = [
+    ("layernorm_backward", {"dw"}), ("layernorm_backward", {"dw", "db"}), ("layernorm_backward", {"db", "dbias"}),
+    ("matmul_gelu_backward", {"db"}), ("embedding_backward", {"dwte"}), ("embedding_backward", {"dwpe"}),
+]  # fmt: skip
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "unwanted"), UNWANTED)
+def test_a_gradient_that_nobody_wants_is_none(backend, dtype, name, unwanted):
+    """As of a frozen parameter. The other outputs have the bits that they have beside it."""
+    n, C, stats = 10, 40, torch.float32
+    x, y, w = draw(n, C, dtype=dtype), draw(n, C, dtype=dtype, seed=1), draw(C, C, dtype=dtype, seed=2)
+    mean, rstd = draw(n, dtype=stats), draw(n, dtype=stats, seed=3).abs()
+    tokens = torch.tensor([[1, 4, 1, 1, 0], [2, 2, 1, 6, 4]], device=DEVICE)
+    calls: dict[str, tuple[dict, list]] = {
+        "layernorm_backward": ({"dx": y, "dw": w[0], "db": w[1], "dbias": w[2]}, [None, y, x, mean, rstd, w[3], w[4]]),
+        "matmul_gelu_backward": ({"dpre": y, "gelu": y, "db": w[0]}, [x, w, y]),
+        "embedding_backward": ({"dwte": w, "dwpe": w}, [x, tokens]),
+    }
+    outputs, inputs = calls[name]
+    options = {"accumulate": True} | ({"accumulate_dx": True} if "layernorm" in name else {})
+    found = []
+    for without in (set(), unwanted):
+        out = {key: None if key in without else value.clone() for key, value in outputs.items()}
+        run(name, *out.values(), *inputs, backend=backend, **options)
+        found.append(out)
+    assert found[1].keys() - {key for key, value in found[1].items() if value is None} == outputs.keys() - unwanted
+    assert all(torch.equal(value, found[0][key]) for key, value in found[1].items() if value is not None)
+    assert not any(torch.equal(value, outputs[key]) for key, value in found[0].items())

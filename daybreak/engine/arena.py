@@ -24,6 +24,7 @@ from daybreak.kernels import Call, Kernels, Recorder, acc_dtype, storage_key
 from daybreak.models.frame import Frame, Mode
 
 ALIGN = 256  # bytes
+FROZEN = "frozen."  # what the entry of a frozen parameter is called, before its name
 MAX_CHUNKS = 64  # of one calculation in chunks, that a plan records one by one
 
 
@@ -58,6 +59,18 @@ class StepFrame(Frame, Protocol):
 
     comm: Collectives
     state: dict[str, Tensor]
+    table: ParamTable
+
+    def trains(self, *names: str) -> bool:
+        return not self.table.trainable.isdisjoint(names)
+
+    def converted(self, name: str, stored: Tensor) -> Tensor:
+        """A frozen weight that is held in another dtype: a copy in compute dtype, made for every call that reads it.
+
+        Forward and backward have one each, so that between the two its bytes are free."""
+        copy = self.a(f"{name}.{'backward' if self.mode.backward else 'forward'}", *stored.shape, plain=True)
+        self.k.do("convert", partial(copy.copy_, stored), [copy], [stored])
+        return copy
 
     def final(self) -> None:
         exchange(self)
@@ -82,16 +95,17 @@ class PlanFrame(StepFrame):
         self.state["tokens"], self.state["targets"] = self.state["batch"]
 
     def w(self, name: str) -> Tensor:
-        return self.table.view(self.state["weights"], self.prefix + name)
+        stored = self.state.get(FROZEN + self.prefix + name)
+        if stored is None:
+            return self.table.view(self.state["weights"], self.prefix + name)
+        return stored if stored.dtype == self.dtype else self.converted(name, stored)
 
-    def g(self, name: str) -> Tensor:
+    def g(self, name: str) -> Tensor | None:
+        if self.prefix + name not in self.table.offsets:
+            return None
         if "grads" in self.state:
             return self.table.view(self.state["grads"], self.prefix + name)
         return self.comm.plan.gradient(self.prefix + name, lambda k: grad_buffer(self.layer("", 0, Mode()), k))
-
-    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
-        read, written = (tuple(storage_key(t) for t in tensors) for tensors in (reads, writes))
-        self.recorder.calls.append(Call(name, read, written, 0))
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         name, dtype = self.prefix + name + (".again" if self.mode.recomputed and not plain else ""), dtype or self.dtype
@@ -115,31 +129,29 @@ class LiveFrame(StepFrame):
     def __init__(
         self, arena: Arena, table: ParamTable, dtype: torch.dtype, device: torch.device, comm: Collectives
     ) -> None:
-        self.dtype, self.acc, self.comm = dtype, acc_dtype(dtype), comm
+        self.table, self.dtype, self.acc, self.comm = table, dtype, acc_dtype(dtype), comm
         self.buffers = {name: zeros(size, device) for name, size in arena.sizes().items()}
         tensors = {e.name: self._view(e) for e in arena.entries}
         self.state = {e.name: tensors[e.name] for e in arena.entries if e.buffer != "activations"}
         self.activations = {e.name: tensors[e.name] for e in arena.entries if e.buffer == "activations"}
         self.k = Kernels(self.state["scratch"], arena.choices)
-        self.weights = {name: table.view(self.state["weights"], name) for name in table.rows}
-        self.grads = {name: table.view(self.state["grads"], name) for name in table.rows if "grads" in self.state}
+        self.weights = {name: table.view(self.state["weights"], name) for name in table.offsets}
+        self.weights |= {row.name: self.state[FROZEN + row.name] for row in table.frozen}
+        self.grads = {name: table.view(self.state["grads"], name) for name in table.offsets if "grads" in self.state}
         if "shard" in self.state and not self.grads:  # stage 2
-            self.grads = {name: comm.plan.gradient(name, lambda k: grad_buffer(self, k)) for name in table.rows}
+            self.grads = {name: comm.plan.gradient(name, lambda k: grad_buffer(self, k)) for name in table.offsets}
 
     def _view(self, e: Entry) -> Tensor:
         return self.buffers[e.buffer][e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape)
 
     def w(self, name: str) -> Tensor:
-        name = self.prefix + name
         if self.comm.gathering:
-            self.comm.need(name)
-        return self.weights[name]
+            self.comm.need(self.prefix + name)
+        stored = self.weights[self.prefix + name]
+        return stored if stored.dtype == self.dtype else self.converted(name, stored)
 
-    def g(self, name: str) -> Tensor:
-        return self.grads[self.prefix + name]
-
-    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
-        fn()
+    def g(self, name: str) -> Tensor | None:
+        return self.grads.get(self.prefix + name)
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         tensor = self.activations[self.prefix + name + (".again" if self.mode.recomputed and not plain else "")]
@@ -176,7 +188,7 @@ def exchange(f: StepFrame) -> None:
             whole, out = f.state["grads"][b.start : b.stop], None
             out = f.state["shard"][b.at : b.at + size] if plan.zero else None
         name = "all_reduce" if out is None else "reduce_scatter"
-        f.do(name, partial(c.reduce, k, whole, out), [whole if out is None else out], [whole])
+        f.k.do(name, partial(c.reduce, k, whole, out), [whole if out is None else out], [whole])
         c.flying.append(k)
     keep = 0 if moment == plan.last_moment else IN_FLIGHT if plan.zero == 2 else len(plan.order)
     while len(c.flying) > keep:
@@ -189,11 +201,11 @@ def _hand_over(f: StepFrame, j: int) -> None:
     first = plan.buffer(j)[0]
     for gap in plan.gaps(j):
         part = mine[gap]
-        f.do("clear", partial(part.zero_), [part], [])
+        f.k.do("clear", partial(part.zero_), [part], [])
     for k, start, stop in plan.strips(j):
         to = grad_buffer(f, k)[start - plan.buffer(k)[0] : stop - plan.buffer(k)[0]]
         source = mine[start - first : stop - first]
-        f.do("strip", partial(to.copy_, source), [to], [source])
+        f.k.do("strip", partial(to.copy_, source), [to], [source])
 
 
 def _land(f: StepFrame, k: int) -> None:
@@ -202,11 +214,11 @@ def _land(f: StepFrame, k: int) -> None:
     b, size = plan.buckets[k], plan.size(k)
     if plan.zero < 2:
         grads = f.state["shard" if plan.zero else "grads"]
-        f.do("wait", partial(c.wait, k), [grads], [])
+        f.k.do("wait", partial(c.wait, k), [grads], [])
         return
     whole, found, sums = grad_buffer(f, k), f.a(f"reduced.{k}", size), f.state["shard"][b.at : b.at + size]
-    f.do("wait", partial(c.wait, k), [found], [whole])
-    f.do("add_shard", partial(sums.copy_ if c.first else sums.add_, found), [sums], [found, sums])
+    f.k.do("wait", partial(c.wait, k), [found], [whole])
+    f.k.do("add_shard", partial(sums.copy_ if c.first else sums.add_, found), [sums], [found, sums])
 
 
 def zeros(size: int, device: torch.device) -> Tensor:

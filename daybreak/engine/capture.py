@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -84,15 +83,14 @@ class Tapes:
     def _note(self, fn: Action) -> list[Action]:
         kernels, calls = self._frame.k, list[Action]()
 
-        def noting(kernel: Callable[..., None]) -> Callable[..., None]:
+        def noting(_: str, operation: Callable[..., None]) -> Callable[..., None]:
             def call(*args: Any, **kwargs: Any) -> None:
-                kernel(*args, **kwargs)
-                calls.append(partial(kernel, *args, **kwargs))
+                operation(*args, **kwargs)
+                calls.append(partial(operation, *args, **kwargs))
 
             return call
 
-        same = {name: noting(getattr(kernels, name)) for name in kernels.choices}
-        self._frame.k = SimpleNamespace(**same)  # type: ignore[assignment]  # the same attributes
+        self._frame.k = kernels.each(noting)
         try:
             fn()
         finally:

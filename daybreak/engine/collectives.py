@@ -71,19 +71,17 @@ class Sharding:
             cuts.append(max(cut, cuts[-1]))
         cuts.append(self.numel)
         # Bucket k belongs to segment k, and may be empty; it is final when every row that it touches is.
-        self.buckets = []
-        at = 0
-        for start, stop in pairwise(cuts):
-            touched = [m for a, b, m in self.segments if a < stop and start < b]
-            self.buckets.append(Bucket(start, stop, max(touched, default=0), at))
-            at += (stop - start) // self.world
-        self.shard = at
+        self.buckets = [
+            Bucket(a, b, max((m for c, d, m in self.segments if c < b and a < d), default=0), a // self.world)
+            for a, b in pairwise(cuts)
+        ]
+        self.shard = self.numel // self.world
         filled = [k for k, b in enumerate(self.buckets) if b.stop > b.start]
         self.order = sorted(filled, key=lambda k: self.buckets[k].moment)
         self.last_moment = max(moment for _, _, moment in self.segments)
         self.whole = table.whole // self.world if self.zero else table.whole  # elements held of these
         self._segment_of = {
-            name: k for k, (a, b, _) in enumerate(self.segments) for name in table.rows if a <= table.offsets[name] < b
+            name: k for k, (a, b, _) in enumerate(self.segments) for name, at in table.offsets.items() if a <= at < b
         }
 
     def size(self, k: int) -> int:
@@ -108,14 +106,11 @@ class Sharding:
         """What one optimizer launch each updates: the ranges held, cut where the group changes, or whole parameters."""
         found = []
         for span in self.table.spans:
-            for name in span.names if span.group.optimizer.whole else ():
-                first = self.table.offsets[name]
-                for where, at in self.within(name, self.held()):
-                    found.append(Piece(first, first + where.stop, at.start, span, name))
-            for start, stop, place in () if span.group.optimizer.whole else self.held():
-                low, high = max(start, span.start), min(stop, span.stop)
-                if low < high:
-                    found.append(Piece(low, high, place + low - start, span))
+            for name, start, stop in span.parts:
+                for first, last, at in self.held():
+                    low, high = max(first, start), min(last, stop)
+                    if low < high:
+                        found.append(Piece(low, high, at + low - first, span, name))
         return found
 
     def by_element(self, ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
@@ -126,8 +121,9 @@ class Sharding:
                 yield low, stop, at + low - start - self.whole
 
     def within(self, name: str, ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[slice, slice]]:
-        """For the parts of a row inside `ranges`: where they are in the flattened row, and in the compact buffer."""
-        first = self.table.offsets[name]
+        """For the parts of a row inside `ranges`: where they are in the flattened row and in the compact buffer. Frozen
+        rows have none."""
+        first = self.table.offsets.get(name, self.numel)
         for start, stop, at in ranges:
             low, high = max(start, first), min(stop, first + self.table.rows[name].numel)
             if low < high:
@@ -194,11 +190,7 @@ def _segments(table: ParamTable, moments: Mapping[str, int], limit: int) -> list
 
 
 class Collectives:
-    """Runs a `Sharding`'s exchanges over a process group. On one process every method does nothing.
-
-    `record`: (what, bucket, bytes that each rank sends for it) of the exchanges that were started, in order, for
-    whoever counts them; it ends at 10,000.
-    """
+    """Runs a `Sharding`'s exchanges over a process group. On one process every method does nothing."""
 
     def __init__(self, sharding: Sharding, group: Group = ALONE) -> None:
         self.plan, self.group = sharding, group
@@ -207,7 +199,6 @@ class Collectives:
         self.first = True
         self.moment = 0  # calls of f.final in the backward under way
         self.stale = False  # updated weights are still to be gathered
-        self.record: list[tuple[str, int, float]] = []
         self.flying: list[int] = []  # buckets started and not waited for, oldest first
         self._reducing: dict[int, Any] = {}
         self.gathering: dict[int, Any] = {}
@@ -220,10 +211,9 @@ class Collectives:
 
     def reduce(self, k: int, grads: Tensor, out: Tensor | None) -> None:
         """Start to sum bucket k's gradients: on all ranks, or this rank's shard into `out`."""
-        self._note("all_reduce" if out is None else "reduce_scatter", k, grads)
-        dist = self.group.dist
+        self.group.progress += 1
         if out is None:
-            self._reducing[k] = dist.all_reduce(grads, async_op=True)
+            self._reducing[k] = self.group.dist.all_reduce(grads, async_op=True)
         else:
             self._reducing[k] = self.group.reduce_scatter(out, grads)
 
@@ -250,13 +240,13 @@ class Collectives:
         for k in reversed(self.plan.order):
             b, size = self.plan.buckets[k], self.plan.size(k)
             mine = weights[b.start + self.plan.rank * size :][:size]
-            self._note("all_gather", k, weights[b.start : b.stop])
+            self.group.progress += 1
             self.gathering[k] = self.group.all_gather_into(weights[b.start : b.stop], mine)
         self.stale = False
 
     def need(self, name: str) -> None:
-        """Wait for the buckets that hold a row's weights."""
-        first = self.plan.table.offsets[name]
+        """Wait for the buckets that hold a row's weights; a frozen one is in none."""
+        first = self.plan.table.offsets.get(name, self.plan.numel)
         last = first + self.plan.table.rows[name].numel
         for k in list(self.gathering):
             if self.plan.buckets[k].start < last and first < self.plan.buckets[k].stop:
@@ -266,9 +256,3 @@ class Collectives:
         """Wait for all that is being gathered."""
         for k in list(self.gathering):
             self.gathering.pop(k).wait()
-
-    def _note(self, what: str, k: int, whole: Tensor) -> None:
-        self.group.progress += 1
-        share = whole.nbytes * (self.plan.world - 1) / self.plan.world
-        if len(self.record) < 10_000:
-            self.record.append((what, k, share * (2 if what == "all_reduce" else 1)))

@@ -15,12 +15,10 @@ small. They lie together, behind all matrices, and are exchanged together at the
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
-from daybreak.engine.arena import Entry, PlanFrame
+from daybreak.engine.arena import FROZEN, Entry, PlanFrame
 from daybreak.engine.params import ParamTable
 from daybreak.models.registry import Model
 
@@ -30,12 +28,13 @@ class _CountingFrame(PlanFrame):
 
     def __init__(self, table: ParamTable) -> None:
         flat = [Entry(name, name, (table.numel,), torch.float32) for name in ("weights", "grads")]
+        flat += [Entry(FROZEN + row.name, "frozen", row.shape, torch.float32) for row in table.frozen]
         state = [*flat, Entry("batch", "state", (2, 1, 1), torch.int64)]
         super().__init__(table, torch.float32, state, None)  # type: ignore[arg-type]  # nothing is exchanged
-        self.k = SimpleNamespace(**dict.fromkeys(self.recorder.choices, lambda *_, **__: None))  # type: ignore[assignment]
+        self.k = self.recorder.each(lambda *_: lambda *_, **__: None)
         self.finals, self.last = list[None](), dict[str, int]()
 
-    def g(self, name: str) -> Tensor:
+    def g(self, name: str) -> Tensor | None:
         self.last[self.prefix + name] = len(self.finals)
         return super().g(name)
 
@@ -44,11 +43,11 @@ class _CountingFrame(PlanFrame):
 
 
 def final_moments(model: Model, table: ParamTable) -> dict[str, int]:
-    """Of every parameter: how many calls of `f.final` come before the one that its gradient is final at."""
+    """Of every trainable parameter: how many calls of `f.final` come before the one that its gradient is final at."""
     f = _CountingFrame(table)
     model.backward(f, f.state["tokens"], first=True)
-    together = {name: name.rpartition(".")[0] if row.decay else "vectors" for name, row in table.rows.items()}
+    together = {name: name.rpartition(".")[0] if table.rows[name].decay else "vectors" for name in table.offsets}
     moments = {"vectors": len(f.finals) - 1}
-    for name, moment in f.last.items():
-        moments[together[name]] = max(moments.get(together[name], 0), moment)
+    for name in table.offsets:
+        moments[together[name]] = max(moments.get(together[name], 0), f.last[name])
     return {name: moments[part] for name, part in together.items()}

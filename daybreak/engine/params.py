@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -36,21 +37,24 @@ MOST_PADDING = 1 / 8  # of a group's parameters, where whole ones are spread ove
 
 @dataclass(frozen=True)
 class Span:
-    """Parameters of a group that lie one after the other, with weight decay or without: elements [start, stop)."""
+    """Parameters of a group that lie one after the other, with weight decay or without: elements [start, stop).
+
+    parts: (name, start, stop) of each parameter if the optimizer takes whole ones, else one of all, without a name.
+    """
 
     start: int
     stop: int
     group: ParamGroup
     decay: bool
-    names: tuple[str, ...]
+    parts: list[tuple[str, int, int]]
 
 
 class ParamTable:
-    """Rows in forward order with their offsets (in elements) in the flat buffers.
+    """Rows in forward order, and offsets (in elements) in the flat buffers; frozen rows are in none.
 
     groups: the first one that fits a name takes it. world, limit: ranks, and the elements of a bucket, for groups whose
     parameters stay whole: `buckets` are theirs, up to `whole`. hyper: where the device scalars of an optimizer at a
-    scale of the learning rate are.
+    scale of the learning rate are. trainable: the names of trainable parameters and, as "h.3.", of their layers.
     """
 
     def __init__(
@@ -62,44 +66,38 @@ class ParamTable:
         self.offsets: dict[str, int] = {}
         self.spans: list[Span] = []
         self.buckets: list[tuple[int, int]] = []
-        self.numel = self.whole = 0
-        group_of = {name: next(g for g in groups if fnmatchcase(name, g.names)) for name in self.rows}
+        self.numel = 0
+        group_of = {r.name: next(g for g in groups if fnmatchcase(r.name, g.names)) for r in rows if r.trainable}
         for group in sorted(dict.fromkeys(groups), key=lambda g: not g.optimizer.whole):
             for decay in (True, False):
-                chosen = [row for row in reversed(rows) if row.decay == decay and group_of[row.name] is group]
+                chosen = [row for row in reversed(rows) if row.decay == decay and group_of.get(row.name) is group]
                 if not chosen:
                     continue
-                start = self.numel
-                if group.optimizer.whole:
-                    for shares in _spread(chosen, world, limit):
-                        self._place_bucket(shares)
-                else:
-                    self.numel = self._place(chosen, start)
-                self.spans.append(Span(start, self.numel, group, decay, tuple(row.name for row in chosen)))
+                start, whole = self.numel, group.optimizer.whole
+                for shares in _spread(chosen, world, limit) if whole else [[chosen]]:
+                    first = self.numel
+                    self._place(shares)
+                    self.buckets += [(first, self.numel)] if whole else []
+                each = [(row.name, self.offsets[row.name], self.offsets[row.name] + row.numel) for row in chosen]
+                self.spans.append(Span(start, self.numel, group, decay, each if whole else [("", start, self.numel)]))
+        self.whole = self.buckets[-1][1] if self.buckets else 0
+        # Of the model, padding rows of the vocabulary included (as llm.c counts).
+        self.num_parameters = sum(row.numel for row in rows)
+        self.frozen = [row for row in rows if not row.trainable]
+        self.trainable = {*self.offsets, *(name.rpartition(".")[0] + "." for name in self.offsets)}
         self.hyper: dict[tuple[Optimizer, float], slice] = {}
         at = 0
         for key in dict.fromkeys((span.group.optimizer, span.group.lr_scale) for span in self.spans):
             size = len(SCALARS) + len(key[0].scalars(1))
             self.hyper[key], at = slice(at, at + size), at + size
 
-    def _place(self, rows: Sequence[Row], at: int) -> int:
-        """Put rows one after the other from element `at` on. Returns where they end."""
-        for row in rows:
-            self.offsets[row.name] = at
-            at += _padded(row)
-        return at
-
-    def _place_bucket(self, shares: list[list[Row]]) -> None:
-        start, size = self.numel, max(sum(map(_padded, share)) for share in shares)
-        for rank, share in enumerate(shares):
-            self._place(share, start + rank * size)
-        self.numel = self.whole = start + len(shares) * size
-        self.buckets.append((start, self.numel))
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the model, padding rows of the vocabulary included (as llm.c counts)."""
-        return sum(row.numel for row in self.rows.values())
+    def _place(self, shares: list[list[Row]]) -> None:
+        """Put shares of one size one after the other, and the rows of each too."""
+        size = _fullest(shares)
+        for share in shares:
+            for row, end in zip(share, accumulate(map(_padded, share)), strict=True):
+                self.offsets[row.name] = self.numel + end - _padded(row)
+            self.numel += size
 
     def view(self, flat: Tensor, name: str) -> Tensor:
         """The parameter `name` inside a flat buffer, in its shape."""
@@ -107,8 +105,8 @@ class ParamTable:
         return flat[self.offsets[name] : self.offsets[name] + row.numel].view(row.shape)
 
     def layout(self) -> list[tuple[str, int, tuple[int, ...]]]:
-        """(name, offset, shape) of every row: how a flat buffer maps to names, for checkpoints."""
-        return [(name, self.offsets[name], row.shape) for name, row in self.rows.items()]
+        """(name, offset, shape) of every trainable row: how a flat buffer maps to names, for checkpoints."""
+        return [(name, self.offsets[name], row.shape) for name, row in self.rows.items() if row.trainable]
 
 
 def _padded(row: Row) -> int:
@@ -117,28 +115,25 @@ def _padded(row: Row) -> int:
 
 def _spread(rows: list[Row], world: int, limit: int) -> list[list[list[Row]]]:
     """Buckets of about `limit` elements, of rows in backward order: the rows of every share of each."""
-    total = sum(map(_padded, rows))
+    ends = dict(zip(rows, accumulate(map(_padded, rows)), strict=True))
+    total = ends[rows[-1]]
     for count in range(max(1, total // limit), 0, -1):
-        runs: list[list[Row]] = [[] for _ in range(count)]
-        at = 0
-        for row in rows:
-            runs[at * count // total].append(row)
-            at += _padded(row)
-        buckets = [_shares(run, world) for run in runs if run]
-        fullest = sum(max(sum(map(_padded, share)) for share in shares) for shares in buckets)
-        if world * fullest <= (1 + MOST_PADDING) * total:
+        runs = groupby(rows, lambda row, n=count: (ends[row] - 1) * n // total)  # type: ignore[misc]
+        buckets = [_shares(list(run), world) for _, run in runs]
+        if world * sum(map(_fullest, buckets)) <= (1 + MOST_PADDING) * total:
             break
     return buckets
 
 
 def _shares(rows: list[Row], world: int) -> list[list[Row]]:
     shares: list[list[Row]] = [[] for _ in range(world)]
-    filled = [0] * world
     for row in sorted(rows, key=_padded, reverse=True):
-        emptiest = filled.index(min(filled))
-        shares[emptiest].append(row)
-        filled[emptiest] += _padded(row)
+        min(shares, key=lambda share: sum(map(_padded, share))).append(row)
     return shares
+
+
+def _fullest(shares: list[list[Row]]) -> int:
+    return max(sum(map(_padded, share)) for share in shares)
 
 
 @torch.no_grad()

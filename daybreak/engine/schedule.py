@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.engine.arena import Arena, Entry, StepFrame, plan_arena
+from daybreak.engine.arena import FROZEN, Arena, Entry, StepFrame, plan_arena
 from daybreak.engine.collectives import Collectives, Sharding
 from daybreak.engine.formats import in_formats, weight_entries
 from daybreak.engine.moments import final_moments
 from daybreak.engine.params import ParamTable
-from daybreak.engine.spec import EngineSpec
+from daybreak.engine.spec import DTYPES, EngineSpec
 from daybreak.errors import ConfigError
 from daybreak.kernels import acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
 from daybreak.models.registry import Model, build_model
 from daybreak.optimizers import Part
+from daybreak.optimizers.adamw import adamw_group
 from daybreak.parallel import ALONE, Group
 
 State = dict[str, Tensor]
@@ -55,7 +56,7 @@ def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
     f.k.global_norm(s["norm"], grads)
     if c.active:
         scalars = [s["loss"], s["norm"]]
-        f.do("sum_scalars", lambda: c.sum_scalars(s), scalars, scalars)
+        f.k.do("sum_scalars", lambda: c.sum_scalars(s), scalars, scalars)
     f.k.step_guard(
         s["stats"], s["windows"], s["counts"], s["loss"], s["norm"],
         clip=spec.optim.clip, max_loss_z=spec.guard.loss_z, max_norm_z=spec.guard.norm_z,
@@ -97,6 +98,7 @@ def state_entries(spec: EngineSpec, plan: Sharding, kv: tuple[int, ...]) -> list
     acc, f64, i64 = acc_dtype(dtype), torch.float64, torch.int64
     held = plan.shard if plan.zero else N
     entries = [Entry("weights", "weights", (N,), dtype)]
+    entries += [Entry(FROZEN + row.name, "frozen", row.shape, DTYPES[row.held]) for row in plan.table.frozen]
     if spec.train:
         if spec.kept != "none":
             entries += [Entry("masters", "masters", (held,), acc if spec.kept == "fp32" else torch.int16)]
@@ -115,23 +117,22 @@ def state_entries(spec: EngineSpec, plan: Sharding, kv: tuple[int, ...]) -> list
     entries += [Entry("kv", "kv", kv, dtype)]
     if plan.world > 1:
         small += [("sums", (2,), f64)]
-    once = {"windows": "once", "counts": "once"}
-    return entries + [Entry(name, "state", shape, kind, saved=once.get(name, "")) for name, shape, kind in small]
+    once = ("windows", "counts")
+    return entries + [Entry(n, "state", shape, kind, saved="once" if n in once else "") for n, shape, kind in small]
 
 
 def optimizer_entries(plan: Sharding, acc: torch.dtype) -> list[Entry]:
     """What the optimizers keep of the parameters that this rank updates."""
     by_element = (plan.shard if plan.zero else plan.numel) - plan.whole
-    flat, whole = dict[str, Entry](), list[Entry]()
+    entries = dict[str, Entry]()
     for piece in plan.pieces():
         optimizer = piece.span.group.optimizer
-        for key in optimizer.state:
-            if optimizer.whole:
-                shape = optimizer.shape(key, plan.table.rows[piece.name])
-                whole.append(Entry(f"{key}.{piece.name}", key, shape, acc, saved="whole"))
-            else:
-                flat[key] = Entry(key, key, (by_element,), acc, saved="ranges")
-    return [*flat.values(), *whole]
+        for key in optimizer.state if optimizer.whole else ():
+            shape = optimizer.shape(key, plan.table.rows[piece.name])
+            entries[f"{key}.{piece.name}"] = Entry(f"{key}.{piece.name}", key, shape, acc, saved="whole")
+        for key in () if optimizer.whole else optimizer.state:
+            entries[key] = Entry(key, key, (by_element,), acc, saved="ranges")
+    return list(entries.values())
 
 
 def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTable, Arena]:
@@ -146,8 +147,9 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
             f"model.NH = {cfg.NH} makes heads of {cfg.HS}, and CUDA's attention takes 256 at most; use more."
         )
     model = build_model(cfg, spec.recompute, spec.device_type)
-    limit = spec.bucket_bytes // dtype.itemsize
-    table = ParamTable(model.rows(), spec.param_groups, group.world, limit)
+    limit, groups = spec.bucket_bytes // dtype.itemsize, (*spec.groups, adamw_group(spec.optim))
+    table = ParamTable(spec.parameters(model.rows()), groups, group.world, limit)
+    assert table.offsets, "no parameter is trainable"
     sharding = Sharding(table, final_moments(model, table), group, spec.zero, limit)
 
     def more(f: Any, first: bool = False) -> None:

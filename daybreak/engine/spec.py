@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 import torch
 
 from daybreak.config_keys import GuardConfig, OptimConfig
-from daybreak.kernels.operand import Format
+from daybreak.kernels.operand import Format, chosen
+from daybreak.models.rows import Row
 from daybreak.optimizers import ParamGroup
-from daybreak.optimizers.adamw import adamw_group
 from daybreak.shapes import Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -25,6 +25,8 @@ class EngineSpec:
     zero, bucket_bytes: see collectives. kernels: group of operations -> backend, where not the best (kernels.choose).
     formats: patterns of names -> number formats of the matrices that training's matmuls read (engine/formats.py).
     optim, groups: AdamW's options, and groups of parameters that are updated otherwise (optimizers).
+    trainable: patterns of names; a parameter that fits none is frozen: no gradient, no optimizer state, no masters.
+    frozen: patterns of names -> the dtype that frozen parameters are held in, where not compute dtype.
     device_type, missing: cpu or cuda, and backends that are not there; an engine fills both in for its own device.
     """
 
@@ -41,6 +43,8 @@ class EngineSpec:
     bucket_bytes: int = 1 << 25
     optim: OptimConfig = field(default_factory=OptimConfig)
     groups: tuple[ParamGroup, ...] = ()
+    trainable: tuple[str, ...] = ("*",)
+    frozen: Mapping[str, str] = field(default_factory=dict)
     guard: GuardConfig = field(default_factory=GuardConfig)
     kernels: Mapping[str, str] = field(default_factory=dict)
     formats: Mapping[str, Format] = field(default_factory=dict)
@@ -52,10 +56,14 @@ class EngineSpec:
         """Of weights and activations."""
         return DTYPES[self.compute]
 
-    @property
-    def param_groups(self) -> tuple[ParamGroup, ...]:
-        """Every parameter is in the first of these that fits its name."""
-        return (*self.groups, adamw_group(self.optim))
+    def parameters(self, rows: Iterable[Row]) -> list[Row]:
+        """A model's parameters, as this engine trains and holds them."""
+
+        def frozen(row: Row) -> Row:
+            return replace(row, trainable=False, held=chosen(self.frozen, row.name) or self.compute)
+
+        trains = dict.fromkeys(self.trainable, True)
+        return [row if chosen(trains, row.name) else frozen(row) for row in rows]
 
     @property
     def kept(self) -> str:

@@ -78,6 +78,9 @@ class Engine:
             spec.cfg.check()
             drawing = ThreadPoolExecutor(1).submit(draw, spec.cfg, seed)
         self.model, self.table, self.arena = plan_engine(spec, group)
+        self.num_parameters = self.table.num_parameters
+        frozen = sum(row.numel for row in self.table.frozen)  # have no matmul for a gradient: 2 of 6 FLOPs
+        self.flops_per_token = self.model.flops_per_token(spec.T, self.num_parameters) - 2 * frozen
         self.comm = Collectives(self.arena.sharding, group)
         self.frame = LiveFrame(self.arena, self.table, spec.dtype, self.device, self.comm)
         self._training = in_formats(self.frame, spec.formats)
@@ -145,13 +148,17 @@ class Engine:
         return list(self.table.rows)
 
     def param(self, name: str) -> Tensor:
-        """A weight in compute dtype, a view."""
-        return self.frame.w(name)
+        """A weight, a view: in compute dtype, unless it is a frozen one that is held in another."""
+        self.comm.need(name)
+        return self.frame.weights[name]
 
     def exact_parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first element, 1-D tensor) of the parts of a weight that are this rank's to save, as exactly as the engine
         has them: fp32 (fp64; bf16 without masters). Views, or copies of split ones made when it is their turn."""
         masters, weight, plan = self.state.get("masters"), self.param(name).view(-1), self.comm.plan
+        if name not in self.table.offsets:  # a frozen one, which every rank has
+            yield from [(0, weight)] if not plan.rank else []
+            return
         for where, at in _pieces(plan.within(name, plan.shards())):
             yield where.start, exact(weight[where], None if masters is None else masters[at])
 
@@ -162,7 +169,7 @@ class Engine:
         if masters is None:
             weight.copy_(value)
             return
-        if plan.zero:  # the others' parts too
+        if plan.zero or name not in self.table.offsets:  # the others' parts too
             for where, _ in _pieces([(slice(0, weight.numel()), slice(0, weight.numel()))]):
                 round_weights(weight[where], value[where].to(self.device, torch.float32))
         for where, at in _pieces(plan.within(name, plan.held())):
@@ -175,16 +182,8 @@ class Engine:
         self.comm.finish()
 
     def grad(self, name: str) -> Tensor:
-        """A gradient, a view."""
-        return self.frame.g(name)
-
-    @property
-    def num_parameters(self) -> int:
-        return self.table.num_parameters
-
-    @property
-    def flops_per_token(self) -> int:
-        return self.model.flops_per_token(self.T, self.num_parameters)
+        """The gradient of a trainable parameter, a view."""
+        return self.frame.grads[name]
 
     def load_params(self, params: dict[str, Tensor]) -> None:
         """Set every weight from tensors of the table's names and shapes."""
@@ -222,13 +221,6 @@ class Engine:
         self.comm.stale = bool(self.comm.plan.zero)
         self._last = self._stats.download(self.state["stats"])
         return self._last
-
-    def plain_step(self, tokens: Tensor, targets: Tensor) -> None:
-        """One micro-step and update without graphs: the same calls, for who looks at each (report.bench)."""
-        self.state["tokens"].copy_(tokens)
-        self.state["targets"].copy_(targets)
-        micro_step(self.model, self._training, self.state, first=True)
-        self._update()
 
     def forward_backward(self, tokens: Tensor, targets: Tensor, *, lr: float = 0.0, step: int = 0) -> None:
         """Gradients of the mean loss over all valid targets of all ranks' tokens, targets (A, B, T): A micro-steps."""

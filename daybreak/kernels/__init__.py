@@ -200,6 +200,17 @@ class Kernels:
 
         return call
 
+    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+        """Call fn, which is no kernel but writes and reads tensors as one does."""
+        fn()
+
+    def each(self, make: Callable[[str, Callable[..., None]], Callable[..., None]]) -> Self:
+        """The same, with make(name, operation) in place of every operation: for who notes or measures them."""
+        kernels = copy(self)
+        for name in (*self.choices, "do"):
+            setattr(kernels, name, make(name, getattr(self, name)))
+        return kernels
+
     def in_formats(self, backends: Collection[str]) -> Self:
         """The same operations, but a call with Operands among its arguments goes to their backend, one of these."""
         kernels = copy(self)
@@ -244,6 +255,10 @@ class Recorder(Kernels):
     def __init__(self, choices: Mapping[str, str] | None = None) -> None:
         self.calls: list[Call] = []
         super().__init__(torch.empty(0, dtype=torch.uint8), choices)
+
+    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+        read, written = (tuple(map(storage_key, tensors)) for tensors in (reads, writes))
+        self.calls.append(Call(name, read, written, 0))
 
     def _bind(self, operation: Op, impl: Impl) -> Callable[..., None]:
         names = operation.parameters

@@ -35,32 +35,34 @@ def embedding_decode(
     out.add_(position)
 
 
-def backward_temps(dwte: Tensor, dwpe: Tensor, dout: Tensor, tokens: Tensor, **_: object) -> Temps:
+def backward_temps(dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, tokens: Tensor, **_: object) -> Temps:
     n, C = dout.shape
     acc, ids = acc_dtype(dout.dtype), torch.int64
     wide = [((tokens.shape[1], C), dout.dtype)]
-    if dout.dtype == acc:
+    if dout.dtype == acc or dwte is None:
         return wide
     return [*wide, *[((n, C), acc)] * 2, ((n, C), dout.dtype), *[((n,), ids)] * 2, *[((dwte.shape[0],), ids)] * 2]
 
 
 @op("dwte", "dwpe", temps=backward_temps)
 def embedding_backward(
-    dwte: Tensor, dwpe: Tensor, dout: Tensor, tokens: Tensor, *, accumulate: bool, scratch: Scratch
+    dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, tokens: Tensor, *, accumulate: bool, scratch: Scratch
 ) -> None:
     """Add dout (B*T, C) to the rows of dwte (Vp, C) that `tokens` (B, T) name, and its sum over B to dwpe[:T].
 
-    dwte always accumulates: the tied head wrote it earlier in the same backward pass.
+    dwte always accumulates: the tied head wrote it earlier in the same backward pass. One may be None: nobody wants it.
     """
     B, T = tokens.shape
     temps = scratch(backward_temps(dwte, dwpe, dout, tokens))
     position = temps[0]
     torch.sum(dout.view(B, T, -1), 0, out=position)
-    if accumulate:
+    if dwpe is not None and accumulate:
         dwpe[:T].add_(position)
-    else:
+    elif dwpe is not None:
         dwpe[:T].copy_(position)
         dwpe[T:].zero_()
+    if dwte is None:
+        return
     if len(temps) == 1:
         _scatter_add(dwte, tokens.view(-1), dout)
     else:

@@ -132,7 +132,7 @@ def matmul_backward_weight(dw: Tensor, dout: Tensor, x: Tensor, *, accumulate: b
         torch.mm(dout.t(), x, out=dw)
 
 
-def bias_temps(db: Tensor, dout: Tensor, **_: object) -> Temps:
+def bias_temps(db: Tensor | None, dout: Tensor, **_: object) -> Temps:
     return [((dout.shape[1],), dout.dtype)]
 
 
@@ -147,25 +147,26 @@ def bias_backward(db: Tensor, dout: Tensor, *, accumulate: bool, scratch: Scratc
         torch.sum(dout, 0, out=db)
 
 
-def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor, *_: object, **__: object) -> Temps:
+def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor | None, *_: object, **__: object) -> Temps:
     return bias_temps(db, dpre)
 
 
 @op("dpre", "gelu", "db", temps=gelu_backward_temps)
 def matmul_gelu_backward(
-    dpre: Tensor, gelu: Tensor | None, db: Tensor, dout: Tensor, w: Tensor, pre: Tensor,
+    dpre: Tensor, gelu: Tensor | None, db: Tensor | None, dout: Tensor, w: Tensor, pre: Tensor,
     *, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
     """Back through a linear layer, the GELU before it and the bias before that.
 
     dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)); db (I) = its column sums, added to db if `accumulate`;
-    gelu (n, I) = gelu(pre) once more, where it is given.
+    gelu (n, I) = gelu(pre) once more. db and gelu may be None, where nobody wants them.
     """
     matmul_backward_input(dpre, dout, w)
     torch.ops.aten.gelu_backward.grad_input(dpre, pre, approximate="tanh", grad_input=dpre)
     if gelu is not None:
         torch.ops.aten.gelu.out(pre, approximate="tanh", out=gelu)
-    bias_backward(db, dpre, accumulate=accumulate, scratch=scratch)
+    if db is not None:
+        bias_backward(db, dpre, accumulate=accumulate, scratch=scratch)
 
 
 def decode_temps(out: Tensor, x: Tensor, w: Tensor, *_: object, **__: object) -> Temps:

@@ -42,7 +42,7 @@ def layernorm_forward(
 
 
 def backward_temps(
-    dx: Tensor, dw: Tensor, db: Tensor, dbias: Tensor | None, again: Tensor | None, dout: Tensor,
+    dx: Tensor, dw: Tensor | None, db: Tensor | None, dbias: Tensor | None, again: Tensor | None, dout: Tensor,
     *_: object, **__: object,
 ) -> Temps:  # fmt: skip
     n, C = dout.shape
@@ -52,7 +52,7 @@ def backward_temps(
 
 @op("dx", "dw", "db", "dbias", "again", temps=backward_temps)
 def layernorm_backward(
-    dx: Tensor, dw: Tensor, db: Tensor, dbias: Tensor | None, again: Tensor | None,
+    dx: Tensor, dw: Tensor | None, db: Tensor | None, dbias: Tensor | None, again: Tensor | None,
     dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor, b: Tensor,
     *, accumulate_dx: bool, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
@@ -60,7 +60,8 @@ def layernorm_backward(
 
     `accumulate_dx` adds into dx (the residual stream's gradient), `accumulate` adds into dw, db, dbias (micro-steps).
     dbias (C) = column sums of the resulting dx before it is rounded: the bias gradient of the linear layer that was
-    added to the stream below this layernorm. again (n, C) = the layernorm's output once more (recomputation).
+    added to the stream below this layernorm. dw, db and dbias may be None, where nobody wants them. again (n, C) = the
+    layernorm's output once more (recomputation).
     """
     xhat_, g_, tmp_, c1_, c2_, dw_acc, db_acc, dbias_acc, part, w_, b_ = scratch(
         backward_temps(dx, dw, db, dbias, again, dout)

@@ -19,10 +19,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+V = TypeVar("V")
 PARTS = ("value", "scale", "transposed")
 
 
@@ -55,9 +57,9 @@ class Operand:
 Matrix = Tensor | Operand
 
 
-def chosen(formats: Mapping[str, Format], name: str) -> Format | None:
-    """The format of the first pattern that a name fits."""
-    return next((format for pattern, format in formats.items() if fnmatchcase(name, pattern)), None)
+def chosen(of: Mapping[str, V], name: str) -> V | None:
+    """The value, such as a format, of the first pattern that a name fits."""
+    return next((value for pattern, value in of.items() if fnmatchcase(name, pattern)), None)
 
 
 def tensors_of(x: object, parts: Collection[str] = PARTS) -> list[Tensor]:

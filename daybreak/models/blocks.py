@@ -80,13 +80,14 @@ def weight_grad(b: Frame, name: str, dy: Matrix, x: Matrix, *, late: bool = Fals
     """The gradient dy^T @ x of a linear layer's weight. A late one is left to who calls what mode.late collects."""
     if late:
         b.mode.late.append(lambda: weight_grad(b, name, dy, x))
-    else:
-        b.k.matmul_backward_weight(b.g(name + "w"), dy, x, accumulate=b.mode.accumulate)
+    elif (dw := b.g(name + "w")) is not None:
+        b.k.matmul_backward_weight(dw, dy, x, accumulate=b.mode.accumulate)
 
 
 def bias_grad(b: Frame, name: str, dy: Tensor) -> None:
     """The column sums of dy: the gradient of a linear layer's bias."""
-    b.k.bias_backward(b.g(name + "b"), dy, accumulate=b.mode.accumulate)
+    if (db := b.g(name + "b")) is not None:
+        b.k.bias_backward(db, dy, accumulate=b.mode.accumulate)
 
 
 def attention(b: Frame, out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:

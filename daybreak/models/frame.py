@@ -35,13 +35,15 @@ from daybreak.kernels.operand import Matrix as Matrix
 class Mode:
     """How all layers run in one pass over the model.
 
-    Backward: `accumulate` adds gradients to those of earlier micro-steps. `rewritten` are outputs that forward did not
-    keep, and that backward's kernels write once more. `recomputed` means that whole layers are computed once more, so
-    their activations are copies, named `.again`. `late` collects weight gradients that are put off.
+    Backward: `backward` says that it is that. `accumulate` adds gradients to those of earlier micro-steps. `rewritten`
+    are outputs that forward did not keep, and that backward's kernels write once more. `recomputed` means that whole
+    layers are computed once more, so their activations are copies, named `.again`. `late` collects weight gradients
+    that are put off.
     Prefill and decode: `cache` has the keys and values of all layers. `positions` (n) are the places of the tokens that
     decode reads, one of each row. `few` rows are so few that one kernel does all that belongs to a linear layer.
     """
 
+    backward: bool = False
     accumulate: bool = False
     rewritten: Collection[str] = ()
     recomputed: bool = False
@@ -64,8 +66,11 @@ class Frame(Protocol):
     def w(self, name: str) -> Tensor:
         """A weight, in compute dtype."""
 
-    def g(self, name: str) -> Tensor:
-        """Its gradient."""
+    def g(self, name: str) -> Tensor | None:
+        """Its gradient; a frozen parameter has none."""
+
+    def trains(self, *names: str) -> bool:
+        """Whether one of these parameters is trainable, or, of a name such as "h.3.", one of that layer."""
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         """An activation of this shape (compute dtype by default). Declared by being used.
@@ -101,9 +106,6 @@ class Frame(Protocol):
     def chunks(self, n: int, step: int) -> Sequence[int]:
         """Where chunks of `step` of n rows start."""
         return range(0, n, step)
-
-    def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
-        """Call fn, which is no kernel: what it writes and reads is on the call list."""
 
     def final(self) -> None:
         """Backward has finished some gradients: they may be exchanged. engine/moments.py finds out which."""

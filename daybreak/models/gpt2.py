@@ -126,14 +126,18 @@ class GPT2(Head):
         return blocks.linear(f.layer("", 0, mode), "", x, f.a("logits", n, self.cfg.Vp), norm="lnf", tied="wte")
 
     def backward(self, f: Frame, tokens: Tensor, *, first: bool) -> None:
-        """From d_lnf (n, C) to every gradient. `first` overwrites gradients, later micro-steps add."""
+        """From d_lnf (n, C) to every gradient. `first` overwrites gradients, later micro-steps add.
+
+        It ends at the lowest layer with a trainable parameter."""
         (B, T), L, C = tokens.shape, self.cfg.L, self.cfg.C
         n, again = B * T, self.recompute == RECOMPUTE_BLOCK
-        mode = Mode(accumulate=not first, recomputed=again, rewritten=REWRITTEN.get(self.recompute, ()))
+        embeds = f.trains("wte", "wpe")
+        lowest = 0 if embeds else next((l for l in range(L) if f.trains(f"h.{l}.")), L)
+        mode = Mode(True, not first, recomputed=again, rewritten=REWRITTEN.get(self.recompute, ()))
         d, x, below = f.a("d_residual", n, C), f.a(f"h.{L - 1}.residual3", n, C), f.g(f"h.{L - 1}.fcprojb")
-        top = f.layer("", 0, Mode(accumulate=not first))
+        top = f.layer("", 0, Mode(True, not first))
         blocks.layernorm_backward(top, "lnf", d, f.a("d_lnf", n, C), x, below=below, starts=True)
-        for l in reversed(range(L)):
+        for l in reversed(range(lowest, L)):
             b = f.layer(f"h.{l}.", l, mode)
             x = f.a(f"h.{l - 1}.residual3" if l else "embedded", n, C)
             if again:
@@ -143,7 +147,8 @@ class GPT2(Head):
                 f.final()
         # The embedding's gradient is the largest and the last that the chain of d gives. Two matmuls of block 0 that
         # nothing waits for come after it, so that its exchange between ranks has something to hide behind.
-        f.k.embedding_backward(f.g("wte"), f.g("wpe"), d, tokens, accumulate=not first)
+        if embeds:
+            f.k.embedding_backward(f.g("wte"), f.g("wpe"), d, tokens, accumulate=not first)
         f.final()
         for gradient in mode.late:
             gradient()

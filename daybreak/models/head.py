@@ -45,7 +45,8 @@ class Head:
             if d_hidden is not None:  # logits now hold d_logits
                 adds = not first or start > 0
                 k.matmul_backward_input(d_hidden[rows], logits, weight)
-                k.matmul_backward_weight(f.g(self.head_weight), logits, hidden[rows], accumulate=adds)
+                if (dw := f.g(self.head_weight)) is not None:
+                    k.matmul_backward_weight(dw, logits, hidden[rows], accumulate=adds)
 
     def head_logits(self, f: Frame, hidden: Tensor) -> Tensor:
         """Logits (r, Vp) of r rows of hidden, r at most one chunk."""

@@ -11,6 +11,7 @@ class Row:
     """One parameter. `std` draws N(0, std) for the first `drawn_rows` rows (None: all), else every value is `fill`.
 
     decay: whether weight decay is for it, as for matrices. stacked: the rows of each matrix, if it is several in one.
+    trainable: whether it has a gradient, and all that optimizers keep. held: the dtype of a frozen one, such as bf16.
     """
 
     name: str
@@ -20,6 +21,8 @@ class Row:
     fill: float = 0.0
     drawn_rows: int | None = None
     stacked: tuple[int, ...] = ()
+    trainable: bool = True
+    held: str = ""
 
     @property
     def numel(self) -> int:

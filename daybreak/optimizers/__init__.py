@@ -60,7 +60,7 @@ class Optimizer:
         return ()
 
     def update(self, f: Frame, part: Part) -> None:
-        """Update weights, masters and state of `part`, unless the guard said no; by kernels, or by `f.do`."""
+        """Update weights, masters and state of `part`, unless the guard said no; by kernels, or by `f.k.do`."""
         raise NotImplementedError
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -99,14 +98,12 @@ def flops_of(name: str, args: dict[str, Any]) -> int:
 
 
 class Meter:
-    """Stands in for an engine's kernels: runs each call between two marks and keeps its cost."""
+    """Runs each kernel call between two marks, and keeps its cost: `metered` for kernels.Kernels.each."""
 
-    def __init__(self, kernels: Any, device: torch.device) -> None:
+    def __init__(self, choices: Mapping[str, str], device: torch.device) -> None:
         self.costs: dict[str, Cost] = defaultdict(Cost)
         self._marks: list[tuple[str, Any, Any]] = []
-        self._cuda = device.type == "cuda"
-        for name, backend in kernels.choices.items():
-            setattr(self, name, self._metered(name, backend, getattr(kernels, name)))
+        self._choices, self._cuda = choices, device.type == "cuda"
 
     def _mark(self) -> Any:
         if not self._cuda:
@@ -115,13 +112,16 @@ class Meter:
         event.record()
         return event
 
-    def _metered(self, name: str, backend: str, fn: Callable[..., None]) -> Callable[..., None]:
+    def metered(self, name: str, fn: Callable[..., None]) -> Callable[..., None]:
+        """A kernel, metered."""
+        if name not in OPS:
+            return fn
         parameters, writes = OPS[name].parameters, OPS[name].writes
 
         def call(*args: Any, **kwargs: Any) -> None:
             given = {**dict(zip(parameters, args, strict=False)), **kwargs}
             cost = self.costs[name]
-            cost.backend, cost.calls = backend, cost.calls + 1
+            cost.backend, cost.calls = self._choices[name], cost.calls + 1
             cost.nbytes += nbytes_of(name, given, writes)
             cost.flops += flops_of(name, given)
             start = self._mark()
@@ -190,16 +190,19 @@ def time_steps(engine: Engine, micro_steps: int, seconds: float) -> list[float]:
 
 
 def meter(engine: Engine) -> dict[str, Cost]:
-    """The costs of one micro-step and one update, call by call."""
+    """The costs of one micro-step and one update, call by call. The engine has no graphs afterwards."""
     kernels, tokens = engine.frame.k, batches(engine, 1)[0]
+    engine.graphs.clear()
     try:
         for _ in range(2):
-            engine.frame.k = metered = Meter(kernels, engine.device)  # type: ignore[assignment]
+            meter = Meter(kernels.choices, engine.device)
+            engine.frame.k = kernels.each(meter.metered)
             if engine.device.type == "cuda":
                 torch.cuda._sleep(1_500_000_000)  # type: ignore[no-untyped-call]  # lets the host run ahead, so that no mark waits for a launch
             engine.begin_step(lr=1e-5, step=0, valid=engine.B * engine.T)
-            engine.plain_step(tokens[:, :-1], tokens[:, 1:])
-            costs = metered.collect()
+            engine.micro_step(tokens[:, :-1], tokens[:, 1:], first=True)
+            engine.update()
+            costs = meter.collect()
         return costs
     finally:
         engine.frame.k = kernels
@@ -234,9 +237,8 @@ def step_products(config: Config, device: torch.device) -> list[Key]:
     model, table, arena = plan_engine(spec)
     state = [e for e in arena.entries if e.buffer not in ("activations", "scratch")]
     frame = PlanFrame(table, spec.dtype, state, Collectives(arena.sharding, ALONE))
-    kernels = dict.fromkeys(ops, lambda *_, **__: None)
-    kernels |= {name: partial(ops[name].impls["cublaslt"].fn, scratch=None) for name in PRODUCTS}
-    frame.k = SimpleNamespace(**kernels)  # type: ignore[assignment]  # the same attributes
+    listed = {name: partial(ops[name].impls["cublaslt"].fn, scratch=None) for name in PRODUCTS}
+    frame.k = frame.k.each(lambda name, _: listed.get(name, lambda *_, **__: None))
 
     def run() -> None:
         for first in (True, False):

@@ -19,7 +19,6 @@ from daybreak.engine import DTYPES
 from daybreak.engine.arena import Arena
 from daybreak.engine.device import available_bytes, missing_on, pick_compute, pick_device
 from daybreak.engine.fit import Fit, plan_memory
-from daybreak.engine.params import ParamTable
 from daybreak.formatting import counted, disk, format_duration
 from daybreak.models.registry import build_model
 from daybreak.report.cards import find_card, token_rate
@@ -136,7 +135,7 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
     fit = Fit(device, missing, (budget or 1 << 62) - process, gpus)
     arena, outside = plan_memory(config, device, missing, fit.group)
     model = build_model(config.model, config.batch.recompute, device.type)
-    parameters = ParamTable(model.rows()).num_parameters
+    parameters = sum(row.numel for row in model.rows())
     flops = model.flops_per_token(config.T, parameters)
     compute = pick_compute(config.precision.compute, device)
     return Plan(config, device.type, name, gpus, compute, parameters, flops, arena, outside + process, budget, fit)

@@ -26,17 +26,18 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Stagi
     plan, table, state = engine.comm.plan, engine.table, engine.state
     parts: Callable[[str], Iterable[tuple[int, Tensor]]] = engine.exact_parts
     if staging is not None:
-        state, parts = staging.take(engine), staging.parts
+        state, parts = staging.take(), staging.parts
     saved = _saved(engine.arena)
     ranges = [(a, slice(at, at + b - a)) for a, b, at in plan.by_element(plan.shards())]
     optimizer = {key: [(a, state[key][part]) for a, part in ranges] for key in saved["ranges"]}
     for name in saved["whole"]:
         if any(plan.within(name.partition(".")[2], plan.shards())):
             optimizer[name] = [(0, state[name].view(-1))]
-    dtype = exact_weights(engine.arena)
+    trained = exact_weights(engine.arena)
+    dtypes = {name: trained if name in table.offsets else engine.param(name).dtype for name in table.rows}
     return Snapshot(
         step,
-        {name: torch.empty(row.shape, dtype=dtype, device="meta") for name, row in table.rows.items()},
+        {name: torch.empty(row.shape, dtype=dtypes[name], device="meta") for name, row in table.rows.items()},
         optimizer,
         table.numel,
         table.layout(),
@@ -79,7 +80,7 @@ class Staging:
 
     def __init__(self, engine: Engine) -> None:
         self._pinned: list[int] = []
-        self._table, cuda = engine.table, engine.device.type == "cuda"
+        self._engine, cuda = engine, engine.device.type == "cuda"
 
         def host(numel: int, dtype: torch.dtype) -> Tensor:
             flat = zeros(numel * dtype.itemsize, torch.device("cpu")).view(dtype)
@@ -94,8 +95,9 @@ class Staging:
         self._weights = host(engine.table.numel, exact_weights(engine.arena))
         self._state = {e.name: host(math.prod(e.shape), e.dtype).view(e.shape) for e in kept}
 
-    def take(self, engine: Engine) -> dict[str, Tensor]:
-        """Copy the state of `engine`; back when it is all here. Returns what it is now, by name."""
+    def take(self) -> dict[str, Tensor]:
+        """Copy the engine's state; back when it is all here. Returns what it is now, by name."""
+        engine = self._engine
         weights, masters = engine.state["weights"], engine.state.get("masters")
         for at in range(0, weights.numel(), FLAT_CHUNK):
             part = slice(at, at + FLAT_CHUNK)
@@ -108,8 +110,10 @@ class Staging:
         return self._state
 
     def parts(self, name: str) -> list[tuple[int, Tensor]]:
-        """The only part of a weight: all of it."""
-        return [(0, self._table.view(self._weights, name).view(-1))]
+        """The only part of a weight: all of it. A frozen one is the engine's, as no step changes it."""
+        table = self._engine.table
+        weight = table.view(self._weights, name) if name in table.offsets else self._engine.param(name)
+        return [(0, weight.view(-1))]
 
     def close(self) -> None:
         """Give the pages back to the system's care; the memory goes with the last reference to it."""
@@ -142,6 +146,11 @@ def restore_weights(engine: Engine, checkpoint: Weights) -> None:
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     """Load weights, optimizer state and outlier windows: the engine continues as if it had never stopped."""
+    if other := sorted(engine.table.offsets.keys() ^ {name for name, _, _ in checkpoint.layout}):
+        raise CheckpointError(
+            f"{checkpoint.path} was trained with other trainable parameters: {other[0]!r} is trainable there or here, "
+            "not in both; train the same ones, or start a new run from its weights with --init-from."
+        )
     restore_weights(engine, checkpoint)
     plan, state, saved = engine.comm.plan, engine.state, _saved(engine.arena)
     # By name: the flat buffers may have been ordered otherwise when this was written.

@@ -6,6 +6,8 @@ rows. Which rows meet in which partial sum depends on the shape and on PROGRAMS 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, float32
 
 from daybreak.kernels import Scratch, Temps, backend
@@ -42,8 +44,14 @@ def _column_sums_kernel(
     tl.store(out + cols, total.to(out.dtype.element_ty), mask=mask)
 
 
-def column_sums(outs: list[Tensor], part: Tensor, accumulate: bool) -> None:
-    """Each of one to three outs (C) = or += the column sums of its part (P, C) of `part` (3 or 1, P, C) in fp32."""
+def column_sums(outs: Sequence[Tensor | None], part: Tensor, accumulate: bool) -> None:
+    """Each of one to three outs (C) = or += the column sums of its part (P, C) of `part` (3 or 1, P, C) in fp32. None
+    is an output that nobody wants."""
+    wanted = [(out, k) for k, out in enumerate(outs) if out is not None]
+    if len(wanted) < len(outs):
+        for out, k in wanted:
+            column_sums([out], part[k : k + 1], accumulate)
+        return
     _, P, C = part.shape
     _column_sums_kernel[(triton.cdiv(C, SUM_COLS), len(outs))](
         outs[0], outs[1 % len(outs)], outs[-1], part, P, C,
@@ -71,7 +79,7 @@ def _bias_partial_kernel(part, dout, n, O, ROWS: tl.constexpr, COLS: tl.constexp
     tl.store(part + s * O + cols, tl.sum(acc, 0), mask=mask)
 
 
-def bias_temps(db: Tensor, dout: Tensor, **_: object) -> Temps:
+def bias_temps(db: Tensor | None, dout: Tensor, **_: object) -> Temps:
     """Partial sums (1, S, O): S row slices for each block of columns, together about PROGRAMS programs."""
     n, O = dout.shape
     splits = min(max(1, PROGRAMS // triton.cdiv(O, COLS)), triton.cdiv(n, ROWS))

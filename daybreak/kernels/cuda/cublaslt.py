@@ -447,7 +447,7 @@ def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor, *, scratch: Scrat
         torch.mm(dout, w, out=dx)
 
 
-def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor, *_: object, **__: object) -> Temps:
+def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor | None, *_: object, **__: object) -> Temps:
     """The library's workspace and, later in the same bytes, the partial sums of the bias gradient."""
     return max(_TEMPS, _bias(dpre).bias_temps(db, dpre), key=temps_bytes)
 
@@ -459,7 +459,7 @@ def _bias(dout: Tensor) -> Any:
 
 @backend("cublaslt", temps=gelu_backward_temps)
 def matmul_gelu_backward(
-    dpre: Tensor, gelu: Tensor | None, db: Tensor, dout: Tensor, w: Tensor, pre: Tensor,
+    dpre: Tensor, gelu: Tensor | None, db: Tensor | None, dout: Tensor, w: Tensor, pre: Tensor,
     *, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
     """dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)), multiplied before rounding.
@@ -474,7 +474,8 @@ def matmul_gelu_backward(
         return
     if gelu is not None:
         gelu_pass(gelu, pre)
-    _bias(dpre).bias_backward(db, dpre, accumulate=accumulate, scratch=scratch)
+    if db is not None:
+        _bias(dpre).bias_backward(db, dpre, accumulate=accumulate, scratch=scratch)
 
 
 @backend("cublaslt", temps=workspace)

@@ -261,7 +261,7 @@ def _long_runs_kernel(
         tl.store(here, (old + total).to(dwte.dtype.element_ty), mask=mask)
 
 
-def backward_temps(dwte: Tensor, dwpe: Tensor, dout: Tensor, *_: object, **__: object) -> Temps:
+def backward_temps(dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, *_: object, **__: object) -> Temps:
     """Sorted tokens and their places in the batch, twice; the counts of digits; the partial sums of the chunks."""
     n, C = dout.shape
     table = ((triton.cdiv(n, SORT_BLOCK), 1 << DIGIT_BITS), torch.int32)
@@ -270,15 +270,18 @@ def backward_temps(dwte: Tensor, dwpe: Tensor, dout: Tensor, *_: object, **__: o
 
 @backend("triton", temps=backward_temps)
 def embedding_backward(
-    dwte: Tensor, dwpe: Tensor, dout: Tensor, tokens: Tensor, *, accumulate: bool, scratch: Scratch
+    dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, tokens: Tensor, *, accumulate: bool, scratch: Scratch
 ) -> None:
     """dwte (Vp, C) += the rows of dout (B*T, C) by `tokens` (B, T); dwpe[:T] = or += their sum over B."""
     (B, T), (n, C) = tokens.shape, dout.shape
     *pairs, table, part = scratch(backward_temps(dwte, dwpe, dout))
     cols = min(triton.next_power_of_2(C), POSITION_COLS)
-    _positions_kernel[(T if accumulate else dwpe.shape[0], triton.cdiv(C, cols))](
-        dwpe, dout, B, T, C, ACCUMULATE=accumulate, ROWS=POSITION_ROWS, COLS=cols, num_warps=max(cols // 256, 1)
-    )
+    if dwpe is not None:
+        _positions_kernel[(T if accumulate else dwpe.shape[0], triton.cdiv(C, cols))](
+            dwpe, dout, B, T, C, ACCUMULATE=accumulate, ROWS=POSITION_ROWS, COLS=cols, num_warps=max(cols // 256, 1)
+        )
+    if dwte is None:
+        return
     keys, rows = _sort(tokens, pairs, table, dwte.shape[0])
     chunks = part.shape[1]
     grid = (chunks, triton.cdiv(C, RUN_COLS))

@@ -58,14 +58,14 @@ def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tenso
     gelu_forward(out, pre)
 
 
-def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor, *_: object, **__: object) -> Temps:
+def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor | None, *_: object, **__: object) -> Temps:
     """Partial sums of the bias gradient."""
     return bias.bias_temps(db, dpre)
 
 
 @backend("triton", temps=gelu_backward_temps)
 def matmul_gelu_backward(
-    dpre: Tensor, gelu: Tensor | None, db: Tensor, dout: Tensor, w: Tensor, pre: Tensor,
+    dpre: Tensor, gelu: Tensor | None, db: Tensor | None, dout: Tensor, w: Tensor, pre: Tensor,
     *, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
     """dpre (n, I) = dout (n, O) @ w (O, I) by torch, then * gelu'(pre (n, I)) in place; the rest in other passes."""
@@ -73,7 +73,8 @@ def matmul_gelu_backward(
     multiply_by_slope(dpre, pre)
     if gelu is not None:
         gelu_forward(gelu, pre)
-    bias.bias_backward(db, dpre, accumulate=accumulate, scratch=scratch)
+    if db is not None:
+        bias.bias_backward(db, dpre, accumulate=accumulate, scratch=scratch)
 
 
 def multiply_by_slope(grad: Tensor, pre: Tensor) -> None:

@@ -148,7 +148,7 @@ def layernorm_forward(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Ten
 
 
 def backward_temps(
-    dx: Tensor, dw: Tensor, db: Tensor, dbias: Tensor | None, again: Tensor | None, dout: Tensor,
+    dx: Tensor, dw: Tensor | None, db: Tensor | None, dbias: Tensor | None, again: Tensor | None, dout: Tensor,
     *_: object, accumulate_dx: bool, **__: object,
 ) -> Temps:  # fmt: skip
     """The programs' sums for dw, db and, if asked for, dbias."""
@@ -157,7 +157,7 @@ def backward_temps(
 
 @backend("triton", temps=backward_temps)
 def layernorm_backward(
-    dx: Tensor, dw: Tensor, db: Tensor, dbias: Tensor | None, again: Tensor | None,
+    dx: Tensor, dw: Tensor | None, db: Tensor | None, dbias: Tensor | None, again: Tensor | None,
     dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor, b: Tensor,
     *, accumulate_dx: bool, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip

@@ -185,7 +185,7 @@ def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor, *, scratch: Scrat
         cublaslt.matmul_backward_input(dx, dout, w, scratch=scratch)
 
 
-def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor, *_: object, **__: object) -> Temps:
+def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor | None, *_: object, **__: object) -> Temps:
     """cuBLASLt's temporaries, which go first, and partial sums of the bias gradient: one row for each row of tiles."""
     return [
         *cublaslt.gelu_backward_temps(dpre, gelu, db),
@@ -195,7 +195,7 @@ def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor, *_: objec
 
 @backend("quack", temps=gelu_backward_temps, dtypes=BF16)
 def matmul_gelu_backward(
-    dpre: Tensor, gelu: Tensor | None, db: Tensor, dout: Tensor, w: Tensor, pre: Tensor,
+    dpre: Tensor, gelu: Tensor | None, db: Tensor | None, dout: Tensor, w: Tensor, pre: Tensor,
     *, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
     """dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)), its column sums to db (I) before its rounding, and

@@ -2,15 +2,24 @@
 
 m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,   p -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + wd p)
 
-The exact parameter p lies in one of three layouts, told by `masters`:
+The exact parameter p (fp32 master weights) has one of three layouts. The argument `masters` decides:
 
-fp32 or fp64 tensor  p itself; weights (compute dtype) are p rounded, or the same tensor where nothing is to round.
+fp32 or fp64 tensor  p itself; weights (compute dtype) are p rounded, or the same tensor if the dtypes are equal.
 int16 tensor         fp32 p split in two: weights (bf16) hold p rounded, masters the 16 bits that are missing.
-None                 weights (bf16) are all there is: p is computed in fp32 and rounded at random, with probabilities
-                     that make the expected value p (Gupta et al. 2015, section 3).
+None                 only weights (bf16) exist. p is computed in fp32 and rounded at random, with probabilities that
+                     make the expected value p (Gupta et al. 2015, section 3).
 
-fp32 p is rounded to the nearest bf16, a tie away from zero. Added to the bits of p, 0x8000 does that, and what p lacks
-then always fits 16 bits: bits(p) = (bits(weight) << 16) + master. So both layouts train with the same bits.
+The split saves two bytes a parameter, since the weight is part of p. Its rounding is to the nearest bf16, and a tie
+goes away from zero. Adding 0x8000 to the bits of p and keeping the upper 16 does that. The difference is 16 bits:
+
+    bits(p)            0x3F80 C000      p = 1.005859375     0x3F80 4000
+    + 0x8000           0x3F81 4000                          0x3F80 C000
+    weight = upper 16  0x3F81           1.0078125           0x3F80
+    master             0xC000 = -0x4000, as an int16        0x4000
+    to join them       (0x3F81 << 16) - 0x4000 = 0x3F80 C000
+
+So bits(p) = (bits(weight) << 16) + master, exactly, and both layouts with masters train with the same bits. An update
+joins the split layout, updates it as fp32 and splits it again, one chunk of FLAT_CHUNK parameters at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +34,7 @@ NAN_BITS = 0x7FC00000  # a NaN to which any 16 bits can be added
 WORD = 0xFFFFFFFF
 # Murmur3's finaliser (Appleby 2011): three shifts and two multipliers that let every input bit reach every output bit.
 MIX = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
-GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: sets apart what would otherwise be equal
+GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: added so that equal words differ
 
 
 def norm_temps(norm: Tensor, grads: Tensor) -> Temps:
@@ -46,7 +55,7 @@ def global_norm(norm: Tensor, grads: Tensor, *, scratch: Scratch) -> None:
 
 
 def adamw_temps(weights: Tensor, masters: Tensor | None, m: Tensor, *_: object, **__: object) -> Temps:
-    """Scaled gradient; then what rounding needs: bits and NaNs, p where it is no tensor of its own, random words."""
+    """The scaled gradient; then for rounding: bits, NaNs, p if it has no tensor of its own, random words twice."""
     N = min(FLAT_CHUNK, m.numel())
     rounded = N if weights.dtype != m.dtype else 0
     joined = rounded if masters is None or masters.dtype == torch.int16 else 0
@@ -65,9 +74,9 @@ def adamw_update(
     """Update flat weights (N, compute dtype), masters (N, see above), m and v (N) in fp32 or fp64, from grads (N).
 
     stats (6,) fp64: stats[2] is the clip scale, stats[3] the skip flag (see kernels.guard). hyper (5,) fp64: learning
-    rate, the update's number t from 1, (unused), 1 - beta1^t, 1 - beta2^t. A skipped update touches nothing, bit for
-    bit. `weights` may be `masters`. seed and offset, the place of element 0 among all parameters, choose the random
-    bits where there are no masters. This reference reads the scalars on the host and takes the powers itself.
+    rate, the update's number t from 1, (unused), 1 - beta1^t, 1 - beta2^t. A skipped update changes no bit. `weights`
+    may be `masters`. Without masters, seed and offset choose the random bits; offset is the place of element 0 among
+    all parameters. This reference reads the scalars on the host and computes the powers itself.
     """
     if stats[3].item() != 0.0:
         return
@@ -82,7 +91,7 @@ def adamw_update(
         g, bits, nan, w = wide[:N], bits_[:N], nan_[:N], weights[part]
         if grads.dtype == g.dtype:
             torch.mul(grads[part], stats[2], out=g)
-        else:  # widen first: the product of a narrow tensor would be rounded
+        else:  # widen first: a product in the narrow dtype would be rounded
             g.copy_(grads[part]).mul_(stats[2])
         if masters is None:
             p = joined[:N].copy_(w) if rounded else w
@@ -96,7 +105,7 @@ def adamw_update(
             _round_randomly(w, p, nan, words[:N], spare[:N], offset + start, key, int(hyper[1].item()))
         elif rounded and split and masters is not None:
             _round_away(w, masters[part], p, bits, nan)
-        elif rounded:  # the same for finite p, in one pass less: a set lowest bit makes a tie more than a tie
+        elif rounded:  # the same for finite p, in one pass less: the lowest bit breaks a tie away from zero
             torch.bitwise_or(p.view(torch.int32), 1, out=bits)
             w.copy_(bits.view(torch.float32))
         elif masters is not None and masters is not weights:
@@ -107,10 +116,10 @@ def adamw_update(
 
 
 def _round_away(weights: Tensor, low: Tensor | None, values: Tensor, bits: Tensor, nan: Tensor) -> None:
-    """weights (bf16) = values (fp32) rounded, low (int16) = what is missing. bits (int32), nan (bool): temporaries.
+    """weights (bf16) = values (fp32) rounded, low (int16) = the missing bits. bits (int32), nan (bool): temporaries.
 
-    torch rounds ties to even; the lowest bit, set where the low half is 0x8000 or more, makes a tie more than a tie
-    and changes no other result.
+    torch rounds ties to even. So the lowest bit is set where the low half is 0x8000 or more. A tie then lies above the
+    middle and is rounded away from zero, and no other result changes.
     """
     exact = values.view(torch.int32)
     torch.bitwise_right_shift(exact, 15, out=bits).bitwise_and_(1).bitwise_or_(exact)
@@ -128,12 +137,12 @@ def _join(out: Tensor, weights: Tensor, low: Tensor, bits: Tensor) -> Tensor:
 
 
 def exact_dtype(weights: torch.dtype, masters: torch.dtype | None) -> torch.dtype:
-    """Of exact parameters, from the dtypes of weights and masters."""
+    """The dtype of exact parameters, from the dtypes of weights and masters."""
     return weights if masters is None else torch.float32 if masters == torch.int16 else masters
 
 
 def exact(weights: Tensor, masters: Tensor | None) -> Tensor:
-    """Exact parameters of any layout (see above): a view, or of split ones a new tensor."""
+    """Exact parameters of any layout (see above): the tensor that holds them, or a new one if they are split."""
     if masters is None or masters.dtype != torch.int16:
         return weights if masters is None else masters
     return join_masters(torch.empty_like(weights, dtype=torch.float32), weights, masters)
@@ -150,9 +159,9 @@ def set_exact(weights: Tensor, masters: Tensor | None, values: Tensor) -> None:
 
 
 def round_weights(weights: Tensor, masters: Tensor) -> None:
-    """weights (any shape) = masters (its shape) as an update rounds them: to bf16 with ties away from zero.
+    """weights (any shape) = fp32 master weights (same shape), rounded as in an update: bf16, ties away from zero.
 
-    Finite values that bf16 cannot hold, those from halfway beyond its largest on, become infinite.
+    Finite values too large for bf16 become infinite: those from the middle between its largest and the next step on.
     """
     if weights.dtype != torch.bfloat16 or masters.dtype != torch.float32:
         weights.copy_(masters)
@@ -166,8 +175,8 @@ def round_weights(weights: Tensor, masters: Tensor) -> None:
 def split_masters(weights: Tensor, low: Tensor, values: Tensor) -> None:
     """Split values (fp32, any shape) into weights (bf16, contiguous) and low (int16, contiguous) of the same shape.
 
-    Exact for every value that is not NaN, subnormal and infinite ones and those whose weight overflows to infinity
-    included: `join_masters` gives the same bits. A NaN stays one, of other bits.
+    Exact for every value but NaN: `join_masters` gives the same bits. This includes subnormal and infinite values, and
+    those whose weight overflows to infinity. A NaN remains a NaN, with other bits.
     """
     for w, rest, value in _flat_chunks(weights, low, values):
         bits, nan = torch.empty_like(value, dtype=torch.int32), torch.empty_like(value, dtype=torch.bool)
@@ -175,7 +184,7 @@ def split_masters(weights: Tensor, low: Tensor, values: Tensor) -> None:
 
 
 def join_masters(out: Tensor, weights: Tensor, low: Tensor) -> Tensor:
-    """out (fp32, contiguous, any shape) = what weights (bf16) and low (int16) were split from. Returns out."""
+    """out (fp32, contiguous, any shape) = the values split into weights (bf16) and low (int16). Returns out."""
     for value, w, rest in _flat_chunks(out, weights, low):
         _join(value, w, rest, torch.empty_like(value, dtype=torch.int32))
     return out
@@ -204,7 +213,7 @@ def stream_key(seed: int) -> int:
 
 
 def _mix_words(x: Tensor, spare: Tensor) -> Tensor:
-    """`mix` of 32-bit words in int64, in place: products wrap at 2^64, their low words are right."""
+    """`mix` of 32-bit words in int64, in place. Products wrap at 2^64, but their low words are right."""
     for shift, multiplier in MIX:
         x.bitwise_xor_(torch.bitwise_right_shift(x, shift, out=spare)).mul_(multiplier).bitwise_and_(WORD)
     return x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=spare))
@@ -215,10 +224,10 @@ def _round_randomly(
 ) -> None:
     """weights (bf16) = values (fp32), rounded away from zero where the low 16 bits plus 16 random bits carry over.
 
-    The carry has probability (low 16 bits) / 65536, so the expected weight is the value; what bf16 holds, infinity
-    included, stays. Finite values beyond the largest bf16 may become infinite, as in any rounding. The random bits of
-    element i of all parameters in update t: with key = stream_key(seed), a = mix(key ^ t), b = mix(a + GOLDEN),
-    mix(mix(low word of i ^ a) + b + GOLDEN * high word of i) >> 16. words, spare: int64.
+    The carry has probability (low 16 bits) / 65536, so the expected weight is the value. Values that bf16 can hold,
+    infinity included, stay. Finite values beyond the largest bf16 may become infinite, as in any rounding. The
+    random bits of element i of all parameters in update t are, with key = stream_key(seed), a = mix(key ^ t) and
+    b = mix(a + GOLDEN): mix(mix(low word of i ^ a) + b + GOLDEN * high word of i) >> 16. words, spare: int64.
     """
     a = mix(key ^ t & WORD)
     b = mix((a + GOLDEN) & WORD)

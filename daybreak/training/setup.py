@@ -9,7 +9,7 @@
     4 the embedded data set, on first use  prepared            prepared                  rank 0, the others wait
     5 data, loaders, tokenizer             opened              opened, and compared with all
                                                                a checkpoint if moved
-    6 concrete configuration, `check`      T, total_tokens, steps, horizon, warmup set  all
+    6 concrete configuration, `check`      T, total_tokens, steps, horizon, warmup are set       all
     7 ranks agree                          configuration, data, code, versions           if there are several
     8 memory fits                          planned, then compared with the device        all
     9 write config, env, tokenizer ...     creates the folder  uses its folder           rank 0

@@ -1,13 +1,30 @@
 """Causal attention in Triton: FlashAttention-2 (Dao 2023), forward and a deterministic backward.
 
-A program owns one block of rows of one head and walks the other sequence in order, so every sum has one fixed order and
-no atomics are needed. The backward takes two kernels for that: one owns queries (dq, and on the way the row sums
-delta = sum(do * o) that both need), one owns keys (dk, dv); S = q k^T and dP = do v^T are computed in both.
+A program owns ROWS rows of one head, and it walks the other side in order, STEP rows at a time. So every sum has one
+fixed order and no atomics are needed. The triangle of scores, and the two walks through it:
 
-Softmax is in base 2: S carries scale * log2(e). P and dS are rounded to the compute dtype before they meet v, do, k
-and q, sums are in fp32. Where T is no multiple of the blocks, rows beyond T are loaded as zeros and never stored;
-where HS is no power of two, it is padded with zeros. Block sizes depend on the dtype, HS and the family of the card,
-and are constants: they decide the order of the sums.
+                 keys 0 1 2 3 4 5                       keys 0 1 2 3 4 5
+    queries 0         x                                      x
+            1         x x                                    x x
+            2         x x x                                  x x[x]      <- first the diagonal block, with a mask
+            3         x x x x                                x x[x x]
+            4        [x x x x|x]   <- first the whole        x x[x x]x   <- then the whole blocks below it
+            5        [x x x x|x x]    blocks, then the       x x[x x]x x
+                                      diagonal, masked
+              one program owns 2 queries                one program owns 2 keys
+              forward: out, lse; backward: dq, delta    backward: dk, dv
+
+The walk over keys in forward is the online softmax. m is the largest score of a row so far, total the sum of 2^(S - m),
+acc the sum of 2^(S - m) v. When m grows, total and acc are first multiplied by 2^(old m - new m). At the end
+out = acc / total, and lse = m + log2(total) in natural units.
+
+The backward has two kernels. The first owns queries, and computes dq and delta = sum(do * o) of each row. The second
+owns keys, reads delta, and computes dk and dv. Both recompute P = softmax(q k^T) from lse, and dS = P (do v^T - delta).
+
+Softmax is in base 2, so S includes the factor scale * log2(e). P and dS are rounded to the compute dtype before their
+matmuls, and all sums are in fp32. If T is not a multiple of the blocks, rows beyond T are loaded as zeros and never
+stored. HS is padded with zeros to a power of two. Block sizes depend on the dtype, HS and the kind of GPU. They are
+constants, since they decide the order of the sums.
 """
 
 from __future__ import annotations
@@ -24,9 +41,9 @@ from daybreak.kernels.cuda import INTERPRET, LN2, LOG2E, tl, triton
 
 Config = tuple[int, int, int, int]  # rows owned, rows per step of the walk, warps, pipeline stages
 
-# By padded head size, for (forward, dq, dk and dv). A card of compute capability 9 or 10 has 227 KB of shared memory
-# per block; of the others some have 99. fp32 products without tensor cores hold their operands in registers: small
-# blocks, or they spill.
+# By padded head size, for (forward, dq, dk and dv). A GPU of compute capability 9 or 10 has 227 KB of shared memory per
+# block, but some others have 99. fp32 matmuls without tensor cores hold their operands in registers. Large blocks would
+# spill.
 LARGE: dict[int, tuple[Config, Config, Config]] = {
     64: ((128, 64, 4, 3), (128, 32, 4, 4), (128, 32, 4, 4)),
     128: ((128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3)),
@@ -47,7 +64,7 @@ FORWARD, QUERIES, KEYS = range(3)
 
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a b in fp32. The interpreter multiplies bf16 wrongly, so there both are widened first (exactly)."""
+    """acc + a b in fp32. Triton's interpreter multiplies bf16 wrongly, so there both are first widened to fp32."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -79,7 +96,7 @@ def _walk_keys(
     HS: tl.constexpr, STEP: tl.constexpr, DIAGONAL: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of a block of queries over keys [lo, hi)."""
+    """Online softmax of a block of queries over keys [lo, hi). DIAGONAL: hide keys behind each query."""
     keys = tl.arange(0, STEP)
     for start in range(lo, hi, STEP):
         k = _load(k_base, start, keys, columns, k_stride, T, HS, EVEN)
@@ -102,7 +119,7 @@ def _forward_kernel(
     HS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # The blocks of one head run next to each other, so its keys stay in L2; the longest walk first.
+    # The blocks of one head run at the same time, so its keys stay in the L2 cache. The longest walk starts first.
     blocks = tl.cdiv(T, ROWS)
     head = tl.program_id(0) // blocks
     start_q = (blocks - 1 - tl.program_id(0) % blocks) * ROWS
@@ -130,7 +147,7 @@ def _walk_keys_again(
     HS: tl.constexpr, STEP: tl.constexpr, DIAGONAL: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dq / scale of a block of queries over keys [lo, hi)."""
+    """Add to dq / scale of a block of queries the part of keys [lo, hi)."""
     keys = tl.arange(0, STEP)
     zeros = tl.zeros((rows.shape[0], STEP), tl.float32)
     for start in range(lo, hi, STEP):
@@ -183,7 +200,7 @@ def _walk_queries(
     HS: tl.constexpr, STEP: tl.constexpr, DIAGONAL: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv of a block of keys over queries [lo, hi); scores are held transposed, keys first."""
+    """Add to dk / scale and dv of a block of keys the part of queries [lo, hi). Scores are transposed, keys first."""
     rows = tl.arange(0, STEP)
     zeros = tl.zeros((keys.shape[0], STEP), tl.float32)
     for start in range(lo, hi, STEP):
@@ -288,7 +305,7 @@ def attention_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     *, scale: float, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """dq, dk, dv (B, T, NH, HS) from dout and what forward kept; all views strided."""
+    """dq, dk, dv (B, T, NH, HS) from dout and the tensors of forward; all are strided views but lse."""
     B, T, NH, _ = q.shape
     assert lse.is_contiguous()
     (delta,) = scratch(backward_temps(dq, dk, dv, dout, q))

@@ -132,14 +132,14 @@ def library_paths() -> list[str]:
 
 @cache
 def library() -> Any | None:
-    """The library with its signatures declared; None where there is none."""
+    """The library with its signatures declared; None if there is no library."""
     for path in library_paths():
         try:
             lib = ctypes.CDLL(path)
             for name, arguments in SIGNATURES.items():
                 getattr(lib, name).argtypes = arguments
                 getattr(lib, name).restype = _INT
-        except (OSError, AttributeError):  # no such file, or not what it is called
+        except (OSError, AttributeError):  # no such file, or another library of that name
             continue
         lib.cublasLtGetVersion.argtypes, lib.cublasLtGetVersion.restype = [], _SIZE
         return lib
@@ -334,7 +334,7 @@ _listed: set[Key] = set()
 
 
 def blas_of(device: int) -> Blas | None:
-    """The library on a device; None where there is no library."""
+    """The library on a device; None if there is no library."""
     if device not in _devices:
         lib = library()
         _devices[device] = Blas(lib, device) if lib else None

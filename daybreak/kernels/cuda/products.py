@@ -1,8 +1,9 @@
-"""What a matrix product is called, and the measured tables that name the fastest algorithm of each for a card.
+"""The keys of matmuls, and the measured tables that hold the fastest algorithm of each key for one GPU.
 
-A `Key` says everything a library's choice of algorithm may rest on, in the library's own letters (see cublaslt.py).
-Tables are JSON files in kernels/cuda/tables, one for a card and a version of the library, written by tune.py. An entry
-holds the library's best algorithm and, where quack was there, under "quack" the tile with which it is faster, or "".
+A `Key` holds all that a library's choice of algorithm may depend on, in the library's letters (see cublaslt.py). Tables
+are JSON files in kernels/cuda/tables, one for a GPU and a version of the library. tune.py writes them. An entry holds
+the library's best algorithm. If quack was installed, it also holds under "quack" the tile with which quack is faster,
+or "" if it is not.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FAR = log(4)  # a batch of so many times more or fewer rows wants other tiles
+FAR = log(4)  # batches that differ by a larger factor in rows need other tiles
 TABLES = Path(__file__).parent / "tables"
 DTYPES = ("bf16", "fp32", "tf32")
 EPILOGUES = ("plain", "bias", "gelu", "dgelu")
 
 
 class Key(NamedTuple):
-    """One kind of product. `trans`: n or t for A and B. `mode`: D alone (beta0), added to D (beta1), C added (add).
-    Leading dimensions are row strides; `ldaux` is that of GELU's input. `align`: bytes, at most 16."""
+    """One kind of matmul. `trans`: n or t for A and for B. `mode`: D is overwritten (beta0), added to (beta1), or gets
+    another matrix C added (add). lda to ldaux are row strides of A, B, C, D and GELU's input. `align`: bytes, at most
+    16."""
 
     dtype: str
     trans: str
@@ -41,14 +43,14 @@ class Key(NamedTuple):
     align: int
 
     def __str__(self) -> str:
-        """Readable and complete: leading dimensions and alignment are named where they are not the usual ones."""
+        """Readable and complete: row strides and alignment are included if they are not the usual ones."""
         usual = dense(*self[:7])
         odd = "".join(f" {name}{value}" for name, value in self._asdict().items() if value != getattr(usual, name))
         return f"{self.dtype} {self.trans} m{self.m} n{self.n} k{self.k} {self.epilogue} {self.mode}{odd}"
 
 
 def dense(dtype: str, trans: str, m: int, n: int, k: int, epilogue: str = "plain", mode: str = "beta0") -> Key:
-    """The key of a product of whole, aligned tensors."""
+    """The key of a matmul of whole, aligned tensors."""
     aux = m if "gelu" in epilogue else 0
     return Key(
         dtype, trans, m, n, k, epilogue, mode, k if trans[0] == "t" else m, k if trans[1] == "n" else n, m, m, aux, 16
@@ -68,12 +70,12 @@ def parse(text: str) -> Key:
 
 
 def table_path(card: str, version: int) -> Path:
-    """The table of a card (torch's name for it) and a version of the library (as cublasLtGetVersion gives it)."""
+    """The table's path for a GPU (torch's name of it) and a version of the library (from cublasLtGetVersion)."""
     return TABLES / f"{re.sub(r'[^a-z0-9]+', '-', card.lower())}-cublaslt-{version}.json"
 
 
 def read_table(path: Path, card: str, version: int) -> dict[str, dict[str, Any]]:
-    """The plans of a table file: key -> entry. Empty if there is none, or if it is for another card or version."""
+    """The plans of a table file: key -> entry. Empty if there is no file, or if it is for another GPU or version."""
     if not path.exists():
         return {}
     table = json.loads(path.read_text())
@@ -82,7 +84,7 @@ def read_table(path: Path, card: str, version: int) -> dict[str, dict[str, Any]]
 
 
 def untuned(card: str, version: int) -> str:
-    """What there is to say where no table is for this card and just this version of the library; empty where one is."""
+    """A warning if no table is for this GPU and exactly this version of the library, else an empty string."""
     if read_table(table_path(card, version), card, version):
         return ""
     return (
@@ -92,7 +94,7 @@ def untuned(card: str, version: int) -> str:
 
 
 def tables_digest() -> str:
-    """Fingerprint of the shipped tables: two installations with equal ones make equal choices."""
+    """Fingerprint of the shipped tables: installations with equal fingerprints make equal choices."""
     digest = hashlib.sha256()
     for path in sorted(TABLES.glob("*.json")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -100,9 +102,9 @@ def tables_digest() -> str:
 
 
 def nearest(table: Mapping[str, dict[str, Any]], key: Key) -> tuple[str, dict[str, Any]]:
-    """The entry of a product, or that of the same product with the nearest number of rows in the batch; else empty.
+    """The source and entry of a key, or of the same key with the nearest number of rows in the batch; else empty.
 
-    A batch's rows are n, or what is summed over (k) in a weight's gradient; the weight's own sides must be equal.
+    The rows of a batch are n, or k in a weight's gradient, where they are summed. The weight's shape must be equal.
     """
     if entry := table.get(str(key)):
         return "table", entry

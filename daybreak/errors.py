@@ -17,6 +17,7 @@ class Error(Exception):
 
     exit_code: int = 1
     elsewhere: bool = False  # another rank's, which says it itself
+    final: bool = False  # starting again would repeat it, whatever its exit code
 
 
 class ConfigError(Error):
@@ -50,7 +51,7 @@ class OutOfMemory(Error):
 
 
 class Hung(Error):
-    """Nothing moves any more: the message names who is waited for, or the watchdog ends the process."""
+    """Nothing moves any more, or ranks did not meet: the message names who is waited for. Another start may help."""
 
     exit_code = 7
 

@@ -170,6 +170,11 @@ class Group:
         """Call fn() on rank 0 alone; every rank returns its result, or raises its Error."""
         return self.everywhere(lambda: fn() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
+    def again(self, run: Any) -> str:
+        """The command that resumes the run in the folder `run` as it was started."""
+        processes = f", started as {self.world} processes again (torchrun, srun, mpirun)" if self.world > 1 else ""
+        return f"daybreak train {run}{processes}"
+
     def agree(self, what: Mapping[str, Any], error: type[Error] = ConfigError) -> None:
         """Raise `error` on every rank, with rank and key, unless all ranks have the same `what`."""
         for rank, other in enumerate(everyone := self.gather((socket.gethostname(), dict(what)))):
@@ -341,7 +346,7 @@ def _from_elsewhere(code: int, text: str) -> Error:
 def connect(environ: Mapping[str, str], timeout: float, stopped: Callable[[], str] = str) -> Group:
     """Meet the other processes of this launch, in the steps at the top of this file.
 
-    Raises ConfigError if they do not come within `timeout` seconds, and Stopped soon after `stopped` gives a reason.
+    Raises Hung if they do not come within `timeout` seconds, and Stopped soon after `stopped` gives a reason.
     """
     env = launched(environ)
     rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
@@ -375,8 +380,8 @@ def connect(environ: Mapping[str, str], timeout: float, stopped: Callable[[], st
         group.store = dist.PrefixStore(f"daybreak/{meeting}", root)
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
-            raise ConfigError(f"rank 0 cannot listen on {where}: the port is in use; choose another one.") from None
-        raise ConfigError(f"rank {rank} cannot join the other ranks at {where}: {_line(error)}") from None
+            raise Hung(f"rank 0 cannot listen on {where}: the port is in use; choose another one.") from None
+        raise Hung(f"rank {rank} cannot join the other ranks at {where}: {_line(error)}") from None
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available() and group.local_rank >= torch.cuda.device_count():
         backend, group.capturable = "cpu:gloo,cuda:gloo", False  # NCCL refuses two ranks on one GPU
@@ -404,7 +409,7 @@ def _reach(host: str, port: int, timeout: float, rank: int, look: Callable[[], N
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ConfigError(
+                raise Hung(
                     f"rank {rank} cannot reach rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout:g} "
                     f"s: {error.strerror or error}; check name, port and firewall, and that rank 0 was started."
                 ) from None
@@ -415,8 +420,8 @@ def _assemble(group: Group, root: Any, where: str, again: bool, look: Callable[[
     """Wait until every rank is there, and return a name for this meeting that is new in this store.
 
     Each rank writes a random word and waits for rank 0's answer to that word. So words of ranks that are gone do no
-    harm. `again`: the store outlives the ranks (torchrun's, or a file), and such words may be in it. Raises ConfigError
-    with the ranks that are missing, that were started twice, or that expect another number of ranks.
+    harm. `again`: the store outlives the ranks (torchrun's, or a file), and such words may be in it. Raises Hung
+    with the ranks that are missing, ConfigError with those started twice or with another number of ranks.
     """
     rank, world, deadline = group.rank, group.world, time.monotonic() + group.timeout
     word = f"{world} {os.urandom(8).hex()}"
@@ -443,7 +448,7 @@ def _assemble(group: Group, root: Any, where: str, again: bool, look: Callable[[
                     root.set(f"came/{meeting}/0", "")
         look()
         if time.monotonic() > deadline:
-            raise ConfigError(
+            raise Hung(
                 f"{world - len(missing)} of {world} ranks reached {where} within {group.timeout:g} s "
                 f"(parallel.timeout); missing: {', '.join(map(str, missing[:8]))}; start exactly {world} processes."
             )

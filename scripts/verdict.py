@@ -27,12 +27,18 @@ def read(path: Path) -> str:
         return ""
 
 
+def said_by(run: Path) -> dict[str, object]:
+    """exit.json; {} where there is none that can be read."""
+    try:
+        said = json.loads(read(run / "exit.json"))
+    except (ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
 def code_of(run: Path) -> int:
     """What the last attempt ended with."""
-    try:
-        code = json.loads(read(run / "exit.json"))["code"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return KILLED
+    code = said_by(run).get("code")
     return code if type(code) is int and 0 <= code <= 255 else KILLED
 
 
@@ -63,7 +69,7 @@ def verdict(run: Path) -> tuple[str, int]:
               "messages; it is not started again.", file=sys.stderr)  # fmt: skip
         return "failed", 1
     code = code_of(run)
-    if code not in (1, 7, STOPPED, KILLED):
+    if code not in (1, 7, STOPPED, KILLED) or said_by(run).get("final"):
         return "done" if code == 0 else "failed", code
     if count_start(run) < MOST_STARTS:
         return "stopped" if code == STOPPED else "again", code

@@ -138,7 +138,7 @@ ERRORS: list[tuple[str, int, str]] = [
     ("train d12 --name old", 2,
      "run.name = 'old' is taken: runs/old exists; continue it with `daybreak train runs/old` or choose another "
      "--name."),
-    ("train d12 --data nothere", 4, "no dataset 'nothere' in data"),
+    ("train d12 --data nothere", 4, "no dataset 'nothere' in /"),
     ("plan", 2, "Missing argument 'TARGET'; see daybreak plan --help."),
     ("plan d12 --batch.b 2", 2, "unknown flag --batch.b; did you mean --batch.B?"),
     ("plan d12 --model.C 100", 2, "model.C = 100 must be a multiple of model.NH = 12."),

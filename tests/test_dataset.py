@@ -47,6 +47,8 @@ def test_open_unknown(prepared: Path) -> None:
         ("other", "bytes", r"\(it has mine\); .* daybreak prepare FILE --name other --tokenizer bytes$"),
         ("stdlib", "bytes", "daybreak prepare stdlib --tokenizer bytes$"),
         ("stdlib-gpt2-1024", "", "daybreak prepare stdlib --tokenizer gpt2-1024$"),
+        ("fineweb-edu-100B", "gpt2", rf"in {prepared.resolve()} .* prepare fineweb-edu-100B --pretokenized N \("),
+        ("fineweb-edu-100B", "bytes", "daybreak prepare fineweb-edu-100B --tokenizer bytes$"),
         ("mine", "gpt2", "made with tokenizer 'bytes', not 'gpt2'"),
     ):
         with pytest.raises(DataError, match=message):

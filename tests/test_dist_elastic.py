@@ -117,6 +117,23 @@ def test_a_taken_name_is_refused_at_every_attempt(shards: Path, tmp_path: Path) 
     assert before == {path: path.read_bytes() for path in (tmp_path / "taken").rglob("*") if path.is_file()}
 
 
+def test_a_failed_save_that_ends_the_run_ends_it_for_torchrun_too(shards: Path, tmp_path: Path) -> None:  # noqa: F811
+    """torchrun starts the workers again: refused at once. exit.json keeps its reason, no job is requeued."""
+    target = recipe(shards, tmp_path, "d", run__steps=100000, eval__every=0, checkpoint__every=5,
+                    checkpoint__on_error="stop")  # fmt: skip
+    small_files = ("bash", "-c", 'ulimit -f 64; exec "$@"', "bash")
+    agent = torchrun(tmp_path, "agent", "--standalone", "--nproc-per-node", 1, "--max-restarts", 2, target=target,
+                     before=small_files)  # fmt: skip
+    assert agent.wait(PATIENCE) == 1, (tmp_path / "agent.txt").read_text()
+    told = json.loads((tmp_path / "d/exit.json").read_text())
+    assert (told["code"], told["final"]) == (1, True)
+    assert "could not be written (File too large)" in told["reason"]
+    assert starts(tmp_path / "d") == [0]
+    assert (tmp_path / "agent.txt").read_text().count(told["reason"]) == 3
+    verdict = Path(__file__).parents[1] / "scripts/verdict.py"
+    assert subprocess.check_output([sys.executable, verdict, tmp_path / "d"], text=True) == "failed 1\n"
+
+
 @pytest.mark.parametrize(("number", "before"), [(signal.SIGTERM, ()), (signal.SIGHUP, ("nohup",))])
 def test_the_agent_itself_is_told_to_stop(shards: Path, tmp_path: Path, number: int, before: Any) -> None:  # noqa: F811
     """SIGHUP is a closed terminal: torchrun ends then even under nohup, and passes the signal on."""

@@ -194,7 +194,8 @@ def test_one_rank_is_told_to_save_and_one_to_stop(shards: Path, tmp_path: Path) 
     run = daybreak.load(tmp_path / "s")
     assert json.loads((run.path / "exit.json").read_text())["code"] == 75
     assert len(run.checkpoints) == 2
-    assert "stopped by SIGTERM" in ranks.said(tmp_path, 0)
+    assert f"saved; resume with: daybreak train {run.path}, started as 2 processes again" in ranks.said(tmp_path, 0)
+    assert all(r["stall"] == r["seconds"] for r in run.metrics("checkpoint"))  # ranks save together, and wait
 
 
 @pytest.mark.parametrize("where", ["HellaSwag", "sampling"])
@@ -261,13 +262,13 @@ def test_nobody_there_a_port_in_use_too_few_ranks(shards: Path, tmp_path: Path) 
     # Both wait at the same time.
     few = ranks.start(3, command(target, *SOON), elsewhere, range(2), port=str(ranks.free_port()))
     alone = ranks.start(2, command(target, *SOON), tmp_path, range(1, 2), port=str(port))
-    refused(tmp_path, alone, 2, f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}", f"within {WAIT} s")
-    refused(elsewhere, few, 2, "2 of 3 ranks reached 127.0.0.1:", "missing: 2")
+    refused(tmp_path, alone, 7, f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}", f"within {WAIT} s")
+    refused(elsewhere, few, 7, "2 of 3 ranks reached 127.0.0.1:", "missing: 2")
     with ranks.socket.socket() as busy:
         busy.bind(("", port))
         busy.listen()
         taken = ranks.start(2, command(target), tmp_path, range(1), port=str(port))
-        refused(tmp_path, taken, 2, f"rank 0 cannot listen on 127.0.0.1:{port}", "in use")
+        refused(tmp_path, taken, 7, f"rank 0 cannot listen on 127.0.0.1:{port}", "in use")
     assert not (tmp_path / "a").exists()
 
 
@@ -277,7 +278,8 @@ def test_ranks_of_other_launches(shards: Path, tmp_path: Path) -> None:
     both = ranks.start(2, command(target, *SOON), tmp_path, range(1), port=port)
     both += ranks.start(3, command(target, *SOON), tmp_path, range(1, 2), port=port)
     said = "rank 1 was started as one of 3 ranks, rank 0 as one of 2; give every process the same WORLD_SIZE"
-    refused(tmp_path, both, 2, said, "1 of 2 ranks reached 127.0.0.1:", "missing: 1")
+    refused(tmp_path, both[1:], 2, said)
+    refused(tmp_path, both[:1], 7, "1 of 2 ranks reached 127.0.0.1:", "missing: 1")
 
     other, port = tmp_path / "other", ranks.free_port()
     other.mkdir()

@@ -28,6 +28,7 @@ from daybreak.report.cards import MEASURED, SEVERAL_GPUS, find_card
 from daybreak.report.plan import figures, plan, recipe_notes
 from daybreak.report.scaling import NETWORK, bandwidth, exposed_gradients, exposed_weights, scaling
 from daybreak.shapes import GPT2Config
+from daybreak.state.restore import warn_of_disk
 from daybreak.state.throughput import CARDS
 from daybreak.training import loop
 
@@ -231,6 +232,17 @@ def test_checkpoints_on_the_disk_are_as_large_as_planned(tmp_path: Path, monkeyp
     sizes = [sum(f.stat().st_size for f in path.iterdir()) for path in run.checkpoints]
     assert sizes == [pytest.approx(p.checkpoint_bytes, rel=0.03)] * 2
     assert p.checkpoints_kept == 3
+
+
+def test_what_saving_takes_beside_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Host memory for one process only, since ranks save together; and a warning if the disk has no room."""
+    made = Config().override({**SMALL, "run.steps": 4})
+    assert [plan(made, gpu="h100", gpus=n).host_nbytes > 0 for n in (1, 2)] == [True, False]
+    arena = plan(made).arena
+    warn_of_disk(tmp_path, made, arena)
+    assert not caplog.messages
+    warn_of_disk(tmp_path, made.override({"run.steps": 10**12, "checkpoint.every": 1, "checkpoint.keep": 0}), arena)
+    assert re.search(r"^the checkpoints of .* need [\d.,e+]+ GB and its disk has .* lower checkpoint", *caplog.messages)
 
 
 # ------------------------------------------------------------------------------------------- many cards

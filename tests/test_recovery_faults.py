@@ -384,7 +384,7 @@ def test_a_data_set_prepared_anew_with_another_tokenizer_is_exit_4(tmp_path, mon
     assert f"BAD: cannot read the token shard {shard} (No such file" in capsys.readouterr().out
     shutil.rmtree("data/book")  # as on another machine
     assert main(["doctor", str(run.path)]) == 0
-    assert "data not checked: no dataset 'book' in data" in capsys.readouterr().out
+    assert "data not checked: no dataset 'book' in /" in capsys.readouterr().out
 
 
 def test_doctor_compares_the_fingerprint_of_shards_without_a_manifest(tmp_path, capsys):
@@ -408,6 +408,9 @@ def test_doctor_compares_the_fingerprint_of_shards_without_a_manifest(tmp_path, 
     shutil.rmtree(own)
     assert main(["doctor", str(run.path)]) == 0
     assert "data not checked: no token shard matches" in capsys.readouterr().out
+    (run.checkpoints[0] / "manifest.json").write_text("{")
+    assert main(["doctor", str(run.path)]) == 5
+    assert capsys.readouterr().err.endswith("is damaged, see above; it has no good checkpoint to continue from.\n")
 
 
 # ---- the soak

@@ -40,4 +40,10 @@ def doctor(run: str | None, try_out: bool) -> None:
     lines, good = check_run(run)
     click.echo("\n".join(lines))
     if not good:
-        raise CheckpointError(f"{run} is damaged, see above; training it again uses the newest good checkpoint.")
+        good = any(line.startswith("good") for line in lines)
+        then = (
+            "training it again uses the newest good checkpoint"
+            if good
+            else "it has no good checkpoint to continue from"
+        )
+        raise CheckpointError(f"{run} is damaged, see above; {then}.")

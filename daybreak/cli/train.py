@@ -74,6 +74,7 @@ def train(
     if quiet or verbose:
         log.setLevel(logging.WARNING if quiet else logging.DEBUG)
 
+    from daybreak.state.run_folder import RunFolder
     from daybreak.training.stop import Stop
 
     # Threads that wait by spinning make two of them slower than one as soon as another process wants a core. Read
@@ -82,11 +83,11 @@ def train(
     where = resume.run if resume is not None else None
     own, fork_from = (where, None) if fork is None else (None, target)
     if own is None and restarted(os.environ):  # what was asked for has begun: go on with it, unless it was refused
-        from daybreak.state.run_folder import RunFolder
-
         folder = Path(config.run.dir) / config.run.name
         if (folder / "config.toml").is_file() and RunFolder(folder).is_of(agent(os.environ)):
             config, own = resolve(str(folder), overrides)[0], folder
+    if own is not None and restarted(os.environ):
+        RunFolder(own).check_not_final()
     with _refusals_kept(existing), Stop().handling_signals() as stop:
         from daybreak.training.loop import train as run_training  # torch; a signal may already be waiting
 

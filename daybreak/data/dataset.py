@@ -147,11 +147,15 @@ def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
     near = difflib.get_close_matches(folders[0].name, have, 1)
     hint = f"; did you mean {near[0]!r}? If not," if near else f" (it has {', '.join(have) or 'none'});"
     made = f"FILE --name {name}"
-    for known in CATALOGUE:
+    shards = ""
+    for known, entry in CATALOGUE.items():
         if name == known or (name.startswith(f"{known}-") and not tokenizer):
-            made, tokenizer = known, tokenizer or name[len(known) + 1 :]
-    made += f" --tokenizer {tokenizer}" if tokenizer else ""
-    raise DataError(f"no dataset {name!r} in {data_dir}{hint} make it with: daybreak prepare {made}")
+            made, tokenizer, shards = known, tokenizer or name[len(known) + 1 :], entry.shards
+    if shards and tokenizer in ("", "gpt2"):
+        made += " --pretokenized N (as many shards, of 100 million tokens each, as the run needs)"
+    else:
+        made += f" --tokenizer {tokenizer}" if tokenizer else ""
+    raise DataError(f"no dataset {name!r} in {data_dir.resolve()}{hint} make it with: daybreak prepare {made}")
 
 
 def _with_manifest(folder: Path, tokenizer: str) -> Dataset:

@@ -22,7 +22,7 @@ from daybreak.engine.fit import Fit, plan_memory
 from daybreak.formatting import counted, disk, format_duration
 from daybreak.models.registry import build_model
 from daybreak.report.cards import find_card, token_rate
-from daybreak.state.restore import exact_weights, staged_bytes
+from daybreak.state.restore import checkpoint_bytes, checkpoints_kept, staged_bytes
 
 BUFFERS = {
     "weights": "weights in compute dtype",
@@ -67,8 +67,8 @@ class Plan:
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes of the machine's memory that saving beside training takes, allocated once."""
-        return staged_bytes(self.arena) if self.config.checkpoint.background else 0
+        """Bytes of the machine's memory that saving beside training takes, allocated once; several ranks do not."""
+        return staged_bytes(self.arena) if self.config.checkpoint.background and self.gpus == 1 else 0
 
     @property
     def micro_steps(self) -> int:
@@ -97,15 +97,12 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint: weights in fp32 (bf16 where no masters are kept) and AdamW's two moments."""
-        moments = sum(e.dtype.itemsize for e in self.arena.entries if e.saved == "ranges")
-        return self.parameters * (exact_weights(self.arena).itemsize + moments)
+        return checkpoint_bytes(self.arena, self.parameters)
 
     @property
     def checkpoints_kept(self) -> int:
         """Checkpoints on the disk at the most: those that are kept, and the one being written."""
-        k, steps = self.config.checkpoint, self.config.run.steps
-        made = steps // k.every + 1 if k.every else 1
-        return (min(made, k.keep) if k.keep else made) + (steps // k.major if k.major and k.keep else 0) + 1
+        return checkpoints_kept(self.config)
 
 
 def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:

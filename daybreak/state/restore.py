@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,13 +12,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from daybreak.config import Config
 from daybreak.engine import Engine
 from daybreak.engine.arena import Arena, zeros
 from daybreak.engine.device import available_bytes
 from daybreak.errors import CheckpointError, OutOfMemory
+from daybreak.formatting import disk
 from daybreak.kernels import acc_dtype
 from daybreak.kernels.optimizer import FLAT_CHUNK, exact, exact_dtype
 from daybreak.state.checkpoint import Checkpoint, Snapshot
+
+log = logging.getLogger("daybreak")
 
 
 def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Staging | None = None) -> Snapshot:
@@ -62,6 +68,32 @@ def staged_bytes(arena: Arena) -> int:
     """Host memory of a `Staging`: the weights as exactly as training has them, and all else that is saved."""
     weights = sum(e.shape[0] * exact_weights(arena).itemsize for e in arena.entries if e.name == "weights")
     return weights + sum(e.nbytes for e in arena.entries if e.saved)
+
+
+def checkpoint_bytes(arena: Arena, parameters: int) -> int:
+    """Bytes of one checkpoint: weights in fp32 (bf16 where no masters are kept) and the optimizer's moments."""
+    moments = sum(e.dtype.itemsize for e in arena.entries if e.saved == "ranges")
+    return parameters * (exact_weights(arena).itemsize + moments)
+
+
+def checkpoints_kept(config: Config) -> int:
+    """Checkpoints on the disk at the most: those that are kept, and the one being written."""
+    k, steps = config.checkpoint, config.run.steps
+    made = steps // k.every + 1 if k.every else 1
+    return (min(made, k.keep) if k.keep else made) + (steps // k.major if k.major and k.keep else 0) + 1
+
+
+def warn_of_disk(folder: Path, config: Config, arena: Arena) -> None:
+    """A warning if the disk of the run's `folder` has no room for all its checkpoints. Quotas are not seen."""
+    parameters = next(e.shape[0] for e in arena.entries if e.name == "weights")
+    need = checkpoints_kept(config) * checkpoint_bytes(arena, parameters)
+    missing = need - sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/*"))
+    system = os.statvfs(folder)
+    if system.f_blocks and (free := system.f_bavail * system.f_frsize) < missing:  # no blocks: it does not tell
+        log.warning(
+            "the checkpoints of %s need %s and its disk has %s free; free space, lower checkpoint.keep, or give "
+            "another --run.dir.", folder, disk(missing), disk(free),
+        )  # fmt: skip
 
 
 def check_host_memory(arena: Arena, device: torch.device) -> None:

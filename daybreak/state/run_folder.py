@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from daybreak import __version__
-from daybreak.errors import ConfigError, Error, Stopped, explained
+from daybreak.errors import ConfigError, Error, Stopped, by_exit_code, explained
 from daybreak.files import lock, locked, no_follow, write_atomic
 
 log = logging.getLogger("daybreak")
@@ -101,10 +101,17 @@ class RunFolder:
         except (OSError, Error) as error:
             log.warning("%s could not be written (%s).", self.path / name, getattr(error, "strerror", error))
 
-    def write_exit(self, code: int, reason: str) -> None:
+    def write_exit(self, code: int, reason: str, final: bool = False) -> None:
         """Write exit.json, which schedulers and restart loops read: torchrun reports 1 for any failed worker."""
         with self._file(self.exit.name) as path:
-            write_atomic(path, json.dumps({"code": code, "reason": reason, "t": time.time()}) + "\n")
+            said = {"code": code, "reason": reason, "t": time.time()} | ({"final": True} if final else {})
+            write_atomic(path, json.dumps(said) + "\n")
+
+    def check_not_final(self) -> None:
+        """Raise the Error with which the last attempt ended, if it was a final one: torchrun starts workers again."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if (said := json.loads(self.exit.read_text())).get("final"):
+                raise by_exit_code(said["code"])(said["reason"])
 
     def forget_exit(self) -> None:
         """Remove what an earlier attempt said at its end: from here on a missing exit.json means killed or running."""

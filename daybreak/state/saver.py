@@ -83,7 +83,7 @@ class Saver:
         if self.lost:
             raise Error(
                 f"the run's folder was removed, or another one took its place; the state after step {snap.step} is "
-                f"saved in a new one; resume with: daybreak train {self.root.parent}"
+                f"saved in a new one; resume with: {self.group.again(self.root.parent)}"
             )
         return Saved(path, snap.step, tokens, stall, time.perf_counter() - began, nbytes)
 

@@ -126,7 +126,7 @@ def _train(
     folder = RunFolder(resume) if resume is not None else None
     if folder is not None and chief:
         folder.forget_exit()  # it is of an earlier attempt
-    code, reason = 1, "unknown"
+    code, reason, final = 1, "unknown", False
     try:
         with stop.group.failing_together(), explaining_memory(config, stop.group):
             with working("opening the data"):
@@ -144,14 +144,14 @@ def _train(
         return setup.run
     except Interrupted as stopped:  # before the first update, with nothing to save
         code, reason = Stopped.exit_code, str(stopped)
-        again = f"; resume with: daybreak train {folder.path}" if folder is not None else ""
+        again = f"; resume with: {stop.group.again(folder.path)}" if folder is not None else ""
         raise Stopped(f"{reason} before the first update{again}.") from None
     except OSError as error:
         explained = os_error(error)
         code, reason = explained.exit_code, str(explained)
         raise explained from error
     except Error as error:
-        code, reason = error.exit_code, str(error)
+        code, reason, final = error.exit_code, str(error), error.final
         raise
     except BaseException as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -161,7 +161,7 @@ def _train(
         raise
     finally:
         if folder is not None and chief:
-            folder.write_exit(code, reason)
+            folder.write_exit(code, reason, final)
 
 
 @dataclass(frozen=True)
@@ -402,7 +402,8 @@ class Trainer:
             saved = self.saver.result(wait)
         except Error as error:
             self.saved_step = -1
-            if must or self.saver.lost or self.config.checkpoint.on_error == "stop":
+            error.final = self.config.checkpoint.on_error == "stop" and not self.saver.lost
+            if must or self.saver.lost or error.final:
                 raise
             log.warning("not saved, training continues (checkpoint.on_error): %s", error)
             self.metrics.write("event", self.step, self.tokens, what="save_failed", detail=str(error))
@@ -411,7 +412,7 @@ class Trainer:
             return
         self.metrics.write(
             "checkpoint", saved.step, saved.tokens, path=f"checkpoints/{saved.path.name}",
-            seconds=saved.seconds, stall=saved.stall, bytes=saved.nbytes,
+            seconds=saved.seconds, stall=saved.seconds if self.staging is None else saved.stall, bytes=saved.nbytes,
         )  # fmt: skip
         self.display.note(f"step {saved.step}: saved {saved.path}")
         if self.on_save is not None and self.chief:
@@ -475,7 +476,8 @@ class Trainer:
             raise Interrupted(reason)
         self._save(wait=True)
         self.metrics.write("event", self.step, self.tokens, what="stopped", detail=reason)
-        raise Stopped(f"{reason} after step {self.step}, saved; resume with: daybreak train {self.run_folder.path}")
+        again = self.group.again(self.run_folder.path)
+        raise Stopped(f"{reason} after step {self.step}, saved; resume with: {again}")
 
     def _write_run_record(self) -> None:
         c = self.config

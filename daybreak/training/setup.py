@@ -48,7 +48,7 @@ from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.files import write_atomic
 from daybreak.parallel import Group, agent
 from daybreak.state.checkpoint import load_checkpoint, published, run_id
-from daybreak.state.restore import Weights, check_host_memory
+from daybreak.state.restore import Weights, check_host_memory, warn_of_disk
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model
 from daybreak.state.throughput import peak_flops
@@ -159,6 +159,7 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop, check: Callable
         old = published(folder.checkpoints)
         folder.keep_id(next(filter(None, map(run_id, old)), ""))
         folder.write_env()
+        warn_of_disk(folder.path, config, arena)
         if tokenizer.source:
             write_atomic(folder.path / TOKENIZER_FILE, tokenizer.source)
         return bool(old)

@@ -2,22 +2,23 @@
 
 `open_run` checks all that can be wrong before it writes anything. Its steps, with their branches:
 
-    step                                   new run             resumed run               which ranks
-    1 the configuration's rules            all                 all                       all
-    2 the folder must be free              yes                 no: it is the run's       rank 0, all hear the result
-    3 device, dtype, metric sinks          all                 all                       all
-    4 the embedded data set, on first use  prepared            prepared                  rank 0, the others wait
-    5 data, loaders, tokenizer             opened              opened, and compared with all
-                                                               a checkpoint if moved
-    6 concrete configuration, `check`      T, total_tokens, steps, horizon, warmup are set       all
-    7 ranks agree                          configuration, data, code, versions           if there are several
-    8 memory fits                          planned, then compared with the device        all
-    9 write config, env, tokenizer ...     creates the folder  uses its folder           rank 0
-   10 see the folder                       waits up to 10 s for shared file systems      all
+    step                          new run               resumed run             on which ranks
+    1 configuration               checked against its rules                     all
+    2 folder                      must be free          exists                  rank 0
+    3 device, dtype, sinks        chosen and checked                            all
+    4 embedded data set           prepared on its first use                     rank 0, the others wait
+    5 data, loaders, tokenizer    opened                opened; if moved, also  all
+                                                        compared with its checkpoint
+    6 concrete configuration      T, total_tokens, steps, horizon and warmup    all
+                                  are set, then `check` is called
+    7 agreement                   on configuration, data, code and versions     all, if there are several
+    8 memory                      planned, and compared with the device's       all
+    9 config.toml, env ...        written to a new folder, or into its own      rank 0
+    10 the folder                 must be visible within 10 s                   all
 
 The first write is in step 9, except for data of step 4. So a new run that fails before it leaves no folder. Step 9 also
-finds out whether a checkpoint exists, which is then loaded: `Setup.continues`. Steps in which only rank 0 acts use
-`group.first`: an error there is raised on every rank.
+finds out whether a checkpoint exists, which is then loaded: `Setup.continues`. Steps of rank 0
+use `group.first`, so an error there is raised on every rank.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The global norm and AdamW on a GPU. Formulas, layouts of the masters and random bits: kernels.optimizer.
+"""The global norm and AdamW on a GPU. kernels/optimizer.py has the formulas, layouts and random bits.
 
-Both read flat buffers once and are bound by memory. A thread takes 4 neighbouring elements: 16 bytes of every fp32
-buffer, and no buffer needs another distribution over threads than the rest.
+Both read flat buffers once, and the speed of memory limits them. A thread takes 4 neighbouring elements, which are 16
+bytes of every fp32 buffer. So all buffers are distributed over threads in the same way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from daybreak.kernels.optimizer import stream_key
 
 ADAMW_BLOCK, ADAMW_WARPS = 1024, 8
 NORM_BLOCK, NORM_WARPS = 4096, 8
-NORM_PROGRAMS = 4096  # of any card; more of them than run at once, so that the last ones to finish are few
+NORM_PROGRAMS = 4096  # on every GPU; more than run at once, so that few are still running at the end
 
 
 # -------------------------------------------------------------------------------------------------------- global norm
@@ -47,7 +47,7 @@ def norm_temps(norm: Tensor, grads: Tensor) -> Temps:
 
 @backend("triton", temps=norm_temps)
 def global_norm(norm: Tensor, grads: Tensor, *, scratch: Scratch) -> None:
-    """Sums of a lane in fp32, of a program and of all programs in fp64. What is not finite stays so."""
+    """norm = the 2-norm of grads. Sums of a lane in fp32, of a program and all programs in fp64. NaN and inf stay."""
     (partial,) = scratch(norm_temps(norm, grads))
     programs = partial.numel()
     _square_sums_kernel[(programs,)](
@@ -72,10 +72,11 @@ def _adamw_kernel(
     weights, masters, m, v, grads, stats, hyper, n, offset, key,
     beta1, rest1, beta2, rest2, eps, weight_decay, LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of adamw_update. LAYOUT says where the parameter lies: "plain" in weights, "masters" in masters with
-    weights rounded from it, "split" in both, "none" in weights with random rounding. rest = 1 - beta; key: the seed's.
+    """One block of adamw_update. LAYOUT says where the parameter is stored: "plain" in weights, "masters" in masters
+    with weights rounded from it, "split" in both, "none" in weights with random rounding. rest = 1 - beta. key comes
+    from the seed.
 
-    Every product that is added to something is written as a fused multiply-add and the compiler may fuse no other: the
+    Every product that is added to something is written as a fused multiply-add, and the compiler may fuse no other. The
     bits must not depend on the layout.
     """
     if tl.load(stats + 3) == 0.0:
@@ -86,7 +87,7 @@ def _adamw_kernel(
         masters += start
         m += start
         v += start
-        # Every load before the first use: what a thread has under way is what hides the memory's latency.
+        # All loads come before the first use, so that they run at the same time and hide the latency of memory.
         g = tl.load(grads + start + lanes, mask=mask)
         m1 = tl.load(m + lanes, mask=mask)
         v1 = tl.load(v + lanes, mask=mask)

@@ -248,7 +248,7 @@ class Text:
 
     def take(self, token: int, logits: Logits | None = None) -> None:
         """Go on with a token. Its log-probability needs the logits (V) that it was chosen from."""
-        if self.tokenizer and token == self.tokenizer.eot:
+        if self.tokenizer and token in self.tokenizer.ends:
             self.done = "stop"
         else:
             self.made.append(Token(token) if logits is None else token_of(logits, token, self.how.logprobs))

@@ -367,7 +367,7 @@ def _begin(values: Values, world: int) -> tuple[Config, Path | None, Path | None
         theirs = max(llmc_files.done_steps(out), default=-1)
         if theirs > ours:
             source = open_source(out)
-            make_run(source, translate(values, world, Config(model=source.model), source.tokenizer), into=out)
+            make_run(source, translate(values, world, Config(model=source.model), source.tokenizer.name), into=out)
         if max(theirs, ours) >= 0:
             return translate(values, world, read_toml(out / "config.toml")), out, None, "intermediate checkpoint"
     again = out if out is not None and (out / "config.toml").is_file() else None  # it stopped before its first save
@@ -378,7 +378,7 @@ def _begin(values: Values, world: int) -> tuple[Config, Path | None, Path | None
             )
         return translate(values, world), again, None, values["-e"]
     source = open_source(values["-e"])
-    config = translate(values, world, Config(model=source.model), source.tokenizer)
+    config = translate(values, world, Config(model=source.model), source.tokenizer.name)
     return config, again, Path(values["-e"]), values["-e"]
 
 

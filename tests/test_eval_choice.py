@@ -95,7 +95,7 @@ def test_accuracy_by_hand() -> None:
 
 
 def test_losses_equal_those_of_each_row_alone_and_long_rows_lose_their_beginning() -> None:
-    engine = Engine(EngineSpec(GPT2Config(2, 16, 2, 24, 97), B=4, T=24, train=False), seed=5)
+    engine = Engine(EngineSpec(GPT2Config(L=2, C=16, NH=2, max_T=24, V=97), B=4, T=24, train=False), seed=5)
     engine.param("wte").mul_(20)
     rng = np.random.default_rng(1)
     rows = [(rng.integers(0, 97, int(c)).tolist(), rng.integers(0, 97, int(n)).tolist())

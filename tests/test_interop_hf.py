@@ -20,7 +20,7 @@ from daybreak.engine import Engine, EngineSpec
 from daybreak.errors import ConfigError, Error
 from daybreak.generate import Sampler, Sampling, Text, write_all
 from daybreak.interop import huggingface, open_source
-from daybreak.interop.source import Export, identify_tokenizer, make_run
+from daybreak.interop.source import Export, make_run
 from daybreak.shapes import GPT2Config
 from daybreak.state.run import Run
 
@@ -161,15 +161,12 @@ def test_the_tokenizer_gives_our_ids(name: str, tmp_path: Path) -> None:
         ids = ours.encode(text).tolist()
         assert theirs(text)["input_ids"] == ids, text
         assert theirs.decode(ids) == text
-    slow = json.loads((tmp_path / "vocab.json").read_text())
-    assert list(slow.values()) == list(range(ours.V))
-    pairs = (tmp_path / "merges.txt").read_text("utf-8").splitlines()[1:]
-    assert len(pairs) == {"gpt2": 50000, "gpt2-1024": 768}.get(name, 0)
-    if pairs:
-        assert pairs[:3] == ["Ġ t", "Ġ a", "h e"]  # the first lines of GPT-2's merges
-    assert huggingface._tokenizer(tmp_path) == name
-    (tmp_path / "tokenizer.json").unlink()
-    assert huggingface._tokenizer(tmp_path) == name
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    assert list(model["vocab"].values()) == list(range(ours.V))
+    assert len(model["merges"]) == {"gpt2": 50000, "gpt2-1024": 768}.get(name, 0)
+    if model["merges"]:
+        assert model["merges"][:3] == [["Ġ", "t"], ["Ġ", "a"], ["h", "e"]]  # the first of GPT-2's merges
+    assert huggingface._tokenizer(tmp_path) is ours
 
 
 def test_shards_and_a_folder_that_is_taken(run: Path, tmp_path: Path) -> None:
@@ -203,9 +200,10 @@ def test_a_tokenizer_json_goes_with_the_weights(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.eos_token_id == tok.eot
     assert json.loads((tmp_path / "out/config.json").read_text())[huggingface.FINGERPRINT] == tok.fingerprint
-    for to in ("gguf", "llmc"):
-        said = inside(tmp_path, "export", "run", "--to", to, "no", code=2).stderr
-        assert f"run has a tokenizer.json of its own ({tok.name}), which {to} cannot hold; use --to hf.\n" in said
+    said = inside(tmp_path, "export", "run", "--to", "llmc", "no", code=2).stderr
+    assert f"run has a tokenizer.json of its own ({tok.name}), which llmc cannot hold; use --to hf.\n" in said
+    said = inside(tmp_path, "export", "run", "--to", "gguf", "no", code=2).stderr
+    assert f"GGUF cannot hold tokenizer {tok.name}: llama.cpp splits no text as it does; use --to hf.\n" in said
     assert not (tmp_path / "no").exists()
 
 
@@ -341,9 +339,9 @@ BAD = [
     (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
     (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
     (_edit(daybreak_tokenizer_fingerprint="0"), "was exported with another tokenizer than 'gpt2-1024'"),
-    (_other_words, "tokenizer.json has a vocabulary of 1025 tokens that is none of daybreak's"),
-    (lambda f: (f / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 7}}}'), "with ids 0, 1, 2"),
-    (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "vocab.json")], "give --data.tokenizer NAME"),
+    (_other_words, "tokenizer.json is not a Hugging Face tokenizer (Token `Ġthe` out of vocabulary"),
+    (lambda f: (f / "tokenizer.json").rename(f / "vocab.json"), "has vocab.json and no tokenizer.json; save the"),
+    (lambda f: (f / "tokenizer.json").unlink(), "give --data.tokenizer NAME"),
 ]
 
 
@@ -368,8 +366,6 @@ def test_what_is_neither_path_nor_name(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(ConfigError) as refused:
             open_source(name)
         assert reason in str(refused.value)
-    with pytest.raises(Error, match="none of daybreak's"):
-        identify_tokenizer([b"a", b"b"], tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------- download

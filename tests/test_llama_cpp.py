@@ -7,12 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from interop_runs import inside, write_run
+from tokenizer_kinds import KINDS, TEXTS, their_model
 
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.generate import Sampling, Text, write_all
 from daybreak.state.run import Run
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which is built from source")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_gives_the_ids_of_any_tokenizer(tmp_path: Path, kind: str) -> None:
+    library = KINDS[kind][0]()
+    their_model(tmp_path / "theirs", library)
+    inside(tmp_path, "import", "theirs", "--name", "run", "--run.device", "cpu")
+    inside(tmp_path, "export", "runs/run", "--to", "gguf", "m.gguf")
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    library.encode_special_tokens = True
+    for text in filter(None, TEXTS):
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert llama.tokenize(text.encode(), add_bos=False) == ids, text
+        assert llama.tokenize(text.encode(), add_bos=True) == library.encode(text).ids, text
 
 
 @pytest.mark.parametrize("dtype", ["f32", "q8_0"])

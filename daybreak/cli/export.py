@@ -51,7 +51,7 @@ def export(
     from daybreak.state.run import Run
 
     source, path = Export(Run(run).checkpoint(step)), Path(out)
-    if to != "hf" and source.tokenizer.source:
+    if to == "llmc" and source.tokenizer.source:
         raise ConfigError(
             f"{run} has a tokenizer.json of its own ({source.tokenizer.name}), which {to} cannot hold; use --to hf."
         )

@@ -48,7 +48,7 @@ def import_(source: str, step: int | None, **flags: Any) -> None:
     found = open_source(source, config.data.tokenizer, step)
     run = make_run(found, config.override({"run.name": name}))
     m = found.model
-    click.echo(f"{run}: {m.text()}, {found.tokenizer} tokenizer")
+    click.echo(f"{run}: {m.text()}, {found.tokenizer.name} tokenizer")
     if found.optimizer:
         tokens = config.override({"batch.T": config.batch.T or m.max_T}).tokens_between(0, found.step)
         click.echo(

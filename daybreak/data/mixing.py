@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -104,14 +105,16 @@ class MixLoader(Loader):
         return tokens, targets
 
 
-def open_loaders(data: Any, T: int, seed: int, V: int, shuffle: bool = True) -> tuple[Dataset, Loader, Loader]:
-    """The data set(s) of a `DataConfig` and the loaders of both splits; `shuffle` the training one. ConfigError,
-    DataError."""
+def open_loaders(
+    data: Any, T: int, seed: int, V: int, shuffle: bool = True, beside: Path | None = None
+) -> tuple[Dataset, Loader, Loader]:
+    """The data set(s) of a `DataConfig` and the loaders of both splits; `shuffle` the training one. beside: a folder
+    with the tokenizer of shards that have none. ConfigError, DataError."""
     mix = [] if data.train else parse_mix(data.name)
     sets = [open_dataset(name, data.dir, tokenizer=data.tokenizer) for name, _ in mix] or [
         open_dataset(data.name, data.dir, data.train, data.val, data.tokenizer)
     ]
-    first = sets[0]
+    first = sets[0] if sets[0].folder else replace(sets[0], folder=beside)
     if other := next((d for d in sets if d.tokenizer_name != first.tokenizer_name), None):
         raise DataError(
             f"{first.name!r} and {other.name!r} were made with tokenizers {first.tokenizer_name!r} and "

@@ -45,8 +45,10 @@ _LONG_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u20
 _REPEATED = r"(?:[*+]|\{\d*,\})(?!\+)"
 EOT_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
-# What starts a document of another's tokenizer: the first of these that the vocabulary has.
-EOT_NAMES = ("<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|bos|>", "<s>", "<bos>", "</s>", "<eos>")
+# Another's tokenizer: the first of these in its vocabulary starts a document, and the first of those ends it.
+EOT_NAMES = ("<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|bos|>", "<s>", "<bos>", "</s>", "<eos>",
+             "[BOS]", "[CLS]", "[EOS]", "[SEP]")  # fmt: skip
+END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
 
 class Tokenizer:
@@ -54,7 +56,8 @@ class Tokenizer:
 
     `pattern` splits text before byte-pair merging, which follows the order of `vocabulary`; an empty pattern means
     one token per byte. Instances are immutable and may be shared between threads. `source` is the text of the file that
-    defines a tokenizer which is not one of ours (see HFTokenizer), to be kept beside what was made with it.
+    defines a tokenizer which is not one of ours (see HFTokenizer), to be kept beside what was made with it. `ends`: the
+    ids that end a document, of which others are told the first.
     """
 
     source = ""
@@ -63,6 +66,7 @@ class Tokenizer:
         self.name = name
         self.eot = len(vocabulary)
         self.V = self.eot + 1
+        self.ends: tuple[int, ...] = (self.eot,)
         self._bytes = [*vocabulary, EOT_TEXT.encode()]
         self._fast: tiktoken.Encoding | None = None
         if pattern:
@@ -119,6 +123,41 @@ class Tokenizer:
         own = [0 if token == self.eot else len(data) for token, data in enumerate(self._bytes)]
         return np.array(own + [0] * (V - self.V), np.int64)
 
+    def to_json(self) -> str:
+        """A tokenizer.json for Hugging Face's library that gives the same ids."""
+        if self.source:
+            return self.source
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        unset = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+        vocabulary = {text: i for i, text in enumerate([*self._spelled(), EOT_TEXT])}
+        end = {"id": self.eot, "content": EOT_TEXT, "special": True}
+        spec = {
+            "version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [end | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)],
+            "normalizer": None, "pre_tokenizer": level, "decoder": level,
+            "post_processor": {**level, "trim_offsets": False},
+            "model": {"type": "BPE", **dict.fromkeys(unset), "vocab": vocabulary, "merges": self._merges()},
+        }  # fmt: skip
+        return json.dumps(spec, indent=2, ensure_ascii=False) + "\n"
+
+    def _spelled(self) -> list[str]:
+        """Every token but end of text, in order of id, spelled with `byte_letters`."""
+        letters = byte_letters()
+        return ["".join(letters[b] for b in token) for token in self._bytes[: self.eot]]
+
+    def _merges(self) -> list[tuple[str, str]]:
+        """The byte-pair merges that the order of the vocabulary implies: each token's last two parts, in order."""
+        ranks, text = {word: rank for rank, word in enumerate(self._bytes)}, self._spelled()
+        found = []
+        for rank, word in enumerate(self._bytes[: self.eot]):
+            parts = [word[i : i + 1] for i in range(len(word))]
+            while len(parts) > 2:
+                at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            if len(parts) == 2:
+                found.append((text[ranks[parts[0]]], text[ranks[parts[1]]]))
+        return found
+
 
 def byte_letters() -> list[str]:
     """GPT-2's printable stand-in for each byte value: itself where it is printable, else a letter from U+0100 on."""
@@ -161,36 +200,48 @@ class HFTokenizer(Tokenizer):
         self._hf.no_truncation()
         self._hf.no_padding()
         vocabulary: dict[str, int] = self._hf.get_vocab(with_added_tokens=True)
-        eot = next((vocabulary[name] for name in EOT_NAMES if name in vocabulary), None)
-        if eot is None:
+        eot, end = (next((vocabulary[n] for n in names if n in vocabulary), -1) for names in (EOT_NAMES, END_NAMES))
+        if eot < 0:
             raise ConfigError(f"{where} has no token that could start a document ({', '.join(EOT_NAMES)}); add one.")
         self.source, self.fingerprint = source, hashlib.sha256(source.encode()).hexdigest()
         self.name, self.eot, self.V = f"hf-{self.fingerprint[:12]}", eot, max(vocabulary.values()) + 1
+        self.ends = tuple(dict.fromkeys(i for i in (end, eot) if i >= 0))
         spec = json.loads(source)
         if dropout := spec["model"].get("dropout"):
             raise ConfigError(f"{where} has model.dropout = {dropout}, which encodes at random; set it to null.")
-        for pattern in _patterns({k: v for k, v in spec.items() if k not in ("model", "added_tokens")}):
+        steps = {k: v for k, v in spec.items() if k not in ("model", "added_tokens")}
+        for pattern in _patterns(steps):
             if _exponential(pattern):
                 raise DataError(
                     f"{where} has the pattern {pattern[:80]!r}, which repeats a repetition and can take for ever on "
                     "some texts; write it without one of the two."
                 )
-        added = {t["content"] for t in spec.get("added_tokens") or []}
-        letters = {letter: byte for byte, letter in enumerate(byte_letters())} if '"ByteLevel"' in source else {}
         if (most := 4 * len(vocabulary) + (1 << 16)) < self.V:  # gaps exist, but each id takes memory everywhere
             raise DataError(f"{where} has ids up to {self.V - 1} for {len(vocabulary)} tokens; the most is {most}.")
-        self._bytes = [b""] * self.V
+        self._byte_level = '"ByteLevel"' in json.dumps(steps)
+        self._bytes = [b""] * self.V if self._byte_level else self._between_letters(vocabulary)
+        letters = {letter: byte for byte, letter in enumerate(byte_letters())}
+        added = {t["content"] for t in spec.get("added_tokens") or []}
         for token, i in vocabulary.items():
-            if token in added or (letters and not set(token) <= letters.keys()):
-                self._bytes[i] = token.encode()
-            elif letters:
-                self._bytes[i] = bytes(letters[c] for c in token)
+            if self._byte_level:
+                whole = token in added or not set(token) <= letters.keys()
+                self._bytes[i] = token.encode() if whole else bytes(letters[c] for c in token)
             elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):  # SentencePiece's byte fallback
                 self._bytes[i] = bytes([int(match[1], 16)])
-            else:
-                self._bytes[i] = token.replace("\u2581", " ").encode()
         # Text is ordinary text: its "<|endoftext|>" must not become the token.
         self._hf.encode_special_tokens = True
+
+    def _between_letters(self, vocabulary: dict[str, int]) -> list[bytes]:
+        """What each id adds to a text in its middle, asked of the library: between two letters."""
+        a = min((i for token, i in vocabulary.items() if len(token) == 1 and token.isalpha()), default=self.eot)
+        first, both = (self._hf.decode([a] * n, skip_special_tokens=False) for n in (1, 2))
+        texts = self._hf.decode_batch([[a, i, a] for i in range(self.V)], skip_special_tokens=False)
+        return [text[len(first) : len(text) - len(both) + len(first)].encode() for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids` as the library puts it together. DataError for an id outside [0, V)."""
+        text = super().decode(ids := list(ids))
+        return text if self._byte_level else str(self._hf.decode(ids, skip_special_tokens=False))
 
     def encode(self, text: str) -> NDArray[np.integer]:
         """Token ids of `text`, shape (n,), without what the file's post-processor would add around it."""
@@ -220,8 +271,8 @@ def _gpt2_vocabulary() -> list[bytes]:
 def get_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
     """The tokenizer called `name`: `gpt2`; `bytes` (256 byte values); or `gpt2-N`, GPT-2's N lowest ranks.
 
-    A name that ends in .json is a Hugging Face tokenizer's file; its own name, by which data and checkpoints call it,
-    is `hf-` and the start of the file's sha256, and is looked up in `folder`/tokenizer.json.
+    A name that ends in .json is a Hugging Face tokenizer's file. If it is none of ours, data and checkpoints call it
+    `hf-` and the start of the file's sha256, and that name is looked up in `folder`/tokenizer.json.
 
     A truncation is a valid BPE because every merge has a higher rank than its parts. Its ids below N are GPT-2's,
     EOT = N and V = N + 1, with N from 256 (bytes in GPT-2's order) to 50256 (GPT-2 itself).
@@ -249,13 +300,45 @@ def _own_tokenizer(name: str) -> Tokenizer:
     )
 
 
-def _hf_tokenizer(name: str, folder: Path | None) -> HFTokenizer:
+def _hf_tokenizer(name: str, folder: Path | None) -> Tokenizer:
     """The tokenizer of a .json file, or the one called hf-... in `folder`. ConfigError, DataError."""
-    path = Path(name) if name.endswith(".json") else (folder or Path()) / TOKENIZER_FILE
+    by_path = name.endswith(".json")
+    path = Path(name) if by_path else (folder or Path()) / TOKENIZER_FILE
     try:
-        tokenizer = HFTokenizer(path.read_text("utf-8"), str(path))
+        source = path.read_text("utf-8")
+        if by_path and (known := _own_of_json(source)):
+            return known
+        tokenizer = HFTokenizer(source, str(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"tokenizer {name!r}: cannot read {path} ({error}).") from None
-    if not name.endswith(".json") and name != tokenizer.name:
+    if not by_path and name != tokenizer.name:
         raise DataError(f"{path} is tokenizer {tokenizer.name}, not {name}; bring the old file back.")
     return tokenizer
+
+
+def own_tokenizers(V: int) -> list[Tokenizer]:
+    """Ours that have V ids."""
+    names = ["gpt2"] if V == RANKS + 1 else [*(["bytes"] if V == 257 else []), f"gpt2-{V - 1}"]
+    return [get_tokenizer(name) for name in names if 257 <= V <= RANKS + 1]
+
+
+def _own_of_json(source: str) -> Tokenizer | None:
+    """Which of our tokenizers a tokenizer.json describes, by everything in it that decides on ids; None if none."""
+    try:
+        theirs = _deciding(json.loads(source))
+        known = own_tokenizers(len(theirs["vocab"]))
+        return next((t for t in known if _deciding(json.loads(t.to_json())) == theirs), None)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # HFTokenizer says what is wrong
+        return None
+
+
+def _deciding(spec: Any) -> dict[str, Any]:
+    """What decides on the ids that a byte-level tokenizer.json gives, in one spelling."""
+    model, split, added = spec["model"], spec["pre_tokenizer"], {t["content"]: t["id"] for t in spec["added_tokens"]}
+    changing = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    return {
+        "kind": (model["type"], split["type"], split["add_prefix_space"], split.get("use_regex", True)),
+        "changes": [spec["normalizer"], *(model.get(key) or None for key in changing)],
+        "vocab": {**model["vocab"], **added}, "added": added,
+        "merges": [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]],
+    }  # fmt: skip

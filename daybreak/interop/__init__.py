@@ -27,7 +27,6 @@ def load_model(
     step: which checkpoint (None: the newest). Raises ConfigError, CheckpointError, DataError, OutOfMemory.
     """
     from daybreak.config import Config
-    from daybreak.data.tokenizer import get_tokenizer
     from daybreak.state.run import Run, engine_with
 
     if (Path(target) / "config.toml").is_file():
@@ -36,14 +35,14 @@ def load_model(
         raise ConfigError(f"{target} does not exist; did you mean {run.parent}?")
     source = open_source(target, "", step, also="a run, ")
     engine = engine_with(Config(model=source.model), source, rows=rows, device=device)
-    return engine, get_tokenizer(source.tokenizer)
+    return engine, source.tokenizer
 
 
 def open_source(name: str | Path, tokenizer: str = "", step: int | None = None, also: str = "") -> Source:
     """Weights to start from: a Hugging Face folder, a model .bin or checkpoint folder of llm.c, or a name on the hub.
 
-    An existing path goes first. tokenizer: its name where nothing beside the weights tells. step: which of llm.c's
-    checkpoints (None: the newest). also: what else the caller takes, for messages.
+    An existing path goes first. tokenizer: a name or file, instead of what is beside the weights. step: which of
+    llm.c's checkpoints (None: the newest). also: what else the caller takes, for messages.
     Raises ConfigError for an unknown name, CheckpointError for what cannot be used.
     """
     from daybreak.interop import huggingface, llmc_files

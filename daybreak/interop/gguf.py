@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from daybreak.data.formats import extra
-from daybreak.data.tokenizer import EOT_TEXT
 from daybreak.errors import ConfigError
 from daybreak.interop.families import Family, family_of
-from daybreak.interop.huggingface import merges, vocabulary_text
+from daybreak.interop.gguf_vocabulary import write_vocabulary
 from daybreak.interop.source import Export, appearing
 
 Q8_BLOCK = 32  # values that share a scale
@@ -54,12 +53,4 @@ def _describe(writer: Any, source: Export, family: Family, gguf: Any, file_type:
     for key, value in family.gguf_keys(c).items():
         getattr(writer, f"add_{key}")(value)
     writer.add_file_type(file_type)
-    unused = [f"[PAD{i}]" for i in range(tokenizer.V, c.V)]  # ids of the model that the tokenizer does not have
-    types = gguf.TokenType
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*vocabulary_text(tokenizer), EOT_TEXT, *unused])
-    writer.add_token_types([types.NORMAL] * tokenizer.eot + [types.CONTROL] + [types.UNUSED] * len(unused))
-    writer.add_token_merges([f"{a} {b}" for a, b in merges(tokenizer)])
-    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
-        add(tokenizer.eot)
+    write_vocabulary(writer, tokenizer, c.V, gguf.TokenType)

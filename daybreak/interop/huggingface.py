@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from daybreak.data.formats import extra
-from daybreak.data.tokenizer import EOT_TEXT, Tokenizer, byte_letters
-from daybreak.errors import CheckpointError, Error
+from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
+from daybreak.errors import CheckpointError, DataError, Error
 from daybreak.interop.families import FAMILIES, Family, family_of
 from daybreak.interop.source import (
     DTYPES,
@@ -23,7 +23,6 @@ from daybreak.interop.source import (
     appearing,
     checked_shape,
     default_tokenizer,
-    identify_tokenizer,
     layout,
 )
 from daybreak.shapes import Shape
@@ -31,7 +30,7 @@ from daybreak.state.safetensors_io import Entry, SafetensorsFile, write_safetens
 
 MAX_SHARD = 5_000_000_000  # bytes
 FINGERPRINT = "daybreak_tokenizer_fingerprint"  # a key of config.json that others ignore
-FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "vocab.json"]
+FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", TOKENIZER_FILE, "vocab.json"]
 
 
 # ---- in
@@ -88,13 +87,13 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
     for key, name in family.copies.items():
         if key in files and not torch.equal(raw(key), raw(prefix + parts[name][0].name)):
             raise CheckpointError(f"{path}: {key} differs from {name}; an untied head is not supported.")
-    source = Source(path, cfg, tokenizer or _tokenizer(path) or default_tokenizer(cfg, "", path), read)
+    known = (None if tokenizer else _tokenizer(path)) or default_tokenizer(cfg, tokenizer, path)
     made = _json(path / "config.json").get(FINGERPRINT)
-    if made not in (None, source.manifest["tokenizer"]["fingerprint"]):
+    if made not in (None, known.fingerprint) and not known.source:  # others may spell a tokenizer.json anew
         raise CheckpointError(
-            f"{path} was exported with another tokenizer than {source.tokenizer!r} ({FINGERPRINT} differs)."
+            f"{path} was exported with another tokenizer than {known.name!r} ({FINGERPRINT} differs)."
         )
-    return source
+    return Source(path, cfg, known, read)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -136,25 +135,17 @@ def _tensor_files(path: Path) -> dict[str, tuple[SafetensorsFile, Entry]]:
     return {key: (file, entry) for key, entry in file.entries.items()}
 
 
-def _tokenizer(path: Path) -> str:
-    """The name of the tokenizer that tokenizer.json or vocab.json hold; "" where neither is there."""
-    if (path / "tokenizer.json").is_file():
-        where, content = path / "tokenizer.json", _json(path / "tokenizer.json")
-        model = content.get("model")
-        vocab = model.get("vocab") if isinstance(model, dict) else None
-        added = {t.get("content"): t.get("id") for t in content.get("added_tokens", []) if isinstance(t, dict)}
-        vocab = {**vocab, **added} if isinstance(vocab, dict) else None
-    elif (path / "vocab.json").is_file():
-        where = path / "vocab.json"
-        vocab = _json(where)
-    else:
-        return ""
-    if vocab is None or sorted(map(str, vocab.values())) != sorted(map(str, range(len(vocab)))):
-        raise CheckpointError(f"{where} is not a byte-pair vocabulary with ids 0, 1, 2 ...; copy the model again.")
-    letters = {letter: byte for byte, letter in enumerate(byte_letters())}
-    tokens = sorted(vocab, key=lambda token: int(vocab[token]))
-    known = [bytes(letters.get(c, 0) for c in token) for token in tokens]
-    return identify_tokenizer(known, where)
+def _tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of tokenizer.json; None where there is none. Raises CheckpointError."""
+    if (path / "vocab.json").is_file() and not (path / TOKENIZER_FILE).is_file():
+        raise CheckpointError(
+            f"{path} has vocab.json and no {TOKENIZER_FILE}; save the tokenizer anew with transformers' AutoTokenizer, "
+            "or name it with --data.tokenizer (gpt2 if it is GPT-2's)."
+        )
+    try:
+        return get_tokenizer(str(path / TOKENIZER_FILE)) if (path / TOKENIZER_FILE).is_file() else None
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
 
 
 # ---- out
@@ -169,8 +160,9 @@ def export(source: Export, out: Path, dtype: str = "fp32", max_shard: int = MAX_
     with appearing(out) as folder:
         folder.mkdir()
         _write_json(folder / "config.json", _config(source, family, dtype))
-        eot = source.tokenizer.eot
-        _write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
+        start, ends = source.tokenizer.eot, source.tokenizer.ends
+        stop = {"bos_token_id": start, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
+        _write_json(folder / "generation_config.json", stop)
         write_tokenizer(source.tokenizer, source.model.max_T, folder)
         _write_shards(source, family, folder, DTYPES[dtype], max_shard)
 
@@ -183,7 +175,7 @@ def _config(source: Export, family: Family, dtype: str) -> dict[str, Any]:
     name = str(DTYPES[dtype]).removeprefix("torch.")
     return {
         **family.config(source.model),
-        "initializer_range": 0.02, "bos_token_id": source.tokenizer.eot, "eos_token_id": source.tokenizer.eot,
+        "initializer_range": 0.02, "bos_token_id": source.tokenizer.eot, "eos_token_id": source.tokenizer.ends[0],
         "use_cache": True,
         "dtype": name, "torch_dtype": name,  # the new name of the key and the old one
         FINGERPRINT: source.tokenizer.fingerprint,
@@ -217,61 +209,12 @@ def _write_shards(source: Export, family: Family, folder: Path, dtype: torch.dty
         )
 
 
-# ---- tokenizers
-
-
-def vocabulary_text(tokenizer: Tokenizer) -> list[str]:
-    """Every token but end of text, in order of id, spelled with `byte_letters`."""
-    letters = byte_letters()
-    return ["".join(letters[b] for b in tokenizer.token_bytes(i)) for i in range(tokenizer.eot)]
-
-
-def merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """The byte-pair merges that the order of the vocabulary implies: each token's last two parts, in order of id."""
-    words = [tokenizer.token_bytes(i) for i in range(tokenizer.eot)]
-    ranks = {word: rank for rank, word in enumerate(words)}
-    text = vocabulary_text(tokenizer)
-    found = []
-    for rank, word in enumerate(words):
-        parts = [word[i : i + 1] for i in range(len(word))]
-        while len(parts) > 2:
-            at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            found.append((text[ranks[parts[0]]], text[ranks[parts[1]]]))
-    return found
-
-
 def write_tokenizer(tokenizer: Tokenizer, max_T: int, folder: Path) -> None:
-    """tokenizer.json, vocab.json, merges.txt and their configuration. Ids equal daybreak's for every text.
-
-    Of a tokenizer that is a tokenizer.json itself: that file as it is, and its configuration.
-    """
-    if tokenizer.source:
-        start = dict.fromkeys(("bos_token", "eos_token"), tokenizer.token_bytes(tokenizer.eot).decode())
-        (folder / "tokenizer.json").write_text(tokenizer.source, encoding="utf-8")
-        own = {"tokenizer_class": "PreTrainedTokenizerFast", **start, "model_max_length": max_T}
-        _write_json(folder / "tokenizer_config.json", own)
-        return
-    pairs = merges(tokenizer)
-    vocab = {text: i for i, text in enumerate([*vocabulary_text(tokenizer), EOT_TEXT])}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    model = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
-        "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": pairs,
+    """tokenizer.json and its configuration. Ids equal daybreak's for every text."""
+    (folder / TOKENIZER_FILE).write_text(tokenizer.to_json(), encoding="utf-8")
+    start, end = (tokenizer.token_bytes(i).decode().strip() for i in (tokenizer.eot, tokenizer.ends[0]))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": start, "eos_token": end,
+        "clean_up_tokenization_spaces": False, "model_max_length": max_T,
     }  # fmt: skip
-    content = {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": tokenizer.eot, "content": EOT_TEXT, **added, "special": True}],
-        "normalizer": None, "pre_tokenizer": level, "post_processor": {**level, "trim_offsets": False},
-        "decoder": level, "model": model,
-    }  # fmt: skip
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT_TEXT)
-    settings = {"tokenizer_class": "GPT2Tokenizer", **special, "add_prefix_space": False, "model_max_length": max_T}
-    _write_json(folder / "tokenizer.json", content)
-    _write_json(folder / "vocab.json", vocab)
     _write_json(folder / "tokenizer_config.json", settings)
-    _write_json(folder / "special_tokens_map.json", special)
-    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in pairs)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ from daybreak.config import Config
 from daybreak.data.dataset import open_dataset
 from daybreak.data.kinds import guess
 from daybreak.data.loader import Loader
-from daybreak.data.tokenizer import Tokenizer
+from daybreak.data.tokenizer import Tokenizer, own_tokenizers
 from daybreak.engine import Engine, EngineSpec
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.files import replacing, write_atomic
@@ -35,7 +35,6 @@ from daybreak.interop.source import (
     appearing,
     checked_shape,
     default_tokenizer,
-    identify_tokenizer,
     layout,
 )
 from daybreak.shapes import GPT2Config, Shape
@@ -124,10 +123,13 @@ def open_model(path: Path, tokenizer: str = "") -> Source:
     cfg, dtype, count = _shape(path)
     beside = path.parent / TOKENIZER_NAME
     if not tokenizer and beside.is_file():
-        tokenizer = identify_tokenizer(read_tokenizer(beside), beside)
-    return Source(
-        path, cfg, default_tokenizer(cfg, tokenizer, path), _views(cfg, _map(path, dtype, HEADER, count)).__getitem__
-    )
+        words = read_tokenizer(beside)
+        own = (t for t in own_tokenizers(len(words)) if [t.token_bytes(i) for i in range(t.eot)] == words[:-1])
+        other = f"has {len(words)} tokens of no tokenizer of daybreak's; give a tokenizer.json with --data.tokenizer"
+        known = next(own, None) or _refuse(beside, other)
+    else:
+        known = default_tokenizer(cfg, tokenizer, path)
+    return Source(path, cfg, known, _views(cfg, _map(path, dtype, HEADER, count)).__getitem__)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from daybreak.config import Config
-from daybreak.data.tokenizer import Tokenizer, get_tokenizer
+from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.files import fsync_folder, remove, temporary_of, write_atomic
 from daybreak.kernels.guard import WINDOW
@@ -52,15 +52,22 @@ class Source:
 
     path: Path
     model: Shape
-    tokenizer: str
+    tokenizer: Tokenizer
     read: Callable[[str], Tensor]
     step: int = 0
     optimizer: Mapping[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.tokenizer.V > self.model.V:
+            raise ConfigError(
+                f"tokenizer {self.tokenizer.name!r} has {self.tokenizer.V} ids, but {self.path} only {self.model.V}; "
+                "give another one with --data.tokenizer, or more rows to the model's embedding."
+            )
+
     @property
     def manifest(self) -> Mapping[str, Any]:
         """What a checkpoint's manifest says of the tokenizer."""
-        return {"tokenizer": {"name": self.tokenizer, "fingerprint": get_tokenizer(self.tokenizer).fingerprint}}
+        return {"tokenizer": {"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint}}
 
     def names(self) -> list[str]:
         """Names of all parameters."""
@@ -83,7 +90,7 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
     Its data fingerprint is empty: any data will do for its first step. `into`: an existing folder to use instead.
     Raises ConfigError when the run exists.
     """
-    config = replace(config, model=source.model).override({"data.tokenizer": source.tokenizer})
+    config = replace(config, model=source.model).override({"data.tokenizer": source.tokenizer.name})
     config.check()
     if into is None:
         folder = RunFolder(Path(config.run.dir) / config.run.name)
@@ -122,6 +129,8 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
         parts=lambda name: [(0, model[name].view(-1))],
     )
     write_atomic(folder.config, config.to_toml())
+    if source.tokenizer.source:
+        write_atomic(folder.path / TOKENIZER_FILE, source.tokenizer.source)
     write_atomic(folder.path / "imported.json", json.dumps({"from": source.path.name, "step": source.step}) + "\n")
     save_checkpoint(folder.checkpoints, snapshot)  # last: in a folder of llm.c's it says that the rest is there
     return folder.path
@@ -151,28 +160,11 @@ class Export:
         return out
 
 
-def identify_tokenizer(vocabulary: Sequence[bytes], where: Path) -> str:
-    """The name of the tokenizer whose tokens these are, end of text last. CheckpointError if daybreak has none such."""
-    n = len(vocabulary) - 1
-    candidates = ["gpt2"] if n == 50256 else [*(["bytes"] if n == 256 else []), f"gpt2-{n}"]
-    for name in candidates if 256 <= n <= 50256 else []:
-        known = get_tokenizer(name)
-        if all(known.token_bytes(i) == token for i, token in enumerate(vocabulary[:-1])):
-            return name
-    raise CheckpointError(
-        f"{where} has a vocabulary of {n + 1} tokens that is none of daybreak's (gpt2, gpt2-N, bytes); its text could "
-        "not be tokenized."
-    )
-
-
-def default_tokenizer(cfg: Shape, given: str, where: Path) -> str:
-    """`given`, or GPT-2's where the vocabulary has its size. ConfigError if neither is there or it has too many ids."""
-    name = given or ("gpt2" if cfg.V in (50257, 50304) else "")
-    if not name:
+def default_tokenizer(cfg: Shape, given: str, where: Path) -> Tokenizer:
+    """The tokenizer called `given`, or GPT-2's where the vocabulary has its size. ConfigError if neither is there."""
+    if not given and cfg.V not in (50257, 50304):
         raise ConfigError(f"{where} does not say which tokenizer its {cfg.V} ids are of; give --data.tokenizer NAME.")
-    if get_tokenizer(name).V > cfg.V:
-        raise ConfigError(f"data.tokenizer = {name!r} has {get_tokenizer(name).V} ids, but {where} only {cfg.V}.")
-    return name
+    return get_tokenizer(given or "gpt2", where)
 
 
 def checked_shape(path: Path, cfg: Shape) -> Shape:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 import daybreak
-from daybreak.config import Config
 from daybreak.data.dataset import dataset_name, open_dataset
 from daybreak.data.mixing import open_loaders, parse_mix
 from daybreak.engine.device import library_versions, missing_on, pick_compute, pick_device
@@ -107,13 +106,14 @@ def check_run(path: str) -> tuple[list[str], bool]:
     lines = lines or [f"{path} has no checkpoint yet"]
     left = [p for p in run.folder.checkpoints.glob(".tmp-*") if not alive(int(p.name.rpartition("-")[2]))]
     lines += [f"left by a save that died, removed by the next: {p}" for p in left]
-    lines += [*_check_data(run.config, saved), _last_attempt(run)]
+    lines += [*_check_data(run, saved), _last_attempt(run)]
     return lines, not any(line.startswith("BAD") for line in lines)
 
 
-def _check_data(config: Config, saved: str) -> list[str]:
+def _check_data(run: Run, saved: str) -> list[str]:
     """Whether the shards of every data set with a manifest are those it was prepared with, to the last byte, and all
     data is that of the fingerprint `saved` in a checkpoint. Data that is on another machine is not looked at."""
+    config = run.config
     d, lines = config.data, list[str]()
     places = [d.train, d.val]
     try:
@@ -129,7 +129,7 @@ def _check_data(config: Config, saved: str) -> list[str]:
                 if sha256_of(path := found.folder / shard.file) != shard.sha256:
                     lines.append(f"BAD: {path} is damaged (its sha256 does not match); prepare {name} again.")
             lines.append(f"data of {name}: every shard read")
-        now = open_loaders(d, config.T, config.run.seed, config.model.V)[1].fingerprint
+        now = open_loaders(d, config.T, config.run.seed, config.model.V, beside=run.path)[1].fingerprint
         if saved not in ("", now):
             lines.append(
                 f"BAD: the training data changed: its fingerprint was {saved} in a checkpoint, it is {now} now."

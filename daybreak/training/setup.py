@@ -48,7 +48,7 @@ from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.files import write_atomic
 from daybreak.parallel import Group, agent
-from daybreak.state.checkpoint import load_checkpoint, published, run_id
+from daybreak.state.checkpoint import Checkpoint, load_checkpoint, published, run_id
 from daybreak.state.restore import Weights, check_host_memory, warn_of_disk
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model
@@ -99,11 +99,14 @@ class Setup:
         return batch
 
 
-def open_run(config: Config, *, resume: Path | None, stop: Stop, check: Callable[[Config], None]) -> Setup:
+def open_run(
+    config: Config, *, resume: Path | None, stop: Stop, check: Callable[[Config], None], fork: Checkpoint | None = None
+) -> Setup:
     """Check everything that can be wrong, then create the run's folder, or open it for `resume`: the steps above.
 
-    check: called with the concrete configuration before anything is written. Collective over stop.group. Raises
-    ConfigError, DataError.
+    check: called with the concrete configuration before anything is written. Shards of other programs
+    are of the tokenizer of `resume`, or of the run that `fork` is from. Collective over stop.group. Raises ConfigError,
+    DataError.
     """
     group = stop.group
     config.check(ranks=group.world)
@@ -120,7 +123,8 @@ def open_run(config: Config, *, resume: Path | None, stop: Stop, check: Callable
     check_sinks(config)
     group.first(lambda: _prepare_embedded(config, stop.look if group.world > 1 else stop.check))
     d, shuffle = config.data, not config.run.overfit
-    dataset, train_loader, val_loader = open_loaders(d, config.T, config.run.seed, config.model.V, shuffle=shuffle)
+    beside = resume if fork is None else fork.path.parents[1]
+    dataset, train_loader, val_loader = open_loaders(d, config.T, config.run.seed, config.model.V, shuffle, beside)
     tokenizer = get_tokenizer(dataset.tokenizer_name, dataset.folder)
     if tokenizer.V > config.model.V:
         raise ConfigError(

@@ -1,0 +1,134 @@
+"""A tokenizer as GGUF describes it: its kind, the tokens with their types, and merges or scores.
+
+llama.cpp computes each kind in its own way. A tokenizer.json is written where that way gives the same ids, and refused
+elsewhere. Two differences remain: Metaspace puts no space before a text that begins with one, llama.cpp does; and it
+does not compose letters (NFC).
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from typing import Any
+
+from daybreak.data.formats import extra
+from daybreak.data.tokenizer import Tokenizer
+from daybreak.errors import ConfigError
+
+SPACE = "\u2581"  # SentencePiece's letter for a space
+Steps = list[dict[str, Any]]  # of a normalizer, or of a splitter
+Kind = tuple[str, str, dict[str, int], dict[str, float], bool]  # model, splitting, tokens, scores, space before a text
+
+_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}  # GPT-2's splitting
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _split(numbers: str) -> Steps:
+    pattern = {"Regex": _LETTERS + numbers + _REST}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    return [split, {**_WORDS, "use_regex": False}]
+
+
+# llama.cpp's name of a splitting before byte-level merges -> the splitting, ignore_merges.
+BYTE_LEVEL: dict[str, tuple[Steps, bool]] = {
+    "gpt-2": ([_WORDS], False), "smollm": ([{"type": "Digits", "individual_digits": True}, _WORDS], False),
+    "llama-bpe": (_split(r"\p{N}{1,3}"), True), "dbrx": (_split(r"\p{N}{1,3}"), False),
+    "qwen2": (_split(r"\p{N}"), False),
+}  # fmt: skip
+# All that it can do before WordPiece.
+_BERT = dict.fromkeys(("clean_text", "handle_chinese_chars", "lowercase"), True)
+BERT = [{"type": "BertNormalizer", "strip_accents": None, **_BERT}, {"type": "BertPreTokenizer"}]
+
+
+def write_vocabulary(writer: Any, tokenizer: Tokenizer, V: int, types: Any) -> None:
+    """Add the keys `tokenizer.ggml.*` for a model of V ids. types: gguf.TokenType. ConfigError for another kind."""
+    spec = json.loads(tokenizer.to_json())
+    model, added = spec["model"], spec["added_tokens"]
+    found = _kind(model, _steps(spec["normalizer"]), _steps(spec["pre_tokenizer"]))
+    sought = [t for t in added if not t["special"]]  # in texts
+    if found is None or any(found[-1] or t["lstrip"] or t["rstrip"] or t["single_word"] for t in sought):
+        why = "llama.cpp splits no text as it does" if found is None else "its added tokens change spaces beside them"
+        raise ConfigError(f"GGUF cannot hold tokenizer {tokenizer.name}: {why}; use --to hf.")
+    kind, pre, vocab, scores, prefix = found
+    byte = types.BYTE if kind == "llama" else types.NORMAL
+    table = {i: (f"[PAD{i}]", types.UNUSED) for i in range(V)}  # ids that the tokenizer does not have
+    table |= {i: (token, byte if token.startswith("<0x") else types.NORMAL) for token, i in vocab.items()}
+    table |= {t["id"]: (t["content"], types.CONTROL if t["special"] else types.USER_DEFINED) for t in added}
+    unknown = model["unk_id"] if kind == "t5" else model["vocab"].get(model.get("unk_token"))
+    if unknown is not None:
+        table[unknown] = table[unknown][0], types.UNKNOWN
+        writer.add_unk_token_id(unknown)
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([token for token, _ in table.values()])
+    writer.add_token_types([sort for _, sort in table.values()])
+    if kind == "gpt2":
+        writer.add_token_merges([" ".join(pair) for pair in _pairs(model)])
+    if scores:
+        writer.add_token_scores([scores.get(token, 0.0) for token, _ in table.values()])
+        writer.add_add_space_prefix(prefix)
+        writer.add_remove_extra_whitespaces(False)
+    writer.add_bos_token_id(tokenizer.eot)
+    writer.add_eos_token_id(tokenizer.ends[0])
+    if kind == "bert":  # llama.cpp puts both around a text, whatever add_bos_token says
+        writer.add_sep_token_id(tokenizer.ends[0])
+    if tokenizer.source:
+        ids = extra("tokenizers", "data", "a tokenizer.json").Tokenizer.from_str(tokenizer.source).encode("a").ids
+        writer.add_add_bos_token(ids[:1] == [tokenizer.eot])
+        writer.add_add_eos_token(ids[-1:] == [tokenizer.ends[0]])
+
+
+def _kind(model: dict[str, Any], normal: Steps, split: Steps) -> Kind | None:
+    """The kind of a tokenizer.json; None if llama.cpp has none with the same ids."""
+    vocab, falls = model["vocab"], bool(model.get("byte_fallback"))
+    match model["type"]:
+        case "BPE" if not falls:
+            known, plain = (split, bool(model.get("ignore_merges"))), normal in ([], [{"type": "NFC"}])
+            plain = plain and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+            return next(
+                (("gpt2", pre, vocab, {}, False) for pre, way in BYTE_LEVEL.items() if plain and way == known), None
+            )
+        case "WordPiece" if [*normal, *split] == BERT:
+            return "bert", "default", {t[2:] if t[:2] == "##" else SPACE + t: i for t, i in vocab.items()}, {}, False
+        case "BPE":
+            kind, scores = "llama", _scores(vocab, _pairs(model))
+        case "Unigram" if not (normal or falls):
+            kind, scores, vocab = "t5", dict(vocab), {token: i for i, (token, _) in enumerate(vocab)}
+        case _:
+            return None
+    prefix = _prefix(vocab, normal, split)
+    return None if scores is None or prefix is None else (kind, "default", vocab, scores, prefix)
+
+
+def _steps(part: dict[str, Any] | None) -> Steps:
+    """A normalizer or a splitter as a list, without what does not change ids."""
+    if part is None or part["type"] == "Sequence":
+        inner = (part or {}).get("normalizers") or (part or {}).get("pretokenizers") or []
+        return [step for one in inner for step in _steps(one)]
+    kept = {key: value for key, value in part.items() if key != "trim_offsets"}
+    return [{"use_regex": True, **kept} if part["type"] == "ByteLevel" else kept]
+
+
+def _pairs(model: dict[str, Any]) -> list[list[str]]:
+    return [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+
+
+def _scores(vocab: dict[str, int], pairs: list[list[str]]) -> dict[str, float] | None:
+    """SentencePiece's scores: the sooner a token is merged, the higher. It merges whatever two tokens make a token, and
+    so must the pairs; None if they do not."""
+    made = [token for token, _ in groupby(a + b for a, b in pairs)]
+    every = {(t[:i], t[i:]) for t in vocab for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab}
+    fits = len(set(made)) == len(made) and {(a, b) for a, b in pairs} == every
+    return {token: -float(i) for i, token in enumerate(made)} if fits else None
+
+
+def _prefix(vocab: dict[str, int], normal: Steps, split: Steps) -> bool | None:
+    """Whether a space is put before the text; None if spaces are treated in another way than SentencePiece's."""
+    before = [{"type": "Prepend", "prepend": SPACE}]
+    if not split and normal[-1:] == [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]:
+        return bool(normal[:-1]) if normal[:-1] in ([], before) else None
+    if normal or [(step["type"], step.get("replacement")) for step in split] != [("Metaspace", SPACE)]:
+        return None
+    cut = split[0].get("split", True) and any(SPACE in token[1:] for token in vocab)
+    return None if cut else split[0]["prepend_scheme"] != "never"

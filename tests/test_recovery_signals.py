@@ -331,7 +331,7 @@ def slurm_job(folder: Path, script: str, srun: str) -> Callable[[], tuple[int, s
     env |= {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host[7-8]", "SLURM_GPUS_ON_NODE": "4"}
     shutil.copytree(ROOT / "scripts", folder / "scripts")
     (folder / "scontrols").touch()
-    command = ["bash", f"scripts/{script.split()[0]}.sbatch", *SLURM[script][0]]
+    command = ["env", "--default-signal=USR1", "bash", f"scripts/{script.split()[0]}.sbatch", *SLURM[script][0]]
 
     def start() -> tuple[int, str, list[str]]:
         job = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=PATIENCE)
@@ -360,6 +360,19 @@ def test_a_requeued_job_keeps_its_launcher(tmp_path, script):
     (first, later), words = start()[2], SLURM[script]
     assert first.endswith(words[1])
     assert later.endswith(words[2])
+
+
+@pytest.mark.parametrize(("name", "requeued"), [("USR1", "requeue 77\n"), ("TERM", "")])
+def test_scancel_ends_a_job_for_good(tmp_path, name, requeued):
+    """Both signals to the script save and stop the run. USR1 comes before the time limit, TERM from scancel."""
+    srun = (
+        "mkdir -p r; touch r/config.toml\ntrap 'printf %s \\{\\\"code\\\":75\\} > r/exit.json; exit 1' TERM\n"
+        "until grep -q 'SigCgt:.*[4-7c-f]...$' /proc/$PPID/status; do sleep 0.05; done\n"  # the script hears TERM
+        f"kill -{name} $PPID\nwhile true; do sleep 0.05; done\n"
+    )
+    ended, calls, _ = slurm_job(tmp_path, "slurm_cluster", srun)()
+    assert exit_code(tmp_path / "r") == 75
+    assert (ended, calls) == (int(not requeued), requeued)
 
 
 @pytest.mark.parametrize("script", ["slurm", "slurm_cluster"])

@@ -188,6 +188,19 @@ def test_what_stays_wrong_is_an_error_and_nothing_is_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_missing_package_is_not_the_networks_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another try would end in the same way: the first one says what to install."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("huggingface_hub", "huggingface_hub.file_download"):  # Python knows missing packages so
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["prepare", "tinyshakespeare"]) == 2
+    said = capsys.readouterr().err
+    assert "pip install -e '.[data]'" in said
+    assert "trying again" not in said
+
+
 def test_urls_with_a_range_and_without_sizes(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{hub.url}/datasets/org/web/resolve/main/sample/10BT/{{000..002}}.parquet"
     hub.faults["sample/10BT/000.parquet"] = ["html", "drop"]

@@ -54,6 +54,7 @@ def test_the_refusal_asks_only_for_the_steps_that_are_added(
     saved = daybreak.load(tmp_path / "p").config
     run = daybreak.train(saved.override({"run.max_hours": 0.0}), resume=tmp_path / "p")
     assert [record["lr"] for record in run.metrics("step")][4:] == [0.0, 0.0]
+    assert f"{run.path} has no checkpoint yet (checkpoint.every): it starts from step 0." in caplog.text
     for name, more in (("c", {"schedule__name": "constant"}), ("f", {"schedule__final_frac": 0.5})):
         made = daybreak.train(config(shards, tmp_path, name, run__steps=2, **more))
         caplog.clear()

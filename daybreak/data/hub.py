@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from daybreak.data.formats import KINDS, SUFFIXES, Faults, extra
 from daybreak.data.loader import ahead
 from daybreak.data.sources import Part, Piece, Source, split_of, split_parts, text_size
-from daybreak.errors import DataError
+from daybreak.errors import DataError, Error
 from daybreak.files import sha256_of
 
 log = logging.getLogger("daybreak")
@@ -57,6 +57,8 @@ def download(remote: Remote, folder: Path) -> Path:
             if not reason:
                 return path
             path.unlink()
+        except Error:  # such as a package that is missing: another try would end in the same way
+            raise
         except Exception as error:  # the library's many kinds
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     raise DataError(

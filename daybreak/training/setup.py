@@ -170,6 +170,8 @@ def open_run(
         return bool(old)
 
     continues = group.first(write)
+    if resume is not None and not continues and group.rank == 0:
+        log.warning("%s has no checkpoint yet (checkpoint.every): it starts from step 0.", folder.path)
     group.everywhere(lambda: _see(folder))
     name, peak = describe_device(device, compute)
     return Setup(

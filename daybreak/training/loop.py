@@ -102,8 +102,8 @@ def _prepared(
         run = Run(run_of(old))
         saved, free = run.config, resume is None or is_untouched_import(old)
         check_resume(saved, config, fork=free, moved=bool(run.checkpoints))
-        check = partial(check_rate, old, saved, fork=resume is None)
-        check(config)
+        check_rate(old, saved, config, fork=resume is None)
+        check = partial(check_rate, old, saved, fork=resume is None, warn=stop.group.rank == 0)
     fork = checkpoint_of(fork_from) if fork_from is not None else None
     init = weights_of(init_from) if init_from is not None else None
     folder = Path(resume).expanduser() if resume is not None else None

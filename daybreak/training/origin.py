@@ -42,13 +42,13 @@ def finished_at(run: Run, steps: int) -> int:
     return newest.step if any(record["step"] == newest.step for record in run.metrics(last)) else 0
 
 
-def check_rate(path: Path | str, saved: Config, config: Config, *, fork: bool) -> None:
-    """Warn where a run is made longer than its schedule. Raise ConfigError if the added steps had learning rate 0."""
+def check_rate(path: Path | str, saved: Config, config: Config, *, fork: bool, warn: bool = False) -> None:
+    """`warn` where a run is made longer than its schedule. Raise ConfigError if the added steps had learning rate 0."""
     was, steps = saved.run.steps, config.run.steps
     if not 0 < was < steps or config.optim.lr == 0:
         return
     if (rate := learning_rate(was, config.optim, config.schedule)) > 0:
-        if config.optim.horizon <= was and rate < config.optim.lr:
+        if warn and config.optim.horizon <= was and rate < config.optim.lr:
             log.warning(
                 "the schedule ended at step %d: the added steps keep its last learning rate, %.2g. To stretch it, add "
                 "--optim.horizon %d.", config.optim.horizon, rate, steps,

@@ -17,15 +17,19 @@ from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from daybreak import config_keys as keys
+from daybreak.checked import read_bytes
 from daybreak.config_keys import check_rules, toml_value
-from daybreak.errors import ConfigError
+from daybreak.errors import CheckpointError, ConfigError
 from daybreak.formatting import nearest
+from daybreak.manifest import MANIFEST, newest_manifest
 from daybreak.shapes import ARCHS, SHAPES, GPT2Config, Shape, family, is_shape, model_config, parse_shape
 
 SCHEMA = 1
+MOST_TOML = 1 << 20  # bytes
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -116,10 +120,11 @@ class Config:
         epoch_steps = self.steps_in(epoch_tokens, ranks)
         asked = self.run.tokens or int(self.run.epochs * epoch_tokens)
         steps = self.run.steps or (max(1, self.steps_in(asked, ranks)) if asked else epoch_steps)
-        if epoch_steps < 1 and not self.run.overfit:
+        largest = max(self.tokens_at(step, ranks) for step in (0, *(step for step, _ in self.batch.ramp)))
+        if largest > epoch_tokens and not self.run.overfit:
             raise ConfigError(
-                f"one step takes {self.tokens_at(0, ranks)} tokens, more than all of data.name = {self.data.name!r}; "
-                "lower batch.total_tokens or batch.B, or prepare more data."
+                f"one step takes {largest} tokens, more than all of data.name = {self.data.name!r}; "
+                "lower batch.total_tokens, batch.ramp or batch.B, or prepare more data."
             )
         horizon = self.optim.horizon or steps
         warmup = self.schedule.warmup if self.schedule.warmup >= 0 else min(700, horizon // 20)
@@ -253,17 +258,15 @@ def _typed(name: str, value: Any, key: Field[Any]) -> Any:
     if kind is str and right:
         if name in PATHS:  # of each source of a mixture
             value = ",".join(map(os.path.expanduser, value.split(",")))
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ConfigError(f"{name} = {value!r} must be valid UTF-8 text.") from None
+        if re.search("[\ud800-\udfff]", value) or ("\0" in value and name in PATHS):
+            raise ConfigError(f"{name} = {shortened(value)} must be valid UTF-8 text, and paths have no NUL.")
     if not right:
-        raise ConfigError(f"{name} = {value!r} must be {_KIND_WORDS[kind]}; the default is {default}.")
+        raise ConfigError(f"{name} = {shortened(value)} must be {_KIND_WORDS[kind]}; the default is {default}.")
     return value
 
 
 def unknown_key(name: str, known: Iterable[str]) -> ConfigError:
-    return ConfigError(f"unknown key {name!r}; did you mean {nearest(name, known)!r}?")
+    return ConfigError(f"unknown key {shortened(name)}; did you mean {nearest(name, known)!r}?")
 
 
 @dataclass(frozen=True)
@@ -316,7 +319,7 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
     if (run / "config.toml").is_file():
         run = run if run.name not in ("", "..") else run.resolve()
         # The folder may have been moved or renamed since: it is where it is now.
-        saved = read_toml(run / "config.toml").override({"run.dir": str(run.parent), "run.name": run.name})
+        saved = run_config(run).override({"run.dir": str(run.parent), "run.name": run.name})
         return saved, Resume(run, saved)
     if target in recipe_names():
         return read_toml(RECIPES / f"{target}.toml"), None
@@ -343,15 +346,49 @@ def run_hint(path: Path | str) -> str:
     return f"; did you mean {runs[near[0]]}?" if near and not Path(path).exists() else ""
 
 
-def read_toml(path: Path) -> Config:
-    """Read a recipe or a run's config.toml over the defaults. ConfigError names the file for whatever is wrong."""
+def run_config(run: Path) -> Config:
+    """The checked configuration of a run: its newest checkpoint's, with what its config.toml says otherwise and may.
+
+    A key that is not in the file has the checkpoint's value. ConfigError names each one that differs and may not.
+    """
+    file, newest = run / "config.toml", newest_manifest(run)
+    saved = None if newest is None else saved_config(*newest)
+    config = read_toml(file, saved)
+    if newest is not None and saved is not None:
+        # An import's checkpoint has seen no data: only its model is settled.
+        fixed = _fixed(saved, config, fork=not newest[1]["data"]["fingerprint"], moved=True)
+        if said := [f"{name} = {toml_value(now)} instead of {toml_value(was)}" for name, was, now in fixed]:
+            raise ConfigError(
+                f"{file} differs from {newest[0]} in what a run cannot change: {', '.join(said)}; delete these lines, "
+                "which restores the checkpoint's values (or remove the checkpoint, if it is another run's)."
+            )
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        config.check()
+    except ConfigError as e:
+        raise ConfigError(f"{file}: {e}") from None
+    return config
+
+
+def saved_config(checkpoint: Path, manifest: Mapping[str, Any]) -> Config:
+    """The configuration in a checkpoint's manifest. CheckpointError if it is none, or its model cannot exist."""
+    try:
+        config = Config().override(manifest["config"])
+        config.model.check()
+    except ConfigError as e:
+        raise CheckpointError(f"{checkpoint / MANIFEST}: config: {e}") from None
+    return config
+
+
+def read_toml(path: Path, base: Config | None = None) -> Config:
+    """Read a recipe or a run's config.toml over `base` (None: the defaults). ConfigError names the file for whatever is
+    wrong."""
+    try:
+        tables = tomllib.loads(read_bytes(path, MOST_TOML).decode())
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist; recipes shipped with daybreak: {', '.join(recipe_names())}."
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{path} cannot be read as TOML: {e}.") from None
     schema = tables.pop("schema", SCHEMA)
     if type(schema) is not int or schema < 1:
@@ -367,7 +404,7 @@ def read_toml(path: Path) -> Config:
         else:
             values[section] = table
     try:
-        return Config(model=_family(values, GPT2Config.arch)()).override(values)
+        return (base or Config(model=_family(values, GPT2Config.arch)())).override(values)
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from None
 
@@ -413,17 +450,24 @@ def check_resume(saved: Config, new: Config, *, fork: bool = False, moved: bool 
     With fork=True (a new run from the checkpoint, or an untouched import) only the model has to stay.
     With moved=True the data may be in another place: its content is compared later.
     """
+    if not (fixed := _fixed(saved, new, fork, moved)):
+        return
+    fix = "leave it out, or start a new run from the checkpoint with --fork NAME"
+    if fork:
+        fix = "a new shape is trained from the start, without --fork"
+    elif fixed[0][0].startswith("model."):
+        fix = "leave it out, or train a new run of this shape under another --name"
+    each = [f"{k} is {toml_value(was)} in the saved run and cannot become {toml_value(now)}" for k, was, now in fixed]
+    raise ConfigError(f"{', '.join(each)}; {fix}.")
+
+
+def _fixed(saved: Config, new: Config, fork: bool, moved: bool) -> list[tuple[str, Any, Any]]:
+    """(key, value in `saved`, value in `new`) of what differs and may not: see `check_resume`."""
+
+    def free(name: str) -> bool:
+        if fork:
+            return not name.startswith("model.")
+        return may_change(name, new.model.arch) or (moved and name in PLACES)
+
     was = dict(saved.items())
-    for name, value in new.items():
-        section = name.partition(".")[0]
-        allowed = section != "model" if fork else may_change(name, new.model.arch)
-        allowed |= moved and name in PLACES
-        if value != was[name] and not allowed:
-            fix = "leave it out, or start a new run from the checkpoint with --fork NAME"
-            if fork:
-                fix = "a new shape is trained from the start, without --fork"
-            elif section == "model":
-                fix = "leave it out, or train a new run of this shape under another --name"
-            raise ConfigError(
-                f"{name} is {toml_value(was[name])} in the saved run and cannot become {toml_value(value)}; {fix}."
-            )
+    return [(k, was.get(k), now) for k, now in new.items() if now != was.get(k) and not free(k)]

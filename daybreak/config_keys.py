@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from daybreak.checked import Rule
 from daybreak.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a value must satisfy, and the words for it ('must be at least 1')."""
-
-    text: str
-    holds: Callable[[Any], bool]
 
 
 def at_least(low: int) -> Rule:
     return Rule(f"must be at least {low}", lambda x: bool(x >= low))
+
+
+def within(low: int, high: int) -> Rule:
+    return Rule(f"must be from {low} to {high}", lambda x: bool(low <= x <= high))
 
 
 def one_of(*choices: object) -> Rule:
@@ -110,7 +106,7 @@ class DataConfig:
 class BatchConfig:
     """Tokens per step, and how many of them are in memory at once."""
 
-    B: int = key(4, "sequences per micro-step on each GPU", at_least(1))
+    B: int = key(4, "sequences per micro-step on each GPU", within(1, 1 << 16))
     T: int = key(0, "sequence length in tokens; 0 = model.max_T", at_least(0), fixed=True)
     total_tokens: int = key(
         0, "tokens per step over all ranks; 0 = one micro-step per rank (B * T * ranks)", at_least(0)

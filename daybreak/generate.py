@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from daybreak.config_keys import FRACTION, Rule, at_least, key
+from daybreak.checked import Rule
+from daybreak.config_keys import FRACTION, at_least, key
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError

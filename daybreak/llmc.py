@@ -20,9 +20,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from daybreak.checked import Rule
 from daybreak.cli.ends import ending
-from daybreak.config import Config, read_toml
-from daybreak.config_keys import FRACTION, Rule, at_least, one_of
+from daybreak.config import Config, run_config
+from daybreak.config_keys import FRACTION, at_least, one_of
 from daybreak.console import guard_streams
 from daybreak.errors import ConfigError
 from daybreak.formatting import nearest
@@ -335,7 +336,7 @@ def _run(argv: list[str], stop: Stop) -> None:
         logging.getLogger("daybreak").setLevel(logging.WARNING)
 
     from daybreak.interop import llmc_files
-    from daybreak.state.checkpoint import checkpoint_step
+    from daybreak.manifest import checkpoint_step
     from daybreak.training.loop import train
 
     on_save = bin_writer(values, config, world) if config.checkpoint.every else None
@@ -355,7 +356,7 @@ def _begin(values: Values, world: int) -> tuple[Config, Path | None, Path | None
     """The configuration, the folder to resume, the file of initial weights, and where they are from in words."""
     from daybreak.interop import llmc_files, open_source
     from daybreak.interop.source import make_run
-    from daybreak.state.checkpoint import checkpoint_step, list_checkpoints
+    from daybreak.manifest import checkpoint_step, list_checkpoints
 
     out = Path(values["-o"]) if values["-o"] else None
     if values["-y"] and out is None:
@@ -369,7 +370,7 @@ def _begin(values: Values, world: int) -> tuple[Config, Path | None, Path | None
             source = open_source(out)
             make_run(source, translate(values, world, Config(model=source.model), source.tokenizer.name), into=out)
         if max(theirs, ours) >= 0:
-            return translate(values, world, read_toml(out / "config.toml")), out, None, "intermediate checkpoint"
+            return translate(values, world, run_config(out)), out, None, "intermediate checkpoint"
     again = out if out is not None and (out / "config.toml").is_file() else None  # it stopped before its first save
     if not values["-e"].endswith(".bin"):
         if not is_shape(values["-e"]):

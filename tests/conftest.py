@@ -53,6 +53,7 @@ GROUPS = {
 GROUPS |= {f"tests/test_{name}.py": "pages" for name in ("plan", "display", "sinks", "pages", "series", "docs", "site")}
 RECOVERY = ("kill", "faults", "fuzz", "signals")
 GROUPS |= {f"tests/test_recovery_{name}.py": "recovery" for name in RECOVERY}
+GROUPS |= {f"tests/test_{name}.py": "recovery" for name in ("saved_config", "files_checked")}
 spent = dict.fromkeys(BUDGETS, 0.0)
 FIGURES: dict[str, object] = {}  # what the recovery tests measured, of all worker processes
 counted = [0.0]  # CPU seconds of this process and its children at the last report

@@ -50,7 +50,7 @@ def made_run(path: Path) -> MadeRun:
     run.line("event", 4, 4200.0, what="skip", detail="loss nan")
     run.step(5, 4300.0, 3.0, temp_c=60.0, power_w=690.0)
     run.line("eval", 4, 4310.0, task="hellaswag", accuracy=0.25, examples=100)
-    run.line("checkpoint", 5, 4320.0, path="checkpoints/step-00000005", seconds=1.5, bytes=1000)
+    run.line("checkpoint", 5, 4320.0, path="checkpoints/step-00000005", seconds=1.5, stall=0.1, bytes=1000)
     return run
 
 

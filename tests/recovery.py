@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import daybreak
 from daybreak.config import Config
-from daybreak.state.checkpoint import list_checkpoints, load_checkpoint
+from daybreak.manifest import list_checkpoints
+from daybreak.state.checkpoint import load_checkpoint
 
 V, CHILD = 97, Path(__file__).with_name("recovery_child.py")
 

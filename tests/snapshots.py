@@ -6,11 +6,19 @@ import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from daybreak.engine import Engine
-from daybreak.state.checkpoint import Snapshot, list_checkpoints, load_checkpoint
+from daybreak.manifest import list_checkpoints
+from daybreak.state.checkpoint import Snapshot, load_checkpoint
+
+# What a run says of itself in each checkpoint, beside what the checkpoint's own keys are.
+FACTS: dict[str, Any] = {
+    "config": {}, "samples": 0, "skips_in_a_row": 0, "compute": "fp32", "kernels": {}, "data": {"fingerprint": ""},
+    "tokenizer": {"name": "bytes", "fingerprint": ""},
+}  # fmt: skip
 
 
 def snapshot(step: int, value: float | None = None, numel: int = 96) -> Snapshot:
@@ -24,7 +32,7 @@ def snapshot(step: int, value: float | None = None, numel: int = 96) -> Snapshot
         flat_numel=numel,
         layout=[("wte", 0, (12, 5)), ("lnfw", 64, (5,))],
         extra={"loss_window": torch.full((4,), float(base[0]), dtype=torch.float64), "filled": torch.tensor([step])},
-        manifest={"samples": 7 * step, "config": {"optim": {"lr": 0.0006}}, "rng": [1, 2**63]},
+        manifest={**FACTS, "samples": 7 * step, "config": {"optim.lr": 0.0006}, "rng": [1, 2**63]},
         parts=lambda name: [(0, model[name].view(-1))],
     )
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from snapshots import damage, exit_of, fork, hidden, model_value, snapshot
+from snapshots import FACTS, damage, exit_of, fork, hidden, model_value, snapshot
 
 from daybreak.errors import CheckpointError
-from daybreak.state.checkpoint import list_checkpoints, load_checkpoint, newest_good, save_checkpoint
+from daybreak.manifest import list_checkpoints
+from daybreak.state.checkpoint import load_checkpoint, newest_good, save_checkpoint
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -78,7 +79,7 @@ def write_by_hand(path: Path, **changes: object) -> dict[str, object]:
     manifest["files"] = {
         p.name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in path.iterdir()
     }
-    manifest |= changes
+    manifest |= {**FACTS, **changes}
     manifest = {k: v for k, v in manifest.items() if v is not None}
     manifest["checksum"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (path / "manifest.json").write_text(json.dumps(manifest))
@@ -110,7 +111,7 @@ def test_a_checkpoint_of_two_ranks_is_read_across_their_ranges(tmp_path):
 @pytest.mark.parametrize("verify", ["full", "off"])
 def test_a_manifest_that_is_sealed_but_wrong_is_refused(tmp_path, changes, verify):
     write_by_hand(tmp_path / "c", **changes)
-    with pytest.raises(CheckpointError, match=r"manifest\.json lacks a field of format 1, or holds one of the wrong"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json (is not a manifest|lists files that are not)"):
         load_checkpoint(tmp_path / "c", verify)
 
 
@@ -192,7 +193,7 @@ def test_falls_back_to_the_newest_good_one(tmp_path, caplog):
     assert e.value.exit_code == 5
 
 
-@pytest.mark.parametrize("version", [2, 10**30])
+@pytest.mark.parametrize("version", [2, 10**18])
 def test_a_newer_format_is_refused_not_passed_over(tmp_path, version):
     save_checkpoint(tmp_path, snapshot(1))
     path = save_checkpoint(tmp_path, snapshot(2))
@@ -207,7 +208,7 @@ def test_a_newer_format_is_refused_not_passed_over(tmp_path, version):
 def test_a_foreign_manifest_is_refused(tmp_path, manifest):
     path = save_checkpoint(tmp_path, snapshot(2))
     (path / "manifest.json").write_text(manifest)
-    with pytest.raises(CheckpointError, match="not a daybreak manifest"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json(: | is not a manifest of daybreak: | is not JSON)"):
         load_checkpoint(path, "off")
 
 

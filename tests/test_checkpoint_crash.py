@@ -18,13 +18,8 @@ import torch
 from snapshots import contents, damage, exit_of, fork, hidden, model_value, snapshot
 
 from daybreak.errors import Error
-from daybreak.state.checkpoint import (
-    checkpoint_step,
-    list_checkpoints,
-    newest_good,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from daybreak.manifest import checkpoint_step, list_checkpoints
+from daybreak.state.checkpoint import newest_good, prune_checkpoints, save_checkpoint
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -153,7 +153,7 @@ def test_floats_are_finite(text: str) -> None:
 
 
 def test_text_that_is_not_unicode_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^eval\.prompt = '\\udcff' must be valid UTF-8 text\.$"):
+    with pytest.raises(ConfigError, match=r"^eval\.prompt = '\\udcff' must be valid UTF-8 text, "):
         Config().override({"eval.prompt": "\udcff"})
 
 
@@ -437,8 +437,8 @@ def test_data_smaller_than_a_step() -> None:
     with pytest.raises(ConfigError) as e:
         Config().concrete(4095)
     assert str(e.value) == (
-        "one step takes 4096 tokens, more than all of data.name = 'stdlib'; lower batch.total_tokens or batch.B, or "
-        "prepare more data."
+        "one step takes 4096 tokens, more than all of data.name = 'stdlib'; lower batch.total_tokens, batch.ramp or "
+        "batch.B, or prepare more data."
     )
 
 

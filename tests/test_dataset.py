@@ -74,11 +74,11 @@ def test_open_damaged(prepared: Path) -> None:
     write_shard(prepared / "mine" / first, [1, 2, 3])
     refuses("has 3 tokens in 1030 bytes, its manifest says 5000 in 11024")
     for text, message in (
-        ("{", "is not a dataset manifest"),
-        ("[]", "is not a dataset manifest"),
+        ("{", "is not JSON"),
+        ("[]", "must be an object"),
+        (json.dumps({k: v for k, v in manifest.items() if k != "val"}), "is not a dataset manifest: val is missing"),
         (json.dumps(manifest | {"format": 2}), "has format 2, newer than this daybreak reads"),
         (json.dumps(manifest | {"tokenizer_fingerprint": "0"}), "made with another tokenizer called 'bytes'"),
-        (json.dumps(manifest | {"colour": "red"}), "is not a dataset manifest .*colour"),
     ):
         (prepared / "mine" / "manifest.json").write_text(text)
         refuses(message)

@@ -18,8 +18,8 @@ from daybreak.cli.main import main
 from daybreak.errors import ConfigError, Error
 from daybreak.interop import huggingface
 from daybreak.interop.source import Export, Source, appearing, make_run
+from daybreak.manifest import list_checkpoints
 from daybreak.shapes import GPT2Config
-from daybreak.state.checkpoint import list_checkpoints
 from daybreak.state.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -132,7 +132,7 @@ def test_the_fastest_sound_algorithm_is_taken(search, capsys: pytest.CaptureFixt
     assert f"{len(KEYS) + 1} of {len(KEYS) + 1} products" in said
     path = tune.write(table, tmp_path / "tables")
     assert path.name == products.table_path("A Card", 130100).name
-    older = {"plans": {"kept": {"algo": "00"}}}
+    older = {"plans": {"fp32 nn m1 n1 k1 plain beta0": {"algo": "00" * 64}}}
     path.write_text(json.dumps(table | older))
     tune.write(table, path.parent)
     assert products.read_table(path, "A Card", 130100) == table["plans"] | older["plans"]

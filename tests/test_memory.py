@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from snapshots import FACTS
 from torch.profiler import ProfilerActivity, profile
 
 from daybreak.config_keys import GuardConfig
@@ -167,8 +168,8 @@ def test_nothing_is_allocated_after_the_first_step(
         engine.stats()
         validate(engine, loader, lengths, 48 * 6)  # the last batch is a partial one
         write_all(engine, [Text([256], Sampling(5, temperature=0.8, top_k=20))])
-        save_checkpoint(tmp_path / "checkpoints", snapshot(engine, step, {}))
-        saver.start(snapshot(engine, step, {}, staging), 0, time.perf_counter())
+        save_checkpoint(tmp_path / "checkpoints", snapshot(engine, step, FACTS))
+        saver.start(snapshot(engine, step, FACTS, staging), 0, time.perf_counter())
         assert saver.result(wait=True)
 
     # On CPUs with bf16 instructions oneDNN packs the operands of a bf16 product into workspace of its own.

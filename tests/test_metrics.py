@@ -114,21 +114,23 @@ def test_readers_keep_the_last_record_of_kind_step_task(tmp_path):
         {"kind": "eval", "step": 2, "task": "arc", "accuracy": 0.3},
         {"kind": "novel", "step": 1, "value": "kept: kinds may be added"},
     ]
+    rows = [{"v": 1, "tokens": 7, "t": 0.5, **EXAMPLES.get(row["kind"], {}), **row} for row in rows]
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_metrics(path) == [rows[i] for i in (0, 1, 9, 3, 5, 6, 7, 8)]
 
 
-@pytest.mark.parametrize(
-    "torn", ['{"v":1,"kind":"val","step":2,"to', "{", '{"kind":"val","step":2}', "\x00\x00\x00", "[]", "7"]
-)
+WHOLE = '{"v":1,"kind":"event","step":2,"tokens":1,"t":0,"what":"x","detail":""}'
+
+
+@pytest.mark.parametrize("torn", [WHOLE[:30], "{", WHOLE, WHOLE.replace("2", "-2"), "\x00\x00\x00", "[]", "7"])
 def test_a_torn_line_costs_only_itself(tmp_path, caplog, torn):
     path = tmp_path / "m.jsonl"
     with MetricsWriter(path) as writer:
         writer.write("val", 1, 1, **EXAMPLES["val"])
     whole = path.read_bytes()
     path.write_bytes(whole + torn.encode())
-    counted = [2] if torn == '{"kind":"val","step":2}' else []  # all but its line feed arrived
+    counted = [2] if torn == WHOLE else []  # all but its line feed arrived
     assert [r["step"] for r in read_metrics(path)] == [1, *counted]
     assert caplog.text == ""
 

@@ -18,15 +18,9 @@ from snapshots import exit_of, fork, snapshot
 import daybreak
 from daybreak.cli.main import main
 from daybreak.errors import ConfigError, Error
+from daybreak.manifest import list_checkpoints, run_id
 from daybreak.report.doctor import check_run
-from daybreak.state.checkpoint import (
-    list_checkpoints,
-    load_checkpoint,
-    newest_good,
-    prune_checkpoints,
-    run_id,
-    save_checkpoint,
-)
+from daybreak.state.checkpoint import load_checkpoint, newest_good, prune_checkpoints, save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 STEPS = 20

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from snapshots import FACTS
 
 import daybreak
 from daybreak.config import read_toml
@@ -114,7 +115,8 @@ def make_checkpoint(folder: Path) -> None:
     safetensors.torch.save_file(optimizer, folder / "optimizer-00000-of-00001.safetensors", {"ranges": ranges})
     files = {p.name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
              for p in folder.iterdir()}  # fmt: skip
-    manifest = {"format": 1, "step": 5, "world": 1, "flat_numel": 10, "layout": [["w", 0, [2, 5]]], "files": files}
+    manifest = {"format": 1, "step": 5, "world": 1, "flat_numel": 10, "layout": [["w", 0, [2, 5]]], "files": files,
+                **FACTS}  # fmt: skip
     seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps({**manifest, "checksum": seal}))
 
@@ -122,7 +124,9 @@ def make_checkpoint(folder: Path) -> None:
 def make_dataset(folder: Path) -> None:
     shard = {"file": "a.bin", "tokens": 10, "size": 1044, "sha256": "00"}
     split = {"tokens": 10, "documents": 1, "bytes": 20, "shards": [shard]}
-    about = dict.fromkeys(("name", "tokenizer", "tokenizer_fingerprint", "source", "revision", "licence"), "x")
+    about = dict.fromkeys(("name", "tokenizer", "tokenizer_fingerprint", "source", "revision", "licence"), "x") | {
+        "tokenizer": "bytes"
+    }
     (folder / "manifest.json").write_text(json.dumps({"format": 1, **about, "train": split, "val": split}))
 
 

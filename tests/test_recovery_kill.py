@@ -15,7 +15,7 @@ from patience import PATIENCE
 from recovery import assert_intact, assert_same, config, make_shards, recipe, spawn, train
 
 import daybreak
-from daybreak.state.checkpoint import list_checkpoints
+from daybreak.manifest import list_checkpoints
 
 STEPS = 150
 # The very start, then every phase of a save. The second save of a process is hit: it has an older one to lose.

@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "daybreak"
 # A module imports only from rooms at or before its own in this list.
-ROOMS = ["errors", "files", "formatting", "console", "config_keys", "shapes", "config", "data", "kernels", "models",
-         "optimizers", "parallel", "engine", "state", "generate", "evaluate", "interop", "training", "report", "serve",
-         "cli", "llmc"]  # fmt: skip
+ROOMS = ["errors", "checked", "files", "formatting", "console", "manifest", "config_keys", "shapes", "config", "data",
+         "kernels", "models", "optimizers", "parallel", "engine", "state", "generate", "evaluate", "interop",
+         "training", "report", "serve", "cli", "llmc"]  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FUNCTION = 100
 # Of all files together. 0.2.0 has 1,300 more than 0.1.0: thirty-four faults with their siblings took 1,000, the screens

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from daybreak.checked import FILE_NAME, TEXT, TOKENIZER, WHOLE, misfit, read_json
 from daybreak.data.catalogue import CATALOGUE
 from daybreak.data.shards import ShardInfo, open_shard, read_header, resolve_shards
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
@@ -23,6 +24,13 @@ log = logging.getLogger("daybreak")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+# The keys of manifest.json, and of each split and shard in it: those of the records below, in their order.
+SHARD = {"file": FILE_NAME, "tokens": WHOLE, "size": WHOLE, "sha256": TEXT}
+SPLIT = {"tokens": WHOLE, "documents": WHOLE, "bytes": WHOLE, "shards": [SHARD]}
+SPEC = {
+    "name": TEXT, "tokenizer": TOKENIZER, "tokenizer_fingerprint": TEXT, "source": TEXT, "revision": TEXT,
+    "licence": TEXT, "train": SPLIT, "val": SPLIT,
+}  # fmt: skip
 _COUNT_BLOCK = 1 << 24  # tokens
 
 
@@ -66,22 +74,17 @@ class Manifest:
     @classmethod
     def load(cls, path: Path) -> Manifest:
         """Read a manifest. DataError if it is damaged or of a newer format."""
-        try:
-            values: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            if (format_ := values.pop("format")) > FORMAT:
-                raise DataError(
-                    f"{path} has format {format_}, newer than this daybreak reads ({FORMAT}); update daybreak."
-                )
-            for split in ("train", "val"):
-                shards = tuple(ShardRecord(**shard) for shard in values[split].pop("shards"))
-                values[split] = SplitRecord(**values[split], shards=shards)
-            return cls(**values)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}.") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{path} is not a dataset manifest ({error!r}); delete the folder and prepare it again."
-            ) from None
+        fix = "delete the folder and prepare it again"
+        values: dict[str, Any] = read_json(path, {"format": WHOLE}, DataError, fix)
+        if (format_ := values["format"]) > FORMAT:
+            raise DataError(f"{path} has format {format_}, newer than this daybreak reads ({FORMAT}); update daybreak.")
+        if said := misfit(values, SPEC):
+            raise DataError(f"{path} is not a dataset manifest: {said}; {fix}.")
+        for split in ("train", "val"):
+            tokens, documents, size, shards = (values[split][key] for key in SPLIT)
+            records = tuple(ShardRecord(*(shard[key] for key in SHARD)) for shard in shards)
+            values[split] = SplitRecord(tokens, documents, size, records)
+        return cls(*(values[key] for key in SPEC))
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,9 @@ def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
         raise DataError(f"{folder} was made with another tokenizer called {manifest.tokenizer!r}; prepare it again.")
     splits = []
     for record in (manifest.train, manifest.val):
+        for path in (folder / shard.file for shard in record.shards):
+            if path.resolve().parent != folder.resolve():
+                raise DataError(f"{path} is a link out of the dataset's folder; put the shard itself there.")
         shards = [read_header(folder / shard.file) for shard in record.shards]
         for shard, info in zip(record.shards, shards, strict=True):
             if (info.tokens, info.size) != (shard.tokens, shard.size):

@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from daybreak.checked import ANY, TEXT, read_json
 from daybreak.data.catalogue import CATALOGUE, known_name, resolve_source
 from daybreak.data.dataset import MANIFEST, Manifest, ShardRecord, SplitRecord, check_name, dataset_name, token_counts
 from daybreak.data.formats import without_surrogates
@@ -52,6 +53,7 @@ from daybreak.data.sources import SPLITS, Piece, Source
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError, explained
 from daybreak.files import fsync_folder, locked, sha256_of, write_atomic
+from daybreak.manifest import checksum
 
 log = logging.getLogger("daybreak")
 UNIT = 1 << 20  # characters that a worker encodes at a time
@@ -120,10 +122,13 @@ class _Split:
     def restore(self, state: Journal) -> None:
         self.documents, self.bytes, self.tokens = (state[key] for key in ("documents", "bytes", "tokens"))
         self.shards = [ShardRecord(**shard) for shard in state["shards"]]
-        for shard in self.shards:
-            read_header(self.folder / shard.file)
-        if state["partial"]:
-            self.writer = self.open(state["partial"])
+        try:
+            for shard in self.shards:
+                read_header(self.folder / shard.file)
+            if state["partial"]:
+                self.writer = self.open(state["partial"])
+        except (DataError, OSError):
+            raise _TextChangedError from None
 
     def close(self) -> None:
         if self.writer is not None:
@@ -198,7 +203,7 @@ def _announce(source: Source, folder: Path, tokenizer: Tokenizer) -> None:
 
 
 class _TextChangedError(Exception):
-    """The text before the journal's place has changed since it was written."""
+    """The text before the journal's place, or a shard that it names, has changed since it was written."""
 
 
 class _Job:
@@ -292,7 +297,7 @@ class _Job:
     def _save(self) -> None:
         state = {split: self.splits[split].state() for split in SPLITS}
         if self.place["pieces"]:
-            write_atomic(self.folder / JOURNAL, json.dumps({"identity": self.identity, "place": self.place, **state}))
+            _write_journal(self.folder, {"identity": self.identity, "place": self.place, **state})
 
 
 def finish(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
@@ -392,17 +397,23 @@ def workspace(final: Path, identity: Any) -> Iterator[tuple[Path, Journal | None
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _write_journal(folder: Path, journal: Journal) -> None:
+    write_atomic(folder / JOURNAL, json.dumps(journal | {"checksum": checksum(journal)}))
+
+
 def _read_journal(folder: Path, identity: Any) -> Journal | None:
     """The journal of an earlier attempt with this identity. Without one, the folder is emptied."""
     try:
-        journal: Journal = json.loads((folder / JOURNAL).read_text("utf-8"))
-        if journal["identity"] == json.loads(json.dumps(identity)):
-            return journal
-        log.warning("%s is from another source, other options or an older daybreak; starting over.", folder)
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError):
-        log.warning("%s is damaged; starting over.", folder / JOURNAL)
+        if (path := folder / JOURNAL).exists():
+            fix = "the preparation starts over"
+            journal: Journal = read_json(path, {"identity": ANY, "checksum": TEXT}, DataError, fix)
+            if journal["checksum"] != checksum(journal):
+                raise DataError(f"{path} was altered (its checksum does not match); {fix}.")
+            if journal["identity"] == json.loads(json.dumps(identity)):
+                return journal
+            log.warning("%s is from another source, other options or an older daybreak; starting over.", folder)
+    except DataError as error:
+        log.warning("%s", error)
     _empty(folder)
     return None
 
@@ -447,7 +458,7 @@ def pretokenized(
     identity = [spec["repo"], commit, name]
     with explained(DataError, f"preparing {name!r} failed"), workspace(final, identity) as (folder, journal):
         if journal is None:
-            write_atomic(folder / JOURNAL, json.dumps({"identity": identity}))
+            _write_journal(folder, {"identity": identity})
         left = total - sum(path.stat().st_size for path in folder.glob("*.bin") if path.name in wanted)
         free = shutil.disk_usage(folder).free
         log.info("%s: %d shards, %.1f GB to download, %.1f GB are free", name, len(wanted), left / 1e9, free / 1e9)

@@ -121,6 +121,8 @@ class ShardWriter:
         self._file = self._partial.open("r+b" if resume else "wb")
         if not resume:
             self._file.write(bytes(HEADER_BYTES))
+        if resume and self._partial.stat().st_size < HEADER_BYTES + width * resume:
+            raise DataError(f"{self.path} has fewer than the {resume} tokens after which it is continued.")
         self._file.truncate(HEADER_BYTES + width * resume)
         self._file.seek(0, os.SEEK_END)
 

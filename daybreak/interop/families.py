@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from torch import Tensor
@@ -58,13 +59,13 @@ class Family:
     def shape(self, path: Path, config: Mapping[str, Any]) -> Shape:
         """The shape that config.json, read from `path`, describes. CheckpointError for another arithmetic than ours."""
         for key, values in self.arithmetic.items():
-            if config.get(key, values[0]) not in values:
+            if (value := config.get(key, values[0])) not in values:
                 known = " or ".join(map(repr, values))
-                raise CheckpointError(f"{path}: {key} = {config[key]!r} is not supported; daybreak computes {known}.")
+                raise CheckpointError(f"{path}: {key} = {short(value)} is not supported; daybreak computes {known}.")
         found = {ours: (key, config.get(key, default)) for ours, (key, default) in self.sizes.items()}
         for key, value in found.values():
             if type(value) is not int or value < 1:
-                raise CheckpointError(f"{path}: {key} = {value!r} must be a whole number above 0.")
+                raise CheckpointError(f"{path}: {key} = {short(value)} must be a whole number above 0.")
         return model_config({"arch": self.arch, **{ours: value for ours, (_, value) in found.items()}})
 
     def config(self, shape: Shape) -> dict[str, Any]:
@@ -99,7 +100,7 @@ class _GPT2(Family):
     def shape(self, path: Path, config: Mapping[str, Any]) -> Shape:
         shape = super().shape(path, config)
         if config.get("n_inner") not in (None, 4 * shape.C):
-            raise CheckpointError(f"{path}: n_inner = {config['n_inner']!r} is not supported; it must be 4 * n_embd.")
+            raise CheckpointError(f"{path}: n_inner = {short(config['n_inner'])} is not supported; use 4 * n_embd.")
         return shape
 
     def gguf_keys(self, shape: Shape) -> dict[str, Any]:

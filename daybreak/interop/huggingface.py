@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from daybreak.checked import FILE_NAME, TEXT, read_json
 from daybreak.data.formats import extra
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, DataError, Error
@@ -88,7 +89,7 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
         if key in files and not torch.equal(raw(key), raw(prefix + parts[name][0].name)):
             raise CheckpointError(f"{path}: {key} differs from {name}; an untied head is not supported.")
     known = (None if tokenizer else _tokenizer(path)) or default_tokenizer(cfg, tokenizer, path)
-    made = _json(path / "config.json").get(FINGERPRINT)
+    made = _json(path / "config.json", {}).get(FINGERPRINT)
     if made not in (None, known.fingerprint) and not known.source:  # others may spell a tokenizer.json anew
         raise CheckpointError(
             f"{path} was exported with another tokenizer than {known.name!r} ({FINGERPRINT} differs)."
@@ -96,21 +97,13 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
     return Source(path, cfg, known, read)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); give a folder with it.") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); copy the model again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object; copy the model again.")
-    return value
+def _json(path: Path, spec: dict[Any, Any]) -> dict[str, Any]:
+    return dict(read_json(path, spec, CheckpointError, "copy the model again"))
 
 
 def _shape(path: Path) -> tuple[Shape, Family]:
-    config = _json(path)
-    if (kind := str(config.get("model_type"))) not in FAMILIES:
+    config = _json(path, {"model_type?": TEXT})
+    if (kind := config.get("model_type")) not in FAMILIES:
         known = " or ".join(map(repr, FAMILIES))
         raise CheckpointError(f"{path}: model_type = {kind!r} is not supported; daybreak computes {known}.")
     return checked_shape(path, FAMILIES[kind].shape(path, config)), FAMILIES[kind]
@@ -120,9 +113,7 @@ def _tensor_files(path: Path) -> dict[str, tuple[SafetensorsFile, Entry]]:
     """Tensor name -> its file and entry, of one model.safetensors or of the shards that an index names."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file():
-        table = _json(index).get("weight_map")
-        if not isinstance(table, dict) or not all(isinstance(f, str) and "/" not in f for f in table.values()):
-            raise CheckpointError(f"{index} has no weight_map of file names; copy the model again.")
+        table = _json(index, {"weight_map": {str: FILE_NAME}})["weight_map"]
         shards = {file: SafetensorsFile(path / file) for file in sorted(set(table.values()))}
         missing = next((key for key, file in table.items() if key not in shards[file].entries), None)
         if missing is not None:

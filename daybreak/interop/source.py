@@ -25,7 +25,7 @@ from daybreak.files import fsync_folder, remove, temporary_of, write_atomic
 from daybreak.kernels.guard import WINDOW
 from daybreak.models.registry import build_model
 from daybreak.models.rows import Row
-from daybreak.shapes import Shape, model_config
+from daybreak.shapes import Shape
 from daybreak.state.checkpoint import Checkpoint, Snapshot, save_checkpoint
 from daybreak.state.run_folder import RunFolder
 
@@ -141,8 +141,7 @@ class Export:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.step = checkpoint, checkpoint.step
-        keys = checkpoint.manifest["config"]
-        self.model = model_config({k.removeprefix("model."): v for k, v in keys.items() if k.startswith("model.")})
+        self.model = checkpoint.model
         self.shapes = {name: shape for name, _, shape in layout(self.model)}
         self.tokenizer: Tokenizer = get_tokenizer(checkpoint.manifest["tokenizer"]["name"], checkpoint.path.parents[1])
         self._offsets = {name: start for name, start, _ in checkpoint.layout}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import platform
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from daybreak.errors import CheckpointError, Error
 from daybreak.files import alive, sha256_of
 from daybreak.kernels import OPS, choose
 from daybreak.kernels.cuda.products import untuned
-from daybreak.state.checkpoint import foreign, load_checkpoint, published
+from daybreak.manifest import foreign, published
+from daybreak.state.checkpoint import load_checkpoint
 from daybreak.state.run import Run
 from daybreak.state.run_folder import cpu_model
 from daybreak.state.throughput import peak_flops
@@ -90,12 +90,9 @@ def check_run(path: str) -> tuple[list[str], bool]:
     """Lines about a run, and whether all is good: each checkpoint and each shard of its data read and verified in full,
     what dead saves left, how the last attempt ended."""
     run, lines, saved = Run(path), list[str](), ""
-    model = {k: v for k, v in run.config.items() if k.startswith("model.")}
     for checkpoint in published(run.folder.checkpoints):
         try:
             loaded = load_checkpoint(checkpoint, verify="full")
-            if other := [k for k, v in model.items() if loaded.manifest.get("config", {}).get(k) != v]:
-                raise CheckpointError(f"{checkpoint} is of another model than the run: {other[0]} differs.")
             if foreign(checkpoint, run.folder.id):
                 raise CheckpointError(f"{checkpoint} belongs to another run; move it there, or remove it.")
             lines.append(f"good: {checkpoint}, step {loaded.step}")
@@ -106,7 +103,11 @@ def check_run(path: str) -> tuple[list[str], bool]:
     lines = lines or [f"{path} has no checkpoint yet"]
     left = [p for p in run.folder.checkpoints.glob(".tmp-*") if not alive(int(p.name.rpartition("-")[2]))]
     lines += [f"left by a save that died, removed by the next: {p}" for p in left]
-    lines += [*_check_data(run, saved), _last_attempt(run)]
+    try:
+        lines += _check_data(run, saved)
+    except Error as error:  # its configuration differs from the newest checkpoint's
+        lines.append(f"BAD: {error}")
+    lines.append(_last_attempt(run))
     return lines, not any(line.startswith("BAD") for line in lines)
 
 
@@ -141,9 +142,8 @@ def _check_data(run: Run, saved: str) -> list[str]:
 
 def _last_attempt(run: Run) -> str:
     try:
-        said = json.loads(run.folder.exit.read_text())
-        return f"the last attempt ended with code {said['code']}: {said['reason']}"
-    except FileNotFoundError:
+        if said := run.folder.read_exit():
+            return f"the last attempt ended with code {said['code']}: {said['reason']}"
         return "no exit.json: the run is going on, or was killed"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"exit.json cannot be read ({error})"
+    except Error as error:
+        return str(error)

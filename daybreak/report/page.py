@@ -44,7 +44,8 @@ def version(runs: Sequence[Follower]) -> str:
 
 
 def to_json(data: Any) -> str:
-    """JSON without NaN, and without a character that could end the element it stands in."""
+    """JSON with null for what is not finite, and without a character that could end the element it stands in."""
+    data = json.loads(json.dumps(data), parse_constant=lambda _: None)
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 

@@ -6,7 +6,7 @@ peak and dip survives.
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import re
 import time
@@ -15,13 +15,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from daybreak.config import Config, read_toml, run_hint
-from daybreak.data.dataset import MANIFEST
-from daybreak.errors import ConfigError
+from daybreak.config import Config, run_config, run_hint
+from daybreak.data.dataset import MANIFEST, Manifest
+from daybreak.errors import ConfigError, DataError, Error
 from daybreak.files import locked
-from daybreak.state.checkpoint import list_checkpoints
+from daybreak.manifest import newest_manifest
 from daybreak.state.metrics import decode_record
+from daybreak.state.run_folder import RunFolder
 
+log = logging.getLogger("daybreak")
 TRAIN = ("loss", "norm", "lr", "ms", "tok_s", "mfu", "mem_mib", "temp_c", "power_w", "loss_z", "skipped")
 MOST_POINTS = 4000  # of one curve on a page: more than a screen has pixels
 OUTLIER_Z = 5.0
@@ -75,8 +77,13 @@ class Follower:
         if not ours and not self.file.is_file():
             fix = run_hint(path) or "; give a folder that daybreak train made, or llm.c's main.log."
             raise ConfigError(f"{path} is not a run{fix}")
-        self.config: Config | None = read_toml(path / "config.toml") if ours else None
-        self.name = self.folder.resolve().name
+        self.config: Config | None = run_config(path) if ours else None
+        self.name, self.env = self.folder.resolve().name, dict[str, Any]()
+        if ours:
+            try:
+                self.env = RunFolder(path).read_env()
+            except Error as error:
+                log.warning("%s", error)
         self.start: dict[str, Any] = {}  # the newest `run` record
         self.offset, self._rest = 0, b""
         self._clear()
@@ -103,13 +110,13 @@ class Follower:
         *lines, self._rest = data.split(b"\n")
         take = self._metrics_line if self.config else self._log_line
         for line in lines:
-            with suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError):  # cut short, or not ours
+            with suppress(ValueError, OverflowError):  # cut short, or not ours
                 take(line)
         return True
 
     def _metrics_line(self, line: bytes) -> None:
-        r = decode_record(json.loads(line))
-        kind, step, t = r["kind"], int(r["step"]), float(r["t"])
+        r = decode_record(line)
+        kind, step, t = r["kind"], r["step"], r["t"]
         if kind == "run":
             if self.start:
                 for curve in (self.train, self.val, *self.evals.values()):
@@ -130,7 +137,7 @@ class Follower:
             curve = self.evals.setdefault(r["task"], Curve("accuracy"))
             curve.cut(step - 1)
             curve.append(r)
-        elif r.get("what") != "norms" and kind != "run":
+        elif kind in ("sample", "checkpoint", "event") and r.get("what") != "norms":
             self.notes.append(r)
 
     def _log_line(self, line: bytes) -> None:
@@ -165,13 +172,11 @@ class Follower:
             "outliers": z,
             "skipped": [{"step": n["step"], "detail": n["detail"]} for n in skipped][-1000:],
             "restarts": [n["step"] for n in self.notes if n["kind"] == "restart"],
-            "samples": [{"step": n["step"], "text": str(n["text"])} for n in self.notes if n["kind"] == "sample"][
-                -100:
-            ],
+            "samples": [{"step": n["step"], "text": n["text"]} for n in self.notes if n["kind"] == "sample"][-100:],
             "checkpoints": [n for n in self.notes if n["kind"] == "checkpoint"][-100:],
             "tok_s": quantiles(self._rates()),
             "config": dict(c.items()) if c else {},
-            "env": _json(self.folder / "env.json"),
+            "env": self.env,
         }
 
     def _rates(self) -> list[float]:
@@ -183,9 +188,12 @@ class Follower:
         """One word (running, finished, stopped, failed, killed; "" for llm.c's logs), and why."""
         if self.config is None:
             return "", "llm.c's main.log"
-        if "code" in (ended := _json(self.folder / "exit.json")):
-            word = {"0": "finished", "75": "stopped"}.get(str(ended["code"]), "failed")
-            return word, str(ended.get("reason", "")) + (f" (exit {ended['code']})" if word == "failed" else "")
+        try:
+            if ended := RunFolder(self.folder).read_exit():
+                word = {0: "finished", 75: "stopped"}.get(ended["code"], "failed")
+                return word, ended["reason"] + (f" (exit {ended['code']})" if word == "failed" else "")
+        except Error as error:
+            return "failed", str(error)
         if self.file.is_file() and time.time() - self.file.stat().st_mtime < QUIET:
             return "running", ""
         try:
@@ -201,19 +209,12 @@ class Follower:
         d = self.config.data
         if d.tokenizer:
             return d.tokenizer
-        for path in [*list_checkpoints(self.folder / "checkpoints"), Path(d.dir) / d.name]:
-            made = _json(path / MANIFEST).get("tokenizer")
-            if found := made.get("name") if isinstance(made, dict) else made:
-                return str(found)
-        return ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is none."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+        if newest := newest_manifest(self.folder):
+            return str(newest[1]["tokenizer"]["name"])
+        try:
+            return Manifest.load(Path(d.dir) / d.name / MANIFEST).tokenizer
+        except DataError:
+            return ""
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

@@ -6,12 +6,12 @@ its keys from the dataclass. No torch here: `--help`, configuration and `plan` s
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from daybreak.errors import ConfigError
+from daybreak.formatting import nearest
 from daybreak.shapes.gpt2 import ALIASES, SHAPES, GPT2Config
 from daybreak.shapes.shape import Shape
 
@@ -28,8 +28,9 @@ def is_shape(text: str) -> bool:
 def parse_shape(text: str) -> Shape:
     """The published shape of this name. Raises ConfigError, with the nearest match, for an unknown one."""
     if not is_shape(text):
-        near = difflib.get_close_matches(text, SHAPES, 1, 0.0)
-        raise ConfigError(f"unknown shape {text!r}; did you mean {near[0]!r}? Known: {', '.join(SHAPES)}.")
+        raise ConfigError(
+            f"unknown shape {text!r}; did you mean {nearest(text, SHAPES)!r}? Known: {', '.join(SHAPES)}."
+        )
     return SHAPES[text] if text in SHAPES else ALIASES[text]
 
 
@@ -46,9 +47,8 @@ def model_config(values: Mapping[str, Any], base: Shape | None = None) -> Shape:
     A key that is not given is base's where the family has it too, else the family's default."""
     kept = {} if base is None else {f.name: getattr(base, f.name) for f in fields(base)}
     cls = family(values.get("arch", kept.get("arch", next(iter(ARCHS)))))
-    known = {f.name for f in fields(cls)}
+    known = [f.name for f in fields(cls)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.0)
-            raise ConfigError(f"unknown key model.{key}; did you mean model.{near[0]}?")
+            raise ConfigError(f"unknown key model.{key}; did you mean model.{nearest(key, known)}?")
     return cls(**{name: value for name, value in {**kept, **values}.items() if name in known})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from daybreak.config_keys import at_least, check_rules, key
+from daybreak.config_keys import at_least, check_rules, key, within
 from daybreak.errors import ConfigError
 
 VOCAB_PAD = 128
@@ -19,11 +19,11 @@ class Shape:
     """The keys that every family has. A family adds its own, and may redefine one with another default or rule."""
 
     arch: str = key("", "family of models")
-    L: int = key(12, "layers", at_least(1))
-    C: int = key(768, "channels", at_least(1))
+    L: int = key(12, "layers", within(1, 1000))
+    C: int = key(768, "channels", within(1, 1 << 20))
     NH: int = key(12, "attention heads", at_least(1))
-    max_T: int = key(1024, "longest sequence in tokens", at_least(1))
-    V: int = key(50257, "vocabulary in tokens", at_least(1))
+    max_T: int = key(1024, "longest sequence in tokens", within(1, 1 << 20))
+    V: int = key(50257, "vocabulary in tokens", within(1, 1 << 24))
 
     @property
     def HS(self) -> int:

@@ -12,7 +12,6 @@ The publishing step is a rename. Beside the published directories there may be, 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -22,13 +21,31 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 
+from daybreak.checked import WHOLE, misfit
+from daybreak.config import saved_config
 from daybreak.errors import CheckpointError, Error, explained
 from daybreak.files import alive, fsync_folder, lock, remove, sha256_of, write_atomic
+from daybreak.manifest import (
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    NewerFormat,
+    checkpoint_step,
+    checksum,
+    directory,
+    foreign,
+    list_checkpoints,
+    optimizer_file,
+    published,
+    read_manifest,
+    refuse,
+)
 from daybreak.parallel import ALONE, Group
+from daybreak.shapes import Shape
 from daybreak.state.safetensors_io import (
     SafetensorsFile,
     Written,
@@ -39,18 +56,10 @@ from daybreak.state.safetensors_io import (
 
 log = logging.getLogger("daybreak")
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-MODEL = "model.safetensors"
 RESERVED = ("format", "step", "world", "flat_numel", "layout", "files", "checksum")  # manifest keys of our own
-MAX_MANIFEST = 64 << 20
 SLACK = 1 << 20  # bytes of a checkpoint beside its tensors
 
 Verify = Literal["full", "size", "off"]
-
-
-class NewerFormat(CheckpointError):
-    """Written by a newer daybreak. Falling back to an older checkpoint would discard good work, so nothing does."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +89,6 @@ class Snapshot:
         return int(optimizer[0]) + sum(t.nbytes for t in (*self.model.values(), *self.extra.values()))
 
 
-def _directory(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _optimizer_file(rank: int, world: int) -> str:
-    return f"optimizer-{rank:05d}-of-{world:05d}.safetensors"
-
-
 # ---- saving
 
 
@@ -97,9 +98,9 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
     Collective: every rank writes its slices at the same time, and rank 0 publishes when all have. At every instant
     either the old or the new one is complete on disk. Raises Error, on all ranks, when a disk refuses.
     """
-    final = root / _directory(snap.step)
+    final = root / directory(snap.step)
     temporary = root / f".tmp-{final.name}-{group.first(os.getpid)}"
-    optimizer = _optimizer_file(group.rank, group.world)
+    optimizer = optimizer_file(group.rank, group.world)
 
     need = snap.nbytes(group) + SLACK
     way_out = "free space on its disk, lower checkpoint.keep, or move the run"
@@ -191,14 +192,8 @@ def _write_manifest(path: Path, snap: Snapshot, world: int, files: Mapping[str, 
         "files": {name: {"size": w.size, "sha256": w.sha256} for name, w in files.items()},
     }
     manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as a reader will see it: lists, string keys
-    manifest["checksum"] = _checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     write_atomic(path, json.dumps(manifest, indent=1))
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    """The manifest vouches for the other files; this is what vouches for it."""
-    text = json.dumps({k: v for k, v in manifest.items() if k != "checksum"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -212,39 +207,6 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 # ---- listing and retention
-
-
-def published(root: Path) -> list[Path]:
-    """Directories that should hold a checkpoint, complete or damaged, newest step first."""
-    found: dict[int, Path] = {}
-    for path in sorted(root.iterdir()) if root.is_dir() else []:  # '.old-' sorts before 'step-', which so wins
-        match = re.fullmatch(r"step-(\d{8,})|\.old-step-(\d{8,})-\d+", path.name)
-        if match and path.is_dir():
-            found[int(match[1] or match[2])] = path
-    return [found[step] for step in sorted(found, reverse=True)]
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step of a directory that `list_checkpoints` gave (its name may be the one of a crashed replacement)."""
-    return int(path.name.removeprefix(".old-").split("-")[1])
-
-
-def run_id(path: Path) -> str:
-    """The id of the run that a checkpoint is of; "" for a damaged one, and one of daybreak 0.1: any run may have it."""
-    try:
-        return str(_read_manifest(path).get("run", ""))
-    except CheckpointError:
-        return ""
-
-
-def foreign(path: Path, run: str) -> bool:
-    """Whether a checkpoint is of another run than the one with this id. "": of a run without."""
-    return bool(run) and run_id(path) not in ("", run)
-
-
-def list_checkpoints(root: Path, run: str = "") -> list[Path]:
-    """The complete checkpoints below `root` (none if it does not exist) that may be of this run, newest step first."""
-    return [path for path in published(root) if (path / MANIFEST).is_file() and not foreign(path, run)]
 
 
 def prune_checkpoints(root: Path, keep: int, major: int, verify: Verify = "full", run: str = "") -> list[Path]:
@@ -321,7 +283,9 @@ class Checkpoint:
         self.flat_numel: int = manifest["flat_numel"]
         self.layout = [(name, start, tuple(shape)) for name, start, shape in manifest["layout"]]
         self._model = SafetensorsFile(path / MODEL)
-        ranks = [SafetensorsFile(path / _optimizer_file(rank, manifest["world"])) for rank in range(manifest["world"])]
+        if {name for name, _, _ in self.layout} != self._model.entries.keys():
+            refuse(path / MANIFEST, f"names other tensors in its layout than {MODEL} has")
+        ranks = [SafetensorsFile(path / optimizer_file(rank, manifest["world"])) for rank in range(manifest["world"])]
         self._first_rank = ranks[0]
         self._ranges: dict[str, list[tuple[int, int, SafetensorsFile]]] = {}
         for file in ranks:
@@ -329,6 +293,11 @@ class Checkpoint:
                 self._ranges.setdefault(key, []).append((start, stop, file))
         for owned in self._ranges.values():
             owned.sort(key=lambda r: r[:2])
+
+    @property
+    def model(self) -> Shape:
+        """The shape of the model."""
+        return saved_config(self.path, self.manifest).model
 
     def names(self) -> list[str]:
         """Names of the model's tensors."""
@@ -362,12 +331,15 @@ class Checkpoint:
 
 def _owned_ranges(file: SafetensorsFile) -> Iterator[tuple[str, int, int]]:
     try:
-        for key, spans in json.loads(file.metadata["ranges"]).items():
+        ranges = json.loads(file.metadata["ranges"])
+        if misfit(ranges, {str: [(WHOLE, WHOLE)]}):
+            raise ValueError
+        for key, spans in ranges.items():
             for start, stop in spans:
                 if file.entries[_range_name(key, start, stop)].shape != (stop - start,):
                     raise ValueError
                 yield key, start, stop
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+    except (KeyError, ValueError, RecursionError):
         raise CheckpointError(f"{file.path}: its 'ranges' do not match its tensors; restore or remove it.") from None
 
 
@@ -383,8 +355,8 @@ def load_checkpoint(path: Path, verify: Verify = "full") -> Checkpoint:
             lock(fd, fcntl.LOCK_SH)  # waits while it is being removed; what follows then fails
             names = sorted(p.name for p in path.iterdir())
         except OSError as error:
-            _refuse(path / MANIFEST, f"cannot be read ({error.strerror})")
-        manifest = _read_manifest(path)
+            refuse(path / MANIFEST, f"cannot be read ({error.strerror})")
+        manifest = read_manifest(path)
         if verify != "off":
             _verify_files(path, manifest["files"], verify)
         for name in names:
@@ -395,58 +367,17 @@ def load_checkpoint(path: Path, verify: Verify = "full") -> Checkpoint:
         return found
 
 
-def _refuse(path: Path, reason: str) -> NoReturn:
-    raise CheckpointError(f"{path} {reason}; restore it, or remove {path.parent.name} to use an older checkpoint.")
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / MANIFEST
-    try:
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size  # read(n) takes n bytes of memory first, whatever there is
-            manifest: Any = json.loads(stream.read(min(size, MAX_MANIFEST)))
-    except OSError as error:
-        _refuse(file, f"cannot be read ({error.strerror})")
-    except (ValueError, RecursionError) as error:
-        _refuse(file, f"is not JSON ({error})")
-    version = manifest.get("format") if isinstance(manifest, dict) else None
-    if type(version) is int and version > FORMAT:
-        raise NewerFormat(f"{path} was written by a newer daybreak (format {version}, known: {FORMAT}); upgrade.")
-    if version != FORMAT or manifest.get("checksum") != _checksum(manifest):
-        _refuse(file, "was altered or is not a daybreak manifest (its checksum does not match)")
-    if not _is_well_formed(manifest):
-        _refuse(file, "lacks a field of format 1, or holds one of the wrong type")
-    return dict(manifest)
-
-
-def _is_well_formed(m: dict[str, Any]) -> bool:
-    def natural(*values: Any) -> bool:
-        return all(type(v) is int and v >= 0 for v in values)
-
-    try:
-        ranks = range(len(m["files"]) - 1)
-        return (
-            natural(m["step"], m["flat_numel"], m["world"])
-            and m["world"] == len(ranks) > 0
-            and all(isinstance(name, str) and natural(at, *shape) for name, at, shape in m["layout"])
-            and m["files"].keys() == {MODEL, *(_optimizer_file(rank, len(ranks)) for rank in ranks)}
-            and all(natural(f["size"]) and isinstance(f["sha256"], str) for f in m["files"].values())
-        )
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return False
-
-
 def _verify_files(path: Path, files: Mapping[str, Any], verify: Verify) -> None:
     try:
         for name, known in files.items():
             size = (path / name).stat().st_size
             if size != known["size"]:
-                _refuse(path / name, f"has {size} bytes instead of {known['size']}")
+                refuse(path / name, f"has {size} bytes instead of {known['size']}")
         for name, known in files.items() if verify == "full" else ():
             if sha256_of(path / name) != known["sha256"]:
-                _refuse(path / name, "is damaged (its sha256 does not match)")
+                refuse(path / name, "is damaged (its sha256 does not match)")
     except OSError as error:
-        _refuse(path / name, f"cannot be read ({error.strerror})")
+        refuse(path / name, f"cannot be read ({error.strerror})")
 
 
 def newest_good(root: Path, run: str = "") -> Checkpoint | None:

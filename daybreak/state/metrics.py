@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from daybreak.checked import FLAG, LIMIT, TEXT, WHOLE, Rule, misfit, or_null
 from daybreak.errors import Error
 from daybreak.files import fsync, no_follow
 from daybreak.formatting import format_duration
@@ -47,6 +48,8 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 MOST_WAITING = 64 << 20  # bytes
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_FLOAT = Rule("must be a number", lambda x: isinstance(x, float) or (type(x) is int and abs(x) < LIMIT))
+_RULES = {int: WHOLE, str: TEXT, bool: FLAG, float: _FLOAT, float | None: or_null(_FLOAT)}
 
 
 class Lines:
@@ -110,32 +113,21 @@ class MetricsWriter(Lines):
     def write(self, kind: str, step: int, tokens: int, **fields: Any) -> None:
         """Append a record with exactly the fields of FIELDS[kind]."""
         record = {"v": VERSION, "kind": kind, "step": step, "tokens": tokens, "t": float(self._clock()), **fields}
-        _check(kind, record)
+        expected = COMMON | FIELDS[kind]
+        assert record.keys() == expected.keys(), f"{kind}: {record.keys() ^ expected.keys()}"
+        assert not (said := misfit(record, {key: _RULES[spec] for key, spec in expected.items()})), f"{kind}: {said}"
         bad = {k: json.dumps(v) for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
         self.append(json.dumps(record | bad, separators=(",", ":"), allow_nan=False) + "\n")
         for listener in self.listeners:
             listener(record)
 
 
-def _check(kind: str, record: dict[str, Any]) -> None:
-    expected = COMMON | FIELDS[kind]
-    assert record.keys() == expected.keys(), f"{kind}: {record.keys() ^ expected.keys()}"
-    for name, value in record.items():
-        # bool is an int to isinstance; a whole number is a fine float.
-        fits = isinstance(value, expected[name]) and isinstance(value, bool) == (expected[name] is bool)
-        assert fits or (type(value) is int and _is_float(expected[name])), f"{kind}.{name} = {value!r}"
-
-
-def _is_float(spec: Any) -> bool:
-    return spec is float or spec == float | None
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records in step order, non-finite floats restored.
 
     A resumed run repeats steps: of each (kind, step, task) the last record counts, and nothing beyond the step at
-    which a later attempt started; events are also told apart by `what`. Lines that are not JSON objects (cut short
-    by a crash) are left out, with a warning unless it is the last.
+    which a later attempt started; events are also told apart by `what`. Lines that are no records (cut short by a
+    crash) are left out, with a warning unless it is the last.
     """
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     lines = path.read_bytes().split(b"\n")
@@ -143,24 +135,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            record = json.loads(line)
-            if type(record["step"]) is not int:
-                raise TypeError
+            record = decode_record(line)
             key = (record["kind"], record["step"], record.get("task", record.get("what")))
             if record["kind"] == "run":  # a start from this step: what an abandoned attempt said beyond it is void
                 latest = {k: r for k, r in latest.items() if r["step"] <= key[1]}
             latest.pop(key, None)  # so that the order within a step is the order of the last records
-            latest[key] = decode_record(record)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            latest[key] = record
+        except ValueError as error:
             if number < len(lines):
-                log.warning("%s line %d is not a metrics record; it is left out.", path, number)
+                log.warning("%s line %d is not a metrics record (%s); it is left out.", path, number, error)
     return sorted(latest.values(), key=lambda record: record["step"])
 
 
-def decode_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl with its non-finite floats restored."""
-    spec = COMMON | FIELDS.get(record["kind"], {})
-    return {k: NON_FINITE.get(v, v) if isinstance(v, str) and _is_float(spec.get(k)) else v for k, v in record.items()}
+def decode_record(line: bytes) -> dict[str, Any]:
+    """The record in a line of metrics.jsonl, non-finite floats restored. ValueError names a key of another type than
+    FIELDS says, or one that is missing; null may be left out. Of a kind that FIELDS lacks, all keys are returned."""
+    try:
+        record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if type(record) is not dict or type(kind := record.get("kind")) is not str:
+        raise ValueError("it is no object with a kind")
+    found: dict[str, Any] = {} if kind in FIELDS else record
+    for key, spec in (COMMON | FIELDS.get(kind, {})).items():
+        rule, value = _RULES[spec], record.get(key)
+        if rule.text.startswith(_FLOAT.text) and type(value) is str:
+            value = NON_FINITE.get(value, value)
+        if not rule.holds(value):
+            raise ValueError(misfit(value, rule, key))
+        found[key] = value
+    return found
 
 
 class MainLog(Lines):

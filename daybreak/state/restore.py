@@ -20,6 +20,7 @@ from daybreak.errors import CheckpointError, OutOfMemory
 from daybreak.formatting import disk
 from daybreak.kernels import acc_dtype
 from daybreak.kernels.optimizer import FLAT_CHUNK, exact, exact_dtype
+from daybreak.shapes import Shape
 from daybreak.state.checkpoint import Checkpoint, Snapshot
 
 log = logging.getLogger("daybreak")
@@ -161,6 +162,8 @@ class Weights(Protocol):
     def path(self) -> Path: ...
     @property
     def manifest(self) -> Mapping[str, Any]: ...
+    @property
+    def model(self) -> Shape: ...
     def names(self) -> list[str]: ...
     def read_model(self, name: str, out: Tensor) -> None: ...
 
@@ -170,6 +173,8 @@ def restore_weights(engine: Engine, checkpoint: Weights) -> None:
     if set(checkpoint.names()) != set(engine.names()):
         other = sorted(set(checkpoint.names()) ^ set(engine.names()))
         raise CheckpointError(f"{checkpoint.path} is of another model: tensors differ, {other[0]!r} first.")
+    if (heads := checkpoint.model.NH) != engine.cfg.NH:  # all else shows in the tensors' shapes
+        raise CheckpointError(f"{checkpoint.path} is of a model with NH = {heads}, here model.NH = {engine.cfg.NH}.")
     for name in engine.names():
         value = torch.empty(engine.param(name).shape, dtype=acc_dtype(engine.param(name).dtype))
         checkpoint.read_model(name, value)

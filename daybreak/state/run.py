@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from daybreak.config import Config, read_toml, run_hint
+from daybreak.config import Config, run_config, run_hint
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine, plan_engine
 from daybreak.engine.device import engine_spec, pick_device
 from daybreak.engine.fit import check_fits
 from daybreak.errors import CheckpointError, ConfigError, DataError
-from daybreak.state.checkpoint import Checkpoint, checkpoint_step, list_checkpoints, load_checkpoint, newest_good
+from daybreak.manifest import checkpoint_step, list_checkpoints
+from daybreak.state.checkpoint import Checkpoint, load_checkpoint, newest_good
 from daybreak.state.metrics import read_metrics
 from daybreak.state.restore import Weights, restore_weights
 from daybreak.state.run_folder import RunFolder
@@ -33,8 +34,8 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The complete configuration the run was started with."""
-        return read_toml(self.folder.config)
+        """The complete configuration of the run (see `run_config`)."""
+        return run_config(self.path)
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The records of metrics.jsonl in step order, or those of one kind (step, val, sample, ...)."""

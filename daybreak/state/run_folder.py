@@ -19,10 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from daybreak import __version__
+from daybreak.checked import FLAG, TEXT, WHOLE, or_null, read_json
 from daybreak.errors import ConfigError, Error, Stopped, by_exit_code, explained
 from daybreak.files import lock, locked, no_follow, write_atomic
+from daybreak.manifest import read_id
 
 log = logging.getLogger("daybreak")
+ENV = {  # keys of env.json
+    "time?": TEXT, "daybreak?": TEXT, "commit?": or_null(TEXT), "python?": TEXT, "packages?": {str: TEXT},
+    "platform?": TEXT, "cpu?": TEXT, "cpus?": or_null(WHOLE), "cuda?": or_null(TEXT), "cudnn?": or_null(WHOLE),
+    "cards?": [{"name": TEXT, "memory_mib": WHOLE, "capability": TEXT}],
+}  # fmt: skip
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "triton")
 
 
@@ -68,11 +75,8 @@ class RunFolder:
 
     @cached_property
     def id(self) -> str:
-        """What tells this run from another one of the same name; its checkpoints carry it. "": daybreak 0.1 made it."""
-        try:
-            return self.run_id.read_text().strip()
-        except (OSError, ValueError):
-            return ""
+        """See `read_id`."""
+        return read_id(self.path)
 
     def keep_agents(self, agents: Sequence[str]) -> None:
         """Note which torchruns train the run, if any do: they may restart it by the command that made it."""
@@ -109,9 +113,21 @@ class RunFolder:
 
     def check_not_final(self) -> None:
         """Raise the Error with which the last attempt ended, if it was a final one: torchrun starts workers again."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if (said := json.loads(self.exit.read_text())).get("final"):
-                raise by_exit_code(said["code"])(said["reason"])
+        said: dict[str, Any] = {}
+        with suppress(Error):
+            said = self.read_exit()
+        if said.get("final"):
+            raise by_exit_code(said["code"])(said["reason"])
+
+    def read_exit(self) -> dict[str, Any]:
+        """Code and reason of the last attempt's end; {} where exit.json is not there. Raises Error if it is damaged."""
+        spec = {"code": WHOLE, "reason": TEXT, "final?": FLAG}
+        return dict(read_json(self.exit, spec, Error, "remove it")) if self.exit.is_file() else {}
+
+    def read_env(self) -> dict[str, Any]:
+        """What env.json says; {} where it is not there. Raises Error if it is damaged."""
+        env = read_json(self.env, ENV, Error, "remove it") if self.env.is_file() else {}
+        return {key: value for key, value in env.items() if f"{key}?" in ENV}
 
     def forget_exit(self) -> None:
         """Remove what an earlier attempt said at its end: from here on a missing exit.json means killed or running."""
@@ -120,8 +136,8 @@ class RunFolder:
 
     def refuse(self, error: Error) -> None:
         """Put a start's refusal in the place of "stopped", which asks schedulers for another start; else do nothing."""
-        with suppress(OSError, ValueError, KeyError, TypeError, Error), self.locked():  # no process trains it
-            if json.loads(self.exit.read_text())["code"] == Stopped.exit_code != error.exit_code:
+        with suppress(OSError, Error), self.locked():  # no process trains it
+            if self.read_exit().get("code") == Stopped.exit_code != error.exit_code:
                 self.write_exit(error.exit_code, str(error))
 
     def _append(self, name: str, text: str) -> None:

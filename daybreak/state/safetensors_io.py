@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 
+from daybreak.checked import MOST_BYTES
 from daybreak.data.kinds import HEAD, identify
 from daybreak.errors import CheckpointError, explained
 from daybreak.files import fsync
@@ -147,10 +148,12 @@ class SafetensorsFile:
             head = file.read(HEAD)
         if head.startswith(b"version "):
             self._refuse(f"it is {identify(head)}")
+        if (size := int.from_bytes(head[:8], "little")) > MOST_BYTES:  # each tensor in it costs time
+            self._refuse(f"its header has {size} bytes, and at most {MOST_BYTES} are read")
         try:
             with safe_open(path, "np") as header:
                 self.metadata: dict[str, str] = header.metadata() or {}
-                at = 8 + int.from_bytes(head[:8], "little")
+                at = 8 + size
                 for name in header.offset_keys():
                     row = header.get_slice(name)
                     entry = self.entries[name] = Entry(DTYPES[row.get_dtype()], tuple(row.get_shape()), at)

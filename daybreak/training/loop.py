@@ -52,7 +52,7 @@ from daybreak.state.run_folder import RunFolder
 from daybreak.state.saver import Saver
 from daybreak.state.throughput import Throughput
 from daybreak.training.display import Display, make_display, say, working
-from daybreak.training.origin import check_rate, checkpoint_of, finished_at, weights_of
+from daybreak.training.origin import check_rate, checkpoint_of, finished_at, say_origin, weights_of
 from daybreak.training.profile import Profiler
 from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
@@ -221,7 +221,7 @@ class Trainer:
         restore(self.engine, checkpoint)
         self.step, self.samples = checkpoint.step, checkpoint.manifest["samples"]
         self.stop.step, self.skips_in_a_row = self.step, checkpoint.manifest["skips_in_a_row"]
-        log.info("resuming from %s", checkpoint.path)
+        say_origin(checkpoint, self.config)
         saved, now = checkpoint.manifest["kernels"], self._numerics()
         if changed := [f"{k} {saved[k]} -> {now.get(k)}" for k in saved if saved[k] != now.get(k)]:
             log.warning("from here on bits may differ from an uninterrupted run: %s", ", ".join(changed))

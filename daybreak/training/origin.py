@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from daybreak.config import Config, run_of
+from daybreak.config import Config, run_of, saved_config
+from daybreak.config_keys import toml_value
 from daybreak.errors import CheckpointError, ConfigError
 from daybreak.interop import open_source
-from daybreak.state.checkpoint import Checkpoint, checkpoint_step
+from daybreak.manifest import checkpoint_step
+from daybreak.state.checkpoint import Checkpoint
 from daybreak.state.restore import Weights
 from daybreak.state.run import Run
 from daybreak.training.schedule import learning_rate
@@ -35,11 +37,19 @@ def finished_at(run: Run, steps: int) -> int:
         newest = run.checkpoint()
     except CheckpointError:
         return 0  # whoever resumes it is told
-    was = newest.manifest["config"]
-    if newest.step < steps or any(was[key] != value for key, value in run.config.items() if key.startswith("model.")):
+    if newest.step < steps:
         return 0
     last = "sample" if run.config.eval.sample_tokens else "val"
     return newest.step if any(record["step"] == newest.step for record in run.metrics(last)) else 0
+
+
+def say_origin(checkpoint: Checkpoint, now: Config) -> None:
+    """Name the checkpoint, and every setting that is another one than then, but for the run's name and folder."""
+    log.info("resuming from %s", checkpoint.path)
+    saved = saved_config(checkpoint.path, checkpoint.manifest)
+    was = dict(saved.items()) | {key: value for key, value in now.items() if key in ("run.name", "run.dir")}
+    if changed := [f"{k} {toml_value(was.get(k))} -> {toml_value(v)}" for k, v in now.items() if v != was.get(k)]:
+        log.info("changed since the checkpoint: %s", ", ".join(changed))
 
 
 def check_rate(path: Path | str, saved: Config, config: Config, *, fork: bool, warn: bool = False) -> None:

@@ -47,8 +47,9 @@ from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.files import write_atomic
+from daybreak.manifest import published, run_id
 from daybreak.parallel import Group, agent
-from daybreak.state.checkpoint import Checkpoint, load_checkpoint, published, run_id
+from daybreak.state.checkpoint import Checkpoint, load_checkpoint
 from daybreak.state.restore import Weights, check_host_memory, warn_of_disk
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder, cpu_model

@@ -9,7 +9,6 @@ or "" if it is not.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -17,10 +16,19 @@ from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from daybreak.checked import FLAG, TEXT, WHOLE, matching, read_json
+from daybreak.errors import ConfigError
+
 FAR = log(4)  # batches that differ by a larger factor in rows need other tiles
 TABLES = Path(__file__).parent / "tables"
+HEX = matching("an algorithm in hexadecimal digits", "[0-9a-f]{128}")
+TILE = matching("a tile, or nothing", r"(\d{1,4}x\d{1,4} (pair|shared) \dx\d)?")
+TABLE = {"card": TEXT, "cublaslt": WHOLE, "plans": {str: {"algo?": HEX, "quack?": TILE, "separate?": FLAG}}}
 DTYPES = ("bf16", "fp32", "tf32")
 EPILOGUES = ("plain", "bias", "gelu", "dgelu")
+_N = "[1-9][0-9]{0,9}"
+KEY = re.compile(rf"({'|'.join(DTYPES)}) [nt][nt] m{_N} n{_N} k{_N} ({'|'.join(EPILOGUES)}) (beta0|beta1|add)"
+                 rf"( (ld([abcd]|aux)|align){_N})*")  # fmt: skip
 
 
 class Key(NamedTuple):
@@ -60,11 +68,11 @@ def dense(dtype: str, trans: str, m: int, n: int, k: int, epilogue: str = "plain
 @cache
 def parse(text: str) -> Key:
     """The key that `str` wrote."""
+    if not KEY.fullmatch(text):
+        raise ValueError(f"not a product: {text!r}")
     dtype, trans, *words = text.split()
     sizes = [int(words[i].removeprefix(letter)) for i, letter in enumerate("mnk")]
     key = dense(dtype, trans, sizes[0], sizes[1], sizes[2], words[3], words[4])
-    if dtype not in DTYPES or key.epilogue not in EPILOGUES or key.mode not in ("beta0", "beta1", "add"):
-        raise ValueError(f"not a product: {text!r}")
     odd = [re.fullmatch(r"(ld(?:[abcd]|aux)|align)(\d+)", word) for word in words[5:]]
     return Key(**{**key._asdict(), **{match[1]: int(match[2]) for match in odd if match}})
 
@@ -75,11 +83,14 @@ def table_path(card: str, version: int) -> Path:
 
 
 def read_table(path: Path, card: str, version: int) -> dict[str, dict[str, Any]]:
-    """The plans of a table file: key -> entry. Empty if there is no file, or if it is for another GPU or version."""
+    """The plans of a table file: key -> entry. Empty if there is no file, or if it is for another GPU or version.
+    Raises ConfigError for a damaged one."""
     if not path.exists():
         return {}
-    table = json.loads(path.read_text())
+    table = read_json(path, TABLE, ConfigError, "remove it, or write it again with daybreak bench --tune")
     plans: dict[str, dict[str, Any]] = table["plans"]
+    if bad := [text for text in plans if not KEY.fullmatch(text)]:
+        raise ConfigError(f"{path}: plans has the key {bad[0][:100]!r}, which names no product; remove it.")
     return plans if (table["card"], table["cublaslt"]) == (card, version) else {}
 
 

@@ -137,9 +137,11 @@ class LiveFrame(StepFrame):
         self.k = Kernels(self.state["scratch"], arena.choices)
         self.weights = {name: table.view(self.state["weights"], name) for name in table.offsets}
         self.weights |= {row.name: self.state[FROZEN + row.name] for row in table.frozen}
-        self.grads = {name: table.view(self.state["grads"], name) for name in table.offsets if "grads" in self.state}
-        if "shard" in self.state and not self.grads:  # stage 2
-            self.grads = {name: comm.plan.gradient(name, lambda k: grad_buffer(self, k)) for name in table.offsets}
+        self.grads: dict[str, Tensor | None] = dict.fromkeys(table.rows)
+        if "grads" in self.state:
+            self.grads |= {name: table.view(self.state["grads"], name) for name in table.offsets}
+        elif "shard" in self.state:  # stage 2
+            self.grads |= {name: comm.plan.gradient(name, lambda k: grad_buffer(self, k)) for name in table.offsets}
 
     def _view(self, e: Entry) -> Tensor:
         return self.buffers[e.buffer][e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape)
@@ -151,7 +153,7 @@ class LiveFrame(StepFrame):
         return stored if stored.dtype == self.dtype else self.converted(name, stored)
 
     def g(self, name: str) -> Tensor | None:
-        return self.grads.get(self.prefix + name)
+        return self.grads[self.prefix + name]
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         tensor = self.activations[self.prefix + name + (".again" if self.mode.recomputed and not plain else "")]

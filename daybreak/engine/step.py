@@ -183,7 +183,9 @@ class Engine:
 
     def grad(self, name: str) -> Tensor:
         """The gradient of a trainable parameter, a view."""
-        return self.frame.grads[name]
+        grad = self.frame.grads[name]
+        assert grad is not None, f"{name} is frozen"
+        return grad
 
     def load_params(self, params: dict[str, Tensor]) -> None:
         """Set every weight from tensors of the table's names and shapes."""

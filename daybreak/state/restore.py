@@ -183,12 +183,12 @@ def restore_weights(engine: Engine, checkpoint: Weights) -> None:
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     """Load weights, optimizer state and outlier windows: the engine continues as if it had never stopped."""
+    restore_weights(engine, checkpoint)
     if other := sorted(engine.table.offsets.keys() ^ {name for name, _, _ in checkpoint.layout}):
         raise CheckpointError(
             f"{checkpoint.path} was trained with other trainable parameters: {other[0]!r} is trainable there or here, "
             "not in both; train the same ones, or start a new run from its weights with --init-from."
         )
-    restore_weights(engine, checkpoint)
     plan, state, saved = engine.comm.plan, engine.state, _saved(engine.arena)
     # By name: the flat buffers may have been ordered otherwise when this was written.
     for name, offset, _ in checkpoint.layout:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from daybreak.checked import ANY, TEXT, TOKENIZER, WHOLE, misfit, read_json
+from daybreak.checked import ANY, TEXT, TOKENIZER, WHOLE, misfit, read_bytes, read_json
 from daybreak.errors import CheckpointError
 
 FORMAT = 1
@@ -85,7 +85,7 @@ def newest_manifest(run: Path) -> tuple[Path, dict[str, Any]] | None:
 def read_id(run: Path) -> str:
     """What tells a run from another one of the same name; its checkpoints carry it. "": daybreak 0.1 made it."""
     try:
-        return (run / "run-id").read_text().strip()
+        return read_bytes(run / "run-id").decode().strip()
     except (OSError, ValueError):
         return ""
 

@@ -159,4 +159,4 @@ def test_weights_with_other_heads_are_refused(stopped, tmp_path, capsys) -> None
     made = run_config(stopped).override({"model.NH": 4, "run.name": "other", "run.dir": str(tmp_path)})
     (tmp_path / "other.toml").write_text(made.to_toml())
     assert main(["train", str(tmp_path / "other.toml"), "--init-from", str(stopped)]) == 5
-    assert "step-00000004 is of a model with NH = 2, here model.NH = 4." in capsys.readouterr().err
+    assert "step-00000004 is of another model: model.NH is 2 there and 4 here;" in capsys.readouterr().err

@@ -173,12 +173,15 @@ def restore_weights(engine: Engine, checkpoint: Weights) -> None:
     if set(checkpoint.names()) != set(engine.names()):
         other = sorted(set(checkpoint.names()) ^ set(engine.names()))
         raise CheckpointError(f"{checkpoint.path} is of another model: tensors differ, {other[0]!r} first.")
-    if (heads := checkpoint.model.NH) != engine.cfg.NH:  # all else shows in the tensors' shapes
-        raise CheckpointError(f"{checkpoint.path} is of a model with NH = {heads}, here model.NH = {engine.cfg.NH}.")
     for name in engine.names():
         value = torch.empty(engine.param(name).shape, dtype=acc_dtype(engine.param(name).dtype))
         checkpoint.read_model(name, value)
         engine.set_exact(name, value)
+    theirs = vars(checkpoint.model)  # NH shows in no tensor's shape; V may differ within the padding
+    for key, ours in vars(engine.cfg).items():
+        if key != "V" and theirs.get(key) != ours:
+            said = f"model.{key} is {theirs.get(key)} there and {ours} here"
+            raise CheckpointError(f"{checkpoint.path} is of another model: {said}; use the shape of these weights.")
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:

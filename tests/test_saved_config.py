@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interop_runs import write_run
 from recovery import assert_same, config, make_shards
 
 import daybreak
@@ -100,6 +101,17 @@ def test_the_other_keys(stopped: Path, tmp_path: Path, name: str, value: str, sa
     shutil.copytree(stopped, run := tmp_path / "run")
     (run / "config.toml").write_text(edited(stopped, name, value))
     with pytest.raises(ConfigError, match=rf"run/config\.toml: {said}"):
+        run_config(run)
+
+
+def test_only_the_model_of_an_import_is_settled(tmp_path: Path) -> None:
+    """Its checkpoint has seen no data. Training may begin with any rate, and may be killed before its first save."""
+    write_run(run := tmp_path / "run", "bytes")
+    was = run_config(run)
+    (run / "config.toml").write_text(was.override({"optim.lr": 0.5, "run.seed": 7}).to_toml())
+    assert run_config(run).optim.lr == 0.5
+    (run / "config.toml").write_text(was.override({"optim.lr": 0.5, "model.L": 9}).to_toml())
+    with pytest.raises(ConfigError, match=r"cannot change: model\.L = 9 instead of \d; delete"):
         run_config(run)
 
 

@@ -55,4 +55,6 @@ def import_(source: str, step: int | None, **flags: Any) -> None:
             f"step {found.step}, with optimizer state; its place in the data and its rounding noise have no image: "
             f"the data order restarts at step x batch = {tokens:,} tokens"
         )
+    if found.tokenizer.source:
+        click.echo(f"prepare text with its tokenizer: daybreak prepare FILE --tokenizer {run}/tokenizer.json")
     click.echo(f"continue with: daybreak train {run} --data DATA")

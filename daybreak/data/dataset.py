@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from daybreak.checked import FILE_NAME, TEXT, TOKENIZER, WHOLE, misfit, read_json
 from daybreak.data.catalogue import CATALOGUE
 from daybreak.data.shards import ShardInfo, open_shard, read_header, resolve_shards
-from daybreak.data.tokenizer import Tokenizer, get_tokenizer
+from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError
 
 log = logging.getLogger("daybreak")
@@ -157,8 +157,13 @@ def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
     if shards and tokenizer in ("", "gpt2"):
         made += " --pretokenized N (as many shards, of 100 million tokens each, as the run needs)"
     else:
-        made += f" --tokenizer {tokenizer}" if tokenizer else ""
+        made += f" --tokenizer {_given(tokenizer)}" if tokenizer else ""
     raise DataError(f"no dataset {name!r} in {data_dir.resolve()}{hint} make it with: daybreak prepare {made}")
+
+
+def _given(tokenizer: str) -> str:
+    """How `prepare` is given a tokenizer."""
+    return f"RUN/{TOKENIZER_FILE}" if tokenizer.startswith("hf-") else tokenizer
 
 
 def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
@@ -166,7 +171,7 @@ def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
     if tokenizer and tokenizer != manifest.tokenizer:
         raise DataError(
             f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}; prepare it again under "
-            f"another --name with --tokenizer {tokenizer}."
+            f"another --name with --tokenizer {_given(tokenizer)}."
         )
     if get_tokenizer(manifest.tokenizer, folder).fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(f"{folder} was made with another tokenizer called {manifest.tokenizer!r}; prepare it again.")

@@ -122,9 +122,9 @@ def open_run(
     compute = pick_compute(config.precision.compute, device)
     _set_precision(config, device, compute)
     check_sinks(config)
-    group.first(lambda: _prepare_embedded(config, stop.look if group.world > 1 else stop.check))
-    d, shuffle = config.data, not config.run.overfit
     beside = resume if fork is None else fork.path.parents[1]
+    group.first(lambda: _prepare_embedded(config, beside, stop.look if group.world > 1 else stop.check))
+    d, shuffle = config.data, not config.run.overfit
     dataset, train_loader, val_loader = open_loaders(d, config.T, config.run.seed, config.model.V, shuffle, beside)
     tokenizer = get_tokenizer(dataset.tokenizer_name, dataset.folder)
     if tokenizer.V > config.model.V:
@@ -237,14 +237,15 @@ def describe_device(device: torch.device, compute: str) -> tuple[str, float | No
     return name, peak_flops(name) if compute == "bf16" else None
 
 
-def _prepare_embedded(config: Config, check: Callable[[], None]) -> None:
+def _prepare_embedded(config: Config, beside: Path | None, check: Callable[[], None]) -> None:
     """Prepare the data set made from this machine's own files, on its first use. `check` may raise to stop it."""
     d = config.data
     if EMBEDDED in (d.name, *(name for name, _ in parse_mix(d.name))) and not d.train:
         folder = Path(d.dir) / dataset_name(EMBEDDED, d.tokenizer)
         if not Path(EMBEDDED).is_dir() and not (folder / "manifest.json").is_file():
             log.info("preparing %s: the Python standard library on this machine, as text", folder)
-            prepare([EMBEDDED], data_dir=d.dir, tokenizer=d.tokenizer or "gpt2", progress=lambda *_: check())
+            name = f"{beside}/{TOKENIZER_FILE}" if d.tokenizer.startswith("hf-") else d.tokenizer or "gpt2"
+            prepare([EMBEDDED], data_dir=d.dir, tokenizer=name, progress=lambda *_: check())
 
 
 def check_data(checkpoint: Weights, setup: Setup, same_data: bool) -> None:

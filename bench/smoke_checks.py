@@ -47,7 +47,7 @@ def hellaswag() -> None:
             context = f"The {rng.choice(animals)} is under the bridge. The {rng.choice(animals)}"
             row = {"ind": i, "ctx": context, "endings": rng.sample(acts, 4), "label": rng.randrange(4)}
             file.write(json.dumps(row) + "\n")
-    examples = load_examples(folder / "hellaswag_val.jsonl", get_tokenizer("gpt2"))
+    examples = load_examples(folder / "hellaswag_val.jsonl", get_tokenizer("gpt2"), 1024)
     write_eval_bin(folder / "hellaswag_val.bin", examples)
 
 

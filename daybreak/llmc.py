@@ -278,7 +278,7 @@ def bin_writer(values: Values, config: Config, world: int) -> Callable[[Path], N
         if step == 0 or (step % every and step != saved["config"]["run.steps"]):
             return  # saved for another reason: a signal, given weights
         dtype = "bf16" if saved["compute"] == "bf16" else "fp32"
-        source, samples = Export(checkpoint), llmc_files.loader_samples(config, world)
+        source, samples = Export(checkpoint, whole=True), llmc_files.loader_samples(config, world)
         zero = int(config.parallel.zero > 0 and all(math.prod(x) % world == 0 for x in source.shapes.values()))
         llmc_files.write_checkpoint(folder, source, dtype=dtype, world=world, zero=zero, samples=samples)
         for old in llmc_files.done_steps(folder)[keep:] if keep > 0 else []:

@@ -69,7 +69,7 @@ def write_run(
 ) -> Shape:
     """A run as training leaves it: config.toml and one checkpoint with known weights, m = seed + 1, v = |seed + 2|."""
     shape = shape_of(tokenizer, max_T=max_T)
-    config = config_of(shape, tokenizer, **keys)
+    config = config_of(shape, get_tokenizer(tokenizer).name, **keys)
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(config.to_toml())
     flat: dict[str, list[Tensor]] = {"m": [], "v": []}

@@ -106,29 +106,36 @@ def test_losses_equal_those_of_each_row_alone_and_long_rows_lose_their_beginning
         assert losses == pytest.approx(-alone[-len(ending) :].numpy(), abs=1e-4)
 
 
-def test_original_files_subsets_and_errors(tmp_path: Path) -> None:
+def test_original_files_subsets_and_errors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = get_tokenizer("gpt2")
     path = tmp_path / "hellaswag_val.jsonl"
     records = evaldata.hellaswag(10)
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    examples = load_examples(path, tokenizer)
+    examples = load_examples(path, tokenizer, 1024)
     for record, example in zip(records, examples, strict=True):
         assert tokenizer.decode(example.context) == record["ctx"]
         assert [tokenizer.decode(e) for e in example.endings] == [f" {e}" for e in record["endings"]]
         assert example.label == int(record["label"])
-    assert load_examples(path, tokenizer, 4) == [examples[i] for i in (0, 2, 5, 7)]
+    assert load_examples(path, tokenizer, 1024, 4) == [examples[i] for i in (0, 2, 5, 7)]
+    longest = [max(map(len, example.endings)) for example in examples]
+    T = sorted(longest)[5]
+    kept = [example for example, n in zip(examples, longest, strict=True) if n <= T]
+    assert load_examples(path, tokenizer, T) == kept != examples
+    assert f"{10 - len(kept)} of 10 examples have an ending of more than T = {T} tokens and are left out" in caplog.text
+    with pytest.raises(DataError, match=r"10 of 10 examples .* use a larger T"):
+        load_examples(path, tokenizer, 1)
     write_eval_bin(tmp_path / "h.bin", examples)
-    assert load_examples(tmp_path / "h.bin", tokenizer) == examples
+    assert load_examples(tmp_path / "h.bin", tokenizer, 1024) == examples
     with pytest.raises(ConfigError, match="holds GPT-2 tokens, this data 'bytes''s"):
-        load_examples(tmp_path / "h.bin", get_tokenizer("bytes"))
+        load_examples(tmp_path / "h.bin", get_tokenizer("bytes"), 1024)
     path.write_text("[1]\n")
     with pytest.raises(DataError, match="line 1 needs ctx"):
-        load_examples(path, tokenizer)
+        load_examples(path, tokenizer, 1024)
     path.write_text(json.dumps(records[0] | {"label": 4}) + "\n")
     with pytest.raises(DataError, match="line 1 needs ctx"):
-        load_examples(path, tokenizer)
+        load_examples(path, tokenizer, 1024)
     with pytest.raises(DataError, match=r"cannot read .*none"):
-        load_examples(tmp_path / "none.jsonl", tokenizer)
+        load_examples(tmp_path / "none.jsonl", tokenizer, 1024)
 
 
 def test_in_the_loop_and_again_from_the_checkpoint(

@@ -51,10 +51,10 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs with loud random weights in both precisions and what `daybreak export --to hf` makes of them."""
+    """Runs with loud random weights in both precisions and what `daybreak export --to hf` makes of them. T < max_T."""
     folder = tmp_path_factory.mktemp("runs")
     for dtype in ("fp32", "bf16"):
-        write_run(folder / dtype, "gpt2-1256", max_T=320, precision__compute=dtype)
+        write_run(folder / dtype, "gpt2-1256", max_T=400, batch__T=320, precision__compute=dtype)
         argv = ["export", str(folder / dtype), "--to", "hf", str(folder / f"{dtype}-hf"), "--dtype", dtype]
         assert main(argv) == 0
     return folder
@@ -176,6 +176,8 @@ def test_greedy_is_told_rightly(both: tuple[Any, Any]) -> None:
     (likeliest, yes), (other, no) = lm._loglikelihood_tokens([(("", ""), ids, made), (("", ""), ids, wrong)])
     assert (yes, no) == (True, False)
     assert likeliest > other
+    with pytest.raises(DataError, match=r"a continuation has 321 tokens, and the model computes T = 320"):
+        lm._loglikelihood_tokens([(("", ""), ids, made), (("", ""), ids, [1] * 321)])
     with pytest.raises(ConfigError, match="generates greedily"):
         lm.generate_until([Instance("generate_until", {}, ("x", {"do_sample": True}), 0)])
 
@@ -232,7 +234,7 @@ def test_three_definitions_of_the_best_ending_by_hand(tmp_path: Path) -> None:
         lm = harness.engine_lm(Table(costs), tokenizer, greedy=False)  # type: ignore[arg-type]
         scores = harness.scores_of(harness.run_harness(lm, ["hellaswag"], 0, tmp_path, None))
         assert [(s.metric, s.value) for s in scores] == [("acc", acc), ("acc_norm", acc_norm)]
-        found = accuracy(Table(costs), load_examples(where / "train.jsonl", tokenizer))  # type: ignore[arg-type]
+        found = accuracy(Table(costs), load_examples(where / "train.jsonl", tokenizer, 1024))  # type: ignore[arg-type]
         assert (found.acc, found.acc_norm) == (acc, llmc)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.server
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from interop_runs import MAX_T, daybreak, inside, shape_of, values_of, write_run, write_shards
@@ -185,6 +187,31 @@ def test_shards_and_a_folder_that_is_taken(run: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+def test_positions_that_were_not_trained_stay_behind(tmp_path: Path) -> None:
+    """T below max_T: other programs get a model of length T, which is the length that the run is scored at."""
+    write_run(tmp_path / "run", batch__T=32)
+    said = inside(tmp_path, "export", "run", "--to", "hf", "out").stdout
+    assert said.endswith("max_T = 32 there, the run's batch.T: later positions were not trained\n")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.n_positions == 32
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 32
+    assert torch.equal(model.transformer.wpe.weight, values_of(shape_of())["wpe"][:32])
+    engine, tokens = Run(tmp_path / "run").load_engine()[0], torch.arange(32)[None]
+    assert engine.T == 32
+    with torch.no_grad():
+        want = model(tokens).logits
+    assert (engine.logits(tokens) - want).norm() <= 2e-6 * want.norm()
+    assert open_source(tmp_path / "out").model.max_T == 32
+    inside(tmp_path, "export", "run", "--to", "llmc", "log")  # which goes on training it
+    assert open_source(tmp_path / "log").model.max_T == MAX_T
+    gguf = pytest.importorskip("gguf")
+    inside(tmp_path, "export", "run", "--to", "gguf", "m.gguf")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert reader.fields["gpt2.context_length"].contents() == 32
+    (positions,) = (t.data for t in reader.tensors if t.name == "position_embd.weight")
+    np.testing.assert_array_equal(positions, model.transformer.wpe.weight.detach().numpy())
+
+
 def test_a_tokenizer_json_goes_with_the_weights(tmp_path: Path) -> None:
     """A run with a tokenizer of its own: transformers gets that file; no other format has a place for it."""
     tokenizer_json(tmp_path / "t.json")
@@ -274,6 +301,32 @@ def test_a_round_trip_changes_nothing(run: Path, tmp_path: Path) -> None:
     assert not zero.any()
 
 
+def test_other_names_of_keys_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    their_model(tmp_path / "m")
+    path = tmp_path / "m/config.json"
+    config, names = json.loads(path.read_text()), transformers.GPT2Config.attribute_map
+    assert set(names.values()) == {"n_layer", "n_embd", "n_head", "n_positions"}
+    for alias, key in names.items():
+        config[alias] = config.pop(key)
+    path.write_text(json.dumps(config))
+    read = transformers.AutoConfig.from_pretrained(tmp_path / "m")
+    cfg = open_source(tmp_path / "m").model
+    assert (cfg.L, cfg.C, cfg.NH, cfg.max_T) == (read.n_layer, read.n_embd, read.n_head, read.n_positions)
+    assert cfg == GPT2Config(L=2, C=48, NH=3, max_T=MAX_T, V=1025)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_cannot_compute_makes_no_run(tmp_path: Path, value: float) -> None:
+    their_model(tmp_path / "m")
+    _tensor(lambda x: _put(x, value))(tmp_path / "m")
+    said = inside(tmp_path, "import", "m", "--name", "r", code=5).stderr
+    assert said == (
+        "daybreak: m: 'transformer.h.1.ln_2.bias' has values that are NaN or infinite; give a model that computes.\n"
+    )
+    assert not (tmp_path / "runs/r").exists()
+    assert "NaN or infinite" in inside(tmp_path, "sample", "m", code=5).stderr
+
+
 def test_old_files_without_prefix_with_masks_and_head(tmp_path: Path) -> None:
     """The published gpt2 has no prefix and stores causal masks; others store a tied head."""
     model = their_model(tmp_path / "m")
@@ -297,6 +350,27 @@ def _edit(**keys: Any) -> Any:
         path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
     return change
+
+
+def _tensor(change: Callable[[torch.Tensor], torch.Tensor], key: str = "transformer.h.1.ln_2.bias") -> Any:
+    def changed(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        state[key] = change(state[key])
+        save_file(state, folder / "model.safetensors")
+
+    return changed
+
+
+def _index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    table = dict.fromkeys(load_file(folder / "model-1.safetensors"), "model-1.safetensors")
+    table["transformer.ln_f.bias"] = "model-2.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+
+
+def _put(x: torch.Tensor, value: float) -> torch.Tensor:
+    x[3] = value
+    return x
 
 
 def _drop(key: str) -> Any:
@@ -328,6 +402,18 @@ BAD = [
     (_edit(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True is not supported"),
     (_edit(layer_norm_epsilon=1e-6), "layer_norm_epsilon = 1e-06"),
     (_edit(n_inner=100), "n_inner = 100 is not supported; use 4 * n_embd"),
+    (_edit(num_hidden_layers=3), "num_hidden_layers = 3 and n_layer = 2 are two names of one value; remove the wrong"),
+    (_edit(max_position_embeddings=32), "max_position_embeddings = 32 and n_positions = 64 are two names"),
+    (_edit(quantization_config={"quant_method": "gptq"}), "config.json: quantization_config is not supported; give"),
+    (_edit(tie_word_embeddings=False), "tie_word_embeddings = False is not supported"),
+    (_edit(scale_attn_weights=False), "scale_attn_weights = False is not supported"),
+    (_edit(add_cross_attention=True), "add_cross_attention = True is not supported"),
+    (_edit(model_type=None), "config.json: model_type = "),
+    (_tensor(lambda x: x.to(torch.int8)), "'transformer.h.1.ln_2.bias' is torch.int8; give weights in fp32"),
+    (_tensor(lambda x: x.to(torch.uint8)), "'transformer.h.1.ln_2.bias' is torch.uint8; give weights in fp32"),
+    (_tensor(lambda x: x.to(torch.float8_e4m3fn)), "h.1.ln_2.bias' has the dtype 'F8_E4M3', which daybreak does not"),
+    (_tensor(lambda x: x.repeat(2)), "'transformer.h.1.ln_2.bias' has shape (96,), its config.json says (48,)"),
+    (_index, "model-2.safetensors cannot be read (No such file or directory)"),
     (_edit(n_layer="2"), "n_layer = '2' must be a whole number"),
     (_edit(n_head=5), "model.C = 48 must be a multiple of model.NH = 5"),
     (_edit(n_layer=3), "lacks the tensor 'transformer.h.2.ln_1.weight'"),

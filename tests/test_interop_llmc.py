@@ -243,7 +243,7 @@ def test_the_debug_state_is_byte_exact(tmp_path: Path) -> None:
 
 def as_read(run: Run) -> list[Values]:
     """m, v and weights of a run's newest checkpoint, each by name."""
-    export = Export(run.checkpoint())
+    export = Export(run.checkpoint(), whole=True)
     parts = [{n: export.read_moment(k, n, 0, x.numel()).view(x.shape) for n, x in values_of(shape_of()).items()}
              for k in ("m", "v")]  # fmt: skip
     return [*parts, {n: export.read(n) for n in values_of(shape_of())}]

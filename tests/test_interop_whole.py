@@ -15,6 +15,7 @@ from recovery import write_shard
 from snapshots import exit_of, fork
 
 from daybreak.cli.main import main
+from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import ConfigError, Error
 from daybreak.interop import huggingface
 from daybreak.interop.source import Export, Source, appearing, make_run
@@ -30,7 +31,7 @@ EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtr
 
 def source() -> Source:
     values = values_of(SHAPE)
-    return Source(Path("theirs.bin"), MODEL, "bytes", values.__getitem__, step=3)
+    return Source(Path("theirs.bin"), MODEL, get_tokenizer("bytes"), values.__getitem__, step=3)
 
 
 def killed(root: Path, fatal: int, into: Path | None) -> int:
@@ -84,7 +85,7 @@ def test_a_failed_import_leaves_nothing(tmp_path):
     def read(name: str) -> torch.Tensor:
         raise OSError(28, "No space left on device", "theirs.bin")
 
-    broken = Source(Path("theirs.bin"), MODEL, "bytes", read)
+    broken = Source(Path("theirs.bin"), MODEL, get_tokenizer("bytes"), read)
     made = config_of(SHAPE, "bytes", run__dir=str(tmp_path / "runs"), run__name="m")
     with pytest.raises(Error, match=r"could not be written \(No space left on device\)"):
         make_run(broken, made)

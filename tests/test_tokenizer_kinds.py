@@ -15,6 +15,7 @@ from tokenizer_kinds import KINDS, LLAMA3, TEXTS, added, sentencepiece, split_by
 
 from daybreak.data.tokenizer import TOKENIZER_FILE, HFTokenizer, get_tokenizer
 from daybreak.errors import ConfigError
+from daybreak.evaluate import harness
 from daybreak.generate import Sampling, Text
 from daybreak.interop import open_source
 from daybreak.interop.gguf_vocabulary import write_vocabulary
@@ -65,6 +66,32 @@ def test_a_tokenizer_goes_out_and_comes_back(case: tuple[str, Path, Any]) -> Non
     ended = Text([ours.eot], Sampling(9), ours)
     ended.take(ours.ends[0])
     assert ended.done == "stop"
+
+
+def test_the_harness_scores_a_run_and_its_export_alike(case: tuple[str, Path, Any]) -> None:
+    """With what the tokenizer's file puts around a text; to the rounding of fp32."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    _, tmp_path, _ = case
+    if not (tmp_path / "out").exists():
+        inside(tmp_path, "export", "runs/run", "--to", "hf", "out")
+    engine, tokenizer = Run(tmp_path / "runs/run").load_engine(B=2)
+    both = harness.engine_lm(engine, tokenizer), harness.hf_lm(tmp_path / "out", 2, "cpu")
+    asked = [
+        ("the quick brown", " fox jumps"),
+        ("Hello 漢字", " again"),
+        ("", "hello"),
+        ("the lazy dog " * 9, " dog" * 6),
+    ]
+    scored = [lm.loglikelihood([Instance("loglikelihood", {}, a, i) for i, a in enumerate(asked)]) for lm in both]
+    for (ours, greedy), (theirs, theirs_greedy) in zip(*scored, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert greedy == theirs_greedy
+    texts = ["one", "the quick brown fox " * 30]  # the second is longer than T
+    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    ours, theirs = (lm.loglikelihood_rolling(requests) for lm in both)
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def by_definition(fields: dict[str, Any], text: str) -> list[int]:

@@ -62,7 +62,7 @@ def evaluate(
         engine, tokenizer = run.load_engine(step, B=batch, rows=batch if chosen else 1, device=device)
     scores: list[Score] = []
     if hellaswag is not None:
-        both = accuracy(engine, load_examples(Path(hellaswag), tokenizer, limit or 0))
+        both = accuracy(engine, load_examples(Path(hellaswag), tokenizer, engine.T, limit or 0))
         values = [("acc_norm (llm.c: mean loss per token)", both.acc_norm), ("acc (sum of losses)", both.acc)]
         scores = [harness.Score("hellaswag, in-loop", m, v, both.examples, 0) for m, v in values]
     if chosen:

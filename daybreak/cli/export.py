@@ -50,7 +50,7 @@ def export(
     from daybreak.interop.source import Export
     from daybreak.state.run import Run
 
-    source, path = Export(Run(run).checkpoint(step)), Path(out)
+    source, path = Export(Run(run).checkpoint(step), whole=to == "llmc"), Path(out)
     if to == "llmc" and source.tokenizer.source:
         raise ConfigError(
             f"{run} has a tokenizer.json of its own ({source.tokenizer.name}), which {to} cannot hold; use --to hf."
@@ -62,3 +62,5 @@ def export(
     else:
         llmc_files.export(source, Run(run).config, path, dtype, ranks, zero, debug_state)
     click.echo(f"{path}: step {source.step} of {run} as {to}, {dtype}")
+    if source.model.max_T < source.checkpoint.model.max_T:
+        click.echo(f"max_T = {source.model.max_T} there, the run's batch.T: later positions were not trained")

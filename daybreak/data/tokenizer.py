@@ -57,10 +57,12 @@ class Tokenizer:
     `pattern` splits text before byte-pair merging, which follows the order of `vocabulary`; an empty pattern means
     one token per byte. Instances are immutable and may be shared between threads. `source` is the text of the file that
     defines a tokenizer which is not one of ours (see HFTokenizer), to be kept beside what was made with it. `ends`: the
-    ids that end a document, of which others are told the first.
+    ids that end a document, of which others are told the first. `around`: the ids that other programs put before and
+    after a text; `encode` does not.
     """
 
     source = ""
+    around: tuple[list[int], list[int]] = ([], [])
 
     def __init__(self, name: str, vocabulary: Sequence[bytes], pattern: str) -> None:
         self.name = name
@@ -228,6 +230,9 @@ class HFTokenizer(Tokenizer):
                 self._bytes[i] = token.encode() if whole else bytes(letters[c] for c in token)
             elif match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):  # SentencePiece's byte fallback
                 self._bytes[i] = bytes([int(match[1], 16)])
+        bare, whole = (self._hf.encode("a", None, False, special).ids for special in (False, True))
+        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        self.around = whole[:at], whole[at + len(bare) :]
         # Text is ordinary text: its "<|endoftext|>" must not become the token.
         self._hf.encode_special_tokens = True
 

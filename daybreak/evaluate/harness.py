@@ -6,6 +6,7 @@ The harness (extra `eval`) is the only judge outside the training loop: prompts,
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import statistics
@@ -23,6 +24,8 @@ from daybreak.engine import Engine
 from daybreak.errors import ConfigError, DataError, Error
 from daybreak.evaluate.multiple_choice import losses_of
 from daybreak.generate import Sampling, Text, write_all
+
+log = logging.getLogger("daybreak")
 
 # What `--tasks` knows beside the harness's own names.
 TASKS = {"lambada": ["lambada_openai"], "arc": ["arc_easy", "arc_challenge"], "truthfulqa": ["truthfulqa_mc2"]}
@@ -54,7 +57,8 @@ def engine_lm(engine: Engine, tokenizer: Tokenizer, greedy: bool = True) -> Any:
         eot_token_id, max_length, tokenizer_name = tokenizer.eot, engine.T, tokenizer.name
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            return [int(i) for i in tokenizer.encode(string)]
+            before, after = ([], []) if add_special_tokens is False else tokenizer.around
+            return [*before, *map(int, tokenizer.encode(string)), *after]
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             rows = [(context, continuation) for _, context, continuation in requests]
@@ -67,10 +71,10 @@ def engine_lm(engine: Engine, tokenizer: Tokenizer, greedy: bool = True) -> Any:
         def _is_greedy(self, row: tuple[Sequence[int], Sequence[int]], losses: Any) -> bool:
             if (losses < math.log(2) - 0.01).all():  # each has more than half of the probability
                 return True
-            if (losses > math.log(tokenizer.V) + 0.01).any():  # one has less than the average token
+            if (losses > math.log(engine.cfg.V) + 0.01).any():  # one has less than the average token
                 return False
             ids = [*row[0], *row[1]][-engine.T - 1 :]
-            best = engine.logits(torch.tensor([ids[:-1]]))[0, -len(row[1]) :, : tokenizer.V].argmax(-1)
+            best = engine.logits(torch.tensor([ids[:-1]]))[0, -len(row[1]) :].argmax(-1)
             return best.tolist() == list(ids[-len(best) :])
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -83,6 +87,8 @@ def engine_lm(engine: Engine, tokenizer: Tokenizer, greedy: bool = True) -> Any:
             return totals
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            if cut := sum(request.args[1].get("max_gen_toks", 256) >= engine.T for request in requests):
+                log.warning("%d of %d answers end at T - 1 = %d tokens at the latest", cut, len(requests), engine.T - 1)
             texts = [self._begin(*request.args) for request in requests]
             write_all(engine, texts)
             return [text.text for text in texts]

@@ -1,11 +1,13 @@
 """Multiple choice by likelihood: llm.c's in-loop HellaSwag, its eval `.bin`, and the scorer that lm-eval's tasks share.
 
-Rules (docs/evaluation.md): the context and " " + ending are tokenized apart; a row longer than T + 1 tokens loses its
-beginning; the lowest loss wins, the first of equals. `acc_norm` is llm.c's: mean loss per token; `acc`: their sum.
+Rules (docs/evaluation.md): the context and " " + ending are tokenized apart; a row longer than T + 1 tokens loses the
+beginning of its context; the lowest loss wins, the first of equals. `acc_norm` is llm.c's: mean loss per token; `acc`:
+their sum.
 """
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError, DataError, explained
 from daybreak.parallel import ALONE, Group
+
+log = logging.getLogger("daybreak")
 
 MAGIC, VERSION, START = 20240522, 1, 65535
 _ALIGN = 8  # rows are padded to a multiple of this, so that there are few shapes
@@ -102,20 +106,30 @@ def read_hellaswag(path: Path, tokenizer: Tokenizer) -> list[Example]:
     return examples
 
 
-def load_examples(path: Path, tokenizer: Tokenizer, limit: int = 0) -> list[Example]:
-    """The examples of either file, `limit` of them evenly spaced (0: all). ConfigError, DataError."""
+def load_examples(path: Path, tokenizer: Tokenizer, T: int, limit: int = 0) -> list[Example]:
+    """The examples of either file, `limit` of them evenly spaced (0: all). Those with an ending of more than T tokens
+    are left out, with a warning that counts them. ConfigError, DataError."""
     with explained(DataError, f"cannot read {path}"):
         examples = read_eval_bin(path) if path.suffix == ".bin" else read_hellaswag(path, tokenizer)
     if path.suffix == ".bin" and tokenizer.name != "gpt2":
         raise ConfigError(f"{path} holds GPT-2 tokens, this data {tokenizer.name!r}'s; give the original .jsonl.")
     n = min(limit or len(examples), len(examples))
-    return [examples[i * len(examples) // n] for i in range(n)]
+    chosen = [examples[i * len(examples) // n] for i in range(n)]
+    kept = [e for e in chosen if max(map(len, e.endings)) <= T]
+    if len(kept) < n:
+        said = f"{path}: {n - len(kept)} of {n} examples have an ending of more than T = {T} tokens and are left out"
+        if not kept:
+            raise DataError(f"{said}; use a larger T.")
+        log.warning("%s", said)
+    return kept
 
 
 def losses_of(
     engine: Engine, rows: Sequence[Row], check: Callable[[], None] = lambda: None
 ) -> list[NDArray[np.floating]]:
     """Loss of each token of each row's continuation. Rows of like length share a batch, so little of it is padding."""
+    if (longest := max((len(ending) for _, ending in rows), default=0)) > engine.T:
+        raise DataError(f"a continuation has {longest} tokens, and the model computes T = {engine.T}; it has no score.")
     cut = [([*context, *ending][-engine.T - 1 :], len(ending)) for context, ending in rows]
     order = sorted(range(len(rows)), key=lambda i: -len(cut[i][0]))
     found: list[NDArray[np.floating]] = [np.empty(0)] * len(rows)
@@ -127,7 +141,7 @@ def losses_of(
         for row, i in enumerate(these):
             ids, n = cut[i]
             tokens[row, : len(ids) - 1] = ids[:-1]
-            targets[row, max(len(ids) - 1 - n, 0) : len(ids) - 1] = ids[1:][-n:] if n else []
+            targets[row, len(ids) - 1 - n : len(ids) - 1] = ids[len(ids) - n :]
         losses = engine.eval_losses(torch.from_numpy(tokens), torch.from_numpy(targets)).float().cpu().numpy()
         for row, i in enumerate(these):
             found[i] = losses[row][targets[row] >= 0]

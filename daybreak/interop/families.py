@@ -47,6 +47,7 @@ class Family:
     names: Mapping[str, tuple[str, ...]]  # our last word -> their tensors, inside `layer` or the whole model
     sizes: Mapping[str, tuple[str, int]]  # our key -> config.json's and its default there
     arithmetic: Mapping[str, tuple[Any, ...]]  # key of config.json -> values that we compute, the default first
+    aliases: Mapping[str, str]  # other names of config.json's keys, as transformers has them -> the key
     written: Mapping[str, Any]  # further keys of a config.json of ours
     padded: Collection[str] = ("wte",)  # parameters with a row for every id, which theirs do not pad
     transposed: Collection[str] = ()
@@ -58,6 +59,13 @@ class Family:
 
     def shape(self, path: Path, config: Mapping[str, Any]) -> Shape:
         """The shape that config.json, read from `path`, describes. CheckpointError for another arithmetic than ours."""
+        if config.get("quantization_config"):
+            raise CheckpointError(f"{path}: quantization_config is not supported; give weights in fp32, bf16 or fp16.")
+        config = dict(config)
+        for alias, key in self.aliases.items():
+            if alias in config and config.setdefault(key, config[alias]) != config[alias]:
+                both = f"{alias} = {config[alias]!r} and {key} = {config[key]!r}"
+                raise CheckpointError(f"{path}: {both} are two names of one value; remove the wrong one.")
         for key, values in self.arithmetic.items():
             if (value := config.get(key, values[0])) not in values:
                 known = " or ".join(map(repr, values))
@@ -126,6 +134,8 @@ GPT2 = _GPT2(
         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
         "tie_word_embeddings": (True,),
     },
+    aliases={"num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head",
+             "max_position_embeddings": "n_positions"},
     written={"n_inner": None, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     transposed=("qkvw", "attprojw", "fcw", "fcprojw"), copies={"lm_head.weight": "wte"},
     ignored=("attn.bias", "attn.masked_bias"), gguf="gpt2", gguf_plain=("wpe",), gguf_copies={"output.weight": "wte"},

@@ -11,7 +11,6 @@ import json
 from itertools import groupby
 from typing import Any
 
-from daybreak.data.formats import extra
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.errors import ConfigError
 
@@ -74,9 +73,8 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, V: int, types: Any) -> N
     if kind == "bert":  # llama.cpp puts both around a text, whatever add_bos_token says
         writer.add_sep_token_id(tokenizer.ends[0])
     if tokenizer.source:
-        ids = extra("tokenizers", "data", "a tokenizer.json").Tokenizer.from_str(tokenizer.source).encode("a").ids
-        writer.add_add_bos_token(ids[:1] == [tokenizer.eot])
-        writer.add_add_eos_token(ids[-1:] == [tokenizer.ends[0]])
+        writer.add_add_bos_token(tokenizer.around[0] == [tokenizer.eot])
+        writer.add_add_eos_token(tokenizer.around[1] == [tokenizer.ends[0]])
 
 
 def _kind(model: dict[str, Any], normal: Steps, split: Steps) -> Kind | None:

@@ -24,6 +24,7 @@ from daybreak.interop.source import (
     appearing,
     checked_shape,
     default_tokenizer,
+    finite,
     layout,
 )
 from daybreak.shapes import Shape
@@ -68,6 +69,8 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
     for key, (shape, part) in wanted.items():
         if key not in files:
             raise CheckpointError(f"{path} lacks the tensor {key!r}; copy the model again.")
+        if not files[key][1].dtype.is_floating_point:
+            raise CheckpointError(f"{path}: {key!r} is {files[key][1].dtype}; give weights in fp32, bf16 or fp16.")
         theirs = tuple(part.theirs(torch.empty(shape, device="meta")).shape)
         if files[key][1].shape != theirs:
             raise CheckpointError(f"{path}: {key!r} has shape {files[key][1].shape}, its config.json says {theirs}.")
@@ -76,7 +79,7 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
         file, entry = files[key]
         out = torch.empty(entry.shape, dtype=entry.dtype)
         file.read(key, out)
-        return out
+        return finite(out, path, key)
 
     def read(name: str) -> Tensor:
         values = [raw(prefix + part.name) for part in parts[name]]
@@ -112,7 +115,7 @@ def _shape(path: Path) -> tuple[Shape, Family]:
 def _tensor_files(path: Path) -> dict[str, tuple[SafetensorsFile, Entry]]:
     """Tensor name -> its file and entry, of one model.safetensors or of the shards that an index names."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if index.is_file():
+    if index.is_file() and not single.is_file():
         table = _json(index, {"weight_map": {str: FILE_NAME}})["weight_map"]
         shards = {file: SafetensorsFile(path / file) for file in sorted(set(table.values()))}
         missing = next((key for key, file in table.items() if key not in shards[file].entries), None)

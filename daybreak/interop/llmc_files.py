@@ -35,6 +35,7 @@ from daybreak.interop.source import (
     appearing,
     checked_shape,
     default_tokenizer,
+    finite,
     layout,
 )
 from daybreak.shapes import GPT2Config, Shape
@@ -129,7 +130,8 @@ def open_model(path: Path, tokenizer: str = "") -> Source:
         known = next(own, None) or _refuse(beside, other)
     else:
         known = default_tokenizer(cfg, tokenizer, path)
-    return Source(path, cfg, known, _views(cfg, _map(path, dtype, HEADER, count)).__getitem__)
+    views = _views(cfg, _map(path, dtype, HEADER, count))
+    return Source(path, cfg, known, lambda name: finite(views[name], path, name))
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def _gathered(rows: Rows, states: list[_State], index: int) -> list[tuple[int, T
 
 def _master(rows: Rows, states: list[_State], name: str) -> Tensor:
     row = next(row for row in rows if row[0] == name)
-    return torch.cat([part for _, part in _gathered([row], states, 2)]).view(row[2])
+    return finite(torch.cat([part for _, part in _gathered([row], states, 2)]), states[0].path, name).view(row[2])
 
 
 def read_tokenizer(path: Path) -> list[bytes]:

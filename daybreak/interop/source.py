@@ -103,6 +103,9 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
     folder.check_links()
     folder.keep_id()
     folder.write_env()
+    for key, ranges in source.optimizer.items():
+        for _, values in ranges:
+            finite(values, source.path, f"optimizer state {key}")
     table = layout(source.model)
     numel = table[-1][1] + prod(table[-1][2])
     zeros = [(0, torch.zeros(numel))]
@@ -137,20 +140,25 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
 
 
 class Export:
-    """A checkpoint as writers of other formats want it: shape, tokenizer, tensors one at a time."""
+    """A checkpoint as writers of other formats want it: shape, tokenizer, tensors one at a time.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    Its max_T is the T of training: no verb of daybreak computes longer sequences, and later positions may never have
+    been trained. whole: the checkpoint's own max_T.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, whole: bool = False) -> None:
         self.checkpoint, self.step = checkpoint, checkpoint.step
-        self.model = checkpoint.model
-        self.shapes = {name: shape for name, _, shape in layout(self.model)}
+        full, T = checkpoint.model, checkpoint.manifest["config"].get("batch.T")
+        self.model = full if whole or not T else replace(full, max_T=T)
+        self.shapes, self._stored = ({name: shape for name, _, shape in layout(cfg)} for cfg in (self.model, full))
         self.tokenizer: Tokenizer = get_tokenizer(checkpoint.manifest["tokenizer"]["name"], checkpoint.path.parents[1])
         self._offsets = {name: start for name, start, _ in checkpoint.layout}
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A parameter in daybreak's layout, rounded to nearest."""
-        out = torch.empty(self.shapes[name])
+        out = torch.empty(self._stored[name])
         self.checkpoint.read_model(name, out)
-        return out.to(dtype)
+        return out[: self.shapes[name][0]].to(dtype)
 
     def read_moment(self, key: str, name: str, start: int, count: int) -> Tensor:
         """`count` elements from the `start`-th on of a parameter's "m" or "v", fp32."""
@@ -173,6 +181,13 @@ def checked_shape(path: Path, cfg: Shape) -> Shape:
     except ConfigError as error:
         raise CheckpointError(f"{path} describes a model that cannot exist: {error}") from None
     return cfg
+
+
+def finite(x: Tensor, path: Path, name: str) -> Tensor:
+    """x as it is. CheckpointError if one of its values is NaN or infinite."""
+    if not torch.isfinite(x).all():
+        raise CheckpointError(f"{path}: {name!r} has values that are NaN or infinite; give a model that computes.")
+    return x
 
 
 @contextmanager

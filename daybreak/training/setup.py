@@ -142,7 +142,7 @@ def open_run(
         group.agree({name: loader.fingerprint[:16] for name, loader in data.items()}, DataError)
         group.agree({"daybreak": code_fingerprint(), "torch": torch.__version__, "compute": compute})
     e = config.eval
-    hellaswag = load_examples(Path(e.hellaswag), tokenizer, e.hellaswag_examples) if e.hellaswag else []
+    hellaswag = load_examples(Path(e.hellaswag), tokenizer, config.T, e.hellaswag_examples) if e.hellaswag else []
     arena, outside = plan_memory(config, device, missing_on(device), group)
     group.everywhere(lambda: check_fits(arena, device, config, group.world, outside))
     if config.checkpoint.background and group.world == 1:

@@ -191,7 +191,7 @@ def test_positions_that_were_not_trained_stay_behind(tmp_path: Path) -> None:
     """T below max_T: other programs get a model of length T, which is the length that the run is scored at."""
     write_run(tmp_path / "run", batch__T=32)
     said = inside(tmp_path, "export", "run", "--to", "hf", "out").stdout
-    assert said.endswith("max_T = 32 there, the run's batch.T: later positions were not trained\n")
+    assert said.endswith("its max_T is 32, the run's batch.T: later positions were not trained\n")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.n_positions == 32
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 32

@@ -407,3 +407,22 @@ def test_a_bad_file_is_refused_by_name_and_reason(
     assert reason in str(refused.value)
     assert refused.value.exit_code in (2, 5)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "said"),
+    [
+        (MODEL_FILE, 256 + 1100, "'wte' has values that are NaN"),
+        (STATE_FILE, 256 + 3, "'optimizer state m' has values"),
+    ],
+)
+def test_values_that_are_not_finite_make_no_run(name: str, index: int, said: str, good: Path, tmp_path: Path) -> None:
+    """Two bf16 NaNs in the weights, or an fp32 NaN in the optimizer state."""
+    (tmp_path / "log").mkdir()
+    for path in good.iterdir():
+        if name == STATE_FILE or path.name in (MODEL_FILE, TOKENIZER_FILE):
+            (tmp_path / "log" / path.name).write_bytes(path.read_bytes())
+    word(name, index, 0x7FC07FC0)(tmp_path / "log")
+    given = "log" if name == STATE_FILE else f"log/{MODEL_FILE}"
+    assert said in inside(tmp_path, "import", given, "--name", "r", code=5).stderr
+    assert not (tmp_path / "runs/r").exists()

@@ -63,4 +63,4 @@ def export(
         llmc_files.export(source, Run(run).config, path, dtype, ranks, zero, debug_state)
     click.echo(f"{path}: step {source.step} of {run} as {to}, {dtype}")
     if source.model.max_T < source.checkpoint.model.max_T:
-        click.echo(f"max_T = {source.model.max_T} there, the run's batch.T: later positions were not trained")
+        click.echo(f"its max_T is {source.model.max_T}, the run's batch.T: later positions were not trained")

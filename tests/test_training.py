@@ -125,7 +125,7 @@ def test_other_kernels_are_told(
     caplog.set_level(logging.WARNING, logger="daybreak")
     run = daybreak.train(config(shards, tmp_path, "a", run__steps=3, schedule__final_frac=0.1))
     daybreak.train(run.config.override({"run.steps": 4}), resume=run.path)
-    assert caplog.messages == []
+    assert [m for m in caplog.messages if not m.startswith("the schedule ended at step")] == []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     daybreak.train(run.config.override({"run.steps": 5}), resume=run.path)
     assert caplog.messages == ["from here on bits may differ from an uninterrupted run: threads 1 -> 7"]

@@ -47,8 +47,8 @@ class Family:
     names: Mapping[str, tuple[str, ...]]  # our last word -> their tensors, inside `layer` or the whole model
     sizes: Mapping[str, tuple[str, int]]  # our key -> config.json's and its default there
     arithmetic: Mapping[str, tuple[Any, ...]]  # key of config.json -> values that we compute, the default first
-    aliases: Mapping[str, str]  # other names of config.json's keys, as transformers has them -> the key
     written: Mapping[str, Any]  # further keys of a config.json of ours
+    aliases: Mapping[str, str] = field(default_factory=dict)  # transformers' other names of keys -> the key
     padded: Collection[str] = ("wte",)  # parameters with a row for every id, which theirs do not pad
     transposed: Collection[str] = ()
     copies: Mapping[str, str] = field(default_factory=dict)  # tensors that some files have -> what they repeat, ours

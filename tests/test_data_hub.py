@@ -274,7 +274,8 @@ def test_ready_made_shards(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixtu
     (work / "manifest.json").unlink()
     (work / "fineweb-edu-100B_train_000001.bin").unlink()
     identity = ["karpathy/fineweb-edu-100B-gpt2-token-shards", COMMIT, "fineweb-edu-100B"]
-    (work / "journal.json").write_text(json.dumps({"identity": identity}))
+    seal = hashlib.sha256(json.dumps({"identity": identity}).encode()).hexdigest()
+    (work / "journal.json").write_text(json.dumps({"identity": identity, "checksum": seal}))
     assert pretokenized("fineweb-edu-100B", 3, data_dir=tmp_path) == manifest
     assert hub.gets - before == {"edu_train_000002.bin": 1}
 

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 from recovery import config
+from test_recovery_fuzz import make_tokenizer_json, read_hf_tokenizer
 
 import daybreak
 from daybreak.config import SCHEMA, resolve, run_config
@@ -374,6 +375,16 @@ def test_a_journal(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for path in sorted(kept.glob("*.bin")):
         path.write_bytes(path.read_bytes()[:-10])  # it is shorter than the journal says
         read()
+
+
+def test_tokenizer_json(tmp_path: Path) -> None:
+    """The library reads it; whatever it raises, panics too, is a sentence."""
+    make_tokenizer_json(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    for at, value, new in mutations(json.loads(file.read_text()), [None, HUGE, "x", "../x", []]):
+        file.write_text(text_of(new, at[-1]))
+        said = attempt(lambda: read_hf_tokenizer(tmp_path), {2, 4}, value)
+        assert said == "" or "tokenizer" in said
 
 
 @pytest.mark.parametrize("name", ["../x.bin", "/tmp/x.bin", "..", "a/b.bin", "", "\0"])

@@ -123,7 +123,7 @@ def test_other_kernels_are_told(
 ) -> None:
     """A resumed run whose bits rest on other things than before says which, in one line; an equal one says nothing."""
     caplog.set_level(logging.WARNING, logger="daybreak")
-    run = daybreak.train(config(shards, tmp_path, "a", run__steps=3, schedule__final_frac=0.1))
+    run = daybreak.train(config(shards, tmp_path, "a", run__steps=3, optim__horizon=9))
     daybreak.train(run.config.override({"run.steps": 4}), resume=run.path)
     assert [m for m in caplog.messages if not m.startswith("the schedule ended at step")] == []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)

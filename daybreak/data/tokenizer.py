@@ -13,6 +13,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -187,6 +188,17 @@ def _patterns(spec: Any) -> Iterator[str]:
         yield from _patterns(value)
 
 
+@contextmanager
+def _refusals(said: str) -> Iterator[None]:
+    """DataError for whatever the `tokenizers` library raises in the block; its panics are no Exceptions."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{said} ({error}).") from None
+
+
 class HFTokenizer(Tokenizer):
     """Bring your own: a Hugging Face tokenizer.json, through the `tokenizers` library (extra `data`).
 
@@ -195,10 +207,8 @@ class HFTokenizer(Tokenizer):
 
     def __init__(self, source: str, where: str) -> None:
         library = extra("tokenizers", "data", where)
-        try:
+        with _refusals(f"{where} is not a Hugging Face tokenizer"):
             self._hf = library.Tokenizer.from_str(source)
-        except Exception as error:
-            raise DataError(f"{where} is not a Hugging Face tokenizer ({error}).") from None
         self._hf.no_truncation()
         self._hf.no_padding()
         vocabulary: dict[str, int] = self._hf.get_vocab(with_added_tokens=True)
@@ -250,12 +260,8 @@ class HFTokenizer(Tokenizer):
 
     def encode(self, text: str) -> NDArray[np.integer]:
         """Token ids of `text`, shape (n,), without what the file's post-processor would add around it."""
-        try:
+        with _refusals(f"tokenizer {self.name} cannot encode {text[:40]!r}..."):
             return np.array(self._hf.encode(without_surrogates(text), None, False, False).ids, self.dtype)
-        except BaseException as error:  # the library's panics are no Exceptions
-            if type(error).__name__ != "PanicException":
-                raise
-            raise DataError(f"tokenizer {self.name} cannot encode {text[:40]!r}... ({error}).") from None
 
 
 def load_ranks(path: Path) -> list[bytes]:

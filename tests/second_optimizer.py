@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from dist_engine import SAMPLES, SHAPE, T, batch
+from snapshots import facts
 
 from daybreak.engine import Engine, EngineSpec
 from daybreak.kernels.optimizer import exact, set_exact
@@ -94,7 +95,7 @@ def ranks_train(args: list[str]) -> int:
         if first:
             restore(engine, load_checkpoint(out / f"stage{zero}" / f"step-{first:08d}"))
         losses = train(engine, group, range(first, first + STEPS))
-        save_checkpoint(out / f"stage{zero}", snapshot(engine, first + STEPS, {}), group)
+        save_checkpoint(out / f"stage{zero}", snapshot(engine, first + STEPS, facts(engine)), group)
         weights = {name: engine.param(name).clone() for name in engine.names()}
         torch.save((losses, weights), out / f"{group.world}-{zero}-{group.rank}.pt")
     group.close()

@@ -21,6 +21,11 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def facts(engine: Engine) -> dict[str, Any]:
+    """`FACTS` of a run that trains the engine's model."""
+    return FACTS | {"config": {f"model.{key}": value for key, value in vars(engine.cfg).items()}}
+
+
 def snapshot(step: int, value: float | None = None, numel: int = 96) -> Snapshot:
     """Every number in it follows from `value` (default: the step)."""
     base = torch.arange(numel, dtype=torch.float32) + (step if value is None else value)

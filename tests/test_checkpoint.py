@@ -115,6 +115,12 @@ def test_a_manifest_that_is_sealed_but_wrong_is_refused(tmp_path, changes, verif
         load_checkpoint(tmp_path / "c", verify)
 
 
+def test_a_layout_names_tensors_that_the_checkpoint_has(tmp_path):
+    write_by_hand(tmp_path / "c", layout=[["w", 0, [2, 5]], ["b", 10, [1]]])
+    with pytest.raises(CheckpointError, match=r"manifest\.json has 'b' in its layout, and model\.safetensors does not"):
+        load_checkpoint(tmp_path / "c", "off")
+
+
 @pytest.mark.parametrize(
     "ranges", [None, "x", "[]", '{"m": 1}', '{"m": [[0, 4]]}', '{"m": [[0, 3, 4]]}', '{"m": [["a", 3]]}']
 )

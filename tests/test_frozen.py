@@ -16,6 +16,7 @@ import ranks
 import torch
 from dist_engine import SAMPLES, T, V, batch
 from safetensors.torch import load_file
+from snapshots import facts
 from torch import Tensor
 
 from daybreak.engine import Engine, EngineSpec, plan_engine
@@ -169,8 +170,8 @@ def test_saved_resumed_and_refused(tmp_path: Path) -> None:
     losses = train(straight, range(4))
     assert train(first, range(2)) == losses[:2]
     staging = Staging(first)
-    path = save_checkpoint(tmp_path / "staged", snapshot(first, 2, {}, staging))
-    plain = save_checkpoint(tmp_path / "plain", snapshot(first, 2, {}))
+    path = save_checkpoint(tmp_path / "staged", snapshot(first, 2, facts(first), staging))
+    plain = save_checkpoint(tmp_path / "plain", snapshot(first, 2, facts(first)))
     for name in ("model.safetensors", "optimizer-00000-of-00001.safetensors"):
         assert (path / name).read_bytes() == (plain / name).read_bytes()
     resumed = build(of, values=False)
@@ -199,7 +200,7 @@ def two_ranks(args: list[str]) -> int:
     of = spec(ONE_LAYER, zero=2, frozen={"*": "fp32"})
     straight, resumed = build(of, group=group), build(of, values=False, group=group)
     losses = train(straight, range(2))
-    path = save_checkpoint(out, snapshot(straight, 2, {}), group)
+    path = save_checkpoint(out, snapshot(straight, 2, facts(straight)), group)
     losses += train(straight, range(2, 4))
     restore(resumed, load_checkpoint(path))
     assert train(resumed, range(2, 4)) == losses[2:]

@@ -283,8 +283,8 @@ class Checkpoint:
         self.flat_numel: int = manifest["flat_numel"]
         self.layout = [(name, start, tuple(shape)) for name, start, shape in manifest["layout"]]
         self._model = SafetensorsFile(path / MODEL)
-        if {name for name, _, _ in self.layout} != self._model.entries.keys():
-            refuse(path / MANIFEST, f"names other tensors in its layout than {MODEL} has")
+        if odd := {name for name, _, _ in self.layout} - self._model.entries.keys():  # frozen tensors have no layout
+            refuse(path / MANIFEST, f"has {min(odd)!r} in its layout, and {MODEL} does not")
         ranks = [SafetensorsFile(path / optimizer_file(rank, manifest["world"])) for rank in range(manifest["world"])]
         self._first_rank = ranks[0]
         self._ranges: dict[str, list[tuple[int, int, SafetensorsFile]]] = {}

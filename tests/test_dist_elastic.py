@@ -89,7 +89,8 @@ def test_a_killed_worker_comes_back_and_a_stopped_one_does_not(shards: Path, tmp
     wait_for_steps(folder, 20)
     assert starts(folder)[0] == 0
     assert starts(folder)[1] >= 10
-    os.kill(workers(agent)[0], signal.SIGTERM)
+    for worker in 2 * workers(agent):  # as Slurm and then torchrun would
+        os.kill(worker, signal.SIGTERM)
     assert agent.wait(PATIENCE) == 0, (tmp_path / "agent.txt").read_text()
     assert len(starts(folder)) == 2  # no third
     assert json.loads((folder / "exit.json").read_text())["code"] == 75

@@ -185,6 +185,11 @@ def test_which_signals_ask_twice(monkeypatch):
     assert stopped((term, 0), (term, 0.01)) == [143]
     assert stopped((hup, 0), (term, 6)) == [143]
     assert stopped((sigint, 0), (term, 6), (sigint, 0)) == [143, 130]
+    with monkeypatch.context() as torchrun:
+        torchrun.setenv("TORCHELASTIC_RUN_ID", "1")
+        assert stopped((term, 0), (term, 0.01)) == []  # Slurm signals the workers, then torchrun does
+        assert stopped((term, 0), (term, 6)) == [143]
+    stopped((sigint, 0), (term, 6), (sigint, 0))
     late = Stop(lambda: now[0])
     late.announce, late.reason = lambda text: None, "--max-hours 1 is over"  # the scheduler's limit is its own
     late._handle(term, None)

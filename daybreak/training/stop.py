@@ -81,7 +81,7 @@ class Stop:
         numbers = [getattr(signal, name) for name in (*ENDING, "SIGUSR1") if hasattr(signal, name)]
         # torchrun passes SIGHUP on when it ends itself, also under nohup. Elsewhere what is ignored stays ignored;
         # SIGUSR1 is ignored only because daybreak.cli has said so. None is a handler that is not Python's.
-        heard = {signal.SIGUSR1, *([signal.SIGHUP] if "TORCHELASTIC_RUN_ID" in os.environ else [])}
+        heard = {signal.SIGUSR1, *([signal.SIGHUP] if by_torchrun() else [])}
         mine = [
             n for n in numbers if n in heard or signal.getsignal(n) not in (signal.SIG_IGN, None)
         ]  # None: not Python's
@@ -109,10 +109,16 @@ class Stop:
             self._first, self.reason = now, self.reason or f"stopped by {signal.Signals(number).name}"
             what = f"saving step {self.step}" if self.step else "no step is complete yet"
             self.announce(f"Stopping: {what}. Ctrl-C again quits without saving.")
-        elif number != signal.SIGHUP and (again or now - self._first > SAME_CAUSE):
+        elif number != signal.SIGHUP and (now - self._first > SAME_CAUSE or (again and not by_torchrun())):
             # Asked twice: leave at once. Checkpoints are atomic, so nothing breaks. A terminal that closes sends
-            # SIGHUP twice, and launchers send SIGTERM after it: these do not count.
+            # SIGHUP twice, and launchers send SIGTERM after it. Slurm signals every process of a job, and torchrun
+            # passes the signal on to workers that have it already. None of these is a second request.
             os._exit(128 + number)
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def to_stderr(text: str) -> None:

@@ -25,6 +25,7 @@ BUDGETS["distributed"] = 4.0
 KERNELS = ("attention", "bias", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer", "tune")
 INTEROP = (
     "test_interop_hf",
+    "test_interop_refused",
     "test_tokenizer_kinds",
     "test_interop_llmc",
     "test_interop_gguf",

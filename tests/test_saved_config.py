@@ -67,7 +67,7 @@ def other(now: Config, name: str) -> Any:
     raise AssertionError(f"{name} could have no other value")
 
 
-ALONE = ("model.arch", "run.epochs", "run.tokens")  # the only family; what excludes run.steps
+ALONE = ("model.arch", "run.epochs", "run.tokens")  # another family has other keys; what excludes run.steps
 
 
 @pytest.mark.parametrize("name", [name for name in keys_of() if name not in ALONE])

@@ -22,7 +22,8 @@ LONGEST_FUNCTION = 100
 # Of all files together. 0.2.0 has 1,300 more than 0.1.0: thirty-four faults with their siblings took 1,000, the screens
 # 150, `doctor --check` 150. The rooms for other families, formats and optimizers need 900 while the old forms still
 # stand beside the new; the number falls below 12,720 when they are gone. Whoever adds must take away.
-MOST_CODE = 14_250
+# The decoder family (shapes, model, rotary angles, recipes' shapes) takes 350.
+MOST_CODE = 14_600
 
 
 def room(path: Path) -> str:

@@ -12,16 +12,19 @@ from typing import Any
 
 from daybreak.errors import ConfigError
 from daybreak.formatting import nearest
-from daybreak.shapes.gpt2 import ALIASES, SHAPES, GPT2Config
+from daybreak.shapes import gpt2, llama
+from daybreak.shapes.gpt2 import ALIASES, GPT2Config
+from daybreak.shapes.llama import LlamaConfig
 from daybreak.shapes.shape import Shape
 
-__all__ = ["ARCHS", "SHAPES", "GPT2Config", "Shape", "family", "is_shape", "model_config", "parse_shape"]
+__all__ = ["ARCHS", "SHAPES", "GPT2Config", "LlamaConfig", "Shape", "family", "is_shape", "model_config", "parse_shape"]
 
-ARCHS: dict[str, type[Shape]] = {"gpt2": GPT2Config}  # the first is the default
+ARCHS: dict[str, type[Shape]] = {"gpt2": GPT2Config, "llama": LlamaConfig}  # the first is the default
+SHAPES: dict[str, Shape] = {**gpt2.SHAPES, **llama.SHAPES}
 
 
 def is_shape(text: str) -> bool:
-    """Whether `text` names a published shape (d12, gpt2:d12, gpt3:c768, gpt2-124M)."""
+    """Whether `text` names a published shape (d12, gpt2:d12, gpt3:c768, gpt2-124M, llama3.2-1b)."""
     return text in SHAPES or text in ALIASES
 
 

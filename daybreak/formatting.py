@@ -33,6 +33,11 @@ def counted(x: float, unit: str) -> str:
     return f"{x:,.0f} {unit}"
 
 
+def several(n: int, unit: str) -> str:
+    """A number and its unit, which takes an s unless there is one: 1 micro-step, 8 micro-steps."""
+    return f"{n:,} {unit}" if n == 1 else f"{n:,} {unit}s"
+
+
 def disk(x: float) -> str:
     """Bytes for people, in powers of ten as disks have them."""
     return f"{x / 1e9:,.3g} GB" if x >= 1e9 else f"{x / 1e6:,.3g} MB"

@@ -317,7 +317,8 @@ def test_a_recipes_head_is_true(name: str) -> None:
 
 def test_cards() -> None:
     assert find_card("H100") is CARDS["h100"]
-    assert find_card("RTX4090") is CARDS["4090"]
+    for name in ("RTX4090", "RTX 4090", "NVIDIA GeForce RTX 4090"):
+        assert find_card(name) is CARDS["4090"]
     assert {c.capability[0] for c in CARDS.values()} == {7, 8, 9, 10, 12}
     p = on("d12", "a100")
     assert p.arena.choices["attention_backward"] == "triton"

@@ -28,6 +28,7 @@ from daybreak.engine.device import engine_spec, missing_on, pick_device, set_pre
 from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.engine.schedule import micro_step
 from daybreak.errors import ConfigError
+from daybreak.formatting import several
 from daybreak.kernels import OPS, all_ops
 from daybreak.kernels.cuda.products import Key
 from daybreak.parallel import ALONE
@@ -268,8 +269,9 @@ def print_bench(b: Bench) -> None:
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True, width=120)
     mfu = "n/a" if b.mfu is None else f"{100 * b.mfu:.1f} %"
     console.print(
-        f"{b.device}: {1e3 * b.step_seconds:.1f} ms a step of {b.tokens:,} tokens ({b.micro_steps} micro-steps), "
-        f"{b.tokens / b.step_seconds:,.0f} tok/s, MFU {mfu}, {b.memory_mib:,} MiB in use (median of {len(b.seconds)})"
+        f"{b.device}: {1e3 * b.step_seconds:.1f} ms a step of {b.tokens:,} tokens "
+        f"({several(b.micro_steps, 'micro-step')}), {b.tokens / b.step_seconds:,.0f} tok/s, MFU {mfu}, "
+        f"{b.memory_mib:,} MiB in use (median of {len(b.seconds)})"
     )
     console.print(f"measured limits: copy {b.bandwidth / 1e12:.3f} TB/s, product {b.flop_rate / 1e12:.1f} TFLOP/s")
     table = Table("operation", "backend", "calls", "ms", "floor ms", "of floor", "TB/s", "TFLOP/s",

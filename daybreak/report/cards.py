@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from daybreak.errors import ConfigError
@@ -13,7 +14,7 @@ from daybreak.state.throughput import CARDS, Card, peak_flops
 
 def find_card(name: str) -> Card:
     """The card of a short name. Raises ConfigError, with the nearest, for an unknown one."""
-    key = name.lower().removeprefix("rtx").removeprefix("-")
+    key = re.sub("^(nvidia-)?(geforce-)?(rtx-?)?", "", name.lower().replace(" ", "-"))
     if key not in CARDS:
         said = f"did you mean {nearest(key, CARDS)}? Known: {', '.join(CARDS)}."
         raise ConfigError(f"--gpu {name} is not known; {said}")

@@ -19,7 +19,7 @@ from daybreak.engine import DTYPES
 from daybreak.engine.arena import Arena
 from daybreak.engine.device import available_bytes, missing_on, pick_compute, pick_device
 from daybreak.engine.fit import Fit, plan_memory
-from daybreak.formatting import counted, disk, format_duration
+from daybreak.formatting import counted, disk, format_duration, several
 from daybreak.models.registry import build_model
 from daybreak.report.cards import find_card, token_rate
 from daybreak.state.restore import checkpoint_bytes, checkpoints_kept, staged_bytes
@@ -205,9 +205,9 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     saved = (disk(n * one), f"counted: {n} x {disk(one)}, one of them being written")
     rows += [("disk: data", *data), ("disk: checkpoints", *saved)]
     rows += [
-        ("step", f"{step:,} tokens: {p.micro_steps} micro-steps of B {c.batch.B} x T {c.T} on {p.gpus} x "
+        ("step", f"{step:,} tokens: {several(p.micro_steps, 'micro-step')} of B {c.batch.B} x T {c.T} on {p.gpus} x "
          f"{p.card or p.device}, {p.flops_per_token * step:.3g} FLOPs", "counted"),
-        ("run", f"{steps:,} steps, {counted(p.tokens, 'tokens')}, {p.flops_per_token * p.tokens:.3g} FLOPs"
+        ("run", f"{several(steps, 'step')}, {counted(p.tokens, 'tokens')}, {p.flops_per_token * p.tokens:.3g} FLOPs"
          if steps else na, "counted" if steps else no_time),
     ]  # fmt: skip
     if p.gpus > 1:

@@ -120,7 +120,10 @@ def embedding_cases(C: int, dtype: str) -> list[Case]:
     forward = {"out": dtype, "tokens": "*i64", "positions": "*i64", "wte": dtype, "wpe": dtype, "T": "i32", "C": "i32"}
     scatter = {"keys_out": "*i32", "rows_out": "*i32", **lists, "table": "*i32", "n": "i32", "blocks": "i32"}
     return [
-        *((e._forward_kernel, forward, {"GIVEN": given, "COLS": cols}, warps) for given in (False, True)),
+        *(
+            (e._forward_kernel, forward, {"GIVEN": given, "PLACED": placed, "COLS": cols}, warps)
+            for given, placed in ((False, True), (True, True), (False, False))
+        ),
         (e._positions_kernel, {"dwpe": dtype, "dout": dtype, **sizes}, position, e.POSITION_COLS // 256),
         (e._digit_counts_kernel, {"table": "*i32", "keys": "*i32", "n": "i32"}, sort, e.SORT_WARPS),
         (e._scatter_kernel, scatter, {"FIRST": False, "TABLE_ROWS": e.PARTS, **sort}, e.SORT_WARPS),

@@ -32,6 +32,8 @@ from daybreak.parallel import Group
 from daybreak.shapes import GPT2Config
 
 Find = Callable[[Tensor], tuple[str, int]]  # a tensor -> the name of the buffer under it, and its first element there
+# Operations newer than the stored recordings: their backends are listed only where they are used.
+LATER = {"rmsnorm_forward", "rmsnorm_backward", "rope", "swiglu_forward", "swiglu_backward"}
 FLAT = ("weights", "grads")  # buffers in the parameter table's layout
 
 
@@ -188,6 +190,7 @@ def planned(cfg: GPT2Config, rank: int = 0, world: int = 1, decode: Sequence[int
 
 def memory(plan: arena.Arena, table: ParamTable) -> list[str]:
     """Where every tensor and every parameter lies, and the backend of every operation."""
+    used = {call.name for call in plan.calls}
     return [
         *(
             f"{e.buffer}+{e.offset} {e.name}[{','.join(map(str, e.shape))}] {kind(e.dtype)} calls {e.first} to {e.last}"
@@ -196,7 +199,7 @@ def memory(plan: arena.Arena, table: ParamTable) -> list[str]:
         *(f"{name} at {offset}, {list(shape)}" for name, offset, shape in table.layout()),
         *(f"group {s.start} to {s.stop}, decay {s.decay}" for s in table.spans),
         f"{table.numel} elements of {table.num_parameters} parameters; "
-        + " ".join(f"{op}:{backend}" for op, backend in sorted(plan.choices.items())),
+        + " ".join(f"{op}:{backend}" for op, backend in sorted(plan.choices.items()) if op in used or op not in LATER),
     ]
 
 

@@ -7,6 +7,8 @@ bounded element by element with the products of absolute values, |P| |v| and so 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import interpreter  # noqa: F401
 import pytest
@@ -29,20 +31,39 @@ def packed(x: Tensor, NH: int) -> list[Tensor]:
     return [part.view(B, T, NH, C3 // 3 // NH) for part in x.split(C3 // 3, dim=2)]
 
 
-def formulas(qkv: Tensor, out: Tensor, dout: Tensor, NH: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """In fp64: y (B, T, NH, HS), lse (B, NH, T), d_qkv (B, T, 3C), the latter with the row sums of dout * out as given;
-    and, for y and d_qkv, the same sums over absolute values of what a fused kernel rounds."""
-    q, k, v = (x.transpose(1, 2) for x in packed(f64(qkv), NH))
+def scores(q: Tensor, k: Tensor, first: Tensor | None = None) -> Tensor:
+    """Scaled (B, NH, T, T) of q (B, T, NH, HS) and k (B, T, NKV, HS), by the definition: neighbouring heads share keys,
+    and query i sees keys first[i] (0 if not given) to i."""
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    S = q.shape[-1] ** -0.5 * q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+    places = torch.arange(S.shape[-1], device=S.device)
+    seen = places[None, :] <= places[:, None]
+    return S.masked_fill(~(seen if first is None else seen & (places >= first[:, None, :, None])), -math.inf)
+
+
+def formulas(
+    qkv: Sequence[Tensor], out: Tensor, dout: Tensor, first: Tensor | None = None
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """In fp64: y (B, T, NH, HS), lse (B, NH, T), dq, dk and dv, the latter with the row sums of dout * out as given;
+    and, for y and gradients, the same sums over absolute values of what a fused kernel rounds."""
+    Q, K, V = map(f64, qkv)
+    groups, group = K.shape[2], Q.shape[2] // K.shape[2]
+    S = scores(Q, K, first)
+    q, k, v = (x.transpose(1, 2) for x in (Q, *(x.repeat_interleave(group, 2) for x in (K, V))))
     g, o = (f64(x).transpose(1, 2) for x in (dout, out))
-    scale = q.shape[-1] ** -0.5
-    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    S = (scale * q @ k.transpose(2, 3)).masked_fill(future, -math.inf)
     P = S.softmax(-1)
-    dS = P * (g @ v.transpose(2, 3) - (g * o).sum(-1, keepdim=True)) * scale
-    grads = (dS @ k, dS.transpose(2, 3) @ q, P.transpose(2, 3) @ g)
-    sizes = (dS.abs() @ k.abs(), dS.abs().transpose(2, 3) @ q.abs(), P.transpose(2, 3) @ g.abs())
-    d_qkv, d_sizes = (torch.cat([x.transpose(1, 2).flatten(2) for x in part], 2) for part in (grads, sizes))
-    return (P @ v).transpose(1, 2), S.logsumexp(-1), d_qkv, (P @ v.abs()).transpose(1, 2), d_sizes
+    dS = P * (g @ v.transpose(2, 3) - (g * o).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+
+    def shared(x: Tensor) -> Tensor:
+        """Summed over the heads of a group."""
+        return x.unflatten(1, (groups, group)).sum(2)
+
+    def products(dS: Tensor, q: Tensor, k: Tensor, g: Tensor) -> list[Tensor]:
+        dk, dv = dS.transpose(2, 3) @ q, P.transpose(2, 3) @ g
+        return [x.transpose(1, 2) for x in (dS @ k, shared(dk), shared(dv))]
+
+    grads, sizes = products(dS, q, k, g), products(dS.abs(), q.abs(), k.abs(), g.abs())
+    return (P @ v).transpose(1, 2), S.logsumexp(-1), grads, (P @ v.abs()).transpose(1, 2), sizes
 
 
 def compare(got: Tensor, want: Tensor, sizes: Tensor, backend: str) -> None:
@@ -64,12 +85,12 @@ def check(backend: str, dtype: torch.dtype, B: int, T: int, NH: int, HS: int) ->
     qkv, dout = draw(B, T, 3 * C, dtype=dtype), draw(B, T, NH, HS, dtype=dtype, seed=1)
     out, lse = poison(B, T, C, dtype=dtype).view(B, T, NH, HS), poison(B, NH, T, dtype=acc_dtype(dtype))
     run("attention_forward", out, lse, *packed(qkv, NH), backend=backend, scale=HS**-0.5)
-    y, want_lse, want, y_sizes, sizes = formulas(qkv, out, dout, NH)
+    y, want_lse, want, y_sizes, sizes = formulas(packed(qkv, NH), out, dout)
     compare(out, y, y_sizes, backend)
     close(lse, want_lse)
     dqkv = poison(B, T, 3 * C, dtype=dtype)
     run("attention_backward", *packed(dqkv, NH), dout, *packed(qkv, NH), out, lse, backend=backend, scale=HS**-0.5)
-    compare(dqkv, want, sizes, backend)
+    compare(dqkv, *(torch.cat([x.flatten(2) for x in parts], 2) for parts in (want, sizes)), backend)
     if dtype != torch.bfloat16:
         X = f64(qkv).requires_grad_()
         close(dqkv, torch.autograd.grad(attention(X, NH), X, f64(dout).view(B, T, C))[0])
@@ -82,17 +103,6 @@ def check(backend: str, dtype: torch.dtype, B: int, T: int, NH: int, HS: int) ->
 def test_reference(monkeypatch, dtype, B, T, NH, HS, rows):
     monkeypatch.setattr(attention_file, "ROWS", rows)
     check("torch", dtype, B, T, NH, HS)
-
-
-def limited(x: Tensor, NH: int, lo: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """y (B, T, NH, HS) and lse (B, NH, T) of packed x, by the definition: query i sees keys lo[i] to i."""
-    q, k, v = (part.transpose(1, 2) for part in packed(x, NH))
-    S = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-    S = softcap * torch.tanh(S / softcap) if softcap else S
-    places = torch.arange(S.shape[-1], device=x.device)
-    seen = (places[None, :] >= lo[:, None, :, None]) & (places[None, :] <= places[:, None])
-    S = S.masked_fill(~seen, -math.inf)
-    return (S.softmax(-1) @ v).transpose(1, 2), S.logsumexp(-1)
 
 
 LO = {
@@ -117,9 +127,13 @@ def test_reference_where_queries_see_less(monkeypatch, dtype, softcap, kind):
     how = {"scale": HS**-0.5, "lo": lo, "softcap": softcap}
     run("attention_forward", out, lse, *packed(qkv, NH), **how)
     X = f64(qkv).requires_grad_()
-    y, want_lse = limited(X, NH, lo, softcap)
+    q, k, v = packed(X, NH)
+    S = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * HS**-0.5
+    S = softcap * torch.tanh(S / softcap) if softcap else S
+    S = S.masked_fill(scores(q, k, lo).isneginf(), -math.inf)
+    y = (S.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
     close(out, y.detach())
-    close(lse, want_lse.detach())
+    close(lse, S.logsumexp(-1).detach())
     dqkv = poison(B, T, 3 * NH * HS, dtype=dtype)
     run("attention_backward", *packed(dqkv, NH), dout, *packed(qkv, NH), out, lse, **how)
     close(dqkv, torch.autograd.grad(y, X, f64(dout))[0])
@@ -128,6 +142,56 @@ def test_reference_where_queries_see_less(monkeypatch, dtype, softcap, kind):
         run("attention_forward", *plain[:2], *packed(qkv, NH), scale=HS**-0.5)
         run("attention_backward", *packed(plain[2], NH), dout, *packed(qkv, NH), *plain[:2], scale=HS**-0.5)
         assert all(map(torch.equal, plain, (out, lse, dqkv)))
+
+
+def grouped(B: int, T: int, NH: int, NKV: int, HS: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """Q (B, T, NH, HS), K and V (B, T, NKV, HS), views of one packed buffer."""
+    return list(draw(B, T, NH + 2 * NKV, HS, dtype=dtype, seed=seed).split([NH, NKV, NKV], 2))
+
+
+def check_grouped(
+    backend: str, dtype: torch.dtype, B: int, T: int, NH: int, NKV: int, HS: int,
+    lo: Tensor | None = None, window: int = 0,
+) -> None:  # fmt: skip
+    """Both operations on packed views where heads share keys: against formulas and, but in bf16, against autograd."""
+    qkv, dout = grouped(B, T, NH, NKV, HS, dtype), draw(B, T, NH, HS, dtype=dtype, seed=1)
+    out, lse = poison(B, T, NH, HS, dtype=dtype), poison(B, NH, T, dtype=acc_dtype(dtype))
+    how: dict[str, Any] = {"backend": backend, "scale": HS**-0.5}
+    how |= ({} if lo is None else {"lo": lo}) | ({"window": window} if window else {})
+    run("attention_forward", out, lse, *qkv, **how)
+    first = torch.zeros(B, T, device=DEVICE) if lo is None else lo
+    if window:
+        first = torch.maximum(first, torch.arange(T, device=DEVICE) - window + 1)
+    y, want_lse, want, y_sizes, sizes = formulas(qkv, out, dout, first)
+    grads = list(poison(B, T, NH + 2 * NKV, HS, dtype=dtype).split([NH, NKV, NKV], 2))
+    run("attention_backward", *grads, dout, *qkv, out, lse, **how)
+    close(lse, want_lse)
+    compare(out, y, y_sizes, backend)
+    compare(*(torch.cat(parts, 2) for parts in (grads, want, sizes)), backend)
+    if dtype != torch.bfloat16:
+        exact = [f64(x).requires_grad_() for x in qkv]
+        V = exact[2].repeat_interleave(NH // NKV, 2).transpose(1, 2)
+        y = (scores(exact[0], exact[1], first).softmax(-1) @ V).transpose(1, 2)
+        close(torch.cat(grads, 2), torch.cat(torch.autograd.grad(y, exact, f64(dout)), 2))
+
+
+GROUPED = [(1, 1, 2, 1, 8), (2, 9, 6, 2, 5), (3, 150, 4, 1, 8), (1, 300, 6, 3, 16)]  # B, T, NH, NKV, HS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("rows", [1 << 12, 512], ids=["whole batch", "batch cut"])
+@pytest.mark.parametrize(("B", "T", "NH", "NKV", "HS"), GROUPED)
+def test_reference_where_heads_share_keys(monkeypatch, dtype, rows, B, T, NH, NKV, HS):
+    monkeypatch.setattr(attention_file, "ROWS", rows)
+    check_grouped("torch", dtype, B, T, NH, NKV, HS)
+
+
+@pytest.mark.parametrize("window", [1, 5, 130, 200])
+@pytest.mark.parametrize("documents", [False, True])
+def test_reference_with_a_window(window, documents):
+    B, T, NH, NKV, HS = 2, 150, 4, 2, 8
+    lo = (torch.arange(T) // 40 * 40).expand(B, T).to(DEVICE, torch.int32).contiguous() if documents else None
+    check_grouped("torch", torch.float64, B, T, NH, NKV, HS, lo, window)
 
 
 def test_a_backend_without_an_argument_is_passed_over():
@@ -161,6 +225,31 @@ def test_triton_takes_any_strides():
     close(out, want.view(B, T, NH, HS))
 
 
+def check_decode(
+    backend: str, dtype: torch.dtype, places: list[int], T: int, NH: int, NKV: int, HS: int, window: int = 0
+) -> None:
+    """One query a row over a cache that is NaN where the row has no keys; the newest key and value are kept."""
+    skip_unless_served("attention_decode", backend, dtype)
+    b = len(places)
+    q, k, v = draw(b, NH + 2 * NKV, HS, dtype=dtype).split([NH, NKV, NKV], 1)
+    cache = draw(2, b, NKV, T, HS, dtype=dtype, seed=1)
+    for i, place in enumerate(places):
+        cache[:, i, :, place:] = math.nan
+        if window:
+            cache[:, i, :, : max(place - window + 1, 0)] = math.nan
+    want_cache, want = cache.clone(), []
+    for i, place in enumerate(places):
+        want_cache[:, i, :, place] = torch.stack([k[i], v[i]])
+        first = max(place - window + 1, 0) if window else 0
+        keys, values = f64(want_cache[:, i, :, first : place + 1]).repeat_interleave(NH // NKV, 1)
+        want.append(((f64(q[i])[:, None] @ keys.mT) * HS**-0.5).softmax(-1) @ values)
+    out, positions = poison(b, NH, HS, dtype=dtype), torch.tensor(places, device=DEVICE)
+    how = {"backend": backend, "scale": HS**-0.5} | ({"window": window} if window else {})
+    run("attention_decode", out, cache, q, k, v, positions, **how)
+    close(out, torch.stack(want)[:, :, 0])
+    torch.testing.assert_close(cache, want_cache, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @each_dtype
 @pytest.mark.parametrize(
@@ -168,22 +257,17 @@ def test_triton_takes_any_strides():
     [([0], 1, 1, 8), ([5, 5, 0, 69], 70, 3, 20), ([63, 64], 65, 2, 64), ([300, 8, 255, 256], 301, 1, 64)],
 )
 def test_decode(backend, dtype, places, T, NH, HS):
-    """One query a row over a cache that is NaN where the row has no keys; the newest key and value are kept."""
-    skip_unless_served("attention_decode", backend, dtype)
-    b = len(places)
-    qkv = draw(b, 3, NH, HS, dtype=dtype)
-    cache = draw(2, b, NH, T, HS, dtype=dtype, seed=1)
-    for i, place in enumerate(places):
-        cache[:, i, :, place:] = math.nan
-    want_cache, want = cache.clone(), []
-    for i, place in enumerate(places):
-        want_cache[:, i, :, place] = qkv[i, 1:]
-        q, (k, v) = f64(qkv[i, 0]), f64(want_cache[:, i, :, : place + 1])
-        want.append(((q[:, None] @ k.mT) * HS**-0.5).softmax(-1) @ v)
-    out, positions = poison(b, NH, HS, dtype=dtype), torch.tensor(places, device=DEVICE)
-    run("attention_decode", out, cache, *qkv.unbind(1), positions, backend=backend, scale=HS**-0.5)
-    close(out, torch.stack(want)[:, :, 0])
-    torch.testing.assert_close(cache, want_cache, rtol=0, atol=0, equal_nan=True)
+    check_decode(backend, dtype, places, T, NH, NH, HS)
+
+
+@pytest.mark.parametrize("backend", ["torch"])
+@each_dtype
+@pytest.mark.parametrize(
+    ("places", "T", "NH", "NKV", "HS"), [([0, 3], 4, 2, 1, 8), ([5, 5, 0, 69], 70, 6, 2, 20), ([300, 8], 301, 9, 3, 64)]
+)
+@pytest.mark.parametrize("window", [0, 1, 6, 280])
+def test_decode_where_heads_share_keys(backend, dtype, places, T, NH, NKV, HS, window):
+    check_decode(backend, dtype, places, T, NH, NKV, HS, window)
 
 
 @each_dtype
@@ -238,7 +322,7 @@ def test_more_lengths_than_plans(backend):
         qkv = draw(1, T, 3 * 128, dtype=torch.bfloat16)
         out, lse = poison(1, T, 2, 64, dtype=torch.bfloat16), poison(1, 2, T, dtype=torch.float32)
         run("attention_forward", out, lse, *packed(qkv, 2), backend=backend, scale=0.125)
-        y, want_lse, _, sizes, _ = formulas(qkv, out, out, 2)
+        y, want_lse, _, sizes, _ = formulas(packed(qkv, 2), out, out)
         compare(out, y, sizes, backend)
         close(lse, want_lse)
     assert not any(key[1][0][1] % cudnn.PLAN_LENGTHS for key in cudnn.FORWARD_PLANS)  # key: scale, (shape, stride) ...
@@ -267,10 +351,11 @@ def test_far_rows(backend):
     bind(backend, "attention_forward", out, lse, *packed(qkv, NH), scale=HS**-0.5)
     bind(backend, "attention_backward", *packed(dqkv, NH), dout, *packed(qkv, NH), out, lse, scale=HS**-0.5)
     for b in (0, B - 1):
-        y, want_lse, want, y_sizes, sizes = formulas(small, out[b : b + 1], dout[:1], NH)
+        y, want_lse, want, y_sizes, sizes = formulas(packed(small, NH), out[b : b + 1], dout[:1])
         compare(out[b : b + 1], y, y_sizes, backend)
         close(lse[b : b + 1], want_lse)
-        compare(dqkv[b : b + 1], want, sizes, backend)
+        for got, *expected in zip(packed(dqkv[b : b + 1], NH), want, sizes, strict=True):
+            compare(got, *expected, backend)
     del qkv, dqkv, out, lse, dout
     torch.cuda.empty_cache()
 

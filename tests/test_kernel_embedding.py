@@ -73,6 +73,24 @@ def test_decode(backend, dtype, C):
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+def test_a_model_without_a_table_of_positions(backend, dtype):
+    """And whose head has a weight of its own: the first micro-step overwrites the embedding's gradient."""
+    V, C, tokens = 9, 40, torch.tensor([[8, 0, 8], [1, 8, 3]], device=DEVICE)
+    wte, dout = draw(V, C, dtype=dtype), draw(6, C, dtype=dtype, seed=1)
+    out, one = poison(6, C, dtype=dtype), poison(3, C, dtype=dtype)
+    run("embedding_forward", out, tokens, wte, None, backend=backend)
+    run("embedding_decode", one, tokens[0], tokens[1], wte, None, backend=backend)
+    assert torch.equal(out, wte[tokens.flatten()])
+    assert torch.equal(one, wte[tokens[0]])
+    sums = torch.zeros(V, C, dtype=torch.float64, device=DEVICE).index_add(0, tokens.flatten(), f64(dout))
+    for tied, accumulate in ((False, False), (False, True), (True, False), (True, True)):
+        dwte, before = output(V, C, dtype=dtype, accumulate=tied or accumulate)
+        run("embedding_backward", dwte, None, dout, tokens, backend=backend, accumulate=accumulate, tied=tied)
+        close(dwte, before + sums)
+
+
+@each_backend
 @pytest.mark.parametrize("V", [3, 300, 66000])
 def test_runs_over_many_chunks(backend, V):
     """More positions than one block of the sort; runs of one token inside a chunk of 32 sorted positions, across two,

@@ -1,6 +1,8 @@
-"""LayerNorm forward and backward, against formulas in fp64."""
+"""LayerNorm and RMSNorm, forward and backward, against formulas in fp64."""
 
 from __future__ import annotations
+
+import math
 
 import interpreter  # noqa: F401
 import pytest
@@ -27,6 +29,7 @@ from daybreak.kernels.cuda import norm
 ROWS = [(3, 1), (3, 5), (1, 63), (11, 1000), (23, 1024)]
 each_shape = pytest.mark.parametrize(("rows", "columns"), ROWS)
 BF16 = torch.bfloat16
+RMS_BACKENDS = ["torch"]
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +149,68 @@ def test_recomputed_output_has_the_same_bits(backend, dtype):
         backend=backend, accumulate_dx=False, accumulate=False,
     )  # fmt: skip
     assert torch.equal(again, out)
+
+
+def rms_norm(x, w, eps):
+    """By the definition, over the last dimension."""
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * w
+
+
+def inside(*shape, dtype, fill):
+    """A (n, heads, C) view whose rows lie apart, as the heads of queries in packed qkv do."""
+    n, heads, C = shape
+    whole = poison(n, heads + 3, C, dtype=dtype)
+    whole[:, 1:-2] = fill
+    return whole[:, 1:-2]
+
+
+# Rows that are one matrix, and the heads of each token, contiguous or in a wider buffer.
+RMS = [((3, 1), False), ((11, 1000), False), ((5, 3, 8), False), ((7, 2, 20), True), ((40, 9, 128), True)]
+
+
+@pytest.mark.parametrize("backend", RMS_BACKENDS)
+@each_dtype
+@pytest.mark.parametrize(("shape", "strided"), RMS, ids=str)
+@pytest.mark.parametrize("adds", [False, True], ids=["write", "accumulate"])
+def test_rmsnorm(backend, dtype, shape, strided, adds):
+    """eps decides where a row is zero. The output again has the bits of the first time."""
+    skip_unless_served("rmsnorm_backward", backend, dtype)
+    x, dout, w = draw(*shape, dtype=dtype) + 1, draw(*shape, dtype=dtype, seed=1), draw(shape[-1], dtype=dtype, seed=2)
+    x[0] = 0
+    X, W = (f64(t).requires_grad_() for t in (x, w))
+    want = rms_norm(X, W, 1e-3)
+    gx, gw = torch.autograd.grad(want, (X, W), f64(dout))
+    out, again = poison(*shape, dtype=dtype), poison(*shape, dtype=dtype)
+    dx, dx0 = output(*shape, dtype=dtype, accumulate=adds)
+    if strided:
+        x, dout, dx, out, again = (inside(*shape, dtype=dtype, fill=t) for t in (x, dout, dx, out, again))
+    rstd = poison(math.prod(shape[:-1]), dtype=acc_dtype(dtype))
+    run("rmsnorm_forward", out, rstd, x, w, backend=backend, eps=1e-3)
+    close(out, want.detach())
+    close(rstd, (f64(x).square().mean(-1) + 1e-3).rsqrt().flatten())
+    dw, dw0 = output(shape[-1], dtype=dtype, accumulate=adds)
+    options = {"backend": backend, "accumulate_dx": adds, "accumulate": adds}
+    alone = dx.clone()
+    run("rmsnorm_backward", dx, dw, again, dout, x, rstd, w, **options)
+    close(dx, dx0 + gx)
+    close(dw, dw0 + gw)
+    assert torch.equal(again, out)
+    run("rmsnorm_backward", alone, None, None, dout, x, rstd, w, **options)  # of a frozen weight
+    assert torch.equal(alone, dx)
+    if not adds:
+        run("rmsnorm_backward", dout, dw, None, dout, x, rstd, w, **options)  # in place
+        assert torch.equal(dout, dx)
+
+
+def test_rmsnorm_has_the_bits_of_llama():
+    """In fp32, as Hugging Face writes it."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, norm = draw(300, 576, dtype=torch.float32), LlamaRMSNorm(576, eps=1e-5).to(DEVICE)
+    norm.weight.data = draw(576, dtype=torch.float32, seed=1)
+    out, rstd = poison(300, 576, dtype=torch.float32), poison(300, dtype=torch.float32)
+    run("rmsnorm_forward", out, rstd, x, norm.weight.data, eps=1e-5)
+    assert torch.equal(out, norm(x).detach())
 
 
 @pytest.mark.gpu

@@ -22,8 +22,9 @@ LONGEST_FUNCTION = 100
 # Of all files together. 0.2.0 has 1,300 more than 0.1.0: thirty-four faults with their siblings took 1,000, the screens
 # 150, `doctor --check` 150. The rooms for other families, formats and optimizers need 900 while the old forms still
 # stand beside the new; the number falls below 12,720 when they are gone. Whoever adds must take away.
-# The decoder family (shapes, model, rotary angles, recipes' shapes) takes 350.
-MOST_CODE = 14_600
+# The decoder family (shapes, model, rotary angles, recipes' shapes) takes 350; its kernels (RMSNorm, rotary positions,
+# SwiGLU, shared keys, windows) take 450.
+MOST_CODE = 15_050
 
 
 def room(path: Path) -> str:

@@ -28,15 +28,15 @@ from daybreak.kernels.operand import PARTS, Operand, tensors_of
 Temps = Sequence[tuple[tuple[int, ...], torch.dtype]]
 MAX_VIEWS = 64
 CHUNK = 1 << 17  # elements per chunk of a row-wise torch kernel: a few chunks stay in a core's L2 cache
-FILES = ("attention", "classifier", "embedding", "guard", "matmul", "norm", "optimizer")
+FILES = ("attention", "classifier", "embedding", "glu", "guard", "matmul", "norm", "optimizer", "rope")
 # Backends on CUDA, best first; every group ends with the plain-torch reference. The CPU has only that.
 CUDA_ORDER = {
     "matmul": ("quack", "cublaslt", "triton", "torch"),
     "attention": ("fa4", "cudnn", "triton", "torch"),
-    **dict.fromkeys(("classifier", "embedding", "guard", "norm", "optimizer"), ("triton", "torch")),
+    **dict.fromkeys((name for name in FILES if name not in ("attention", "matmul")), ("triton", "torch")),
 }
 CUDA_FILES = (
-    *(name for name in FILES if name != "matmul"),
+    *(name for name in FILES if name not in ("glu", "matmul", "rope")),
     *("bias", "cublaslt", "cudnn", "decode", "fa4", "gelu", "quack"),
 )
 ON_HOST = ("adamw_update", "embedding_backward", "step_guard")  # their references read values on the host

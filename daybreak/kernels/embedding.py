@@ -13,26 +13,28 @@ from daybreak.kernels import Scratch, Temps, acc_dtype, op
 
 
 @op("out")
-def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor) -> None:
-    """out (B*T, C) = wte[tokens] + wpe[:T] for tokens (B, T) int64."""
+def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor | None) -> None:
+    """out (B*T, C) = wte[tokens] + wpe[:T], if there is a wpe, for tokens (B, T) int64."""
     B, T = tokens.shape
     torch.index_select(wte, 0, tokens.view(-1), out=out)
-    out.view(B, T, -1).add_(wpe[:T])
+    if wpe is not None:
+        out.view(B, T, -1).add_(wpe[:T])
 
 
-def decode_temps(out: Tensor, *_: object) -> Temps:
-    return [(tuple(out.shape), out.dtype)]
+def decode_temps(out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor | None) -> Temps:
+    return [(tuple(out.shape), out.dtype)] if wpe is not None else []
 
 
 @op("out", temps=decode_temps)
 def embedding_decode(
-    out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor, *, scratch: Scratch
+    out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor | None, *, scratch: Scratch
 ) -> None:
     """out (b, C) = wte[tokens] + wpe[positions] for tokens, positions (b) int64: one token of each of b texts."""
-    (position,) = scratch(decode_temps(out))
     torch.index_select(wte, 0, tokens, out=out)
-    torch.index_select(wpe, 0, positions, out=position)
-    out.add_(position)
+    if wpe is not None:
+        (position,) = scratch(decode_temps(out, tokens, positions, wte, wpe))
+        torch.index_select(wpe, 0, positions, out=position)
+        out.add_(position)
 
 
 def backward_temps(dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, tokens: Tensor, **_: object) -> Temps:
@@ -46,23 +48,27 @@ def backward_temps(dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, token
 
 @op("dwte", "dwpe", temps=backward_temps)
 def embedding_backward(
-    dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, tokens: Tensor, *, accumulate: bool, scratch: Scratch
-) -> None:
+    dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, tokens: Tensor,
+    *, accumulate: bool, tied: bool = True, scratch: Scratch,
+) -> None:  # fmt: skip
     """Add dout (B*T, C) to the rows of dwte (Vp, C) that `tokens` (B, T) name, and its sum over B to dwpe[:T].
 
-    dwte always accumulates: the tied head wrote it earlier in the same backward pass. One may be None: nobody wants it.
+    A tied dwte always accumulates: the head wrote it earlier in the same backward pass. Either may be None: nobody
+    wants it.
     """
     B, T = tokens.shape
     temps = scratch(backward_temps(dwte, dwpe, dout, tokens))
-    position = temps[0]
-    torch.sum(dout.view(B, T, -1), 0, out=position)
-    if dwpe is not None and accumulate:
-        dwpe[:T].add_(position)
-    elif dwpe is not None:
-        dwpe[:T].copy_(position)
-        dwpe[T:].zero_()
+    if dwpe is not None:
+        position = torch.sum(dout.view(B, T, -1), 0, out=temps[0])
+        if accumulate:
+            dwpe[:T].add_(position)
+        else:
+            dwpe[:T].copy_(position)
+            dwpe[T:].zero_()
     if dwte is None:
         return
+    if not (tied or accumulate):
+        dwte.zero_()
     if len(temps) == 1:
         _scatter_add(dwte, tokens.view(-1), dout)
     else:

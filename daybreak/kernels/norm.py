@@ -1,7 +1,8 @@
-"""LayerNorm (Ba, Kiros, Hinton 2016).
+"""LayerNorm (Ba, Kiros, Hinton 2016), and RMSNorm (Zhang, Sennrich 2019).
 
 For a row x of C values:  xhat = (x - mean) rstd,  rstd = 1 / sqrt(var + 1e-5),  y = xhat w + b.
 Backward, with g = dy w:  dx = rstd (g - mean(g) - xhat mean(g xhat)),  dw = sum dy xhat,  db = sum dy.
+RMSNorm has neither mean nor b:  rstd = 1 / sqrt(mean(x^2) + eps),  xhat = x rstd,  dx = rstd (g - xhat mean(g xhat)).
 Statistics are two-pass and kept in fp32 (fp64 for fp64), whatever the dtype of x.
 """
 
@@ -96,3 +97,65 @@ def layernorm_backward(
             if accumulate:
                 total.add_(widen(grad, part))
             grad.copy_(total)
+
+
+def rms_temps(out: Tensor, rstd: Tensor, x: Tensor, *_: object, **__: object) -> Temps:
+    (n, *inner), C, acc = x.shape[:-1], x.shape[-1], acc_dtype(x.dtype)
+    rows = chunk_rows(n, x[0].numel())
+    return [*[((rows, *inner, C), acc)] * 2, ((C,), acc)]
+
+
+@op("out", "rstd", temps=rms_temps)
+def rmsnorm_forward(out: Tensor, rstd: Tensor, x: Tensor, weight: Tensor, *, eps: float, scratch: Scratch) -> None:
+    """out = x / sqrt(mean(x^2) + eps) * weight (C) over the last dimension of x, rounded once.
+
+    x and out: (n, C), or (n, heads, C), and strided if need be. rstd, one for each row, in fp32 or wider, is kept for
+    backward.
+    """
+    x_, square, w_ = scratch(rms_temps(out, rstd, x))
+    w, rstd = widen(weight, w_), rstd.view(*x.shape[:-1], 1)
+    for rows in row_chunks(x.shape[0], x[0].numel()):
+        r = rstd[rows]
+        xf, sq = x_[: len(r)], square[: len(r)]
+        torch.mul(xf.copy_(x[rows]), xf, out=sq)
+        torch.mean(sq, -1, keepdim=True, out=r)
+        torch.rsqrt(r.add_(eps), out=r)
+        out[rows].copy_(xf.mul_(r).mul_(w))
+
+
+def rms_backward_temps(
+    dx: Tensor, dweight: Tensor | None, rewrite: Tensor | None, dout: Tensor, *_: object, **__: object
+) -> Temps:
+    (n, *inner), C, acc = dout.shape[:-1], dout.shape[-1], acc_dtype(dout.dtype)
+    rows = chunk_rows(n, dout[0].numel())
+    return [*[((rows, *inner, C), acc)] * 3, ((rows, *inner, 1), acc), *[((C,), acc)] * 3]
+
+
+@op("dx", "dweight", "rewrite", temps=rms_backward_temps)
+def rmsnorm_backward(
+    dx: Tensor, dweight: Tensor | None, rewrite: Tensor | None, dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor,
+    *, accumulate_dx: bool, accumulate: bool, scratch: Scratch,
+) -> None:  # fmt: skip
+    """Gradients of RMSNorm: dx like x, and dweight (C) summed over all rows, if wanted. dx may be dout.
+
+    `accumulate_dx` adds into dx, `accumulate` into dweight. rewrite = the output once more, if wanted.
+    """
+    xhat_, g_, tmp_, c_, total, part, w_ = scratch(rms_backward_temps(dx, dweight, rewrite, dout))
+    w, rstd, C = widen(weight, w_), rstd.view(*x.shape[:-1], 1), x.shape[-1]
+    total.zero_()
+    for rows in row_chunks(x.shape[0], x[0].numel()):
+        r = rstd[rows]
+        xhat, g, tmp, c = (buffer[: len(r)] for buffer in (xhat_, g_, tmp_, c_))
+        xhat.copy_(x[rows]).mul_(r)
+        if rewrite is not None:
+            rewrite[rows].copy_(torch.mul(xhat, w, out=tmp))
+        torch.mul(g.copy_(dout[rows]), xhat, out=tmp)
+        total.add_(torch.sum(tmp.view(-1, C), 0, out=part))
+        torch.mul(g.mul_(w), xhat, out=tmp)
+        torch.mean(tmp, -1, keepdim=True, out=c)
+        g.sub_(xhat.mul_(c)).mul_(r)
+        if accumulate_dx:
+            g.add_(widen(dx[rows], tmp))
+        dx[rows].copy_(g)
+    if dweight is not None:
+        dweight.copy_(total.add_(widen(dweight, part)) if accumulate else total)

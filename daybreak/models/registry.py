@@ -17,7 +17,9 @@ from daybreak.shapes import Shape
 class Model(Protocol):
     """What a model file provides: its parameters, forward, backward, decode, and its cost."""
 
-    asks: Mapping[str, Collection[str]]  # operation -> arguments that not every backend has, as attention's lo
+    # Operation -> arguments that not every backend has, as attention's lo. Attention whose heads share keys and values
+    # asks for `window`: backends that have it take fewer heads of keys than of queries.
+    asks: Mapping[str, Collection[str]]
 
     def rows(self) -> list[Row]:
         """Parameters in forward order."""

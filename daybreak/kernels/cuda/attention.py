@@ -289,6 +289,7 @@ def attention_forward(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     """out (B, T, NH, HS) = causal attention of strided q, k, v; lse (B, NH, T) fp32, the natural log-sum-exp."""
     B, T, NH, _ = q.shape
     assert lse.is_contiguous()
+    assert k.shape == q.shape, "heads share no keys"
     blocks, setting = _setting(q, FORWARD)
     strides = _strides(out, q, k, v)
     _forward_kernel[(blocks * B * NH,)](out, lse, q, k, v, *strides, T, NH, scale * math.log2(math.e), **setting)
@@ -308,6 +309,7 @@ def attention_backward(
     """dq, dk, dv (B, T, NH, HS) from dout and the tensors of forward; all are strided views but lse."""
     B, T, NH, _ = q.shape
     assert lse.is_contiguous()
+    assert k.shape == q.shape, "heads share no keys"
     (delta,) = scratch(backward_temps(dq, dk, dv, dout, q))
     blocks, setting = _setting(q, QUERIES)
     _backward_queries_kernel[(blocks * B * NH,)](

@@ -67,6 +67,7 @@ def attention_forward(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, scratch: Scratch
 ) -> None:
     """out (B, T, NH, HS) = causal attention of strided q, k, v; lse (B, NH, T) fp32, the natural log-sum-exp."""
+    assert k.shape == q.shape, "heads share no keys"
     tensors = (q, k, v, out)
     key = (scale, *((x.shape, x.stride()) for x in tensors))
     plan = FORWARD_PLANS.get(key)
@@ -88,6 +89,7 @@ def attention_backward(
     if not served(q):
         flash.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale=scale, scratch=scratch)
         return
+    assert k.shape == q.shape, "heads share no keys"
     tensors = (q, k, v, out, dout, dq, dk, dv)
     key = (scale, *((x.shape, x.stride()) for x in tensors))
     plan = BACKWARD_PLANS.get(key)

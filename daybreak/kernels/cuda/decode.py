@@ -158,6 +158,7 @@ def attention_decode(
 ) -> None:
     """One query a row over its cached keys: (b, NH, HS) each, heads next to each other; cache (2, b, NH, T, HS)."""
     b, NH, HS = q.shape
+    assert k.shape == q.shape, "heads share no keys"
     assert q.stride(0) == k.stride(0) == v.stride(0), "q, k and v are laid out alike"
     assert all(x[0].is_contiguous() for x in (out, q, k, v)), "heads must be contiguous"
     assert cache[0, 0, 0].is_contiguous(), "a head's keys must be contiguous"

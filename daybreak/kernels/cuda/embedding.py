@@ -48,8 +48,11 @@ POSITION_ROWS, POSITION_COLS = 8, 1024
 
 
 @triton.jit
-def _forward_kernel(out, tokens, positions, wte, wpe, T, C, GIVEN: tl.constexpr, COLS: tl.constexpr):
+def _forward_kernel(
+    out, tokens, positions, wte, wpe, T, C, GIVEN: tl.constexpr, PLACED: tl.constexpr, COLS: tl.constexpr
+):
     """One row of out. Its position is its place in a sequence of T, or is read from `positions` if GIVEN.
+    Without PLACED there is no wpe.
 
     The cache hints keep rows of wte and wpe, which are read again, but not out.
     """
@@ -61,9 +64,10 @@ def _forward_kernel(out, tokens, positions, wte, wpe, T, C, GIVEN: tl.constexpr,
     cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
     mask = cols < C
     x = tl.load(wte + tl.load(tokens + row) * C + cols, mask=mask, other=0.0, eviction_policy="evict_last")
-    p = tl.load(wpe + place * C + cols, mask=mask, other=0.0, eviction_policy="evict_last")
-    y = (x.to(tl.float32) + p.to(tl.float32)).to(out.dtype.element_ty)
-    tl.store(out + row.to(tl.int64) * C + cols, y, mask=mask, cache_modifier=".cs")
+    if PLACED:
+        p = tl.load(wpe + place * C + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+        x = (x.to(tl.float32) + p.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + row.to(tl.int64) * C + cols, x, mask=mask, cache_modifier=".cs")
 
 
 def _forward_launch(C: int) -> tuple[int, int]:
@@ -72,23 +76,23 @@ def _forward_launch(C: int) -> tuple[int, int]:
     return cols, max(cols // 512, 1)
 
 
-def _forward(out: Tensor, tokens: Tensor, positions: Tensor | None, wte: Tensor, wpe: Tensor) -> None:
+def _forward(out: Tensor, tokens: Tensor, positions: Tensor | None, wte: Tensor, wpe: Tensor | None) -> None:
     T, C = tokens.shape[-1], out.shape[1]
     cols, warps = _forward_launch(C)
     _forward_kernel[(T, out.shape[0] // T, triton.cdiv(C, cols))](
-        out, tokens, tokens if positions is None else positions, wte, wpe, T, C,
-        GIVEN=positions is not None, COLS=cols, num_warps=warps,
+        out, tokens, tokens if positions is None else positions, wte, wte if wpe is None else wpe, T, C,
+        GIVEN=positions is not None, PLACED=wpe is not None, COLS=cols, num_warps=warps,
     )  # fmt: skip
 
 
 @backend("triton")
-def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor) -> None:
-    """out (B*T, C) = wte[tokens] + wpe[:T] for tokens (B <= 65,535, T) int64; added in fp32, rounded once."""
+def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor | None) -> None:
+    """out (B*T, C) = wte[tokens] + wpe[:T], if given; tokens (B <= 65,535, T) int64; added in fp32, rounded once."""
     _forward(out, tokens, None, wte, wpe)
 
 
 @backend("triton")
-def embedding_decode(out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> None:
+def embedding_decode(out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor | None) -> None:
     """out (b, C) = wte[tokens] + wpe[positions] for tokens, positions (b) int64; added in fp32, rounded once."""
     _forward(out, tokens, positions, wte, wpe)
 
@@ -270,9 +274,11 @@ def backward_temps(dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, *_: o
 
 @backend("triton", temps=backward_temps)
 def embedding_backward(
-    dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, tokens: Tensor, *, accumulate: bool, scratch: Scratch
-) -> None:
-    """dwte (Vp, C) += the rows of dout (B*T, C) by `tokens` (B, T); dwpe[:T] = or += their sum over B."""
+    dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, tokens: Tensor,
+    *, accumulate: bool, tied: bool = True, scratch: Scratch,
+) -> None:  # fmt: skip
+    """dwte (Vp, C) += the rows of dout (B*T, C) by `tokens` (B, T), or = if neither `tied` nor `accumulate`;
+    dwpe[:T] = or += their sum over B."""
     (B, T), (n, C) = tokens.shape, dout.shape
     *pairs, table, part = scratch(backward_temps(dwte, dwpe, dout))
     cols = min(triton.next_power_of_2(C), POSITION_COLS)
@@ -282,6 +288,8 @@ def embedding_backward(
         )
     if dwte is None:
         return
+    if not (tied or accumulate):
+        dwte.zero_()
     keys, rows = _sort(tokens, pairs, table, dwte.shape[0])
     chunks = part.shape[1]
     grid = (chunks, triton.cdiv(C, RUN_COLS))

@@ -57,6 +57,7 @@ def attention_backward(
         flash.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale=scale, scratch=scratch)
         return
     assert lse.is_contiguous()
+    assert k.shape == q.shape, "heads share no keys"
     with apart():  # it may compile
         _interface()._flash_attn_bwd(
             q, k, v, out, dout, lse, softmax_scale=scale, causal=True, deterministic=True, dq=dq, dk=dk, dv=dv

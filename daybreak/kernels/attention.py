@@ -75,8 +75,8 @@ def _heads_first(x: Tensor, buffer: Tensor) -> Tensor:
 
 def _blocks(x: Tensor, buffer: Tensor) -> list[Tensor]:
     """Copy each block of queries of x (b, T, NH, width) into `buffer` as a contiguous (b * NH, r, width)."""
-    parts = x.split(QUERY_BLOCK, 1)
-    pieces = buffer[: x.numel()].split([part.numel() for part in parts])
+    parts = torch.split(x, QUERY_BLOCK, 1)
+    pieces = torch.split(buffer[: x.numel()], [part.numel() for part in parts])
     return [_heads_first(part, piece) for part, piece in zip(parts, pieces, strict=True)]
 
 

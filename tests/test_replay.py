@@ -192,7 +192,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "an update is missing": (schedule, {"update": lambda *_: None}, {"count", "calls", "memory"}),
     "a dtype": (schedule, {"acc_dtype": lambda _: torch.float64}, {"calls", "memory"}),
     "offsets in the arena": (arena, {"ALIGN": 512}, {"memory"}),
-    "exchanges are waited for earlier": (arena, {"IN_FLIGHT": 1}, {"calls", "memory"}),
+    "buckets are waited for earlier": (collectives, {"IN_FLIGHT": 1}, {"calls", "memory"}),
     "unit of a bucket": (collectives, {"ALIGN": 256}, {"calls", "buckets"}),
 }
 

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from daybreak.engine.collectives import IN_FLIGHT, Collectives, Sharding
+from daybreak.engine.collectives import Collectives, Sharding, gradient_of, reduce_gradients
 from daybreak.engine.params import ParamTable
 from daybreak.kernels import Call, Kernels, Recorder, acc_dtype, storage_key
 from daybreak.models.frame import Frame, Mode
@@ -55,7 +55,7 @@ class Entry:
 
 
 class StepFrame(Frame, Protocol):
-    """What a step sees beside a model's frame: the tensors that stay, and the exchange between ranks."""
+    """What a step sees beside a model's frame: the tensors that stay, and the collectives between ranks."""
 
     comm: Collectives
     state: dict[str, Tensor]
@@ -73,7 +73,7 @@ class StepFrame(Frame, Protocol):
         return copy
 
     def final(self) -> None:
-        exchange(self)
+        reduce_gradients(self)
 
     def convert_weights(self) -> None:
         """Make the weights that matmuls read in a format of their own, from the plain ones."""
@@ -105,7 +105,7 @@ class PlanFrame(StepFrame):
             return None
         if "grads" in self.state:
             return self.table.view(self.state["grads"], self.prefix + name)
-        return self.comm.plan.gradient(self.prefix + name, lambda k: grad_buffer(self.layer("", 0, Mode()), k))
+        return gradient_of(self.layer("", 0, Mode()), self.prefix + name)
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         name, dtype = self.prefix + name + (".again" if self.mode.recomputed and not plain else ""), dtype or self.dtype
@@ -141,7 +141,7 @@ class LiveFrame(StepFrame):
         if "grads" in self.state:
             self.grads |= {name: table.view(self.state["grads"], name) for name in table.offsets}
         elif "shard" in self.state:  # stage 2
-            self.grads |= {name: comm.plan.gradient(name, lambda k: grad_buffer(self, k)) for name in table.offsets}
+            self.grads |= {name: gradient_of(self, name) for name in table.offsets}
 
     def _view(self, e: Entry) -> Tensor:
         return self.buffers[e.buffer][e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape)
@@ -162,65 +162,6 @@ class LiveFrame(StepFrame):
         return tensor.view(-1)[: math.prod(shape)].view(shape)  # a smaller batch uses the front
 
     matmul_w, matmul_a = w, a
-
-
-def grad_buffer(f: StepFrame, k: int) -> Tensor:
-    """Stage 2: the gradients of segment k, in memory that others use before and after."""
-    start, stop = f.comm.plan.buffer(k)
-    return f.a(f"grads.{k}", stop - start)
-
-
-def exchange(f: StepFrame) -> None:
-    """Start to exchange the buckets that are final now, and wait for those whose memory is wanted, or, at the end,
-    for all."""
-    c, plan, moment = f.comm, f.comm.plan, f.comm.moment
-    c.moment += 1
-    if not c.exchanges():
-        return
-    if plan.zero == 2:
-        for j, segment in enumerate(plan.segments):
-            if segment[2] == moment:
-                _hand_over(f, j)
-    for k in [k for k in plan.order if plan.buckets[k].moment == moment]:
-        b, size = plan.buckets[k], plan.size(k)
-        if plan.zero == 2:
-            first = plan.buffer(k)[0]
-            whole, out = grad_buffer(f, k)[b.start - first : b.stop - first], f.a(f"reduced.{k}", size)
-        else:
-            whole, out = f.state["grads"][b.start : b.stop], None
-            out = f.state["shard"][b.at : b.at + size] if plan.zero else None
-        name = "all_reduce" if out is None else "reduce_scatter"
-        f.k.do(name, partial(c.reduce, k, whole, out), [whole if out is None else out], [whole])
-        c.flying.append(k)
-    keep = 0 if moment == plan.last_moment else IN_FLIGHT if plan.zero == 2 else len(plan.order)
-    while len(c.flying) > keep:
-        _land(f, c.flying.pop(0))
-
-
-def _hand_over(f: StepFrame, j: int) -> None:
-    """Clear what no row covers of segment j's buffer, and copy what belongs to others' buckets there."""
-    plan, mine = f.comm.plan, grad_buffer(f, j)
-    first = plan.buffer(j)[0]
-    for gap in plan.gaps(j):
-        part = mine[gap]
-        f.k.do("clear", partial(part.zero_), [part], [])
-    for k, start, stop in plan.strips(j):
-        to = grad_buffer(f, k)[start - plan.buffer(k)[0] : stop - plan.buffer(k)[0]]
-        source = mine[start - first : stop - first]
-        f.k.do("strip", partial(to.copy_, source), [to], [source])
-
-
-def _land(f: StepFrame, k: int) -> None:
-    """Wait for bucket k's sum; at stage 2 add it to this rank's, and its memory is free again."""
-    c, plan = f.comm, f.comm.plan
-    b, size = plan.buckets[k], plan.size(k)
-    if plan.zero < 2:
-        grads = f.state["shard" if plan.zero else "grads"]
-        f.k.do("wait", partial(c.wait, k), [grads], [])
-        return
-    whole, found, sums = grad_buffer(f, k), f.a(f"reduced.{k}", size), f.state["shard"][b.at : b.at + size]
-    f.k.do("wait", partial(c.wait, k), [found], [whole])
-    f.k.do("add_shard", partial(sums.copy_ if c.first else sums.add_, found), [sums], [found, sums])
 
 
 def zeros(size: int, device: torch.device) -> Tensor:

@@ -1,21 +1,43 @@
-"""What ranks exchange: gradients in buckets while backward still runs, updated weights while the next step begins.
+"""Collectives between ranks: gradients are summed while backward still runs, updated weights gathered after it.
 
-ZeRO stages (Rajbhandari et al. 2020): 0 sums gradients on all ranks (all-reduce) and every rank updates everything;
-1 sums each rank's shard on that rank (reduce-scatter), which alone holds the exact weights and moments of it, and
-gathers the updated weights; 2 does so in every micro-step, into a wider shard, and whole gradients never exist.
+ZeRO stages (Rajbhandari et al. 2020) say who sums and who updates:
 
-A bucket is a range of the flat buffers whose length is a multiple of ranks x ALIGN: rank r's shard is its r-th part.
-Only the flat buffers' very end is padded, so any number of parameters and ranks will do. Buckets are cut near the
-borders of what becomes final together; at a border the few elements that do not divide go to the side that is final
-later. On CUDA, NCCL runs on a stream of its own: `start` forks it from the schedule's, `wait` joins it.
+    stage 0   all-reduce: every rank has the sums of all gradients, and updates all weights
+    stage 1   reduce-scatter: a rank has the sums of its shard, alone keeps master weights and optimizer state for it,
+              and all ranks gather the updated weights
+    stage 2   as 1, after every micro-step, into a wider shard: whole gradients never exist
+
+`Sharding` cuts the flat buffers (params.py). A segment is a run of whole parameters that become final at one moment. A
+bucket is sent in one go, and every rank owns an equal part of it. So its length is a multiple of ranks x ALIGN, and it
+ends near the end of its segment. The few elements between the two ends go with the segment that is final later. Bucket
+k belongs to segment k. With two ranks and two layers:
+
+    parameters     | matrices of h.1     | matrices of h.0        | wpe, wte           | vectors    |
+    final at       | moment 0            | moment 2               | moment 1           | moment 2   |
+    buckets        | 0                | 1                          | 2              | 3         | pad |
+    owners         | rank 0 | rank 1  | rank 0      | rank 1       | rank 0 | rank 1 | rank 0 | rank 1    |
+
+    rank 1 keeps   | of 0    | of 1         | of 2   | of 3      |   in compact buffers of its own
+
+So an element has two places. One is in the flat buffers, the other (`at`) in the compact buffers of its owner: master
+weights, summed gradients, optimizer state. At stage 0 both are the same.
+
+A model calls `f.final()` when it has finished some gradients (moments.py). Each call is a moment, and does three
+things, as far as they are due:
+
+    1 strips   stage 2: what lies between the ends of segment and bucket is copied to the neighbour's buffer
+    2 start    the buckets that are final now are reduced, on a stream of NCCL's own
+    3 finish   the oldest buckets are waited for: at stage 2 all but IN_FLIGHT, so that their memory can be used
+               again; else none before the last moment
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +45,10 @@ from torch import Tensor
 from daybreak.engine.params import ALIGN, ParamTable, Span
 from daybreak.parallel import ALONE, Group
 
-IN_FLIGHT = 2  # stage 2: buckets whose exchange may be under way while backward fills the next
+if TYPE_CHECKING:
+    from daybreak.engine.arena import StepFrame
+
+IN_FLIGHT = 2  # stage 2: buckets that may be under way while backward fills the next
 
 
 @dataclass(frozen=True)
@@ -80,7 +105,7 @@ class Sharding:
         self.order = sorted(filled, key=lambda k: self.buckets[k].moment)
         self.last_moment = max(moment for _, _, moment in self.segments)
         self.whole = table.whole // self.world if self.zero else table.whole  # elements held of these
-        self._segment_of = {
+        self.segment_of = {
             name: k for k, (a, b, _) in enumerate(self.segments) for name, at in table.offsets.items() if a <= at < b
         }
 
@@ -129,18 +154,12 @@ class Sharding:
             if low < high:
                 yield slice(low - first, high - first), slice(at + low - start, at + high - start)
 
-    # ---- stage 2: gradients live in one buffer a segment, from their first writing to their exchange
+    # ---- stage 2: gradients live in one buffer a segment, until their bucket is reduced
 
     def buffer(self, k: int) -> tuple[int, int]:
         """The flat range that segment k's gradient buffer covers: its rows and its bucket."""
         (a, b, _), bucket = self.segments[k], self.buckets[k]
         return (min(a, bucket.start), max(b, bucket.stop)) if bucket.stop > bucket.start else (a, b)
-
-    def gradient(self, name: str, ask: Callable[[int], Tensor]) -> Tensor:
-        """A row's gradient inside its segment's buffer, which `ask` gives."""
-        k = self._segment_of[name]
-        row, at = self.table.rows[name], self.table.offsets[name] - self.buffer(k)[0]
-        return ask(k)[at : at + row.numel].view(row.shape)
 
     def strips(self, j: int) -> Iterator[tuple[int, int, int]]:
         """(bucket, start, stop) of what segment j's rows have to hand to other segments' buckets."""
@@ -150,20 +169,19 @@ class Sharding:
             if k != j and low < high:
                 yield k, low, high
 
-    def gaps(self, k: int) -> Iterator[slice]:
-        """Parts of segment k's buffer that no row covers: alignment, and the flat buffers' end."""
+    def gaps(self, k: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of what no row covers in segment k's buffer: alignment, and the flat buffers' end."""
         a, b, _ = self.segments[k]
-        first, last = self.buffer(k)
-        at = a
+        at, last = a, self.buffer(k)[1]
         for name, offset in sorted(self.table.offsets.items(), key=lambda item: item[1]):
             if a <= offset < b:
                 if at < offset:
-                    yield slice(at - first, offset - first)
+                    yield at, offset
                 at = offset + self.table.rows[name].numel
         if at < b:
-            yield slice(at - first, b - first)
+            yield at, b
         if k == len(self.segments) - 1 and b < last:
-            yield slice(b - first, last - first)
+            yield b, last
 
     def volume(self, dtype: torch.dtype, micro_steps: int) -> float:
         """Bytes a rank sends in a step of `micro_steps`, padding counted: scalars apart, exactly 2 P (N-1)/N, at
@@ -190,7 +208,7 @@ def _segments(table: ParamTable, moments: Mapping[str, int], limit: int) -> list
 
 
 class Collectives:
-    """Runs a `Sharding`'s exchanges over a process group. On one process every method does nothing."""
+    """Runs a `Sharding`'s collectives over a process group, and knows which are under way."""
 
     def __init__(self, sharding: Sharding, group: Group = ALONE) -> None:
         self.plan, self.group = sharding, group
@@ -203,8 +221,8 @@ class Collectives:
         self._reducing: dict[int, Any] = {}
         self.gathering: dict[int, Any] = {}
 
-    def exchanges(self) -> bool:
-        """Whether this micro-step's gradients are exchanged: the last one's, at stage 2 all."""
+    def reduces(self) -> bool:
+        """Whether this micro-step's gradients are summed over the ranks: the last one's, at stage 2 all."""
         return self.active and (self.last or self.plan.zero == 2)
 
     # ---- gradients
@@ -256,3 +274,68 @@ class Collectives:
         """Wait for all that is being gathered."""
         for k in list(self.gathering):
             self.gathering.pop(k).wait()
+
+
+# ---- what `f.final()` does between ranks; planning records the same calls
+
+
+def gradients_in(f: StepFrame, k: int, start: int, stop: int) -> Tensor:
+    """Stage 2: elements [start, stop) of the flat gradients, in segment k's buffer. Others use its memory before it and
+    after."""
+    first, last = f.comm.plan.buffer(k)
+    return f.a(f"grads.{k}", last - first)[start - first : stop - first]
+
+
+def gradient_of(f: StepFrame, name: str) -> Tensor:
+    """Stage 2: a parameter's gradient, in its segment's buffer."""
+    row, start = f.table.rows[name], f.table.offsets[name]
+    return gradients_in(f, f.comm.plan.segment_of[name], start, start + row.numel).view(row.shape)
+
+
+def reduce_gradients(f: StepFrame) -> None:
+    """A moment of backward: the three things at the top of this file."""
+    c, plan, moment = f.comm, f.comm.plan, f.comm.moment
+    c.moment += 1
+    if not c.reduces():
+        return
+    if plan.zero == 2:
+        for j, segment in enumerate(plan.segments):
+            if segment[2] == moment:
+                _copy_strips(f, j)
+    for k in [k for k in plan.order if plan.buckets[k].moment == moment]:
+        b, size = plan.buckets[k], plan.size(k)
+        if plan.zero == 2:
+            whole, out = gradients_in(f, k, b.start, b.stop), f.a(f"reduced.{k}", size)
+        else:
+            whole, out = f.state["grads"][b.start : b.stop], None
+            out = f.state["shard"][b.at : b.at + size] if plan.zero else None
+        name = "all_reduce" if out is None else "reduce_scatter"
+        f.k.do(name, partial(c.reduce, k, whole, out), [whole if out is None else out], [whole])
+        c.flying.append(k)
+    keep = 0 if moment == plan.last_moment else IN_FLIGHT if plan.zero == 2 else len(plan.order)
+    while len(c.flying) > keep:
+        _finish_bucket(f, c.flying.pop(0))
+
+
+def _copy_strips(f: StepFrame, j: int) -> None:
+    """Clear what no row covers of segment j's buffer, and copy what belongs to other buckets to their buffers."""
+    for start, stop in f.comm.plan.gaps(j):
+        part = gradients_in(f, j, start, stop)
+        f.k.do("clear", partial(part.zero_), [part], [])
+    for k, start, stop in f.comm.plan.strips(j):
+        to, source = gradients_in(f, k, start, stop), gradients_in(f, j, start, stop)
+        f.k.do("strip", partial(to.copy_, source), [to], [source])
+
+
+def _finish_bucket(f: StepFrame, k: int) -> None:
+    """Wait for bucket k's sum. Stage 2 adds it to this rank's, and the bucket's memory is free again."""
+    c, plan = f.comm, f.comm.plan
+    b, size = plan.buckets[k], plan.size(k)
+    if plan.zero < 2:
+        grads = f.state["shard" if plan.zero else "grads"]
+        f.k.do("wait", partial(c.wait, k), [grads], [])
+        return
+    whole, found = gradients_in(f, k, *plan.buffer(k)), f.a(f"reduced.{k}", size)
+    sums = f.state["shard"][b.at : b.at + size]
+    f.k.do("wait", partial(c.wait, k), [found], [whole])
+    f.k.do("add_shard", partial(sums.copy_ if c.first else sums.add_, found), [sums], [found, sums])

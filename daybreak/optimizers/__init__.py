@@ -12,6 +12,7 @@ An optimizer that needs whole matrices, such as Muon, is the second kind. AdamW 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -45,8 +46,8 @@ class Part:
     row: Row | None  # the whole parameter's
 
 
-class Optimizer:
-    """One rule for updates. Subclasses are frozen dataclasses: two that are equal share their device scalars."""
+class Optimizer(ABC):
+    """How parameters are updated. Subclasses are frozen dataclasses: two that are equal share their device scalars."""
 
     whole: ClassVar[bool] = False
     state: ClassVar[tuple[str, ...]] = ()  # names of what is kept from step to step
@@ -59,9 +60,9 @@ class Optimizer:
         """Numbers that change from update to update, for the t-th one, from 1."""
         return ()
 
+    @abstractmethod
     def update(self, f: Frame, part: Part) -> None:
         """Update weights, masters and state of `part`, unless the guard said no; by kernels, or by `f.k.do`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

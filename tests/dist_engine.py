@@ -34,7 +34,7 @@ def batch(step: int) -> torch.Tensor:
 
 def gradients(engine: Engine) -> dict[str, list[tuple[int, torch.Tensor]]]:
     """Of each tensor, the parts whose sum over all ranks is here: (first element, values)."""
-    plan = engine.comm.plan
+    plan = engine.comm.sharding
     if not plan.zero:
         return {name: [(0, engine.grad(name).flatten().clone())] for name in engine.table.rows}
     return {
@@ -46,7 +46,7 @@ def gradients(engine: Engine) -> dict[str, list[tuple[int, torch.Tensor]]]:
 def noted(comm: Collectives) -> list[tuple[str, int, float]]:
     """(what, bucket, bytes that each rank sends for it) of the exchanges that are started from now on, in order."""
     found: list[tuple[str, int, float]] = []
-    reduce, gather, share = comm.reduce, comm.gather, (comm.plan.world - 1) / comm.plan.world
+    reduce, gather, share = comm.reduce, comm.gather, (comm.sharding.world - 1) / comm.sharding.world
 
     def noting_reduce(k: int, grads: torch.Tensor, out: torch.Tensor | None) -> None:
         what, times = ("all_reduce", 2) if out is None else ("reduce_scatter", 1)
@@ -55,7 +55,7 @@ def noted(comm: Collectives) -> list[tuple[str, int, float]]:
 
     def noting_gather(weights: torch.Tensor) -> None:
         gather(weights)
-        spans = {k: comm.plan.buckets[k].stop - comm.plan.buckets[k].start for k in comm.gathering}
+        spans = {k: comm.sharding.buckets[k].stop - comm.sharding.buckets[k].start for k in comm.gathering}
         found.extend(("all_gather", k, n * weights.itemsize * share) for k, n in spans.items())
 
     comm.reduce, comm.gather = noting_reduce, noting_gather  # type: ignore[method-assign]

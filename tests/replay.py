@@ -210,7 +210,7 @@ def buckets(plan: Sharding) -> list[str]:
         *(f"segment {start} to {stop}, final at {moment}" for start, stop, moment in plan.segments),
         *(f"bucket {b.start} to {b.stop}, final at {b.moment}, shard at {b.at}" for b in plan.buckets),
         f"order {plan.order}, last moment {plan.last_moment}",
-        *(f"piece {p.start} to {p.stop} at {p.at}, decay {p.span.decay}" for p in plan.pieces()),
+        *(f"piece {p.start} to {p.stop} at {p.at}, decay {p.span.decay}" for p in plan.launches()),
         *(f"shard {start} to {stop} at {at}" for start, stop, at in plan.shards()),
     ]
 

@@ -166,7 +166,7 @@ def test_every_element_has_one_owner(world: int, bucket: int, shape: str) -> Non
         shards = [r for r in plan.shards() if r[0] < r[1]]
         ranges += [(a, b) for a, b, _ in shards]
         state.add(plan.shard)
-        assert sum(p.stop - p.start for p in plan.pieces()) == sum(b - a for a, b, _ in shards)
+        assert sum(p.stop - p.start for p in plan.launches()) == sum(b - a for a, b, _ in shards)
         assert all(b - a <= plan.shard for a, b, _ in shards) or world == 1
     assert len(state) == 1  # equal shards
     ranges.sort()

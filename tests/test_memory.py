@@ -120,7 +120,7 @@ def test_one_of_two_ranks_saves_and_sets_split_masters_in_pieces(zero: int, tmp_
     assert 0 < max(allocations(tmp_path / "trace", write)) <= most
     written = torch.empty(wte.numel())
     SafetensorsFile(tmp_path / "model.safetensors").read("wte", written)
-    for where, _ in engine.comm.plan.within("wte", engine.comm.plan.shards()):
+    for where, _ in engine.comm.sharding.within("wte", engine.comm.sharding.shards()):
         assert torch.equal(written[where], wte.view(-1)[where])
 
 

@@ -137,7 +137,7 @@ def test_whole_matrices_lie_in_one_share_with_little_padding(world: int) -> None
                 at = table.offsets[name] - start
                 assert at // share == (at + table.rows[name].numel - 1) // share
         held = [name for name in matrices if any(plan.within(name, plan.held()))]
-        assert sorted(p.name for p in plan.pieces() if p.name) == sorted(held)
+        assert sorted(p.name for p in plan.launches() if p.name) == sorted(held)
         state = {e.name: e.shape for e in arena.entries if e.saved == "whole"}
         shapes = {name: table.rows[name].shape for name in held}
         assert state == {

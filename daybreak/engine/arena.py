@@ -1,8 +1,17 @@
 """Memory, known before anything runs: every tensor's name, shape, dtype, lifetime and offset in a few flat buffers.
 
-The planner runs the schedule once with a recorder in place of the kernels. The call list it gets back says when each
-activation is first written and last read; activations whose lifetimes do not overlap share bytes. Nothing here
-touches a device: `plan` prints the list, training allocates exactly it.
+The planner runs the schedule once with a recorder in place of the kernels, and tensors that have no memory. The list of
+calls says when each activation is first written and last read. Activations that are never alive at the same call may
+share bytes. The largest one is placed first, each at the lowest offset that is free in all of its calls:
+
+    offset       call 0        1        2        3        4        5        6
+    0            |----- qkv -----------------------| |----- d_fc --------------------
+    6 C n        |- ln1 ---------|        |- att --------------------|
+    8 C n                                 |- lse -------|
+
+Every other tensor (weights, optimizer state, batch) stays, and has bytes of its own. Nothing here touches a device:
+`plan` prints the list, and training allocates exactly it. Different schedules, such as training and decode, use the
+same bytes, because they never run at once.
 """
 
 from __future__ import annotations
@@ -216,7 +225,7 @@ def plan_arena(
     spans = [_lifetimes(frame, calls) for calls in recorded]
     activations = _place(frame.activations, [s for i, s in enumerate(spans) if s not in spans[:i]])
     return Arena(
-        [*(replace(e, last=len(calls)) for e in placed), scratch_entry, *activations], calls, choices, comm.plan
+        [*(replace(e, last=len(calls)) for e in placed), scratch_entry, *activations], calls, choices, comm.sharding
     )
 
 

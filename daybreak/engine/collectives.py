@@ -62,7 +62,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Launch:
     """Elements [start, stop) of the flat buffers that this rank updates; masters and summed gradient begin at `at`.
 
     name: the parameter's that they are, if the optimizer takes whole ones.
@@ -127,7 +127,7 @@ class Sharding:
         """The same of what this rank has optimizer state for: its shards, or at stage 0 everything."""
         yield from self.shards() if self.zero else [(0, self.table.numel, 0)]
 
-    def pieces(self) -> list[Piece]:
+    def launches(self) -> list[Launch]:
         """What one optimizer launch each updates: the ranges held, cut where the group changes, or whole parameters."""
         found = []
         for span in self.table.spans:
@@ -135,7 +135,7 @@ class Sharding:
                 for first, last, at in self.held():
                     low, high = max(first, start), min(last, stop)
                     if low < high:
-                        found.append(Piece(low, high, at + low - first, span, name))
+                        found.append(Launch(low, high, at + low - first, span, name))
         return found
 
     def by_element(self, ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
@@ -211,7 +211,7 @@ class Collectives:
     """Runs a `Sharding`'s collectives over a process group, and knows which are under way."""
 
     def __init__(self, sharding: Sharding, group: Group = ALONE) -> None:
-        self.plan, self.group = sharding, group
+        self.sharding, self.group = sharding, group
         self.active = group.world > 1
         self.last = True  # the micro-step under way is the step's last
         self.first = True
@@ -223,7 +223,7 @@ class Collectives:
 
     def reduces(self) -> bool:
         """Whether this micro-step's gradients are summed over the ranks: the last one's, at stage 2 all."""
-        return self.active and (self.last or self.plan.zero == 2)
+        return self.active and (self.last or self.sharding.zero == 2)
 
     # ---- gradients
 
@@ -248,26 +248,26 @@ class Collectives:
         self.group.progress += 1
         self.group.dist.all_reduce(sums)
         state["loss"].copy_(sums[0])
-        if self.plan.zero:  # at stage 0 every rank has the whole gradient's, from the same bits
+        if self.sharding.zero:  # at stage 0 every rank has the whole gradient's, from the same bits
             torch.sqrt(sums[1], out=state["norm"])
 
     # ---- weights
 
     def gather(self, weights: Tensor) -> None:
         """Start to gather all updated weights, in the order in which forward wants them; where they are `stale`."""
-        for k in reversed(self.plan.order):
-            b, size = self.plan.buckets[k], self.plan.size(k)
-            mine = weights[b.start + self.plan.rank * size :][:size]
+        for k in reversed(self.sharding.order):
+            b, size = self.sharding.buckets[k], self.sharding.size(k)
+            mine = weights[b.start + self.sharding.rank * size :][:size]
             self.group.progress += 1
             self.gathering[k] = self.group.all_gather_into(weights[b.start : b.stop], mine)
         self.stale = False
 
     def need(self, name: str) -> None:
         """Wait for the buckets that hold a row's weights; a frozen one is in none."""
-        first = self.plan.table.offsets.get(name, self.plan.numel)
-        last = first + self.plan.table.rows[name].numel
+        first = self.sharding.table.offsets.get(name, self.sharding.numel)
+        last = first + self.sharding.table.rows[name].numel
         for k in list(self.gathering):
-            if self.plan.buckets[k].start < last and first < self.plan.buckets[k].stop:
+            if self.sharding.buckets[k].start < last and first < self.sharding.buckets[k].stop:
                 self.gathering.pop(k).wait()
 
     def finish(self) -> None:
@@ -282,60 +282,60 @@ class Collectives:
 def gradients_in(f: StepFrame, k: int, start: int, stop: int) -> Tensor:
     """Stage 2: elements [start, stop) of the flat gradients, in segment k's buffer. Others use its memory before it and
     after."""
-    first, last = f.comm.plan.buffer(k)
+    first, last = f.comm.sharding.buffer(k)
     return f.a(f"grads.{k}", last - first)[start - first : stop - first]
 
 
 def gradient_of(f: StepFrame, name: str) -> Tensor:
     """Stage 2: a parameter's gradient, in its segment's buffer."""
     row, start = f.table.rows[name], f.table.offsets[name]
-    return gradients_in(f, f.comm.plan.segment_of[name], start, start + row.numel).view(row.shape)
+    return gradients_in(f, f.comm.sharding.segment_of[name], start, start + row.numel).view(row.shape)
 
 
 def reduce_gradients(f: StepFrame) -> None:
     """A moment of backward: the three things at the top of this file."""
-    c, plan, moment = f.comm, f.comm.plan, f.comm.moment
+    c, sharding, moment = f.comm, f.comm.sharding, f.comm.moment
     c.moment += 1
     if not c.reduces():
         return
-    if plan.zero == 2:
-        for j, segment in enumerate(plan.segments):
+    if sharding.zero == 2:
+        for j, segment in enumerate(sharding.segments):
             if segment[2] == moment:
                 _copy_strips(f, j)
-    for k in [k for k in plan.order if plan.buckets[k].moment == moment]:
-        b, size = plan.buckets[k], plan.size(k)
-        if plan.zero == 2:
+    for k in [k for k in sharding.order if sharding.buckets[k].moment == moment]:
+        b, size = sharding.buckets[k], sharding.size(k)
+        if sharding.zero == 2:
             whole, out = gradients_in(f, k, b.start, b.stop), f.a(f"reduced.{k}", size)
         else:
             whole, out = f.state["grads"][b.start : b.stop], None
-            out = f.state["shard"][b.at : b.at + size] if plan.zero else None
+            out = f.state["shard"][b.at : b.at + size] if sharding.zero else None
         name = "all_reduce" if out is None else "reduce_scatter"
         f.k.do(name, partial(c.reduce, k, whole, out), [whole if out is None else out], [whole])
         c.flying.append(k)
-    keep = 0 if moment == plan.last_moment else IN_FLIGHT if plan.zero == 2 else len(plan.order)
+    keep = 0 if moment == sharding.last_moment else IN_FLIGHT if sharding.zero == 2 else len(sharding.order)
     while len(c.flying) > keep:
         _finish_bucket(f, c.flying.pop(0))
 
 
 def _copy_strips(f: StepFrame, j: int) -> None:
     """Clear what no row covers of segment j's buffer, and copy what belongs to other buckets to their buffers."""
-    for start, stop in f.comm.plan.gaps(j):
+    for start, stop in f.comm.sharding.gaps(j):
         part = gradients_in(f, j, start, stop)
         f.k.do("clear", partial(part.zero_), [part], [])
-    for k, start, stop in f.comm.plan.strips(j):
+    for k, start, stop in f.comm.sharding.strips(j):
         to, source = gradients_in(f, k, start, stop), gradients_in(f, j, start, stop)
         f.k.do("strip", partial(to.copy_, source), [to], [source])
 
 
 def _finish_bucket(f: StepFrame, k: int) -> None:
     """Wait for bucket k's sum. Stage 2 adds it to this rank's, and the bucket's memory is free again."""
-    c, plan = f.comm, f.comm.plan
-    b, size = plan.buckets[k], plan.size(k)
-    if plan.zero < 2:
-        grads = f.state["shard" if plan.zero else "grads"]
+    c, sharding = f.comm, f.comm.sharding
+    b, size = sharding.buckets[k], sharding.size(k)
+    if sharding.zero < 2:
+        grads = f.state["shard" if sharding.zero else "grads"]
         f.k.do("wait", partial(c.wait, k), [grads], [])
         return
-    whole, found = gradients_in(f, k, *plan.buffer(k)), f.a(f"reduced.{k}", size)
+    whole, found = gradients_in(f, k, *sharding.buffer(k)), f.a(f"reduced.{k}", size)
     sums = f.state["shard"][b.at : b.at + size]
     f.k.do("wait", partial(c.wait, k), [found], [whole])
     f.k.do("add_shard", partial(sums.copy_ if c.first else sums.add_, found), [sums], [found, sums])

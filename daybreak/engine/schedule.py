@@ -44,7 +44,7 @@ def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool 
         f.convert_weights()
     hidden = model.forward(f, s["tokens"])
     c.finish()
-    fresh = first or c.plan.zero == 2  # there the sum over micro-steps is the shard's
+    fresh = first or c.sharding.zero == 2  # there the sum over micro-steps is the shard's
     model.head_loss(f, hidden, s["targets"].view(-1), s["losses"], scale, backward=True, first=fresh)
     f.k.loss_sum(s["loss"], s["losses"], scale, accumulate=not first)
     model.backward(f, s["tokens"], first=fresh)
@@ -52,7 +52,7 @@ def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool 
 
 def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
     """Gradient norm, the guard's decision, and the optimizers: of each group, a launch for each part that is held."""
-    c, grads = f.comm, s["shard" if f.comm.plan.zero else "grads"]
+    c, grads = f.comm, s["shard" if f.comm.sharding.zero else "grads"]
     f.k.global_norm(s["norm"], grads)
     if c.active:
         scalars = [s["loss"], s["norm"]]
@@ -61,18 +61,18 @@ def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
         s["stats"], s["windows"], s["counts"], s["loss"], s["norm"],
         clip=spec.optim.clip, max_loss_z=spec.guard.loss_z, max_norm_z=spec.guard.norm_z,
     )  # fmt: skip
-    table = c.plan.table
-    for piece in c.plan.pieces():
-        group, n = piece.span.group, piece.stop - piece.start
-        held, at = slice(piece.at, piece.at + n), piece.at - c.plan.whole
-        weights = s["weights"][piece.start : piece.stop]
+    table = c.sharding.table
+    for launch in c.sharding.launches():
+        group, n = launch.span.group, launch.stop - launch.start
+        held, at = slice(launch.at, launch.at + n), launch.at - c.sharding.whole
+        weights = s["weights"][launch.start : launch.stop]
         plain = weights if weights.dtype == f.acc else None
         whole = group.optimizer.whole
-        state = {key: s[f"{key}.{piece.name}"] if whole else s[key][at : at + n] for key in group.optimizer.state}
+        state = {key: s[f"{key}.{launch.name}"] if whole else s[key][at : at + n] for key in group.optimizer.state}
         part = Part(
             weights, s["masters"][held] if "masters" in s else plain, grads[held], state, s["stats"],
-            s["hyper"][table.hyper[group.optimizer, group.lr_scale]], group.weight_decay if piece.span.decay else 0.0,
-            seed, piece.start, table.rows.get(piece.name),
+            s["hyper"][table.hyper[group.optimizer, group.lr_scale]], group.weight_decay if launch.span.decay else 0.0,
+            seed, launch.start, table.rows.get(launch.name),
         )  # fmt: skip
         group.optimizer.update(f, part)
 
@@ -91,45 +91,45 @@ def next_token(model: Model, f: StepFrame, s: State, b: int) -> None:
     model.decode(f, tokens, positions, s["kv"][:, :, :b], s["last_hidden"][:b])
 
 
-def state_entries(spec: EngineSpec, plan: Sharding, kv: tuple[int, ...]) -> list[Entry]:
+def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> list[Entry]:
     """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and keys and
     values (of shape `kv`) of sequences under way."""
-    B, T, V, C, N, dtype = spec.B, spec.T, spec.cfg.V, spec.cfg.C, plan.numel, spec.dtype
+    B, T, V, C, N, dtype = spec.B, spec.T, spec.cfg.V, spec.cfg.C, sharding.numel, spec.dtype
     acc, f64, i64 = acc_dtype(dtype), torch.float64, torch.int64
-    held = plan.shard if plan.zero else N
+    held = sharding.shard if sharding.zero else N
     entries = [Entry("weights", "weights", (N,), dtype)]
-    entries += [Entry(FROZEN + row.name, "frozen", row.shape, DTYPES[row.held]) for row in plan.table.frozen]
+    entries += [Entry(FROZEN + row.name, "frozen", row.shape, DTYPES[row.held]) for row in sharding.table.frozen]
     if spec.train:
         if spec.kept != "none":
             entries += [Entry("masters", "masters", (held,), acc if spec.kept == "fp32" else torch.int16)]
-        if plan.zero < 2:
+        if sharding.zero < 2:
             entries += [Entry("grads", "grads", (N,), dtype)]
-        if plan.zero:
-            entries += [Entry("shard", "grads", (held,), dtype if plan.zero == 1 else acc)]
-        entries += optimizer_entries(plan, acc)
+        if sharding.zero:
+            entries += [Entry("shard", "grads", (held,), dtype if sharding.zero == 1 else acc)]
+        entries += optimizer_entries(sharding, acc)
     small = [
         ("batch", (2, B, T), i64), ("losses", (B * T,), acc),
-        ("hyper", (max(part.stop for part in plan.table.hyper.values()),), f64),
+        ("hyper", (max(part.stop for part in sharding.table.hyper.values()),), f64),
         ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
         ("counts", (2,), i64), ("next", (2, kv[2]), i64), ("next_logits", (kv[2], V), torch.float32),
         ("last_hidden", (kv[2], C), dtype),
     ]  # fmt: skip
     entries += [Entry("kv", "kv", kv, dtype)]
-    if plan.world > 1:
+    if sharding.world > 1:
         small += [("sums", (2,), f64)]
     once = ("windows", "counts")
     return entries + [Entry(n, "state", shape, kind, saved="once" if n in once else "") for n, shape, kind in small]
 
 
-def optimizer_entries(plan: Sharding, acc: torch.dtype) -> list[Entry]:
+def optimizer_entries(sharding: Sharding, acc: torch.dtype) -> list[Entry]:
     """What the optimizers keep of the parameters that this rank updates."""
-    by_element = (plan.shard if plan.zero else plan.numel) - plan.whole
+    by_element = (sharding.shard if sharding.zero else sharding.numel) - sharding.whole
     entries = dict[str, Entry]()
-    for piece in plan.pieces():
-        optimizer = piece.span.group.optimizer
+    for launch in sharding.launches():
+        optimizer = launch.span.group.optimizer
         for key in optimizer.state if optimizer.whole else ():
-            shape = optimizer.shape(key, plan.table.rows[piece.name])
-            entries[f"{key}.{piece.name}"] = Entry(f"{key}.{piece.name}", key, shape, acc, saved="whole")
+            shape = optimizer.shape(key, sharding.table.rows[launch.name])
+            entries[f"{key}.{launch.name}"] = Entry(f"{key}.{launch.name}", key, shape, acc, saved="whole")
         for key in () if optimizer.whole else optimizer.state:
             entries[key] = Entry(key, key, (by_element,), acc, saved="ranges")
     return list(entries.values())

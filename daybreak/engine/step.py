@@ -46,7 +46,7 @@ def draw(cfg: Shape, seed: int) -> dict[str, Tensor]:
     return drawn
 
 
-def _pieces(parts: Iterable[tuple[slice, slice]]) -> Iterator[tuple[slice, slice]]:
+def _chunks(parts: Iterable[tuple[slice, slice]]) -> Iterator[tuple[slice, slice]]:
     """The same in pieces of at most FLAT_CHUNK elements: on a GPU temporaries as large as a parameter would stay
     reserved, memory that the run then lacks."""
     for where, at in parts:
@@ -127,12 +127,12 @@ class Engine:
         self.state["targets"].fill_(-1)
         kinds = [(first, last) for last in ((True, False) if self.comm.active else (True,)) for first in (False, True)]
         for kind in kinds:
-            self.comm.stale = bool(self.comm.plan.zero)  # so that the first's graph fetches weights
+            self.comm.stale = bool(self.comm.sharding.zero)  # so that the first's graph fetches weights
             self._micro(*kind)()
         self.state["loss"].fill_(math.nan)  # a step that the guard refuses: nothing is learned from it
         self._update()
         for kind in kinds:
-            self.comm.stale = bool(self.comm.plan.zero)
+            self.comm.stale = bool(self.comm.sharding.zero)
             self.graphs.capture(kind, self._micro(*kind))
         self.graphs.capture("update", self._update)
         self.comm.stale = False
@@ -155,24 +155,24 @@ class Engine:
     def exact_parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first element, 1-D tensor) of the parts of a weight that are this rank's to save, as exactly as the engine
         has them: fp32 (fp64; bf16 without masters). Views, or copies of split ones made when it is their turn."""
-        masters, weight, plan = self.state.get("masters"), self.param(name).view(-1), self.comm.plan
+        masters, weight, sharding = self.state.get("masters"), self.param(name).view(-1), self.comm.sharding
         if name not in self.table.offsets:  # a frozen one, which every rank has
-            yield from [(0, weight)] if not plan.rank else []
+            yield from [(0, weight)] if not sharding.rank else []
             return
-        for where, at in _pieces(plan.within(name, plan.shards())):
+        for where, at in _chunks(sharding.within(name, sharding.shards())):
             yield where.start, exact(weight[where], None if masters is None else masters[at])
 
     def set_exact(self, name: str, value: Tensor) -> None:
         """Set a weight and what belongs to it from a tensor of its shape, of any float dtype and device."""
-        masters, weight, plan = self.state.get("masters"), self.param(name).view(-1), self.comm.plan
+        masters, weight, sharding = self.state.get("masters"), self.param(name).view(-1), self.comm.sharding
         value = value.reshape(-1)
         if masters is None:
             weight.copy_(value)
             return
-        if plan.zero or name not in self.table.offsets:  # the others' parts too
-            for where, _ in _pieces([(slice(0, weight.numel()), slice(0, weight.numel()))]):
+        if sharding.zero or name not in self.table.offsets:  # the others' parts too
+            for where, _ in _chunks([(slice(0, weight.numel()), slice(0, weight.numel()))]):
                 round_weights(weight[where], value[where].to(self.device, torch.float32))
-        for where, at in _pieces(plan.within(name, plan.held())):
+        for where, at in _chunks(sharding.within(name, sharding.held())):
             set_exact(weight[where], masters[at], value[where])
 
     def finish(self) -> None:
@@ -220,7 +220,7 @@ class Engine:
     def update(self) -> Pending:
         """Apply the accumulated gradient, unless the guard says no. Returns the step's stats, to be read later."""
         self.graphs.run("update", self._update)
-        self.comm.stale = bool(self.comm.plan.zero)
+        self.comm.stale = bool(self.comm.sharding.zero)
         self._last = self._stats.download(self.state["stats"])
         return self._last
 
@@ -306,10 +306,10 @@ class Engine:
 
     def norms(self) -> Iterator[tuple[str, float, float]]:
         """(name, weight norm, gradient norm) of every parameter; costs a pass over both. Collective."""
-        plan, sums = self.comm.plan, self.state["shard" if self.comm.plan.zero else "grads"]
+        sharding, sums = self.comm.sharding, self.state["shard" if self.comm.sharding.zero else "grads"]
         squares = []
         for name in self.table.rows:
-            grads = [sums[at] for _, at in plan.within(name, plan.shards())]
+            grads = [sums[at] for _, at in sharding.within(name, sharding.shards())]
             for parts in ((part for _, part in self.exact_parts(name)), grads):
                 norms = (torch.linalg.vector_norm(part, dtype=acc_dtype(part.dtype)).item() for part in parts)
                 squares.append(sum(norm**2 for norm in norms))

@@ -30,7 +30,7 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Stagi
     """Everything of `engine` that the next step depends on. Without `staging` parts are views: save it before the next
     step; with it (one process) all is copied there, and stays until the next snapshot. Of several ranks each has its
     shards, whatever the ZeRO stage."""
-    plan, table, state = engine.comm.plan, engine.table, engine.state
+    plan, table, state = engine.comm.sharding, engine.table, engine.state
     parts: Callable[[str], Iterable[tuple[int, Tensor]]] = engine.exact_parts
     if staging is not None:
         state, parts = staging.take(), staging.parts
@@ -192,7 +192,7 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} was trained with other trainable parameters: {other[0]!r} is trainable there or here, "
             "not in both; train the same ones, or start a new run from its weights with --init-from."
         )
-    plan, state, saved = engine.comm.plan, engine.state, _saved(engine.arena)
+    plan, state, saved = engine.comm.sharding, engine.state, _saved(engine.arena)
     # By name: the flat buffers may have been ordered otherwise when this was written.
     for name, offset, _ in checkpoint.layout:
         for where, at in plan.within(name, plan.by_element(plan.held())):

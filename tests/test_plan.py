@@ -184,10 +184,11 @@ def test_every_basis_of_a_speed() -> None:
     rate, basis = p.tok_s
     assert rate == pytest.approx(0.5628 * 312e12 / p.flops_per_token)
     assert basis.startswith("modelled: 56.3% of its peak, as d48 B 16, recompute 2 on one NVIDIA H100 80GB HBM3")
-    why = "no figure for this GPU and precision", "CPU speed is not predicted; daybreak bench measures it"
+    why = "no figure for this family, GPU and precision", "CPU speed is not predicted; daybreak bench measures it"
     for unknown, basis in zip(
-        (on("d6", precision__compute="fp32"), on("tiny", None, run__device="cpu")), why, strict=True
-    ):
+        (on("d6", precision__compute="fp32"), on("tiny", None, run__device="cpu"),
+         on("d6", model__arch="llama", model__NKV=2)), (*why, why[0]), strict=True
+    ):  # fmt: skip
         assert said(unknown)["speed"] == ("n/a", basis)
         assert said(unknown)["time"][0] == "n/a"
         assert "cost" not in said(unknown)

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from daybreak.config import RECIPES, recipe_names, resolve
+from daybreak.shapes import LlamaConfig
 
 # The original runs: L, C, NH, T, data, B, tokens a step, learning rate, final fraction, steps, checkpoint.every.
 PUBLISHED = {
@@ -19,10 +20,11 @@ PUBLISHED = {
 
 
 def test_recipes_are_the_published_ones() -> None:
-    assert recipe_names() == sorted([*PUBLISHED, "tiny"])
+    decoders = ["smollm-135M", "llama-1B"]  # see test_llama_train.py
+    assert recipe_names() == sorted([*PUBLISHED, "tiny", *decoders])
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "tiny"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_is_valid_and_states_its_cost(name: str) -> None:
     config, _ = resolve(name)
     made = config.concrete(10**12)
@@ -30,7 +32,10 @@ def test_a_recipe_is_valid_and_states_its_cost(name: str) -> None:
     assert "\nschema = 1\n" in text
     m, steps = made.model, made.run.steps
     parameters = (m.Vp + m.max_T) * m.C + m.L * (12 * m.C * m.C + 13 * m.C) + 2 * m.C
-    flops = (6 * parameters + 6 * m.L * m.C * made.T) * made.tokens_at(0) * steps
+    if isinstance(m, LlamaConfig):
+        each = 2 * (m.NH + m.NKV) * m.HS * m.C + 3 * m.C * m.F + 2 * m.C
+        parameters = m.Vp * m.C + m.L * each + m.C
+    flops = (6 * parameters + 6 * m.L * m.NH * m.HS * made.T) * made.tokens_at(0) * steps
     stated = re.search(r"(\d\.\de\d+) FLOPs", text)
     assert stated is not None
     assert float(stated[1]) == pytest.approx(flops, rel=0.05)

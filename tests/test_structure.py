@@ -58,8 +58,9 @@ def test_every_room_is_in_the_list() -> None:
 
 
 def test_only_the_registry_knows_a_model() -> None:
-    users = {p.relative_to(PACKAGE).as_posix() for p in FILES if any("models.gpt2" in n for n in imports(p))}
-    assert users == {"models/registry.py"}
+    for model in ("models.gpt2", "models.llama"):
+        users = {p.relative_to(PACKAGE).as_posix() for p in FILES if any(model in n for n in imports(p))}
+        assert users == {"models/registry.py"}
 
 
 def test_few_know_a_shape() -> None:
@@ -142,10 +143,11 @@ def test_no_test_asserts_a_wall_clock_time() -> None:
         assert short.findall(source) == [], f"{path.name}: use tests/patience.py"
 
 
-def test_the_oracle_is_independent() -> None:
-    """Nothing of daybreak in its code, however imported; its docstring may name it."""
-    tree = ast.parse((ROOT / "tests/oracle.py").read_text())
-    assert "daybreak" not in "\n".join(map(ast.unparse, tree.body[1:]))
+def test_the_oracles_are_independent() -> None:
+    """Nothing of daybreak in their code, however imported; their docstrings may name it."""
+    for name in ("oracle", "llama_oracle"):
+        tree = ast.parse((ROOT / f"tests/{name}.py").read_text())
+        assert "daybreak" not in "\n".join(map(ast.unparse, tree.body[1:]))
 
 
 def test_every_group_of_tests_names_files_that_exist() -> None:

@@ -34,6 +34,7 @@ from daybreak.models.frame import Frame, Mode
 
 ALIGN = 256  # bytes
 FROZEN = "frozen."  # what the entry of a frozen parameter is called, before its name
+CONSTANT = "constant."  # and of one of the model's constants
 MAX_CHUNKS = 64  # of one calculation in chunks, that a plan records one by one
 
 
@@ -73,6 +74,9 @@ class StepFrame(Frame, Protocol):
     def trains(self, *names: str) -> bool:
         return not self.table.trainable.isdisjoint(names)
 
+    def constant(self, name: str) -> Tensor:
+        return self.state[CONSTANT + name]
+
     def converted(self, name: str, stored: Tensor) -> Tensor:
         """A frozen weight that is held in another dtype: a copy in compute dtype, made for every call that reads it.
 
@@ -87,6 +91,11 @@ class StepFrame(Frame, Protocol):
     def convert_weights(self) -> None:
         """Make the weights that matmuls read in a format of their own, from the plain ones."""
         return
+
+
+def constant_entries(constants: Mapping[str, Tensor]) -> list[Entry]:
+    """The memory of a model's constants."""
+    return [Entry(CONSTANT + name, "state", tuple(x.shape), x.dtype) for name, x in constants.items()]
 
 
 class PlanFrame(StepFrame):

@@ -9,16 +9,19 @@ do nothing. This notes at which call of `final` each gradient was last asked for
     matrices       h.2.*             h.1.*             wte, wpe            h.0.*
     the others                                                             all vectors
 
-Matrices of one layer are final together, at the last one's moment. Parameters without decay are vectors, many and
-small. They lie together, behind all matrices, and are exchanged together at the end.
+Matrices of one layer are final together, at the last one's moment. A head's own weight is final at moment 0.
+Parameters without decay are vectors, many and small. They lie together, behind all matrices, and are exchanged together
+at the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from daybreak.engine.arena import FROZEN, Entry, PlanFrame
+from daybreak.engine.arena import FROZEN, Entry, PlanFrame, constant_entries
 from daybreak.engine.params import ParamTable
 from daybreak.models.registry import Model
 
@@ -26,10 +29,10 @@ from daybreak.models.registry import Model
 class _CountingFrame(PlanFrame):
     """Notes how many calls of `final` came before each gradient was last asked for."""
 
-    def __init__(self, table: ParamTable) -> None:
+    def __init__(self, table: ParamTable, constants: Mapping[str, Tensor]) -> None:
         flat = [Entry(name, name, (table.numel,), torch.float32) for name in ("weights", "grads")]
         flat += [Entry(FROZEN + row.name, "frozen", row.shape, torch.float32) for row in table.frozen]
-        state = [*flat, Entry("batch", "state", (2, 1, 1), torch.int64)]
+        state = [*flat, *constant_entries(constants), Entry("batch", "state", (2, 1, 1), torch.int64)]
         super().__init__(table, torch.float32, state, None)  # type: ignore[arg-type]  # nothing is exchanged
         self.k = self.recorder.each(lambda *_: lambda *_, **__: None)
         self.finals, self.last = list[None](), dict[str, int]()
@@ -44,10 +47,12 @@ class _CountingFrame(PlanFrame):
 
 def final_moments(model: Model, table: ParamTable) -> dict[str, int]:
     """Of every trainable parameter: how many calls of `f.final` come before the one that its gradient is final at."""
-    f = _CountingFrame(table)
+    f = _CountingFrame(table, model.constants())
     model.backward(f, f.state["tokens"], first=True)
-    together = {name: name.rpartition(".")[0] if table.rows[name].decay else "vectors" for name in table.offsets}
+    together = {name: name.rpartition(".")[0] or name for name in table.offsets}
+    together |= {name: "vectors" for name in table.offsets if not table.rows[name].decay}
     moments = {"vectors": len(f.finals) - 1}
     for name in table.offsets:
-        moments[together[name]] = max(moments.get(together[name], 0), f.last[name])
+        last = f.last.get(name, 0)  # a head's own weight has its gradient before backward begins
+        moments[together[name]] = max(moments.get(together[name], 0), last)
     return {name: moments[part] for name, part in together.items()}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.engine.arena import FROZEN, Arena, Entry, StepFrame, plan_arena
+from daybreak.engine.arena import FROZEN, Arena, Entry, StepFrame, constant_entries, plan_arena
 from daybreak.engine.collectives import Collectives, Sharding
 from daybreak.engine.formats import in_formats, weight_entries
 from daybreak.engine.moments import final_moments
@@ -176,5 +176,5 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     kv = model.cache_shape(rows, T)
     choices = choose(spec.device_type, dtype, spec.kernels, spec.missing, model.asks)
     state, comm = state_entries(spec, sharding, kv), Collectives(sharding, group)
-    state += weight_entries(table, spec.formats) if spec.train else []
+    state += constant_entries(model.constants()) + (weight_entries(table, spec.formats) if spec.train else [])
     return model, table, plan_arena(table, dtype, state, schedules, choices, comm)

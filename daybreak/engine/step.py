@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from daybreak.engine.arena import LiveFrame
+from daybreak.engine.arena import CONSTANT, LiveFrame
 from daybreak.engine.capture import Graphs, Pending, Ring, Tapes
 from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on
@@ -86,6 +86,8 @@ class Engine:
         self._training = in_formats(self.frame, spec.formats)
         self.state: State = self.frame.state
         self.state["tokens"], self.state["targets"] = self.state["batch"]
+        for name, value in self.model.constants().items():
+            self.state[CONSTANT + name].copy_(value)
         on_host = any(self.arena.choices[name] == "torch" for name in ON_HOST)
         self.graphs = Graphs(self.device.type == "cuda" and not on_host and group.capturable)
         if group.world > 1:

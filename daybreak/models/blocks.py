@@ -40,9 +40,27 @@ def layernorm_backward(
     return out
 
 
+def rmsnorm(b: Frame, name: str, x: Tensor, out: Out, *, eps: float) -> Out:
+    """out = RMSNorm of x (n, C), or of each head of x (n, heads, HS), with weight `name`. Returns out."""
+    b.k.rmsnorm_forward(out, b.a(name + ".rstd", *x.shape[:-1], dtype=b.acc), x, b.w(name + "w"), eps=eps)
+    return out
+
+
+def rmsnorm_backward(b: Frame, name: str, d: Tensor, d_out: Tensor, x: Tensor, *, starts: bool = False) -> Matrix:
+    """Add the gradient of RMSNorm's input x to d; `starts` overwrites d instead, which may then be d_out.
+
+    Returns the norm's output."""
+    (out, rewrite), rstd = b.output(name, *x.shape), b.a(name + ".rstd", *x.shape[:-1], dtype=b.acc)
+    b.k.rmsnorm_backward(
+        d, b.g(name + "w"), rewrite, d_out, x, rstd, b.w(name + "w"),
+        accumulate_dx=not starts, accumulate=b.mode.accumulate,
+    )  # fmt: skip
+    return out
+
+
 def linear(
     b: Frame, name: str, x: Any, out: Out,
-    *, norm: str = "", pre: Tensor | None = None, add: Tensor | None = None, tied: str = "",
+    *, norm: str = "", pre: Tensor | None = None, add: Tensor | None = None, tied: str = "", bias: bool = True,
 ) -> Out:  # fmt: skip
     """out (n, O) = gelu(norm(x) @ w^T + bias) + add, where `norm` names a layernorm, and gelu is computed if `pre`, for
     its input, is given. `tied`: another parameter is the weight, and there is no bias. Returns out.
@@ -50,14 +68,14 @@ def linear(
     A few rows that decode take one kernel for all of it: reading w is the work, and each launch would cost as much."""
     if norm and not b.mode.few:
         x = layernorm(b, norm, x, b.matmul_a(norm, *x.shape))
-    w, bias = b.matmul_w(tied or name + "w"), None if tied else b.w(name + "b")
+    w, shift = b.matmul_w(tied or name + "w"), b.w(name + "b") if bias and not tied else None
     if b.mode.few:
         ln = (b.w(norm + "w"), b.w(norm + "b")) if norm else (None, None)
-        b.k.matmul_decode(out, x, w, bias, add, *ln, gelu=pre is not None)
+        b.k.matmul_decode(out, x, w, shift, add, *ln, gelu=pre is not None)
     elif pre is not None:
-        b.k.matmul_gelu_forward(out, pre, x, w, bias)
+        b.k.matmul_gelu_forward(out, pre, x, w, shift)
     else:
-        b.k.matmul_forward(out, x, w, bias, add)
+        b.k.matmul_forward(out, x, w, shift, add)
     return out
 
 
@@ -76,6 +94,25 @@ def gelu_input_grad(b: Frame, name: str, before: str, d_pre: Matrix, dy: Matrix,
     return out
 
 
+def swiglu(b: Frame, gateup: Tensor, out: Out) -> Out:
+    """out (n, F) = silu(gate) * up, for gateup (n, 2F) = [gate, up]. Returns out."""
+    b.k.swiglu_forward(out, gateup)
+    return out
+
+
+def swiglu_backward(b: Frame, gateup: Tensor, d_out: Tensor) -> Matrix:
+    """gateup (n, 2F) becomes its own gradient. Returns swiglu's output."""
+    out, rewrite = b.output("swiglu", *d_out.shape)
+    b.k.swiglu_backward(gateup, rewrite, d_out, gateup)
+    return out
+
+
+def rope(b: Frame, heads: Sequence[Tensor], *, attention: float, back: bool = False) -> None:
+    """Turn (B, T, heads, HS) by their places' angles, in place; `back`: the gradients. `attention` scales both."""
+    for x in heads:
+        b.k.rope(x, b.constant("freq"), b.mode.positions, attention=attention, back=back)
+
+
 def weight_grad(b: Frame, name: str, dy: Matrix, x: Matrix, *, late: bool = False) -> None:
     """The gradient dy^T @ x of a linear layer's weight. A late one is left to who calls what mode.late collects."""
     if late:
@@ -90,24 +127,24 @@ def bias_grad(b: Frame, name: str, dy: Tensor) -> None:
         b.k.bias_backward(db, dy, accumulate=b.mode.accumulate)
 
 
-def attention(b: Frame, out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """Causal attention. All are (B, T, heads, HS) views, which may be strided.
+def attention(b: Frame, out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, **sees: int) -> None:
+    """Causal attention. All are (B, T, heads, HS) views, which may be strided. `sees` may be window=W: W keys a query.
 
     Decoding has T = 1, and reads the keys and values of earlier tokens from the cache. Prefill only fills the cache."""
     cache = None if b.mode.cache is None else b.mode.cache[b.index]
     if b.mode.positions is not None:
-        b.k.attention_decode(out[:, 0], cache, q[:, 0], k[:, 0], v[:, 0], b.mode.positions, scale=scale)
+        b.k.attention_decode(out[:, 0], cache, q[:, 0], k[:, 0], v[:, 0], b.mode.positions, scale=scale, **sees)
         return
-    b.k.attention_forward(out, _logsumexp(b, q), q, k, v, scale=scale)
+    b.k.attention_forward(out, _logsumexp(b, q), q, k, v, scale=scale, **sees)
     if cache is not None:
         b.k.cache_write(cache, k, v)
 
 
 def attention_backward(
-    b: Frame, grads: Sequence[Tensor], d_out: Tensor, qkv: Sequence[Tensor], out: Tensor, scale: float
+    b: Frame, grads: Sequence[Tensor], d_out: Tensor, qkv: Sequence[Tensor], out: Tensor, scale: float, **sees: int
 ) -> None:
     """The gradients of q, k and v, from that of the output."""
-    b.k.attention_backward(*grads, d_out, *qkv, out, _logsumexp(b, out), scale=scale)
+    b.k.attention_backward(*grads, d_out, *qkv, out, _logsumexp(b, out), scale=scale, **sees)
 
 
 def _logsumexp(b: Frame, x: Tensor) -> Tensor:

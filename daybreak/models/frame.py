@@ -72,6 +72,9 @@ class Frame(Protocol):
     def trains(self, *names: str) -> bool:
         """Whether one of these parameters is trainable, or, of a name such as "h.3.", one of that layer."""
 
+    def constant(self, name: str) -> Tensor:
+        """What the model's `constants` has of this name."""
+
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         """An activation of this shape (compute dtype by default). Declared by being used.
 

@@ -27,6 +27,10 @@ class Head:
     def __init__(self, device_type: str) -> None:
         self.head_bytes = HEAD_BYTES[device_type]
 
+    def constants(self) -> Mapping[str, Tensor]:
+        """None; see registry.Model."""
+        return {}
+
     def head_rows(self, n: int, dtype: torch.dtype) -> int:
         """Rows of one chunk of logits: a power of two under the limit. Changes summation order, so a fixed rule."""
         return min(n, 1 << max(0, (self.head_bytes // (self.cfg.Vp * dtype.itemsize)).bit_length() - 1))

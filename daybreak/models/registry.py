@@ -10,6 +10,7 @@ from torch import Tensor
 
 from daybreak.models.frame import Frame
 from daybreak.models.gpt2 import GPT2
+from daybreak.models.llama import Llama
 from daybreak.models.rows import Row
 from daybreak.shapes import Shape
 
@@ -23,6 +24,9 @@ class Model(Protocol):
 
     def rows(self) -> list[Row]:
         """Parameters in forward order."""
+
+    def constants(self) -> Mapping[str, Tensor]:
+        """Tensors that never change, by the names under which the frame then has them on its device."""
 
     def flops_per_token(self, T: int, num_parameters: int) -> int:
         """Training FLOPs per token."""
@@ -52,7 +56,7 @@ class Model(Protocol):
         """All gradients."""
 
 
-MODELS: dict[str, Callable[[Any, int, str], Model]] = {"gpt2": GPT2}  # each takes the shape of its own family
+MODELS: dict[str, Callable[[Any, int, str], Model]] = {"gpt2": GPT2, "llama": Llama}  # each takes its own shape
 
 
 def build_model(cfg: Shape, recompute: int = 0, device_type: str = "cpu") -> Model:

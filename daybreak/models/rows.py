@@ -29,11 +29,19 @@ class Row:
         return math.prod(self.shape)
 
 
-def linear_rows(name: str, outputs: int, inputs: int, std: float, stacked: tuple[int, ...] = ()) -> list[Row]:
-    """The weight (outputs, inputs) and the bias of a linear layer."""
-    return [Row(name + "w", (outputs, inputs), True, std, stacked=stacked), Row(name + "b", (outputs,), False)]
+def linear_rows(
+    name: str, outputs: int, inputs: int, std: float, stacked: tuple[int, ...] = (), *, bias: bool = True
+) -> list[Row]:
+    """The weight (outputs, inputs) of a linear layer, and its bias if it has one."""
+    weight = Row(name + "w", (outputs, inputs), True, std, stacked=stacked)
+    return [weight, Row(name + "b", (outputs,), False)] if bias else [weight]
+
+
+def norm_row(name: str, channels: int) -> Row:
+    """The weight of a norm."""
+    return Row(name + "w", (channels,), False, fill=1.0)
 
 
 def layernorm_rows(name: str, channels: int) -> list[Row]:
     """The weight and the bias of a layernorm."""
-    return [Row(name + "w", (channels,), False, fill=1.0), Row(name + "b", (channels,), False)]
+    return [norm_row(name, channels), Row(name + "b", (channels,), False)]

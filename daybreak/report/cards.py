@@ -49,7 +49,8 @@ SEVERAL_GPUS = 0.98
 def token_rate(
     model: Shape, T: int, B: int, recompute: int, flops_per_token: int, card: str, gpus: int
 ) -> tuple[float, str] | None:
-    """Tokens a second of `gpus` cards, and on what that rests; None without a measurement and without a known peak."""
+    """Tokens a second of `gpus` cards, and on what that rests; None if no shape of the family was measured, or if the
+    card's peak is not known."""
     scale, more = (1.0, "") if gpus == 1 else (gpus * SEVERAL_GPUS, f"; times {gpus} x {SEVERAL_GPUS}, measured on 4")
 
     def distance(m: Measured) -> tuple[float, ...]:
@@ -57,7 +58,9 @@ def token_rate(
         size = math.log(at.L * at.C**2 / (model.L * model.C**2))
         return abs(size), abs(m.recompute - recompute), abs(math.log(m.B / B))
 
-    near = min(MEASURED, key=distance)
+    if not (family := [m for m in MEASURED if SHAPES[m.shape].arch == model.arch]):
+        return None
+    near = min(family, key=distance)
     where = f"{near.shape} B {near.B}, recompute {near.recompute} on one {near.card} ({near.source})"
     if (SHAPES[near.shape], 1024, card) == (model, T, near.card):
         exact = (near.B, near.recompute, gpus) == (B, recompute, 1)

@@ -190,7 +190,9 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
         most = ", ".join(f"{b if b <= 1000 else 'over 1,000'} (recompute {r})" for r, b in enumerate(found))
         rows.append(("largest B", most if min(found) <= 1000 else "over 1,000", "planned"))
     unknown = (
-        "CPU speed is not predicted; daybreak bench measures it" if cpu else "no figure for this GPU and precision"
+        "CPU speed is not predicted; daybreak bench measures it"
+        if cpu
+        else "no figure for this family, GPU and precision"
     )
     rows.append(("speed", f"{p.tok_s[0]:,.0f} tok/s", p.tok_s[1]) if p.tok_s else ("speed", na, unknown))
     no_time = "no speed" if steps else "one epoch of its data; give --steps"

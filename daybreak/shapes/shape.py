@@ -6,7 +6,7 @@ Vp vocabulary padded to a multiple of 128. Matmuls like such sizes; the rows of 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 from daybreak.config_keys import at_least, check_rules, key, within
 from daybreak.errors import ConfigError
@@ -34,9 +34,10 @@ class Shape:
         return -(-self.V // VOCAB_PAD) * VOCAB_PAD
 
     def text(self) -> str:
-        """The family and its keys, on one line."""
-        values = asdict(self)
-        return " ".join([values.pop("arch"), *(f"{key}={value}" for key, value in values.items())])
+        """The family, the keys that all have, and those of its own that differ from their defaults, on one line."""
+        common = [f.name for f in fields(Shape)]
+        own = [f.name for f in fields(self) if f.name not in common and getattr(self, f.name) != f.default]
+        return " ".join([self.arch, *(f"{key}={getattr(self, key)}" for key in [*common[1:], *own])])
 
     def check(self) -> None:
         """Raise ConfigError unless the shape can exist. A family adds the rules that join several keys."""

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from daybreak import checked
 from daybreak.checked import Rule
 from daybreak.errors import ConfigError
 
@@ -34,10 +35,7 @@ FOLDER_NAME = Rule(
     "must be a plain folder name, without '/' and not starting with '.' or '-'",
     lambda s: s == "" or (s.isprintable() and "/" not in s and s[0] not in ".-"),
 )
-TOKENIZER = Rule(
-    "must be gpt2, bytes, gpt2-N or a data set's hf-...",
-    lambda s: bool(re.fullmatch(r"(gpt2(-[0-9]+)?|bytes|hf-[0-9a-f]{12})?", s)),
-)
+TOKENIZER = Rule("must be gpt2, bytes, gpt2-N or a data set's hf-...", lambda s: s == "" or checked.TOKENIZER.holds(s))
 SINKS = Rule(
     "must be tensorboard or wandb, or both with a comma between",
     lambda s: s == "" or set(s.split(",")) <= {"tensorboard", "wandb"},
@@ -90,16 +88,12 @@ def check_rules(section: str, values: Any) -> None:
 class DataConfig:
     """Which tokens to train and validate on."""
 
-    name: str = key(
-        "stdlib", "prepared dataset (a folder of data.dir), or a folder of token shards; or NAME=WEIGHT,..."
-    )
+    name: str = key("stdlib", "prepared dataset (a folder in data.dir), a folder of token shards, or NAME=WEIGHT,...")
     train: str = key("", "glob of training shards; use it with data.val, instead of data.name")
     val: str = key("", "glob of validation shards")
     tokenizer: str = key("", "gpt2, bytes or gpt2-N; empty = the tokenizer of the data, else gpt2", TOKENIZER)
     dir: str = key("data", "folder that holds the prepared datasets")
-    bos: bool = key(
-        False, "start every training sample at the start of a document; skip the rest of a document that is cut"
-    )
+    bos: bool = key(False, "start training samples only at the start of a document; skip the rest of a cut document")
 
 
 @dataclass(frozen=True)
@@ -108,15 +102,9 @@ class BatchConfig:
 
     B: int = key(4, "sequences per micro-step on each GPU", within(1, 1 << 16))
     T: int = key(0, "sequence length in tokens; 0 = model.max_T", at_least(0), fixed=True)
-    total_tokens: int = key(
-        0, "tokens per step over all ranks; 0 = one micro-step per rank (B * T * ranks)", at_least(0)
-    )
-    ramp: tuple[tuple[int, int], ...] = key(
-        (), "a growing batch: [[step, total_tokens], ...], each valid from that step on"
-    )
-    recompute: int = key(
-        0, "recomputed in backward: 0 nothing, 1 gelu, 2 also layernorm, 3 the whole block", one_of(0, 1, 2, 3)
-    )
+    total_tokens: int = key(0, "tokens per step over all ranks; 0 = one micro-step each (B * T * ranks)", at_least(0))
+    ramp: tuple[tuple[int, int], ...] = key((), "growing batch: [[step, total_tokens], ...], each from that step on")
+    recompute: int = key(0, "recomputed in backward: 0 nothing, 1 GELU, 2 also layernorm, 3 whole blocks", within(0, 3))
 
 
 @dataclass(frozen=True)
@@ -148,7 +136,7 @@ class PrecisionConfig:
 
     compute: str = key(
         "auto",
-        "auto, fp32, bf16 or fp64; auto = bf16 on CUDA, fp32 on CPU",
+        "auto (bf16 on CUDA, fp32 on CPU), fp32, bf16 or fp64",
         one_of("auto", "fp32", "bf16", "fp64"),
         fixed=True,
     )
@@ -178,9 +166,7 @@ class KernelsConfig:
 class ParallelConfig:
     """How training state is split between GPUs."""
 
-    zero: int = key(
-        0, "ZeRO stage, split between ranks: 0 nothing, 1 optimizer state, 2 gradients too", one_of(0, 1, 2)
-    )
+    zero: int = key(0, "ZeRO stage, split between ranks: 0 nothing, 1 optimizer state, 2 gradients too", within(0, 2))
     bucket_bytes: int = key(33554432, "bytes of gradients that are exchanged at a time, roughly", at_least(1))
     timeout: float = key(300.0, "seconds to wait for another rank before the run ends and names it", POSITIVE)
 
@@ -190,12 +176,8 @@ class EvalConfig:
     """Validation and samples during training."""
 
     every: int = key(250, "steps between validations; 0 = only at the end", at_least(0))
-    hellaswag: str = key(
-        "", "HellaSwag file to score at each validation but the first: the original .jsonl, or llm.c's .bin"
-    )
-    hellaswag_every: int = key(
-        0, "steps between HellaSwag scores, and one at the end; 0 = at each validation", at_least(0)
-    )
+    hellaswag: str = key("", "HellaSwag file (.jsonl, or llm.c's .bin) to score at each validation but the first")
+    hellaswag_every: int = key(0, "steps between HellaSwag scores, and one at the end; 0 = at validation", at_least(0))
     hellaswag_examples: int = key(0, "HellaSwag examples to score, evenly spaced; 0 = all", at_least(0))
     tokens: int = key(1048576, "tokens per validation, in whole samples and at most the whole split", at_least(1))
     sample_every: int = key(0, "steps between text samples; 0 = only at the end", at_least(0))
@@ -213,9 +195,7 @@ class CheckpointConfig:
     keep: int = key(3, "newest checkpoints to keep; 0 = all", at_least(0))
     major: int = key(0, "checkpoints at multiples of this step are kept for good; 0 = none", at_least(0))
     background: bool = key(True, "save in the background, from a copy in host memory; false = training waits")
-    on_error: str = key(
-        "warn", "if a save before the last one fails: warn and continue, or stop (exit 1)", one_of("warn", "stop")
-    )
+    on_error: str = key("warn", "if a save before the last fails: warn and continue, or stop", one_of("warn", "stop"))
 
 
 @dataclass(frozen=True)
@@ -225,11 +205,7 @@ class GuardConfig:
     loss_z: float = key(0.0, "skip updates whose loss z-score exceeds this; 0 = off", at_least(0))
     norm_z: float = key(0.0, "skip updates whose gradient-norm z-score exceeds this; 0 = off", at_least(0))
     max_skips: int = key(10, "skipped updates in a row that end the run (exit 3)", at_least(1))
-    hang_factor: float = key(
-        20.0,
-        "stop as hung (exit 7) after this many times the median step without progress; 0 = off",
-        at_least(0),
-    )
+    hang_factor: float = key(20.0, "hung (exit 7) after this many median steps without progress; 0 = off", at_least(0))
     hang_seconds: float = key(300.0, "seconds without progress before a run can count as hung", POSITIVE)
 
 
@@ -239,9 +215,7 @@ class LogConfig:
 
     every: int = key(1, "steps between console lines", at_least(1))
     norms_every: int = key(0, "steps between per-tensor norms in metrics.jsonl; 0 = never", at_least(0))
-    sinks: str = key(
-        "", "also write metrics to tensorboard, wandb or both (wandb is offline unless WANDB_MODE=online)", SINKS
-    )
+    sinks: str = key("", "write metrics also to tensorboard, wandb (offline unless WANDB_MODE=online) or both", SINKS)
     display: str = key("auto", "auto, live or plain; auto = live on a terminal", one_of("auto", "live", "plain"))
 
 

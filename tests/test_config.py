@@ -250,7 +250,7 @@ def test_to_toml_starts_with_the_schema_and_comments_every_key() -> None:
     keys = [line for line in lines[1:] if "=" in line.partition("#")[0]]
     assert len(keys) == len(KEYS)
     assert all("  # " in line for line in keys)
-    assert "total_tokens = 0  # tokens per step over all ranks; 0 = one micro-step per rank (B * T * ranks)" in lines
+    assert "total_tokens = 0  # tokens per step over all ranks; 0 = one micro-step each (B * T * ranks)" in lines
 
 
 BAD_FILES = [

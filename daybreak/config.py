@@ -128,11 +128,10 @@ class Config:
             )
         horizon = self.optim.horizon or steps
         warmup = self.schedule.warmup if self.schedule.warmup >= 0 else min(700, horizon // 20)
-        total = self.batch.total_tokens or self.batch.B * self.T * ranks
         made = self.override(
             {
                 "batch.T": self.T,
-                "batch.total_tokens": total,
+                "batch.total_tokens": self.tokens_at(0, ranks),  # a ramp starts later
                 "run.steps": steps,
                 "run.epochs": 0,  # they have become steps
                 "run.tokens": 0,
@@ -165,11 +164,8 @@ class Config:
     def _check_data(self) -> None:
         data = self.data
         if bool(data.train) != bool(data.val):
-            given, missing = ("train", "val") if data.train else ("val", "train")
-            raise ConfigError(
-                f"data.{missing} is empty but data.{given} = {toml_value(getattr(data, given))} is given; "
-                "give both globs, or neither and data.name."
-            )
+            said = f"data.train = {toml_value(data.train)} and data.val = {toml_value(data.val)}"
+            raise ConfigError(f"{said} must be given together; give both globs, or neither and data.name.")
         if not data.name and not data.train:
             raise ConfigError('data.name = "" must name a dataset; give one, or data.train and data.val.')
 
@@ -425,8 +421,7 @@ def parse_value(name: str, text: str) -> Any:
             return _typed(name, tomllib.loads(f"x = {text}")["x"], key)
         return _typed(name, kind(text), key)
     except (ValueError, KeyError):  # TOMLDecodeError is a ValueError
-        default = toml_value(key.default)
-        raise ConfigError(f"{name} = {text!r} must be {_KIND_WORDS[kind]}; the default is {default}.") from None
+        return _typed(name, text, key)  # as text it is of another type, which is an error
 
 
 PLACES = ("data.name", "data.dir", "data.train", "data.val")  # of the data

@@ -54,7 +54,8 @@ def _is_step_range(text: str) -> bool:
 STEP_RANGE = Rule("must be A:B, two step numbers with A below B", lambda s: s == "" or _is_step_range(s))
 
 
-FIXED_SECTIONS = ("model", "data", "optim", "schedule")  # what weights and data order rest on: a resumed run keeps it
+# Weights and the order of the data rest on these sections, so a resumed run keeps them.
+FIXED_SECTIONS = ("model", "data", "optim", "schedule", "precision")
 
 
 def key(default: Any, doc: str, rule: Rule | None = None, *, fixed: bool | None = None) -> Any:
@@ -135,17 +136,15 @@ class PrecisionConfig:
     """The number formats of arithmetic."""
 
     compute: str = key(
-        "auto",
-        "auto (bf16 on CUDA, fp32 on CPU), fp32, bf16 or fp64",
-        one_of("auto", "fp32", "bf16", "fp64"),
-        fixed=True,
+        "auto", "auto (bf16 on CUDA, else fp32), fp32, bf16 or fp64", one_of("auto", "fp32", "bf16", "fp64")
     )
-    tf32: bool = key(True, "fp32 matmuls may use TF32 on CUDA", fixed=True)
+    tf32: bool = key(True, "fp32 matmuls may use TF32 on CUDA")
     masters: str = key(
         "auto",
         "master weights for bf16: fp32, split (16 more bits per weight; as exact as fp32, 2 bytes less) or none "
         "(stochastic rounding); auto = split on CUDA, fp32 on CPU",
         one_of("auto", "fp32", "split", "none"),
+        fixed=False,
     )
 
 

@@ -178,9 +178,9 @@ CONFLICTS: list[tuple[dict[str, Any], int, str]] = [
      "schedule.warmup = 51 must be at most the learning-rate horizon of 50 steps; lower it, or set it to -1 for "
      "min(700, horizon // 20)."),
     ({"data.train": "a.bin"}, 1,
-     'data.val is empty but data.train = "a.bin" is given; give both globs, or neither and data.name.'),
+     'data.train = "a.bin" and data.val = "" must be given together; give both globs, or neither and data.name.'),
     ({"data.val": "a.bin"}, 1,
-     'data.train is empty but data.val = "a.bin" is given; give both globs, or neither and data.name.'),
+     'data.train = "" and data.val = "a.bin" must be given together; give both globs, or neither and data.name.'),
     ({"data.name": ""}, 1, 'data.name = "" must name a dataset; give one, or data.train and data.val.'),
     ({"model.NH": 7}, 1, "model.C = 768 must be a multiple of model.NH = 7."),
     ({"run.device": "mps"}, 1,

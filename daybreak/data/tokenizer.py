@@ -7,7 +7,6 @@ of them. Text is always encoded as ordinary text: `<|endoftext|>` inside a docum
 from __future__ import annotations
 
 import base64
-import difflib
 import hashlib
 import json
 import re
@@ -25,20 +24,19 @@ from numpy.typing import NDArray
 
 from daybreak.data.formats import extra, without_surrogates
 from daybreak.errors import ConfigError, DataError, explained
+from daybreak.formatting import nearest
 
 RANKS_FILE = Path(__file__).with_name("gpt2.tiktoken")
-RANKS_SHA256 = (
-    "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # the hash tiktoken pins for r50k_base
-)
+# The hash that tiktoken pins for r50k_base.
+RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 RANKS = 50256
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # The same pieces without the look-ahead, for which tiktoken's regex engine is twice as fast. The look-ahead leaves the
 # last space of a run to the word behind it; here a NUL, which is a token of its own, is put before that last space.
 _FAST_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x00]+|\s+|\x00"""
 _SPACE = np.isin(np.arange(256), [*b"\t\n\v\f\r "])
-_OTHER_SPACE = re.compile(
-    "[\x00\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-)  # what is left to GPT2_PATTERN
+# Other space, and NUL itself: a text with one of these is left to GPT2_PATTERN.
+_OTHER_SPACE = re.compile("[\x00\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 # A run of white space longer than this overflows the published pattern's stack. It is cut where the pattern cuts it:
 # before its last character.
 _LONG_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{4096,}")
@@ -264,7 +262,7 @@ class HFTokenizer(Tokenizer):
             return np.array(self._hf.encode(without_surrogates(text), None, False, False).ids, self.dtype)
 
 
-def load_ranks(path: Path) -> list[bytes]:
+def load_ranks(path: Path = RANKS_FILE) -> list[bytes]:
     """GPT-2's 50,256 byte strings by rank from a tiktoken file, whose sha256 is checked (DataError)."""
     with explained(DataError, f"cannot read the GPT-2 vocabulary {path}", "reinstall daybreak"):
         data = path.read_bytes()
@@ -272,11 +270,6 @@ def load_ranks(path: Path) -> list[bytes]:
     if digest != RANKS_SHA256:
         raise DataError(f"{path} is damaged: sha256 {digest} instead of {RANKS_SHA256}; reinstall daybreak.")
     return [base64.b64decode(line.split()[0]) for line in data.splitlines()]  # the file is sorted by rank
-
-
-@cache
-def _gpt2_vocabulary() -> list[bytes]:
-    return load_ranks(RANKS_FILE)
 
 
 def get_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
@@ -299,16 +292,14 @@ def _own_tokenizer(name: str) -> Tokenizer:
     if name == "bytes":
         return Tokenizer(name, [bytes([value]) for value in range(256)], "")
     if name == "gpt2":
-        return Tokenizer(name, _gpt2_vocabulary(), GPT2_PATTERN)
+        return Tokenizer(name, load_ranks(), GPT2_PATTERN)
     if match := re.fullmatch(r"gpt2-([0-9]+)", name):
         if not 256 <= (N := int(match[1])) <= RANKS:
             raise ConfigError(f"tokenizer {name!r}: N of gpt2-N must be from 256 to {RANKS}.")
-        return Tokenizer(name, _gpt2_vocabulary()[:N], GPT2_PATTERN)
-    near = difflib.get_close_matches(name, ["gpt2", "bytes", "gpt2-1024"], 1, 0.0)[0]
-    raise ConfigError(
-        f"unknown tokenizer {name!r}; did you mean {near!r}? Known: gpt2, bytes, gpt2-N (N lowest ranks), "
-        "FILE.json (Hugging Face)."
-    )
+        return Tokenizer(name, load_ranks()[:N], GPT2_PATTERN)
+    near = nearest(name, ["gpt2", "bytes", "gpt2-1024"])
+    known = "gpt2, bytes, gpt2-N (N lowest ranks), FILE.json (Hugging Face)"
+    raise ConfigError(f"unknown tokenizer {name!r}; did you mean {near!r}? Known: {known}.")
 
 
 def _hf_tokenizer(name: str, folder: Path | None) -> Tokenizer:

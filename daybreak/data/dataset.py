@@ -175,20 +175,20 @@ def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
         )
     if get_tokenizer(manifest.tokenizer, folder).fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(f"{folder} was made with another tokenizer called {manifest.tokenizer!r}; prepare it again.")
-    splits = []
-    for record in (manifest.train, manifest.val):
-        for path in (folder / shard.file for shard in record.shards):
-            if path.resolve().parent != folder.resolve():
-                raise DataError(f"{path} is a link out of the dataset's folder; put the shard itself there.")
-        shards = [read_header(folder / shard.file) for shard in record.shards]
-        for shard, info in zip(record.shards, shards, strict=True):
-            if (info.tokens, info.size) != (shard.tokens, shard.size):
-                raise DataError(
-                    f"{info.path} has {info.tokens} tokens in {info.size} bytes, its manifest says {shard.tokens} in "
-                    f"{shard.size}; prepare the dataset again."
-                )
-        splits.append(shards)
-    return Dataset(manifest.name, splits[0], splits[1], manifest.tokenizer, manifest, folder, manifest.val.bytes)
+    train, val = ([_checked(folder, shard) for shard in split.shards] for split in (manifest.train, manifest.val))
+    return Dataset(manifest.name, train, val, manifest.tokenizer, manifest, folder, manifest.val.bytes)
+
+
+def _checked(folder: Path, shard: ShardRecord) -> ShardInfo:
+    """The shard of a manifest, if it is in the folder itself and has the size that the manifest says."""
+    path = folder / shard.file
+    if path.resolve().parent != folder.resolve():
+        raise DataError(f"{path} is a link out of the dataset's folder; put the shard itself there.")
+    info = read_header(path)
+    if (info.tokens, info.size) != (shard.tokens, shard.size):
+        said = f"has {info.tokens} tokens in {info.size} bytes, its manifest says {shard.tokens} in {shard.size}"
+        raise DataError(f"{path} {said}; prepare the dataset again.")
+    return info
 
 
 def _by_file_name(name: str, paths: Sequence[Path], tokenizer: str) -> Dataset:

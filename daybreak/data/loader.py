@@ -93,12 +93,14 @@ class Loader:
         self.shards, self.T, self.V, self.seed, self.shuffle = list(shards), T, V, seed, shuffle
         self.dtype = np.dtype(np.uint32 if any(shard.width == 4 for shard in self.shards) else np.uint16)
         self.target_dtype = self.dtype
-        self._starts = None if eot is None else [document_starts(open_shard(s), eot, T) for s in self.shards]
-        counts = [(s.tokens - 1) // T for s in self.shards] if self._starts is None else [len(s) for s in self._starts]
+        self._starts: list[Any] = [  # of each shard, the places where its samples start
+            range(0, s.tokens - T, T) if eot is None else document_starts(open_shard(s), eot, T) for s in self.shards
+        ]
+        counts = list(map(len, self._starts))
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.samples_per_epoch = sum(counts)
         used = [c * T + 1 if c else 0 for c in counts]
-        if self._starts is not None:  # neighbours may share a token
+        if eot is not None:  # neighbours may share a token
             used = [int(np.minimum(np.diff(s, append=2**62), T + 1).sum()) for s in self._starts]
         self.dropped_tokens = sum(shard.tokens for shard in self.shards) - sum(used)
         if not self.samples_per_epoch:
@@ -146,8 +148,7 @@ class Loader:
         return [(self, max(1, min(tokens // self.T, self.samples_per_epoch)))]
 
     def _start(self, place: int, s: int) -> int:
-        place -= int(self._ends[s - 1]) if s else 0
-        return place * self.T if self._starts is None else int(self._starts[s][place])
+        return int(self._starts[s][place - (int(self._ends[s - 1]) if s else 0)])
 
 
 def document_starts(tokens: NDArray[Any], eot: int, T: int) -> NDArray[np.int64]:

@@ -56,19 +56,17 @@ class MixLoader(Loader):
     def __init__(self, loaders: Sequence[Loader], weights: Sequence[float], seed: int, shuffle: bool = True) -> None:
         self.loaders, self.seed, self.T, self.shuffle = list(loaders), seed, loaders[0].T, shuffle
         self.shares = shares(weights)
+        self._each = list(zip(self.shares, loaders, strict=True))
         self._bounds = np.cumsum([0, *self.shares])
-        self.samples_per_epoch = min(
-            ld.samples_per_epoch * BLOCK // n for ld, n in zip(self.loaders, self.shares, strict=True)
-        )
-        self.dropped_tokens = sum(loader.dropped_tokens for loader in self.loaders)
-        self.dtype, self.target_dtype = (
-            np.result_type(*(getattr(loader, kind) for loader in self.loaders)) for kind in ("dtype", "target_dtype")
-        )
+        self.samples_per_epoch = min(loader.samples_per_epoch * BLOCK // n for n, loader in self._each)
+        self.dropped_tokens = sum(loader.dropped_tokens for loader in loaders)
+        self.dtype = np.result_type(*(loader.dtype for loader in loaders))
+        self.target_dtype = np.result_type(*(loader.target_dtype for loader in loaders))
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the sources' fingerprints and their shares, in order."""
-        each = [f"{n} {loader.fingerprint}\n" for n, loader in zip(self.shares, self.loaders, strict=True)]
+        each = [f"{n} {loader.fingerprint}\n" for n, loader in self._each]
         return hashlib.sha256("".join(each).encode()).hexdigest()
 
     def _block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -88,9 +86,8 @@ class MixLoader(Loader):
 
     def parts(self, tokens: int) -> list[tuple[Loader, int]]:
         """As `Loader.parts`, each source's share of the tokens, and of no more than keep the shares when one ends."""
-        each = list(zip(self.shares, self.loaders, strict=True))
-        tokens = min(tokens, *(-(-ld.samples_per_epoch * self.T * BLOCK // n) for n, ld in each))
-        return [part for n, loader in each for part in loader.parts(tokens * n // BLOCK)]
+        tokens = min(tokens, *(-(-loader.samples_per_epoch * self.T * BLOCK // n) for n, loader in self._each))
+        return [part for n, loader in self._each for part in loader.parts(tokens * n // BLOCK)]
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """As `Loader.batch`."""
@@ -111,9 +108,8 @@ def open_loaders(
     """The data set(s) of a `DataConfig` and the loaders of both splits; `shuffle` the training one. beside: a folder
     with the tokenizer of shards that have none. ConfigError, DataError."""
     mix = [] if data.train else parse_mix(data.name)
-    sets = [open_dataset(name, data.dir, tokenizer=data.tokenizer) for name, _ in mix] or [
-        open_dataset(data.name, data.dir, data.train, data.val, data.tokenizer)
-    ]
+    names = [name for name, _ in mix] or [data.name]
+    sets = [open_dataset(name, data.dir, data.train, data.val, data.tokenizer) for name in names]
     first = sets[0] if sets[0].folder else replace(sets[0], folder=beside)
     if other := next((d for d in sets if d.tokenizer_name != first.tokenizer_name), None):
         raise DataError(

@@ -31,7 +31,7 @@ SPEC = {
     "name": TEXT, "tokenizer": TOKENIZER, "tokenizer_fingerprint": TEXT, "source": TEXT, "revision": TEXT,
     "licence": TEXT, "train": SPLIT, "val": SPLIT,
 }  # fmt: skip
-_COUNT_BLOCK = 1 << 24  # tokens
+_COUNT_BLOCK = 1 << 22  # tokens
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ class Manifest:
     licence: str
     train: SplitRecord
     val: SplitRecord
+
+    def files(self) -> set[str]:
+        """The names of all files that the dataset's folder may hold."""
+        return {MANIFEST, TOKENIZER_FILE, *(s.file for split in (self.train, self.val) for s in split.shards)}
 
     def to_json(self) -> str:
         """The file's text."""

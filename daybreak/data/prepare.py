@@ -31,13 +31,14 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,38 +66,26 @@ PARALLEL = 4  # ready-made shards downloaded at once
 
 Progress = Callable[[int, int, int], None]
 Journal = dict[str, Any]
-
-
-class Encoded(NamedTuple):
-    """The part of a unit that belongs to one split."""
-
-    tokens: NDArray[np.integer]
-    documents: int
-    bytes: int
+Encoded = tuple[NDArray[np.integer], Counter[str]]  # tokens of one split, and the counts of a _Split
 
 
 @dataclass
 class _Split:
-    """One split being written: its shards so far and its counts."""
+    """One split being written: its shards so far, and its tokens, documents and bytes of text, counted."""
 
     prefix: str
     folder: Path
     shard_tokens: int
     width: int
-    documents: int = 0
-    bytes: int = 0
-    tokens: int = 0
+    counts: Counter[str] = field(default_factory=lambda: Counter(tokens=0, documents=0, bytes=0))
     shards: list[ShardRecord] = field(default_factory=list)
     writer: ShardWriter | None = None
 
     def open(self, resume: int = 0) -> ShardWriter:
         return ShardWriter(self.folder / f"{self.prefix}_{len(self.shards):06d}.bin", self.width, resume)
 
-    def write(self, encoded: Encoded) -> None:
-        tokens = encoded.tokens
-        self.tokens += tokens.size
-        self.documents += encoded.documents
-        self.bytes += encoded.bytes
+    def write(self, tokens: NDArray[np.integer], counts: Counter[str]) -> None:
+        self.counts.update(counts)
         while tokens.size:
             if self.writer is None:
                 self.writer = self.open()
@@ -115,12 +104,11 @@ class _Split:
         """The journal's part about this split. All that it counts is on the disk."""
         if self.writer is not None:
             self.writer.flush()
-        counts = {"documents": self.documents, "bytes": self.bytes, "tokens": self.tokens}
         partial = self.writer.tokens if self.writer else 0
-        return {**counts, "partial": partial, "shards": [asdict(shard) for shard in self.shards]}
+        return {**self.counts, "partial": partial, "shards": [asdict(shard) for shard in self.shards]}
 
     def restore(self, state: Journal) -> None:
-        self.documents, self.bytes, self.tokens = (state[key] for key in ("documents", "bytes", "tokens"))
+        self.counts.update({key: state[key] for key in self.counts})
         self.shards = [ShardRecord(**shard) for shard in state["shards"]]
         try:
             for shard in self.shards:
@@ -136,7 +124,7 @@ class _Split:
 
     def record(self) -> SplitRecord:
         self.finish_shard()
-        return SplitRecord(self.tokens, self.documents, self.bytes, tuple(self.shards))
+        return SplitRecord(**self.counts, shards=tuple(self.shards))
 
 
 def prepare(
@@ -161,9 +149,7 @@ def prepare(
     encoder = get_tokenizer(tokenizer)
     source = resolve_source([names] if isinstance(names, str | Path) else names, text_field, val_fraction, skip_bad)
     name = name or dataset_name(source.name, encoder.name)
-    check_name(name)
-    final = Path(data_dir) / name
-    check_replaceable(final, source.origin, encoder.name)
+    final = _place(data_dir, name, source.origin, encoder)
     identity = [source.origin, source.revision, source.state, encoder.fingerprint, shard_tokens, val_fraction,
                 text_field, UNIT]  # fmt: skip
     with explained(DataError, f"preparing {name!r} failed"), workspace(final, identity) as (folder, journal):
@@ -173,7 +159,7 @@ def prepare(
             return _Job(folder, name, source, encoder, shard_tokens, identity, journal).run(threads, progress)
         except _TextChangedError:
             log.warning("%s: the text written so far has changed since; starting over.", name)
-            _empty(folder, "download")
+            _empty(folder, {"download"})
             source.faults.counts.clear()
             return _Job(folder, name, source, encoder, shard_tokens, identity, None).run(threads, progress)
 
@@ -227,14 +213,14 @@ class _Job:
             log.info("%s: continuing after %s tokens", name, f"{self.count('tokens'):,}")
 
     def count(self, key: str) -> int:
-        return sum(getattr(split, key) for split in self.splits.values())
+        return sum(split.counts[key] for split in self.splits.values())
 
     def run(self, workers: int, progress: Progress) -> Manifest:
         try:
             encode, lossless = partial(_encode_unit, self.tokenizer), True
             for unit, encoded in ahead(encode, _units(self._pieces()), workers, 2 * workers):
                 for key, part in encoded.items():
-                    self.splits[key].write(part)
+                    self.splits[key].write(*part)
                 self._advance(unit)
                 lossless = lossless and _round_trip(self.tokenizer, unit[0].text)
                 progress(done := self.count("bytes"), max(done, self.source.size), self.count("tokens"))
@@ -250,11 +236,8 @@ class _Job:
         if not (train.tokens and val.tokens):
             raise DataError(f"{self.source.origin} is too little text to split into train and val; add more.")
         progress(self.count("bytes"), self.count("bytes"), self.count("tokens"))
-        revision = self.source.revision or f"sha256:{self.digest.hexdigest()}"
-        t, s = self.tokenizer, self.source
-        manifest = Manifest(self.name, t.name, t.fingerprint, s.origin, revision, s.licence, train, val)
-        finish(self.folder, manifest, t)
-        return manifest
+        s, revision = self.source, self.source.revision or f"sha256:{self.digest.hexdigest()}"
+        return finish(self.folder, self.name, self.tokenizer, s.origin, revision, s.licence, train, val)
 
     def _pieces(self) -> Iterator[Piece]:
         """The pieces not written yet: step 3 at the top of the file. Raises _TextChangedError."""
@@ -264,17 +247,16 @@ class _Job:
         for number, piece in enumerate(self.source.pieces(first, before, self.folder)):
             if number >= skip:
                 yield piece
-            elif local and self._hashed(piece, number == skip - 1) != start["text"]:
+            elif local and self._hashed(piece) != start["text"] and number == skip - 1:
                 raise _TextChangedError
         if number + 1 < skip:
             raise _TextChangedError
 
-    def _hashed(self, piece: Piece, ends: bool = True) -> str:
-        """Add a piece to the hash of the local text and its cuts. Returns the hash if the written text `ends` with this
-        piece, else the journal's own hash, which compares equal."""
+    def _hashed(self, piece: Piece) -> str:
+        """The hash of the local text and its cuts, with this piece added."""
         self.digest.update(piece.text.encode())
         self.cuts.update(f"{piece.split} {piece.starts} {len(piece.text)}\n".encode())
-        return self.digest.hexdigest() + self.cuts.hexdigest() if ends else str(self.place["text"])
+        return self.digest.hexdigest() + self.cuts.hexdigest()
 
     def _advance(self, unit: Sequence[Piece]) -> None:
         """Move the place behind a written unit. Save the journal if a shard was finished or JOURNAL_SECONDS passed."""
@@ -300,14 +282,16 @@ class _Job:
             _write_journal(self.folder, {"identity": self.identity, "place": self.place, **state})
 
 
-def finish(folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
+def finish(
+    folder: Path, name: str, tokenizer: Tokenizer, origin: str, revision: str, licence: str, *splits: SplitRecord
+) -> Manifest:
     """Complete a workspace: write the manifest and a foreign tokenizer, and delete everything else but the shards."""
+    manifest = Manifest(name, tokenizer.name, tokenizer.fingerprint, origin, revision, licence, *splits)
     write_atomic(folder / MANIFEST, manifest.to_json())
     if tokenizer.source:
         write_atomic(folder / TOKENIZER_FILE, tokenizer.source)
-    for leftover in (folder / JOURNAL, *folder.glob(".*")):  # hidden: temporary files that a kill left
-        leftover.unlink(missing_ok=True)
-    shutil.rmtree(folder / "download", ignore_errors=True)
+    _empty(folder, manifest.files())
+    return manifest
 
 
 def _units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -328,12 +312,12 @@ def _encode_unit(tokenizer: Tokenizer, unit: list[Piece]) -> tuple[list[Piece], 
     eot: NDArray[np.integer] = np.array([tokenizer.eot], tokenizer.dtype)
     found = {}
     for split in dict.fromkeys(piece.split for piece in unit):
-        pieces = [piece for piece in unit if piece.split == split]
-        parts: list[NDArray[np.integer]] = []
-        for piece in pieces:
+        parts, counts = list[NDArray[np.integer]](), Counter[str]()
+        for piece in (piece for piece in unit if piece.split == split):
             parts += [eot, tokenizer.encode(piece.text)] if piece.starts else [tokenizer.encode(piece.text)]
-        size = sum(len(piece.text.encode()) for piece in pieces)
-        found[split] = Encoded(np.concatenate(parts), sum(piece.starts for piece in pieces), size)
+            counts.update(documents=piece.starts, bytes=len(piece.text.encode()))
+        tokens = np.concatenate(parts)
+        found[split] = tokens, counts + Counter(tokens=tokens.size)
     return unit, found
 
 
@@ -352,21 +336,21 @@ def _round_trip(tokenizer: Tokenizer, text: str) -> bool:
     return text == back
 
 
-def check_replaceable(final: Path, origin: str, tokenizer: str) -> None:
-    """Raise ConfigError if `final` holds anything but an earlier preparation of the same source."""
+def _place(data_dir: str | Path, name: str, origin: str, tokenizer: Tokenizer) -> Path:
+    """The folder of the dataset. ConfigError if it holds anything but an earlier preparation of the same source."""
+    check_name(name)
+    final = Path(data_dir) / name
     if not final.exists():
-        return
+        return final
     if not (final / MANIFEST).is_file():
         raise ConfigError(f"{final} exists and is not a prepared dataset; choose another --name.")
     old = Manifest.load(final / MANIFEST)
-    if (old.source, old.tokenizer) != (origin, tokenizer):
-        raise ConfigError(
-            f"{final} exists, made from {old.source} with tokenizer {old.tokenizer!r}; choose another --name or "
-            "delete it."
-        )
-    ours = {MANIFEST, TOKENIZER_FILE, *(shard.file for split in (old.train, old.val) for shard in split.shards)}
-    if foreign := sorted(path.name for path in final.iterdir() if path.name not in ours):
+    if (old.source, old.tokenizer) != (origin, tokenizer.name):
+        made = f"made from {old.source} with tokenizer {old.tokenizer!r}"
+        raise ConfigError(f"{final} exists, {made}; choose another --name or delete it.")
+    if foreign := sorted({path.name for path in final.iterdir()} - old.files()):
         raise ConfigError(f"{final} also holds {foreign[0]!r}, which is not part of the dataset; move it away first.")
+    return final
 
 
 @contextmanager
@@ -418,8 +402,8 @@ def _read_journal(folder: Path, identity: Any) -> Journal | None:
     return None
 
 
-def _empty(folder: Path, but: str = "") -> None:
-    for leftover in (path for path in folder.iterdir() if path.name != but):
+def _empty(folder: Path, but: Container[str] = ()) -> None:
+    for leftover in (path for path in folder.iterdir() if path.name not in but):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
@@ -441,49 +425,40 @@ def pretokenized(
     if spec is None:
         ready = ", ".join(n for n, entry in CATALOGUE.items() if entry.shards)
         raise ConfigError(f"there are no ready-made shards of {source!r}; there are of {ready}, or give hf:owner/name.")
-    name = name or known or spec["repo"].partition("/")[2]
-    check_name(name)
+    name, origin = name or known or spec["repo"].partition("/")[2], f"hf:{spec['repo']}"
+    tokenizer = get_tokenizer("gpt2")
+    final = _place(data_dir, name, origin, tokenizer)
     commit, licence, files = hub_files(spec["repo"], spec["revision"], spec["config"] or "", ((".bin",),))
+    train = [file for file in files if "train" in file.name][: shards or None]
     val = [file for file in files if "val" in file.name and "train" not in file.name]
-    train = [file for file in files if "train" in file.name]
     if not (train and val):
-        raise DataError(f"hf:{spec['repo']} has no *train*.bin and *val*.bin token shards.")
-    train = train[: shards or None]
-    wanted = {
-        f"{name}_{split}_{i:06d}.bin": f for split, fs in (("train", train), ("val", val)) for i, f in enumerate(fs)
-    }
-    tokenizer, final = get_tokenizer("gpt2"), Path(data_dir) / name
-    check_replaceable(final, f"hf:{spec['repo']}", tokenizer.name)
-    total, done, tokens = sum(max(f.size, 0) for f in wanted.values()), 0, 0
-    identity = [spec["repo"], commit, name]
+        raise DataError(f"{origin} has no *train*.bin and *val*.bin token shards.")
+    wanted = [(split, f"{name}_{split}_{i:06d}.bin", file)
+              for split, found in (("train", train), ("val", val)) for i, file in enumerate(found)]  # fmt: skip
+    total, done, identity = sum(file.size for file in train + val), 0, [spec["repo"], commit, name]
     with explained(DataError, f"preparing {name!r} failed"), workspace(final, identity) as (folder, journal):
         if journal is None:
             _write_journal(folder, {"identity": identity})
-        left = total - sum(path.stat().st_size for path in folder.glob("*.bin") if path.name in wanted)
-        free = shutil.disk_usage(folder).free
+        left, free = (
+            sum(x.size for _, file, x in wanted if not (folder / file).exists()),
+            shutil.disk_usage(folder).free,
+        )
         log.info("%s: %d shards, %.1f GB to download, %.1f GB are free", name, len(wanted), left / 1e9, free / 1e9)
         if left > free:
             raise DataError(f"{name} needs {left / 1e9:.1f} GB, {free / 1e9:.1f} are free; ask for fewer shards.")
-        records = {}
-        for record in ahead(lambda item: _shard(folder, *item), wanted.items(), PARALLEL, 2 * PARALLEL):
-            records[record.file] = record
-            done, tokens = done + record.size, tokens + record.tokens
-            progress(done, total, tokens)
-        for path in folder.glob("*.bin"):  # of an earlier attempt at more shards
-            if path.name not in records:
-                path.unlink()
-        lengths, splits = tokenizer.lengths(tokenizer.V), []
-        for split in ("train", "val"):
-            these = tuple(r for file, r in records.items() if file.startswith(f"{name}_{split}_"))
-            counts = token_counts([read_header(folder / r.file) for r in these], tokenizer.V)
-            splits.append(SplitRecord(int(counts.sum()), int(counts[tokenizer.eot]), int(counts @ lengths), these))
-        manifest = Manifest(name, tokenizer.name, tokenizer.fingerprint, f"hf:{spec['repo']}", commit, licence, *splits)
-        finish(folder, manifest, tokenizer)
-        return manifest
+        splits = {split: _Split(name, folder, 0, 0) for split in SPLITS}
+        for split, record, counts in ahead(partial(_ready_made, folder), wanted, PARALLEL, 2 * PARALLEL):
+            splits[split].shards.append(record)
+            splits[split].counts.update(counts)
+            done += record.size
+            progress(done, total, sum(part.counts["tokens"] for part in splits.values()))
+        return finish(folder, name, tokenizer, origin, commit, licence, *(splits[split].record() for split in SPLITS))
 
 
-def _shard(folder: Path, file: str, remote: Remote) -> ShardRecord:
-    path = folder / file
+def _ready_made(folder: Path, wanted: tuple[str, str, Remote]) -> tuple[str, ShardRecord, Counter[str]]:
+    """Split, record and counts of a shard of GPT-2 tokens, which is downloaded unless it is in the folder."""
+    split, file, remote = wanted
+    path, tokenizer = folder / file, get_tokenizer("gpt2")
     if not path.exists():
         download(remote, folder / "download").replace(path)
     try:
@@ -491,4 +466,7 @@ def _shard(folder: Path, file: str, remote: Remote) -> ShardRecord:
     except DataError:
         path.unlink()  # so that the next attempt does not trust it
         raise
-    return ShardRecord(file, info.tokens, info.size, sha256_of(path))
+    ids = token_counts([info], tokenizer.V)
+    size = int(ids @ tokenizer.lengths(tokenizer.V))
+    counts = Counter(tokens=info.tokens, documents=int(ids[tokenizer.eot]), bytes=size)
+    return split, ShardRecord(file, info.tokens, info.size, sha256_of(path)), counts

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from daybreak.cli.main import cli, main
-from daybreak.config import keys_of
+from daybreak.config import every_key
 
 HELP = {name: command.help or "" for name, command in cli.commands.items()} | {"": cli.help or ""}
 EXAMPLES = sorted({
@@ -82,9 +82,9 @@ def test_plan_bench_and_import_show_no_flag_of_a_long_run() -> None:
 
 def test_the_undotted_flags_of_train_are_the_agreed_ones() -> None:
     flags = {opt for p in cli.commands["train"].params for opt in p.opts if opt.startswith("--")}
-    assert flags - {f"--{name}" for name in keys_of()} == {
+    assert flags - {f"--{name}" for name in every_key()} == {
         "--name", "--data", "--steps", "--epochs", "--tokens", "--max-hours", "--fork", "--init-from", "--profile",
         "--json", "--quiet",
         "--verbose", "--print-config",
     }  # fmt: skip
-    assert {f"--{name}" for name in keys_of()} < flags
+    assert {f"--{name}" for name in every_key()} < flags

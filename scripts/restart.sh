@@ -26,6 +26,13 @@ fi
 once=${1:-} && [ "$once" = --once ] && shift
 [ $# -ge 3 ] || { sed -n '2,15s/^# \?//p' "$0" >&2; exit 2; }
 run=$1 && shift
+stop() { # srun would kill its tasks at once; Slurm can pass the signal on to them, so that they save
+    case "${SLURM_JOB_ID:+${launcher[*]}}" in
+        *srun*) scancel --signal=TERM "$SLURM_JOB_ID" ;;
+        *) kill -TERM $child 2>/dev/null ;;
+    esac
+}
+
 launcher=() && words=("$@")
 for i in "${!words[@]}"; do
     [ "${words[$i]}" = train ] && launcher=("${words[@]:0:$i}") && break
@@ -35,15 +42,18 @@ while true; do
     [ "$once" = --once ] && exec "$@"
     "$@" &
     child=$!
-    trap 'kill -TERM $child 2>/dev/null' TERM INT
+    trap stop TERM INT
     case "${launcher[*]}" in
         *torchrun* | *torch.distributed*) trap : USR1 ;; # it would die of it, and leave its workers alone
         *) trap 'kill -USR1 $child 2>/dev/null' USR1 ;;
     esac
     while kill -0 $child 2>/dev/null; do wait $child; done # a trapped signal ends `wait`, not the child
-    if [ ! -d "$run" ]; then wait $child; exit; fi
+    wait $child
+    status=$?
+    [ -d "$run" ] || exit "$status"
     verdict "$run"
     [ "$what" = again ] || exit "$code"
+    case "$code $status" in "137 "[2-6]) exit "$status" ;; esac # refused before it could write exit.json
     echo "restart.sh: $run ended with $code, starting it again" >&2
     sleep "${RESTART_WAIT:-10}"
 done

@@ -227,7 +227,7 @@ def test_dangling_links_and_pipes_are_refused_and_links_within_are_not(shards, t
         daybreak.train(more, resume=run.path)
     (run.path / "samples.txt").unlink()
     (run.path / "wandb").mkdir()
-    (run.path / "wandb/latest").symlink_to("../checkpoints")  # as W&B makes them
+    (run.path / "wandb/debug.log").symlink_to(tmp_path / "log")  # as W&B makes them
     run.path.rename(tmp_path / "elsewhere")
     run.path.symlink_to("elsewhere")  # a link to the whole folder is the user's own
     assert daybreak.train(more, resume=run.path).metrics("step")[-1]["step"] == 6

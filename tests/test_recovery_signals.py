@@ -369,15 +369,34 @@ def test_a_requeued_job_keeps_its_launcher(tmp_path, script):
 
 @pytest.mark.parametrize(("name", "requeued"), [("USR1", "requeue 77\n"), ("TERM", "")])
 def test_scancel_ends_a_job_for_good(tmp_path, name, requeued):
-    """Both signals to the script save and stop the run. USR1 comes before the time limit, TERM from scancel."""
+    """Both signals to the script save and stop the run. USR1 comes before the time limit. scancel's TERM goes to the
+    task as well. TERM to srun kills the task, as real srun does, so nothing may send it there."""
+    task = "trap 'printf %s \\{\\\"code\\\":75\\} > r/exit.json; exit 1' TERM\ntouch up; while :; do sleep 0.05; done"
+    tools(
+        tmp_path, task=f"#!/bin/bash\n{task}\n", scancel='#!/bin/bash\necho "$@" >> scancels\nkill -TERM $(cat pid)\n'
+    )
     srun = (
-        "mkdir -p r; touch r/config.toml\ntrap 'printf %s \\{\\\"code\\\":75\\} > r/exit.json; exit 1' TERM\n"
-        "until grep -q 'SigCgt:.*[4-7c-f]...$' /proc/$PPID/status; do sleep 0.05; done\n"  # the script hears TERM
-        f"kill -{name} $PPID\nwhile true; do sleep 0.05; done\n"
+        "mkdir -p r; touch r/config.toml\ntask & echo $! > pid\ntrap 'kill -KILL $(cat pid); exit 137' TERM\n"
+        "until [ -e up ] && grep -q 'SigCgt:.*[4-7c-f]...$' /proc/$PPID/status; do sleep 0.05; done\n"  # both hear TERM
+        f"kill -{name} $PPID\n[ {name} = USR1 ] || kill -TERM $(cat pid)\nwhile kill -0 $(cat pid); do wait; done\n"
     )
     ended, calls, _ = slurm_job(tmp_path, "slurm_cluster", srun)()
     assert exit_code(tmp_path / "r") == 75
     assert (ended, calls) == (int(not requeued), requeued)
+    if name == "USR1":
+        assert (tmp_path / "scancels").read_text() == "--signal=TERM 77\n"
+
+
+def test_the_restart_loop_stops_tasks_of_srun_through_slurm(tmp_path):
+    """In a job of Slurm, where TERM to srun would kill them."""
+    srun = COUNTED + "trap 'exit 137' TERM\nmkdir -p r; touch up; until [ -e ended ]; do sleep 0.05; done\n"
+    srun += 'echo \'{"code": 75, "reason": "x", "t": 0}\' > r/exit.json\nexit 75\n'
+    env = tools(tmp_path, srun=srun, scancel='#!/bin/bash\necho "$@" > ended\n') | {"SLURM_JOB_ID": "77"}
+    loop = subprocess.Popen(["bash", RESTART, "r", "srun", "daybreak", "train", "tiny"], cwd=tmp_path, env=env)
+    until(lambda: (tmp_path / "up").exists())
+    loop.terminate()
+    assert loop.wait(PATIENCE) == 75
+    assert (tmp_path / "ended").read_text() == "--signal=TERM 77\n"
 
 
 @pytest.mark.parametrize("script", ["slurm", "slurm_cluster"])

@@ -171,4 +171,7 @@ def test_weights_with_other_heads_are_refused(stopped, tmp_path, capsys) -> None
     made = run_config(stopped).override({"model.NH": 4, "run.name": "other", "run.dir": str(tmp_path)})
     (tmp_path / "other.toml").write_text(made.to_toml())
     assert main(["train", str(tmp_path / "other.toml"), "--init-from", str(stopped)]) == 5
-    assert "step-00000004 is of another model: model.NH is 2 there and 4 here;" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step-00000004 is of another model: model.NH is 2 there and 4 here;" in said
+    assert "use the shape of these weights (--model.NH 2)." in said
+    assert not (tmp_path / "other").exists()  # a folder would be resumed from random weights

@@ -12,6 +12,7 @@ import pytest
 import daybreak
 from daybreak.cli.main import main
 from daybreak.config import Config
+from daybreak.manifest import read_id
 from daybreak.training import sinks
 
 SMALL = {"model.L": 1, "model.C": 16, "model.NH": 2, "model.max_T": 16, "model.V": 257, "data.name": "my",
@@ -70,6 +71,11 @@ def test_both_hold_what_the_metrics_hold(here: Path) -> None:
     assert [(r["step"], r["train/loss"]) for r in rows if "train/loss" in r] == [(r["step"], r["loss"]) for r in steps]
     assert [(r["step"], r["val/loss"]) for r in rows if "val/loss" in r] == [(r["step"], r["loss"]) for r in vals]
     assert [r["sample"] for r in rows if "sample" in r] == [r["text"] for r in run.metrics("sample")]
+    # W&B links to its logs outside of the run. The run resumes all the same, and is the same run for W&B.
+    assert any(path.is_symlink() for path in run.path.glob("wandb/*/logs/*"))
+    longer = run.config.override({"run.steps": 6, "optim.horizon": 6})
+    assert daybreak.train(longer, resume=run.path).metrics("step")[-1]["step"] == longer.run.steps
+    assert {path.stem for path in run.path.glob("wandb/*/run-*.wandb")} == {f"run-{read_id(run.path)}"}
 
 
 @pytest.mark.parametrize("when", ["open", "write", "close"])

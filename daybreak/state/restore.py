@@ -168,8 +168,20 @@ class Weights(Protocol):
     def read_model(self, name: str, out: Tensor) -> None: ...
 
 
+def check_model(weights: Weights, shape: Shape) -> None:
+    """Raise CheckpointError unless the weights are of a model of this shape. V may differ within the padding."""
+    theirs = weights.model
+    differs = [key for key, ours in vars(shape).items() if key != "V" and vars(theirs).get(key) != ours]
+    if differs or theirs.Vp != shape.Vp:
+        there, here = ({key: vars(x).get(key) for key in differs or ["V"]} for x in (theirs, shape))
+        said = ", ".join(f"model.{key} is {there[key]} there and {here[key]} here" for key in there)
+        flags = " ".join(f"--model.{key} {value}" for key, value in there.items())
+        raise CheckpointError(f"{weights.path} is of another model: {said}; use the shape of these weights ({flags}).")
+
+
 def restore_weights(engine: Engine, checkpoint: Weights) -> None:
     """Load the model's weights. Raises CheckpointError if the checkpoint is of another model."""
+    check_model(checkpoint, engine.cfg)
     if set(checkpoint.names()) != set(engine.names()):
         other = sorted(set(checkpoint.names()) ^ set(engine.names()))
         raise CheckpointError(f"{checkpoint.path} is of another model: tensors differ, {other[0]!r} first.")
@@ -177,11 +189,6 @@ def restore_weights(engine: Engine, checkpoint: Weights) -> None:
         value = torch.empty(engine.param(name).shape, dtype=acc_dtype(engine.param(name).dtype))
         checkpoint.read_model(name, value)
         engine.set_exact(name, value)
-    theirs = vars(checkpoint.model)  # NH shows in no tensor's shape; V may differ within the padding
-    for key, ours in vars(engine.cfg).items():
-        if key != "V" and theirs.get(key) != ours:
-            said = f"model.{key} is {theirs.get(key)} there and {ours} here"
-            raise CheckpointError(f"{checkpoint.path} is of another model: {said}; use the shape of these weights.")
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:

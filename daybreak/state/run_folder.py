@@ -174,10 +174,14 @@ class RunFolder:
     def check_links(self) -> None:
         """Raise ConfigError for a symbolic link that leads out of the folder, or for what is no file and no folder.
 
-        A folder from somebody else may hold one: we would write through it, or delete behind it.
+        A folder from somebody else may hold one: we would write through it, or delete behind it. Inside of `wandb`,
+        W&B has links of its own to its logs, and daybreak touches nothing.
         """
         home = self.path.resolve()
         for folder, folders, files in os.walk(home):
+            if Path(folder) == home / "wandb":
+                folders.clear()
+                continue
             for path in (Path(folder, name) for name in (*folders, *files)):
                 outside = path.is_symlink() and not path.resolve().is_relative_to(home)
                 if outside or (path.exists() and not path.is_file() and not path.is_dir()):

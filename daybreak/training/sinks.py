@@ -11,6 +11,7 @@ from typing import Any
 
 from daybreak.config import Config
 from daybreak.errors import ConfigError
+from daybreak.manifest import read_id
 
 log = logging.getLogger("daybreak")
 Write = Callable[[int, dict[str, float], str], None]  # step, scalars by name, a generated text ("" = none)
@@ -64,6 +65,7 @@ def _wandb(config: Config, folder: Path) -> tuple[Write, Callable[[], None]]:
     run = wandb.init(
         project="daybreak", name=config.run.name, dir=str(folder), config=dict(config.items()), settings=settings,
         mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+        id=read_id(folder) or None, resume="allow",  # a resumed run goes on in its own curves
     )  # fmt: skip
 
     def write(step: int, values: dict[str, float], text: str) -> None:

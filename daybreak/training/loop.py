@@ -46,7 +46,7 @@ from daybreak.generate import Sampling, sample_text
 from daybreak.parallel import connect, launched
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint, newest_good
 from daybreak.state.metrics import MainLog, MetricsWriter
-from daybreak.state.restore import Staging, Weights, check_model, restore, restore_weights, snapshot
+from daybreak.state.restore import Staging, Weights, restore, restore_weights, snapshot
 from daybreak.state.run import Run
 from daybreak.state.run_folder import RunFolder
 from daybreak.state.saver import Saver
@@ -105,9 +105,7 @@ def _prepared(
         check_rate(old, saved, config, fork=resume is None)
         check = partial(check_rate, old, saved, fork=resume is None, warn=stop.group.rank == 0)
     fork = checkpoint_of(fork_from) if fork_from is not None else None
-    init = weights_of(init_from) if init_from is not None else None
-    if init is not None:
-        check_model(init, config.model)  # before there is a folder, which would be resumed from random weights
+    init = weights_of(init_from, config.model) if init_from is not None else None
     folder = Path(resume).expanduser() if resume is not None else None
     with RunFolder(folder).locked() if folder is not None and stop.group.rank == 0 else nullcontext():
         steps = config.run.steps

@@ -10,8 +10,9 @@ from daybreak.config_keys import toml_value
 from daybreak.errors import CheckpointError, ConfigError
 from daybreak.interop import open_source
 from daybreak.manifest import checkpoint_step
+from daybreak.shapes import Shape
 from daybreak.state.checkpoint import Checkpoint
-from daybreak.state.restore import Weights
+from daybreak.state.restore import Weights, check_model
 from daybreak.state.run import Run
 from daybreak.training.schedule import learning_rate
 
@@ -24,9 +25,12 @@ def checkpoint_of(path: Path | str) -> Checkpoint:
     return Run(run).checkpoint(None if run == Path(path).expanduser() else checkpoint_step(Path(path)))
 
 
-def weights_of(source: Path | str) -> Weights:
-    """Weights of a run's newest checkpoint, of one checkpoint, or of another program's files."""
-    return checkpoint_of(source) if (run_of(source) / "config.toml").is_file() else open_source(source)
+def weights_of(source: Path | str, shape: Shape) -> Weights:
+    """Weights of a run's newest checkpoint, of one checkpoint, or of another program's files. CheckpointError if they are
+    of another shape, before there is a folder, which would be resumed from random weights."""
+    weights = checkpoint_of(source) if (run_of(source) / "config.toml").is_file() else open_source(source)
+    check_model(weights, shape)
+    return weights
 
 
 def finished_at(run: Run, steps: int) -> int:

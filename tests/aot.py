@@ -147,18 +147,21 @@ def guard_cases() -> list[Case]:
     return [(guard._step_guard_kernel, types, constants, guard.WARPS)]
 
 
-def norm_cases(C: int, dtype: str) -> list[Case]:
-    rows = torch.empty(1 << 14, C, dtype=torch.bfloat16 if dtype == "*bf16" else torch.float32, device="meta")
-    names = {"x": dtype, "w": dtype, "b": dtype, "n": "i32", "C": "i32"}
-    stats = {"mean": "*fp32", "rstd": "*fp32"}
-    launch = norm.forward_launch(rows)
-    forward = {"out": dtype, **stats, **names, "eps": "fp32"}
-    constants = {"ROWS": launch.rows, "BLOCK": launch.block}
+def norm_cases(C: int, dtype: str, rms: bool = False, heads: int = 0) -> list[Case]:
+    shape = (1 << 14, heads, C) if heads else (1 << 14, C)
+    rows = torch.empty(shape, dtype=torch.bfloat16 if dtype == "*bf16" else torch.float32, device="meta")
+    names = {"x": dtype, "w": dtype, "b": dtype, "n": "i32", "C": "i32", "mean": "*fp32", "rstd": "*fp32"}
+    launch = norm.forward_launch(rows, heads)
+    forward = {"out": dtype, **names, "out_s": "i32", "x_s": "i32", "eps": "fp32"}
+    kind = {"RMS": rms, "HEADS": heads}
+    constants = {"ROWS": launch.rows, "BLOCK": launch.block, **kind}
     found: list[Case] = [(norm._layernorm_forward_kernel, forward, constants, launch.warps)]
-    backward = {"dx": dtype, "again": dtype, "part": "*fp32", "dout": dtype, **stats, **names}
-    for accumulate_dx, dbias, again in ((True, True, True), (True, True, False), (False, True, False)):
-        launch = norm.backward_launch(rows, accumulate_dx)
-        constants = {"ROWS": launch.rows, "BLOCK": launch.block, "STAGES": launch.stages}
+    backward = {"dx": dtype, "again": dtype, "part": "*fp32", "dout": dtype, **names}
+    backward |= dict.fromkeys(("dx_s", "again_s", "dout_s", "x_s"), "i32")
+    cases = [(True, True, True), (True, True, False), (False, True, False)]
+    for accumulate_dx, dbias, again in [(True, False, True), (False, False, False)] if rms else cases:
+        launch = norm.backward_launch(rows, accumulate_dx, heads)
+        constants = {"ROWS": launch.rows, "BLOCK": launch.block, "STAGES": launch.stages, **kind}
         constants |= {"ACCUMULATE_DX": accumulate_dx, "DBIAS": dbias, "AGAIN": again}
         found.append((norm._layernorm_backward_kernel, backward, constants, launch.warps))
     return found
@@ -197,7 +200,11 @@ CASES: dict[str, list[Case]] = {
     "embedding": [*embedding_cases(1600, "*bf16"), *embedding_cases(768, "*fp32")],
     "gelu": [*gelu_cases("*bf16"), *gelu_cases("*fp32")],
     "guard": guard_cases(),
-    "norm": [c for kind in ("*bf16", "*fp32") for C in (1600, 768, 4096) for c in norm_cases(C, kind)],
+    "norm": [
+        *(c for kind in ("*bf16", "*fp32") for C in (1600, 768, 4096) for c in norm_cases(C, kind)),
+        *norm_cases(4096, "*bf16", rms=True),
+        *(c for kind in ("*bf16", "*fp32") for c in norm_cases(128, kind, rms=True, heads=16)),
+    ],
     "optimizer": optimizer_cases(),
 }
 

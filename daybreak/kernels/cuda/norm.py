@@ -1,4 +1,4 @@
-"""LayerNorm in one pass over memory each way; formulas in kernels/norm.py.
+"""LayerNorm and RMSNorm in one pass over memory each way; formulas in kernels/norm.py.
 
 A program of forward takes two rows and is done: the next ones keep memory busy. One of backward keeps sums over rows
 (dw, db, dbias) in fp32 registers and writes them out once, so it takes two rows at a time, in strides, and those that
@@ -6,6 +6,8 @@ come next travel to shared memory meanwhile (tl.range with stages, where C is a 
 are: else Triton makes plain loads of them). A second, small kernel adds up what the programs wrote. How many programs
 there are depends on the shape alone, so the sums have the same bits on every card. The last rows come first: the end of
 what the producer wrote is still in the L2 cache.
+
+RMSNorm is the same kernel without mean and bias. Its rows may be heads, HEADS of each token, whose tokens lie apart.
 """
 
 from __future__ import annotations
@@ -22,28 +24,42 @@ from daybreak.kernels.norm import EPS
 # Warps of all programs together: as many as an H100's 132 multiprocessors hold of 128 registers a thread.
 BACKWARD_WARPS = 16 * 132
 MIN_PROGRAMS = 132
+HEAD_TILE = 2048  # elements of the rows of heads that a program takes at a time
 STAGES = 3  # one turn's rows of each tensor in work, two turns' on their way
 AHEAD = 96 << 10  # bytes of shared memory for those on their way, at most: sm_86 and sm_89 have 99 KB
 
 
 @triton.jit
+def _place(at, row, cols, stride, C, HEADS: tl.constexpr):
+    """Where elements of a row are: `at` if rows follow each other, else those of a head, tokens `stride` apart."""
+    if HEADS == 0:
+        return at
+    return ((row // HEADS).to(tl.int64) * stride + (row % HEADS) * C)[:, None] + cols
+
+
+@triton.jit
 def _layernorm_forward_kernel(
-    out, mean, rstd, x, w, b, n, C, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    out, mean, rstd, x, w, b, out_s, x_s, n, C, eps,
+    RMS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK)[None, :]
     mask = cols < C
     row = n - 1 - (tl.program_id(0) * ROWS + tl.arange(0, ROWS))
     at = row.to(tl.int64)[:, None] * C + cols
     here = mask & (row >= 0)[:, None]
-    xf = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+    xf = tl.load(x + _place(at, row, cols, x_s, C, HEADS), mask=here, other=0.0).to(tl.float32)
     wf = tl.load(w + cols, mask=mask, other=0.0).to(tl.float32)
-    bf = tl.load(b + cols, mask=mask, other=0.0).to(tl.float32)
-    m = tl.sum(xf, 1) / C
-    xc = tl.where(mask, xf - m[:, None], 0.0)
-    r = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / C + eps)
-    tl.store(out + at, (xc * r[:, None] * wf + bf).to(out.dtype.element_ty), mask=here)
-    tl.store(mean + row, m, mask=row >= 0)
+    if RMS:
+        r = 1.0 / tl.sqrt(tl.sum(xf * xf, 1) / C + eps)
+        y = xf * r[:, None] * wf
+    else:
+        bf = tl.load(b + cols, mask=mask, other=0.0).to(tl.float32)
+        m = tl.sum(xf, 1) / C
+        xc = tl.where(mask, xf - m[:, None], 0.0)
+        r = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / C + eps)
+        y = xc * r[:, None] * wf + bf
+        tl.store(mean + row, m, mask=row >= 0)
+    tl.store(out + _place(at, row, cols, out_s, C, HEADS), y.to(out.dtype.element_ty), mask=here)
     tl.store(rstd + row, r, mask=row >= 0)
 
 
@@ -55,11 +71,11 @@ def _add(a, b, more_a, more_b):
 
 @triton.jit
 def _layernorm_backward_kernel(
-    dx, again, part, dout, x, mean, rstd, w, b, n, C,
-    ACCUMULATE_DX: tl.constexpr, DBIAS: tl.constexpr, AGAIN: tl.constexpr,
+    dx, again, part, dout, x, mean, rstd, w, b, dx_s, again_s, dout_s, x_s, n, C,
+    ACCUMULATE_DX: tl.constexpr, DBIAS: tl.constexpr, AGAIN: tl.constexpr, RMS: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """part (3, programs, C) in fp32: this program's sums of dout xhat, of dout and of dx over its rows.
+    """part (3, programs, C) in fp32: this program's sums of dout xhat, of dout and of dx over its rows. RMS: the first.
 
     Rows travel ahead of the stores to dx, which may be dout: no row is another one's.
     """
@@ -67,44 +83,66 @@ def _layernorm_backward_kernel(
     cols = tl.arange(0, BLOCK)[None, :]
     mask = cols < C
     wf = tl.load(w + cols, mask=mask, other=0.0).to(tl.float32)
-    if AGAIN:
+    if AGAIN and not RMS:
         bf = tl.load(b + cols, mask=mask, other=0.0).to(tl.float32)
-    dw = tl.zeros((1, BLOCK), tl.float32)
+    KEPT: tl.constexpr = ROWS if HEADS else 1  # of many short rows, the sums over rows are made once, at the end
+    dw = tl.zeros((KEPT, BLOCK), tl.float32)
     db = tl.zeros((1, BLOCK), tl.float32)
     dbias = tl.zeros((1, BLOCK), tl.float32)
     # Mean and rstd, a number a row, are asked for a turn ahead by hand: in registers, without a copy of their own.
     row = n - 1 - (pid * ROWS + tl.arange(0, ROWS))
-    m_next, r_next = tl.load(mean + row, mask=row >= 0, other=0.0), tl.load(rstd + row, mask=row >= 0, other=0.0)
+    r_next = tl.load(rstd + row, mask=row >= 0, other=0.0)
+    if not RMS:
+        m_next = tl.load(mean + row, mask=row >= 0, other=0.0)
     for i in tl.range(pid * ROWS, n, programs * ROWS, num_stages=STAGES):
         row = n - 1 - (i + tl.arange(0, ROWS))
         at = row.to(tl.int64)[:, None] * C + cols
         here = mask & (row >= 0)[:, None]  # where a row is none, all that is read is 0 and adds nothing
-        d = tl.load(dout + at, mask=here, other=0.0).to(tl.float32)
-        xf = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+        d = tl.load(dout + _place(at, row, cols, dout_s, C, HEADS), mask=here, other=0.0).to(tl.float32)
+        xf = tl.load(x + _place(at, row, cols, x_s, C, HEADS), mask=here, other=0.0).to(tl.float32)
+        to = _place(at, row, cols, dx_s, C, HEADS)
         if ACCUMULATE_DX:
-            old = tl.load(dx + at, mask=here, other=0.0).to(tl.float32)
-        m, r = m_next[:, None], r_next[:, None]
+            old = tl.load(dx + to, mask=here, other=0.0).to(tl.float32)
+        if AGAIN:
+            renewed = _place(at, row, cols, again_s, C, HEADS)
+        r = r_next[:, None]
+        if not RMS:
+            m = m_next[:, None]
         row -= programs * ROWS
-        m_next, r_next = tl.load(mean + row, mask=row >= 0, other=0.0), tl.load(rstd + row, mask=row >= 0, other=0.0)
-        xhat = tl.where(mask, xf - m, 0.0) * r
+        r_next = tl.load(rstd + row, mask=row >= 0, other=0.0)
         g = d * wf
-        c1, c2 = tl.reduce((g, g * xhat), 1, _add)
-        c1 = c1[:, None] / C
-        c2 = c2[:, None] / C
-        dw += tl.sum(d * xhat, 0)[None, :]
-        db += tl.sum(d, 0)[None, :]
-        grad = (g - c1 - xhat * c2) * r
+        if RMS:
+            xhat = xf * r
+            grad = (g - xhat * (tl.sum(g * xhat, 1)[:, None] / C)) * r
+        else:
+            m_next = tl.load(mean + row, mask=row >= 0, other=0.0)
+            xhat = tl.where(mask, xf - m, 0.0) * r
+            c1, c2 = tl.reduce((g, g * xhat), 1, _add)
+            c1 = c1[:, None] / C
+            c2 = c2[:, None] / C
+            db += tl.sum(d, 0)[None, :]
+            grad = (g - c1 - xhat * c2) * r
+        if HEADS:
+            dw += d * xhat
+        else:
+            dw += tl.sum(d * xhat, 0)[None, :]
         if ACCUMULATE_DX:
             grad += old
         if DBIAS:
             dbias += tl.sum(grad, 0)[None, :]
-        tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=here)
+        tl.store(dx + to, grad.to(dx.dtype.element_ty), mask=here)
         if AGAIN:
-            tl.store(again + at, (xhat * wf + bf).to(again.dtype.element_ty), mask=here)
+            y = xhat * wf
+            if not RMS:
+                y += bf
+            tl.store(again + renewed, y.to(again.dtype.element_ty), mask=here)
+    if HEADS:
+        dw = tl.sum(dw, 0)[None, :]
     mine = part + pid * C + cols
     plane = programs.to(tl.int64) * C
     tl.store(mine, dw, mask=mask)
-    tl.store(mine + plane, db, mask=mask)
+    if not RMS:
+        tl.store(mine + plane, db, mask=mask)
     if DBIAS:
         tl.store(mine + 2 * plane, dbias, mask=mask)
 
@@ -119,23 +157,26 @@ class Launch(NamedTuple):
     stages: int = 1
 
 
-def forward_launch(x: Tensor) -> Launch:
-    """The launch of forward for x (n, C): up to 32 columns of a row to a thread (C <= 16384)."""
-    n, C = x.shape
+def forward_launch(x: Tensor, heads: int = 0) -> Launch:
+    """The launch of forward for rows x (..., C): up to 32 columns of a row to a thread (C <= 16384). Rows of `heads` are
+    short, so a program takes more of them."""
+    C = x.shape[-1]
     block = triton.next_power_of_2(C)
-    rows = 2 if block <= 8192 else 1
-    return Launch(triton.cdiv(n, rows), rows, block, min(max(block // 1024, 2), 16))
+    rows = max(2, HEAD_TILE // block) if heads else 2 if block <= 8192 else 1
+    warps = min(max((rows * block // 2 if heads else block) // 1024, 2), 16)
+    return Launch(triton.cdiv(x.numel() // C, rows), rows, block, warps)
 
 
-def backward_launch(dout: Tensor, accumulate_dx: bool) -> Launch:
-    """The launch of backward for dout (n, C): 8 columns to a thread (16 above 4096), because of the accumulators."""
-    n, C = dout.shape
+def backward_launch(dout: Tensor, accumulate_dx: bool, heads: int = 0) -> Launch:
+    """The launch of backward for dout (..., C): 8 columns to a thread (16 above 4096), because of the accumulators."""
+    C = dout.shape[-1]
     block = triton.next_power_of_2(C)
-    warps = min(max(block // 256, 1), 32 if block > 8192 else 16)
-    rows = 2 if block <= 4096 else 1
+    rows = max(2, HEAD_TILE // block) if heads else 2 if block <= 4096 else 1
+    warps = min(max(rows * block // 256 if heads else block // 256, 1), 32 if block > 8192 else 16)
     tile = (2 + accumulate_dx) * rows * block * dout.element_size()  # dout, x and the old dx
     stages = min(STAGES, 1 + AHEAD // tile)
-    return Launch(min(triton.cdiv(n, rows), max(MIN_PROGRAMS, BACKWARD_WARPS // warps)), rows, block, warps, stages)
+    programs = min(triton.cdiv(dout.numel() // C, rows), max(MIN_PROGRAMS, BACKWARD_WARPS // warps))
+    return Launch(programs, rows, block, warps, stages)
 
 
 @backend("triton")
@@ -143,7 +184,7 @@ def layernorm_forward(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Ten
     """out (n, C) = layernorm(x (n, C)) * w (C) + b (C); mean, rstd (n) in fp32 are kept for backward."""
     programs, rows, block, warps, _ = forward_launch(x)
     _layernorm_forward_kernel[(programs,)](
-        out, mean, rstd, x, w, b, *x.shape, EPS, ROWS=rows, BLOCK=block, num_warps=warps
+        out, mean, rstd, x, w, b, 0, 0, *x.shape, EPS, RMS=False, HEADS=0, ROWS=rows, BLOCK=block, num_warps=warps
     )
 
 
@@ -168,13 +209,57 @@ def layernorm_backward(
 
 
 def backward_rows(
-    dx: Tensor, again: Tensor | None, part: Tensor, dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
-    w: Tensor, b: Tensor, *, accumulate_dx: bool,
+    dx: Tensor, again: Tensor | None, part: Tensor, dout: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor,
+    w: Tensor, b: Tensor | None, *, accumulate_dx: bool,
 ) -> None:  # fmt: skip
-    """The first stage: all but the sums over programs."""
-    programs, rows, block, warps, stages = backward_launch(dout, accumulate_dx)
+    """The first stage: all but the sums over programs. Without mean and bias it is RMSNorm's."""
+    heads = _heads(dx, dout, x, *(() if again is None else (again,)))
+    programs, rows, block, warps, stages = backward_launch(dout, accumulate_dx, heads)
+    again_ = dx if again is None else again
+    C, rms = dout.shape[-1], mean is None
     _layernorm_backward_kernel[(programs,)](
-        dx, dx if again is None else again, part, dout, x, mean, rstd, w, b, *dout.shape,
-        ACCUMULATE_DX=accumulate_dx, DBIAS=part.shape[0] == 3, AGAIN=again is not None,
+        dx, again_, part, dout, x, rstd if rms else mean, rstd, w, w if rms else b,
+        *(t.stride(0) if heads else 0 for t in (dx, again_, dout, x)), dout.numel() // C, C,
+        ACCUMULATE_DX=accumulate_dx, DBIAS=part.shape[0] == 3, AGAIN=again is not None, RMS=rms, HEADS=heads,
         ROWS=rows, BLOCK=block, STAGES=stages, num_warps=warps,
     )  # fmt: skip
+
+
+def _heads(*tensors: Tensor) -> int:
+    """Heads of each token where rows are (n, heads, C), else 0."""
+    if tensors[0].dim() == 2:
+        assert all(x.is_contiguous() for x in tensors), "rows follow each other"
+        return 0
+    assert all(x[0].is_contiguous() for x in tensors), "a token's heads follow each other"
+    return tensors[0].shape[1]
+
+
+@backend("triton")
+def rmsnorm_forward(out: Tensor, rstd: Tensor, x: Tensor, weight: Tensor, *, eps: float) -> None:
+    """out = x / sqrt(mean(x^2) + eps) * weight (C), rows (n, C) or (n, heads, C); a token's heads follow each other."""
+    heads, C = _heads(out, x), x.shape[-1]
+    programs, rows, block, warps, _ = forward_launch(x, heads)
+    _layernorm_forward_kernel[(programs,)](
+        out, rstd, rstd, x, weight, weight, out.stride(0), x.stride(0), x.numel() // C, C, eps,
+        RMS=True, HEADS=heads, ROWS=rows, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+
+
+def rms_backward_temps(
+    dx: Tensor, dweight: Tensor | None, rewrite: Tensor | None, dout: Tensor, x: Tensor, *_: object,
+    accumulate_dx: bool, **__: object,
+) -> Temps:  # fmt: skip
+    """The programs' sums for dweight."""
+    heads = _heads(dx, dout, x, *(() if rewrite is None else (rewrite,)))
+    return [((1, backward_launch(dout, accumulate_dx, heads).programs, dout.shape[-1]), float32)]
+
+
+@backend("triton", temps=rms_backward_temps)
+def rmsnorm_backward(
+    dx: Tensor, dweight: Tensor | None, rewrite: Tensor | None, dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor,
+    *, accumulate_dx: bool, accumulate: bool, scratch: Scratch,
+) -> None:  # fmt: skip
+    """dx and rewrite like x, dweight (C) from dout: see the reference. dx may be dout."""
+    (part,) = scratch(rms_backward_temps(dx, dweight, rewrite, dout, x, accumulate_dx=accumulate_dx))
+    backward_rows(dx, rewrite, part, dout, x, None, rstd, weight, None, accumulate_dx=accumulate_dx)
+    column_sums([dweight], part, accumulate)

@@ -31,7 +31,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from daybreak.kernels.cuda import attention, bias, classifier, decode, embedding, gelu, guard, norm, optimizer
+from daybreak.kernels.cuda import (
+    attention,
+    bias,
+    classifier,
+    decode,
+    embedding,
+    gelu,
+    glu,
+    guard,
+    norm,
+    optimizer,
+    rope,
+)
 from daybreak.kernels.guard import WINDOW
 
 FOLDER = Path(__file__).parents[1] / "daybreak" / "kernels" / "cuda"
@@ -44,13 +56,16 @@ TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump
 # ---------------------------------------------------------------------------------------------------------- the cases
 
 
-def attention_case(kernel: Any, index: int, HS: int, table: dict[int, Any]) -> Case:
-    """Contiguous T in whole blocks."""
+def attention_case(kernel: Any, index: int, HS: int, table: dict[int, Any], limited: bool = False) -> Case:
+    """Contiguous T in whole blocks; limited: with documents, a window and shared keys."""
     rows, step, warps, stages = table[max(64, HS)][index]
+    warps = 8 if limited and index == attention.KEYS else warps
     kind = "*fp32" if table is attention.FP32 else "*bf16"
     constants = {"HS": HS, "D": HS, "ROWS": rows, "STEP": step, "EVEN": True, "PRECISION": "ieee", "UPCAST": False}
+    constants |= {"GROUP": 4, "LO": True, "WINDOW": 512} if limited else {"GROUP": 1, "LO": False, "WINDOW": 0}
     tensors = ("out", "dq", "dk", "dv", "dout", "q", "k", "v")
-    special = {"lse": "*fp32", "delta": "*fp32", "NH": "i32?", "scale": "fp32", "scale2": "fp32"}
+    special = {"lse": "*fp32", "delta": "*fp32", "lo": "*i32", "scale": "fp32", "scale2": "fp32"}
+    special |= dict.fromkeys(("NH", "NKV"), "i32?")
     names = [name for name in kernel.arg_names if name not in constants]
     return (
         kernel,
@@ -66,7 +81,8 @@ def attention_cases() -> list[Case]:
     kernels = (a._forward_kernel, a._backward_queries_kernel, a._backward_keys_kernel)
     # The first of each kernel must fit every card.
     tables = ((64, a.SMALL), (64, a.LARGE), (64, a.FP32), (128, a.LARGE), (128, a.FP32))
-    return [attention_case(kernel, i, HS, table) for HS, table in tables for i, kernel in enumerate(kernels)]
+    cases = [attention_case(kernel, i, HS, table) for HS, table in tables for i, kernel in enumerate(kernels)]
+    return cases + [attention_case(k, i, HS, a.LARGE, True) for HS in (64, 128) for i, k in enumerate(kernels)]
 
 
 def bias_cases(dtype: str) -> list[Case]:
@@ -103,8 +119,8 @@ def decode_cases(C: int, dtype: str) -> list[Case]:
         found.append((decode._decode_matmul_kernel, types, {**flags, "ROWS": rows, "COLS": cols}, warps))
     types = dict.fromkeys(("out", "cache", "q", "k", "v"), dtype) | {"positions": "*i64", "scale2": "fp32"}
     types |= dict.fromkeys(("out_b", "x_b", "cache_v", "cache_b", "cache_h"), "i64")
-    for HS, overlap in ((64, False), (64, True), (128, True)):
-        constants = {"HS": HS, "D": HS, "STEP": decode.KEYS // HS, "OVERLAP": overlap}
+    for HS, overlap, group, window in ((64, False, 1, 0), (64, True, 1, 0), (128, True, 1, 0), (64, True, 4, 512)):
+        constants = {"HS": HS, "D": HS, "STEP": decode.KEYS // HS, "OVERLAP": overlap, "GROUP": group, "WINDOW": window}
         found.append((decode._decode_attention_kernel, types, constants, decode.WARPS))
     return found
 
@@ -138,6 +154,15 @@ def gelu_cases(dtype: str) -> list[Case]:
     return [
         (gelu._gelu_forward_kernel, {"out": dtype, "x": dtype, "size": "i32"}, constants, gelu.WARPS),
         (gelu._gelu_backward_kernel, {"grad": dtype, "x": dtype, "size": "i32"}, constants, gelu.WARPS),
+    ]
+
+
+def glu_cases(dtype: str) -> list[Case]:
+    types = {"gateup": dtype, "F": "i32"}
+    backward = {**types, "d_gateup": dtype, "rewrite": dtype, "d_out": dtype}
+    return [
+        (glu._swiglu_forward_kernel, {**types, "out": dtype}, {"BLOCK": glu.BLOCK}, glu.WARPS),
+        (glu._swiglu_backward_kernel, backward, {"AGAIN": True, "BLOCK": glu.BLOCK}, glu.WARPS),
     ]
 
 
@@ -192,6 +217,17 @@ def optimizer_cases() -> list[Case]:
     ]
 
 
+def rope_cases(dtype: str) -> list[Case]:
+    sizes = dict.fromkeys(("x_b", "x_t", "x_h", "half"), "i32") | dict.fromkeys(("T", "heads"), "i32?")
+    types = {"x": dtype, "freq": "*fp32", "positions": "*i64", **sizes, "attention": "fp32"}
+    found: list[Case] = []
+    for heads, half, given in ((40, 64, False), (9, 32, True)):
+        tile, pairs, warps = rope.launch(heads, half)
+        constants = {"GIVEN": given, "BACK": False, "HEADS": tile, "HALF": pairs}
+        found.append((rope._rope_kernel, types, constants, warps))
+    return found
+
+
 CASES: dict[str, list[Case]] = {
     "attention": attention_cases(),
     "bias": [*bias_cases("*bf16"), *bias_cases("*fp32")],
@@ -199,6 +235,7 @@ CASES: dict[str, list[Case]] = {
     "decode": [*decode_cases(1600, "*bf16"), *decode_cases(768, "*fp32")],
     "embedding": [*embedding_cases(1600, "*bf16"), *embedding_cases(768, "*fp32")],
     "gelu": [*gelu_cases("*bf16"), *gelu_cases("*fp32")],
+    "glu": [*glu_cases("*bf16"), *glu_cases("*fp32")],
     "guard": guard_cases(),
     "norm": [
         *(c for kind in ("*bf16", "*fp32") for C in (1600, 768, 4096) for c in norm_cases(C, kind)),
@@ -206,6 +243,7 @@ CASES: dict[str, list[Case]] = {
         *(c for kind in ("*bf16", "*fp32") for c in norm_cases(128, kind, rms=True, heads=16)),
     ],
     "optimizer": optimizer_cases(),
+    "rope": [*rope_cases("*bf16"), *rope_cases("*fp32")],
 }
 
 # --------------------------------------------------------------------------------------------------------- compiling

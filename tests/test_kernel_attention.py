@@ -201,7 +201,9 @@ def test_a_backend_without_an_argument_is_passed_over():
         plain = choose("cuda", torch.bfloat16, forced)
         assert {plain[name] for name in ops} <= {"fa4", "cudnn"}
         limits = choose("cuda", torch.bfloat16, forced, asks=dict.fromkeys(ops, ("lo",)))
-        assert limits == plain | dict.fromkeys(ops, "torch")
+        assert limits == plain | dict.fromkeys(ops, "triton")
+        capped = choose("cuda", torch.bfloat16, forced, asks=dict.fromkeys(ops, ("lo", "softcap")))
+        assert capped == plain | dict.fromkeys(ops, "torch")
 
 
 SHAPES = [(1, 1, 1, 64), (2, 7, 3, 5), (1, 128, 2, 64), (2, 150, 1, 16), (1, 33, 2, 80), (1, 140, 1, 128)]
@@ -212,6 +214,37 @@ SHAPES = [(1, 1, 1, 64), (2, 7, 3, 5), (1, 128, 2, 64), (2, 150, 1, 16), (1, 33,
 def test_triton(dtype, B, T, NH, HS):
     skip_unless_served("attention_backward", "triton", dtype)
     check("triton", dtype, B, T, NH, HS)
+
+
+GROUPED_TRITON = [(1, 1, 2, 1, 64), (2, 7, 6, 2, 5), (1, 100, 4, 2, 16), (1, 128, 3, 1, 64)]  # B, T, NH, NKV, HS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("B", "T", "NH", "NKV", "HS"), GROUPED_TRITON)
+def test_triton_where_heads_share_keys(dtype, B, T, NH, NKV, HS):
+    check_grouped("triton", dtype, B, T, NH, NKV, HS)
+
+
+LESS = [(None, 1, 100), (None, 20, 128), (None, 70, 100), ("documents of 40", 0, 100), ("itself", 0, 128)]
+LESS += [("any", 0, 128), ("any", 30, 100), ("causal", 500, 40)]
+
+
+@pytest.mark.parametrize(("kind", "window", "T"), LESS)
+def test_triton_where_queries_see_less(kind, window, T):
+    NH, NKV, HS = 2, 1, 16
+    lo = None if kind is None else torch.stack([LO[kind](T), LO["window of 5"](T)]).to(DEVICE, torch.int32)
+    check_grouped("triton", torch.float32, 2, T, NH, NKV, HS, lo, window)
+
+
+def test_triton_reads_no_block_that_no_query_sees():
+    """The last block of queries, whose window lies far behind the keys that are NaN."""
+    T, HS, poisoned = 260, 16, 128
+    q, k, v = (draw(1, T, 1, HS, dtype=torch.float32, seed=s) for s in range(3))
+    k[:, :poisoned] = v[:, :poisoned] = math.nan
+    out, lse = poison(1, T, 1, HS, dtype=torch.float32), poison(1, 1, T, dtype=torch.float32)
+    run("attention_forward", out, lse, q, k, v, backend="triton", scale=0.25, window=8)
+    assert out[:, 192:].isfinite().all()
+    assert out[:, :poisoned].isnan().all()
 
 
 def test_triton_takes_any_strides():
@@ -260,7 +293,7 @@ def test_decode(backend, dtype, places, T, NH, HS):
     check_decode(backend, dtype, places, T, NH, NH, HS)
 
 
-@pytest.mark.parametrize("backend", ["torch"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @each_dtype
 @pytest.mark.parametrize(
     ("places", "T", "NH", "NKV", "HS"), [([0, 3], 4, 2, 1, 8), ([5, 5, 0, 69], 70, 6, 2, 20), ([300, 8], 301, 9, 3, 64)]

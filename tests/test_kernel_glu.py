@@ -5,9 +5,8 @@ from __future__ import annotations
 import interpreter  # noqa: F401
 import pytest
 import torch
-from kernel_harness import DEVICE, close, draw, each_dtype, f64, poison, run, skip_unless_served
+from kernel_harness import DEVICE, close, draw, each_backend, each_dtype, f64, poison, run, skip_unless_served
 
-BACKENDS = ["torch"]
 SHAPES = [(1, 1), (3, 5), (2, 1000), (70, 96), (1, 3000)]
 
 
@@ -16,7 +15,7 @@ def swiglu(x):
     return a / (1 + torch.exp(-a)) * b
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @each_dtype
 @pytest.mark.parametrize(("n", "F"), SHAPES)
 def test_swiglu(backend, dtype, n, F):
@@ -36,7 +35,7 @@ def test_swiglu(backend, dtype, n, F):
     assert torch.equal(x, dx)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_gates_that_are_shut_or_wide_open(backend, dtype):
     """silu(a) is 0 far below, a far above; its slope 0 and 1. Nothing overflows on the way."""

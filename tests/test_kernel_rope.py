@@ -7,11 +7,10 @@ import math
 import interpreter  # noqa: F401
 import pytest
 import torch
-from kernel_harness import DEVICE, close, draw, each_dtype, f64, poison, run, skip_unless_served
+from kernel_harness import DEVICE, close, draw, each_backend, each_dtype, f64, poison, run, skip_unless_served
 
 from daybreak.kernels import acc_dtype
 
-BACKENDS = ["torch"]
 SHAPES = [(1, 1, 1, 2, 2), (2, 7, 3, 8, 8), (3, 5, 2, 12, 8), (1, 130, 2, 64, 64), (2, 70, 3, 20, 4)]
 
 
@@ -39,7 +38,7 @@ def frequencies(R):
     return (10000.0 ** (-torch.arange(0, R, 2) / R)).to(DEVICE, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @each_dtype
 @pytest.mark.parametrize(("B", "T", "heads", "HS", "R"), SHAPES)
 @pytest.mark.parametrize(("attention", "back"), [(1.0, False), (1.25, True)])
@@ -55,7 +54,7 @@ def test_rope(backend, dtype, B, T, heads, HS, R, attention, back):
     assert torch.equal(whole, before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @each_dtype
 def test_places_of_tokens_that_decode(backend, dtype):
     skip_unless_served("rope", backend, dtype)

@@ -36,7 +36,7 @@ CUDA_ORDER = {
     **dict.fromkeys((name for name in FILES if name not in ("attention", "matmul")), ("triton", "torch")),
 }
 CUDA_FILES = (
-    *(name for name in FILES if name not in ("glu", "matmul", "rope")),
+    *(name for name in FILES if name != "matmul"),
     *("bias", "cublaslt", "cudnn", "decode", "fa4", "gelu", "quack"),
 )
 ON_HOST = ("adamw_update", "embedding_backward", "step_guard")  # their references read values on the host

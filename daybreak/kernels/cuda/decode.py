@@ -119,32 +119,43 @@ def _more_keys(K, V, before, query, m, total, acc):
 @triton.jit
 def _decode_attention_kernel(
     out, cache, q, k, v, positions, out_b, x_b, cache_v, cache_b, cache_h, scale2,
-    HS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
+    HS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row: the newest key and value go into the cache, and the query walks over those before them."""
+    """One head of one row: the newest key and value go into the cache, and the query walks over those before them. The
+    heads of a GROUP walk over the same keys at the same time, so they come from memory once."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     columns, keys = tl.arange(0, D), tl.arange(0, STEP)
     real = columns < HS
     place = tl.load(positions + b).to(tl.int32)
-    base = cache + b * cache_b + h * cache_h
+    shared = h // GROUP
+    base = cache + b * cache_b + shared * cache_h
+    first = 0 * place
+    if WINDOW > 0:
+        first = tl.maximum(place - WINDOW + 1, 0)
+        base += first.to(tl.int64) * HS
     block = keys[:, None] * HS + columns[None, :]
-    mask = (keys < place)[:, None] & real[None, :]
+    before = first + keys < place
+    mask = before[:, None] & real[None, :]
     K = tl.load(base + block, mask=mask, other=0.0)
     V = tl.load(base + cache_v + block, mask=mask, other=0.0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     at = b * x_b + h * HS + columns
     query = tl.load(q + at, mask=real, other=0.0).to(tl.float32) * scale2
+    at = b * x_b + shared * HS + columns
     key, value = tl.load(k + at, mask=real, other=0.0), tl.load(v + at, mask=real, other=0.0)
-    tl.store(base + place * HS + columns, key, mask=real)
-    tl.store(base + cache_v + place * HS + columns, value, mask=real)
+    newest = base + (place - first) * HS + columns
+    mine = real & (h % GROUP == 0)
+    tl.store(newest, key, mask=mine)
+    tl.store(newest + cache_v, value, mask=mine)
     m, total = tl.sum(query * key.to(tl.float32), 0), tl.sum(tl.where(columns == 0, 1.0, 0.0), 0)
     acc = value.to(tl.float32)
-    m, total, acc = _more_keys(K, V, keys < place, query, m, total, acc)
-    for start in range(STEP, place, STEP):
-        before = start + keys < place
+    m, total, acc = _more_keys(K, V, before, query, m, total, acc)
+    for start in range(STEP, place - first, STEP):
+        before = first + start + keys < place
         mask = before[:, None] & real[None, :]
         K = tl.load(base + start * HS + block, mask=mask, other=0.0)
         V = tl.load(base + cache_v + start * HS + block, mask=mask, other=0.0)  # on its way while K is at work
@@ -154,16 +165,17 @@ def _decode_attention_kernel(
 
 @backend("triton")
 def attention_decode(
-    out: Tensor, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, scale: float
+    out: Tensor, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, scale: float, window: int = 0
 ) -> None:
-    """One query a row over its cached keys: (b, NH, HS) each, heads next to each other; cache (2, b, NH, T, HS)."""
+    """One query a row over its cached keys: q, out (b, NH, HS) and k, v (b, NKV, HS), heads next to each other; cache
+    (2, b, NKV, T, HS)."""
     b, NH, HS = q.shape
-    assert k.shape == q.shape, "heads share no keys"
     assert q.stride(0) == k.stride(0) == v.stride(0), "q, k and v are laid out alike"
     assert all(x[0].is_contiguous() for x in (out, q, k, v)), "heads must be contiguous"
     assert cache[0, 0, 0].is_contiguous(), "a head's keys must be contiguous"
     D = max(16, triton.next_power_of_2(HS))
     _decode_attention_kernel[(b, NH)](
         out, cache, q, k, v, positions, out.stride(0), q.stride(0), *cache.stride()[:3], scale * math.log2(math.e),
-        HS=HS, D=D, STEP=max(1, KEYS // D), num_warps=WARPS, **_options(out.device),
+        HS=HS, D=D, STEP=max(1, KEYS // D), GROUP=NH // k.shape[1], WINDOW=window, num_warps=WARPS,
+        **_options(out.device),
     )  # fmt: skip

@@ -158,8 +158,8 @@ class Launch(NamedTuple):
 
 
 def forward_launch(x: Tensor, heads: int = 0) -> Launch:
-    """The launch of forward for rows x (..., C): up to 32 columns of a row to a thread (C <= 16384). Rows of `heads` are
-    short, so a program takes more of them."""
+    """The launch of forward for rows x (..., C): up to 32 columns of a row to a thread (C <= 16384). Heads are short
+    rows, so a program takes more of them."""
     C = x.shape[-1]
     block = triton.next_power_of_2(C)
     rows = max(2, HEAD_TILE // block) if heads else 2 if block <= 8192 else 1

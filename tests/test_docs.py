@@ -25,7 +25,7 @@ from daybreak.config import (
 from daybreak.config_keys import toml_value
 from daybreak.engine import EngineSpec, arena, plan_engine
 from daybreak.kernels import Impl, Op, Recorder
-from daybreak.report.bench import flops_of, nbytes_of
+from daybreak.report.bench import nbytes_of
 from daybreak.report.plan import plan
 from daybreak.shapes import ARCHS, parse_shape
 
@@ -48,9 +48,7 @@ class Counting(Recorder):
         def count(*args: Any, **kwargs: Any) -> None:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             cost = self.costs[operation.name]
-            for i, x in enumerate(
-                (1, nbytes_of(operation.name, given, operation.writes), flops_of(operation.name, given))
-            ):
+            for i, x in enumerate((1, nbytes_of(operation, given), operation.flops(given))):
                 cost[i] += x
             record(*args, **kwargs)
 

@@ -12,7 +12,7 @@ import daybreak.report.bench as report
 from daybreak.cli.main import main
 from daybreak.engine import Engine, EngineSpec
 from daybreak.kernels import CUDA_ORDER, OPS
-from daybreak.report.bench import Bench, Cost, flops_of, meter, nbytes_of, print_bench
+from daybreak.report.bench import Bench, Cost, meter, nbytes_of, print_bench
 from daybreak.report.doctor import machine
 from daybreak.shapes import GPT2Config
 
@@ -21,21 +21,24 @@ SHAPE = GPT2Config(L=2, C=32, NH=2, max_T=16, V=200)
 
 def test_bytes_of_a_call() -> None:
     x = torch.zeros(4, 8)  # 128 bytes
-    assert nbytes_of("gelu_forward", {"out": x, "x": x.clone()}, ("out",)) == 256
+    assert nbytes_of(OPS["matmul_forward"], {"out": x, "x": x.clone()}) == 256
     given = {"dw": x, "dout": x, "x": x, "accumulate": True}
-    assert nbytes_of("matmul_backward_weight", given, ("dw",)) == 512  # dw is read and written
-    assert nbytes_of("classifier", {"logits": x, "backward": True}, ("logits",)) == 256
-    assert nbytes_of("classifier", {"logits": x, "backward": False}, ("logits",)) == 128
+    assert nbytes_of(OPS["matmul_backward_weight"], given) == 512  # dw is read and written
+    assert nbytes_of(OPS["classifier"], {"logits": x, "backward": True}) == 256
+    assert nbytes_of(OPS["classifier"], {"logits": x, "backward": False}) == 128
+    given = {"dx": x, "dw": x, "again": x, "accumulate_dx": True, "accumulate": False}
+    assert nbytes_of(OPS["layernorm_backward"], given) == 512
+    assert nbytes_of(OPS["adamw_update"], {"weights": x, "m": x, "v": x, "grads": x}) == 768
 
 
 def test_flops_of_a_call() -> None:
     x, w, out = torch.zeros(4, 8), torch.zeros(16, 8), torch.zeros(4, 16)
-    assert flops_of("matmul_forward", {"out": out, "x": x, "w": w}) == 2 * 4 * 8 * 16
-    assert flops_of("matmul_backward_input", {"dx": x, "dout": out, "w": w}) == 2 * 4 * 8 * 16
-    assert flops_of("matmul_backward_weight", {"dw": w, "dout": out, "x": x}) == 2 * 4 * 8 * 16
+    assert OPS["matmul_forward"].flops({"out": out, "x": x, "w": w}) == 2 * 4 * 8 * 16
+    assert OPS["matmul_backward_input"].flops({"dx": x, "dout": out, "w": w}) == 2 * 4 * 8 * 16
+    assert OPS["matmul_backward_weight"].flops({"dw": w, "dout": out, "x": x}) == 2 * 4 * 8 * 16
     q = torch.zeros(2, 3, 5, 7)  # B, T, NH, HS: 6 pairs of a query and a key it sees, two products
-    assert flops_of("attention_forward", {"q": q}) == 2 * 2 * (2 * 5 * 7 * 6)
-    assert flops_of("layernorm_forward", {"x": x}) == 0
+    assert OPS["attention_forward"].flops({"q": q}) == 2 * 2 * (2 * 5 * 7 * 6)
+    assert OPS["layernorm_forward"].flops({"x": x}) == 0
 
 
 def test_every_call_of_a_step_is_metered() -> None:

@@ -26,6 +26,8 @@ from torch import Tensor
 from daybreak.kernels.operand import PARTS, Operand, tensors_of
 
 Temps = Sequence[tuple[tuple[int, ...], torch.dtype]]
+Flops = Callable[[Mapping[str, Any]], int]
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 MAX_VIEWS = 64
 CHUNK = 1 << 17  # elements per chunk of a row-wise torch kernel: a few chunks stay in a core's L2 cache
 FILES = ("attention", "classifier", "embedding", "glu", "guard", "matmul", "norm", "optimizer", "rope")
@@ -61,12 +63,18 @@ class Impl:
 
 @dataclass
 class Op:
-    """An operation: its group (the file it lives in), which arguments it writes, its implementations by backend."""
+    """An operation: its group (the file it lives in), which arguments it writes, its implementations by backend.
+
+    adds: outputs that it reads too. In calls with `accumulate_NAME`, `accumulate` or `backward`, only if that is true.
+    flops: floating-point operations of a call, from its arguments by name.
+    """
 
     name: str
     group: str
     writes: tuple[str, ...]
     impls: dict[str, Impl] = field(default_factory=dict)
+    adds: tuple[str, ...] = ()
+    flops: Flops = lambda given: 0
 
     @property
     def parameters(self) -> list[str]:
@@ -78,12 +86,12 @@ class Op:
 OPS: dict[str, Op] = {"quantise": Op("quantise", "operand", ("out",))}
 
 
-def op(*writes: str, temps: Callable[..., Temps] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a plain-torch kernel as an operation that writes the arguments named in `writes`."""
+def op(*writes: str, temps: Callable[..., Temps] | None = None, **costs: Any) -> Decorator:
+    """Register a plain-torch kernel as an operation that writes the arguments named in `writes`. costs: see `Op`."""
 
     def register(fn: Callable[..., None]) -> Callable[..., None]:
         group = fn.__module__.rsplit(".", 1)[1]
-        OPS[fn.__name__] = Op(fn.__name__, group, writes, {"torch": Impl(fn, temps)})
+        OPS[fn.__name__] = Op(fn.__name__, group, writes, {"torch": Impl(fn, temps)}, **costs)
         return fn
 
     return register
@@ -92,7 +100,7 @@ def op(*writes: str, temps: Callable[..., Temps] | None = None) -> Callable[[Cal
 def backend(
     name: str, *, temps: Callable[..., Temps] | None = None, dtypes: tuple[torch.dtype, ...] = CUDA_DTYPES,
     parts: Mapping[str, Collection[str]] | None = None,
-) -> Callable[[Callable[..., None]], Callable[..., None]]:  # fmt: skip
+) -> Decorator:  # fmt: skip
     """Register an implementation of the operation that bears the function's name, with the same signature."""
 
     def register(fn: Callable[..., None]) -> Callable[..., None]:

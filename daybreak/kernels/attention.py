@@ -29,7 +29,7 @@ import math
 import torch
 from torch import Tensor
 
-from daybreak.kernels import Scratch, Temps, acc_dtype, op, widen
+from daybreak.kernels import Flops, Scratch, Temps, acc_dtype, op, widen
 
 QUERY_BLOCK = 128  # queries per block: keys beyond a block's last query are not touched
 ROWS = 1 << 12  # (head, query) rows of scores held at once, at most: the batch is cut to fit
@@ -110,7 +110,12 @@ def _hide(S: Tensor, start: int, stop: int, lo: Tensor | None, window: int, plac
         S.view(-1, r, stop).masked_fill_(hidden, -math.inf)
 
 
-@op("out", "lse", temps=forward_temps)
+def causal_products(count: int) -> Flops:
+    """Of this many matmuls between queries and the keys up to their places: half the square."""
+    return lambda given: int(count * given["q"].numel() * (given["q"].shape[1] + 1))
+
+
+@op("out", "lse", temps=forward_temps, flops=causal_products(2))
 def attention_forward(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     *, scale: float, lo: Tensor | None = None, window: int = 0, softcap: float = 0.0, scratch: Scratch,
@@ -162,7 +167,7 @@ def backward_temps(
     ]
 
 
-@op("dq", "dk", "dv", temps=backward_temps)
+@op("dq", "dk", "dv", temps=backward_temps, flops=causal_products(5))
 def attention_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     *, scale: float, lo: Tensor | None = None, window: int = 0, softcap: float = 0.0, scratch: Scratch,

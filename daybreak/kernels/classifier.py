@@ -18,7 +18,7 @@ def classifier_temps(losses: Tensor, logits: Tensor, *_: object, V: int, **__: o
     return [*[((rows, 1), acc)] * 3, ((rows, 1), torch.int64), ((rows, 1), torch.bool), *wide]
 
 
-@op("losses", "logits", temps=classifier_temps)
+@op("losses", "logits", temps=classifier_temps, adds=("logits",))
 def classifier(
     losses: Tensor, logits: Tensor, targets: Tensor, scale: Tensor, *, V: int, backward: bool, scratch: Scratch
 ) -> None:

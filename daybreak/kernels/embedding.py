@@ -46,7 +46,7 @@ def backward_temps(dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, token
     return [*wide, *[((n, C), acc)] * 2, ((n, C), dout.dtype), *[((n,), ids)] * 2, *[((dwte.shape[0],), ids)] * 2]
 
 
-@op("dwte", "dwpe", temps=backward_temps)
+@op("dwte", "dwpe", temps=backward_temps, adds=("dwte", "dwpe"))
 def embedding_backward(
     dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, tokens: Tensor,
     *, accumulate: bool, tied: bool = True, scratch: Scratch,

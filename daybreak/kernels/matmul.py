@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.kernels import Scratch, Temps, acc_dtype, op
+from daybreak.kernels import Flops, Scratch, Temps, acc_dtype, op
 from daybreak.kernels.norm import forward_temps, layernorm_forward
 
 FEW = range(2, 17)
@@ -85,7 +85,12 @@ def _few_rows(out: Tensor, x: Tensor, w: Tensor) -> bool:
     return True
 
 
-@op("out")
+def product(rows: str, matrix: str) -> Flops:
+    """Of a matmul between each row of one argument and a matrix."""
+    return lambda given: int(2 * given[rows].shape[0] * given[matrix].numel())
+
+
+@op("out", flops=product("x", "w"))
 def matmul_forward(out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = None) -> None:
     """out (n, O) = x (n, I) @ w (O, I)^T + b (O) + add (n, O), which is not out itself."""
     if _few_rows(out, x, w):
@@ -101,14 +106,14 @@ def matmul_forward(out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, a
         out.add_(add)
 
 
-@op("out", "pre")
+@op("out", "pre", flops=product("x", "w"))
 def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tensor) -> None:
     """pre (n, O) = x (n, I) @ w (O, I)^T + b (O), kept for backward; out (n, O) = gelu(pre)."""
     matmul_forward(pre, x, w, b)
     torch.ops.aten.gelu.out(pre, approximate="tanh", out=out)
 
 
-@op("dx")
+@op("dx", flops=product("dout", "w"))
 def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor) -> None:
     """dx (n, I) = dout (n, O) @ w (O, I)."""
     if _for_onednn(dx, dout.shape[1]):
@@ -117,7 +122,7 @@ def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor) -> None:
         torch.mm(dout, w, out=dx)
 
 
-@op("dw")
+@op("dw", adds=("dw",), flops=product("dout", "dw"))
 def matmul_backward_weight(dw: Tensor, dout: Tensor, x: Tensor, *, accumulate: bool) -> None:
     """dw (O, I) = dout (n, O)^T @ x (n, I), added to dw if `accumulate`."""
     step = min(len(x), DEPTH)
@@ -136,7 +141,7 @@ def bias_temps(db: Tensor | None, dout: Tensor, **_: object) -> Temps:
     return [((dout.shape[1],), dout.dtype)]
 
 
-@op("db", temps=bias_temps)
+@op("db", temps=bias_temps, adds=("db",))
 def bias_backward(db: Tensor, dout: Tensor, *, accumulate: bool, scratch: Scratch) -> None:
     """db (O) = column sums of dout (n, O), added to db if `accumulate`. torch sums bf16 columns in fp32."""
     if accumulate:
@@ -151,7 +156,7 @@ def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor | None, *_
     return bias_temps(db, dpre)
 
 
-@op("dpre", "gelu", "db", temps=gelu_backward_temps)
+@op("dpre", "gelu", "db", temps=gelu_backward_temps, adds=("db",), flops=product("dout", "w"))
 def matmul_gelu_backward(
     dpre: Tensor, gelu: Tensor | None, db: Tensor | None, dout: Tensor, w: Tensor, pre: Tensor,
     *, accumulate: bool, scratch: Scratch,

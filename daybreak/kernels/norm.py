@@ -51,7 +51,7 @@ def backward_temps(
     return [*[((rows, C), acc)] * 3, *[((rows, 1), acc)] * 2, *[((C,), acc)] * 6]
 
 
-@op("dx", "dw", "db", "dbias", "again", temps=backward_temps)
+@op("dx", "dw", "db", "dbias", "again", temps=backward_temps, adds=("dx", "dw", "db", "dbias"))
 def layernorm_backward(
     dx: Tensor, dw: Tensor | None, db: Tensor | None, dbias: Tensor | None, again: Tensor | None,
     dout: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor, b: Tensor,
@@ -131,7 +131,7 @@ def rms_backward_temps(
     return [*[((rows, *inner, C), acc)] * 3, ((rows, *inner, 1), acc), *[((C,), acc)] * 3]
 
 
-@op("dx", "dweight", "rewrite", temps=rms_backward_temps)
+@op("dx", "dweight", "rewrite", temps=rms_backward_temps, adds=("dx", "dweight"))
 def rmsnorm_backward(
     dx: Tensor, dweight: Tensor | None, rewrite: Tensor | None, dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor,
     *, accumulate_dx: bool, accumulate: bool, scratch: Scratch,

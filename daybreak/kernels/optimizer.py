@@ -66,7 +66,7 @@ def adamw_temps(weights: Tensor, masters: Tensor | None, m: Tensor, *_: object, 
     ]  # fmt: skip
 
 
-@op("weights", "masters", "m", "v", temps=adamw_temps)
+@op("weights", "masters", "m", "v", temps=adamw_temps, adds=("masters", "m", "v"))
 def adamw_update(
     weights: Tensor, masters: Tensor | None, m: Tensor, v: Tensor, grads: Tensor, stats: Tensor, hyper: Tensor,
     *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int, offset: int, scratch: Scratch,

@@ -22,7 +22,7 @@ def rope_temps(x: Tensor, freq: Tensor, positions: Tensor | None = None, **_: ob
     return [((places,), acc), ((half,), acc), *[((places, 1, half), acc)] * 2, *[chunk] * 4]
 
 
-@op("x", temps=rope_temps)
+@op("x", temps=rope_temps, adds=("x",))
 def rope(
     x: Tensor, freq: Tensor, positions: Tensor | None = None,
     *, attention: float = 1.0, back: bool = False, scratch: Scratch,

@@ -29,17 +29,12 @@ from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.engine.schedule import micro_step
 from daybreak.errors import ConfigError
 from daybreak.formatting import several
-from daybreak.kernels import OPS, all_ops
+from daybreak.kernels import OPS, Op, all_ops
 from daybreak.kernels.cuda.products import Key
 from daybreak.parallel import ALONE
 from daybreak.state.throughput import peak_flops
 
 WARM_STEPS = 5  # not counted
-PRODUCTS = ("matmul_forward", "matmul_gelu_forward", "matmul_backward_input", "matmul_gelu_backward",
-            "matmul_backward_weight")  # fmt: skip
-
-
-SUMS = ("dw", "db", "dbias", "dwte", "dwpe")  # outputs to which `accumulate` adds
 
 
 @dataclass
@@ -73,29 +68,14 @@ class Bench:
         return sorted(self.seconds)[len(self.seconds) // 2]
 
 
-def nbytes_of(op: str, args: dict[str, Any], writes: tuple[str, ...]) -> int:
-    """Bytes that a call moves at least: every tensor once, and twice where it is changed in place or added to."""
+def nbytes_of(operation: Op, given: Mapping[str, Any]) -> int:
+    """Bytes that a call with these arguments moves at least: every tensor once, and twice what it adds to."""
     total = 0
-    for name, x in args.items():
+    for name, x in given.items():
         if isinstance(x, Tensor):
-            flag = "accumulate_dx" if name == "dx" else "accumulate" if name in SUMS else ""
-            changed = name in writes and args.get(flag, False)
-            changed = changed or (op == "classifier" and name == "logits" and args["backward"])
-            changed = changed or (op == "adamw_update" and name in ("masters", "m", "v"))
-            total += x.numel() * x.element_size() * (2 if changed else 1)
+            flag = next((f for f in (f"accumulate_{name}", "accumulate", "backward") if f in given), "")
+            total += x.nbytes * (2 if name in operation.adds and given.get(flag, True) else 1)
     return total
-
-
-def flops_of(name: str, args: dict[str, Any]) -> int:
-    """Floating-point operations of a matrix product or an attention call (causal: half the square); 0 for others."""
-    if name in PRODUCTS:
-        if name == "matmul_backward_weight":
-            return int(2 * args["dout"].shape[0] * args["dw"].numel())
-        return int(2 * args["x" if "x" in args else "dout"].shape[0] * args["w"].numel())
-    if name.startswith("attention"):
-        B, T, NH, HS = args["q"].shape
-        return int((2 if name == "attention_forward" else 5) * B * NH * HS * T * (T + 1))
-    return 0
 
 
 class Meter:
@@ -117,14 +97,15 @@ class Meter:
         """A kernel, metered."""
         if name not in OPS:
             return fn
-        parameters, writes = OPS[name].parameters, OPS[name].writes
+        operation = OPS[name]
+        parameters = operation.parameters
 
         def call(*args: Any, **kwargs: Any) -> None:
             given = {**dict(zip(parameters, args, strict=False)), **kwargs}
             cost = self.costs[name]
             cost.backend, cost.calls = self._choices[name], cost.calls + 1
-            cost.nbytes += nbytes_of(name, given, writes)
-            cost.flops += flops_of(name, given)
+            cost.nbytes += nbytes_of(operation, given)
+            cost.flops += operation.flops(given)
             start = self._mark()
             fn(*args, **kwargs)
             self._marks.append((name, start, self._mark()))
@@ -238,7 +219,7 @@ def step_products(config: Config, device: torch.device) -> list[Key]:
     model, table, arena = plan_engine(spec)
     state = [e for e in arena.entries if e.buffer not in ("activations", "scratch")]
     frame = PlanFrame(table, spec.dtype, state, Collectives(arena.sharding, ALONE))
-    listed = {name: partial(ops[name].impls["cublaslt"].fn, scratch=None) for name in PRODUCTS}
+    listed = {n: partial(op.impls["cublaslt"].fn, scratch=None) for n, op in ops.items() if "cublaslt" in op.impls}
     frame.k = frame.k.each(lambda name, _: listed.get(name, lambda *_, **__: None))
 
     def run() -> None:

@@ -26,8 +26,8 @@ def checkpoint_of(path: Path | str) -> Checkpoint:
 
 
 def weights_of(source: Path | str, shape: Shape) -> Weights:
-    """Weights of a run's newest checkpoint, of one checkpoint, or of another program's files. CheckpointError if they are
-    of another shape, before there is a folder, which would be resumed from random weights."""
+    """Weights of a run's newest checkpoint, of one checkpoint, or of another program's files. CheckpointError if they
+    are of another shape, before there is a folder, which would be resumed from random weights."""
     weights = checkpoint_of(source) if (run_of(source) / "config.toml").is_file() else open_source(source)
     check_model(weights, shape)
     return weights

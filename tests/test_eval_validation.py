@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 from test_loader import Masked, write_shard
 
+import daybreak
+from daybreak.cli.main import main
 from daybreak.data.loader import Loader
 from daybreak.data.mixing import MixLoader
 from daybreak.data.tokenizer import get_tokenizer
@@ -104,3 +107,26 @@ def test_bits_per_byte_by_hand(tmp_path: Path) -> None:
     found = validate(Bits(1, 17, bits), nothing, lengths, 17)  # type: ignore[arg-type]
     assert found.tokens == 0
     assert math.isnan(found.loss)
+
+
+def test_a_run_scores_on_another_data_set_as_training_would(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The loss of `eval --data` is what a run that validates on that set reports for the same weights."""
+    monkeypatch.chdir(tmp_path)
+    for name, word in (("a", "spam and eggs. "), ("b", "ham and toast! ")):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{i} {word * 40}" for i in range(60)))
+        assert main(["prepare", f"{name}.txt", "--tokenizer", "bytes"]) == 0
+    shape = ["--model.L", "1", "--model.C", "32", "--model.NH", "2", "--model.max_T", "64", "--model.V", "257"]
+    quick = ["--run.device", "cpu", "--eval.tokens", "1024", "--eval.sample_tokens", "0", "--quiet"]
+    assert main(["train", "d12", "--data", "a-bytes", "--name", "r", "--steps", "3", *shape, *quick]) == 0
+    args = ["train", "d12", "--data", "b-bytes", "--name", "s", "--init-from", "runs/r", "--steps", "1"]
+    assert main([*args, *shape, *quick]) == 0
+    wanted = daybreak.load("runs/s").metrics("val")[0]  # before its first step
+    capsys.readouterr()
+    assert main(["eval", "runs/r", "--data", "b-bytes", "--json"]) == 0
+    loss, bits = json.loads(capsys.readouterr().out)
+    assert (loss["task"], loss["examples"]) == ("b-bytes", wanted["tokens_evaluated"] // 64)
+    assert loss["value"] == pytest.approx(wanted["loss"], rel=1e-6)
+    assert bits["value"] == pytest.approx(wanted["bpb"], rel=1e-6)
+    assert main(["prepare", "a.txt", "--tokenizer", "gpt2"]) == 0
+    assert main(["eval", "runs/r", "--data", "a"]) == 4
+    assert "'a' is made with tokenizer 'gpt2', and the run was trained with 'bytes';" in capsys.readouterr().err

@@ -158,6 +158,10 @@ def test_a_new_run_starts_from_an_older_checkpoint(shards: Path, tmp_path: Path)
     )
     with pytest.raises(CheckpointError, match=r"has no checkpoint of step 7; there are: 5, 10, 12\."):
         daybreak.train(run.config.override({"run.name": "z"}), fork_from=run.path / "checkpoints/step-00000007")
+    assert train([run.path, "--fork", "z"]) == (
+        2, f"daybreak: {run.path}/checkpoints/step-00000012 is at step 12 of run.steps = 12; give --steps more.\n"
+    )  # fmt: skip
+    assert not (tmp_path / "z").exists()
     began = daybreak.train(config(shards, tmp_path, "w", run__steps=1, eval__every=1), init_from=older)
     again = daybreak.train(config(shards, tmp_path, "v", run__steps=1, eval__every=1), init_from=run.path)
     assert began.metrics("val")[0]["loss"] != again.metrics("val")[0]["loss"]

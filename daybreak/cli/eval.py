@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option("--tasks", metavar="A,B", help="hellaswag, lambada, arc, piqa, winogrande, mmlu, truthfulqa, gsm8k, ...")
 @click.option("--leaderboard", is_flag=True, help="The six tasks of the first Open LLM Leaderboard, and their mean.")
 @click.option("--hellaswag", metavar="FILE", help="Score a run as llm.c does; FILE is the .jsonl or an eval .bin.")
+@click.option("--data", metavar="NAME", help="Validation loss of a run on a prepared data set or a folder of shards.")
 @click.option("--shots", type=click.IntRange(0), metavar="N", help="Examples in the prompt (default: the task's own).")
 @click.option("--data-files", metavar="DIR", help="Read data sets from DIR/owner/name, without a network.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N examples of each task.")
@@ -28,21 +29,25 @@ if TYPE_CHECKING:
 @click.option("--device", metavar="D", help="cpu or cuda (default: the run's).")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def evaluate(
-    target: str, tasks: str | None, leaderboard: bool, hellaswag: str | None, shots: int | None,
+    target: str, tasks: str | None, leaderboard: bool, hellaswag: str | None, data: str | None, shots: int | None,
     data_files: str | None, limit: int | None, batch: int, step: int | None, device: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Score a model with lm-evaluation-harness.
 
-    The model is a run, or a folder of a Hugging Face model. Needs pip install -e '.[eval]' in daybreak's folder.
+    Or with llm.c's HellaSwag, or by its validation loss on your data. The model is a run; for the harness also a folder
+    of a Hugging Face model. The harness needs pip install -e '.[eval]' in daybreak's folder. --data scores at most the
+    run's eval.tokens tokens.
 
     \b
     Examples:
       daybreak eval runs/mine --tasks hellaswag,lambada
       daybreak eval runs/mine --leaderboard --data-files sets
       daybreak eval runs/mine --hellaswag hellaswag_val.jsonl --tasks hellaswag     (llm.c's and lm-eval's)
+      daybreak eval runs/mine --data my-gpt2
     """
-    if (chosen := (tasks is not None) + leaderboard) > 1 or not (chosen or hellaswag is not None):
-        raise ConfigError("eval needs --tasks A,B or --leaderboard, --hellaswag FILE, or one of each.")
+    own = hellaswag is not None or data is not None
+    if (chosen := (tasks is not None) + leaderboard) > 1 or not (chosen or own):
+        raise ConfigError("eval needs --tasks A,B or --leaderboard, --hellaswag FILE, --data NAME, or several of them.")
     path, folder = Path(target), Path(data_files) if data_files else None
     is_run = (path / "config.toml").is_file()
     if not is_run and not (path / "config.json").is_file():
@@ -50,11 +55,13 @@ def evaluate(
         raise ConfigError(f"{target} {neither}{run_hint(target) or '.'}")
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--data-files {data_files} is not a folder.")
-    if not is_run and hellaswag is not None:
-        raise ConfigError(f"--hellaswag scores runs only, and {target} is not a run; use --tasks hellaswag.")
+    if not is_run and own:
+        flag, way = ("--hellaswag", "use --tasks hellaswag") if data is None else ("--data", "import it")
+        raise ConfigError(f"{flag} scores runs only, and {target} is not a run; {way}.")
 
     from daybreak.evaluate import harness
     from daybreak.evaluate.multiple_choice import accuracy, load_examples
+    from daybreak.evaluate.validation import validate_on
     from daybreak.state.run import Run
 
     if is_run:
@@ -65,15 +72,19 @@ def evaluate(
         both = accuracy(engine, load_examples(Path(hellaswag), tokenizer, engine.T, limit or 0))
         values = [("acc_norm (llm.c: mean loss per token)", both.acc_norm), ("acc (sum of losses)", both.acc)]
         scores = [harness.Score("hellaswag, in-loop", m, v, both.examples, 0) for m, v in values]
+    if data is not None:
+        loss = validate_on(engine, run.config, tokenizer, data)
+        found = [("validation loss (nats per token)", loss.loss), ("bits per byte", loss.bits_per_byte)]
+        scores += [harness.Score(data, m, value, loss.tokens // engine.T, 0) for m, value in found]
     if chosen:
         names = [t for name in (tasks or "").split(",") for t in harness.TASKS.get(name.strip(), [name.strip()])]
         greedy = not leaderboard and any(not t.startswith(harness.CHOICE) for t in names)
         lm: Any = harness.engine_lm(engine, tokenizer, greedy) if is_run else harness.hf_lm(path, batch, device)
         if leaderboard:
-            found = harness.leaderboard(lm, folder, limit)
+            theirs = harness.leaderboard(lm, folder, limit)
         else:
-            found = harness.scores_of(harness.run_harness(lm, names, shots, folder, limit))
-        scores += [s._replace(task=f"{s.task}, lm-eval") for s in found] if scores else found
+            theirs = harness.scores_of(harness.run_harness(lm, names, shots, folder, limit))
+        scores += [s._replace(task=f"{s.task}, lm-eval") for s in theirs] if scores else theirs
     _print(scores, as_json)
 
 

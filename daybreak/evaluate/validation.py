@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from daybreak.config import Config
+from daybreak.data.dataset import text_bytes
 from daybreak.data.loader import Loader
+from daybreak.data.mixing import open_loaders
+from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine
+from daybreak.errors import DataError
 from daybreak.parallel import ALONE, Group
 
 
@@ -57,3 +62,16 @@ def validate(
         tokens = int(count)
     bits = text_total / math.log(2)
     return Validation(total / tokens if tokens else math.nan, tokens, bits / size if size else math.nan)
+
+
+def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str) -> Validation:
+    """Loss of a run's model on the validation split of data set `name`, of at most the run's eval.tokens tokens. Raises
+    DataError if the data was tokenized otherwise."""
+    data, V = replace(config.data, name=name, train="", val="", tokenizer=""), engine.cfg.V
+    dataset, _, loader = open_loaders(data, engine.T, config.run.seed, V)
+    if get_tokenizer(dataset.tokenizer_name, dataset.folder).fingerprint != tokenizer.fingerprint:
+        raise DataError(
+            f"{name!r} is made with tokenizer {dataset.tokenizer_name!r}, and the run was trained with "
+            f"{tokenizer.name!r}; give data that was prepared with the run's tokenizer."
+        )
+    return validate(engine, loader, text_bytes(dataset, tokenizer, V), config.eval.tokens)

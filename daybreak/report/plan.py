@@ -202,7 +202,8 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
         rate = f"${c.cost.price:,.2f} an hour for all GPUs together"
         rows.append(("cost", f"${p.hours * c.cost.price:,.2f}", f"as the time; {rate}"))
     size = 2 if c.model.V <= 1 << 16 else 4
-    data = (disk(p.tokens * size), f"counted: {size} bytes a token, each seen once") if p.tokens else (na, no_time)
+    basis = f"counted: {size} bytes a token, if each is seen once"
+    data = (disk(p.tokens * size), basis) if p.tokens else (na, no_time)
     n, one = p.checkpoints_kept, p.checkpoint_bytes
     saved = (disk(n * one), f"counted: {n} x {disk(one)}, one of them being written")
     rows += [("disk: data", *data), ("disk: checkpoints", *saved)]

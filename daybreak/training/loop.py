@@ -52,7 +52,7 @@ from daybreak.state.run_folder import RunFolder
 from daybreak.state.saver import Saver
 from daybreak.state.throughput import Throughput
 from daybreak.training.display import Display, make_display, say, working
-from daybreak.training.origin import check_rate, checkpoint_of, finished_at, say_origin, weights_of
+from daybreak.training.origin import check_rate, finished_at, fork_of, say_origin, weights_of
 from daybreak.training.profile import Profiler
 from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
@@ -104,7 +104,7 @@ def _prepared(
         check_resume(saved, config, fork=free, moved=bool(run.checkpoints))
         check_rate(old, saved, config, fork=resume is None)
         check = partial(check_rate, old, saved, fork=resume is None, warn=stop.group.rank == 0)
-    fork = checkpoint_of(fork_from) if fork_from is not None else None
+    fork = fork_of(fork_from, config.run.steps) if fork_from is not None else None
     init = weights_of(init_from, config.model) if init_from is not None else None
     folder = Path(resume).expanduser() if resume is not None else None
     with RunFolder(folder).locked() if folder is not None and stop.group.rank == 0 else nullcontext():
@@ -486,7 +486,7 @@ class Trainer:
             "run", self.step, self.tokens, name=c.run.name, config_hash=config_hash, device=self.setup.device_name,
             parameters=self.engine.num_parameters, flops_per_token=float(self.engine.flops_per_token),
         )  # fmt: skip
-        self.display.note(f"{self.run_folder.path}: {c.run.steps} steps of {c.tokens_at(self.step):,} tokens")
+        self.display.note(f"{self.run_folder.path}: {self.setup.length(self.step)}")
         sources = self.setup.tokens_of(self.samples + c.tokens_between(self.step, c.run.steps) // c.T)
         if len(sources) > 1:
             self.display.note("tokens in all: " + ", ".join(f"{name} {n:,}" for name, n in sources.items()))

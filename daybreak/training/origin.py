@@ -25,6 +25,14 @@ def checkpoint_of(path: Path | str) -> Checkpoint:
     return Run(run).checkpoint(None if run == Path(path).expanduser() else checkpoint_step(Path(path)))
 
 
+def fork_of(path: Path | str, steps: int) -> Checkpoint:
+    """`checkpoint_of`, for a new run of so many steps. Raises ConfigError if the checkpoint has made them all."""
+    checkpoint = checkpoint_of(path)
+    if 0 < steps <= checkpoint.step:
+        raise ConfigError(f"{checkpoint.path} is at step {checkpoint.step} of run.steps = {steps}; give --steps more.")
+    return checkpoint
+
+
 def weights_of(source: Path | str, shape: Shape) -> Weights:
     """Weights of a run's newest checkpoint, of one checkpoint, or of another program's files. CheckpointError if they
     are of another shape, before there is a folder, which would be resumed from random weights."""

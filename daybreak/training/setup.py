@@ -47,6 +47,7 @@ from daybreak.engine.fit import check_fits, plan_memory
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.files import write_atomic
+from daybreak.formatting import several
 from daybreak.manifest import published, run_id
 from daybreak.parallel import Group, agent
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint
@@ -84,6 +85,12 @@ class Setup:
         names = [] if self.config.data.train else [name for name, _ in parse_mix(self.config.data.name)]
         counts = self.train_loader.counts(samples)
         return {name: n * self.config.T for name, n in zip(names or [self.dataset.name], counts, strict=True)}
+
+    def length(self, step: int) -> str:
+        """How long the run is, for people; the tokens are those of a step from `step` on."""
+        c = self.config
+        epochs = c.tokens_between(0, c.run.steps) / (self.train_loader.samples_per_epoch * c.T)
+        return f"{several(c.run.steps, 'step')} of {c.tokens_at(step):,} tokens, {epochs:,.3g} epochs of the data"
 
     def batches(self, step: int, samples: int) -> Callable[[int], Batch]:
         """A function from a step to this rank's part of its batch, if `samples` samples are consumed before `step`.

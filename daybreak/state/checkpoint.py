@@ -25,34 +25,15 @@ from typing import Any, Literal
 
 import torch
 
+from daybreak import manifest as manifests
 from daybreak.checked import WHOLE, misfit
 from daybreak.config import saved_config
 from daybreak.errors import CheckpointError, Error, explained
 from daybreak.files import alive, fsync_folder, lock, remove, sha256_of, write_atomic
-from daybreak.manifest import (
-    FORMAT,
-    MANIFEST,
-    MODEL,
-    NewerFormat,
-    checkpoint_step,
-    checksum,
-    directory,
-    foreign,
-    list_checkpoints,
-    optimizer_file,
-    published,
-    read_manifest,
-    refuse,
-)
+from daybreak.manifest import MANIFEST, MODEL, refuse
 from daybreak.parallel import ALONE, Group
 from daybreak.shapes import Shape
-from daybreak.state.safetensors_io import (
-    SafetensorsFile,
-    Written,
-    create_safetensors,
-    fill_safetensors,
-    write_safetensors,
-)
+from daybreak.state.safetensors_io import SafetensorsFile, create_safetensors, fill_safetensors, write_safetensors
 
 log = logging.getLogger("daybreak")
 
@@ -60,6 +41,7 @@ RESERVED = ("format", "step", "world", "flat_numel", "layout", "files", "checksu
 SLACK = 1 << 20  # bytes of a checkpoint beside its tensors
 
 Verify = Literal["full", "size", "off"]
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -98,9 +80,9 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
     Collective: every rank writes its slices at the same time, and rank 0 publishes when all have. At every instant
     either the old or the new one is complete on disk. Raises Error, on all ranks, when a disk refuses.
     """
-    final = root / directory(snap.step)
+    final = root / manifests.directory(snap.step)
     temporary = root / f".tmp-{final.name}-{group.first(os.getpid)}"
-    optimizer = optimizer_file(group.rank, group.world)
+    optimizer = manifests.optimizer_file(group.rank, group.world)
 
     need = snap.nbytes(group) + SLACK
     way_out = "free space on its disk, lower checkpoint.keep, or move the run"
@@ -118,7 +100,7 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
             create_safetensors(temporary / MODEL, snap.model)
 
     @sentence
-    def write() -> dict[str, Written]:
+    def write() -> dict[str, Json]:
         model = {}
         if group.world > 1:
             fill_safetensors(temporary / MODEL, {name: snap.parts(name) for name in snap.model})
@@ -130,14 +112,14 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
     def publish() -> None:
         if group.world > 1:
             model = temporary / MODEL
-            files[MODEL] = Written(model.stat().st_size, sha256_of(model))
+            files[MODEL] = {"size": model.stat().st_size, "sha256": sha256_of(model)}
         _write_manifest(temporary / MANIFEST, snap, group.world, files)
         fsync_folder(temporary)
         _publish(temporary, final)
 
     try:
         group.first(begin)
-        files = {name: w for found in group.everywhere(write) for name, w in found.items()}
+        files = {name: written for found in group.everywhere(write) for name, written in found.items()}
         group.first(publish)
     finally:
         if group.rank == 0:
@@ -155,7 +137,7 @@ def _check_space(root: Path, need: int, final: Path) -> None:
         )
 
 
-def _write_optimizer(path: Path, snap: Snapshot, rank: int) -> Written:
+def _write_optimizer(path: Path, snap: Snapshot, rank: int) -> Json:
     tensors: dict[str, torch.Tensor] = {}
     ranges: dict[str, list[tuple[int, int]]] = {}
     for key, owned in snap.optimizer.items():
@@ -163,8 +145,7 @@ def _write_optimizer(path: Path, snap: Snapshot, rank: int) -> Written:
         for start, tensor in owned:
             stop = start + tensor.numel()
             assert tensor.dim() == 1
-            assert start >= 0
-            assert stop <= snap.flat_numel
+            assert 0 <= start <= stop <= snap.flat_numel
             ranges[key].append((start, stop))
             tensors[_range_name(key, start, stop)] = tensor
     if rank == 0:
@@ -180,19 +161,19 @@ def _extra_name(name: str) -> str:
     return f"extra.{name}"
 
 
-def _write_manifest(path: Path, snap: Snapshot, world: int, files: Mapping[str, Written]) -> None:
+def _write_manifest(path: Path, snap: Snapshot, world: int, files: Mapping[str, Json]) -> None:
     assert not set(RESERVED) & snap.manifest.keys()
     manifest = {
-        "format": FORMAT,
+        "format": manifests.FORMAT,
         "step": snap.step,
         **snap.manifest,
         "world": world,
         "flat_numel": snap.flat_numel,
         "layout": snap.layout,
-        "files": {name: {"size": w.size, "sha256": w.sha256} for name, w in files.items()},
+        "files": files,
     }
     manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as a reader will see it: lists, string keys
-    manifest["checksum"] = checksum(manifest)
+    manifest["checksum"] = manifests.checksum(manifest)
     write_atomic(path, json.dumps(manifest, indent=1))
 
 
@@ -220,8 +201,8 @@ def prune_checkpoints(root: Path, keep: int, major: int, verify: Verify = "full"
     assert keep >= 0
     assert major >= 0
     _clean(root)
-    found = list_checkpoints(root, run)
-    doomed = [path for path in found[keep:] if keep and not (major and checkpoint_step(path) % major == 0)]
+    found = manifests.list_checkpoints(root, run)
+    doomed = [path for path in found[keep:] if keep and not (major and manifests.checkpoint_step(path) % major == 0)]
     if not doomed:
         return []
     good = next((path for path in found if _is_good(path, verify)), None)
@@ -285,7 +266,8 @@ class Checkpoint:
         self._model = SafetensorsFile(path / MODEL)
         if odd := {name for name, _, _ in self.layout} - self._model.entries.keys():  # frozen tensors have no layout
             refuse(path / MANIFEST, f"has {min(odd)!r} in its layout, and {MODEL} does not")
-        ranks = [SafetensorsFile(path / optimizer_file(rank, manifest["world"])) for rank in range(manifest["world"])]
+        world = manifest["world"]
+        ranks = [SafetensorsFile(path / manifests.optimizer_file(rank, world)) for rank in range(world)]
         self._first_rank = ranks[0]
         self._ranges: dict[str, list[tuple[int, int, SafetensorsFile]]] = {}
         for file in ranks:
@@ -356,7 +338,7 @@ def load_checkpoint(path: Path, verify: Verify = "full") -> Checkpoint:
             names = sorted(p.name for p in path.iterdir())
         except OSError as error:
             refuse(path / MANIFEST, f"cannot be read ({error.strerror})")
-        manifest = read_manifest(path)
+        manifest = manifests.read_manifest(path)
         if verify != "off":
             _verify_files(path, manifest["files"], verify)
         for name in names:
@@ -386,14 +368,14 @@ def newest_good(root: Path, run: str = "") -> Checkpoint | None:
     Each one that is passed over is named in a warning. Raises CheckpointError when all are, or when a newer daybreak
     wrote one that would have to be passed over.
     """
-    while candidates := published(root):
+    while candidates := manifests.published(root):
         for path in candidates:
             try:
                 found = load_checkpoint(path)
-                if foreign(path, run):
+                if manifests.foreign(path, run):
                     raise CheckpointError(f"{path} belongs to another run; move it there, or remove it.")
                 return found
-            except NewerFormat:
+            except manifests.NewerFormat:
                 raise
             except CheckpointError as error:
                 if not path.exists():  # a run in progress has just removed it: look again

@@ -35,19 +35,13 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Written:
-    """What was written: the file's size in bytes and the sha256 of all of them, in hex."""
-
-    size: int
-    sha256: str
-
-
 def write_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None,
     parts: Callable[[str], Iterable[tuple[int, torch.Tensor]]] | None = None,
-) -> Written:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Write contiguous tensors of any device to a new file, fsynced. The tensors must not change meanwhile.
+
+    Returns the file's size in bytes and its sha256 in hex, as "size" and "sha256".
 
     parts: gives a tensor's values one piece after the other; of `tensors` only shapes and dtypes are read then.
     Raises OSError (FileExistsError: the file is there already).
@@ -67,7 +61,7 @@ def write_safetensors(
             hashing.result()
         file.flush()
         fsync(file.fileno())
-        return Written(file.tell(), digest.hexdigest())
+        return {"size": file.tell(), "sha256": digest.hexdigest()}
 
 
 def _ordered(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ from daybreak.config import resolve
 from daybreak.engine import Engine
 from daybreak.engine.device import engine_spec, pick_device
 from daybreak.state.restore import Staging, snapshot
-from daybreak.state.run_folder import cpu_model, package_commit
+from daybreak.state.run_folder import RunFolder, cpu_model, package_commit
 from daybreak.state.saver import Saver
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     def note(name: str, seconds: float) -> None:
         found.setdefault(name, []).append(seconds)
 
-    with Saver(root, keep=1, major=0) as saver:
+    with Saver(RunFolder(root), keep=1, major=0) as saver:
         for round_ in range(known.rounds + 1):
             values = {"step alone": timed(step)}
             began = time.perf_counter()

@@ -17,7 +17,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +301,7 @@ def test_config_toml(made: Path) -> None:
 def test_metrics(made: Path) -> None:
     """A line that is none costs that line, and is named; the report shows the others."""
     run, follower = made / "run", Follower(made / "run")
-    with MetricsWriter(made / "m.jsonl") as writer:
+    with closing(MetricsWriter(made / "m.jsonl")) as writer:
         values = {int: 3, float: 2.0, str: "text", bool: False, float | None: 0.5}
         for kind, fields in FIELDS.items():
             writer.write(kind, 3, 7, **{key: values[spec] for key, spec in fields.items()})

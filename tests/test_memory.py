@@ -31,6 +31,7 @@ from daybreak.parallel import Group
 from daybreak.shapes import GPT2Config, parse_shape
 from daybreak.state.checkpoint import save_checkpoint
 from daybreak.state.restore import Staging, snapshot
+from daybreak.state.run_folder import RunFolder
 from daybreak.state.safetensors_io import SafetensorsFile, create_safetensors, fill_safetensors
 from daybreak.state.saver import Saver
 
@@ -157,7 +158,7 @@ def test_nothing_is_allocated_after_the_first_step(
     loader = Loader([read_header(shard)], 48, V=257)
     engine = Engine(EngineSpec(SHAPE, B=4, T=48, compute=compute, recompute=recompute, guard=GuardConfig(loss_z=3.0)))
     lengths = get_tokenizer("bytes").lengths(257)
-    staging, saver = Staging(engine), Saver(tmp_path / "staged", 1, 0)
+    staging, saver = Staging(engine), Saver(RunFolder(tmp_path / "staged"), 1, 0)
 
     def everything(step: int) -> None:
         tokens, targets = map(torch.from_numpy, loader.batch(8 * step, 8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import json
 import math
@@ -11,6 +10,7 @@ import re
 import resource
 import socket
 import subprocess
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,7 @@ def test_the_field_names_are_fixed():
 
 @pytest.mark.parametrize("kind", list(EXAMPLES))
 def test_each_kind_is_one_json_line(tmp_path, kind):
-    with MetricsWriter(tmp_path / "m.jsonl", clock=lambda: 1000.25) as writer:
+    with closing(MetricsWriter(tmp_path / "m.jsonl", clock=lambda: 1000.25)) as writer:
         writer.write(kind, 3, 300, **EXAMPLES[kind])
     text = (tmp_path / "m.jsonl").read_text()
     expected = {"v": 1, "kind": kind, "step": 3, "tokens": 300, "t": 1000.25, **EXAMPLES[kind]}
@@ -72,7 +72,7 @@ def wrong_examples():
 
 
 def test_a_wrong_field_is_our_own_bug(tmp_path):
-    with MetricsWriter(tmp_path / "m.jsonl") as writer:
+    with closing(MetricsWriter(tmp_path / "m.jsonl")) as writer:
         cases = list(wrong_examples())
         for kind, fields in cases:
             with pytest.raises(AssertionError):
@@ -86,7 +86,7 @@ def test_a_wrong_field_is_our_own_bug(tmp_path):
 
 def test_numbers_that_json_lacks_survive(tmp_path):
     values = {"loss": NAN, "norm": math.inf, "lr": -math.inf, "mfu": NAN, "ms": 7}
-    with MetricsWriter(tmp_path / "m.jsonl") as writer:
+    with closing(MetricsWriter(tmp_path / "m.jsonl")) as writer:
         writer.write("step", 1, 1, **EXAMPLES["step"] | values)
         writer.write("sample", 1, 1, text="NaN")
 
@@ -126,7 +126,7 @@ WHOLE = '{"v":1,"kind":"event","step":2,"tokens":1,"t":0,"what":"x","detail":""}
 @pytest.mark.parametrize("torn", [WHOLE[:30], "{", WHOLE, WHOLE.replace("2", "-2"), "\x00\x00\x00", "[]", "7"])
 def test_a_torn_line_costs_only_itself(tmp_path, caplog, torn):
     path = tmp_path / "m.jsonl"
-    with MetricsWriter(path) as writer:
+    with closing(MetricsWriter(path)) as writer:
         writer.write("val", 1, 1, **EXAMPLES["val"])
     whole = path.read_bytes()
     path.write_bytes(whole + torn.encode())
@@ -134,7 +134,7 @@ def test_a_torn_line_costs_only_itself(tmp_path, caplog, torn):
     assert [r["step"] for r in read_metrics(path)] == [1, *counted]
     assert caplog.text == ""
 
-    with MetricsWriter(path) as writer:  # the process that resumes
+    with closing(MetricsWriter(path)) as writer:  # the process that resumes
         writer.write("val", 3, 1, **EXAMPLES["val"])
         writer.write("val", 4, 1, **EXAMPLES["val"])
     assert path.read_bytes().startswith(whole + torn.encode() + b"\n{")
@@ -144,7 +144,7 @@ def test_a_torn_line_costs_only_itself(tmp_path, caplog, torn):
 
 def test_every_cut_leaves_the_lines_before_it(tmp_path):
     path = tmp_path / "m.jsonl"
-    with MetricsWriter(path) as writer:
+    with closing(MetricsWriter(path)) as writer:
         for step in range(3):
             writer.write("val", step, 1, **EXAMPLES["val"])
     data = path.read_bytes()
@@ -155,7 +155,7 @@ def test_every_cut_leaves_the_lines_before_it(tmp_path):
 
 
 def test_two_writers_never_mix_their_lines(tmp_path):
-    with MetricsWriter(tmp_path / "m.jsonl") as a, MetricsWriter(tmp_path / "m.jsonl") as b:
+    with closing(MetricsWriter(tmp_path / "m.jsonl")) as a, closing(MetricsWriter(tmp_path / "m.jsonl")) as b:
         for step in range(50):
             a.write("sample", 2 * step, 0, text="a" * 5000)
             b.write("sample", 2 * step + 1, 0, text="b" * 5000)
@@ -169,7 +169,7 @@ def test_what_a_full_disk_refuses_waits_and_is_not_lost(tmp_path, caplog):
 
     def body() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, resource.RLIM_INFINITY))
-        with MetricsWriter(path) as writer:
+        with closing(MetricsWriter(path)) as writer:
             for step in range(20):
                 if step == 12:
                     assert path.stat().st_size == 700  # a line is cut in the middle
@@ -179,7 +179,7 @@ def test_what_a_full_disk_refuses_waits_and_is_not_lost(tmp_path, caplog):
     assert exit_of(fork(body)) == 0
     assert [r["step"] for r in read_metrics(path)] == list(range(20))
     assert len(path.read_text().splitlines()) == 20
-    with MetricsWriter(Path("/dev/full")) as writer:
+    with closing(MetricsWriter(Path("/dev/full"))) as writer:
         for _ in range(3):
             writer.write("event", 1, 1, what="a", detail="b")
         assert caplog.text.count("/dev/full cannot be written (No space left on device); its lines wait") == 1
@@ -254,7 +254,7 @@ def test_throughput_by_hand():
     second = meter.lap(1000)  # e = 0.05 * 500, / (1 - 0.95) = 500
     assert (second.seconds, second.tok_s, second.mfu) == pytest.approx((2.0, 500.0, 1.0))
 
-    with contextlib.suppress(KeyError), meter.pause():
+    with suppress(KeyError), meter.pause():
         clock.now += 77
         raise KeyError
     with meter.pause():

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from daybreak.checked import FLAG, LIMIT, TEXT, WHOLE, Rule, misfit, or_null
 from daybreak.errors import Error
@@ -94,12 +94,6 @@ class Lines:
         os.close(self._fd)
         if self._waiting:
             log.warning("%s: its last %d bytes could not be written.", self._path, len(self._waiting))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class MetricsWriter(Lines):

@@ -1,4 +1,20 @@
-"""Saving beside training: a thread writes a snapshot that nothing else touches, one at a time."""
+"""Saving beside training: a thread writes a snapshot that nothing else touches, one save at a time.
+
+With one process, the loop copies the engine's state to host memory (`Staging.take`) and continues. A thread writes
+the copy. The loop asks for the result once an iteration, without waiting:
+
+    loop     | step | copy, start() | step | step | result() -> None | step | result() -> Saved | ...
+    thread                 | first() write, publish, prune old ones -------->|
+
+`start` is never called while a save runs: the loop waits for the result first. Among several ranks there is no thread.
+All ranks write their parts at the same time inside `start`, because collectives have one order.
+
+People rename and remove folders while a run is in progress. So before each save `_find` asks where the folder is now:
+
+    still there       the save goes there
+    renamed           the save follows it, and once more if the folder is renamed during the save
+    removed           `RunFolder.remake` makes a new one; this save goes there, and then the run ends with an Error
+"""
 
 from __future__ import annotations
 
@@ -40,20 +56,17 @@ def _give_way() -> None:
 
 
 class Saver:
-    """Writes checkpoints below `root` in a thread, and removes old ones (`keep`, `major`: see prune_checkpoints).
+    """Writes checkpoints of the run in `folder`, and removes old ones (`keep`, `major`: see prune_checkpoints).
 
-    With several ranks `start` writes at once, on all of them together.
-
-    first: called in the thread before a checkpoint is written, for what must be on the disk before it. folder: the
-    run's, which is looked for before each save; once it is lost (`lost`) there was one last save, in a new one.
+    first: called before a checkpoint is written, for what must be on the disk before it. lost: the folder was removed,
+    and the last save is in a new one.
     """
 
     def __init__(
-        self, root: Path, keep: int, major: int, first: Callable[[], None] = lambda: None, group: Group = ALONE,
-        folder: RunFolder | None = None,
-    ) -> None:  # fmt: skip
-        self.root, self.keep, self.major, self.first, self.group = root, keep, major, first, group
-        self.folder, self.lost = folder, False
+        self, folder: RunFolder, keep: int, major: int, first: Callable[[], None] = lambda: None, group: Group = ALONE
+    ) -> None:
+        self.folder, self.keep, self.major, self.first, self.group = folder, keep, major, first, group
+        self.lost = False
         self._pool = ThreadPoolExecutor(1, "save", initializer=_give_way)
         self._future: Future[Saved] | None = None
 
@@ -77,13 +90,13 @@ class Saver:
         nbytes = sum(file.stat().st_size for file in path.iterdir())
         try:
             if self.group.rank == 0:
-                prune_checkpoints(self.root, self.keep, self.major, "size", self.folder.id if self.folder else "")
+                prune_checkpoints(path.parent, self.keep, self.major, "size", self.folder.id)
         except OSError as error:  # the new one is safe
-            log.warning("Old checkpoints below %s could not be removed (%s).", self.root, error.strerror)
+            log.warning("Old checkpoints below %s could not be removed (%s).", path.parent, error.strerror)
         if self.lost:
             raise Error(
                 f"the run's folder was removed, or another one took its place; the state after step {snap.step} is "
-                f"saved in a new one; resume with: {self.group.again(self.root.parent)}"
+                f"saved in a new one; resume with: {self.group.again(self.folder.path)}"
             )
         return Saved(path, snap.step, tokens, stall, time.perf_counter() - began, nbytes)
 
@@ -98,20 +111,18 @@ class Saver:
         return self._save(snap)
 
     def _find(self, snap: Snapshot) -> Path:
-        """`root`, now. Collective."""
+        """The folder of the run's checkpoints, now. Collective."""
 
-        def look(folder: RunFolder) -> tuple[Path, bool]:
+        def look() -> tuple[Path, bool]:
             try:
-                return folder.locate(), self.lost
+                return self.folder.locate(), self.lost
             except Error:
-                folder.remake(Config().override(snap.manifest["config"]).to_toml())
-                return folder.path, True
+                self.folder.remake(Config().override(snap.manifest["config"]).to_toml())
+                return self.folder.path, True
 
-        if (folder := self.folder) is not None:
-            path, self.lost = self.group.first(lambda: look(folder))
-            folder.move(path)
-            self.root = folder.checkpoints
-        return self.root
+        path, self.lost = self.group.first(look)
+        self.folder.move(path)
+        return self.folder.checkpoints
 
     def result(self, wait: bool) -> Saved | None:
         """The save under way, once it is over (`wait` for that); None while it is not, or where there is none.

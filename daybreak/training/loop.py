@@ -249,12 +249,11 @@ class Trainer:
         if not self.chief:
             metrics = main_log = Path(os.devnull)
         with ExitStack() as open_:
-            self.metrics = open_.enter_context(MetricsWriter(metrics))
-            self.main_log = open_.enter_context(MainLog(main_log, fresh=self.step == 0))
+            self.metrics = open_.enter_context(closing(MetricsWriter(metrics)))
+            self.main_log = open_.enter_context(closing(MainLog(main_log, fresh=self.step == 0)))
             if self.staging is not None:
                 open_.callback(self.staging.close)
-            saver = Saver(folder.checkpoints, k.keep, k.major, self.metrics.sync, self.group, folder)
-            self.saver = open_.enter_context(saver)
+            self.saver = open_.enter_context(Saver(folder, k.keep, k.major, self.metrics.sync, self.group))
             # Among several ranks, those that wait find and name the rank that hangs (parallel.py).
             factor = guard.hang_factor if self.group.world == 1 else 0.0
             self.watchdog = open_.enter_context(Watchdog(folder, lambda: self.stop.checks, factor, guard.hang_seconds))
@@ -262,11 +261,12 @@ class Trainer:
             batches = open_.enter_context(closing(ahead(batch, count(self.step), threads=1, depth=3)))
             self.display = Display()
             if self.chief:
+                sinks = open_.enter_context(closing(Sinks(c, folder.path)))
                 self.display = make_display(c.log.display, c.log.every, title, c.cost.price)
+                open_.callback(self.display.close)
+                self.metrics.listeners += [self.display.record, sinks.record]
             self.stop.announce = self.display.announce
-            sinks = Sinks(c, folder.path) if self.chief else None
-            self.metrics.listeners += [self.display.record, *([sinks.record] if sinks else [])]
-            self.profiler = Profiler(c.run.profile if self.chief else "", folder.path)
+            self.profiler = open_.enter_context(closing(Profiler(c.run.profile if self.chief else "", folder.path)))
             try:
                 self._write_run_record()
                 if self.given_weights:
@@ -274,11 +274,6 @@ class Trainer:
                 self._loop(batches)
             except Interrupted as reason:
                 self._save_and_stop(str(reason))
-            finally:
-                self.profiler.close()
-                self.display.close()
-                if sinks is not None:
-                    sinks.close()
 
     def _loop(self, batches: Iterator[Batch]) -> None:
         c = self.config

@@ -135,6 +135,20 @@ def test_logits_are_those_of_transformers(case: str) -> None:
     } | ({"lm_head.weight"} if s.tied else set())  # fmt: skip
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_bf16_errs_less_than_transformers_in_bf16(case: str) -> None:
+    """Both against transformers in fp32, with weights that bf16 holds exactly. We round once where it rounds thrice."""
+    kind, more, s = CASES[case]
+    theirs, tokens = made_by_transformers(kind, more, s), tokens_of(s, 8, T)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(p.bfloat16())
+        engine = engine_of(s, in_our_layout(theirs.state_dict(), s), B=8, train=False, compute="bf16")
+        want = theirs(tokens).logits.double()
+        rounded = theirs.to(torch.bfloat16)(tokens).logits
+    assert apart(engine.logits(tokens), want) <= apart(rounded, want) < 0.03
+
+
 def batch(s: Decoder) -> tuple[Tensor, Tensor]:
     """Two micro-steps of tokens and targets (2, 2, T), some masked, unevenly."""
     tokens, targets = tokens_of(s, 2, 2, 2, T)

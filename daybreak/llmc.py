@@ -373,9 +373,9 @@ def _begin(values: Values, world: int) -> tuple[Config, Path | None, Path | None
             return translate(values, world, run_config(out)), out, None, "intermediate checkpoint"
     again = out if out is not None and (out / "config.toml").is_file() else None  # it stopped before its first save
     if not values["-e"].endswith(".bin"):
-        if not is_shape(values["-e"]):
+        if not is_shape(values["-e"]) or parse_shape(values["-e"]).arch != "gpt2":
             raise ConfigError(
-                f"-e {values['-e']} is neither a .bin file nor a shape: d6 ... d84, gpt3:c384 ... c12288."
+                f"-e {values['-e']} is neither a .bin file nor llm.c's shape: d6 ... d84, gpt3:c384 ... c12288."
             )
         return translate(values, world), again, None, values["-e"]
     source = open_source(values["-e"])

@@ -282,7 +282,8 @@ def test_a_stopped_run_is_saved_and_not_started_again(made: Path, launcher: str)
 def test_user_errors_are_one_sentence(made: Path) -> None:
     for argv, reason in [
         (["-y", "1"], "-y 1 resumes what is in the output folder; give it with -o"),
-        (["-e", "dog.pt"], "-e dog.pt is neither a .bin file nor a shape"),
+        (["-e", "dog.pt"], "-e dog.pt is neither a .bin file nor llm.c's shape"),
+        (["-e", "qwen3-0.6b"], "-e qwen3-0.6b is neither a .bin file nor llm.c's shape"),
         (["-e", "gone.bin"], "gone.bin does not exist"),
         (["-d", "300"], "batch.total_tokens = 300 must be a multiple of batch.B * T = 2 * 64 = 128"),
         (["-t", "65", "-d", "130"], "batch.T = 65 must be at most model.max_T = 64"),

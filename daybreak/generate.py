@@ -298,8 +298,11 @@ class Batch:
             self._take([row], self.engine.prefill(row, [window]))
 
     def _take(self, rows: Sequence[int], logits: Tensor) -> None:
-        """The next token of the texts in these rows. Only ids leave the device, unless a text needs its logits here."""
-        texts, usual = [self.texts[row] for row in rows], logits
+        """The next token of the texts in these rows, never an id beyond the tokenizer's. Only ids leave the device,
+        unless a text needs its logits here."""
+        texts = [self.texts[row] for row in rows]
+        V = min((text.tokenizer.V for text in texts if text.tokenizer), default=logits.shape[-1])
+        usual = logits[:, :V]
         read = {
             i: logits[i].cpu().numpy()
             for i, text in enumerate(texts)
@@ -307,8 +310,8 @@ class Batch:
         }
         for i, x in read.items():
             if (new := adjusted(x, texts[i])) is not x:
-                usual = logits.clone() if usual is logits else usual
-                usual[i].copy_(torch.from_numpy(new))
+                usual = usual.clone() if usual.data_ptr() == logits.data_ptr() else usual
+                usual[i].copy_(torch.from_numpy(new[:V]))
         ids = choose(usual, [t.how for t in texts], [t.draw() for t in texts]).tolist()
         for i, (row, text, token) in enumerate(zip(rows, texts, ids, strict=True)):
             text.take(token, read.get(i) if text.how.logprobs is not None else None)

@@ -27,6 +27,8 @@ KERNELS += ("glu", "rope")
 INTEROP = (
     "test_interop_hf",
     "test_interop_refused",
+    "test_interop_decoders",
+    "test_interop_kept",
     "test_tokenizer_kinds",
     "test_interop_llmc",
     "test_interop_gguf",

@@ -167,7 +167,7 @@ ERRORS: list[tuple[str, int, str]] = [
      "Invalid value for '--workers': 'x' is not a valid integer; see daybreak prepare --help."),
     ("sample", 2, "Missing argument 'RUN|HF-DIR'; see daybreak sample --help."),
     ("sample empty", 2, "empty has neither config.json nor DONE_* files; give a run, gpt2, gpt2-medium, gpt2-large, "
-     "gpt2-xl, OWNER/NAME, a Hugging Face folder, a .bin or a checkpoint folder of llm.c."),
+     "gpt2-xl, OWNER/NAME, a Hugging Face folder, a .gguf file, a .bin or a checkpoint folder of llm.c."),
     ("sample old", 2, "old does not exist; did you mean runs/old?"),
     ("sample runs/old", 5, "runs/old has no checkpoint yet; train it first: daybreak train runs/old"),
     ("sample runs/old --tokens 0", 2,

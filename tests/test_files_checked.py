@@ -34,7 +34,7 @@ from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import DataError
 from daybreak.evaluate.multiple_choice import read_hellaswag
 from daybreak.interop import huggingface
-from daybreak.interop.families import GPT2
+from daybreak.interop.families import FAMILIES
 from daybreak.interop.source import Export
 from daybreak.kernels.cuda.products import TABLES, read_table
 from daybreak.manifest import checksum
@@ -247,7 +247,8 @@ def test_files_of_transformers(made: Path) -> None:
         every_mutation(folder / name, read, {2, 4, 5}, free)
 
     config = json.loads((made / "whole/config.json").read_text())
-    known = {"model_type", "n_inner", *GPT2.arithmetic, *(key for key, _ in GPT2.sizes.values())}
+    table = FAMILIES["gpt2"]
+    known = {"model_type", "n_inner", *table.arithmetic, *(key for key, _ in table.sizes.values())}
     free = config.keys() - known | {f"{key}.*" for key in known}  # each has a default
     in_a_child(lambda: check(made / "whole", "config.json", free))
     in_a_child(lambda: check(made / "parts", "model.safetensors.index.json", {"metadata", "weight_map.*"}))

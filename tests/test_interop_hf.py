@@ -282,7 +282,7 @@ def test_import_then_train_from_the_command_line(tmp_path: Path) -> None:
     first = Run(tmp_path / "runs/init").metrics("val")[0]
     assert (first["step"], first["loss"]) == (0, metrics[0]["loss"])
     wrong = inside(tmp_path, *start, *shape, "--name", "w", "--init-from", "theirs", "--model.max_T", "32", code=5)
-    assert "'wpe' has shape (64, 48), the model to train (32, 48)" in wrong.stderr
+    assert "theirs is of another model: model.max_T is 64 there and 32 here" in wrong.stderr
 
 
 def test_a_round_trip_changes_nothing(run: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def _other_words(folder: Path) -> None:
 
 
 BAD = [
-    (_edit(model_type="llama"), "config.json: model_type = 'llama' is not supported; daybreak computes 'gpt2'"),
+    (_edit(model_type="mpt"), "config.json: model_type = 'mpt' is not supported; daybreak computes 'gpt2', 'llama', "),
     (_edit(activation_function="relu"), "activation_function = 'relu' is not supported"),
     (_edit(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True is not supported"),
     (_edit(layer_norm_epsilon=1e-6), "layer_norm_epsilon = 1e-06"),

@@ -23,8 +23,8 @@ LONGEST_FUNCTION = 100
 # 150, `doctor --check` 150. The rooms for other families, formats and optimizers need 900 while the old forms still
 # stand beside the new; the number falls below 12,720 when they are gone. Whoever adds must take away.
 # The decoder family (shapes, model, rotary angles, recipes' shapes) takes 350; its kernels (RMSNorm, rotary positions,
-# SwiGLU, shared keys, windows) take 450.
-MOST_CODE = 15_050
+# SwiGLU, shared keys, windows) take 450. Its tables for Hugging Face's folders and GGUF, and reading GGUF, take 350.
+MOST_CODE = 15_400
 
 
 def room(path: Path) -> str:

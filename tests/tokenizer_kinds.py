@@ -121,7 +121,12 @@ def their_model(folder: Path, made: Any) -> None:
     """A tiny model of transformers with this tokenizer, and two ids that the tokenizer does not have."""
     transformers = pytest.importorskip("transformers", reason="the extra `eval` installs transformers")
     torch.manual_seed(0)
-    keys = {"vocab_size": made.get_vocab_size() + 2, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2}
+    keys = {
+        "vocab_size": made.get_vocab_size() + 2,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "initializer_range": 0.2,
+    }
     shape = transformers.GPT2Config(n_positions=MAX_T, n_embd=16, n_layer=1, n_head=2, **keys)
     transformers.GPT2LMHeadModel(shape).save_pretrained(folder)
     made.save(str(folder / TOKENIZER_FILE))

@@ -1,4 +1,4 @@
-"""`daybreak import`: weights from Hugging Face or llm.c as a run that training continues."""
+"""`daybreak import`: weights from Hugging Face, llama.cpp or llm.c as a run that training continues."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def import_(source: str, step: int | None, **flags: Any) -> None:
     \b
     NAME|PATH is one of:
       gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME    a model on the Hugging Face Hub
-      folder with config.json                               a saved GPT2LMHeadModel (safetensors)
+      folder with config.json                               saved by transformers (safetensors)
+      model.gguf                                            weights of llama.cpp, quantized ones too
       model.bin                                             weights of llm.c, fp32 or bf16
       folder with DONE_*                                    a checkpoint of llm.c: weights, optimizer, step
     Until its first step you can change its data and settings: daybreak train RUN --data D --optim.lr X.
@@ -40,7 +41,7 @@ def import_(source: str, step: int | None, **flags: Any) -> None:
         raise ConfigError(f"--{model} cannot be given to import: the shape comes with the weights; leave it out.")
     config = Config().override(given)  # checked when the shape is known
     path = Path(source)
-    name = config.run.name or (path.stem if path.suffix == ".bin" else path.resolve().name)
+    name = config.run.name or (path.stem if path.suffix in (".bin", ".gguf") else path.resolve().name)
 
     from daybreak.interop import open_source
     from daybreak.interop.source import make_run

@@ -7,6 +7,7 @@ of them. Text is always encoded as ordinary text: `<|endoftext|>` inside a docum
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import re
@@ -22,6 +23,7 @@ import numpy as np
 import tiktoken
 from numpy.typing import NDArray
 
+from daybreak.checked import ANY, read_json
 from daybreak.data.formats import extra, without_surrogates
 from daybreak.errors import ConfigError, DataError, explained
 from daybreak.formatting import nearest
@@ -46,7 +48,7 @@ EOT_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 # Another's tokenizer: the first of these in its vocabulary starts a document, and the first of those ends it.
 EOT_NAMES = ("<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|bos|>", "<s>", "<bos>", "</s>", "<eos>",
-             "[BOS]", "[CLS]", "[EOS]", "[SEP]")  # fmt: skip
+             "[BOS]", "[CLS]", "[EOS]", "[SEP]", "<\uff5cbegin\u2581of\u2581sentence\uff5c>")  # fmt: skip
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
 
@@ -118,6 +120,15 @@ class Tokenizer:
         if not 0 <= token < self.V:
             raise DataError(f"token id {token} is outside the {self.V} ids of tokenizer {self.name!r}.")
         return self._bytes[token]
+
+    def ending(self, ends: Iterable[int]) -> Tokenizer:
+        """The same, of which these ids end a document, and `eot`, which begins the next. None given: as it is."""
+        known = tuple(dict.fromkeys((*(i for i in ends if i < self.V), self.eot)))
+        if known in (self.ends, (self.eot,)):
+            return self
+        made = copy.copy(self)
+        made.ends = known
+        return made
 
     def lengths(self, V: int) -> NDArray[np.int64]:
         """UTF-8 bytes of each token id below V; 0 for the end-of-text token and ids beyond the tokenizer's."""
@@ -276,15 +287,26 @@ def get_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
     """The tokenizer called `name`: `gpt2`; `bytes` (256 byte values); or `gpt2-N`, GPT-2's N lowest ranks.
 
     A name that ends in .json is a Hugging Face tokenizer's file. If it is none of ours, data and checkpoints call it
-    `hf-` and the start of the file's sha256, and that name is looked up in `folder`/tokenizer.json.
+    `hf-` and the start of the file's sha256, and that name is looked up in `folder`/tokenizer.json. A model's folder
+    may also say which ids end a text (see listed_ends).
 
     A truncation is a valid BPE because every merge has a higher rank than its parts. Its ids below N are GPT-2's,
     EOT = N and V = N + 1, with N from 256 (bytes in GPT-2's order) to 50256 (GPT-2 itself).
     Raises ConfigError for another name, with the nearest match.
     """
-    if name.endswith(".json") or re.fullmatch(r"hf-[0-9a-f]{12}", name):
-        return _hf_tokenizer(name, folder)
-    return _own_tokenizer(name)
+    own = not name.endswith(".json") and not re.fullmatch(r"hf-[0-9a-f]{12}", name)
+    tokenizer = _own_tokenizer(name) if own else _hf_tokenizer(name, folder)
+    return tokenizer.ending(listed_ends(folder)) if folder else tokenizer
+
+
+def listed_ends(folder: Path) -> list[int]:
+    """The ids at which generation stops, as the files of a model in `folder` list them; [] if none does. DataError."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            said = read_json(folder / name, {"eos_token_id?": ANY}, DataError, "copy it again").get("eos_token_id")
+            if ids := [i for i in (said if isinstance(said, list) else [said]) if type(i) is int and i >= 0]:
+                return ids
+    return []
 
 
 @cache
@@ -308,14 +330,18 @@ def _hf_tokenizer(name: str, folder: Path | None) -> Tokenizer:
     path = Path(name) if by_path else (folder or Path()) / TOKENIZER_FILE
     try:
         source = path.read_text("utf-8")
-        if by_path and (known := _own_of_json(source)):
-            return known
-        tokenizer = HFTokenizer(source, str(path))
+        tokenizer = tokenizer_of(source, str(path)) if by_path else HFTokenizer(source, str(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"tokenizer {name!r}: cannot read {path} ({error}).") from None
     if not by_path and name != tokenizer.name:
         raise DataError(f"{path} is tokenizer {tokenizer.name}, not {name}; bring the old file back.")
     return tokenizer
+
+
+def tokenizer_of(source: str, where: str) -> Tokenizer:
+    """The tokenizer that the text of a tokenizer.json, from `where`, describes: one of ours, or Hugging Face's.
+    ConfigError, DataError."""
+    return _own_of_json(source) or HFTokenizer(source, where)
 
 
 def own_tokenizers(V: int) -> list[Tokenizer]:

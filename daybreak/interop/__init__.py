@@ -39,13 +39,14 @@ def load_model(
 
 
 def open_source(name: str | Path, tokenizer: str = "", step: int | None = None, also: str = "") -> Source:
-    """Weights to start from: a Hugging Face folder, a model .bin or checkpoint folder of llm.c, or a name on the hub.
+    """Weights to start from: a Hugging Face folder, a .gguf file, a model .bin or checkpoint folder of llm.c, or a name
+    on the hub.
 
     An existing path goes first. tokenizer: a name or file, instead of what is beside the weights. step: which of
     llm.c's checkpoints (None: the newest). also: what else the caller takes, for messages.
     Raises ConfigError for an unknown name, CheckpointError for what cannot be used.
     """
-    from daybreak.interop import huggingface, llmc_files
+    from daybreak.interop import gguf, huggingface, llmc_files
 
     path = Path(name).expanduser()
     if path.is_dir() and llmc_files.done_steps(path):
@@ -54,13 +55,16 @@ def open_source(name: str | Path, tokenizer: str = "", step: int | None = None, 
         raise ConfigError(f"--step {step} chooses among llm.c's DONE_* checkpoints, and {name} is no folder with any.")
     if (path / "config.json").is_file():
         return huggingface.open_folder(path, tokenizer)
+    if path.suffix == ".gguf" and path.is_file():
+        return gguf.open_file(path, tokenizer)
     if path.is_file():
         return llmc_files.open_model(path, tokenizer)
     repository = f"openai-community/{name}" if str(name) in HUB else str(name)
     elsewhere = str(name) in HUB or not path.parent.exists()  # runs/typo stays here
     if elsewhere and not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
         return huggingface.open_folder(huggingface.download(repository), tokenizer)
-    known = f"{also}{', '.join(HUB)}, OWNER/NAME, a Hugging Face folder, a .bin or a checkpoint folder of llm.c"
+    files = "a Hugging Face folder, a .gguf file, a .bin or a checkpoint folder of llm.c"
+    known = f"{also}{', '.join(HUB)}, OWNER/NAME, {files}"
     if path.exists():
         raise ConfigError(f"{name} has neither config.json nor DONE_* files; give {known}.")
     near = "" if "/" in str(name) else f"; did you mean {nearest(str(name), HUB)!r}?"

@@ -1,56 +1,125 @@
-"""GGUF, llama.cpp's format, through the `gguf` package: for llama.cpp and everything built on it.
+"""GGUF, llama.cpp's format, both ways, through the `gguf` package: for llama.cpp and everything built on it.
 
-The names and layouts of a family are in families.py. One-dimensional tensors, and matrices that its table names, stay
-fp32, as llama.cpp's own converter leaves them.
+The names and layouts of a family are in families/. One-dimensional tensors, and matrices that its table names, are
+written in fp32, as llama.cpp's own converter leaves them. Quantized tensors are read as the fp32 values they stand for.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from daybreak.data.formats import extra
-from daybreak.errors import ConfigError
-from daybreak.interop.families import Family, family_of
-from daybreak.interop.gguf_vocabulary import write_vocabulary
-from daybreak.interop.source import Export, appearing
+from daybreak.data.tokenizer import tokenizer_of
+from daybreak.errors import CheckpointError, ConfigError
+from daybreak.interop.families import FAMILIES, Family, family_of
+from daybreak.interop.gguf_vocabulary import read_vocabulary, write_vocabulary
+from daybreak.interop.part import Part, reader
+from daybreak.interop.source import Export, Source, appearing, checked_shape, default_tokenizer, finite, layout
+from daybreak.shapes import Shape
 
 Q8_BLOCK = 32  # values that share a scale
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # at each of which llama.cpp stops
 
 
 def export(source: Export, out: Path, dtype: str = "f32") -> None:
     """Write the file `out`, which appears complete or not at all. Memory: the file's tensors.
 
-    Raises ConfigError without the `gguf` package, for rows that Q8_0 cannot divide into blocks, or if `out` exists.
+    Raises ConfigError without the `gguf` package, for rows that Q8_0 cannot divide into blocks, for what llama.cpp
+    computes in another way, or if `out` exists.
     """
     gguf = extra("gguf", "gguf", "--to gguf")
-    if dtype == "q8_0" and source.model.C % Q8_BLOCK:
-        raise ConfigError(f"--dtype q8_0 needs model.C to be a multiple of {Q8_BLOCK}, not {source.model.C}; use f16.")
-    kind = gguf.GGMLQuantizationType[dtype.upper()]
-    family = family_of(source.model, "GGUF")
+    family, c = family_of(source.model, "GGUF"), source.model
+    config = family.gguf_config(c)
+    rows = {shape[1] for name, shape in source.shapes.items() if len(shape) == 2 and name not in family.gguf_plain}
+    if dtype == "q8_0" and (odd := [row for row in rows if row % Q8_BLOCK]):
+        raise ConfigError(f"--dtype q8_0 needs rows of a multiple of {Q8_BLOCK}, not {min(odd)}; use f16.")
+    kind, plain = gguf.GGMLQuantizationType[dtype.upper()], gguf.GGMLQuantizationType.F32
     with appearing(out) as temporary:
         writer = gguf.GGUFWriter(temporary, family.gguf)
-        _describe(
-            writer, source, family, gguf, gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"]
-        )
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.gguf.upper()], source.model.L)
+        writer.add_name(f"daybreak {c.arch} L{c.L} C{c.C}")
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        for key, value in config.items():
+            add[type(value)](f"{family.gguf}.{key}", value)
+        writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
+        write_vocabulary(writer, source.tokenizer, c.V, gguf.TokenType)
+        if template := chat_template(source.kept):
+            writer.add_chat_template(template)
+        parts = _parts(gguf, family, c)
         for name, shape in source.shapes.items():
             x = source.read(name)
-            of = kind if len(shape) == 2 and name not in family.gguf_plain else gguf.GGMLQuantizationType.F32
-            for part in family.parts(source.model, name, len(x)):
+            of = kind if len(shape) == 2 and name not in family.gguf_plain else plain
+            for part, usual in parts[name]:
                 data = gguf.quants.quantize(x[part.rows].numpy(), of)
-                usual = names.get_name(family.prefix + part.name, (".weight", ".bias"))
                 for theirs in (usual, *(copy for copy, ours in family.gguf_copies.items() if ours == name)):
                     writer.add_tensor(theirs, data, raw_dtype=of)
+        for theirs, value in family.gguf_tensors(c).items():
+            writer.add_tensor(theirs, value.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
 
-def _describe(writer: Any, source: Export, family: Family, gguf: Any, file_type: Any) -> None:
-    c, tokenizer = source.model, source.tokenizer
-    for key, value in family.gguf_keys(c).items():
-        getattr(writer, f"add_{key}")(value)
-    writer.add_file_type(file_type)
-    write_vocabulary(writer, tokenizer, c.V, gguf.TokenType)
+def chat_template(kept: Mapping[str, str]) -> str:
+    """How chats are written, of the files that a model keeps; empty if none says it."""
+    said = json.loads(kept.get("tokenizer_config.json", "{}")).get("chat_template")
+    if isinstance(said, list):  # several by name
+        said = next((one.get("template") for one in said if isinstance(one, dict) and one.get("name") == "default"), "")
+    return kept.get("chat_template.jinja") or (said if isinstance(said, str) else "")
+
+
+def _parts(gguf: Any, family: Family, c: Shape) -> dict[str, list[tuple[Part, str]]]:
+    """Each parameter's parts and their names in GGUF."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.gguf.upper()], c.L)
+    parts = {name: family.gguf_parts(c, name, shape[0]) for name, _, shape in layout(c)}
+    ends = (".weight", ".bias")
+    return {n: [(part, names.get_name(family.prefix + part.name, ends)) for part in each] for n, each in parts.items()}
+
+
+def open_file(path: Path, tokenizer: str = "") -> Source:
+    """The model in a GGUF file; tensors are dequantized when asked for. tokenizer: a name or file instead of its own.
+
+    Raises ConfigError without the `gguf` package, CheckpointError naming what of the file daybreak cannot use.
+    """
+    gguf = extra("gguf", "gguf", str(path))
+    try:
+        file = gguf.GGUFReader(path)
+        keys = {name: field.contents() for name, field in file.fields.items()}
+    except Exception as error:  # whatever the package meets in a damaged file
+        raise CheckpointError(f"{path} is not a readable GGUF file ({error}); copy it again.") from None
+    kind, tensors = keys.get("general.architecture"), {tensor.name: tensor for tensor in file.tensors}
+    known = {family.gguf: family for family in reversed(FAMILIES.values()) if family.gguf}
+    if kind not in known:
+        able = ", ".join(sorted(known))
+        raise CheckpointError(f"{path}: general.architecture = {kind!r} is not supported; daybreak computes {able}.")
+    if keys.get("split.count", 1) > 1:
+        raise CheckpointError(f"{path} is one of {keys['split.count']} files; merge them by llama-gguf-split --merge.")
+
+    def raw(name: str) -> Tensor:
+        try:
+            values = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)
+        except NotImplementedError as error:
+            raise CheckpointError(f"{path}: {name!r} cannot be dequantized ({error}); give another file.") from None
+        return finite(torch.from_numpy(values.copy()), path, name)
+
+    family, found = known[kind], {name: tuple(map(int, x.shape[::-1])) for name, x in tensors.items()}
+    own = {key.removeprefix(f"{kind}."): value for key, value in keys.items()}
+    small = {name: raw(name) if name.startswith("rope") else torch.empty(0) for name in tensors}
+    V = found.get("token_embd.weight", (0,))[0]
+    cfg = checked_shape(path, family.shape(path, {**family.from_gguf(path, own, small), "vocab_size": V}))
+    spare = {*family.gguf_copies, "rope_freqs.weight"}
+    read = reader(path, cfg, _parts(gguf, family, cfg), found, raw, spare, "metadata")
+    if tokenizer:
+        return Source(path, cfg, default_tokenizer(cfg, tokenizer, path), read)
+    ids = [keys[f"tokenizer.ggml.{end}"] for end in ENDS if f"tokenizer.ggml.{end}" in keys]
+    vocabulary = tokenizer_of(read_vocabulary(path, keys, gguf.TokenType), str(path)).ending(ids)
+    kept = {"generation_config.json": json.dumps({"eos_token_id": list(vocabulary.ends)})}
+    if template := keys.get("tokenizer.chat_template"):
+        kept["chat_template.jinja"] = template
+    return Source(path, cfg, vocabulary, read, kept=kept)

@@ -8,11 +8,13 @@ does not compose letters (NFC).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from daybreak.data.tokenizer import Tokenizer
-from daybreak.errors import ConfigError
+from daybreak.errors import CheckpointError, ConfigError
 
 SPACE = "\u2581"  # SentencePiece's letter for a space
 Steps = list[dict[str, Any]]  # of a normalizer, or of a splitter
@@ -38,6 +40,44 @@ BYTE_LEVEL: dict[str, tuple[Steps, bool]] = {
 # All that it can do before WordPiece.
 _BERT = dict.fromkeys(("clean_text", "handle_chinese_chars", "lowercase"), True)
 BERT = [{"type": "BertNormalizer", "strip_accents": None, **_BERT}, {"type": "BertPreTokenizer"}]
+
+
+_ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
+
+def read_vocabulary(path: Path, keys: Mapping[str, Any], types: Any) -> str:
+    """The text of a tokenizer.json with the ids of a GGUF file. types: gguf.TokenType. CheckpointError for a kind that
+    is not byte-level merges, split in a way of BYTE_LEVEL."""
+    own = {key.removeprefix("tokenizer.ggml."): value for key, value in keys.items()}
+    kind, pre = own.get("model"), own.get("pre")
+    if kind != "gpt2" or pre not in BYTE_LEVEL:
+        said = f"{path}: a tokenizer of kind {kind!r} that splits as {pre!r} is not read"
+        raise CheckpointError(f"{said}; give its tokenizer.json with --data.tokenizer FILE.")
+    (split, whole), tokens, sorts = BYTE_LEVEL[pre], own["tokens"], own["token_type"]
+    added = [
+        {"id": i, "content": token, "special": sorts[i] == types.CONTROL, **_ADDED}
+        for i, token in enumerate(tokens) if sorts[i] in (types.CONTROL, types.USER_DEFINED)
+    ]  # fmt: skip
+    vocab = {token: i for i, token in enumerate(tokens) if sorts[i] != types.UNUSED}
+    merges = [pair.split(" ") for pair in own["merges"]]
+    spec = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,  # as Qwen has it; llama.cpp does without
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": split} if len(split) > 1 else split[0],
+        "post_processor": _around(own), "decoder": _WORDS,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": whole},
+    }  # fmt: skip
+    return json.dumps(spec, ensure_ascii=False)
+
+
+def _around(own: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What is put before and after a text."""
+    ids = [own[f"{name}_token_id"] for name in ("bos", "eos") if own.get(f"add_{name}_token")]
+    special = {own["tokens"][i]: {"id": own["tokens"][i], "ids": [i], "tokens": [own["tokens"][i]]} for i in ids}
+    row: list[Any] = [{"SpecialToken": {"id": token, "type_id": 0}} for token in special]
+    row.insert(1 if own.get("add_bos_token") else 0, {"Sequence": {"id": "A", "type_id": 0}})
+    pair = [*row, {"Sequence": {"id": "B", "type_id": 0}}]
+    return {"type": "TemplateProcessing", "single": row, "pair": pair, "special_tokens": special} if ids else None
 
 
 def write_vocabulary(writer: Any, tokenizer: Tokenizer, V: int, types: Any) -> None:

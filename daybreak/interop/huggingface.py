@@ -6,6 +6,8 @@ The names and layouts of a family are in families.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,16 @@ from daybreak.checked import FILE_NAME, TEXT, read_json
 from daybreak.data.formats import extra
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, DataError, Error
-from daybreak.interop.families import FAMILIES, Family, family_of
-from daybreak.interop.source import (
-    DTYPES,
-    Export,
-    Source,
-    appearing,
-    checked_shape,
-    default_tokenizer,
-    finite,
-    layout,
-)
+from daybreak.interop.families import Family, family_named, family_of
+from daybreak.interop.part import reader
+from daybreak.interop.source import DTYPES, Export, Source, appearing, checked_shape, default_tokenizer, finite, layout
 from daybreak.shapes import Shape
+from daybreak.state.run_folder import KEPT, kept_files
 from daybreak.state.safetensors_io import Entry, SafetensorsFile, write_safetensors
 
 MAX_SHARD = 5_000_000_000  # bytes
 FINGERPRINT = "daybreak_tokenizer_fingerprint"  # a key of config.json that others ignore
-FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", TOKENIZER_FILE, "vocab.json"]
+FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", TOKENIZER_FILE, "vocab.json", *KEPT]
 
 
 # ---- in
@@ -60,20 +55,6 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
     if len(files) < cfg.L:
         raise CheckpointError(f"{path / 'config.json'}: {cfg.L} layers, but there are {len(files)} tensors in all.")
     prefix = family.prefix if any(key.startswith(family.prefix) for key in files) else ""
-    shapes = {name: shape for name, _, shape in layout(cfg)}
-    parts = {name: family.parts(cfg, name, shape[0]) for name, shape in shapes.items()}
-    wanted = {prefix + part.name: (shapes[name], part) for name in shapes for part in parts[name]}
-    for key in files:
-        if key not in wanted and key not in family.copies and not key.endswith(family.ignored):
-            raise CheckpointError(f"{path} is no plain {family.architecture}: daybreak has no place for {key!r}.")
-    for key, (shape, part) in wanted.items():
-        if key not in files:
-            raise CheckpointError(f"{path} lacks the tensor {key!r}; copy the model again.")
-        if not files[key][1].dtype.is_floating_point:
-            raise CheckpointError(f"{path}: {key!r} is {files[key][1].dtype}; give weights in fp32, bf16 or fp16.")
-        theirs = tuple(part.theirs(torch.empty(shape, device="meta")).shape)
-        if files[key][1].shape != theirs:
-            raise CheckpointError(f"{path}: {key!r} has shape {files[key][1].shape}, its config.json says {theirs}.")
 
     def raw(key: str) -> Tensor:
         file, entry = files[key]
@@ -81,23 +62,33 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
         file.read(key, out)
         return finite(out, path, key)
 
-    def read(name: str) -> Tensor:
-        values = [raw(prefix + part.name) for part in parts[name]]
-        out = values[0].new_zeros(shapes[name])
-        for part, value in zip(parts[name], values, strict=True):
-            part.put(out, value)
-        return out
-
-    for key, name in family.copies.items():
-        if key in files and not torch.equal(raw(key), raw(prefix + parts[name][0].name)):
-            raise CheckpointError(f"{path}: {key} differs from {name}; an untied head is not supported.")
+    for copy, name in family.copies.items():
+        (key,) = (prefix + same for same in family.names[name])
+        if copy in files and key in files and not torch.equal(raw(copy), raw(key)):
+            if not hasattr(cfg, "tied"):
+                raise CheckpointError(f"{path}: {copy} differs from {name}; an untied head is not supported.")
+            cfg = replace(cfg, tied=False)  # type: ignore[call-arg]  # whatever config.json says, as in transformers
+    plain = {key: entry for key, (_, entry) in files.items() if not key.endswith(family.ignored)}
+    if odd := next((key for key, entry in plain.items() if not entry.dtype.is_floating_point), None):
+        raise CheckpointError(f"{path}: {odd!r} is {plain[odd].dtype}; give weights in fp32, bf16 or fp16.")
+    parts = {n: [(part, prefix + part.name) for part in family.parts(cfg, n, s[0])] for n, _, s in layout(cfg)}
+    found = {key: entry.shape for key, entry in plain.items()}
+    read = reader(path, cfg, parts, found, raw, family.copies, "config.json")
     known = (None if tokenizer else _tokenizer(path)) or default_tokenizer(cfg, tokenizer, path)
     made = _json(path / "config.json", {}).get(FINGERPRINT)
     if made not in (None, known.fingerprint) and not known.source:  # others may spell a tokenizer.json anew
-        raise CheckpointError(
-            f"{path} was exported with another tokenizer than {known.name!r} ({FINGERPRINT} differs)."
-        )
-    return Source(path, cfg, known, read)
+        said = f"{path} was exported with another tokenizer than {known.name!r}"
+        raise CheckpointError(f"{said} ({FINGERPRINT} differs).")
+    return Source(path, cfg, known, read, kept={} if tokenizer else _kept(path, known))
+
+
+def _kept(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """What a run keeps of a folder. The ends that only config.json lists go with the others."""
+    kept = kept_files(path)
+    if tokenizer.ends != (tokenizer.eot,):
+        said = json.loads(kept.get("generation_config.json", "{}"))
+        kept["generation_config.json"] = _text({**said, "eos_token_id": list(tokenizer.ends)})
+    return kept
 
 
 def _json(path: Path, spec: dict[Any, Any]) -> dict[str, Any]:
@@ -106,10 +97,8 @@ def _json(path: Path, spec: dict[Any, Any]) -> dict[str, Any]:
 
 def _shape(path: Path) -> tuple[Shape, Family]:
     config = _json(path, {"model_type?": TEXT})
-    if (kind := config.get("model_type")) not in FAMILIES:
-        known = " or ".join(map(repr, FAMILIES))
-        raise CheckpointError(f"{path}: model_type = {kind!r} is not supported; daybreak computes {known}.")
-    return checked_shape(path, FAMILIES[kind].shape(path, config)), FAMILIES[kind]
+    family = family_named(path, config)
+    return checked_shape(path, family.shape(path, config)), family
 
 
 def _tensor_files(path: Path) -> dict[str, tuple[SafetensorsFile, Entry]]:
@@ -137,7 +126,7 @@ def _tokenizer(path: Path) -> Tokenizer | None:
             "or name it with --data.tokenizer (gpt2 if it is GPT-2's)."
         )
     try:
-        return get_tokenizer(str(path / TOKENIZER_FILE)) if (path / TOKENIZER_FILE).is_file() else None
+        return get_tokenizer(str(path / TOKENIZER_FILE), path) if (path / TOKENIZER_FILE).is_file() else None
     except DataError as error:
         raise CheckpointError(str(error)) from None
 
@@ -154,15 +143,16 @@ def export(source: Export, out: Path, dtype: str = "fp32", max_shard: int = MAX_
     with appearing(out) as folder:
         folder.mkdir()
         _write_json(folder / "config.json", _config(source, family, dtype))
-        start, ends = source.tokenizer.eot, source.tokenizer.ends
-        stop = {"bos_token_id": start, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)}
-        _write_json(folder / "generation_config.json", stop)
-        write_tokenizer(source.tokenizer, source.model.max_T, folder)
+        write_tokenizer(source.tokenizer, source.model.max_T, folder, source.kept)
         _write_shards(source, family, folder, DTYPES[dtype], max_shard)
 
 
+def _text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_text(value), encoding="utf-8")
 
 
 def _config(source: Export, family: Family, dtype: str) -> dict[str, Any]:
@@ -203,12 +193,24 @@ def _write_shards(source: Export, family: Family, folder: Path, dtype: torch.dty
         )
 
 
-def write_tokenizer(tokenizer: Tokenizer, max_T: int, folder: Path) -> None:
-    """tokenizer.json and its configuration. Ids equal daybreak's for every text."""
+def write_tokenizer(tokenizer: Tokenizer, max_T: int, folder: Path, kept: Mapping[str, str] | None = None) -> None:
+    """tokenizer.json with its configuration, the ends of texts, and the chat template: what was `kept` of an imported
+    model, else our own. Ids equal daybreak's for every text."""
     (folder / TOKENIZER_FILE).write_text(tokenizer.to_json(), encoding="utf-8")
-    start, end = (tokenizer.token_bytes(i).decode().strip() for i in (tokenizer.eot, tokenizer.ends[0]))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": start, "eos_token": end,
-        "clean_up_tokenization_spaces": False, "model_max_length": max_T,
+    eot, ends = tokenizer.eot, list(tokenizer.ends)
+    start, *named = (tokenizer.token_bytes(i).decode(errors="ignore").strip() for i in (eot, *ends))
+    end = next(filter(None, named))  # a part of a character has no name
+    made: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": start, "eos_token": end,
+                                  "clean_up_tokenization_spaces": False},
+        "generation_config.json": {"bos_token_id": eot},
     }  # fmt: skip
-    _write_json(folder / "tokenizer_config.json", settings)
+    for name, text in (kept or {}).items():
+        if name in made:
+            made[name] = json.loads(text)
+        else:
+            (folder / name).write_text(text, encoding="utf-8")
+    made["tokenizer_config.json"]["model_max_length"] = max_T
+    made["generation_config.json"]["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    for name, value in made.items():
+        _write_json(folder / name, value)

@@ -48,6 +48,7 @@ class Source:
 
     read: a tensor in daybreak's layout (out, in), any float dtype, by daybreak's name; wte has Vp rows.
     optimizer: "m" and "v" -> ranges of a flat buffer in `layout`'s order as (first element, 1-D tensor); empty: zeros.
+    kept: texts of files that stay with the model, by name (see run_folder.KEPT).
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Source:
     read: Callable[[str], Tensor]
     step: int = 0
     optimizer: Mapping[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tokenizer.V > self.model.V:
@@ -134,6 +136,8 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
     write_atomic(folder.config, config.to_toml())
     if source.tokenizer.source:
         write_atomic(folder.path / TOKENIZER_FILE, source.tokenizer.source)
+    for name, text in source.kept.items():
+        write_atomic(folder.path / name, text)
     write_atomic(folder.path / "imported.json", json.dumps({"from": source.path.name, "step": source.step}) + "\n")
     save_checkpoint(folder.checkpoints, snapshot)  # last: in a folder of llm.c's it says that the rest is there
     return folder.path
@@ -142,15 +146,17 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
 class Export:
     """A checkpoint as writers of other formats want it: shape, tokenizer, tensors one at a time.
 
-    Its max_T is the T of training: no verb of daybreak computes longer sequences, and later positions may never have
-    been trained. whole: the checkpoint's own max_T.
+    Where positions are parameters, its max_T is the T of training: no verb of daybreak computes longer sequences, and
+    later positions may never have been trained. whole: the checkpoint's own max_T.
     """
 
     def __init__(self, checkpoint: Checkpoint, whole: bool = False) -> None:
         self.checkpoint, self.step = checkpoint, checkpoint.step
         full, T = checkpoint.model, checkpoint.manifest["config"].get("batch.T")
-        self.model = full if whole or not T else replace(full, max_T=T)
-        self.shapes, self._stored = ({name: shape for name, _, shape in layout(cfg)} for cfg in (self.model, full))
+        short = full if whole or not T else replace(full, max_T=T)
+        self.shapes, self._stored = ({name: shape for name, _, shape in layout(cfg)} for cfg in (short, full))
+        self.model = full if self.shapes == self._stored else short
+        self.kept = checkpoint.kept
         self.tokenizer: Tokenizer = get_tokenizer(checkpoint.manifest["tokenizer"]["name"], checkpoint.path.parents[1])
         self._offsets = {name: start for name, start, _ in checkpoint.layout}
 

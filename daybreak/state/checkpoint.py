@@ -33,6 +33,7 @@ from daybreak.files import alive, fsync_folder, lock, remove, sha256_of, write_a
 from daybreak.manifest import MANIFEST, MODEL, refuse
 from daybreak.parallel import ALONE, Group
 from daybreak.shapes import Shape
+from daybreak.state.run_folder import kept_files
 from daybreak.state.safetensors_io import SafetensorsFile, create_safetensors, fill_safetensors, write_safetensors
 
 log = logging.getLogger("daybreak")
@@ -280,6 +281,11 @@ class Checkpoint:
     def model(self) -> Shape:
         """The shape of the model."""
         return saved_config(self.path, self.manifest).model
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """What the run keeps of an imported model (see run_folder.KEPT)."""
+        return kept_files(self.path.parents[1])
 
     def names(self) -> list[str]:
         """Names of the model's tensors."""

@@ -130,7 +130,7 @@ def _train(
     try:
         with stop.group.failing_together(), explaining_memory(config, stop.group):
             with working("opening the data"):
-                setup = open_run(config, resume=resume, stop=stop, check=check, fork=fork)
+                setup = open_run(config, resume=resume, stop=stop, check=check, fork=fork, init=init)
             new = setup.run.folder
             who = f"rank {stop.group.rank} on {socket.gethostname()}: ranks wait for each other in vain"
             stop.group.leave_stacks = partial(new.append_stacks, who)

@@ -108,13 +108,14 @@ class Setup:
 
 
 def open_run(
-    config: Config, *, resume: Path | None, stop: Stop, check: Callable[[Config], None], fork: Checkpoint | None = None
-) -> Setup:
+    config: Config, *, resume: Path | None, stop: Stop, check: Callable[[Config], None], fork: Checkpoint | None = None,
+    init: Weights | None = None,
+) -> Setup:  # fmt: skip
     """Check everything that can be wrong, then create the run's folder, or open it for `resume`: the steps above.
 
     check: called with the concrete configuration before anything is written. Shards of other programs
-    are of the tokenizer of `resume`, or of the run that `fork` is from. Collective over stop.group. Raises ConfigError,
-    DataError.
+    are of the tokenizer of `resume`, or of the run that `fork` is from. init: the first weights of a new run.
+    Collective over stop.group. Raises ConfigError, DataError.
     """
     group = stop.group
     config.check(ranks=group.world)
@@ -175,6 +176,9 @@ def open_run(
         warn_of_disk(folder.path, config, arena)
         if tokenizer.source:
             write_atomic(folder.path / TOKENIZER_FILE, tokenizer.source)
+        origin = fork or init
+        for name, text in origin.kept.items() if origin else ():
+            write_atomic(folder.path / name, text)
         return bool(old)
 
     continues = group.first(write)

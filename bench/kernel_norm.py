@@ -1,7 +1,8 @@
-"""Cases of the layernorm, GELU and bias-gradient kernels."""
+"""Cases of the layernorm, RMSNorm, GELU and bias-gradient kernels."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,37 @@ def _backward(n: int, C: int, *, accumulate_dx: bool, dbias: bool, again: bool, 
     planes = 3 + accumulate_dx + again  # dout, x, dx
     vectors = 1 + again + 2 + dbias  # w and b; dw, db, dbias
     return Case("layernorm_backward", "triton", planes * n * C * 2 + 2 * n * 4 + vectors * C * 2, 0, make, note=note)
+
+
+def _rms_forward(*shape: int, note: str = "") -> Case:
+    """Of whole rows (n, C), or of the heads of queries (n, heads, C) in a packed qkv."""
+    size, C, rows = math.prod(shape), shape[-1], math.prod(shape[:-1])
+
+    def make() -> Callable[[], None]:
+        out, rstd, w = rand(*shape), rand(rows, dtype=F32), rand(C)
+        return launch("rmsnorm_forward", "triton", out, rstd, _queries(*shape), w, eps=1e-5)
+
+    return Case("rmsnorm_forward", "triton", 2 * size * 2 + rows * 4 + C * 2, 0, make, note=note)
+
+
+def _rms_backward(*shape: int, again: bool = False, note: str = "") -> Case:
+    """Rows add to dx, as on the residual stream; heads take the place of dout. With the sums over programs."""
+    size, C, rows, heads = math.prod(shape), shape[-1], math.prod(shape[:-1]), len(shape) == 3
+
+    def make() -> Callable[[], None]:
+        dout = _queries(*shape)
+        dx, dw, renewed = dout if heads else rand(*shape), rand(C), rand(*shape) if again else None
+        rest = (dout, _queries(*shape), rand(rows, dtype=F32), rand(C))
+        how = {"accumulate_dx": not heads, "accumulate": True}
+        return launch("rmsnorm_backward", "triton", dx, dw, renewed, *rest, **how)
+
+    planes = 3 + (not heads) + again
+    return Case("rmsnorm_backward", "triton", planes * size * 2 + rows * 4 + 3 * C * 2, 0, make, note=note)
+
+
+def _queries(n: int, *row: int) -> Tensor:
+    """Rows (n, C), or heads (n, heads, C) between those of keys and values."""
+    return rand(n, 3 * row[0], row[1])[:, : row[0]] if len(row) == 2 else rand(n, *row)
 
 
 def _gelu(n: int, C: int) -> Case:
@@ -112,6 +144,11 @@ def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
         _backward(n, C, accumulate_dx=True, dbias=True, again=True, note="accumulate dx, dbias, again"),
         _backward(n, C, accumulate_dx=False, dbias=True, again=False, note="write dx, dbias"),
         _sums(C),
+        _rms_forward(n, C),
+        _rms_forward(n, NH, C // NH, note="heads"),
+        _rms_backward(n, C, note="accumulate dx"),
+        _rms_backward(n, C, again=True, note="accumulate dx, again"),
+        _rms_backward(n, NH, C // NH, note="heads, in place"),
         _gelu(n, C),
         _gelu_slope(n, C),
         _matmul_gelu_forward(n, C),

@@ -118,7 +118,7 @@ def decode_cases(C: int, dtype: str) -> list[Case]:
         flags = {"NORM": fc, "BIAS": True, "ADD": not fc, "GELU": fc, "OVERLAP": overlap}
         found.append((decode._decode_matmul_kernel, types, {**flags, "ROWS": rows, "COLS": cols}, warps))
     types = dict.fromkeys(("out", "cache", "q", "k", "v"), dtype) | {"positions": "*i64", "scale2": "fp32"}
-    types |= dict.fromkeys(("out_b", "x_b", "cache_v", "cache_b", "cache_h"), "i64")
+    types |= dict.fromkeys(("out_b", "q_b", "k_b", "v_b", "cache_v", "cache_b", "cache_h"), "i64")
     for HS, overlap, group, window in ((64, False, 1, 0), (64, True, 1, 0), (128, True, 1, 0), (64, True, 4, 512)):
         constants = {"HS": HS, "D": HS, "STEP": decode.KEYS // HS, "OVERLAP": overlap, "GROUP": group, "WINDOW": window}
         found.append((decode._decode_attention_kernel, types, constants, decode.WARPS))

@@ -200,10 +200,11 @@ def test_a_backend_without_an_argument_is_passed_over():
     for forced in (None, {"attention": "cudnn"}):
         plain = choose("cuda", torch.bfloat16, forced)
         assert {plain[name] for name in ops} <= {"fa4", "cudnn"}
-        limits = choose("cuda", torch.bfloat16, forced, asks=dict.fromkeys(ops, ("lo",)))
-        assert limits == plain | dict.fromkeys(ops, "triton")
-        capped = choose("cuda", torch.bfloat16, forced, asks=dict.fromkeys(ops, ("lo", "softcap")))
-        assert capped == plain | dict.fromkeys(ops, "torch")
+        for asks, backend in ((("lo",), "triton"), (("lo", "softcap"), "torch")):
+            assert choose("cuda", torch.bfloat16, forced, asks=dict.fromkeys(ops, asks)) == plain | dict.fromkeys(
+                ops, backend
+            )
+        assert choose("cuda", torch.bfloat16, forced, asks=dict.fromkeys(ops, ("window",))) == plain
 
 
 SHAPES = [(1, 1, 1, 64), (2, 7, 3, 5), (1, 128, 2, 64), (2, 150, 1, 16), (1, 33, 2, 80), (1, 140, 1, 128)]
@@ -265,6 +266,7 @@ def check_decode(
     skip_unless_served("attention_decode", backend, dtype)
     b = len(places)
     q, k, v = draw(b, NH + 2 * NKV, HS, dtype=dtype).split([NH, NKV, NKV], 1)
+    q = q if NH == NKV else q.clone()  # as after a norm of heads: in a buffer of its own
     cache = draw(2, b, NKV, T, HS, dtype=dtype, seed=1)
     for i, place in enumerate(places):
         cache[:, i, :, place:] = math.nan
@@ -346,6 +348,26 @@ def test_bf16_on_gpu(backend, B, T, NH, HS):
             assert torch.equal(a, b)
 
 
+# B, T, NH, NKV, HS, window
+GPU_GROUPED = [(2, 1024, 32, 8, 64, 0), (1, 512, 24, 8, 128, 0), (2, 1024, 9, 3, 64, 300), (1, 320, 14, 2, 64, 64)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cudnn", "fa4"])
+@pytest.mark.parametrize(("B", "T", "NH", "NKV", "HS", "window"), GPU_GROUPED)
+def test_shared_keys_on_gpu(backend, B, T, NH, NKV, HS, window):
+    """The heads of Llama 1B and 3B, SmolLM2 and Qwen 2.5; Triton also with documents."""
+    if backend != "triton":
+        skip_unless_usable(backend)
+    elif not GPU:
+        pytest.skip("needs a CUDA device")
+    check_grouped(backend, torch.bfloat16, B, T, NH, NKV, HS, None, window)
+    if backend == "triton":
+        check_grouped(
+            backend, torch.bfloat16, B, T, NH, NKV, HS, LO["any"](T).expand(B, T).int().contiguous().to(DEVICE), window
+        )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cudnn", "fa4"])
 def test_more_lengths_than_plans(backend):
@@ -398,5 +420,15 @@ def test_workspaces_are_stated_without_a_gpu():
     for B, T, NH, measured in ((16, 1024, 25, 801), (64, 1024, 12, 1539)):
         stated = cudnn.backward_workspace(B, T, NH) / 2**20
         assert measured <= stated <= measured + 3
-    # FlashAttention-4: dq in fp32, two rows of statistics, turn counters
+    # FlashAttention-4: dq in fp32, two rows of statistics, turn counters; and where heads share keys dk, dv in fp32
     assert 100 <= fa4.workspace_bytes(16, 1024, 25, 64) / 2**20 <= 107
+    shared = 2 * 4 * (1024 * 8 * 128) * 4 / 2**20
+    assert (
+        shared
+        <= (fa4.workspace_bytes(4, 1024, 32, 128, 8) - fa4.workspace_bytes(4, 1024, 32, 128)) / 2**20
+        <= shared + 8
+    )
+    assert (
+        cudnn.backward_workspace(4, 1024, 32, 128) - cudnn.backward_workspace(4, 1024, 32)
+        == 2 * 4 * 32 * 1024 * 128 * 4
+    )

@@ -36,7 +36,8 @@ def plan_memory(
     if arena.choices["attention_backward"] == "fa4":
         from daybreak.kernels.cuda.fa4 import workspace_bytes
 
-        outside += 2 * workspace_bytes(c.batch.B, c.T, c.model.NH, c.model.HS)  # its own, in two graphs' pools
+        shared = getattr(c.model, "NKV", 0)
+        outside += 2 * workspace_bytes(c.batch.B, c.T, c.model.NH, c.model.HS, shared)  # its own, in two graphs' pools
     return arena, outside
 
 

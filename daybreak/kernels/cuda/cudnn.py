@@ -3,6 +3,8 @@
 A graph is built once for each shape, strides and scale, with the first plan of heuristics mode A: which kernel runs
 decides the bits, so it is never timed. The deterministic backward keeps dP (B, NH, T, T) in bf16 in its workspace. As
 plans take long to build, shapes that only sampling asks for are served by the Triton kernels.
+
+Heads that share keys are a matter of the tensors' shapes, a window is the left bound of the graph's diagonal band.
 """
 
 from __future__ import annotations
@@ -44,9 +46,11 @@ def served(q: Tensor) -> bool:
     return q.shape[3] % 8 == 0 and q.shape[3] <= 128
 
 
-def backward_workspace(B: int, T: int, NH: int) -> int:
-    """Bytes: dP in bf16 (T rounded up to 64 queries and 128 keys), one fp32 row sum per query, and a little."""
-    return B * NH * (-(-T // 64) * 64) * (-(-T // 128) * 128) * 2 + B * NH * T * 4 + SPARE
+def backward_workspace(B: int, T: int, NH: int, shared: int = 0) -> int:
+    """Bytes: dP in bf16 (T rounded up to 64 queries and 128 keys), one fp32 row sum per query, and a little. If heads
+    share keys, also dk and dv of every head, in fp32 at most, for `shared` elements of a head."""
+    rows = B * NH * (-(-T // 64) * 64)
+    return rows * (-(-T // 128) * 128) * 2 + B * NH * T * 4 + 2 * rows * shared * 4 + SPARE
 
 
 def forward_temps(out: Tensor, lse: Tensor, q: Tensor, *_: object, **__: object) -> Temps:
@@ -56,26 +60,25 @@ def forward_temps(out: Tensor, lse: Tensor, q: Tensor, *_: object, **__: object)
 
 def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, *_: object, **__: object) -> Temps:
     """cuDNN's workspace, or what the Triton kernels need for a head size that it does not take."""
-    B, T, NH, _hs = q.shape
+    B, T, NH, HS = q.shape
     if not served(q):
         return flash.backward_temps(dq, dk, dv, dout, q)
-    return [((backward_workspace(B, T, NH),), torch.uint8)]
+    return [((backward_workspace(B, T, NH, HS if dk.shape[2] < NH else 0),), torch.uint8)]
 
 
 @backend("cudnn", temps=forward_temps, dtypes=(torch.bfloat16,))
 def attention_forward(
-    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, scratch: Scratch
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int = 0, scratch: Scratch
 ) -> None:
     """out (B, T, NH, HS) = causal attention of strided q, k, v; lse (B, NH, T) fp32, the natural log-sum-exp."""
-    assert k.shape == q.shape, "heads share no keys"
     tensors = (q, k, v, out)
-    key = (scale, *((x.shape, x.stride()) for x in tensors))
+    key = (scale, *((x.shape, x.stride()) for x in tensors), window)
     plan = FORWARD_PLANS.get(key)
     if plan is None:
         if q.shape[1] % PLAN_LENGTHS or not served(q):
-            flash.attention_forward(out, lse, q, k, v, scale=scale)
+            flash.attention_forward(out, lse, q, k, v, scale=scale, window=window)
             return
-        plan = FORWARD_PLANS[key] = Plan(tensors, scale, backward=False)
+        plan = FORWARD_PLANS[key] = Plan(tensors, scale, window, backward=False)
     (workspace,) = scratch(forward_temps(out, lse, q))
     plan.run([*tensors, lse], workspace)
 
@@ -83,18 +86,17 @@ def attention_forward(
 @backend("cudnn", temps=backward_temps, dtypes=(torch.bfloat16,))
 def attention_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *, scale: float, scratch: Scratch,
+    *, scale: float, window: int = 0, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """dq, dk, dv (B, T, NH, HS) from dout and what forward kept; all views strided."""
+    """dq (B, T, NH, HS), dk, dv (B, T, NKV, HS) from dout and what forward kept; all views strided."""
     if not served(q):
-        flash.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale=scale, scratch=scratch)
+        flash.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale=scale, window=window, scratch=scratch)
         return
-    assert k.shape == q.shape, "heads share no keys"
     tensors = (q, k, v, out, dout, dq, dk, dv)
-    key = (scale, *((x.shape, x.stride()) for x in tensors))
+    key = (scale, *((x.shape, x.stride()) for x in tensors), window)
     plan = BACKWARD_PLANS.get(key)
     if plan is None:
-        plan = BACKWARD_PLANS[key] = Plan(tensors, scale, backward=True)
+        plan = BACKWARD_PLANS[key] = Plan(tensors, scale, window, backward=True)
     (workspace,) = scratch(backward_temps(dq, dk, dv, dout, q))
     plan.run([*tensors, lse], workspace)
 
@@ -102,10 +104,10 @@ def attention_backward(
 class Plan:
     """A graph of one operation on tensors of given shapes and strides, built with its first plan.
 
-    `tensors`: q, k, v, out and, backward, dout, dq, dk, dv, each (B, T, NH, HS).
+    `tensors`: q, k, v, out and, backward, dout, dq, dk, dv, each (B, T, heads, HS). A window of 0 is none.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], scale: float, *, backward: bool) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...], scale: float, window: int, *, backward: bool) -> None:
         cudnn = _cudnn()
         B, T, NH, _ = tensors[0].shape
         bf16, fp32 = cudnn.data_type.BFLOAT16, cudnn.data_type.FLOAT
@@ -114,6 +116,8 @@ class Plan:
         )
         common = {"attn_scale": scale, "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT}
         common["diagonal_band_right_bound"] = 0  # causal
+        if window:
+            common["diagonal_band_left_bound"] = window  # keys a query sees, its own place included
         layouts = [_layout(x) for x in tensors]
         stats = ([B, NH, T, 1], [NH * T, T, 1, 1])
 

@@ -118,7 +118,7 @@ def _more_keys(K, V, before, query, m, total, acc):
 
 @triton.jit
 def _decode_attention_kernel(
-    out, cache, q, k, v, positions, out_b, x_b, cache_v, cache_b, cache_h, scale2,
+    out, cache, q, k, v, positions, out_b, q_b, k_b, v_b, cache_v, cache_b, cache_h, scale2,
     HS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -143,10 +143,9 @@ def _decode_attention_kernel(
     V = tl.load(base + cache_v + block, mask=mask, other=0.0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    at = b * x_b + h * HS + columns
-    query = tl.load(q + at, mask=real, other=0.0).to(tl.float32) * scale2
-    at = b * x_b + shared * HS + columns
-    key, value = tl.load(k + at, mask=real, other=0.0), tl.load(v + at, mask=real, other=0.0)
+    query = tl.load(q + b * q_b + h * HS + columns, mask=real, other=0.0).to(tl.float32) * scale2
+    at = shared * HS + columns
+    key, value = tl.load(k + b * k_b + at, mask=real, other=0.0), tl.load(v + b * v_b + at, mask=real, other=0.0)
     newest = base + (place - first) * HS + columns
     mine = real & (h % GROUP == 0)
     tl.store(newest, key, mask=mine)
@@ -170,12 +169,11 @@ def attention_decode(
     """One query a row over its cached keys: q, out (b, NH, HS) and k, v (b, NKV, HS), heads next to each other; cache
     (2, b, NKV, T, HS)."""
     b, NH, HS = q.shape
-    assert q.stride(0) == k.stride(0) == v.stride(0), "q, k and v are laid out alike"
     assert all(x[0].is_contiguous() for x in (out, q, k, v)), "heads must be contiguous"
     assert cache[0, 0, 0].is_contiguous(), "a head's keys must be contiguous"
     D = max(16, triton.next_power_of_2(HS))
     _decode_attention_kernel[(b, NH)](
-        out, cache, q, k, v, positions, out.stride(0), q.stride(0), *cache.stride()[:3], scale * math.log2(math.e),
-        HS=HS, D=D, STEP=max(1, KEYS // D), GROUP=NH // k.shape[1], WINDOW=window, num_warps=WARPS,
-        **_options(out.device),
+        out, cache, q, k, v, positions, *(x.stride(0) for x in (out, q, k, v)), *cache.stride()[:3],
+        scale * math.log2(math.e), HS=HS, D=D, STEP=max(1, KEYS // D), GROUP=NH // k.shape[1], WINDOW=window,
+        num_warps=WARPS, **_options(out.device),
     )  # fmt: skip

@@ -29,14 +29,21 @@ def usable(capability: tuple[int, int]) -> str | None:
     return broken("flash_attn.cute", _interface)
 
 
-def workspace_bytes(B: int, T: int, NH: int, HS: int) -> int:
-    """Bytes that one backward takes from torch's allocator: dq in fp32, two fp32 rows of statistics, turn counters.
+def workspace_bytes(B: int, T: int, NH: int, HS: int, NKV: int = 0) -> int:
+    """Bytes that one backward takes from torch's allocator: dq in fp32, two fp32 rows of statistics, turn counters; and
+    dk, dv in fp32 with counters of their own, where NH heads share those of NKV (0: they do not).
 
     Each is rounded up to 2 MiB, the allocator's granularity for large blocks.
     """
-    rows = B * NH * -(-T // BLOCK) * BLOCK
-    pieces = (rows * -(-HS // 64) * 64 * 4, rows * 4, rows * 4, rows // 64 * 2 * 4)
-    return sum(-(-size // (2 << 20)) * (2 << 20) for size in pieces)
+    width = -(-HS // 64) * 64
+
+    def pieces(heads: int) -> list[int]:
+        rows = B * heads * -(-T // BLOCK) * BLOCK
+        return [rows * width * 4, rows // 64 * 2 * 4]
+
+    rows = pieces(NH)[0] // width
+    found = [*pieces(NH), rows, rows, *(2 * pieces(NKV) if 0 < NKV < NH else ())]
+    return sum(-(-size // (2 << 20)) * (2 << 20) for size in found)
 
 
 backend("fa4", temps=cudnn.forward_temps, dtypes=(torch.bfloat16,))(cudnn.attention_forward)  # forward is cuDNN's
@@ -50,18 +57,19 @@ def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, 
 @backend("fa4", temps=backward_temps, dtypes=(torch.bfloat16,))
 def attention_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    *, scale: float, scratch: Scratch,
+    *, scale: float, window: int = 0, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """dq, dk, dv (B, T, NH, HS) from dout and what forward kept; all views strided, on 16-byte boundaries."""
+    """dq (B, T, NH, HS), dk, dv (B, T, NKV, HS) from dout and what forward kept; all views strided, on 16-byte
+    boundaries."""
     if not cudnn.served(q):
-        flash.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale=scale, scratch=scratch)
+        flash.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale=scale, window=window, scratch=scratch)
         return
     assert lse.is_contiguous()
-    assert k.shape == q.shape, "heads share no keys"
     with apart():  # it may compile
         _interface()._flash_attn_bwd(
-            q, k, v, out, dout, lse, softmax_scale=scale, causal=True, deterministic=True, dq=dq, dk=dk, dv=dv
-        )
+            q, k, v, out, dout, lse, softmax_scale=scale, causal=True, deterministic=True, dq=dq, dk=dk, dv=dv,
+            window_size_left=window - 1 if window else None,  # keys before the query's own
+        )  # fmt: skip
 
 
 @cache

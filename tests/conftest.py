@@ -48,7 +48,7 @@ DATA = (
 )
 GROUPS = {
     **{f"tests/test_kernel_{name}.py": "kernels" for name in KERNELS},
-    **{f"tests/test_{name}.py": "kernels" for name in ("aot", "bench_kernels", "formats")},
+    **{f"tests/test_{name}.py": "kernels" for name in ("aot", "bench_kernels", "formats", "llama_kernels")},
     **{f"tests/{name}.py": "interop" for name in INTEROP},
     **{f"tests/{name}.py": "data" for name in DATA},
     **{f"tests/test_dist_{name}.py": "distributed" for name in ("engine", "train", "elastic")},

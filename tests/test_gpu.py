@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llama_oracle
 import numpy as np
 import oracle
 import pytest
 import torch
 from dist_engine import noted
+from llama_oracle import Decoder
 from oracle import GPT2, Shape, random_values
 from recovery import assert_intact, assert_same, config, make_shards, recipe
 from recovery import train as run_train
@@ -30,9 +32,10 @@ from daybreak.engine.device import missing_on, set_precision
 from daybreak.generate import Sampling, choose
 from daybreak.kernels import CUDA_ORDER
 from daybreak.kernels.cuda import cublaslt
+from daybreak.models.rotary import rotary
 from daybreak.parallel import Group
 from daybreak.report.bench import step_products
-from daybreak.shapes import GPT2Config
+from daybreak.shapes import GPT2Config, LlamaConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,7 +44,15 @@ pytestmark = [
 SMALL = Shape(L=3, C=128, NH=2, max_T=128, V=1000)
 ODD = Shape(L=2, C=96, NH=3, max_T=64, V=300)  # heads of 32, rows no multiple of anything
 B, T = 4, 128
-FALLBACKS = [(group, name) for group, order in CUDA_ORDER.items() for name in order]
+FALLBACKS = [(group, name) for group, order in CUDA_ORDER.items() if group not in ("glu", "rope") for name in order]
+# Of the decoder family: heads of Llama and Qwen 3, and a window that is shorter than a block; odd sizes.
+DECODERS = {
+    "llama": Decoder(
+        L=2, C=256, NH=8, NKV=2, HS=64, F=384, max_T=192, V=1000, rope="llama3", rope_factor=8.0, rope_original=64
+    ),
+    "qwen": Decoder(L=2, C=128, NH=6, NKV=3, HS=128, F=200, max_T=192, V=1000, qk_norm=True, qkv_bias=True, tied=False),
+    "mistral": Decoder(L=3, C=96, NH=4, NKV=1, HS=40, F=136, max_T=192, V=300, layers="wfn", window=50),
+}
 # Pairwise: every two values of two options meet in at least one row.
 OPTIONS = [
     {"compute": "bf16", "recompute": 0, "masters": "split", "tf32": False, "T": 128},
@@ -352,6 +363,82 @@ def test_a_text_written_token_by_token_has_the_logits_of_the_whole(compute: str,
     assert usual <= (1e-5 if compute == "fp32" else 0.1)
     assert error <= 1.2 * usual
     assert torch.equal(write(), got)
+
+
+def decoder_values(s: Decoder) -> dict[str, Tensor]:
+    """The oracle's, but matrices are a quarter as large: these shapes are wider, and would magnify what is rounded."""
+    return {name: x / 4 if x.dim() == 2 else x for name, x in llama_oracle.random_values(s).items()}
+
+
+def decoder(s: Decoder, **options: Any) -> Engine:
+    """An engine of the decoder family with the oracle's weights."""
+    device, t = options.pop("device", "cuda"), options.pop("t", 192)
+    engine = Engine(EngineSpec(LlamaConfig(**s._asdict()), B=options.pop("B", B), T=t, **options), device=device)
+    engine.load_params(decoder_values(s))
+    return engine
+
+
+def decoder_oracle(s: Decoder) -> llama_oracle.Model:
+    """With the engine's angles, whose exponents are rounded to fp32 as transformers has it."""
+    oracle = llama_oracle.Model(s, decoder_values(s))
+    oracle.freq = rotary(LlamaConfig(**s._asdict()))[0]
+    return oracle
+
+
+@pytest.mark.parametrize("attention", ["auto", "cudnn", "triton", "torch"])
+@pytest.mark.parametrize("t", [192, 77])
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_s_gradients_are_the_oracles(name: str, t: int, attention: str) -> None:
+    """fp32 to rounding. In bf16 a kind of parameter errs at most 1.5 times as much as with plain-torch kernels."""
+    s = DECODERS[name]
+    tokens, targets = (x % s.V for x in batch(Shape(L=1, C=1, NH=1, max_T=t, V=1000), 2, t))
+    _, want = decoder_oracle(s).gradients(tokens, targets)
+    found: dict[str, dict[str, float]] = {}
+    for kind, compute, kernels in (
+        ("fp32", "fp32", {"attention": attention}),
+        ("bf16", "bf16", {"attention": attention}),
+        ("plain", "bf16", dict.fromkeys(CUDA_ORDER, "torch")),
+    ):
+        engine = decoder(s, t=t, compute=compute, recompute=2, kernels=kernels)
+        engine.forward_backward(tokens, targets)
+        errs: dict[str, list[float]] = {}
+        for parameter, exact in want.items():
+            error = (engine.grad(parameter).double().cpu() - exact).norm() / exact.norm()
+            errs.setdefault(parameter.rsplit(".", 1)[-1], []).append(error.item())
+        found[kind] = {key: max(values) for key, values in errs.items()}
+    assert max(found["fp32"].values()) < 2e-5
+    assert {k: (x, found["plain"][k]) for k, x in found["bf16"].items() if x > 1.5 * found["plain"][k]} == {}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_trains_with_the_same_bits_twice(name: str) -> None:
+    s = DECODERS[name]
+    engines = [decoder(s, compute="bf16") for _ in range(2)]
+    for step in range(3):
+        tokens, targets = (x % s.V for x in batch(SMALL, 2, 192, step))
+        for engine in engines:
+            engine.train_step(tokens, targets, lr=1e-3, step=step)
+    assert engines[0].stats()["loss"] < 10
+    assert same_bits(*engines)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_writes_what_it_reads(name: str, rows: int, compute: str) -> None:
+    """Token by token, beyond its window and the rope's first length: as near to fp64 as one forward pass is."""
+    s, start, stop = DECODERS[name], 90, 110
+    options = {"B": 1, "train": False, "rows": rows}
+    engine, oracle = decoder(s, compute=compute, **options), decoder_oracle(s)
+    ids = torch.randint(s.V, (rows, stop), generator=torch.Generator().manual_seed(1))
+    found = [torch.cat([engine.prefill(i, [ids[i, :start].tolist()]).clone() for i in range(rows)])]
+    found += [engine.decode(ids[:, t].tolist(), [t] * rows).clone() for t in range(start, stop)]
+    got = torch.stack(found, 1).double().cpu()[..., : s.V]
+    want = oracle.logits(ids)[:, start - 1 :].detach()
+    whole = torch.cat([engine.logits(row[None])[:, start - 1 :].double().cpu()[..., : s.V] for row in ids])
+    error, usual = ((x - want).norm() / want.norm() for x in (got, whole))
+    assert usual <= (1e-5 if compute == "fp32" else 0.1)
+    assert error <= 1.2 * usual
 
 
 @pytest.mark.parametrize("V", [1000, 50257])

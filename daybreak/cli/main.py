@@ -74,6 +74,20 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
+# Flags of nanoGPT and of Hugging Face's Trainer -> ours; docs/coming-from.md says where values differ.
+NOTHING = "nothing"
+THEIRS = {
+    "batch_size": "batch.B", "per_device_train_batch_size": "batch.B", "block_size": "model.max_T",
+    "gradient_accumulation_steps": "batch.total_tokens", "n_layer": "model.L", "n_head": "model.NH",
+    "n_embd": "model.C", "learning_rate": "optim.lr", "min_lr": "schedule.final_frac", "max_iters": "steps",
+    "max_steps": "steps", "lr_decay_iters": "optim.horizon", "warmup_iters": "schedule.warmup",
+    "warmup_steps": "schedule.warmup", "grad_clip": "optim.clip", "max_grad_norm": "optim.clip",
+    "eval_interval": "eval.every", "eval_iters": "eval.tokens", "out_dir": "name", "output_dir": "name",
+    "wandb_log": "log.sinks", "report_to": "log.sinks", "dtype": "precision.compute", "compile": NOTHING,
+    "dropout": NOTHING, "bias": NOTHING,
+}  # fmt: skip
+
+
 class _Stderr(logging.Handler):
     """Writes to whatever sys.stderr is at that moment, so that a live display may redirect it."""
 
@@ -93,8 +107,12 @@ def _sentence(error: click.ClickException) -> str:
     command = error.ctx if isinstance(error, click.UsageError) else None
     if isinstance(error, click.NoSuchOption) and command is not None:
         known = [flag for p in command.command.get_params(command) for flag in p.opts]
-        # Compare without dashes: --lr means --optim.lr.
-        near = nearest(error.option_name.lstrip("-"), [flag.lstrip("-") for flag in known if flag.startswith("--")])
+        name = error.option_name.lstrip("-")
+        near = THEIRS.get(name.replace("-", "_"), "")
+        if near == NOTHING and "--optim.lr" in known:
+            return f"unknown flag {error.option_name}; daybreak has nothing like it."
+        if f"--{near}" not in known:  # compare without dashes: --lr means --optim.lr
+            near = nearest(name, [flag.lstrip("-") for flag in known if flag.startswith("--")])
         return f"unknown flag {error.option_name}; did you mean --{near}?"
     path = command.command_path if command is not None else "daybreak"
     said = " ".join(error.format_message().split())  # click lists choices one a line

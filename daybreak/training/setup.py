@@ -90,7 +90,10 @@ class Setup:
         """How long the run is, for people; the tokens are those of a step from `step` on."""
         c = self.config
         epochs = c.tokens_between(0, c.run.steps) / (self.train_loader.samples_per_epoch * c.T)
-        return f"{several(c.run.steps, 'step')} of {c.tokens_at(step):,} tokens, {epochs:,.3g} epochs of the data"
+        ranks = f", on {self.group.world} ranks at ZeRO stage {c.parallel.zero}" if self.group.world > 1 else ""
+        return (
+            f"{several(c.run.steps, 'step')} of {c.tokens_at(step):,} tokens, {epochs:,.3g} epochs of the data{ranks}"
+        )
 
     def batches(self, step: int, samples: int) -> Callable[[int], Batch]:
         """A function from a step to this rank's part of its batch, if `samples` samples are consumed before `step`.

@@ -36,9 +36,9 @@ test-all: test test-recovery test-llama test-notebook docs
 test-recovery: test-install
 	$(BIN)/python -m pytest --full tests/test_recovery_*.py tests/test_pages.py
 
-# llama.cpp itself on an exported GGUF: builds llama-cpp-python from source, several minutes on 2 cores.
+# llama.cpp itself on exported GGUF files.
 test-llama: test-install
-	$(BIN)/pip install -q llama-cpp-python==0.3.36
+	$(BIN)/pip install -q xllamacpp==2026.10.11549
 	$(BIN)/python -m pytest tests/test_llama_cpp.py
 
 # The notebook in docs/, in a real kernel.

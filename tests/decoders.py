@@ -33,18 +33,19 @@ SIZES = {"vocab_size": V, "hidden_size": 64, "intermediate_size": 128, "num_hidd
          "num_key_value_heads": 2, "max_position_embeddings": MAX_T}  # fmt: skip
 
 
-def their_decoder(case: str, folder: Path, **how: Any) -> Any:
-    """The model of a case, saved in `folder` with the tokenizer `bytes`: no norm is 1, and no bias 0."""
+def their_decoder(case: str, folder: Path, tokenizer: str = "bytes", **how: Any) -> Any:
+    """The model of a case, saved in `folder` with one of our tokenizers: no norm is 1, and no bias 0."""
     transformers = pytest.importorskip("transformers", reason="the test extra installs transformers")
     name, keys = CASES[case]
     torch.manual_seed(len(case))
-    config = getattr(transformers, f"{name}Config")(**(SIZES | keys))
+    sizes = SIZES | {"vocab_size": get_tokenizer(tokenizer).V + V - 257}
+    config = getattr(transformers, f"{name}Config")(**(sizes | keys))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
             p.copy_((1 if "norm" in key else 0) + 0.2 * torch.randn_like(p))
     model.save_pretrained(folder, **how)
-    huggingface.write_tokenizer(get_tokenizer("bytes"), MAX_T, folder)
+    huggingface.write_tokenizer(get_tokenizer(tokenizer), MAX_T, folder)
     (folder / "generation_config.json").unlink()
     return model
 

@@ -1,19 +1,57 @@
-"""llama.cpp itself on an exported GGUF: its ids and its greedy tokens are ours. `make test-llama` builds it first."""
+"""llama.cpp itself on exported GGUF files: its ids and its greedy tokens are ours. `make test-llama` installs it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
 
-import numpy as np
 import pytest
+from decoders import CASES, MAX_T, their_decoder
 from interop_runs import inside, write_run
+from patience import PATIENCE
 from tokenizer_kinds import KINDS, TEXTS, their_model
 
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.generate import Sampling, Text, write_all
 from daybreak.state.run import Run
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which is built from source")
+xllamacpp = pytest.importorskip("xllamacpp", reason="needs xllamacpp, llama.cpp as a package: make test-llama")
+
+
+class LlamaCpp:
+    """llama.cpp's server with a model, in this process. Everything in fp32: its flash attention would use fp16."""
+
+    def __init__(self, path: Path, n_ctx: int = 256) -> None:
+        p = xllamacpp.CommonParams()
+        p.model.path, p.n_ctx, p.n_parallel, p.n_gpu_layers, p.port = str(path), n_ctx, 1, 0, 0
+        p.cpuparams.n_threads, p.warmup, p.verbosity = 1, False, 0
+        p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.server = xllamacpp.Server(p)
+
+    def ask(self, path: str, **body: Any) -> Any:
+        request = Request(f"{self.server.listening_address}/{path}", json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urlopen(request, timeout=PATIENCE) as answer:
+            return json.loads(answer.read())
+
+    def ids(self, text: str, around: bool = False) -> list[int]:
+        return self.ask("tokenize", content=text, add_special=around, parse_special=False)["tokens"]
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        how = {"temperature": 0.0, "ignore_eos": True, "return_tokens": True, "cache_prompt": False}
+        return self.ask("completion", prompt=prompt, n_predict=count, **how)["tokens"]
+
+
+def greedy(run: Path, prompt: list[int], count: int) -> list[int]:
+    """Our own."""
+    text = Text(prompt, Sampling(count, temperature=0.0))
+    write_all(Run(run).load_engine()[0], [text])
+    ours = [token.id for token in text.made]
+    assert len(set(ours)) > 3
+    return ours
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -22,12 +60,12 @@ def test_llama_cpp_gives_the_ids_of_any_tokenizer(tmp_path: Path, kind: str) -> 
     their_model(tmp_path / "theirs", library)
     inside(tmp_path, "import", "theirs", "--name", "run", "--run.device", "cpu")
     inside(tmp_path, "export", "runs/run", "--to", "gguf", "m.gguf")
-    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    llama = LlamaCpp(tmp_path / "m.gguf")
     library.encode_special_tokens = True
     for text in filter(None, TEXTS):
         ids = library.encode(text, add_special_tokens=False).ids
-        assert llama.tokenize(text.encode(), add_bos=False) == ids, text
-        assert llama.tokenize(text.encode(), add_bos=True) == library.encode(text).ids, text
+        assert llama.ids(text) == ids, text
+        assert llama.ids(text, around=True) == library.encode(text).ids, text
 
 
 @pytest.mark.parametrize("dtype", ["f32", "q8_0"])
@@ -35,20 +73,21 @@ def test_llama_cpp_gives_the_ids_of_any_tokenizer(tmp_path: Path, kind: str) -> 
 def test_llama_cpp_continues_as_we_do(tmp_path: Path, dtype: str, tokenizer: str) -> None:
     write_run(tmp_path / "run", tokenizer, max_T=256)
     inside(tmp_path, "export", "run", "--to", "gguf", "m.gguf", "--dtype", dtype)
-    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
-    tok = get_tokenizer(tokenizer)
+    llama, tok = LlamaCpp(tmp_path / "m.gguf"), get_tokenizer(tokenizer)
     for text in ("  Hello world, don't\n\n\tnaïve 漢字 🙂 12345", "def f(x):\n    return x\n"):
-        assert llama.tokenize(text.encode(), add_bos=False) == tok.encode(text).tolist()
-    if dtype != "f32":  # greedy tokens are promised for exact weights only
-        return
+        assert llama.ids(text) == tok.encode(text).tolist()
+    if dtype == "f32":  # greedy tokens are promised for exact weights only
+        prompt = [tok.eot, *map(int, tok.encode("The meaning of life"))]
+        assert llama.greedy(prompt, 100) == greedy(tmp_path / "run", prompt, 100)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("mistral", "qwen2-window")])
+def test_llama_cpp_computes_the_decoder_family(tmp_path: Path, case: str) -> None:
+    """Llama with each scaling of its angles, Qwen 2 and 3, SmolLM3: the order of rows, the keys, the biases."""
+    their_decoder(case, tmp_path / "theirs", "gpt2-1024")
+    inside(tmp_path, "import", "theirs", "--name", "run", "--run.device", "cpu")
+    inside(tmp_path, "export", "runs/run", "--to", "gguf", "m.gguf")
+    llama, tok = LlamaCpp(tmp_path / "m.gguf"), get_tokenizer("gpt2-1024")
     prompt = [tok.eot, *map(int, tok.encode("The meaning of life"))]
-    text = Text(prompt, Sampling(100, temperature=0.0))
-    write_all(Run(tmp_path / "run").load_engine()[0], [text])
-    ours = [token.id for token in text.made]
-    assert len(set(ours)) > 3
-    llama.eval(prompt)
-    theirs = []
-    for _ in ours:
-        theirs.append(int(np.argmax(llama.scores[llama.n_tokens - 1])))
-        llama.eval(theirs[-1:])
-    assert theirs == ours
+    count = MAX_T - len(prompt)
+    assert llama.greedy(prompt, count) == greedy(tmp_path / "runs/run", prompt, count)

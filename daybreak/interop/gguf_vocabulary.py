@@ -20,7 +20,8 @@ SPACE = "\u2581"  # SentencePiece's letter for a space
 Steps = list[dict[str, Any]]  # of a normalizer, or of a splitter
 Kind = tuple[str, str, dict[str, int], dict[str, float], bool]  # model, splitting, tokens, scores, space before a text
 
-_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}  # GPT-2's splitting
+# GPT-2's splitting. Offsets, which it would trim, are of no use here.
+_WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -50,7 +51,7 @@ def read_vocabulary(path: Path, keys: Mapping[str, Any], types: Any) -> str:
     is not byte-level merges, split in a way of BYTE_LEVEL."""
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in keys.items()}
     kind, pre = own.get("model"), own.get("pre")
-    if kind != "gpt2" or pre not in BYTE_LEVEL:
+    if kind != "gpt2" or pre not in BYTE_LEVEL or not {"tokens", "token_type"} <= own.keys():
         said = f"{path}: a tokenizer of kind {kind!r} that splits as {pre!r} is not read"
         raise CheckpointError(f"{said}; give its tokenizer.json with --data.tokenizer FILE.")
     (split, whole), tokens, sorts = BYTE_LEVEL[pre], own["tokens"], own["token_type"]
@@ -59,7 +60,7 @@ def read_vocabulary(path: Path, keys: Mapping[str, Any], types: Any) -> str:
         for i, token in enumerate(tokens) if sorts[i] in (types.CONTROL, types.USER_DEFINED)
     ]  # fmt: skip
     vocab = {token: i for i, token in enumerate(tokens) if sorts[i] != types.UNUSED}
-    merges = [pair.split(" ") for pair in own["merges"]]
+    merges = [pair.split(" ") for pair in own.get("merges", [])]
     spec = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,  # as Qwen has it; llama.cpp does without
@@ -72,7 +73,7 @@ def read_vocabulary(path: Path, keys: Mapping[str, Any], types: Any) -> str:
 
 def _around(own: Mapping[str, Any]) -> dict[str, Any] | None:
     """What is put before and after a text."""
-    ids = [own[f"{name}_token_id"] for name in ("bos", "eos") if own.get(f"add_{name}_token")]
+    ids = [own.get(f"{name}_token_id", 0) for name in ("bos", "eos") if own.get(f"add_{name}_token")]
     special = {own["tokens"][i]: {"id": own["tokens"][i], "ids": [i], "tokens": [own["tokens"][i]]} for i in ids}
     row: list[Any] = [{"SpecialToken": {"id": token, "type_id": 0}} for token in special]
     row.insert(1 if own.get("add_bos_token") else 0, {"Sequence": {"id": "A", "type_id": 0}})
@@ -144,7 +145,7 @@ def _steps(part: dict[str, Any] | None) -> Steps:
     if part is None or part["type"] == "Sequence":
         inner = (part or {}).get("normalizers") or (part or {}).get("pretokenizers") or []
         return [step for one in inner for step in _steps(one)]
-    kept = {key: value for key, value in part.items() if key != "trim_offsets"}
+    kept = part | ({"trim_offsets": False} if "trim_offsets" in part else {})
     return [{"use_regex": True, **kept} if part["type"] == "ByteLevel" else kept]
 
 

@@ -25,8 +25,10 @@ from daybreak.cli.ends import ending
 from daybreak.config import Config, run_config
 from daybreak.config_keys import FRACTION, at_least, one_of
 from daybreak.console import guard_streams
+from daybreak.data.dataset import open_dataset
 from daybreak.errors import ConfigError
 from daybreak.formatting import nearest
+from daybreak.manifest import checkpoint_step, list_checkpoints
 from daybreak.parallel import connect, launched
 from daybreak.shapes import is_shape, parse_shape
 from daybreak.training.stop import Stop
@@ -194,9 +196,8 @@ def translate(values: Values, world: int = 1, base: Config | None = None, tokeni
 # ---- what is printed
 
 
-def parameter_table(values: Values, config: Config, world: int, start: str) -> list[str]:
-    """llm.c's table, line by line. start: where the weights come from."""
-    from daybreak.data.dataset import open_dataset
+def parameter_table(values: Values, config: Config, world: int, start: str, epoch: int, val: int) -> list[str]:
+    """llm.c's table, line by line. start: where the weights come from. epoch: its steps. val: tokens of that split."""
     from daybreak.engine.device import pick_compute, pick_device
     from daybreak.interop.source import layout
     from daybreak.training.setup import describe_device
@@ -205,11 +206,10 @@ def parameter_table(values: Values, config: Config, world: int, start: str) -> l
     compute = pick_compute(config.precision.compute, device)
     name, peak = describe_device(device, compute)
     tf32 = compute == "fp32" and config.precision.tf32 and device.type == "cuda"
-    d, m, micro = config.data, config.model, values["-b"] * values["-t"] * world
-    data = open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer)
-    val_steps = sum(shard.tokens for shard in data.val) // micro if values["-m"] == -1 else values["-m"]
+    m, micro = config.model, values["-b"] * values["-t"] * world
+    val_steps = val // micro if values["-m"] == -1 else values["-m"]
     parameters = sum(math.prod(shape) for _, _, shape in layout(m))
-    shown = values | {"-i": d.train, "-o": values["-o"] or "NULL", "-d": config.batch.total_tokens}
+    shown = values | {"-i": config.data.train, "-o": values["-o"] or "NULL", "-d": config.batch.total_tokens}
     shown |= {"-ge": max(values["-ge"], 0), "-w": "enabled" if values["-w"] else "disabled"}
     parts: list[list[tuple[str, object]]] = [
         [("Parameter", "Value")],
@@ -219,7 +219,7 @@ def parameter_table(values: Values, config: Config, world: int, start: str) -> l
         [("weight init method", start), ("max_sequence_length T", m.max_T), ("vocab_size V", m.V),
          ("padded_vocab_size Vp", m.Vp), ("num_layers L", m.L), ("num_heads NH", m.NH), ("channels C", m.C),
          ("num_parameters", parameters)],
-        [("train_num_batches", config.run.steps or _epoch(config, world)), ("val_num_batches", val_steps)],
+        [("train_num_batches", config.run.steps or epoch), ("val_num_batches", val_steps)],
         [("run hellaswag", "yes" if config.eval.hellaswag else "no")],
         [("num_processes", world), ("zero_stage", config.parallel.zero)],
     ]  # fmt: skip
@@ -235,15 +235,6 @@ def parameter_table(values: Values, config: Config, world: int, start: str) -> l
         f"total_batch_size={config.batch.total_tokens}",
         f"=> setting grad_accum_steps={config.batch.total_tokens // micro}",
     ]
-
-
-def _epoch(config: Config, world: int) -> int:
-    """Steps in one pass over the training data."""
-    from daybreak.data.dataset import open_dataset
-
-    d = config.data
-    train = open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer).train
-    return config.steps_in(sum((shard.tokens - 1) // config.T * config.T for shard in train), world)
 
 
 HELP = (["--help"], ["-help"])
@@ -323,10 +314,13 @@ def _run(argv: list[str], stop: Stop) -> None:
     with group.failing_together():  # rank 0 looks at the folder, which it soon fills
         config, resume, init, start = group.first(lambda: _begin(values, world))
     config.check(ranks=world)
+    data, T = open_dataset(config.data.name, train_glob=config.data.train, val_glob=config.data.val), config.T
+    epoch = config.steps_in(sum((shard.tokens - 1) // T * T for shard in data.train), world)
     if not config.run.steps and config.schedule.warmup:
-        config = config.override({"optim.horizon": max(_epoch(config, world), config.schedule.warmup)})
+        config = config.override({"optim.horizon": max(epoch, config.schedule.warmup)})
     if chief:
-        print("\n".join(parameter_table(values, config, world, start)), flush=True)
+        val = sum(shard.tokens for shard in data.val)
+        print("\n".join(parameter_table(values, config, world, start, epoch, val)), flush=True)
         for flag in FLAGS:
             if flag.no_effect and values[flag.name] != flag.default:
                 print(f"{flag.name} {values[flag.name]}: no effect ({flag.no_effect})", flush=True)
@@ -336,7 +330,6 @@ def _run(argv: list[str], stop: Stop) -> None:
         logging.getLogger("daybreak").setLevel(logging.WARNING)
 
     from daybreak.interop import llmc_files
-    from daybreak.manifest import checkpoint_step
     from daybreak.training.loop import train
 
     on_save = bin_writer(values, config, world) if config.checkpoint.every else None
@@ -356,7 +349,6 @@ def _begin(values: Values, world: int) -> tuple[Config, Path | None, Path | None
     """The configuration, the folder to resume, the file of initial weights, and where they are from in words."""
     from daybreak.interop import llmc_files, open_source
     from daybreak.interop.source import make_run
-    from daybreak.manifest import checkpoint_step, list_checkpoints
 
     out = Path(values["-o"]) if values["-o"] else None
     if values["-y"] and out is None:

@@ -13,9 +13,7 @@ from daybreak.config import resolve
 @click.command()
 @click.argument("target")
 @click.option("--seconds", type=click.FloatRange(min=0.0), default=10.0, help="Time steps for this long.")
-@click.option(
-    "--tune", metavar="FOLDER", help="Search the fastest matmuls for this GPU, and write their table to FOLDER."
-)
+@click.option("--tune", metavar="FOLDER", help="Search the fastest matmuls for this GPU, and write a table to FOLDER.")
 @config_options
 def bench(target: str, seconds: float, tune: str | None, **flags: Any) -> None:
     """Time a training step, and show where the time goes.
@@ -31,10 +29,9 @@ def bench(target: str, seconds: float, tune: str | None, **flags: Any) -> None:
     """
     config, _ = resolve(target, overrides_of(flags))
 
-    from daybreak.report.bench import bench as measure
-    from daybreak.report.bench import print_bench, tune_products
+    from daybreak.report import bench as report
 
     if tune is not None:
-        tune_products(config, tune)
+        report.tune_products(config, tune)
     else:
-        print_bench(measure(config, seconds))
+        report.print_bench(report.bench(config, seconds))

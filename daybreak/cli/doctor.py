@@ -40,10 +40,6 @@ def doctor(run: str | None, try_out: bool) -> None:
     lines, good = check_run(run)
     click.echo("\n".join(lines))
     if not good:
-        good = any(line.startswith("good") for line in lines)
-        then = (
-            "training it again uses the newest good checkpoint"
-            if good
-            else "it has no good checkpoint to continue from"
-        )
+        way, none = "training it again uses the newest good checkpoint", "it has no good checkpoint to continue from"
+        then = way if any(line.startswith("good") for line in lines) else none
         raise CheckpointError(f"{run} is damaged, see above; {then}.")

@@ -47,14 +47,10 @@ class Verbs(click.Group):
 
 
 VERBS = [prepare, plan, train, evaluate, sample, serve, import_, export, report, watch, doctor, bench]
+SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
-@click.group(
-    cls=Verbs,
-    commands=VERBS,
-    invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
-)
+@click.group(cls=Verbs, commands=VERBS, invoke_without_command=True, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="daybreak", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:

@@ -41,12 +41,11 @@ def plan(target: str, gpu: str | None, gpus: tuple[int, ...], network: float, ve
     """
     config, _ = resolve(target, overrides_of(flags))
 
-    from daybreak.report.plan import plan as make_plan
-    from daybreak.report.plan import print_plan, recipe_notes
+    from daybreak.report import plan as report
 
     if len(gpus) > 1 and gpu is None:
         raise ConfigError(f"--gpus {','.join(map(str, gpus))} compares one kind of GPU; say which with --gpu.")
-    print_plan(make_plan(config, gpu=gpu, gpus=gpus[0]), recipe_notes(target), verbose)
+    report.print_plan(report.plan(config, gpu=gpu, gpus=gpus[0]), report.recipe_notes(target), verbose)
     if len(gpus) > 1 and gpu is not None:
         from daybreak.report.scaling import print_scaling, scaling
 

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("sources", metavar="NAME|FILE...", nargs=-1, required=True)
 @click.option("--pretokenized", is_flag=False, flag_value=0, type=click.IntRange(0), metavar="[N]",
-              help="Ready-made GPT-2 token shards from the Hub: "
-                   "the first N training shards (default: all).")  # fmt: skip
+              help="Ready-made GPT-2 token shards from the Hub: the first N for training, or all.")  # fmt: skip
 @click.option("--name", metavar="NAME", help="Name of the dataset (default: the first source's, with -TOKENIZER).")
 @click.option("--tokenizer", default="gpt2", metavar="T",
               help="gpt2, gpt2-N (its first N tokens), bytes, or a tokenizer.json.")  # fmt: skip
@@ -59,8 +58,7 @@ def prepare(
       daybreak prepare book.txt --name mybook
       daybreak prepare fineweb-edu-100B --pretokenized 20
     """
-    from daybreak.data.prepare import prepare as prepare_dataset
-    from daybreak.data.prepare import pretokenized as fetch_shards
+    from daybreak.data import prepare as data
     from daybreak.data.tokenizer import get_tokenizer
 
     if pretokenized is not None and len(sources) != 1:
@@ -68,9 +66,9 @@ def prepare(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written stays
     with _progress() as progress:
         if pretokenized is not None:
-            manifest = fetch_shards(sources[0], pretokenized, name=name, data_dir=data_dir, progress=progress)
+            manifest = data.pretokenized(sources[0], pretokenized, name=name, data_dir=data_dir, progress=progress)
         else:
-            manifest = prepare_dataset(sources, name=name, data_dir=data_dir, progress=progress, **options)
+            manifest = data.prepare(sources, name=name, data_dir=data_dir, progress=progress, **options)
     train, val = manifest.train, manifest.val
     shards = len(train.shards) + len(val.shards)
     share = 100 * val.tokens / (train.tokens + val.tokens)

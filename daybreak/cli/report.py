@@ -12,12 +12,8 @@ log = logging.getLogger("daybreak")
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    help="File to write (default: RUN/report.html, or report.html beside the first of several runs).",
-)
+@click.option("-o", "--out", type=click.Path(path_type=Path),
+              help="File to write (default: report.html in the run, or beside the first of several runs).")  # fmt: skip
 def report(runs: tuple[str, ...], out: Path | None) -> None:
     """Write one HTML page about one or several runs.
 

@@ -122,7 +122,7 @@ def pytest_runtest_makereport(item):
 
 
 def pytest_runtest_logreport(report):
-    spent[GROUPS.get(report.nodeid.split("::")[0], "foundation")] += report.cpu
+    spent[GROUPS.get(report.nodeid.split("::")[0], "foundation")] += getattr(report, "cpu", 0.0)  # of a worker that crashed nobody knows
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -122,7 +122,8 @@ def pytest_runtest_makereport(item):
 
 
 def pytest_runtest_logreport(report):
-    spent[GROUPS.get(report.nodeid.split("::")[0], "foundation")] += getattr(report, "cpu", 0.0)  # of a worker that crashed nobody knows
+    seconds = getattr(report, "cpu", 0.0)  # nobody knows those of a worker that crashed
+    spent[GROUPS.get(report.nodeid.split("::")[0], "foundation")] += seconds
 
 
 @pytest.hookimpl(optionalhook=True)

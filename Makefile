@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= tiny
+CODE := daybreak tests bench examples scripts docs
 
 .PHONY: demo test test-all test-recovery test-llama test-notebook check bench docs clean install test-install
 
@@ -47,8 +48,8 @@ test-notebook: test-install
 	$(BIN)/python -m pytest tests/test_notebook.py
 
 check: test-install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/mypy --python-version 3.13
 	$(BIN)/python -m pytest tests/test_structure.py

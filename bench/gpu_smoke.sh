@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does daybreak work on this GPU machine? Runs every verb, both command lines and every documented GPU example, small.
 #
-#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs ranks fences; all by default, 2 to 8 minutes each
+#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs decoder ranks fences; all by default, 2 to 8 minutes each
 #
 # It needs no network and no data: it trains on the Python standard library. PYTHON names the interpreter (python3).
 # Each step prints one line, `ok NAME SECONDS` or `FAILED NAME` with the end of its output; each section ends with
@@ -23,11 +23,14 @@ post="-c 0.1 -l 0.0006 -u 700 -v 250 -h 1 -y 1 -z 1" # what llm.c's two publishe
 if [ "${SMOKE:-gpu}" = cpu ]; then
   shape="d6 --model.L 2 --model.C 64 --model.NH 2 --batch.T 64 --batch.B 2"
   small="-b 2 -t 64 -d 256 -m 2 -r 1 -q 0.0 -n 5000 -s 20000 -e d6" large="" steps=4
+  decoder="smollm-135M --model.L 2 --model.C 64 --model.NH 4 --model.NKV 2 --model.HS 16 --model.F 128 --batch.T 64 \
+    --batch.B 2 --batch.total_tokens 256"
   ranks=1
 else
   shape="d12 --batch.B 8"
   small="-b 64 -t 1024 -d 524288 -r 1 -q 0.0 -n 5000 -s 20000 -e d12"
   large="-b 16 -t 1024 -d 1048576 -r 0 -k cosine -q 0.1 -n 2000 -s 300000 -g 384 -ge 1 -e d48" steps=16
+  decoder="smollm-135M --batch.T 1024 --batch.B 8 --batch.total_tokens 32768"
   ranks=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 fi
 flags="--data text --eval.tokens 32768 --eval.sample_tokens 16"
@@ -105,6 +108,31 @@ section_verbs() {
   step "doctor of a run" "daybreak doctor runs/a"
 }
 
+section_decoder() { # Llama, Qwen, Mistral: from scratch and imported
+  data
+  local few="--steps 12 --checkpoint.every 4"
+  step "train a decoder" "daybreak train $decoder $flags --name e $few"
+  step "killed" "daybreak train $decoder $flags --name g $few & $checks kill g 6 \$!"
+  step "resume" "daybreak train runs/g"
+  step "equal losses and weights after the kill" "$checks same e g"
+  step "recompute 2" "daybreak train $decoder $flags --name e2 --steps 12 --batch.recompute 2"
+  step "equal bits with recompute 2" "$checks same e e2"
+  step "sample" "daybreak sample runs/e --prompt 'def main' --tokens 32 -n 2 --top-p 0.9"
+  step "eval" "daybreak eval runs/e --hellaswag dev/data/hellaswag/hellaswag_val.bin --data text"
+  step "export to Hugging Face" "daybreak export runs/e --to hf e-hf"
+  step "equal logits in transformers" "$checks logits e e-hf"
+  step "export to GGUF" "daybreak export runs/e --to gguf e.gguf --dtype f16"
+  step "import, train on" "daybreak import e-hf --name from-e && daybreak train runs/from-e $flags --steps 2"
+  for kind in llama mistral qwen2 qwen3 smollm3; do
+    step "import $kind made by transformers" "$checks made $kind e-hf $kind-hf && daybreak import $kind-hf --name $kind"
+    step "$kind: equal logits" "$checks logits $kind $kind-hf"
+    step "$kind: train" "daybreak train d12 --init-from $kind-hf $flags --steps 2 --name $kind-2 --batch.B 2 \
+      \$($checks shape $kind)"
+    step "$kind: greedy text of transformers" "$checks greedy $kind $kind-hf"
+  done
+  step "serve" "daybreak serve runs/e --port 0 >serve-e.out 2>&1 & $checks client serve-e.out \$!"
+}
+
 section_ranks() {
   data
   local total=$((ranks * 32768))
@@ -128,5 +156,5 @@ echo "folder $work"
 echo "commit $(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo "${COMMIT:-unknown}"), $(date -u +%F)"
 [ "${SMOKE:-gpu}" = cpu ] || nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
 "$PYTHON" -c 'import torch; print("torch", torch.__version__)'
-for name in ${*:-machine post verbs ranks fences}; do section "$name"; done
+for name in ${*:-machine post verbs decoder ranks fences}; do section "$name"; done
 exit $((failed > 0))

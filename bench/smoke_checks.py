@@ -116,6 +116,58 @@ def logits(run: str, folder: str) -> None:
     assert error < 1e-5
 
 
+def made(kind: str, tokenizer: str, folder: str) -> None:
+    """A folder that transformers writes: a small model of this type with random weights, and a tokenizer of ours."""
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    more = {"mistral": {"sliding_window": 40}, "smollm3": {"no_rope_layers": [1, 0]}}.get(kind, {})
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=50257, hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=256, initializer_range=0.1, bos_token_id=50256,
+        eos_token_id=50256, pad_token_id=None, **more,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for name, value in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(value, 1.0, 0.3)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tokenizer) / name, folder)
+
+
+def shape(run: str) -> None:
+    """Print the flags of a run's shape."""
+    import daybreak
+
+    config = daybreak.load(RUNS / run).config
+    print(*(f"--{key} {value}" for key, value in config.items() if key.startswith("model.") and value != ""))
+
+
+def greedy(run: str, folder: str) -> None:
+    """transformers, in fp32, finds each token that the run chooses the likeliest, or as likely within rounding."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import daybreak
+    from daybreak.generate import Sampling, Text, write_all
+
+    engine, tokenizer = daybreak.load(RUNS / run).load_engine()
+    prompt = [int(token) for token in tokenizer.encode("def main")]
+    text = Text(prompt, Sampling(tokens=48, temperature=0.0))
+    write_all(engine, [text])
+    tokens = torch.tensor([text.ids])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits[0, -49:-1]
+    gaps = logits.max(-1).values - logits.gather(-1, tokens[0, -48:, None])[:, 0]
+    print("gaps", gaps.tolist(), "spread", float(logits.std()))
+    assert len(text.ids) == len(prompt) + 48
+    assert float(gaps.max()) < 0.1 * float(logits.std())
+
+
 def answers(log: str, process: str) -> None:
     """A server that printed its address answers with a page, and ends on SIGTERM."""
     url = _address(log, process)

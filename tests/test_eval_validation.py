@@ -118,6 +118,9 @@ def test_a_run_scores_on_another_data_set_as_training_would(tmp_path: Path, monk
     shape = ["--model.L", "1", "--model.C", "32", "--model.NH", "2", "--model.max_T", "64", "--model.V", "257"]
     quick = ["--run.device", "cpu", "--eval.tokens", "1024", "--eval.sample_tokens", "0", "--quiet"]
     assert main(["train", "d12", "--data", "a-bytes", "--name", "r", "--steps", "3", *shape, *quick]) == 0
+    assert "model.V" not in capsys.readouterr().err
+    assert main(["train", "d12", "--data", "a-bytes", "--name", "t", "--steps", "1", *shape[:-1], "515", *quick]) == 0
+    assert "model.V = 515, but the data has 257 tokens: with --model.V 257 the model is" in capsys.readouterr().err
     args = ["train", "d12", "--data", "b-bytes", "--name", "s", "--init-from", "runs/r", "--steps", "1"]
     assert main([*args, *shape, *quick]) == 0
     wanted = daybreak.load("runs/s").metrics("val")[0]  # before its first step

@@ -13,6 +13,7 @@ from recovery import assert_same, config, make_shards, recipe, train
 
 import daybreak
 from daybreak.cli.main import main
+from daybreak.cli.train import _print_result
 from daybreak.config import Config, resolve
 from daybreak.errors import CheckpointError, ConfigError
 
@@ -168,7 +169,6 @@ def test_a_new_run_starts_from_an_older_checkpoint(shards: Path, tmp_path: Path)
 
 
 def _step(line: str) -> int:
-    import json
 
     return int(json.loads(line)["step"])
 
@@ -210,3 +210,17 @@ def test_home_is_expanded_wherever_a_path_is_given(
     for flags in (["--eval.prompt", "~/x"], ["--eval.prompt=~/x"]):  # a text is no path
         assert main(["train", "tiny", "--print-config", *flags]) == 0
         assert 'prompt = "~/x"' in capsys.readouterr().out
+
+
+def test_a_run_that_learns_by_heart_says_when_it_was_best(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last lines of a run whose file of metrics has a lowest validation loss before the last one."""
+    run = daybreak.train(config(shards, tmp_path, "r", run__steps=2, eval__every=1))
+    lines = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "val":
+            line["loss"] = {0: 5.0, 1: 3.0, 2: 3.5}[line["step"]]
+    run.folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _print_result(run, as_json=False)
+    assert "It was lowest at step 1: 3.0000. If the training loss fell on" in capsys.readouterr().out

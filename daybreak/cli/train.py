@@ -161,6 +161,12 @@ def _print_result(run: Run, as_json: bool) -> None:
     click.echo(f"validation loss {start:.4f} -> {end:.4f}{baseline}{bits}")
     if not end <= start:  # NaN too
         click.echo(f"The run diverged: its validation loss ended at {end:.4g}, above its start. Lower optim.lr.")
+    lowest = min(vals, key=lambda v: v["loss"])
+    if lowest["loss"] < 0.98 * end <= 0.98 * start:
+        click.echo(
+            f"It was lowest at step {lowest['step']}: {lowest['loss']:.4f}. If the training loss fell on, the model "
+            "learns its text by heart; train for fewer steps, or on more text."
+        )
     click.echo(f"{run.path}: step {val['step']}, {val['tokens']:,} tokens. Next:")
     nexts = {"sample": "more text", "report": "its curves, as a page", "serve": "a prompt in a browser"}
     if not all(map(find_spec, ("starlette", "uvicorn"))):

@@ -93,6 +93,6 @@ def resolve_source(
             near_by = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
             near = difflib.get_close_matches(str(path), [*CATALOGUE, *ALIASES, *near_by], 1)
             hint = f" did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{str(path)!r} is neither a file nor a folder;{hint} Catalogue names: {known}.")
+            raise DataError(f"{str(path)!r} is neither a file nor a folder;{hint} names of the catalogue: {known}.")
         found += globbed or [path]
     return file_source(found, field, val_fraction, faults)

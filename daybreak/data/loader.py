@@ -104,11 +104,11 @@ class Loader:
             used = [int(np.minimum(np.diff(s, append=2**62), T + 1).sum()) for s in self._starts]
         self.dropped_tokens = sum(shard.tokens for shard in self.shards) - sum(used)
         if not self.samples_per_epoch:
-            largest = max((shard.tokens for shard in self.shards), default=0)
-            where = f" in {self.shards[0].path.parent}" if self.shards else ""
+            largest = max(self.shards, key=lambda shard: shard.tokens, default=None)
+            has = f"{largest.path}, the largest, has {largest.tokens}" if largest else "there is none"
             raise DataError(
-                f"the data{where} is too small: a sample needs T + 1 = {T + 1} tokens inside one shard, the largest "
-                f"shard has {largest}; use a smaller batch.T or more data."
+                f"the data is too small: a sample needs T + 1 = {T + 1} tokens inside one shard, and {has}; use a "
+                "smaller batch.T or more data."
             )
         self._owner = object()
 

@@ -143,6 +143,9 @@ def open_run(
             f"model.V = {config.model.V} is smaller than the {tokenizer.V} ids of tokenizer {tokenizer.name!r} that "
             f"{dataset.name!r} was made with; use --model.V {tokenizer.V}."
         )
+    if resume is None and config.model.V > 2 * tokenizer.V and group.rank == 0:
+        log.warning("model.V = %d, but the data has %d tokens: with --model.V %d the model is smaller and faster.",
+                    config.model.V, tokenizer.V, tokenizer.V)  # fmt: skip
     if resume is not None:
         _check_moved(Run(resume), config, train_loader, val_loader)
     config = config.concrete(train_loader.samples_per_epoch * config.T, ranks=group.world)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import re
 import subprocess
 import sys
 from collections import defaultdict
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +34,7 @@ from daybreak.shapes import ARCHS, parse_shape
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs"
 OPERATIONS = sorted((PAGES / "operations").glob("*.md"))
+CHAPTERS = sorted((PAGES / "learn").glob("[0-9]*.md"))
 MEASURED_OPERATIONS = ROOT / "bench/results/operations_d48.csv"  # what `daybreak bench d48` printed
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 COPY, PRODUCT = 2.925e12, 690.9e12  # bytes/s, FLOP/s: the card's own limits, measured beside them
@@ -178,6 +181,26 @@ def test_every_derivation_holds() -> None:
     assert len(code) == len(OPERATIONS)
     done = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", CHAPTERS, ids=lambda p: p.stem)
+def test_a_chapter_prints_what_it_shows(page: Path) -> None:
+    """Its blocks run in order, as in one session of a reader. Each prints the text block right below it, or nothing."""
+    blocks = re.findall(r"^```python ci\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", page.read_text(), re.M | re.S)
+    assert any(shown for _, shown in blocks)
+    session: dict[str, Any] = {"__name__": page.stem}
+    for code, shown in blocks:
+        with redirect_stdout(io.StringIO()) as printed:
+            exec(code, session)
+        assert printed.getvalue() == shown, code
+
+
+def test_the_course_s_pictures_are_what_their_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from learn_pictures import PICTURES
+
+    committed = {path.stem: path.read_text() for path in (PAGES / "images/learn").glob("*.svg")}
+    assert committed == {name: draw() for name, draw in PICTURES.items()}
 
 
 def test_every_operation_has_its_page() -> None:

@@ -23,7 +23,9 @@ def fences(label: str, text: str = README) -> list[tuple[str, str]]:
     return re.findall(rf"^```(\w+) {label}\n(.*?)^```$", text, re.M | re.S)
 
 
-TESTED = [*(ROOT / "docs/operations").glob("*.md"), ROOT / "docs/interop.md"]  # each in a test of its own
+TESTED = [  # each in a test of its own
+    *(ROOT / "docs/operations").glob("*.md"), *(ROOT / "docs/learn").glob("*.md"), ROOT / "docs/interop.md"
+]  # fmt: skip
 PAGES = [p for p in (ROOT / "docs").rglob("*.md") if p not in TESTED and fences("ci", p.read_text())]
 
 

@@ -1,0 +1,195 @@
+"""The drawings of the course in docs/learn, from the numbers of its examples.
+
+python scripts/learn_pictures.py writes all of docs/images/learn. They follow the light or dark mode of the page, and
+are narrow enough for a phone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from daybreak.data.tokenizer import load_ranks
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs/images/learn"
+WIDTH = 560
+LIGHT = """text{font:15px system-ui,sans-serif;fill:#1f2328}.s{font-size:13px;fill:#57606a}.m{text-anchor:middle}
+.e{text-anchor:end}.card{fill:#fdfdfc;stroke:#d0d7de}.box{fill:#eef1f5;stroke:#8c959f}.a{fill:#c5dafc;stroke:#2563eb}
+.b{fill:#c3ebdb;stroke:#0f9d76}.c{fill:#fcdcc5;stroke:#d9480f}.line{fill:none;stroke:#8c959f;stroke-width:1.5}
+.heat{fill:#1d4ed8}"""
+DARK = """text{fill:#e6e8ec}.s{fill:#a9b2be}.card{fill:#1e2129;stroke:#3d444d}.box{fill:#2c313c;stroke:#768390}
+.a{fill:#1f3f7a;stroke:#7aa7ff}.b{fill:#14503f;stroke:#3fcf9f}.c{fill:#6b3413;stroke:#ff9a5c}.line{stroke:#9aa4b0}
+.heat{fill:#8ab4ff}"""
+Tokens = list[str]
+
+
+def picture(height: float, label: str, parts: Sequence[str]) -> str:
+    """An SVG file: a card with parts on it."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}" '
+        f'role="img" aria-label="{label}">\n<style>{LIGHT}\n@media(prefers-color-scheme:dark){{{DARK}}}</style>\n'
+        f'<rect class="card" x="1" y="1" width="{WIDTH - 2}" height="{height - 2:g}" rx="10"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
+def text(x: float, y: float, words: str, kind: str = "") -> str:
+    return f'<text x="{x:g}" y="{y:g}" class="{kind}">{words}</text>'
+
+
+def rect(x: float, y: float, width: float, height: float, kind: str = "box", words: str = "", corner: float = 4) -> str:
+    """A box, with words in its middle."""
+    box = f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{corner:g}"/>'
+    return box + (text(x + width / 2, y + height / 2 + 5, words, "m") if words else "")
+
+
+def line(*points: tuple[float, float]) -> str:
+    return '<path class="line" d="M' + "L".join(f"{x:g} {y:g}" for x, y in points) + '"/>'
+
+
+def course() -> str:
+    """GPT-2 from top to bottom, and the chapter that explains each part."""
+    rows = [
+        ("text", "box", "1", "Text becomes numbers: tokens"),
+        ("embedding", "a", "3", "Numbers become vectors"),
+        ("layernorm", "b", "4", "Vectors of one size"),
+        ("attention", "c", "5", "Every position looks back"),
+        ("layernorm", "b", "", ""),
+        ("MLP with GELU", "c", "6", "Every position thinks by itself"),
+        ("layernorm", "b", "", ""),
+        ("head", "a", "3", "Vectors become predictions"),
+        ("loss", "box", "2, 7", "How wrong were they?"),
+    ]
+    parts, y = [], 20.0
+    for i, (name, kind, chapter, words) in enumerate(rows):
+        parts.append(rect(60, y, 150, 32, kind, name))
+        if chapter:
+            parts.append(text(268, y + 21, chapter, "e s") + text(282, y + 21, words))
+        if i + 1 < len(rows):
+            parts.append(line((135, y + 32), (135, y + 46)))
+        y += 46
+    top, bottom = 20 + 2 * 46 - 7, 20 + 6 * 46 - 7
+    parts.append(line((56, top), (44, top), (44, bottom), (56, bottom)))
+    parts.append(text(38, (top + bottom) / 2 + 5, "L x", "e s"))
+    parts.append(line((135, y - 14), (135, y + 4)) + text(268, y + 21, "8", "e s"))
+    parts.append(rect(60, y + 4, 150, 32, "box", "AdamW") + text(282, y + 21, "Every number is improved a little"))
+    return picture(y + 52, "GPT-2 from top to bottom, with the chapter for each part", parts)
+
+
+def merged(tokens: Tokens, pair: tuple[str, str]) -> Tokens:
+    made: Tokens = []
+    for token in tokens:
+        if made and (made[-1], token) == pair:
+            made[-1] += token
+        else:
+            made.append(token)
+    return made
+
+
+def tokens() -> str:
+    """Three merges of `banana bandana`."""
+    row, parts, learned, size, y = list("banana bandana"), [], [""], 27, 24.0
+    said = "14 tokens"
+    for _ in range(4):
+        x = 16.0
+        for token in row:
+            kind = "box" if len(token) == 1 else "abc"[learned.index(token) - 1]
+            parts.append(rect(x + 1, y, size * len(token) - 3, 32, kind, token.replace(" ", "␣")))
+            x += size * len(token)
+        parts.append(text(406, y + 21, said, "s"))
+        counts = Counter(pairwise(row))
+        pair = max(counts, key=lambda p: counts[p])
+        row, y = merged(row, pair), y + 50
+        said = f"{len(row)} tokens: {' + '.join(pair)}"
+        learned.append("".join(pair))
+    return picture(y - 2, "banana bandana as 14, 10, 8 and 6 tokens", parts)
+
+
+def bigram() -> str:
+    """How often one letter follows another in the words of GPT-2's vocabulary."""
+    words = [w[1:].decode() for w in load_ranks() if re.fullmatch(rb" [a-z]+", w)]
+    counts = Counter(pair for word in words for pair in pairwise(f".{word}."))
+    letters, size, left, top = ".abcdefghijklmnopqrstuvwxyz", 18, 52, 54
+    totals = {a: sum(counts[a, b] for b in letters) for a in letters}
+    parts = [text(left, 24, "the next letter", "s"), text(16, 44, "after", "s")]
+    cells: dict[int, str] = {}
+    for i, a in enumerate(letters):
+        parts.append(text(left + i * size + 9, 46, a, "m s") + text(34, top + i * size + 14, a, "m s"))
+        for j, b in enumerate(letters):
+            level = round(10 * (counts[a, b] / totals[a]) ** 0.5)
+            cells[level] = cells.get(level, "") + f"M{left + j * size} {top + i * size}h17v17h-17z"
+    parts += [f'<path class="heat" opacity="{max(n / 10, 0.03):g}" d="{d}"/>' for n, d in sorted(cells.items())]
+    return picture(top + 27 * size + 14, "Which letter follows which: 27 rows of 27 shares", parts)
+
+
+def linear() -> str:
+    """The three matmuls of a linear layer, as shapes."""
+    n, I, O = 104, 54, 78
+    names = {n: "n", I: "I", O: "O"}
+    rows = [
+        ("forward", ("x", n, I), ("wᵀ", I, O), ("y", n, O)),
+        ("backward", ("dy", n, O), ("w", O, I), ("dx", n, I)),
+        ("backward", ("dyᵀ", O, n), ("x", n, I), ("dw", O, I)),
+    ]
+    parts, y = [], 22.0
+    for title, *matrices in rows:
+        middle, x = y + 62, 128.0
+        parts.append(text(16, middle + 5, title, "s"))
+        for (name, high, wide), kind, sign in zip(matrices, "abc", ("·", "=", ""), strict=True):
+            parts.append(rect(x, middle - high / 2, wide, high, kind, name, 2))
+            parts.append(text(x + wide / 2, middle + high / 2 + 15, names[wide], "m s"))
+            parts.append(text(x - 6, middle + 5, names[high], "e s"))
+            parts.append(text(x + wide + 22, middle + 5, sign, "m"))
+            x += wide + 52
+        y += 142
+    return picture(y + 4, "Forward is x times w transposed; backward is dy times w, and dy transposed times x", parts)
+
+
+def bars(label: str, panels: Sequence[tuple[str, Sequence[float]]], unit: float) -> str:
+    """One panel a row of numbers, as bars up and down from zero."""
+    high = max(v for _, values in panels for v in values) * unit + 62
+    low = max(-v for _, values in panels for v in values) * unit + 34
+    parts, wide = [], WIDTH / len(panels)
+    for p, (title, values) in enumerate(panels):
+        left, size = p * wide + 12, (wide - 24) / len(values)
+        parts.append(text(p * wide + wide / 2, 28, title, "m"))
+        parts.append(line((left, high), (left + size * len(values), high)))
+        for i, value in enumerate(values):
+            height, middle = abs(value) * unit, left + i * size + size / 2
+            parts.append(
+                rect(middle - size / 2 + 5, high - max(value, 0) * unit, size - 10, height, "abc"[p], corner=1)
+            )
+            said = f"{value:.2f}".rstrip("0").rstrip(".").replace("-", "−")
+            parts.append(text(middle, high + (-6 - height if value >= 0 else height + 16), said, "m s"))
+    return picture(high + low, label, parts)
+
+
+def layernorm() -> str:
+    """The row of the example, centred and scaled."""
+    x = [9.0, 3, 3, 1]
+    centred = [v - 4 for v in x]
+    return bars("A row, the row minus its mean, and that divided by 3",
+                [("x", x), ("x − 4", centred), ("(x − 4) / 3", [v / 3 for v in centred])], 15)  # fmt: skip
+
+
+def layernorm_backward() -> str:
+    """The gradient of the example, without its mean, and without its share of xhat."""
+    g, xhat = [3.0, 0, 0, 0], [v / 3 for v in (5, -1, -1, -3)]
+    flat = [v - 0.75 for v in g]
+    return bars("A gradient, without its mean, and without what stretches the row",
+                [("g", g), ("minus its mean", flat),
+                 ("minus 1.25 x̂", [v - 1.25 * h for v, h in zip(flat, xhat, strict=True)])], 40)  # fmt: skip
+
+
+PICTURES: dict[str, Callable[[], str]] = {
+    "course": course, "tokens": tokens, "bigram": bigram, "linear": linear, "layernorm": layernorm,
+    "layernorm-backward": layernorm_backward,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    for name, draw in PICTURES.items():
+        (FOLDER / f"{name}.svg").write_text(draw())

@@ -31,7 +31,7 @@ def blocks(text: str) -> tuple[list[str], list[str]]:
 
 def sentences(parts: list[str]) -> list[list[str]]:
     """Words of every sentence."""
-    ended = (s for part in parts for s in re.split(r"(?<=[\w)%\"'][.!?])[\"')]?\s+", part))
+    ended = (s for part in parts for s in re.split(r"(?<=[\w)%\"'$][.!?])[\"')]?\s+", part))
     words = [[w for w in s.split() if re.search(r"\w", w)] for s in ended]
     return [w for w in words if w]
 

@@ -143,8 +143,8 @@ def linear() -> str:
             parts.append(rect(x, middle - high / 2, wide, high, kind, name, 2))
             parts.append(text(x + wide / 2, middle + high / 2 + 15, names[wide], "m s"))
             parts.append(text(x - 6, middle + 5, names[high], "e s"))
-            parts.append(text(x + wide + 22, middle + 5, sign, "m"))
-            x += wide + 52
+            parts.append(text(x + wide + 28, middle + 5, sign, "m"))
+            x += wide + 64
         y += 142
     return picture(y + 4, "Forward is x times w transposed; backward is dy times w, and dy transposed times x", parts)
 

@@ -226,11 +226,12 @@ class Search:
                 torch.mm(self.busy, self.busy, out=self.noise_out)
             torch.cuda.synchronize()
 
-    def times(self, runs: list[Callable[[Operands], Any]], sets: list[Operands], s: float, rounds: int) -> list[float]:
-        """Median seconds of each function, over `rounds` rounds without a pause between them.
+    def measure(self, candidates: list[Candidate], sets: list[Operands], s: float, rounds: int) -> None:
+        """Set the median seconds of each candidate, over `rounds` rounds without a pause between them.
 
-        In each round every function runs for about `s` seconds. A first round only finds how often to call it.
+        In each round every candidate runs for about `s` seconds. A first round only finds how often to call it.
         """
+        runs = [c.launch for c in candidates]
         event: Callable[[], Any] = functools.partial(torch.cuda.Event, enable_timing=True)
         events = [[(event(), event()) for _ in runs] for _ in range(rounds + 1)]
         counts, turn = [2] * len(runs), 0
@@ -247,7 +248,8 @@ class Search:
                 counts = [max(2, math.ceil(s / (max(a.elapsed_time(b), 1e-3) / 2e3))) for a, b in row]
         torch.cuda.synchronize()
         seconds = [[a.elapsed_time(b) / 1e3 / counts[i] for i, (a, b) in enumerate(row)] for row in events[1:]]
-        return [statistics.median(column) for column in zip(*seconds, strict=True)]
+        for candidate, column in zip(candidates, zip(*seconds, strict=True), strict=True):
+            candidate.seconds = statistics.median(column)
 
     def candidates(self, plan: Plan, x: Operands) -> list[Candidate]:
         """The library's offers, best guess first, and their variations; each has run once."""
@@ -353,20 +355,13 @@ class Search:
         if separate := self.two_passes(key, bias_entry):
             found.append(separate)
         tiles = self.tiles(key, sets[0])
-        everything = [*found, *tiles]
-        medians = self.times([c.launch for c in everything], sets, SHORT_S, 2)
-        for candidate, seconds in zip(everything, medians, strict=True):
-            candidate.seconds = seconds
+        self.measure([*found, *tiles], sets, SHORT_S, 2)
         finalists = self.finalists(key, found, sets[0])
         if not finalists:
             return None
         tiles = self.finalists(key, tiles, sets[0]) if tiles else []
-        everything = [*finalists, *tiles]
         self.heat(0.1)
-        for candidate, seconds in zip(
-            everything, self.times([c.launch for c in everything], sets, ROUND_S, ROUNDS), strict=True
-        ):
-            candidate.seconds = seconds
+        self.measure([*finalists, *tiles], sets, ROUND_S, ROUNDS)
         winner = min(finalists, key=lambda c: c.seconds)
         if finalists[0] is first and winner.seconds > (1 - GAIN) * first.seconds:
             winner = first

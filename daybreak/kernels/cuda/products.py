@@ -27,8 +27,8 @@ TABLE = {"card": TEXT, "cublaslt": WHOLE, "plans": {str: {"algo?": HEX, "quack?"
 DTYPES = ("bf16", "fp32", "tf32")
 EPILOGUES = ("plain", "bias", "gelu", "dgelu")
 _N = "[1-9][0-9]{0,9}"
-KEY = re.compile(rf"({'|'.join(DTYPES)}) [nt][nt] m{_N} n{_N} k{_N} ({'|'.join(EPILOGUES)}) (beta0|beta1|add)"
-                 rf"( (ld([abcd]|aux)|align){_N})*")  # fmt: skip
+KEY = re.compile(rf"({'|'.join(DTYPES)}) ([nt][nt]) m({_N}) n({_N}) k({_N}) ({'|'.join(EPILOGUES)}) (beta0|beta1|add)"
+                 rf"((?: (?:ld(?:[abcd]|aux)|align){_N})*)")  # fmt: skip
 
 
 class Key(NamedTuple):
@@ -68,13 +68,11 @@ def dense(dtype: str, trans: str, m: int, n: int, k: int, epilogue: str = "plain
 @cache
 def parse(text: str) -> Key:
     """The key that `str` wrote."""
-    if not KEY.fullmatch(text):
+    if not (match := KEY.fullmatch(text)):
         raise ValueError(f"not a product: {text!r}")
-    dtype, trans, *words = text.split()
-    sizes = [int(words[i].removeprefix(letter)) for i, letter in enumerate("mnk")]
-    key = dense(dtype, trans, sizes[0], sizes[1], sizes[2], words[3], words[4])
-    odd = [re.fullmatch(r"(ld(?:[abcd]|aux)|align)(\d+)", word) for word in words[5:]]
-    return Key(**{**key._asdict(), **{match[1]: int(match[2]) for match in odd if match}})
+    dtype, trans, m, n, k, epilogue, mode, odd = match.groups()
+    key = dense(dtype, trans, int(m), int(n), int(k), epilogue, mode)
+    return key._replace(**{name: int(value) for name, value in re.findall(r"([a-z]+)(\d+)", odd)})
 
 
 def table_path(card: str, version: int) -> Path:

@@ -94,16 +94,6 @@ class Plan:
         """Hours of training, without validation and saving."""
         return self.tokens / self.tok_s[0] / 3600 if self.tok_s and self.tokens else None
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Bytes of one checkpoint: weights in fp32 (bf16 where no masters are kept) and AdamW's two moments."""
-        return checkpoint_bytes(self.arena, self.parameters)
-
-    @property
-    def checkpoints_kept(self) -> int:
-        """Checkpoints on the disk at the most: those that are kept, and the one being written."""
-        return checkpoints_kept(self.config)
-
 
 def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
     """The plan of a configuration: for this machine's device, or for `gpus` cards that `gpu` names (see CARDS).
@@ -204,7 +194,7 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     size = 2 if c.model.V <= 1 << 16 else 4
     basis = f"counted: {size} bytes a token, if each is seen once"
     data = (disk(p.tokens * size), basis) if p.tokens else (na, no_time)
-    n, one = p.checkpoints_kept, p.checkpoint_bytes
+    n, one = checkpoints_kept(c), checkpoint_bytes(p.arena, p.parameters)
     saved = (disk(n * one), f"counted: {n} x {disk(one)}, one of them being written")
     rows += [("disk: data", *data), ("disk: checkpoints", *saved)]
     rows += [

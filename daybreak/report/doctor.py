@@ -47,10 +47,12 @@ def machine() -> list[str]:
             f"{properties.total_memory >> 20:,} MiB, CUDA {torch.version.cuda}, driver {_driver()}, bf16 peak "
             + (f"{peak / 1e12:.0f} TFLOP/s" if peak else "n/a")
         )
+        where = f"{properties.name} in {pick_compute('auto', device)}"
         lines.append("libraries: " + ", ".join(f"{name} {v}" for name, v in library_versions().items()))
         lines.append(_table_line())
     else:
         lines.append("GPU: none that torch can use")
+        where = f"the CPU with {torch.get_num_threads()} threads"
     missing = missing_on(device)
     groups: dict[str, dict[str, None]] = {}
     for name, backend in choose(device.type, dtype, missing=missing).items():
@@ -59,9 +61,6 @@ def machine() -> list[str]:
     for name, reason in missing.items():
         help_ = f"; it brings {GAINS[name]}" if name in GAINS and reason.endswith("is not installed") else ""
         lines.append(f"not used: {name} ({reason}){help_}")
-    where = f"the CPU with {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        where = f"{torch.cuda.get_device_name(device)} in {pick_compute('auto', device)}"
     lines.append(f"Ready: trains on {where}. To try it out for two minutes: daybreak doctor --check")
     return lines
 

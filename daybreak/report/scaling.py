@@ -119,11 +119,7 @@ def print_scaling(config: Config, gpu: str, rows: Sequence[Scale], network: floa
     """The table, on stdout, with what it rests on."""
     columns = {"GPUs": 5, "B": 5, "micro": 6, "ms/step": 10, "exchange": 9, "exposed": 8, "tok/s": 11, "of N x 1": 9,
                "time": 7, "MiB/GPU": 8}  # fmt: skip
-    lines: list[str | list[str]] = [
-        "",
-        "A step by number of GPUs (modelled; exchange and its exposed part in ms)",
-        [*columns],
-    ]
+    lines = [[*columns]]
     for r in rows:
         tokens = r.B * config.T * r.micro_steps * r.gpus
         few = "*" if r.B < config.batch.B and r.B * config.T < ENOUGH_TOKENS else ""
@@ -133,10 +129,9 @@ def print_scaling(config: Config, gpu: str, rows: Sequence[Scale], network: floa
             f"{r.alone / r.seconds:.1%}", format_duration(r.seconds * config.run.steps or None),
             f"{r.mib}{'' if r.fits else '!'}",
         ])  # fmt: skip
+    print("\nA step by number of GPUs (modelled; exchange and its exposed part in ms)")
     for line in lines:
-        print(
-            line if isinstance(line, str) else "".join(f"{x:>{w}}" for x, w in zip(line, columns.values(), strict=True))
-        )
+        print("".join(f"{x:>{width}}" for x, width in zip(line, columns.values(), strict=True)))
     link = find_card(gpu).link
     print(
         f"ZeRO stage {config.parallel.zero}, buckets of {config.parallel.bucket_bytes >> 20} MiB; {REACHED:.0%} of "

@@ -130,11 +130,8 @@ class Follower:
         if kind == "step":
             self.train.append(r)
             self.eta = r.get("eta_s")
-        elif kind == "val":
-            self.val.cut(step - 1)
-            self.val.append(r)
-        elif kind == "eval":
-            curve = self.evals.setdefault(r["task"], Curve("accuracy"))
+        elif kind in ("val", "eval"):
+            curve = self.val if kind == "val" else self.evals.setdefault(r["task"], Curve("accuracy"))
             curve.cut(step - 1)
             curve.append(r)
         elif kind in ("sample", "checkpoint", "event") and r.get("what") != "norms":

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from daybreak.checked import Rule
-from daybreak.config_keys import FRACTION, at_least, key
+from daybreak.config_keys import FRACTION, at_least, key, within
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError
@@ -36,7 +36,6 @@ BLOCK = 512  # of a running sum
 NOT_NEGATIVE = Rule("must be finite and at least 0", lambda x: bool(0 <= x < math.inf))
 ABOVE_0 = Rule("must be finite and above 0", lambda x: bool(0 < x < math.inf))
 SHARE = Rule("must be above 0 and at most 1", lambda x: bool(0 < x <= 1))
-PENALTY = Rule("must be from -2 to 2", lambda x: bool(-2 <= x <= 2))
 BIASES = Rule("must hold biases from -100 to 100", lambda pairs: all(-100 <= bias <= 100 for _, bias in pairs))
 STOPS = Rule("must hold no empty text; leave it out", lambda texts: "" not in texts)
 
@@ -53,8 +52,8 @@ class Sampling:
     stop: tuple[str, ...] = key((), "end before any of these texts", STOPS)
     logprobs: int | None = key(None, "keep each token's log-probability and this many likeliest alternatives")
     min_p: float = key(0.0, "only tokens that have at least this share of the likeliest's probability", FRACTION)
-    frequency_penalty: float = key(0.0, "taken from a token's logit for each time that it was generated", PENALTY)
-    presence_penalty: float = key(0.0, "taken once if the text has generated it", PENALTY)
+    frequency_penalty: float = key(0.0, "taken from a token's logit for each time that it was generated", within(-2, 2))
+    presence_penalty: float = key(0.0, "taken once if the text has generated it", within(-2, 2))
     repetition_penalty: float = key(1.0, "divides a known token's logit if positive, else multiplies it", ABOVE_0)
     logit_bias: tuple[tuple[int, float], ...] = key((), "token ids, and what is added to their logits", BIASES)
 

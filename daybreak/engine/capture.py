@@ -16,7 +16,7 @@ from torch import Tensor
 
 from daybreak.engine.arena import LiveFrame
 
-Action = Callable[[], None]
+Action = Callable[[], object]
 SLOTS = 4  # batches and results in flight, at most
 
 

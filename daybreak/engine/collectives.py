@@ -221,10 +221,6 @@ class Collectives:
         self._reducing: dict[int, Any] = {}
         self.gathering: dict[int, Any] = {}
 
-    def reduces(self) -> bool:
-        """Whether this micro-step's gradients are summed over the ranks: the last one's, at stage 2 all."""
-        return self.active and (self.last or self.sharding.zero == 2)
-
     # ---- gradients
 
     def reduce(self, k: int, grads: Tensor, out: Tensor | None) -> None:
@@ -296,7 +292,7 @@ def reduce_gradients(f: StepFrame) -> None:
     """A moment of backward: the three things at the top of this file."""
     c, sharding, moment = f.comm, f.comm.sharding, f.comm.moment
     c.moment += 1
-    if not c.reduces():
+    if not c.active or not (c.last or sharding.zero == 2):  # stage 2 sums every micro-step's gradients
         return
     if sharding.zero == 2:
         for j, segment in enumerate(sharding.segments):

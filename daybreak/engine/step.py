@@ -257,21 +257,18 @@ class Engine:
     def _front(self, name: str, b: int, t: int) -> Tensor:
         return self.state[name].view(-1)[: b * t].view(b, t)
 
-    def logits(self, tokens: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits (b, t, V) in compute dtype at every position of tokens (b, t), into `out` or a new tensor."""
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits (b, t, V) in compute dtype at every position of tokens (b, t)."""
         inputs = self._front("tokens", *tokens.shape)
         inputs.copy_(tokens)
         hidden = self.model.forward(self.frame, inputs)
         n, V = hidden.shape[0], self.cfg.V
-        result = torch.empty(n, V, dtype=hidden.dtype, device=self.device) if out is None else out.view(n, V)
+        result = torch.empty(n, V, dtype=hidden.dtype, device=self.device)
         step = self.model.head_rows(self.B * self.T, hidden.dtype)
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
             result[rows].copy_(self.model.head_logits(self.frame, hidden[rows])[:, :V])
         return result.view(*tokens.shape, V)
-
-    def _upload(self) -> None:
-        self.state["next"].copy_(self._next, non_blocking=True)
 
     def _next_logits(self, b: int) -> None:
         self.state["next_logits"][:b].copy_(self.frame.a("logits", b, self.cfg.Vp)[:, : self.cfg.V])
@@ -300,8 +297,9 @@ class Engine:
         if self.device.type == "cuda":  # the copy of the last tokens is over
             torch.cuda.current_stream(self.device).synchronize()
         self._next.numpy()[:, :b] = tokens, positions
+        upload = partial(self.state["next"].copy_, self._next, non_blocking=True)
         write = partial(next_token, self.model, self.frame, self.state, b)
-        self._decoding.warm(b, self._upload, write, partial(self._next_logits, b))
+        self._decoding.warm(b, upload, write, partial(self._next_logits, b))
         return self.state["next_logits"][:b]
 
     # ------------------------------------------------------------------------------------------------- looking in

@@ -1,4 +1,4 @@
-"""The search for the fastest algorithms without a card: the library is torch in fp32, the clock what the test says."""
+"""The search for the fastest algorithms without a GPU: the library is torch in fp32, the clock what the test says."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Tools(tune.Search):
 
     def __init__(self) -> None:
         self.device, self.workspace, self.noise = CPU, torch.empty(8, dtype=torch.uint8), None
-        self.blas = SimpleNamespace(card="A Card", version=130100)  # type: ignore[assignment]
+        self.blas = SimpleNamespace(gpu="A GPU", version=130100)  # type: ignore[assignment]
         self.busy = torch.ones(2, 2)
         self.noise_out = torch.empty_like(self.busy)
         self.quack = False
@@ -129,11 +129,11 @@ def test_the_fastest_sound_algorithm_is_taken(search, capsys: pytest.CaptureFixt
     assert said.count("refused: algo1: off by") == len(KEYS) - 1  # beta1 has none, before GELU it is too slow
     assert f"{len(KEYS) + 1} of {len(KEYS) + 1} products" in said
     path = tune.write(table, tmp_path / "tables")
-    assert path.name == products.table_path("A Card", 130100).name
+    assert path.name == products.table_path("A GPU", 130100).name
     older = {"plans": {"fp32 nn m1 n1 k1 plain beta0": {"algo": "00" * 64}}}
     path.write_text(json.dumps(table | older))
     tune.write(table, path.parent)
-    assert products.read_table(path, "A Card", 130100) == table["plans"] | older["plans"]
+    assert products.read_table(path, "A GPU", 130100) == table["plans"] | older["plans"]
 
 
 def test_what_is_left_out_is_said(search, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What `plan` says before a run: memory against what cards reported, time and money by hand, advice that holds."""
+"""What `plan` says before a run: memory against what GPUs reported, time and money by hand, advice that holds."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from daybreak.engine.params import ParamTable
 from daybreak.kernels.cuda import cudnn, fa4, quack
 from daybreak.models.registry import build_model
 from daybreak.parallel import Group
-from daybreak.report.cards import MEASURED, SEVERAL_GPUS, find_card
+from daybreak.report.gpus import MEASURED, SEVERAL_GPUS, find_gpu
 from daybreak.report.plan import figures, plan, recipe_notes
 from daybreak.report.scaling import NETWORK, bandwidth, exposed_gradients, exposed_weights, scaling
 from daybreak.shapes import GPT2Config
 from daybreak.state.restore import checkpoint_bytes, checkpoints_kept, warn_of_disk
-from daybreak.state.throughput import CARDS
+from daybreak.state.throughput import GPUS
 from daybreak.training import loop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ def test_stored_measurements_are_those_of_the_results_file() -> None:
         pytest.skip("bench/results/gpu_step.csv is not in this checkout")
     rows = [r for r in csv.DictReader(CSV.open()) if r["memory_mib"]]
     for m in MEASURED:
-        key = (m.shape, str(m.B), str(m.recompute), m.card)
+        key = (m.shape, str(m.B), str(m.recompute), m.gpu)
         row = [r for r in rows if (r["model"], r["B"], r["recompute"], r["card"]) == key][-1]
         assert (float(row["tok_s"]), float(row["mfu"])) == (m.tok_s, m.mfu)
 
@@ -92,7 +92,7 @@ def test_the_largest_micro_batch_is_the_largest(target: str, gpu: str, recompute
     p = on(target, gpu, batch__recompute=recompute)
     B = p.fit.largest_B(p.config)
     need = [p.fit.need(p.config.override({"batch.B": b})) for b in (B, B + 1)]
-    assert need[0] <= int(0.98 * CARDS[gpu].mib) * MIB < need[1]
+    assert need[0] <= int(0.98 * GPUS[gpu].mib) * MIB < need[1]
 
 
 @pytest.mark.parametrize("mib", [6_000, 4_200, 3_900, 3_700])  # each asks for more changes than the one before
@@ -207,7 +207,7 @@ def test_what_does_not_fit_says_the_flag() -> None:
 
 
 def test_several_cards_share_out_state() -> None:
-    """ZeRO 1 on 8 cards: an eighth each of masters and moments (10 bytes a parameter), a gradient shard (2) more."""
+    """ZeRO 1 on 8 GPUs: an eighth each of masters and moments (10 bytes a parameter), a gradient shard (2) more."""
     alone, shared = (on("gpt2-124M", gpus=8, parallel__zero=zero) for zero in (0, 1))
     assert alone.nbytes - shared.nbytes == pytest.approx((10 * 7 - 2) / 8 * alone.parameters, rel=0.001)
     sent = 2 * 2 * alone.parameters * 7 / 8  # bf16 there and back
@@ -246,7 +246,7 @@ def test_what_saving_takes_beside_training(tmp_path: Path, caplog: pytest.LogCap
     assert re.search(r"^the checkpoints of .* need [\d.,e+]+ GB and its disk has .* lower checkpoint", *caplog.messages)
 
 
-# ------------------------------------------------------------------------------------------- many cards
+# ------------------------------------------------------------------------------------------- many GPUs
 
 
 def test_model_of_the_exchange_by_hand() -> None:
@@ -299,7 +299,7 @@ def test_steps_on_many_cards_on_the_command_line(capsys: pytest.CaptureFixture[s
     assert network == NETWORK
 
 
-# ------------------------------------------------------------------------------------------------- recipes, cards
+# ------------------------------------------------------------------------------------------------- recipes, GPUs
 
 
 @pytest.mark.parametrize("name", [n for n in recipe_names() if n != "tiny"])
@@ -317,15 +317,15 @@ def test_a_recipes_head_is_true(name: str) -> None:
 
 
 def test_cards() -> None:
-    assert find_card("H100") is CARDS["h100"]
+    assert find_gpu("H100") is GPUS["h100"]
     for name in ("RTX4090", "RTX 4090", "NVIDIA GeForce RTX 4090"):
-        assert find_card(name) is CARDS["4090"]
-    assert {c.capability[0] for c in CARDS.values()} == {7, 8, 9, 10, 12}
+        assert find_gpu(name) is GPUS["4090"]
+    assert {c.capability[0] for c in GPUS.values()} == {7, 8, 9, 10, 12}
     p = on("d12", "a100")
     assert p.arena.choices["attention_backward"] == "triton"
     assert p.outside == OUTSIDE
     with pytest.raises(daybreak.Error, match=r"--gpu h10 is not known; did you mean h100\? Known: h100, "):
-        find_card("h10")
+        find_gpu("h10")
 
 
 @pytest.mark.parametrize(
@@ -358,10 +358,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_a_card_cannot_run_is_not_counted() -> None:
     """By the kernels' own rules of compute capabilities: quack runs on Hopper only."""
-    for card in CARDS.values():
+    for gpu in GPUS.values():
         refused = {name for name, kernels in (("quack", quack), ("cudnn", cudnn), ("fa4", fa4))
-                   if "ompute capability" in (kernels.usable(card.capability) or "")}  # fmt: skip
-        assert card.missing == refused, card.name
+                   if "ompute capability" in (kernels.usable(gpu.capability) or "")}  # fmt: skip
+        assert gpu.missing == refused, gpu.name
     chosen = {gpu: set(on("d12", gpu).arena.choices.values()) for gpu in ("h100", "b200", "4090")}
     assert [("quack" in chosen[gpu], "fa4" in chosen[gpu]) for gpu in chosen] == [
         (True, True), (False, True), (False, False),
@@ -377,7 +377,7 @@ def test_common_cards(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "d12", "--gpu", gpu, "--batch.B", "4"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("fits               yes: ")
-    assert (f"daybreak has not been run on {p.card} yet" in out) == (gpu != "h100")
+    assert (f"daybreak has not been run on {p.gpu} yet" in out) == (gpu != "h100")
 
 
 def test_very_many_rows_are_planned_by_their_first_and_last_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

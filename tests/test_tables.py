@@ -1,4 +1,4 @@
-"""What is said where no table of measured products is for a card and its library, on the CPU."""
+"""What is said where no table of measured products is for a GPU and its library, on the CPU."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SHIPPED = [json.loads(path.read_text()) for path in products.TABLES.glob("*.json
 def test_the_sentence() -> None:
     assert SHIPPED
     for table in SHIPPED:
-        card, version = table["card"], table["cublaslt"]
-        assert products.untuned(card, version) == ""
-        for other in ((card, version + 1), ("NVIDIA H100 PCIe", version)):
+        gpu, version = table["card"], table["cublaslt"]
+        assert products.untuned(gpu, version) == ""
+        for other in ((gpu, version + 1), ("NVIDIA H100 PCIe", version)):
             assert products.untuned(*other).startswith(
                 "no table of measured products is for {} and cuBLASLt {}: the library's first".format(*other)
             )
@@ -28,6 +28,6 @@ def test_the_sentence() -> None:
 def test_train_says_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     table = SHIPPED[0]
     for version, lines in ((table["cublaslt"], 0), (table["cublaslt"] + 1, 1)):
-        monkeypatch.setitem(cublaslt._devices, 0, SimpleNamespace(card=table["card"], version=version))
+        monkeypatch.setitem(cublaslt._devices, 0, SimpleNamespace(gpu=table["card"], version=version))
         _say_untuned(torch.device("cuda", 0))
         assert [r.getMessage()[:29] for r in caplog.records] == lines * ["no table of measured products"]

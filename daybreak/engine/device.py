@@ -77,7 +77,7 @@ def missing_on(device: torch.device) -> dict[str, str]:
 
 
 def numerics(config: Config, device: torch.device, choices: Mapping[str, str], ranks: int) -> dict[str, str]:
-    """What the bits of a step rest on and a resume may change: how the step is cut, kernels, library, card or threads,
+    """What the bits of a step rest on and a resume may change: how the step is cut, kernels, library, GPU or threads,
     measured tables."""
     c, p = config.batch, config.parallel
     shared = f" (parallel.zero {p.zero}, parallel.bucket_bytes {p.bucket_bytes})" if ranks > 1 else ""
@@ -128,7 +128,7 @@ def used_mib(device: torch.device) -> int:
 
 
 class Sensors:
-    """A card's temperature in degrees Celsius and power in watts, read at most once a second (it is not free).
+    """A GPU's temperature in degrees Celsius and power in watts, read at most once a second (it is not free).
 
     None on a CPU, and where the package nvidia-ml-py or the driver does not tell.
     """

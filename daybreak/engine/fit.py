@@ -17,7 +17,7 @@ from daybreak.engine.schedule import plan_engine
 from daybreak.errors import Error, OutOfMemory
 from daybreak.parallel import ALONE, Group
 
-# What a process has on a card beside its arena: CUDA context, modules, library handles, graphs; and with several ranks
+# What a process has on a GPU beside its arena: CUDA context, modules, library handles, graphs; and with several ranks
 # NCCL. Runs of `daybreak train` on 1, 2 and 4 H200, torch 2.11.0+cu130, 26 Nov 2026 (bench/results/multi_gpu.csv): 676
 # and 684 MiB, and 1,442 to 1,465 with NCCL.
 OUTSIDE, NCCL = 680 << 20, 773 << 20
@@ -130,7 +130,7 @@ def explaining_memory(config: Config, group: Group = ALONE) -> Iterator[None]:
 
 def _ran_out(device: torch.device, config: Config, ranks: int) -> OutOfMemory:
     free = 0
-    with suppress(RuntimeError):  # a card may be so full that it does not even say so
+    with suppress(RuntimeError):  # a GPU may be so full that it does not even say so
         free = available_bytes(device) or 0
         if device.type == "cuda":
             free += torch.cuda.memory_reserved(device)  # what this process holds is its own

@@ -31,7 +31,7 @@ GAINS = {  # what an optional package brings: measured on one H100, see bench/re
 
 
 def machine() -> list[str]:
-    """Lines about the machine: versions, card, the backend of every group of operations, what helps, the verdict."""
+    """Lines about the machine: versions, GPU, the backend of every group of operations, what helps, the verdict."""
     lines = [
         f"daybreak {daybreak.__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{platform.system()} {platform.machine()}",
@@ -66,15 +66,15 @@ def machine() -> list[str]:
 
 
 def _table_line() -> str:
-    """Whether the matrix products of this card have been measured."""
+    """Whether the matrix products of this GPU have been measured."""
     from daybreak.kernels.cuda import cublaslt
 
     blas = cublaslt.blas_of(torch.cuda.current_device())
     if blas is None:
         return "products: through torch, there is no cuBLASLt"
     if blas.table:
-        return f"products: {len(blas.table)} algorithms measured for this card and cuBLASLt {blas.version}"
-    return f"products: {untuned(blas.card, blas.version)}"
+        return f"products: {len(blas.table)} algorithms measured for this GPU and cuBLASLt {blas.version}"
+    return f"products: {untuned(blas.gpu, blas.version)}"
 
 
 def _driver() -> str:

@@ -1,6 +1,6 @@
 """What a run needs, from the same arena that training allocates: no GPU, no data.
 
-`plan` works on any machine, for any card. Every figure is counted from the shapes or says on what it rests.
+`plan` works on any machine, for any GPU. Every figure is counted from the shapes or says on what it rests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from daybreak.engine.device import available_bytes, missing_on, pick_compute, pi
 from daybreak.engine.fit import Fit, plan_memory
 from daybreak.formatting import counted, disk, format_duration, several
 from daybreak.models.registry import build_model
-from daybreak.report.cards import find_card, token_rate
+from daybreak.report.gpus import find_gpu, token_rate
 from daybreak.state.restore import checkpoint_bytes, checkpoints_kept, staged_bytes
 
 BUFFERS = {
@@ -37,8 +37,8 @@ BUFFERS = {
 }
 
 
-ENOUGH_TOKENS = 16_384  # of a micro-step: beyond, more of them win little; below, the card idles
-USABLE = 0.98  # of a card's memory: the driver keeps some, and allocations have a granularity
+ENOUGH_TOKENS = 16_384  # of a micro-step: beyond, more of them win little; below, the GPU idles
+USABLE = 0.98  # of a GPU's memory: the driver keeps some, and allocations have a granularity
 MIB = 1 << 20
 CPU_PROCESS = 280 * MIB  # Python and torch, resident: `tiny` on an EPYC, torch 2.13.0+cpu, 28 Nov 2026
 TRIED = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")  # GPUs that daybreak has run on
@@ -50,7 +50,7 @@ class Plan:
 
     config: Config
     device: str  # cpu or cuda
-    card: str  # its name, "" for a CPU
+    gpu: str  # its name, "" for a CPU
     gpus: int
     compute: str
     parameters: int
@@ -87,7 +87,7 @@ class Plan:
         if self.device != "cuda" or self.compute != "bf16":
             return None
         B, recompute = c.batch.B, c.batch.recompute
-        return token_rate(c.model, c.T, B, recompute, self.flops_per_token, self.card, self.gpus)
+        return token_rate(c.model, c.T, B, recompute, self.flops_per_token, self.gpu, self.gpus)
 
     @property
     def hours(self) -> float | None:
@@ -96,9 +96,9 @@ class Plan:
 
 
 def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
-    """The plan of a configuration: for this machine's device, or for `gpus` cards that `gpu` names (see CARDS).
+    """The plan of a configuration: for this machine's device, or for `gpus` GPUs that `gpu` names (see GPUS).
 
-    Raises ConfigError for a shape, card or device that cannot be; DataError where epochs are asked of data that is not
+    Raises ConfigError for a shape, GPU or device that cannot be; DataError where epochs are asked of data that is not
     there.
     """
     config.check(ranks=gpus)
@@ -114,10 +114,10 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
         if device.type == "cuda":
             name, budget = torch.cuda.get_device_name(device), int(USABLE * torch.cuda.mem_get_info(device)[1])
     else:
-        card, device = find_card(gpu), torch.device("cuda")
-        name, missing, budget = card.name, card.missing, int(USABLE * card.mib) * MIB
+        found, device = find_gpu(gpu), torch.device("cuda")
+        name, missing, budget = found.name, found.missing, int(USABLE * found.mib) * MIB
         if config.precision.compute == "auto":
-            config = config.override({"precision.compute": "bf16" if card.peak else "fp32"})
+            config = config.override({"precision.compute": "bf16" if found.peak else "fp32"})
     process = CPU_PROCESS if device.type == "cpu" else 0
     fit = Fit(device, missing, (budget or 1 << 62) - process, gpus)
     arena, outside = plan_memory(config, device, missing, fit.group)
@@ -141,10 +141,10 @@ def grouped(arena: Arena) -> list[tuple[str, str, int, int]]:
 
 
 def suggest(p: Plan) -> tuple[str, str]:
-    """The flags for this card, and why; or the flags that make the run fit."""
+    """The flags for this GPU, and why; or the flags that make the run fit."""
     c, fit = p.config, p.fit
     total = c.batch.total_tokens  # without it another B is another step: for who has not chosen one
-    if total or (p.card and c.batch.B == Config().batch.B):
+    if total or (p.gpu and c.batch.B == Config().batch.B):
         share = c.tokens_at(0) // p.gpus if total else ENOUGH_TOKENS
         stages = [c.parallel.zero] if p.gpus == 1 or c.parallel.zero else [0, 1]
         for level, zero in product(range(4), stages):
@@ -165,7 +165,7 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     total = p.nbytes + p.outside
     beside = f"; outside it {p.outside // MIB:,} MiB, measured {'for Python and torch' if cpu else 'on H200s'}"
     basis = f"arena {p.nbytes // MIB:,} MiB, exact{beside}" + (
-        f"; a run can use {USABLE:.0%} of the GPU" if p.card else ""
+        f"; a run can use {USABLE:.0%} of the GPU" if p.gpu else ""
     )
     rows = []
     if p.budget is None:
@@ -199,7 +199,7 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     rows += [("disk: data", *data), ("disk: checkpoints", *saved)]
     rows += [
         ("step", f"{step:,} tokens: {several(p.micro_steps, 'micro-step')} of B {c.batch.B} x T {c.T} on {p.gpus} x "
-         f"{p.card or p.device}, {p.flops_per_token * step:.3g} FLOPs", "counted"),
+         f"{p.gpu or p.device}, {p.flops_per_token * step:.3g} FLOPs", "counted"),
         ("run", f"{several(steps, 'step')}, {counted(p.tokens, 'tokens')}, {p.flops_per_token * p.tokens:.3g} FLOPs"
          if steps else na, "counted" if steps else no_time),
     ]  # fmt: skip
@@ -208,7 +208,7 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
         rows.append(("exchange", f"{disk(sent)} sent a step by each", f"counted, ZeRO stage {c.parallel.zero}"))
     model = f"{p.parameters:,} parameters: {c.model.text()}"
     rows.append(("model", f"{model}, padded to {c.model.Vp}; {p.flops_per_token:,} FLOPs a token", "counted"))
-    return [*rows, ("computes", f"in {p.compute} on {p.card or p.device}, recompute {c.batch.recompute}", "")]
+    return [*rows, ("computes", f"in {p.compute} on {p.gpu or p.device}, recompute {c.batch.recompute}", "")]
 
 
 def recipe_notes(target: str) -> list[str]:
@@ -223,8 +223,8 @@ def print_plan(p: Plan, notes: Sequence[str] = (), verbose: bool = False) -> Non
     """The plan on stdout, the answer first; `verbose`: what the memory holds, as tables."""
     for what, value, basis in figures(p):
         print(f"{what:<18} {value}" + (f"  [{basis}]" if basis else ""))
-    if p.card and p.card not in TRIED:
-        print(f"daybreak has not been run on {p.card} yet: `daybreak doctor --check` there says how it does.")
+    if p.gpu and p.gpu not in TRIED:
+        print(f"daybreak has not been run on {p.gpu} yet: `daybreak doctor --check` there says how it does.")
     if notes:
         print("\n" + "\n".join(notes))
     if verbose:

@@ -1,10 +1,10 @@
 """A step's time on N GPUs, modelled: what `plan --gpus 8,16,64,512` prints.
 
-One GPU's time for its share of the tokens (cards.token_rate), and what the exchange adds where backward and the next
+One GPU's time for its share of the tokens (gpus.token_rate), and what the exchange adds where backward and the next
 forward do not hide it: buckets as `Sharding` cuts them travel one after the other, each once its gradients are final.
 A rank sends as fast as the slower of its link inside the host and the host's network ports together, because NCCL's
 rings cross the network once a host, a port each. What NCCL takes from the products and what stragglers cost is in
-cards.SEVERAL_GPUS; other traffic, and NCCL's trees, are not modelled.
+gpus.SEVERAL_GPUS; other traffic, and NCCL's trees, are not modelled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from daybreak.engine import DTYPES
 from daybreak.engine.collectives import Sharding
 from daybreak.errors import ConfigError
 from daybreak.formatting import format_duration
-from daybreak.report.cards import SEVERAL_GPUS, find_card, token_rate
+from daybreak.report.gpus import SEVERAL_GPUS, find_gpu, token_rate
 from daybreak.report.plan import ENOUGH_TOKENS, MIB, Plan, plan
 
 HOST = 8  # GPUs of one machine
@@ -26,9 +26,9 @@ REACHED = 0.73  # share of a link's nominal rate that collectives reach (330 of 
 HOP = 5e-6  # seconds a ring needs for each rank that it passes
 
 
-def bandwidth(card: str, gpus: int, network: float = NETWORK) -> float:
-    """Bytes a second that each of `gpus` cards (a short name) sends to its neighbour in a ring."""
-    link = find_card(card).link
+def bandwidth(gpu: str, gpus: int, network: float = NETWORK) -> float:
+    """Bytes a second that each of `gpus` GPUs (a short name) sends to its neighbour in a ring."""
+    link = find_gpu(gpu).link
     return REACHED * 1e9 * (link if gpus <= HOST else min(link, HOST * network))
 
 
@@ -58,8 +58,8 @@ def exposed_weights(sharding: Sharding, itemsize: int, forward: float, rate: flo
 
 @dataclass(frozen=True)
 class Scale:
-    """A step on `gpus` cards, B rows a micro-step. Seconds: of one card that had its share to do alone, of the step, of
-    the whole exchange, of the part of it that nothing hides. MiB a card."""
+    """A step on `gpus` GPUs, B rows a micro-step. Seconds: of one GPU that had its share to do alone, of the step, of
+    the whole exchange, of the part of it that nothing hides. MiB a GPU."""
 
     gpus: int
     B: int
@@ -73,11 +73,11 @@ class Scale:
 
 
 def scale(p: Plan, gpu: str, network: float = NETWORK) -> Scale:
-    """The step of a plan for the card that `gpu` names. Raises ConfigError where the card's speed is not known."""
+    """The step of a plan for the GPU that `gpu` names. Raises ConfigError where the GPU's speed is not known."""
     c = p.config
-    one = token_rate(c.model, c.T, c.batch.B, c.batch.recompute, p.flops_per_token, p.card, 1)
+    one = token_rate(c.model, c.T, c.batch.B, c.batch.recompute, p.flops_per_token, p.gpu, 1)
     if one is None:
-        raise ConfigError(f"--gpus {p.gpus}: the speed of one {p.card} is not known; take another --gpu.")
+        raise ConfigError(f"--gpus {p.gpus}: the speed of one {p.gpu} is not known; take another --gpu.")
     micro = c.batch.B * c.T / (one[0] * (SEVERAL_GPUS if p.gpus > 1 else 1.0))
     sharding, size = p.arena.sharding, DTYPES[p.compute].itemsize
     forward = micro / (4 if c.batch.recompute == 3 else 3)  # backward costs two forwards; whole blocks again, three
@@ -100,7 +100,7 @@ def scale(p: Plan, gpu: str, network: float = NETWORK) -> Scale:
 def scaling(config: Config, gpu: str, counts: Sequence[int], network: float = NETWORK) -> list[Scale]:
     """One `Scale` for each number of GPUs; where the total batch does not divide, with the most rows that do.
 
-    Raises ConfigError for an unknown card, or a number of GPUs among which no number of rows divides the batch.
+    Raises ConfigError for an unknown GPU, or a number of GPUs among which no number of rows divides the batch.
     """
     found = []
     for gpus in counts:
@@ -132,7 +132,7 @@ def print_scaling(config: Config, gpu: str, rows: Sequence[Scale], network: floa
     print("\nA step by number of GPUs (modelled; exchange and its exposed part in ms)")
     for line in lines:
         print("".join(f"{x:>{width}}" for x, width in zip(line, columns.values(), strict=True)))
-    link = find_card(gpu).link
+    link = find_gpu(gpu).link
     print(
         f"ZeRO stage {config.parallel.zero}, buckets of {config.parallel.bucket_bytes >> 20} MiB; {REACHED:.0%} of "
         f"{link:g} GB/s inside a host of {HOST} and of {min(link, HOST * network):g} between hosts (--network "
@@ -140,6 +140,6 @@ def print_scaling(config: Config, gpu: str, rows: Sequence[Scale], network: floa
         "measured on 4 GPUs of one host. Between hosts not checked."
     )
     if any(r.B < config.batch.B for r in rows):
-        print("*: so few rows keep a card less busy than is believed here.")
+        print("*: so few rows keep a GPU less busy than is believed here.")
     if not all(r.fits for r in rows):
         print("!: does not fit; --gpus with that number alone says what helps.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Card:
+class GPU:
     """A GPU: the driver's name, its memory as the driver states it, its compute capability, its peak in FLOP/s (None
     without bf16), the nominal GB/s that it sends to another one of its host (one direction of NVLink, else PCIe x16;
     data sheets)."""
@@ -22,40 +22,40 @@ class Card:
 
     @property
     def missing(self) -> set[str]:
-        """Kernel backends that this kind of card cannot run, whatever is installed (kernels.cuda.*.usable)."""
+        """Kernel backends that this kind of GPU cannot run, whatever is installed (kernels.cuda.*.usable)."""
         return {9: set[str](), 10: {"quack"}}.get(self.capability[0], {"quack", "cudnn", "fa4"})
 
 
 # Peaks are dense bf16 of the tensor cores. Those of H100 SXM, PCIe, A100, A6000, 30 and 40 series are llm.c's (so that
 # utilisation compares); the others are NVIDIA's data sheets without sparsity. By the short names of `plan --gpu`.
-CARDS = {
-    "h100": Card("NVIDIA H100 80GB HBM3", 81559, (9, 0), 988.8e12, 450),
-    "h100-pcie": Card("NVIDIA H100 PCIe", 81559, (9, 0), 756e12, 64),
-    "h100-nvl": Card("NVIDIA H100 NVL", 95830, (9, 0), 835.5e12, 64),
-    "h200": Card("NVIDIA H200", 143771, (9, 0), 989.4e12, 450),
-    "gh200": Card("NVIDIA GH200 480GB", 97871, (9, 0), 989.4e12, 450),
-    "b200": Card("NVIDIA B200", 183359, (10, 0), 2250e12, 900),
-    "a100": Card("NVIDIA A100-SXM4-80GB", 81920, (8, 0), 312e12, 300),
-    "a100-40gb": Card("NVIDIA A100-SXM4-40GB", 40960, (8, 0), 312e12, 300),
-    "a100-pcie": Card("NVIDIA A100 80GB PCIe", 81920, (8, 0), 312e12, 32),
-    "a100-pcie-40gb": Card("NVIDIA A100-PCIE-40GB", 40960, (8, 0), 312e12, 32),
-    "a6000": Card("NVIDIA RTX A6000", 49140, (8, 6), 77.4e12, 32),
-    "t4": Card("Tesla T4", 15360, (7, 5), None, 16),
-    "3060": Card("NVIDIA GeForce RTX 3060", 12288, (8, 6), 25.5e12, 32),
-    "3080": Card("NVIDIA GeForce RTX 3080", 10240, (8, 6), 59.5e12, 32),
-    "3090": Card("NVIDIA GeForce RTX 3090", 24576, (8, 6), 71.2e12, 32),
-    "4070": Card("NVIDIA GeForce RTX 4070", 12282, (8, 9), 58.3e12, 32),
-    "4080": Card("NVIDIA GeForce RTX 4080", 16376, (8, 9), 97.5e12, 32),
-    "4090": Card("NVIDIA GeForce RTX 4090", 24564, (8, 9), 165.2e12, 32),
-    "5090": Card("NVIDIA GeForce RTX 5090", 32607, (12, 0), 209.5e12, 64),
-    "l40s": Card("NVIDIA L40S", 46068, (8, 9), 362e12, 32),
-    "l4": Card("NVIDIA L4", 23034, (8, 9), 121e12, 32),
+GPUS = {
+    "h100": GPU("NVIDIA H100 80GB HBM3", 81559, (9, 0), 988.8e12, 450),
+    "h100-pcie": GPU("NVIDIA H100 PCIe", 81559, (9, 0), 756e12, 64),
+    "h100-nvl": GPU("NVIDIA H100 NVL", 95830, (9, 0), 835.5e12, 64),
+    "h200": GPU("NVIDIA H200", 143771, (9, 0), 989.4e12, 450),
+    "gh200": GPU("NVIDIA GH200 480GB", 97871, (9, 0), 989.4e12, 450),
+    "b200": GPU("NVIDIA B200", 183359, (10, 0), 2250e12, 900),
+    "a100": GPU("NVIDIA A100-SXM4-80GB", 81920, (8, 0), 312e12, 300),
+    "a100-40gb": GPU("NVIDIA A100-SXM4-40GB", 40960, (8, 0), 312e12, 300),
+    "a100-pcie": GPU("NVIDIA A100 80GB PCIe", 81920, (8, 0), 312e12, 32),
+    "a100-pcie-40gb": GPU("NVIDIA A100-PCIE-40GB", 40960, (8, 0), 312e12, 32),
+    "a6000": GPU("NVIDIA RTX A6000", 49140, (8, 6), 77.4e12, 32),
+    "t4": GPU("Tesla T4", 15360, (7, 5), None, 16),
+    "3060": GPU("NVIDIA GeForce RTX 3060", 12288, (8, 6), 25.5e12, 32),
+    "3080": GPU("NVIDIA GeForce RTX 3080", 10240, (8, 6), 59.5e12, 32),
+    "3090": GPU("NVIDIA GeForce RTX 3090", 24576, (8, 6), 71.2e12, 32),
+    "4070": GPU("NVIDIA GeForce RTX 4070", 12282, (8, 9), 58.3e12, 32),
+    "4080": GPU("NVIDIA GeForce RTX 4080", 16376, (8, 9), 97.5e12, 32),
+    "4090": GPU("NVIDIA GeForce RTX 4090", 24564, (8, 9), 165.2e12, 32),
+    "5090": GPU("NVIDIA GeForce RTX 5090", 32607, (12, 0), 209.5e12, 64),
+    "l40s": GPU("NVIDIA L40S", 46068, (8, 9), 362e12, 32),
+    "l4": GPU("NVIDIA L4", 23034, (8, 9), 121e12, 32),
 }
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 FLOP/s of one card, or None (utilisation is then n/a) when no figure for this exact name is known."""
-    return next((card.peak for card in CARDS.values() if card.name == device_name), None)
+    """Peak bf16 FLOP/s of one GPU, or None (utilisation is then n/a) when no figure for this exact name is known."""
+    return next((GPU.peak for GPU in GPUS.values() if GPU.name == device_name), None)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Timing:
 class Throughput:
     """Times steps. Call `start()` once, then `lap(tokens)` after every step; wrap what is no step in `pause()`.
 
-    flops_per_token: forward and backward. peak: FLOP/s of all cards of the run together, None when unknown.
+    flops_per_token: forward and backward. peak: FLOP/s of all GPUs of the run together, None when unknown.
     """
 
     def __init__(

@@ -242,7 +242,7 @@ def _say_untuned(device: torch.device) -> None:
     from daybreak.kernels.cuda import cublaslt, products  # here, since it imports Triton
 
     blas = cublaslt.blas_of(device.index)
-    if blas is not None and (said := products.untuned(blas.card, blas.version)):
+    if blas is not None and (said := products.untuned(blas.gpu, blas.version)):
         log.warning("%s", said)
 
 

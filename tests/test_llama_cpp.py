@@ -40,8 +40,9 @@ class LlamaCpp:
     def ids(self, text: str, around: bool = False) -> list[int]:
         return self.ask("tokenize", content=text, add_special=around, parse_special=False)["tokens"]
 
-    def greedy(self, prompt: list[int], count: int) -> list[int]:
-        how = {"temperature": 0.0, "ignore_eos": True, "return_tokens": True, "cache_prompt": False}
+    def greedy(self, prompt: list[int], count: int, ends: bool = False) -> list[int]:
+        """The likeliest tokens; ends: up to one that ends the text."""
+        how = {"temperature": 0.0, "ignore_eos": not ends, "return_tokens": True, "cache_prompt": False}
         return self.ask("completion", prompt=prompt, n_predict=count, **how)["tokens"]
 
 

@@ -32,6 +32,7 @@ INTEROP = (
     "test_tokenizer_kinds",
     "test_interop_llmc",
     "test_interop_gguf",
+    "test_interop_gguf_in",
     "test_llmc_cli",
     "test_generate",
     "test_serve",

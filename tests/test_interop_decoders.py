@@ -17,7 +17,7 @@ from test_files_checked import DEEP, TWICE, mutations
 
 from daybreak.engine import Engine, EngineSpec
 from daybreak.errors import ConfigError, Error
-from daybreak.interop import huggingface, open_source
+from daybreak.interop import huggingface, load_model, open_source
 from daybreak.interop.families import FAMILIES, family_named, family_of
 from daybreak.interop.source import Export
 from daybreak.shapes import LlamaConfig
@@ -295,3 +295,14 @@ def test_a_shorter_run_keeps_its_length(tmp_path: Path) -> None:
     source = Export(Run(tmp_path / "runs/r").checkpoint())
     huggingface.export(source, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["max_position_embeddings"] == MAX_T
+
+
+def test_a_model_for_very_long_texts_is_opened_for_shorter_ones(tmp_path: Path) -> None:
+    """Llama 3.2 says 131,072: memory for that is not to be had by accident."""
+    their_decoder("llama", tmp_path / "m")
+    edit(tmp_path / "m/config.json", max_position_embeddings=131072)
+    assert load_model(tmp_path / "m", device="cpu")[0].T == 8192
+    for flags, T in (([], 8192), (["--batch.T", "16384"], 16384)):
+        inside(tmp_path, "import", "m", "--name", f"r{T}", "--run.device", "cpu", *flags)
+        config = Run(tmp_path / f"runs/r{T}").config
+        assert (config.T, config.model.max_T) == (T, 131072)

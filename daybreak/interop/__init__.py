@@ -27,6 +27,7 @@ def load_model(
     step: which checkpoint (None: the newest). Raises ConfigError, CheckpointError, DataError, OutOfMemory.
     """
     from daybreak.config import Config
+    from daybreak.interop.source import with_model
     from daybreak.state.run import Run, engine_with
 
     if (Path(target) / "config.toml").is_file():
@@ -34,7 +35,7 @@ def load_model(
     if (run := Path("runs") / target / "config.toml").is_file() and not Path(target).exists():
         raise ConfigError(f"{target} does not exist; did you mean {run.parent}?")
     source = open_source(target, "", step, also="a run, ")
-    engine = engine_with(Config(model=source.model), source, rows=rows, device=device)
+    engine = engine_with(with_model(Config(), source.model), source, rows=rows, device=device)
     return engine, source.tokenizer
 
 

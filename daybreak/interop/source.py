@@ -29,6 +29,7 @@ from daybreak.shapes import Shape
 from daybreak.state.checkpoint import Checkpoint, Snapshot, save_checkpoint
 from daybreak.state.run_folder import RunFolder
 
+LONGEST = 8192  # batch.T of a model that could compute longer sequences, unless another is given: memory grows with it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,13 +87,19 @@ class Source:
         out.copy_(value)
 
 
+def with_model(config: Config, model: Shape) -> Config:
+    """The configuration with this model; batch.T is at most LONGEST if it does not say another."""
+    T = config.batch.T or (LONGEST if model.max_T > LONGEST else 0)
+    return replace(config, model=model).override({"batch.T": T})
+
+
 def make_run(source: Source, config: Config, *, into: Path | None = None) -> Path:
     """A run folder (config.run.dir / run.name) that training continues: one checkpoint at the source's step.
 
     Its data fingerprint is empty: any data will do for its first step. `into`: an existing folder to use instead.
     Raises ConfigError when the run exists.
     """
-    config = replace(config, model=source.model).override({"data.tokenizer": source.tokenizer.name})
+    config = with_model(config, source.model).override({"data.tokenizer": source.tokenizer.name})
     config.check()
     if into is None:
         folder = RunFolder(Path(config.run.dir) / config.run.name)

@@ -25,7 +25,6 @@ from daybreak.cli.ends import ending
 from daybreak.config import Config, run_config
 from daybreak.config_keys import FRACTION, at_least, one_of
 from daybreak.console import guard_streams
-from daybreak.data.dataset import open_dataset
 from daybreak.errors import ConfigError
 from daybreak.formatting import nearest
 from daybreak.manifest import checkpoint_step, list_checkpoints
@@ -314,6 +313,8 @@ def _run(argv: list[str], stop: Stop) -> None:
     with group.failing_together():  # rank 0 looks at the folder, which it soon fills
         config, resume, init, start = group.first(lambda: _begin(values, world))
     config.check(ranks=world)
+    from daybreak.data.dataset import open_dataset  # not above: what it imports may read our command line
+
     data, T = open_dataset(config.data.name, train_glob=config.data.train, val_glob=config.data.val), config.T
     epoch = config.steps_in(sum((shard.tokens - 1) // T * T for shard in data.train), world)
     if not config.run.steps and config.schedule.warmup:

@@ -37,6 +37,8 @@ launcher=() && words=("$@")
 for i in "${!words[@]}"; do
     [ "${words[$i]}" = train ] && launcher=("${words[@]:0:$i}") && break
 done
+[ -e "$run/config.toml" ] && echo "restart.sh: $run exists and is resumed as its config.toml says; other flags of the" \
+    "command are not used" >&2
 while true; do
     [ -e "$run/config.toml" ] && set -- "${launcher[@]}" train "$run"
     [ "$once" = --once ] && exec "$@"

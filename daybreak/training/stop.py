@@ -108,7 +108,10 @@ class Stop:
         if first:  # --max-hours may have begun the stop already
             self._first, self.reason = now, self.reason or f"stopped by {signal.Signals(number).name}"
             what = f"saving step {self.step}" if self.step else "no step is complete yet"
-            self.announce(f"Stopping: {what}. Ctrl-C again quits without saving.")
+            if self.group.world > 1:
+                what += ", if every rank still runs"
+            again = "Ctrl-C again" if number == signal.SIGINT else "The same signal again"
+            self.announce(f"Stopping: {what}. {again} quits without saving.")
         elif number != signal.SIGHUP and (now - self._first > SAME_CAUSE or (again and not by_torchrun())):
             # Asked twice: leave at once. Checkpoints are atomic, so nothing breaks. A terminal that closes sends
             # SIGHUP twice, and launchers send SIGTERM after it. Slurm signals every process of a job, and torchrun

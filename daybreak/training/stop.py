@@ -110,8 +110,8 @@ class Stop:
             what = f"saving step {self.step}" if self.step else "no step is complete yet"
             if self.group.world > 1:
                 what += ", if every rank still runs"
-            again = "Ctrl-C again" if number == signal.SIGINT else "The same signal again"
-            self.announce(f"Stopping: {what}. {again} quits without saving.")
+            way = "Ctrl-C again" if number == signal.SIGINT else "The same signal again"
+            self.announce(f"Stopping: {what}. {way} quits without saving.")
         elif number != signal.SIGHUP and (now - self._first > SAME_CAUSE or (again and not by_torchrun())):
             # Asked twice: leave at once. Checkpoints are atomic, so nothing breaks. A terminal that closes sends
             # SIGHUP twice, and launchers send SIGTERM after it. Slurm signals every process of a job, and torchrun

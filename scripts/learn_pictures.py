@@ -185,9 +185,31 @@ def layernorm_backward() -> str:
                  ("minus 1.25 x̂", [v - 1.25 * h for v, h in zip(flat, xhat, strict=True)])], 40)  # fmt: skip
 
 
+def attention() -> str:
+    """The example: shares of three queries, the values, and their means."""
+    shares = [["1"], ["1/4", "3/4"], ["1/5", "3/5", "1/5"]]
+    values, means, size, top = ["10", "20", "40"], ["10", "17.5", "22"], 56, 58
+    parts = [text(140 + 1.5 * size, 28, "shares P", "m"), text(374, 28, "values v", "m"), text(492, 28, "output", "m")]
+    for r in range(3):
+        y = top + r * (size + 4)
+        parts.append(
+            text(122, y + 33, f"position {r}", "e s") + text(140 + r * (size + 4) + size / 2, 50, f"{r}", "m s")
+        )
+        for j in range(3):
+            seen = j <= r
+            share = shares[r][j] if seen else "hidden"
+            box = rect(140 + j * (size + 4), y, size, size, "a" if seen else "box")
+            parts.append(box + text(140 + j * (size + 4) + size / 2, y + 33, share, "m" if seen else "m s"))
+        parts.append(rect(346, y, size, size, "b", values[r]) + rect(464, y, size, size, "c", means[r]))
+    parts += [text(333, top + 92, "·", "m"), text(433, top + 92, "=", "m")]
+    return picture(
+        top + 3 * (size + 4) + 14, "Shares of three positions times values 10, 20, 40 give 10, 17.5, 22", parts
+    )
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "course": course, "tokens": tokens, "bigram": bigram, "linear": linear, "layernorm": layernorm,
-    "layernorm-backward": layernorm_backward,
+    "layernorm-backward": layernorm_backward, "attention": attention,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ PAGES += [README, ROOT / "CONTRIBUTING.md"]
 SECTIONS = ["Install", "Two commands", "Two minutes on a laptop", "I want to", "Your own text", "One GPU", "Many GPUs",
             "What it does not do", "Speed", "Documentation, citation, licence"]  # fmt: skip
 # Words that we do not use, and why not: the field says it otherwise, or English does.
-UNUSED = r"""cards?(?! catalogue) yardsticks? (?<!dot\s)(?:matrix\ )?products? go(?:es)?\ on texts hangs?\ up be\ it costs?\ no
-    (?:is|are)\ told has\ no\ image leaps? apart,\ as in\ that\ order,\ in\ that nobody\ knows whoever therein thereof
-    knows\ no what\ is\ more to\ the\ last\ (?:bit|byte)"""
+UNUSED = r"""cards?(?! catalogue) yardsticks? (?<!dot\s)(?:matrix\ )?products? go(?:es)?\ on texts hangs?\ up be\ it
+    costs?\ no (?:is|are)\ told has\ no\ image leaps? apart,\ as in\ that\ order,\ in\ that nobody\ knows whoever
+    therein thereof knows\ no what\ is\ more to\ the\ last\ (?:bit|byte)"""
 UNUSED_WORD = re.compile("|".join(rf"\b{word}\b" for word in re.split(r"(?<!\\)\s+", UNUSED)), re.I)
 
 

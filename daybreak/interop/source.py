@@ -174,9 +174,10 @@ class Export:
         return out[: self.shapes[name][0]].to(dtype)
 
     def read_moment(self, key: str, name: str, start: int, count: int) -> Tensor:
-        """`count` elements from the `start`-th on of a parameter's "m" or "v", fp32."""
-        out = torch.empty(count)
-        self.checkpoint.read_optimizer(key, self._offsets[name] + start, out)
+        """`count` elements from the `start`-th on of a parameter's "m" or "v", fp32; zeros for one that is frozen."""
+        out = torch.zeros(count)
+        if name in self._offsets:
+            self.checkpoint.read_optimizer(key, self._offsets[name] + start, out)
         return out
 
 

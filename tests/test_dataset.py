@@ -49,7 +49,7 @@ def test_open_unknown(prepared: Path) -> None:
         ("stdlib-gpt2-1024", "", "daybreak prepare stdlib --tokenizer gpt2-1024$"),
         ("fineweb-edu-100B", "gpt2", rf"in {prepared.resolve()} .* prepare fineweb-edu-100B --pretokenized N \("),
         ("fineweb-edu-100B", "bytes", "daybreak prepare fineweb-edu-100B --tokenizer bytes$"),
-        ("mine", "gpt2", "made with tokenizer 'bytes', not 'gpt2'"),
+        ("mine", "gpt2", "made with tokenizer 'bytes', not 'gpt2'; give --data.tokenizer bytes to"),
     ):
         with pytest.raises(DataError, match=message):
             open_dataset(name, prepared, tokenizer=tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,17 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "m/chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
         open_source(tmp_path / "m")
+
+
+def test_weights_of_another_shape_name_every_flag(tmp_path: Path) -> None:
+    """The flags of the message are those with which the same command trains."""
+    (tmp_path / "shards").mkdir()
+    write_shards(tmp_path / "shards", 257)
+    their_decoder("qwen3", tmp_path / "m")
+    start = ("train", "d12", "--init-from", "m", "--data", "shards", "--data.tokenizer", "bytes", "--run.device", "cpu")
+    few = ("--steps", "1", "--batch.B", "1", "--eval.tokens", "64", "--eval.sample_tokens", "0")
+    said = inside(tmp_path, *start, *few, "--name", "q", code=5).stderr
+    flags = re.findall(r"\((--model.*)\)\.", said)[0].split()
+    assert not (tmp_path / "runs").exists()
+    inside(tmp_path, *start, *few, "--name", "q", *(word.strip('"') for word in flags))
+    assert Run(tmp_path / "runs/q").config.model == load_model(tmp_path / "m")[0].cfg

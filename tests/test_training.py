@@ -300,6 +300,19 @@ def test_changed_data_is_refused_with_4(shards: Path, tmp_path: Path) -> None:
     assert e.value.exit_code == 4
 
 
+def test_other_validation_data_is_told(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(shards, own)
+    run = daybreak.train(config(own, tmp_path, "d", run__steps=2, schedule__final_frac=0.1))
+    longer = run.config.override({"run.steps": 3})
+    assert daybreak.train(longer, resume=run.path).metrics("step")[-1]["step"] == 3
+    assert "validation data" not in caplog.text
+    (val,) = own.glob("*val*")
+    write_shard(val, markov(3000, 2))
+    assert daybreak.train(longer.override({"run.steps": 4}), resume=run.path).metrics("step")[-1]["step"] == 4
+    assert f"the validation data changed since {run.path}/checkpoints/step-00000003 was saved" in caplog.text
+
+
 def test_kill_and_signals_in_a_real_process(shards: Path, tmp_path: Path) -> None:
     """SIGKILL in mid-run, TERM, INT, USR1: each time `train RUN` goes on, and the end equals an undisturbed run's."""
     keys = {"checkpoint__every": 20, "optim__horizon": 300, "schedule__final_frac": 0.1}

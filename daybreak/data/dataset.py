@@ -174,8 +174,9 @@ def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
     manifest = Manifest.load(folder / MANIFEST)
     if tokenizer and tokenizer != manifest.tokenizer:
         raise DataError(
-            f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}; prepare it again under "
-            f"another --name with --tokenizer {_given(tokenizer)}."
+            f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}; give --data.tokenizer "
+            f"{manifest.tokenizer} to train with that one, or prepare the text again under another --name with "
+            f"--tokenizer {_given(tokenizer)}."
         )
     if get_tokenizer(manifest.tokenizer, folder).fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(f"{folder} was made with another tokenizer called {manifest.tokenizer!r}; prepare it again.")

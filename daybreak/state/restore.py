@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from daybreak.config import Config
+from daybreak.config_keys import toml_value
 from daybreak.engine import Engine
 from daybreak.engine.arena import Arena, zeros
 from daybreak.engine.device import available_bytes
@@ -177,7 +178,8 @@ def check_model(weights: Weights, shape: Shape) -> None:
     if differs or theirs.Vp != shape.Vp:
         there, here = ({key: vars(x).get(key) for key in differs or ["V"]} for x in (theirs, shape))
         said = ", ".join(f"model.{key} is {there[key]} there and {here[key]} here" for key in there)
-        flags = " ".join(f"--model.{key} {value}" for key, value in there.items())
+        known = {**vars(type(theirs)()), **vars(shape)}  # a key of their family alone has its default here
+        flags = " ".join(f"--model.{key} {toml_value(v)}" for key, v in vars(theirs).items() if v != known[key])
         raise CheckpointError(f"{weights.path} is of another model: {said}; use the shape of these weights ({flags}).")
 
 

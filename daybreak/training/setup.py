@@ -277,6 +277,9 @@ def check_data(checkpoint: Weights, setup: Setup, same_data: bool) -> None:
     checks = [("tokenizer", had["fingerprint"], has.fingerprint)]
     if same_data and saved["data"]["fingerprint"]:  # an import has not seen any data
         checks.append(("training data", saved["data"]["fingerprint"], setup.train_loader.fingerprint))
+    if same_data and saved["data"].get("val", "") not in ("", setup.val_loader.fingerprint):
+        log.warning("the validation data changed since %s was saved: its losses before and after are of two texts.",
+                    checkpoint.path)  # fmt: skip
     for what, was, now in checks:
         if was != now:
             raise DataError(

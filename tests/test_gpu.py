@@ -219,7 +219,7 @@ def test_the_tuner_lists_what_a_step_asks_of_cublaslt() -> None:
         pytest.skip(missing_on(device)["cublaslt"])
     blas = cublaslt.blas_of(0)
     assert blas is not None
-    blas.plans.clear()
+    blas.matmuls.clear()
     blas.used.clear()
     for shape, t in ((SMALL, T), (ODD, 63)):
         build(shape, t, compute="bf16")

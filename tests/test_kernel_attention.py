@@ -380,7 +380,7 @@ def test_more_lengths_than_plans(backend):
         y, want_lse, _, sizes, _ = formulas(packed(qkv, 2), out, out)
         compare(out, y, sizes, backend)
         close(lse, want_lse)
-    assert not any(key[1][0][1] % cudnn.PLAN_LENGTHS for key in cudnn.FORWARD_PLANS)  # key: scale, (shape, stride) ...
+    assert not any(key[1][0][1] % cudnn.GRAPH_LENGTHS for key in cudnn.FORWARD_GRAPHS)  # scale, (shape, stride) ...
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ sets: dict[int, tune.Operands] = {}  # by the address of A
 
 
 class Library:
-    """Plays `Plan`: algorithm 1 forgets a column of what is summed."""
+    """Plays `PreparedMatmul`: algorithm 1 forgets a column of what is summed."""
 
     def __init__(self, blas: object, key: products.Key) -> None:
         self.key = key
@@ -101,7 +101,7 @@ def search(monkeypatch: pytest.MonkeyPatch):
         return x
 
     monkeypatch.setattr(tune, "operands", operands)
-    monkeypatch.setattr(tune, "Plan", Library)
+    monkeypatch.setattr(tune, "PreparedMatmul", Library)
     monkeypatch.setattr(tune, "Search", Tools)
     monkeypatch.setattr(tune, "variations", lambda plan, offered: [])
     monkeypatch.setattr(tune, "ROTATE", 0)

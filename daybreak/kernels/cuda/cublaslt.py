@@ -12,18 +12,19 @@ x with N rows and I columns, and w with O rows and I columns:
 
 Every operation below calls `_gemm`, which finds a prepared matmul or prepares one:
 
-    tensors --> Key --> plans[key] --> launch
-                           | first call with this key: `Blas.plan`
-                           +--> Plan with the table's algorithm, or of a Key with the nearest number of rows
-                           +--> Plan with the library's first offer
+    tensors --> Key --> matmuls[key] --> launch
+                           | first call with this key: `Blas.prepare`
+                           +--> PreparedMatmul with the table's algorithm, or of a Key with the nearest number of rows
+                           +--> PreparedMatmul with the library's first offer
                            +--> None: the caller uses torch or, with GELU, two passes if the table says so
 
 A `Key` (products.py) holds all that the choice of an algorithm may depend on: dtype, op(A) and op(B), m, n, k, the
-epilogue, whether C is added, row strides, and the alignment of all addresses, but not the addresses. A `Plan` holds the
-library's descriptors and the algorithm, and is kept for the life of the process. tune.py measures a table for one GPU
-and one version of the library. Timing never decides at run time, since another algorithm may give other bits. Where
-the library has no algorithm, as for odd row strides in bf16, torch computes the matmul. `choices` lists the choice of
-every key. Only algorithms that add up in fp32 are used: a split over k that reduces in bf16 would round partial sums.
+epilogue, whether C is added, row strides, and the alignment of all addresses, but not the addresses. A `PreparedMatmul`
+holds the library's descriptors and the algorithm, and is kept for the life of the process. tune.py measures a table for
+one GPU and one version of the library. Timing never decides at run time, since another algorithm may give other bits.
+Where the library has no algorithm, as for odd row strides in bf16, torch computes the matmul. `choices` lists the
+choice of every key. Only algorithms that add up in fp32 are used: a split over k that reduces in bf16 would round
+partial sums.
 """
 
 from __future__ import annotations
@@ -157,46 +158,46 @@ ONE, ZERO = ctypes.addressof(_ONE), ctypes.addressof(_ZERO)
 
 
 class Blas:
-    """The library on one device: its handle, the GPU's table, the plans made so far (None: torch computes it)."""
+    """The library on one device: its handle, the GPU's table, the matmuls prepared so far (None: torch computes it)."""
 
     def __init__(self, lib: Any, device: int) -> None:
         self.lib, self.device = lib, device
         self.version = int(lib.cublasLtGetVersion())
         self.gpu = torch.cuda.get_device_name(device)
         self.table = read_table(table_path(self.gpu, self.version), self.gpu, self.version)
-        self.plans: dict[Key, Plan | None] = {}
+        self.matmuls: dict[Key, PreparedMatmul | None] = {}
         self.used: dict[str, str] = {}
         handle = _VOID()
         with torch.cuda.device(device):
             check(lib.cublasLtCreate(ctypes.byref(handle)), "cublasLtCreate")
         self.handle = handle.value
 
-    def plan(self, key: Key) -> Plan | None:
+    def prepare(self, key: Key) -> PreparedMatmul | None:
         """Prepare a matmul: with the table's algorithm if it fits, else with the first that the library offers."""
         name = str(key)
         found, entry = nearest(self.table, key)
         if entry.get("separate"):
             self.used[name] = f"{found}: a product, then gelu"
             return None
-        plan, source = Plan(self, key), "first heuristic"
+        prepared, source = PreparedMatmul(self, key), "first heuristic"
         if "algo" in entry:
             algo = Algo.from_buffer_copy(bytes.fromhex(entry["algo"]))
-            if plan.checked(algo):
-                plan.algo, source = algo, found
+            if prepared.checked(algo):
+                prepared.algo, source = algo, found
             else:
                 source = "the table's was refused, first heuristic"
-        if plan.algo is None:
-            offered = plan.offered(8)
+        if prepared.algo is None:
+            offered = prepared.offered(8)
             if not offered:
                 self.used[name] = "torch: cuBLASLt has no algorithm"
-                plan.destroy()
+                prepared.destroy()
                 return None
-            plan.algo = offered[0].algo
-        self.used[name] = f"{source}: {plan.config(plan.algo)}"
-        return plan
+            prepared.algo = offered[0].algo
+        self.used[name] = f"{source}: {prepared.config(prepared.algo)}"
+        return prepared
 
 
-class Plan:
+class PreparedMatmul:
     """Descriptors of one matmul and its algorithm. Two threads must not use it at once: `launch` writes addresses into
     the descriptor before the call."""
 
@@ -238,7 +239,7 @@ class Plan:
         return made.value
 
     def destroy(self) -> None:
-        """Free the descriptors; the plan cannot be used afterwards."""
+        """Free the descriptors; the object cannot be used afterwards."""
         self.lib.cublasLtMatmulDescDestroy(self.desc)
         for layout in {self.a, self.b, self.c, self.d}:
             self.lib.cublasLtMatrixLayoutDestroy(layout)
@@ -381,19 +382,18 @@ def _gemm(
     blas = _devices[device] if device in _devices else blas_of(device)
     if blas is None:
         return False
-    plans = blas.plans
-    if key not in plans:
-        plans[key] = blas.plan(key)
-    plan = plans[key]
-    if plan is None or plan.algo is None:
+    if key not in blas.matmuls:
+        blas.matmuls[key] = blas.prepare(key)
+    prepared = blas.matmuls[key]
+    if prepared is None or prepared.algo is None:
         return False
     (workspace,) = scratch(_TEMPS)
     stream = torch.cuda.current_stream(device).cuda_stream
-    status = plan.launch(plan.algo, pa, pb, pc, pd, pbias, paux, workspace.data_ptr(), stream)
+    status = prepared.launch(prepared.algo, pa, pb, pc, pd, pbias, paux, workspace.data_ptr(), stream)
     if status in REFUSED:  # it offered the algorithm but refuses the call, before anything is queued
-        plans[key], blas.used[str(plan.key)] = None, f"torch: cuBLASLt answered {STATUS[status]}"
+        blas.matmuls[key], blas.used[str(prepared.key)] = None, f"torch: cuBLASLt answered {STATUS[status]}"
         return False
-    check(status, f"cublasLtMatmul {plan.key}")
+    check(status, f"cublasLtMatmul {prepared.key}")
     return True
 
 

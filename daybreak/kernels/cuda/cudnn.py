@@ -2,7 +2,7 @@
 
 A graph is built once for each shape, strides and scale, with the first plan of heuristics mode A: which kernel runs
 decides the bits, so it is never timed. The deterministic backward keeps dP (B, NH, T, T) in bf16 in its workspace. As
-plans take long to build, shapes that only sampling asks for are served by the Triton kernels.
+graphs take long to build, shapes that only sampling asks for are served by the Triton kernels.
 
 Heads that share keys are a matter of the tensors' shapes, a window is the left bound of the graph's diagonal band.
 """
@@ -20,14 +20,14 @@ from daybreak.errors import Error
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import attention as flash
 
-# Forward plans are built for multiples of this many tokens only, not for every length of a prompt. A rule of the shape
+# Forward graphs are built for multiples of this many tokens only, not for every length of a prompt. A rule of the shape
 # alone: which kernel serves a shape may not depend on what the process did before.
-PLAN_LENGTHS = 64
+GRAPH_LENGTHS = 64
 FORWARD_WORKSPACE = 1 << 20  # the forward was seen to take nothing
 SPARE = 1 << 20
 MIN_VERSION = 91000
-FORWARD_PLANS: dict[Any, Plan] = {}
-BACKWARD_PLANS: dict[Any, Plan] = {}
+FORWARD_GRAPHS: dict[Any, Graph] = {}
+BACKWARD_GRAPHS: dict[Any, Graph] = {}
 
 
 def usable(capability: tuple[int, int]) -> str | None:
@@ -73,14 +73,14 @@ def attention_forward(
     """out (B, T, NH, HS) = causal attention of strided q, k, v; lse (B, NH, T) fp32, the natural log-sum-exp."""
     tensors = (q, k, v, out)
     key = (scale, *((x.shape, x.stride()) for x in tensors), window)
-    plan = FORWARD_PLANS.get(key)
-    if plan is None:
-        if q.shape[1] % PLAN_LENGTHS or not served(q):
+    built = FORWARD_GRAPHS.get(key)
+    if built is None:
+        if q.shape[1] % GRAPH_LENGTHS or not served(q):
             flash.attention_forward(out, lse, q, k, v, scale=scale, window=window)
             return
-        plan = FORWARD_PLANS[key] = Plan(tensors, scale, window, backward=False)
+        built = FORWARD_GRAPHS[key] = Graph(tensors, scale, window, backward=False)
     (workspace,) = scratch(forward_temps(out, lse, q))
-    plan.run([*tensors, lse], workspace)
+    built.run([*tensors, lse], workspace)
 
 
 @backend("cudnn", temps=backward_temps, dtypes=(torch.bfloat16,))
@@ -94,14 +94,14 @@ def attention_backward(
         return
     tensors = (q, k, v, out, dout, dq, dk, dv)
     key = (scale, *((x.shape, x.stride()) for x in tensors), window)
-    plan = BACKWARD_PLANS.get(key)
-    if plan is None:
-        plan = BACKWARD_PLANS[key] = Plan(tensors, scale, window, backward=True)
+    built = BACKWARD_GRAPHS.get(key)
+    if built is None:
+        built = BACKWARD_GRAPHS[key] = Graph(tensors, scale, window, backward=True)
     (workspace,) = scratch(backward_temps(dq, dk, dv, dout, q))
-    plan.run([*tensors, lse], workspace)
+    built.run([*tensors, lse], workspace)
 
 
-class Plan:
+class Graph:
     """A graph of one operation on tensors of given shapes and strides, built with its first plan.
 
     `tensors`: q, k, v, out and, backward, dout, dq, dk, dv, each (B, T, heads, HS). A window of 0 is none.
@@ -118,7 +118,7 @@ class Plan:
         common["diagonal_band_right_bound"] = 0  # causal
         if window:
             common["diagonal_band_left_bound"] = window  # keys a query sees, its own place included
-        layouts = [_layout(x) for x in tensors]
+        layouts = [_sizes_and_strides(x) for x in tensors]
         stats = ([B, NH, T, 1], [NH * T, T, 1, 1])
 
         def given(uid: int, layout: tuple[list[int], list[int]], kind: Any = bf16) -> Any:
@@ -169,7 +169,7 @@ class Plan:
         self.graph.execute(pointers, workspace, handle=handle)
 
 
-def _layout(x: Tensor) -> tuple[list[int], list[int]]:
+def _sizes_and_strides(x: Tensor) -> tuple[list[int], list[int]]:
     """Sizes and strides of a (B, T, NH, HS) view in cuDNN's order, (B, NH, T, HS)."""
     order = (0, 2, 1, 3)
     return [x.shape[i] for i in order], [x.stride(i) for i in order]

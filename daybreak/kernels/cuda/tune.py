@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels.cuda import cublaslt, missing_backends, products, quack
-from daybreak.kernels.cuda.cublaslt import CAP_TILES, CONFIG, WORKSPACE, Algo, Blas, Plan
+from daybreak.kernels.cuda.cublaslt import CAP_TILES, CONFIG, WORKSPACE, Algo, Blas, PreparedMatmul
 from daybreak.kernels.cuda.products import Key
 
 GAIN = 0.01
@@ -73,7 +73,7 @@ class Operands:
     aux: Tensor | None
 
     def addresses(self) -> tuple[int, ...]:
-        """In the order of `Plan.launch`."""
+        """In the order of `PreparedMatmul.launch`."""
         optional = (0 if x is None else x.data_ptr() for x in (self.bias, self.aux))
         return (self.a.data_ptr(), self.b.data_ptr(), self.c.data_ptr(), self.d.data_ptr(), *optional)
 
@@ -160,40 +160,40 @@ class Candidate:
     seconds: float = math.inf
 
 
-def tile_ids(plan: Plan, algo: Algo) -> list[int]:
+def tile_ids(prepared: PreparedMatmul, algo: Algo) -> list[int]:
     """The tiles that an algorithm supports."""
     at, written = ctypes.addressof(algo), ctypes.c_size_t()
-    get, size_at = plan.lib.cublasLtMatmulAlgoCapGetAttribute, ctypes.addressof(written)
+    get, size_at = prepared.lib.cublasLtMatmulAlgoCapGetAttribute, ctypes.addressof(written)
     if get(at, CAP_TILES, None, 0, size_at) or not written.value:
         return []
     known = (ctypes.c_uint32 * (written.value // 4))()
     return list(known) if not get(at, CAP_TILES, ctypes.addressof(known), ctypes.sizeof(known), size_at) else []
 
 
-def varied(plan: Plan, base: Algo, **settings: int) -> Algo | None:
+def varied(prepared: PreparedMatmul, base: Algo, **settings: int) -> Algo | None:
     """A copy of an algorithm with other settings; None if this algorithm has no such setting."""
     algo = Algo.from_buffer_copy(bytes(base))
     for name, value in settings.items():
         number, kind = CONFIG[name]
         boxed = kind(value)
         at = (ctypes.addressof(boxed), ctypes.sizeof(boxed))
-        if plan.lib.cublasLtMatmulAlgoConfigSetAttribute(ctypes.addressof(algo), number, *at):
+        if prepared.lib.cublasLtMatmulAlgoConfigSetAttribute(ctypes.addressof(algo), number, *at):
             return None
     return algo
 
 
-def variations(plan: Plan, offered: list[Algo]) -> list[Algo]:
+def variations(prepared: PreparedMatmul, offered: list[Algo]) -> list[Algo]:
     """Other tiles, clusters and block orders of the best offered algorithms, where the library accepts them."""
     bases: dict[int, Algo] = {}
     for algo in offered[:4]:
-        bases.setdefault(plan.setting(algo, "algo"), algo)
+        bases.setdefault(prepared.setting(algo, "algo"), algo)
     seen, found = {bytes(algo) for algo in offered}, []
-    wanted = {plan.setting(algo, "tile") for algo in offered} | set(TILES)
+    wanted = {prepared.setting(algo, "tile") for algo in offered} | set(TILES)
     for base in bases.values():
-        tiles = [tile for tile in tile_ids(plan, base) if tile in wanted]
+        tiles = [tile for tile in tile_ids(prepared, base) if tile in wanted]
         for cluster, swizzle, tile in itertools.product(CLUSTERS, (0, 1), tiles):
-            other = varied(plan, base, tile=tile, cluster=cluster, swizzle=swizzle)
-            if other is not None and bytes(other) not in seen and plan.checked(other):
+            other = varied(prepared, base, tile=tile, cluster=cluster, swizzle=swizzle)
+            if other is not None and bytes(other) not in seen and prepared.checked(other):
                 seen.add(bytes(other))
                 found.append(other)
     return found
@@ -251,17 +251,17 @@ class Search:
         for candidate, column in zip(candidates, zip(*seconds, strict=True), strict=True):
             candidate.seconds = statistics.median(column)
 
-    def candidates(self, plan: Plan, x: Operands) -> list[Candidate]:
+    def candidates(self, prepared: PreparedMatmul, x: Operands) -> list[Candidate]:
         """The library's offers, best guess first, and their variations; each has run once."""
-        offered = [offer.algo for offer in plan.offered(OFFERS)]
-        algos, found = (offered + variations(plan, offered))[:CANDIDATES], []
+        offered = [offer.algo for offer in prepared.offered(OFFERS)]
+        algos, found = (offered + variations(prepared, offered))[:CANDIDATES], []
         for algo in algos:
 
             def launch(x: Operands, algo: Algo = algo) -> int:
-                return plan.launch(algo, *x.addresses(), self.workspace.data_ptr(), self.stream())  # type: ignore[call-arg]
+                return prepared.launch(algo, *x.addresses(), self.workspace.data_ptr(), self.stream())  # type: ignore[call-arg]
 
             if launch(x) == 0:
-                found.append(Candidate(launch, algo, plan.config(algo)))
+                found.append(Candidate(launch, algo, prepared.config(algo)))
         torch.cuda.synchronize()
         return found
 
@@ -292,12 +292,12 @@ class Search:
         """The table's matmul with bias, then GELU in a separate pass."""
         if not entry:
             return None
-        plan = Plan(self.blas, with_bias(key))
+        prepared = PreparedMatmul(self.blas, with_bias(key))
         algo = Algo.from_buffer_copy(bytes.fromhex(entry["algo"]))
 
         def launch(x: Operands) -> int:
             a, b, _, _, bias, pre = x.addresses()
-            status = plan.launch(algo, a, b, pre, pre, bias, 0, self.workspace.data_ptr(), self.stream())
+            status = prepared.launch(algo, a, b, pre, pre, bias, 0, self.workspace.data_ptr(), self.stream())
             cublaslt.gelu_pass(x.d, x.aux)  # type: ignore[arg-type]
             return status
 
@@ -345,10 +345,10 @@ class Search:
 
     def tune(self, key: Key, bias_entry: dict[str, Any] | None) -> dict[str, Any] | None:
         """The table's entry for one key, in steps 1 to 6; None if the library has no sound algorithm for it."""
-        plan, sets = Plan(self.blas, key), [operands(key, self.device)]
+        prepared, sets = PreparedMatmul(self.blas, key), [operands(key, self.device)]
         while sum(x.nbytes() for x in sets) < ROTATE:
             sets.append(operands(key, self.device))
-        found = self.candidates(plan, sets[0])
+        found = self.candidates(prepared, sets[0])
         if not found:
             return None
         first, tried = found[0], len(found)
@@ -373,7 +373,7 @@ class Search:
             tile = min(tiles, key=lambda c: c.seconds)
             entry["quack"] = tile.config if tile.seconds < winner.seconds else ""
             entry["quack_tflops"] = round(tera / tile.seconds, 1)
-        plan.destroy()
+        prepared.destroy()
         return entry
 
 

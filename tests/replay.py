@@ -1,6 +1,6 @@
 """Recordings of what the engine would do: every kernel call with its arguments, every offset, every bucket, as text.
 
-The planner runs the schedule with a recorder in place of the kernels and with tensors that have no memory. Here that
+The planner makes every pass with a recorder in place of the kernels and with tensors that have no memory. Here that
 recorder also notes the arguments. So a recording costs a tenth of a second, and a GPU's can be made without a GPU.
 
     matmul_forward out=h.0.qkv[32,192] x=h.0.ln1[32,64] w=weights.h.0.qkvw[192,64] b=weights.h.0.qkvb[192]
@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.engine import Engine, EngineSpec, arena, schedule
+from daybreak.engine import Engine, EngineSpec, arena, passes
 from daybreak.engine.collectives import Sharding
 from daybreak.engine.params import ParamTable
-from daybreak.engine.schedule import micro_step, next_token, plan_engine
+from daybreak.engine.passes import micro_step, next_token, plan_engine
 from daybreak.kernels import OPS, Impl, Kernels, Op, Recorder
 from daybreak.parallel import Group
 from daybreak.shapes import GPT2Config
@@ -170,7 +170,7 @@ def planned(cfg: GPT2Config, rank: int = 0, world: int = 1, decode: Sequence[int
 
         return plan_arena(table, dtype, state, [one(i, of) for i, of in enumerate(schedules)], *rest)
 
-    with replaced(arena, PlanFrame=noting, Recorder=NotingRecorder), replaced(schedule, plan_arena=numbered):
+    with replaced(arena, PlanFrame=noting, Recorder=NotingRecorder), replaced(passes, plan_arena=numbered):
         model, table, plan = plan_engine(EngineSpec(cfg, **options), Group(rank=rank, world=world))
     (frame,) = frames
     s: Any = frame.state

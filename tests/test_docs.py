@@ -65,7 +65,7 @@ def costs() -> dict[str, tuple[float, ...]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arena, "Recorder", Counting)
         patch.setattr(Counting, "costs", defaultdict(lambda: [0, 0, 0]))
-        patch.setattr("daybreak.engine.schedule.plan_arena", first_schedule_only)
+        patch.setattr("daybreak.engine.passes.plan_arena", first_schedule_only)
         plan_engine(EngineSpec(parse_shape("d48"), **options))
         found = sorted(Counting.costs.items())
     return {name: (n, size, flops, 1e3 * max(size / COPY, flops / PRODUCT)) for name, (n, size, flops) in found}

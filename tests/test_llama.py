@@ -16,7 +16,7 @@ from llama_oracle import Decoder, Model, angles, random_values
 from torch import Tensor
 
 from daybreak.engine import Engine, EngineSpec
-from daybreak.engine.schedule import plan_engine
+from daybreak.engine.passes import plan_engine
 from daybreak.models.registry import build_model
 from daybreak.models.rotary import rotary
 from daybreak.shapes import LlamaConfig, parse_shape

@@ -39,7 +39,7 @@ from snapshots import FACTS
 import daybreak
 from daybreak.cli.main import main
 from daybreak.engine import Engine, EngineSpec
-from daybreak.engine.schedule import plan_engine
+from daybreak.engine.passes import plan_engine
 from daybreak.report.doctor import check_run
 from daybreak.shapes import GPT2Config
 from daybreak.state.checkpoint import save_checkpoint

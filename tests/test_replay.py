@@ -24,8 +24,8 @@ from replay import Recording, live, planned, replaced
 from torch import Tensor
 
 from daybreak.config_keys import GuardConfig
-from daybreak.engine import Engine, EngineSpec, arena, collectives, schedule
-from daybreak.engine.schedule import update as schedule_update
+from daybreak.engine import Engine, EngineSpec, arena, collectives, passes
+from daybreak.engine.passes import update as engine_update
 from daybreak.models.registry import Model, build_model
 from daybreak.shapes import GPT2Config, parse_shape
 
@@ -181,16 +181,16 @@ def always_adds(plain: Any, f: Any, tokens: Tensor, *, first: bool) -> None:
 
 
 def other_limit(f: Any, s: Any, spec: EngineSpec, seed: int) -> None:
-    schedule_update(f, s, replace(spec, guard=GuardConfig(loss_z=3.0)), seed)
+    engine_update(f, s, replace(spec, guard=GuardConfig(loss_z=3.0)), seed)
 
 
 CHANGES: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
-    "a call is made twice": (schedule, with_model(forward=one_call_more), {"count", "calls", "memory"}),
-    "an argument's strides": (schedule, with_model(forward=other_strides), {"calls"}),
-    "gradients add where they should start": (schedule, with_model(backward=always_adds), {"calls"}),
-    "a scalar argument": (schedule, {"update": other_limit}, {"calls"}),
-    "an update is missing": (schedule, {"update": lambda *_: None}, {"count", "calls", "memory"}),
-    "a dtype": (schedule, {"acc_dtype": lambda _: torch.float64}, {"calls", "memory"}),
+    "a call is made twice": (passes, with_model(forward=one_call_more), {"count", "calls", "memory"}),
+    "an argument's strides": (passes, with_model(forward=other_strides), {"calls"}),
+    "gradients add where they should start": (passes, with_model(backward=always_adds), {"calls"}),
+    "a scalar argument": (passes, {"update": other_limit}, {"calls"}),
+    "an update is missing": (passes, {"update": lambda *_: None}, {"count", "calls", "memory"}),
+    "a dtype": (passes, {"acc_dtype": lambda _: torch.float64}, {"calls", "memory"}),
     "offsets in the arena": (arena, {"ALIGN": 512}, {"memory"}),
     "buckets are waited for earlier": (collectives, {"IN_FLIGHT": 1}, {"calls", "memory"}),
     "unit of a bucket": (collectives, {"ALIGN": 256}, {"calls", "buckets"}),

@@ -1,6 +1,6 @@
-"""The training engine: a parameter table, an arena, a hand-written schedule, and the step that runs it."""
+"""The training engine: a parameter table, an arena, the passes over a model, and the engine that runs them."""
 
-from daybreak.engine.schedule import plan_engine
+from daybreak.engine.passes import plan_engine
 from daybreak.engine.spec import DTYPES, EngineSpec
 from daybreak.engine.step import Engine, named_stats
 

@@ -1,6 +1,6 @@
 """Memory, known before anything runs: every tensor's name, shape, dtype, lifetime and offset in a few flat buffers.
 
-The planner runs the schedule once with a recorder in place of the kernels, and tensors that have no memory. The list of
+The planner makes every pass once with a recorder in place of the kernels, and tensors that have no memory. The list of
 calls says when each activation is first written and last read. Activations that are never alive at the same call may
 share bytes. The largest one is placed first, each at the lowest offset that is free in all of its calls:
 
@@ -10,8 +10,8 @@ share bytes. The largest one is placed first, each at the lowest offset that is 
     8 C n                                 |- lse -------|
 
 Every other tensor (weights, optimizer state, batch) stays, and has bytes of its own. Nothing here touches a device:
-`plan` prints the list, and training allocates exactly it. Different schedules, such as training and decode, use the
-same bytes, because they never run at once.
+`plan` prints the list, and training allocates exactly it. Different passes, such as training and decode, use the same
+bytes, because they never run at once.
 """
 
 from __future__ import annotations
@@ -215,19 +215,19 @@ class Arena:
 
 
 def plan_arena(
-    table: ParamTable, dtype: torch.dtype, state: list[Entry], schedules: Sequence[Callable[[PlanFrame], None]],
+    table: ParamTable, dtype: torch.dtype, state: list[Entry], passes: Sequence[Callable[[PlanFrame], None]],
     choices: Mapping[str, str], comm: Collectives,
 ) -> Arena:  # fmt: skip
-    """Record the schedules and place every tensor. Its entry has the lifetime of the first schedule that uses it."""
+    """Record the passes and place every tensor. Its entry has the lifetime of the first pass that uses it."""
     placed, ends = [], dict[str, int]()
     for e in state:
         placed.append(replace(e, offset=ends.get(e.buffer, 0)))
         ends[e.buffer] = ends.get(e.buffer, 0) + e.padded
     frame = PlanFrame(table, dtype, state, comm, choices)
     recorded: list[list[Call]] = []
-    for schedule in schedules:
+    for run in passes:
         frame.recorder.calls.clear()
-        schedule(frame)
+        run(frame)
         recorded.append(list(frame.recorder.calls))
     calls, ends["scratch"] = recorded[0], max(c.scratch for calls in recorded for c in calls)
     scratch_entry = Entry("scratch", "scratch", (max(ends["scratch"], 64),), torch.uint8, last=len(calls))
@@ -250,19 +250,19 @@ def _lifetimes(frame: PlanFrame, calls: list[Call]) -> dict[str, tuple[int, int]
     return spans
 
 
-def _place(tensors: Mapping[str, Tensor], schedules: Sequence[Mapping[str, tuple[int, int]]]) -> list[Entry]:
-    """Offsets such that tensors alive at the same call of a schedule never overlap: largest first, lowest free gap.
+def _place(tensors: Mapping[str, Tensor], passes: Sequence[Mapping[str, tuple[int, int]]]) -> list[Entry]:
+    """Offsets such that tensors alive at the same call of a pass never overlap: largest first, lowest free gap.
 
-    schedules: of each, the first and last call of every tensor that it uses."""
+    passes: of each, the first and last call of every tensor that it uses."""
     entries = [
-        Entry(name, "activations", tuple(t.shape), t.dtype, 0, *next((s[name] for s in schedules if name in s), (0, 0)))
+        Entry(name, "activations", tuple(t.shape), t.dtype, 0, *next((s[name] for s in passes if name in s), (0, 0)))
         for name, t in tensors.items()
     ]
-    placed: list[list[tuple[int, int, int, int]]] = [[] for _ in schedules]  # (offset, end, first, last), by offset
+    placed: list[list[tuple[int, int, int, int]]] = [[] for _ in passes]  # (offset, end, first, last), by offset
     found = []
     for e in sorted(entries, key=lambda e: (-e.padded, e.first, e.name)):
         offset, size = 0, e.padded
-        mine = [(others, *s[e.name]) for others, s in zip(placed, schedules, strict=True) if e.name in s]
+        mine = [(others, *s[e.name]) for others, s in zip(placed, passes, strict=True) if e.name in s]
         taken = [(o[0], o[1]) for others, first, last in mine for o in others if o[2] <= last and first <= o[3]]
         for start, end in sorted(taken):
             if offset + size <= start:

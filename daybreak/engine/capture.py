@@ -1,6 +1,6 @@
 """CUDA graphs and what crosses between host and device: recorded launches, pinned input, results read late.
 
-On a CPU everything here is a plain call. On CUDA the schedule of a micro-step and of the update is captured once and
+On a CPU everything here is a plain call. On CUDA the calls of a micro-step and of the update is captured once and
 replayed; the host only copies the batch in and reads a step's scalars when it wants them, so it never waits inside a
 step.
 """
@@ -64,7 +64,7 @@ class Graphs:
 
 class Tapes:
     """What graphs are to a GPU, for a CPU's short steps: the kernel calls of a function with their tensors, made again
-    without the schedule that leads to them (half of the time of a small model's step)."""
+    without the Python that leads to them (half of the time of a small model's step)."""
 
     def __init__(self, frame: LiveFrame) -> None:
         self._frame, self._tapes = frame, dict[Hashable, list[Action]]()

@@ -13,7 +13,7 @@ import torch
 from daybreak.config import Config
 from daybreak.engine.arena import Arena
 from daybreak.engine.device import available_bytes, engine_spec, missing_on, pick_device
-from daybreak.engine.schedule import plan_engine
+from daybreak.engine.passes import plan_engine
 from daybreak.errors import Error, OutOfMemory
 from daybreak.parallel import ALONE, Group
 

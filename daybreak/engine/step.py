@@ -4,7 +4,7 @@
     engine.train_step(tokens, targets, lr=6e-4, step=0)
     engine.stats()["loss"]
 
-What a step consists of is in schedule.py; this is the engine that owns the memory and runs it.
+passes.py has the calls that a step consists of. This is the engine, which owns the memory and runs them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on
 from daybreak.engine.formats import in_formats
 from daybreak.engine.params import draw_parameters
-from daybreak.engine.schedule import State, evaluate, micro_step, next_token, plan_engine, update
+from daybreak.engine.passes import State, evaluate, micro_step, next_token, plan_engine, update
 from daybreak.engine.spec import EngineSpec
 from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
@@ -122,7 +122,7 @@ class Engine:
                 self.set_exact(name, value)
 
     def prepare(self) -> None:
-        """On CUDA: run the schedule once without effect, so that everything is compiled, and capture its graphs."""
+        """On CUDA: make every pass once without effect, so that everything is compiled, and capture its graphs."""
         if not self.graphs.enabled:
             return
         self.state["tokens"].zero_()

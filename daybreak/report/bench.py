@@ -26,7 +26,7 @@ from daybreak.engine.capture import Pending
 from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import engine_spec, missing_on, pick_device, set_precision, used_mib
 from daybreak.engine.fit import check_fits, plan_memory
-from daybreak.engine.schedule import micro_step
+from daybreak.engine.passes import micro_step
 from daybreak.errors import ConfigError
 from daybreak.formatting import several
 from daybreak.kernels import OPS, Op, all_ops
@@ -211,8 +211,8 @@ def bench(config: Config, seconds: float = 10.0) -> Bench:
 
 
 def step_products(config: Config, device: torch.device) -> list[Key]:
-    """Every matrix product of a step, of its first and its later micro-steps: the schedule itself, run on tensors
-    without storage."""
+    """Every matmul of a step, of its first and its later micro-steps, found by running them on tensors without
+    storage."""
     from daybreak.kernels.cuda import cublaslt
 
     spec, ops = engine_spec(config, device, missing=()), all_ops("cuda")

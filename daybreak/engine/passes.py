@@ -1,4 +1,4 @@
-"""One optimizer step as calls, and the memory that they need: micro-steps, update, evaluation, decode.
+"""The passes over a model as calls, and the memory that they need: micro-steps, update, evaluation, decode.
 
 The functions are what runs; `plan_engine` records the very same ones.
 """
@@ -166,15 +166,15 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     def decoding(b: int, f: Any) -> None:
         next_token(model, f, f.state, b)
 
-    schedules: list[Callable[[Any], None]] = [lambda f: evaluate(model, f, f.state, B, T)]
+    passes: list[Callable[[Any], None]] = [lambda f: evaluate(model, f, f.state, B, T)]
     if spec.train:
-        schedules = [training, more, *schedules]
+        passes = [training, more, *passes]
     assert rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
     # A model may decode few rows by other calls. Many short sequences may need more scratch than one long one.
-    schedules += [partial(decoding, b) for b in sorted({1, min(2, rows), rows})]
-    schedules += [partial(prefill, b) for b in range(2, rows + 1)]
+    passes += [partial(decoding, b) for b in sorted({1, min(2, rows), rows})]
+    passes += [partial(prefill, b) for b in range(2, rows + 1)]
     kv = model.cache_shape(rows, T)
     choices = choose(spec.device_type, dtype, spec.kernels, spec.missing, model.asks)
     state, comm = state_entries(spec, sharding, kv), Collectives(sharding, group)
     state += constant_entries(model.constants()) + (weight_entries(table, spec.formats) if spec.train else [])
-    return model, table, plan_arena(table, dtype, state, schedules, choices, comm)
+    return model, table, plan_arena(table, dtype, state, passes, choices, comm)

@@ -63,6 +63,7 @@ RANK_VARIABLES = (  # of each launcher: rank, number of processes, rank on this 
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # only srun sets the second; a batch script does not
 )
 T = TypeVar("T")
+Check = Callable[[], None]  # called between the parts of long work; raises if it should stop
 
 
 def launched(environ: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from daybreak.data.kinds import guess
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError, DataError, explained
-from daybreak.parallel import ALONE, Group
+from daybreak.parallel import ALONE, Check, Group
 
 log = logging.getLogger("daybreak")
 
@@ -124,9 +124,7 @@ def load_examples(path: Path, tokenizer: Tokenizer, T: int, limit: int = 0) -> l
     return kept
 
 
-def losses_of(
-    engine: Engine, rows: Sequence[Row], check: Callable[[], None] = lambda: None
-) -> list[NDArray[np.floating]]:
+def losses_of(engine: Engine, rows: Sequence[Row], check: Check = lambda: None) -> list[NDArray[np.floating]]:
     """Loss of each token of each row's continuation. Rows of like length share a batch, so little of it is padding."""
     if (longest := max((len(ending) for _, ending in rows), default=0)) > engine.T:
         raise DataError(f"a continuation has {longest} tokens, and the model computes T = {engine.T}; it has no score.")
@@ -149,22 +147,20 @@ def losses_of(
 
 
 def accuracy(
-    engine: Engine, examples: Iterable[Example], check: Callable[[], None] = lambda: None, group: Group = ALONE
+    engine: Engine, examples: Sequence[Example], check: Check = lambda: None, group: Group = ALONE
 ) -> Accuracy:
     """Score examples by the rules above. `check` runs before each batch, equally often on every rank. Collective: ranks
     share the examples out."""
-    everything = list(examples)
-    shares = [everything[rank :: group.world] for rank in range(group.world)]
+    shares = [examples[rank :: group.world] for rank in range(group.world)]
     batches = [-(-sum(len(e.endings) for e in share) // engine.B) for share in shares]
-    examples = shares[group.rank]
-    rows = [(e.context, ending) for e in examples for ending in e.endings]
-    each = iter(losses_of(engine, rows, check))
+    mine = shares[group.rank]
+    each = iter(losses_of(engine, [(e.context, ending) for e in mine for ending in e.endings], check))
     for _ in range(max(batches) - batches[group.rank]):
         check()
     right = np.zeros(2, np.int64)
-    for e in examples:
+    for e in mine:
         losses = [next(each).astype(np.float64) for _ in e.endings]
         for k, values in enumerate(([x.sum() for x in losses], [x.mean() for x in losses])):
             right[k] += int(np.argmin(values)) == e.label
-    acc, acc_norm = (count / len(everything) for count in group.numbers(right.tolist()))
-    return Accuracy(acc, acc_norm, len(everything))
+    acc, acc_norm = (count / len(examples) for count in group.numbers(right.tolist()))
+    return Accuracy(acc, acc_norm, len(examples))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from daybreak.data.mixing import open_loaders
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import DataError
-from daybreak.parallel import ALONE, Group
+from daybreak.parallel import ALONE, Check, Group
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Validation:
 
 
 def validate(
-    engine: Engine, loader: Loader, lengths: NDArray[Any], budget: int, check: Callable[[], None] = lambda: None,
+    engine: Engine, loader: Loader, lengths: NDArray[Any], budget: int, check: Check = lambda: None,
     group: Group = ALONE,
 ) -> Validation:  # fmt: skip
     """Loss of the first `budget` tokens of `loader` in whole samples (`Loader.parts`); of a mixture, of each source's
@@ -41,8 +40,7 @@ def validate(
 
     Bits per byte leave out tokens without bytes (end of text) on both sides. Targets of -1 count nowhere.
     """
-    total = text_total = 0.0
-    tokens, size = 0, 0.0
+    sums = np.zeros(4)  # the loss of all targets, and of those with text; the targets; their bytes of text
     rounds = ((*part, at) for part in loader.parts(budget) for at in range(0, part[1], engine.B * group.world))
     for source, samples, round_ in rounds:
         check()
@@ -53,15 +51,11 @@ def validate(
         losses = engine.eval_losses(torch.from_numpy(inputs), torch.from_numpy(targets)).cpu().numpy()
         counts = targets >= 0
         length = lengths[targets] * counts
-        total += losses.sum(dtype=np.float64)
-        text_total += losses.sum(dtype=np.float64, where=length > 0)
-        tokens += int(counts.sum())
-        size += float(length.sum())
-    if group.world > 1:
-        total, text_total, count, size = group.numbers([total, text_total, tokens, size])
-        tokens = int(count)
+        of_text = losses.sum(dtype=np.float64, where=length > 0)
+        sums += losses.sum(dtype=np.float64), of_text, counts.sum(), length.sum()
+    total, text_total, tokens, size = group.numbers(sums.tolist())
     bits = text_total / math.log(2)
-    return Validation(total / tokens if tokens else math.nan, tokens, bits / size if size else math.nan)
+    return Validation(total / tokens if tokens else math.nan, int(tokens), bits / size if size else math.nan)
 
 
 def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str) -> Validation:

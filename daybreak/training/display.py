@@ -22,6 +22,7 @@ from rich.text import Text
 
 from daybreak.console import Console as Stream
 from daybreak.formatting import format_duration
+from daybreak.parallel import Check
 from daybreak.state.metrics import step_line
 from daybreak.training.stop import to_stderr
 
@@ -35,9 +36,7 @@ class Task:
     """Something that takes a while, and how much of it is done. total: parts, before each of which the task is called;
     0 = unknown. check: what a call calls."""
 
-    def __init__(
-        self, what: str, total: int = 0, check: Callable[[], None] = lambda: None, clock: Clock = time.monotonic
-    ) -> None:
+    def __init__(self, what: str, total: int, check: Check, clock: Clock = time.monotonic) -> None:
         self.what, self.total, self.check, self.clock, self.began, self.done = what, total, check, clock, clock(), -1
 
     def __call__(self) -> None:
@@ -61,7 +60,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def working(what: str, total: int = 0, check: Callable[[], None] = lambda: None) -> Iterator[Task]:
+def working(what: str, total: int = 0, check: Check = lambda: None) -> Iterator[Task]:
     """Say how far the `with` block is, if it lasts: after 2 seconds, 4 more, 8 more, and then every minute."""
     task, over = Task(what, total, check), threading.Event()
 
@@ -96,9 +95,7 @@ class Display:
     def sample(self, text: str) -> None:
         """A generated text."""
 
-    def working(
-        self, what: str, total: int = 0, check: Callable[[], None] = lambda: None
-    ) -> AbstractContextManager[Task]:
+    def working(self, what: str, total: int = 0, check: Check = lambda: None) -> AbstractContextManager[Task]:
         """For the `with` block: something that may last (see Task)."""
         return nullcontext(Task(what, total, check))
 
@@ -170,7 +167,7 @@ class LiveDisplay(Display):
         self.now = step, steps, values
 
     @contextmanager
-    def working(self, what: str, total: int = 0, check: Callable[[], None] = lambda: None) -> Iterator[Task]:
+    def working(self, what: str, total: int = 0, check: Check = lambda: None) -> Iterator[Task]:
         before, self.task = self.task, Task(what, total, check, self.clock)
         try:
             yield self.task

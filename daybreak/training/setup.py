@@ -49,7 +49,7 @@ from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.files import write_atomic
 from daybreak.formatting import several
 from daybreak.manifest import published, run_id
-from daybreak.parallel import Group, agent
+from daybreak.parallel import Check, Group, agent
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint
 from daybreak.state.restore import Weights, check_host_memory, warn_of_disk
 from daybreak.state.run import Run
@@ -254,7 +254,7 @@ def describe_device(device: torch.device, compute: str) -> tuple[str, float | No
     return name, peak_flops(name) if compute == "bf16" else None
 
 
-def _prepare_embedded(config: Config, beside: Path | None, check: Callable[[], None]) -> None:
+def _prepare_embedded(config: Config, beside: Path | None, check: Check) -> None:
     """Prepare the data set made from this machine's own files, on its first use. `check` may raise to stop it."""
     d = config.data
     if EMBEDDED in (d.name, *(name for name, _ in parse_mix(d.name))) and not d.train:

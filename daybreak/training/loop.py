@@ -44,7 +44,7 @@ from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import validate
 from daybreak.generate import Sampling, sample_text
 from daybreak.parallel import connect, launched
-from daybreak.state.checkpoint import Checkpoint, load_checkpoint, newest_good
+from daybreak.state.checkpoint import Checkpoint, load_checkpoint
 from daybreak.state.metrics import MainLog, MetricsWriter
 from daybreak.state.restore import Staging, Weights, restore, restore_weights, snapshot
 from daybreak.state.run import Run
@@ -201,7 +201,7 @@ class Trainer:
         """Continue from this run's newest checkpoint, or start from another run's checkpoint or from given weights."""
         self.given_weights = fork is not None or init is not None
         if self.setup.continues:
-            path = self.group.first(self._newest)
+            path = self.group.first(lambda: self.setup.run.checkpoint().path)
             self._continue(load_checkpoint(path, "off"), same_data=True)
             self.saved_step = self.step
         elif fork is not None:
@@ -210,11 +210,6 @@ class Trainer:
             check_data(init, self.setup, same_data=False)
             restore_weights(self.engine, init)
         self.stop.check()
-
-    def _newest(self) -> Path:
-        found = newest_good(self.run_folder.checkpoints, self.run_folder.id)
-        assert found is not None, "a listed checkpoint vanished"
-        return found.path
 
     def _continue(self, checkpoint: Checkpoint, *, same_data: bool) -> None:
         check_data(checkpoint, self.setup, same_data)
@@ -281,14 +276,12 @@ class Trainer:
         self.clock.start()
         while True:
             self._report_save()
-            last = self.step >= c.run.steps
-            validate = last or (c.eval.every and self.step % c.eval.every == 0)
-            n = c.eval.hellaswag_every
-            score = self.setup.hellaswag and self.step and (last or self.step % n == 0 if n else validate)
-            sample = last or (c.eval.sample_every and self.step and self.step % c.eval.sample_every == 0)
-            sample = bool(sample and c.eval.sample_tokens)
-            due = bool(c.checkpoint.every) and self.step % c.checkpoint.every == 0 and self.step != self.resumed
-            save = self.stop.take_save_request() or last or due  # the request first: a save that is due answers it too
+            last, e, begun = self.step >= c.run.steps, c.eval, self.step > 0
+            validate = last or _due(self.step, e.every)
+            score = self.setup.hellaswag and begun and (last or _due(self.step, e.hellaswag_every or e.every))
+            sample = e.sample_tokens > 0 and (last or (begun and _due(self.step, e.sample_every)))
+            save = self.stop.take_save_request()  # taken in any case: a save that is due answers it too
+            save |= last or (_due(self.step, c.checkpoint.every) and self.step != self.resumed)
             if validate or score or sample or save:
                 self._read_results(0)
                 with self.clock.pause():
@@ -308,7 +301,7 @@ class Trainer:
                 with self.clock.pause():
                     self.profiler.before(self.step)
             self._update(next(batches), learning_rate(self.step, c.optim, c.schedule))
-            norms = c.log.norms_every and self.step % c.log.norms_every == 0  # they need this update's gradients
+            norms = _due(self.step, c.log.norms_every)  # they need this update's gradients
             self._read_results(0 if norms else self._late)
 
     def _update(self, batch: Batch, lr: float) -> None:
@@ -446,7 +439,7 @@ class Trainer:
         self.main_log.train(step - 1, stats["loss"], update.lr, stats["norm"])
         shown = {**values, "precision": self.setup.compute, "step_tokens": step_tokens}
         self.display.step(step, c.run.steps, shown)
-        if c.log.norms_every and step % c.log.norms_every == 0:
+        if _due(step, c.log.norms_every):
             norms = {name: {"weight": weight, "grad": grad} for name, weight, grad in self.engine.norms()}
             self.metrics.write("event", step, tokens, what="norms", detail=json.dumps(norms))
         self._count_skips(skipped, stats, step, tokens)
@@ -489,6 +482,11 @@ class Trainer:
             entropy = unigram_entropy(self.setup.dataset)
             self.metrics.write("event", self.step, self.tokens, what="unigram_entropy", detail=repr(entropy))
             self.display.note(f"baseline {entropy:.4f}: a model that knows only token frequencies")
+
+
+def _due(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps is due; 0: never."""
+    return every > 0 and step % every == 0
 
 
 def _or_none(x: float) -> float | None:

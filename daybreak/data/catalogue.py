@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from daybreak.data.formats import Faults
@@ -56,7 +56,7 @@ def _known_source(name: str, field: str, fraction: float | None, faults: Faults)
     if not entry.spec:
         return stdlib_source(fraction)
     source = remote_source([entry.spec], field, fraction or entry.fraction, faults, entry.licence, entry.size)
-    return Source(**{**vars(source), "name": name})
+    return replace(source, name=name)
 
 
 def resolve_source(
@@ -73,13 +73,12 @@ def resolve_source(
     if not names:
         raise ConfigError(f"nothing to prepare; give files, folders, URLs, hf:owner/name or a name ({known}).")
     words, faults = [str(name) for name in names], Faults(skip_bad)
-    if words[0].startswith("hf:"):
-        if len(words) > 1 or not SPEC.fullmatch(words[0]):
-            raise ConfigError(f"{' '.join(words)!r} must be one hf:owner/name[@revision][:config][#column].")
-        return remote_source(words, field, val_fraction, faults)
     if words == ["-"]:
         return stdin_source(field, val_fraction, faults)
-    if all(word.startswith(("http://", "https://")) for word in words):
+    hub = words[0].startswith("hf:")
+    if hub and (len(words) > 1 or not SPEC.fullmatch(words[0])):
+        raise ConfigError(f"{' '.join(words)!r} must be one hf:owner/name[@revision][:config][#column].")
+    if hub or all(word.startswith(("http://", "https://")) for word in words):
         return remote_source(words, field, val_fraction, faults)
     paths = [Path(name) for name in names]
     if len(names) == 1 and (name := known_name(words[0])):

@@ -120,18 +120,17 @@ def _patterns(card: dict[str, Any], config: str) -> list[tuple[str, str]]:
     return found
 
 
-def hub_files(
-    repo: str, revision: str | None = None, config: str = "", kinds: tuple[tuple[str, ...], ...] = KINDS
-) -> tuple[str, str, list[Remote]]:
+def hub_files(spec: re.Match[str], kinds: Sequence[tuple[str, ...]] = KINDS) -> tuple[str, str, list[Remote]]:
     """(commit, licence, files) of a data set on the Hub: those of the first of `kinds` (suffixes) that it has.
 
-    Test splits are left out. DataError, in one sentence.
+    spec: what SPEC matched. Test splits are left out. DataError, in one sentence.
     """
+    repo, config = spec["repo"], spec["config"] or ""
     hub, endpoint = extra("huggingface_hub", "data", "downloading"), os.environ.get("HF_ENDPOINT") or None
     extra("huggingface_hub.utils", "data", "downloading").disable_progress_bars()
     api = hub.HfApi(endpoint=endpoint)
     try:
-        info = api.dataset_info(repo, revision=revision, timeout=30)
+        info = api.dataset_info(repo, revision=spec["revision"], timeout=30)
         card = dict(info.card_data.to_dict()) if info.card_data else {}
         patterns = _patterns(card if kinds is KINDS else {}, config)
         if bad := next((glob for glob, _ in patterns if not isinstance(glob, str) or len(glob) > LONGEST_GLOB), None):
@@ -205,7 +204,7 @@ def remote_source(
     """`hf:owner/name[@revision][:config][#column]`, or URLs, as a source. DataError for what cannot be listed."""
     if match := SPEC.fullmatch(names[0]):
         field = match["column"] or field
-        revision, found, remotes = hub_files(match["repo"], match["revision"], match["config"] or "")
+        revision, found, remotes = hub_files(match)
         licence = licence or found
         plain = re.sub(r"[*?/]+", "-", match["config"] or "").strip("-")
         name = match["repo"].partition("/")[2] + (f"-{plain}" if plain else "")

@@ -428,7 +428,7 @@ def pretokenized(
     name, origin = name or known or spec["repo"].partition("/")[2], f"hf:{spec['repo']}"
     tokenizer = get_tokenizer("gpt2")
     final = _place(data_dir, name, origin, tokenizer)
-    commit, licence, files = hub_files(spec["repo"], spec["revision"], spec["config"] or "", ((".bin",),))
+    commit, licence, files = hub_files(spec, [(".bin",)])
     train = [file for file in files if "train" in file.name][: shards or None]
     val = [file for file in files if "val" in file.name and "train" not in file.name]
     if not (train and val):

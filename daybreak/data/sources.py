@@ -156,11 +156,8 @@ def _parts(paths: Sequence[Path], column: str) -> list[Part]:
             if not path.name.lower().endswith(SUFFIXES) and not is_text(path.name):
                 with path.open("rb") as file:
                     said = identify(file.read(HEAD), text=True)
-                way = (
-                    f"this is {said}"
-                    if said
-                    else "convert to .txt, .md or .jsonl, or pipe text into daybreak prepare - --name NAME"
-                )
+                convert = "convert to .txt, .md or .jsonl, or pipe text into daybreak prepare - --name NAME"
+                way = f"this is {said}" if said else convert
                 raise DataError(f"{path}: cannot read {path.suffix or 'such'} files; {way}.")
             found.append((path.name, path))
             continue

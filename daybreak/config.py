@@ -122,10 +122,8 @@ class Config:
         steps = self.run.steps or (max(1, self.steps_in(asked, ranks)) if asked else epoch_steps)
         largest = max(self.tokens_at(step, ranks) for step in (0, *(step for step, _ in self.batch.ramp)))
         if largest > epoch_tokens and not self.run.overfit:
-            raise ConfigError(
-                f"one step takes {largest} tokens, more than all of data.name = {self.data.name!r}; "
-                "lower batch.total_tokens, batch.ramp or batch.B, or prepare more data."
-            )
+            said = f"one step takes {largest} tokens, more than all of data.name = {self.data.name!r}"
+            raise ConfigError(f"{said}; lower batch.total_tokens, batch.ramp or batch.B, or prepare more data.")
         horizon = self.optim.horizon or steps
         warmup = self.schedule.warmup if self.schedule.warmup >= 0 else min(700, horizon // 20)
         made = self.override(
@@ -156,10 +154,9 @@ class Config:
         self._check_batch(ranks)
         horizon = self.optim.horizon or self.run.steps
         if horizon and self.schedule.warmup > horizon:
-            raise ConfigError(
-                f"schedule.warmup = {self.schedule.warmup} must be at most the learning-rate horizon of {horizon} "
-                "steps; lower it, or set it to -1 for min(700, horizon // 20)."
-            )
+            rule = f"must be at most the learning-rate horizon of {horizon} steps"
+            fix = "lower it, or set it to -1 for min(700, horizon // 20)"
+            raise ConfigError(f"schedule.warmup = {self.schedule.warmup} {rule}; {fix}.")
 
     def _check_data(self) -> None:
         data = self.data
@@ -172,18 +169,15 @@ class Config:
     def _check_batch(self, ranks: int) -> None:
         batch = self.batch
         if self.model.max_T < batch.T:
-            raise ConfigError(
-                f"batch.T = {batch.T} must be at most model.max_T = {self.model.max_T}; lower it or raise model.max_T."
-            )
+            rule = f"must be at most model.max_T = {self.model.max_T}"
+            raise ConfigError(f"batch.T = {batch.T} {rule}; lower it or raise model.max_T.")
         if batch.total_tokens:
             self._check_multiple("batch.total_tokens", batch.total_tokens, ranks)
         before = 0
         for step, tokens in batch.ramp:
             if step <= before or tokens < 1:
-                raise ConfigError(
-                    f"batch.ramp = {toml_value(batch.ramp)} must be [step, total_tokens] pairs with steps above 0 and "
-                    f"ascending and tokens above 0; [{step}, {tokens}] is not."
-                )
+                rule = "must be [step, total_tokens] pairs with steps above 0 and ascending and tokens above 0"
+                raise ConfigError(f"batch.ramp = {toml_value(batch.ramp)} {rule}; [{step}, {tokens}] is not.")
             before = step
             self._check_multiple(f"batch.ramp at step {step}: total_tokens", tokens, ranks)
 
@@ -329,10 +323,8 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
         fix = run_hint(target) or "; give a run's folder, a recipe.toml, a recipe (tiny) or a shape (d12)."
         raise ConfigError(f"{target} does not exist{fix}")
     known = [*recipe_names(), *SHAPES]
-    raise ConfigError(
-        f"unknown target {target!r}; did you mean {nearest(target, known)!r}? "
-        f"Recipes: {', '.join(recipe_names())}; or a shape such as d12, a recipe.toml, or a run's folder."
-    )
+    other = f"Recipes: {', '.join(recipe_names())}; or a shape such as d12, a recipe.toml, or a run's folder."
+    raise ConfigError(f"unknown target {target!r}; did you mean {nearest(target, known)!r}? {other}")
 
 
 def run_hint(path: Path | str) -> str:
@@ -354,10 +346,8 @@ def run_config(run: Path) -> Config:
         # An import's checkpoint has seen no data: only its model is settled.
         fixed = _fixed(saved, config, fork=not newest[1]["data"]["fingerprint"], moved=True)
         if said := [f"{name} = {toml_value(now)} instead of {toml_value(was)}" for name, was, now in fixed]:
-            raise ConfigError(
-                f"{file} differs from {newest[0]} in what a run cannot change: {', '.join(said)}; delete these lines, "
-                "which restores the checkpoint's values (or remove the checkpoint, if it is another run's)."
-            )
+            fix = "delete these lines to restore the checkpoint's values (or remove the checkpoint of another run)"
+            raise ConfigError(f"{file} differs from {newest[0]} in what a run cannot change: {', '.join(said)}; {fix}.")
     try:
         config.check()
     except ConfigError as e:
@@ -381,18 +371,15 @@ def read_toml(path: Path, base: Config | None = None) -> Config:
     try:
         tables = tomllib.loads(read_bytes(path, MOST_TOML).decode())
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path} does not exist; recipes shipped with daybreak: {', '.join(recipe_names())}."
-        ) from None
+        shipped = ", ".join(recipe_names())
+        raise ConfigError(f"{path} does not exist; recipes shipped with daybreak: {shipped}.") from None
     except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{path} cannot be read as TOML: {e}.") from None
     schema = tables.pop("schema", SCHEMA)
     if type(schema) is not int or schema < 1:
         raise ConfigError(f"{path}: schema = {schema!r} must be a whole number, at least 1; write schema = {SCHEMA}.")
     if schema > SCHEMA:
-        raise ConfigError(
-            f"{path}: schema = {schema} was written by a newer daybreak (this one reads {SCHEMA}); upgrade."
-        )
+        raise ConfigError(f"{path}: schema = {schema} is of a newer daybreak (this one reads {SCHEMA}); upgrade.")
     values: dict[str, Any] = {}
     for section, table in tables.items():
         if isinstance(table, dict) and (table or section in SECTIONS):

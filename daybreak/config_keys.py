@@ -80,9 +80,8 @@ def check_rules(section: str, values: Any) -> None:
     for f in fields(values):
         value, rule = getattr(values, f.name), f.metadata["rule"]
         if rule is not None and not rule.holds(value):
-            raise ConfigError(
-                f"{section}.{f.name} = {toml_value(value)} {rule.text}; the default is {toml_value(f.default)}."
-            )
+            said = f"{section}.{f.name} = {toml_value(value)} {rule.text}"
+            raise ConfigError(f"{said}; the default is {toml_value(f.default)}.")
 
 
 @dataclass(frozen=True)

@@ -367,9 +367,8 @@ def _begin(values: Values, world: int) -> tuple[Config, Path | None, Path | None
     again = out if out is not None and (out / "config.toml").is_file() else None  # it stopped before its first save
     if not values["-e"].endswith(".bin"):
         if not is_shape(values["-e"]) or parse_shape(values["-e"]).arch != "gpt2":
-            raise ConfigError(
-                f"-e {values['-e']} is neither a .bin file nor llm.c's shape: d6 ... d84, gpt3:c384 ... c12288."
-            )
+            shapes = "d6 ... d84, gpt3:c384 ... c12288"
+            raise ConfigError(f"-e {values['-e']} is neither a .bin file nor llm.c's shape: {shapes}.")
         return translate(values, world), again, None, values["-e"]
     source = open_source(values["-e"])
     config = translate(values, world, Config(model=source.model), source.tokenizer.name)

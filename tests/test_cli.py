@@ -96,7 +96,7 @@ ERRORS: list[tuple[str, int, str]] = [
     ("train d13", 2, f"unknown target 'd13'; did you mean 'd12'? {RECIPES}"),
     ("train none.toml", 2, "none.toml does not exist; recipes shipped with daybreak: gpt2-124M, gpt2-1558M, gpt2-350M, "
                            "gpt2-774M, gpt3-125M, llama-1B, smollm-135M, tiny."),
-    ("train new.toml", 2, "new.toml: schema = 2 was written by a newer daybreak (this one reads 1); upgrade."),
+    ("train new.toml", 2, "new.toml: schema = 2 is of a newer daybreak (this one reads 1); upgrade."),
     ("train typo.toml", 2, "typo.toml: unknown key 'optim.learningrate'; did you mean "),
     ("train broken.toml", 2, "broken.toml cannot be read as TOML: "),
     ("train empty", 2, "empty is not a run: it has no config.toml; give a folder that daybreak train made."),

@@ -254,7 +254,7 @@ def test_to_toml_starts_with_the_schema_and_comments_every_key() -> None:
 
 
 BAD_FILES = [
-    ("schema = 2\n", "schema = 2 was written by a newer daybreak (this one reads 1); upgrade."),
+    ("schema = 2\n", "schema = 2 is of a newer daybreak (this one reads 1); upgrade."),
     ('schema = "1"\n', "schema = '1' must be a whole number, at least 1; write schema = 1."),
     ("[optim]\nlearning = 1\n", "unknown key 'optim.learning'; did you mean 'eval.tokens'?"),
     ("[optimizer]\nlr = 1.0\n", "unknown key 'optimizer.lr'; did you mean 'optim.lr'?"),

@@ -52,9 +52,8 @@ def export(
 
     source, path = Export(Run(run).checkpoint(step), whole=to == "llmc"), Path(out)
     if to == "llmc" and source.tokenizer.source:
-        raise ConfigError(
-            f"{run} has a tokenizer.json of its own ({source.tokenizer.name}), which {to} cannot hold; use --to hf."
-        )
+        own = f"a tokenizer.json of its own ({source.tokenizer.name})"
+        raise ConfigError(f"{run} has {own}, which {to} cannot hold; use --to hf.")
     if to == "hf":
         huggingface.export(source, path, dtype)
     elif to == "gguf":

@@ -52,10 +52,8 @@ def import_(source: str, step: int | None, **flags: Any) -> None:
     click.echo(f"{run}: {m.text()}, {found.tokenizer.name} tokenizer")
     if found.optimizer:
         tokens = config.override({"batch.T": config.batch.T or m.max_T}).tokens_between(0, found.step)
-        click.echo(
-            f"step {found.step}, with optimizer state; its place in the data and its rounding noise have no image: "
-            f"the data order restarts at step x batch = {tokens:,} tokens"
-        )
+        place = f"step x batch = {tokens:,} tokens"
+        click.echo(f"step {found.step}, with optimizer state; the data order restarts at {place}")
     if found.tokenizer.source:
         click.echo(f"prepare text with its tokenizer: daybreak prepare FILE --tokenizer {run}/tokenizer.json")
     click.echo(f"continue with: daybreak train {run} --data DATA")

@@ -116,24 +116,18 @@ def _check_start(
     target: str | None, config: Config, resume: Resume | None, fork: str | None, init_from: str | None
 ) -> None:
     """Raise ConfigError unless target, --fork, --init-from and --name go together."""
+    if resume is None and fork is not None:
+        raise ConfigError(f"--fork {fork} needs an existing run to start from, which {target} is not; give runs/NAME.")
     if resume is None:
-        if fork is not None:
-            raise ConfigError(
-                f"--fork {fork} needs an existing run to start from, which {target} is not; give runs/NAME."
-            )
         return
     if init_from is not None:
         raise ConfigError(f"--init-from starts at step 0, but {target} is an existing run; give a recipe or a shape.")
     if fork is None and run_of(path := Path(target or "").expanduser()) != path:
-        raise ConfigError(
-            f"{target} is a checkpoint: start a new run from it with --fork NAME, or resume the run from its newest "
-            f"one with `daybreak train {resume.run}`."
-        )
+        newest = f"resume the run from its newest one with `daybreak train {resume.run}`"
+        raise ConfigError(f"{target} is a checkpoint: start a new run from it with --fork NAME, or {newest}.")
     if fork is None and config.run.name != resume.saved.run.name:
-        raise ConfigError(
-            f"--name {config.run.name} cannot rename {target}, an existing run; leave it out, or start a new run from "
-            f"its checkpoint with --fork {config.run.name}."
-        )
+        name, new = config.run.name, "start a new run from its checkpoint with --fork"
+        raise ConfigError(f"--name {name} cannot rename {target}, an existing run; leave it out, or {new} {name}.")
     saved = any(resume.run.glob("checkpoints/*/manifest.json"))
     check_resume(resume.saved, config, fork=fork is not None or is_untouched_import(resume.run), moved=saved)
 

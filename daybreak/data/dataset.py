@@ -112,9 +112,8 @@ def dataset_name(name: str, tokenizer: str) -> str:
 def check_name(name: str) -> None:
     """Raise ConfigError unless `name` can be a dataset's folder name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ConfigError(
-            f"dataset name {name!r} must start with a letter or digit and hold only those, '.', '_' and '-'."
-        )
+        rule = "must start with a letter or digit and hold only those, '.', '_' and '-'"
+        raise ConfigError(f"dataset name {name!r} {rule}.")
 
 
 def open_dataset(
@@ -170,14 +169,20 @@ def _given(tokenizer: str) -> str:
     return f"RUN/{TOKENIZER_FILE}" if tokenizer.startswith("hf-") else tokenizer
 
 
+def check_tokenizer(dataset: Dataset, has: Tokenizer, trained: str, name: str) -> None:
+    """Raise DataError if the data's tokenizer is not the one, called `name`, with which what is `trained` was."""
+    if has.name != name:
+        said = f"{trained} was trained with tokenizer {name!r}, and data set {dataset.name!r} is made with {has.name!r}"
+        raise DataError(f"{said}; choose --data that was prepared with --tokenizer {_given(name)}.")
+
+
 def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
     manifest = Manifest.load(folder / MANIFEST)
     if tokenizer and tokenizer != manifest.tokenizer:
-        raise DataError(
-            f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}; give --data.tokenizer "
-            f"{manifest.tokenizer} to train with that one, or prepare the text again under another --name with "
-            f"--tokenizer {_given(tokenizer)}."
-        )
+        one = f"give --data.tokenizer {manifest.tokenizer} to train with that one"
+        other = f"prepare the text again under another --name with --tokenizer {_given(tokenizer)}"
+        said = f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}"
+        raise DataError(f"{said}; {one}, or {other}.")
     if get_tokenizer(manifest.tokenizer, folder).fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(f"{folder} was made with another tokenizer called {manifest.tokenizer!r}; prepare it again.")
     train, val = ([_checked(folder, shard) for shard in split.shards] for split in (manifest.train, manifest.val))

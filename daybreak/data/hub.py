@@ -61,10 +61,8 @@ def download(remote: Remote, folder: Path) -> Path:
             raise
         except Exception as error:  # the library's many kinds
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    raise DataError(
-        f"{remote.name} could not be downloaded in {ATTEMPTS} attempts ({reason}); run the same command again "
-        "to continue."
-    )
+    said = f"{remote.name} could not be downloaded in {ATTEMPTS} attempts ({reason})"
+    raise DataError(f"{said}; run the same command again to continue.")
 
 
 def _defect(path: Path, remote: Remote) -> str:
@@ -142,11 +140,9 @@ def hub_files(spec: re.Match[str], kinds: Sequence[tuple[str, ...]] = KINDS) -> 
     except DataError as error:
         raise DataError(f"hf:{repo}: {error}") from None
     except Exception as error:
-        said = str(error).strip().partition("\n")[0]
-        raise DataError(
-            f"hf:{repo} cannot be listed at {endpoint or 'https://huggingface.co'} ({type(error).__name__}: {said}); "
-            "check the name, the network and, for a gated set, HF_TOKEN."
-        ) from None
+        reason, where = str(error).strip().partition("\n")[0], endpoint or "https://huggingface.co"
+        said = f"hf:{repo} cannot be listed at {where} ({type(error).__name__}: {reason})"
+        raise DataError(f"{said}; check the name, the network and, for a gated set, HF_TOKEN.") from None
 
     get = partial(hub.hf_hub_download, repo, repo_type="dataset", revision=info.sha, endpoint=endpoint)
     files = []

@@ -106,10 +106,8 @@ class Loader:
         if not self.samples_per_epoch:
             largest = max(self.shards, key=lambda shard: shard.tokens, default=None)
             has = f"{largest.path}, the largest, has {largest.tokens}" if largest else "there is none"
-            raise DataError(
-                f"the data is too small: a sample needs T + 1 = {T + 1} tokens inside one shard, and {has}; use a "
-                "smaller batch.T or more data."
-            )
+            said = f"the data is too small: a sample needs T + 1 = {T + 1} tokens inside one shard, and {has}"
+            raise DataError(f"{said}; use a smaller batch.T or more data.")
         self._owner = object()
 
     @cached_property
@@ -133,10 +131,8 @@ class Loader:
         if out.size and out.max() >= self.V:
             row, column = (int(k[0]) for k in np.nonzero(out >= self.V))
             path, at = self.shards[shard_of[row]].path, self._start(int(places[row]), int(shard_of[row])) + column
-            raise DataError(
-                f"{path} has token {out[row, column]} at position {at}, outside the vocabulary of {self.V}; "
-                "the data was made with another tokenizer."
-            )
+            said = f"{path} has token {out[row, column]} at position {at}, outside the vocabulary of {self.V}"
+            raise DataError(f"{said}; the data was made with another tokenizer.")
         return out[:, :-1], out[:, 1:]
 
     def counts(self, samples: int) -> list[int]:

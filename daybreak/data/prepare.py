@@ -180,10 +180,8 @@ def _announce(source: Source, folder: Path, tokenizer: Tokenizer) -> None:
         source.name, f"{source.size * mb:,.1f}", tokens, f"{size * mb:,.1f}", f"{free * mb:,.1f}",
     )  # fmt: skip
     if size - done > 2 * free:
-        raise DataError(
-            f"{source.name} needs about {size * mb:,.1f} MB of disk, {free * mb:,.1f} MB are free at {folder.parent}; "
-            "make room or name another --data-dir."
-        )
+        said = f"{source.name} needs about {size * mb:,.1f} MB of disk, {free * mb:,.1f} MB are free at {folder.parent}"
+        raise DataError(f"{said}; make room or name another --data-dir.")
     if size - done > free:
         log.warning("the disk may be too small; if it fills up, make room and run the same command again to continue.")
 
@@ -439,10 +437,8 @@ def pretokenized(
     with explained(DataError, f"preparing {name!r} failed"), workspace(final, identity) as (folder, journal):
         if journal is None:
             _write_journal(folder, {"identity": identity})
-        left, free = (
-            sum(x.size for _, file, x in wanted if not (folder / file).exists()),
-            shutil.disk_usage(folder).free,
-        )
+        left = sum(remote.size for _, file, remote in wanted if not (folder / file).exists())
+        free = shutil.disk_usage(folder).free
         log.info("%s: %d shards, %.1f GB to download, %.1f GB are free", name, len(wanted), left / 1e9, free / 1e9)
         if left > free:
             raise DataError(f"{name} needs {left / 1e9:.1f} GB, {free / 1e9:.1f} are free; ask for fewer shards.")

@@ -53,23 +53,19 @@ def read_header(path: str | Path) -> ShardInfo:
     magic, version, tokens = (int(value) for value in np.frombuffer(data[:12].ljust(12, b"\0"), "<i4"))
     it_is = guess(data, MAGIC, MAGIC32)
     if len(data) < HEADER_BYTES:
-        raise DataError(
-            f"{path} is not a token shard: {size} bytes, shorter than the {HEADER_BYTES}-byte header{it_is}."
-        )
+        raise DataError(f"{path} is no token shard: {size} bytes, shorter than the {HEADER_BYTES}-byte header{it_is}.")
     if magic not in (MAGIC, MAGIC32):
         raise DataError(f"{path} is not a GPT-2 token shard: magic number {magic} instead of {MAGIC}{it_is}.")
     width, known = (2, VERSION) if magic == MAGIC else (4, VERSION32)
     if version != known:
-        raise DataError(
-            f"{path} has token shard version {version}; only version {known} (uint{8 * width} tokens) is read."
-        )
+        only = f"only version {known} (uint{8 * width} tokens) is read"
+        raise DataError(f"{path} has token shard version {version}; {only}.")
     if tokens <= 0:
         raise DataError(f"{path} has a token count of {tokens} in its header; it must be positive.")
     info = ShardInfo(path, tokens, width)
     if size != info.size:
-        raise DataError(
-            f"{path} has {size} bytes but its header says {tokens} tokens, {info.size} bytes; copy it again."
-        )
+        said = f"{tokens} tokens, {info.size} bytes"
+        raise DataError(f"{path} has {size} bytes but its header says {said}; copy it again.")
     return info
 
 

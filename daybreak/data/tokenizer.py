@@ -233,10 +233,8 @@ class HFTokenizer(Tokenizer):
         steps = {k: v for k, v in spec.items() if k not in ("model", "added_tokens")}
         for pattern in _patterns(steps):
             if _exponential(pattern):
-                raise DataError(
-                    f"{where} has the pattern {pattern[:80]!r}, which repeats a repetition and can take for ever on "
-                    "some texts; write it without one of the two."
-                )
+                slow = "which repeats a repetition and can take for ever on some texts"
+                raise DataError(f"{where} has the pattern {pattern[:80]!r}, {slow}; write it without one of the two.")
         if (most := 4 * len(vocabulary) + (1 << 16)) < self.V:  # gaps exist, but each id takes memory everywhere
             raise DataError(f"{where} has ids up to {self.V - 1} for {len(vocabulary)} tokens; the most is {most}.")
         self._byte_level = '"ByteLevel"' in json.dumps(steps)

@@ -63,10 +63,8 @@ def engine_lm(engine: Engine, tokenizer: Tokenizer, greedy: bool = True) -> Any:
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             rows = [(context, continuation) for _, context, continuation in requests]
             losses = losses_of(engine, rows)
-            return [
-                (-float(x.sum(dtype=np.float64)), greedy and self._is_greedy(row, x))
-                for row, x in zip(rows, losses, strict=True)
-            ]
+            each = zip(rows, losses, strict=True)
+            return [(-float(x.sum(dtype=np.float64)), greedy and self._is_greedy(row, x)) for row, x in each]
 
         def _is_greedy(self, row: tuple[Sequence[int], Sequence[int]], losses: Any) -> bool:
             if (losses < math.log(2) - 0.01).all():  # each has more than half of the probability
@@ -132,9 +130,8 @@ def run_harness(lm: Any, tasks: Sequence[str], shots: int | None, folder: Path |
         raise
     except (OSError, ValueError, ConnectionError) as error:
         said = str(error).partition("\n")[0]
-        raise DataError(
-            f"{', '.join(tasks)}: {said}; put the data under --data-files as owner/name, as the Hub has it."
-        ) from error
+        fix = "put the data under --data-files as owner/name, as the Hub has it"
+        raise DataError(f"{', '.join(tasks)}: {said}; {fix}.") from error
 
 
 @cache

@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from daybreak.config import Config
-from daybreak.data.dataset import text_bytes
+from daybreak.data.dataset import check_tokenizer, text_bytes
 from daybreak.data.loader import Loader
 from daybreak.data.mixing import open_loaders
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine
-from daybreak.errors import DataError
 from daybreak.parallel import ALONE, Check, Group
 
 
@@ -63,9 +62,5 @@ def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str)
     DataError if the data was tokenized otherwise."""
     data, V = replace(config.data, name=name, train="", val="", tokenizer=""), engine.cfg.V
     dataset, _, loader = open_loaders(data, engine.T, config.run.seed, V)
-    if get_tokenizer(dataset.tokenizer_name, dataset.folder).fingerprint != tokenizer.fingerprint:
-        raise DataError(
-            f"{name!r} is made with tokenizer {dataset.tokenizer_name!r}, and the run was trained with "
-            f"{tokenizer.name!r}; give data that was prepared with the run's tokenizer."
-        )
+    check_tokenizer(dataset, get_tokenizer(dataset.tokenizer_name, dataset.folder), "the run", tokenizer.name)
     return validate(engine, loader, text_bytes(dataset, tokenizer, V), config.eval.tokens)

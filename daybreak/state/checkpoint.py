@@ -132,10 +132,8 @@ def _check_space(root: Path, need: int, final: Path) -> None:
     """Better no attempt than one that fills the disk for everybody. What a quota allows only writing tells."""
     disk = os.statvfs(root)
     if disk.f_blocks and (free := disk.f_bavail * disk.f_frsize) < need:  # no blocks at all: it does not tell
-        raise Error(
-            f"checkpoint {final} needs {need >> 20} MiB and its disk has {free >> 20} MiB free: free space, lower "
-            "checkpoint.keep, or move the run."
-        )
+        said = f"checkpoint {final} needs {need >> 20} MiB and its disk has {free >> 20} MiB free"
+        raise Error(f"{said}: free space, lower checkpoint.keep, or move the run.")
 
 
 def _write_optimizer(path: Path, snap: Snapshot, rank: int) -> Json:
@@ -388,8 +386,6 @@ def newest_good(root: Path, run: str = "") -> Checkpoint | None:
                     break
                 log.warning("Falling back to an older checkpoint: %s", str(error))  # it would hold on to `found`
         else:
-            raise CheckpointError(
-                f"none of the {len(candidates)} checkpoints below {root} is intact and of this run (each is named "
-                "above); restore one, or start anew under another --name."
-            )
+            said = f"none of the {len(candidates)} checkpoints below {root} is intact and of this run"
+            raise CheckpointError(f"{said} (each is named above); restore one, or start anew under another --name.")
     return None

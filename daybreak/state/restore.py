@@ -92,10 +92,8 @@ def warn_of_disk(folder: Path, config: Config, arena: Arena) -> None:
     missing = need - sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/*"))
     system = os.statvfs(folder)
     if system.f_blocks and (free := system.f_bavail * system.f_frsize) < missing:  # no blocks: it does not tell
-        log.warning(
-            "the checkpoints of %s need %s and its disk has %s free; free space, lower checkpoint.keep, or give "
-            "another --run.dir.", folder, disk(missing), disk(free),
-        )  # fmt: skip
+        said = f"the checkpoints of {folder} need {disk(missing)} and its disk has {disk(free)} free"
+        log.warning("%s; free space, lower checkpoint.keep, or give another --run.dir.", said)
 
 
 def check_host_memory(arena: Arena, device: torch.device) -> None:
@@ -103,10 +101,9 @@ def check_host_memory(arena: Arena, device: torch.device) -> None:
     need, free = staged_bytes(arena), available_bytes(torch.device("cpu"))
     taken = arena.nbytes if device.type == "cpu" else 0
     if free is not None and need > free - taken:
-        raise OutOfMemory(
-            f"saving beside training takes {need >> 20} MiB of the machine's memory, which has {(free - taken) >> 20} "
-            "MiB left for it; use --checkpoint.background false, and training will wait for each save."
-        )
+        left = f"of the machine's memory, which has {(free - taken) >> 20} MiB left for it"
+        fix = "use --checkpoint.background false, and training will wait for each save"
+        raise OutOfMemory(f"saving beside training takes {need >> 20} MiB {left}; {fix}.")
 
 
 class Staging:

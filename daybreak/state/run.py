@@ -73,10 +73,9 @@ class Run:
         made = checkpoint.manifest["tokenizer"]
         tokenizer = get_tokenizer(made["name"], self.path)
         if tokenizer.fingerprint != made["fingerprint"]:
-            raise DataError(
-                f"{self.path} was trained with tokenizer {made['name']} {made['fingerprint'][:16]}, "
-                f"this daybreak has {tokenizer.fingerprint[:16]}; use the version that trained it."
-            )
+            said = f"{self.path} was trained with tokenizer {made['name']} {made['fingerprint'][:16]}"
+            has = f"this daybreak has {tokenizer.fingerprint[:16]}"
+            raise DataError(f"{said}, {has}; use the version that trained it.")
         return engine_with(config, checkpoint, B=B, rows=rows, device=device), tokenizer
 
 

@@ -68,12 +68,11 @@ class RunFolder:
         Hidden files are what a crash left of a first write: no run yet.
         """
         if self.path.is_dir() and any(path.name[0] != "." for path in self.path.iterdir()):
-            raise ConfigError(
-                f"run.name = {self.path.name!r} is taken: {self.path} exists; continue it with "
-                f"`daybreak train {self.path}` or choose another --name."
-                if self.config.is_file()
-                else f"{self.path} exists and is not a run: it has no config.toml; remove it or choose another --name."
-            )
+            said, fix = f"{self.path} exists and is not a run: it has no config.toml", "remove it"
+            if self.config.is_file():
+                said = f"run.name = {self.path.name!r} is taken: {self.path} exists"
+                fix = f"continue it with `daybreak train {self.path}`"
+            raise ConfigError(f"{said}; {fix} or choose another --name.")
 
     @cached_property
     def id(self) -> str:

@@ -170,9 +170,8 @@ class SafetensorsFile:
         if entry is None:
             raise CheckpointError(f"{self.path} has no tensor {name!r}.")
         if start < 0 or start + out.numel() > prod(entry.shape):
-            raise CheckpointError(
-                f"{self.path}: elements {start} to {start + out.numel()} lie outside {name!r}, shape {entry.shape}."
-            )
+            span = f"elements {start} to {start + out.numel()}"
+            raise CheckpointError(f"{self.path}: {span} lie outside {name!r}, shape {entry.shape}.")
         if entry.dtype != out.dtype and not (entry.dtype.is_floating_point and out.is_floating_point()):
             raise CheckpointError(f"{self.path}: {name!r} is {entry.dtype}, which does not convert to {out.dtype}.")
         itemsize = entry.dtype.itemsize

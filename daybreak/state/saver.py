@@ -94,10 +94,9 @@ class Saver:
         except OSError as error:  # the new one is safe
             log.warning("Old checkpoints below %s could not be removed (%s).", path.parent, error.strerror)
         if self.lost:
-            raise Error(
-                f"the run's folder was removed, or another one took its place; the state after step {snap.step} is "
-                f"saved in a new one; resume with: {self.group.again(self.folder.path)}"
-            )
+            saved = f"the state after step {snap.step} is saved in a new one"
+            again = self.group.again(self.folder.path)
+            raise Error(f"the run's folder was removed, or another one took its place; {saved}; resume with: {again}")
         return Saved(path, snap.step, tokens, stall, time.perf_counter() - began, nbytes)
 
     def _save(self, snap: Snapshot) -> Path:

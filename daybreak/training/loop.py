@@ -338,12 +338,11 @@ class Trainer:
         batches = sum(-(-samples // each) for _, samples in loader.parts(budget))
         with self.display.working(f"validating at step {self.step}", batches, self.stop.check) as check:
             result = validate(self.engine, loader, self.lengths, budget, check, self.group)
-        self.metrics.write(
-            "val", self.step, self.tokens, loss=result.loss, tokens_evaluated=result.tokens, bpb=result.bits_per_byte
-        )
-        self.main_log.val(self.step, result.loss)
-        bits = "" if math.isnan(result.bits_per_byte) else f" ({result.bits_per_byte:.4f} bits per byte)"
-        self.display.note(f"step {self.step}: val loss {result.loss:.6f}{bits}")
+        loss, bpb = result.loss, result.bits_per_byte
+        self.metrics.write("val", self.step, self.tokens, loss=loss, tokens_evaluated=result.tokens, bpb=bpb)
+        self.main_log.val(self.step, loss)
+        bits = "" if math.isnan(bpb) else f" ({bpb:.4f} bits per byte)"
+        self.display.note(f"step {self.step}: val loss {loss:.6f}{bits}")
 
     def _score(self) -> None:
         rows = sum(len(example.endings) for example in self.setup.hellaswag)

@@ -37,7 +37,7 @@ import torch
 
 from daybreak import __version__
 from daybreak.config import Config, check_resume, is_untouched_import
-from daybreak.data.dataset import Dataset, dataset_name
+from daybreak.data.dataset import Dataset, check_tokenizer, dataset_name
 from daybreak.data.loader import Batch, Loader
 from daybreak.data.mixing import open_loaders, parse_mix
 from daybreak.data.prepare import prepare
@@ -91,9 +91,8 @@ class Setup:
         c = self.config
         epochs = c.tokens_between(0, c.run.steps) / (self.train_loader.samples_per_epoch * c.T)
         ranks = f", on {self.group.world} ranks at ZeRO stage {c.parallel.zero}" if self.group.world > 1 else ""
-        return (
-            f"{several(c.run.steps, 'step')} of {c.tokens_at(step):,} tokens, {epochs:,.3g} epochs of the data{ranks}"
-        )
+        steps = f"{several(c.run.steps, 'step')} of {c.tokens_at(step):,} tokens"
+        return f"{steps}, {epochs:,.3g} epochs of the data{ranks}"
 
     def batches(self, step: int, samples: int) -> Callable[[int], Batch]:
         """A function from a step to this rank's part of its batch, if `samples` samples are consumed before `step`.
@@ -139,10 +138,8 @@ def open_run(
     dataset, train_loader, val_loader = open_loaders(d, config.T, config.run.seed, config.model.V, shuffle, beside)
     tokenizer = get_tokenizer(dataset.tokenizer_name, dataset.folder)
     if tokenizer.V > config.model.V:
-        raise ConfigError(
-            f"model.V = {config.model.V} is smaller than the {tokenizer.V} ids of tokenizer {tokenizer.name!r} that "
-            f"{dataset.name!r} was made with; use --model.V {tokenizer.V}."
-        )
+        said = f"model.V = {config.model.V} is smaller than the {tokenizer.V} ids of tokenizer {tokenizer.name!r}"
+        raise ConfigError(f"{said} that {dataset.name!r} was made with; use --model.V {tokenizer.V}.")
     if resume is None and config.model.V > 2 * tokenizer.V and group.rank == 0:
         log.warning("model.V = %d, but the data has %d tokens: with --model.V %d the model is smaller and faster.",
                     config.model.V, tokenizer.V, tokenizer.V)  # fmt: skip
@@ -214,9 +211,8 @@ def _see(folder: RunFolder) -> None:
     deadline = time.monotonic() + 10
     while not folder.config.is_file():
         if time.monotonic() > deadline:
-            raise ConfigError(
-                f"{folder.path} cannot be seen from {socket.gethostname()}; give a --run.dir that all machines share."
-            )
+            said = f"{folder.path} cannot be seen from {socket.gethostname()}"
+            raise ConfigError(f"{said}; give a --run.dir that all machines share.")
         time.sleep(0.1)
 
 
@@ -269,11 +265,8 @@ def check_data(checkpoint: Weights, setup: Setup, same_data: bool) -> None:
     """Raise DataError (exit 4) unless the tokenizer, and with `same_data` the data, are those it was trained on."""
     saved = checkpoint.manifest
     had, has = saved["tokenizer"], setup.tokenizer
-    if had["fingerprint"] != has.fingerprint and had["name"] != has.name:
-        raise DataError(
-            f"{checkpoint.path} was trained with tokenizer {had['name']!r}, and the data set {setup.dataset.name!r} is "
-            f"made with {has.name!r}; choose --data that was prepared with --tokenizer {had['name']}."
-        )
+    if had["fingerprint"] != has.fingerprint:
+        check_tokenizer(setup.dataset, has, str(checkpoint.path), had["name"])
     checks = [("tokenizer", had["fingerprint"], has.fingerprint)]
     if same_data and saved["data"]["fingerprint"]:  # an import has not seen any data
         checks.append(("training data", saved["data"]["fingerprint"], setup.train_loader.fingerprint))
@@ -282,7 +275,5 @@ def check_data(checkpoint: Weights, setup: Setup, same_data: bool) -> None:
                     checkpoint.path)  # fmt: skip
     for what, was, now in checks:
         if was != now:
-            raise DataError(
-                f"the {what} changed since {checkpoint.path} was saved: its fingerprint was {was}, it is {now} now; "
-                "restore the old one, or start a new run."
-            )
+            said = f"the {what} changed since {checkpoint.path} was saved: its fingerprint was {was}, it is {now} now"
+            raise DataError(f"{said}; restore the old one, or start a new run.")

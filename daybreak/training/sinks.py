@@ -27,9 +27,8 @@ def check_sinks(config: Config) -> None:
     """Raise ConfigError if a sink's package is missing: better before the run than after it."""
     for name in sink_names(config):
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"log.sinks = {name!r} needs the package {name}; pip install -e '.[{name}]' in daybreak's folder."
-            )
+            fix = f"pip install -e '.[{name}]' in daybreak's folder"
+            raise ConfigError(f"log.sinks = {name!r} needs the package {name}; {fix}.")
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:

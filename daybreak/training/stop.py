@@ -82,9 +82,7 @@ class Stop:
         # torchrun passes SIGHUP on when it ends itself, also under nohup. Elsewhere what is ignored stays ignored;
         # SIGUSR1 is ignored only because daybreak.cli has said so. None is a handler that is not Python's.
         heard = {signal.SIGUSR1, *([signal.SIGHUP] if by_torchrun() else [])}
-        mine = [
-            n for n in numbers if n in heard or signal.getsignal(n) not in (signal.SIG_IGN, None)
-        ]  # None: not Python's
+        mine = [n for n in numbers if n in heard or signal.getsignal(n) not in (signal.SIG_IGN, None)]
         previous = {number: signal.signal(number, self._handle) for number in mine}
         self._handled = [number for number in previous if signal.Signals(number).name not in TIMERS]
         try:

@@ -132,4 +132,4 @@ def test_a_run_scores_on_another_data_set_as_training_would(tmp_path: Path, monk
     assert bits["value"] == pytest.approx(wanted["bpb"], rel=1e-6)
     assert main(["prepare", "a.txt", "--tokenizer", "gpt2"]) == 0
     assert main(["eval", "runs/r", "--data", "a"]) == 4
-    assert "the run was trained with tokenizer 'bytes', and data set 'a' is made with 'gpt2';" in capsys.readouterr().err
+    assert "was trained with tokenizer 'bytes', and data set 'a' is made with 'gpt2';" in capsys.readouterr().err

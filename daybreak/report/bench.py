@@ -78,49 +78,6 @@ def nbytes_of(operation: Op, given: Mapping[str, Any]) -> int:
     return total
 
 
-class Meter:
-    """Runs each kernel call between two marks, and keeps its cost: `metered` for kernels.Kernels.each."""
-
-    def __init__(self, choices: Mapping[str, str], device: torch.device) -> None:
-        self.costs: dict[str, Cost] = defaultdict(Cost)
-        self._marks: list[tuple[str, Any, Any]] = []
-        self._choices, self._cuda = choices, device.type == "cuda"
-
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def metered(self, name: str, fn: Callable[..., None]) -> Callable[..., None]:
-        """A kernel, metered."""
-        if name not in OPS:
-            return fn
-        operation = OPS[name]
-        parameters = operation.parameters
-
-        def call(*args: Any, **kwargs: Any) -> None:
-            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-            cost = self.costs[name]
-            cost.backend, cost.calls = self._choices[name], cost.calls + 1
-            cost.nbytes += nbytes_of(operation, given)
-            cost.flops += operation.flops(given)
-            start = self._mark()
-            fn(*args, **kwargs)
-            self._marks.append((name, start, self._mark()))
-
-        return call
-
-    def collect(self) -> dict[str, Cost]:
-        """The costs, once the device has finished."""
-        if self._cuda:
-            torch.cuda.synchronize()
-        for name, start, stop in self._marks:
-            self.costs[name].seconds += start.elapsed_time(stop) / 1e3 if self._cuda else stop - start
-        return dict(self.costs)
-
-
 def limits(device: torch.device) -> tuple[float, float]:
     """(bytes/s of a large copy, reads and writes counted; FLOP/s of a large product after two seconds of it)."""
     cuda = device.type == "cuda"
@@ -172,22 +129,53 @@ def time_steps(engine: Engine, micro_steps: int, seconds: float) -> list[float]:
 
 
 def meter(engine: Engine) -> dict[str, Cost]:
-    """The costs of one micro-step and one update, call by call. The engine has no graphs afterwards."""
-    kernels, tokens = engine.frame.k, batches(engine, 1)[0]
+    """The costs of one micro-step and one update, each kernel call between two marks. The engine has no graphs
+    afterwards."""
+    kernels, tokens, cuda = engine.frame.k, batches(engine, 1)[0], engine.device.type == "cuda"
+    costs, marks = defaultdict[str, Cost](Cost), list[tuple[str, Any, Any]]()
+
+    def mark() -> Any:
+        if not cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def metered(name: str, kernel: Callable[..., None]) -> Callable[..., None]:
+        if name not in OPS:
+            return kernel
+        operation = OPS[name]
+        parameters = operation.parameters
+
+        def call(*args: Any, **kwargs: Any) -> None:
+            given, cost = {**dict(zip(parameters, args, strict=False)), **kwargs}, costs[name]
+            cost.backend, cost.calls = kernels.choices[name], cost.calls + 1
+            cost.nbytes += nbytes_of(operation, given)
+            cost.flops += operation.flops(given)
+            start = mark()
+            kernel(*args, **kwargs)
+            marks.append((name, start, mark()))
+
+        return call
+
     engine.graphs.clear()
+    engine.frame.k = kernels.each(metered)
     try:
-        for _ in range(2):
-            meter = Meter(kernels.choices, engine.device)
-            engine.frame.k = kernels.each(meter.metered)
-            if engine.device.type == "cuda":
+        for _ in range(2):  # the first time loads and compiles
+            costs.clear()
+            marks.clear()
+            if cuda:
                 torch.cuda._sleep(1_500_000_000)  # type: ignore[no-untyped-call]  # lets the host run ahead, so that no mark waits for a launch
             engine.begin_step(lr=1e-5, step=0, valid=engine.B * engine.T)
             engine.micro_step(tokens[:, :-1], tokens[:, 1:], first=True)
             engine.update()
-            costs = meter.collect()
-        return costs
+            if cuda:
+                torch.cuda.synchronize()
     finally:
         engine.frame.k = kernels
+    for name, start, stop in marks:
+        costs[name].seconds += start.elapsed_time(stop) / 1e3 if cuda else stop - start
+    return dict(costs)
 
 
 def bench(config: Config, seconds: float = 10.0) -> Bench:

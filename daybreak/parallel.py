@@ -83,11 +83,8 @@ def launched(environ: Mapping[str, str]) -> dict[str, str]:
         raise ConfigError(f"{said}: a rank must be a whole number below the number of processes; start them again.")
     first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ.get("SLURM_STEP_NODELIST", ""))
     host = (first[1] + (first[2] or "")) if first else "127.0.0.1"
-    return {
-        **made,
-        "MASTER_ADDR": environ.get("MASTER_ADDR", host),
-        "MASTER_PORT": environ.get("MASTER_PORT", PORT),
-    }
+    where = {"MASTER_ADDR": environ.get("MASTER_ADDR", host), "MASTER_PORT": environ.get("MASTER_PORT", PORT)}
+    return made | where
 
 
 def restarted(environ: Mapping[str, str]) -> bool:
@@ -439,14 +436,10 @@ def _assemble(group: Group, root: Any, where: str, again: bool, look: Callable[[
             time.sleep(0.01)
 
     meeting: str = word.split()[1]
-    answered = set[str]()
-    while rank == 0 and (missing := [r for r in range(world) if not root.check([f"came/{meeting}/{r}"])]):
-        for r in (r for r in missing if root.check([f"word/{r}"])):
-            if (other := root.get(f"word/{r}").decode()) not in answered:
-                answered.add(other)
-                root.set(f"answer/{other}", f"{world} {meeting}")
-                if r == 0:
-                    root.set(f"came/{meeting}/0", "")
+    while rank == 0 and (missing := [r for r in range(1, world) if not root.check([f"came/{meeting}/{r}"])]):
+        for r in missing:
+            if root.check([f"word/{r}"]):
+                root.set(f"answer/{root.get(f'word/{r}').decode()}", f"{world} {meeting}")
         look()
         if time.monotonic() > deadline:
             raise Hung(

@@ -1,9 +1,14 @@
-"""Text from a model: prompts in, tokens out, several texts at a time.
+"""Text from a model: prompts in, tokens out, several sequences at a time.
 
-Keys and values of every text are kept in the engine's cache, one row a text, so a token costs one position and not the
-whole text again. A text longer than T goes on in a sliding window: its places change with every token, so the cache is
-of no use there. Each text is sampled by its own generator: the same call gives the same text, and training is not
-disturbed.
+The engine's cache keeps keys and values of every sequence in one row, so each new token costs one position and not the
+whole sequence again:
+
+    row 0   prompt . . . . | a b c d           `Batch.add` reads prompts, several short ones together (prefill)
+    row 1   prompt . | e f g h i               `Batch.step` makes one more token of every row (decode)
+    row 2                                      free: another sequence may join before any token
+
+A sequence longer than T continues in a sliding window. Its positions change with every token, so the cache is of no use
+there. Each sequence has its own random generator. So the same call gives the same text, and training is not disturbed.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ STOPS = Rule("must hold no empty text; leave it out", lambda texts: "" not in te
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text goes on. Temperature 0 takes the likeliest token; the first of `stop` ends the text."""
+    """How a sequence continues. Temperature 0 takes the likeliest token. The first of `stop` that appears ends it."""
 
     tokens: int = key(128, "the most tokens to generate", at_least(0))
     temperature: float = key(1.0, "0 = always the likeliest token", NOT_NEGATIVE)
@@ -75,7 +80,7 @@ DEFAULT = Sampling()
 
 
 class Token(NamedTuple):
-    """One token: log-probability before temperature and cuts, and the likeliest alternatives with theirs."""
+    """One token with its log-probability before temperature and cuts, and the likeliest alternatives with theirs."""
 
     id: int
     logprob: float = math.nan
@@ -108,8 +113,9 @@ def choose(logits: Tensor, hows: Sequence[Sampling], draws: Sequence[float]) -> 
 
 def _drawn(logits: Tensor, numbers: Tensor, most: int, top_p_cuts: bool, min_p_cuts: bool) -> Tensor:
     """`choose` without a wait for the device. numbers: (b, 6), the settings of each row. most: the largest top_k, 0 if
-    nobody uses it. It sorts the likeliest tokens only on a CPU; a GPU sorts all sooner than its host could ask how many
-    do."""
+    no row uses it.
+
+    A CPU sorts only the likeliest tokens. A GPU sorts all, which is faster than asking it how many are enough."""
     V, ids = logits.shape[-1], torch.arange(logits.shape[-1], device=logits.device)
     temperature, top_k, top_p, min_p, draw, hot = numbers.T[..., None]
     whole = 2.0 ** (52 - V.bit_length())
@@ -136,7 +142,7 @@ def _drawn(logits: Tensor, numbers: Tensor, most: int, top_p_cuts: bool, min_p_c
 
 
 class _Replay:
-    """`_drawn` on a GPU, captured once: its fifty small launches take longer than decoding with a small model."""
+    """`_drawn` on a GPU as a CUDA graph, because its fifty small launches take longer than a small model's token."""
 
     def __init__(self, logits: Tensor, numbers: Tensor, *cuts: Any) -> None:
         self._logits, self._numbers = logits.clone(), numbers.to(logits.device)
@@ -152,17 +158,18 @@ class _Replay:
         return self._ids
 
 
-_replays: dict[tuple[Any, ...], _Replay] = {}  # by thread and by what a graph cannot change
+_replays: dict[tuple[Any, ...], _Replay] = {}  # by thread, and by all that a graph cannot change
 
 
 def _at(values: Tensor, places: Tensor) -> Tensor:
-    """The entry of each row at its place, as a column. A GPU's host neither waits for it nor copies indices."""
+    """The entry of each row at its place, as a column. The host neither waits for a GPU nor copies indices to it."""
     return torch.take_along_dim(values, places.long()[:, None], 1)
 
 
 def _reach(values: Tensor, target: Tensor) -> Tensor:
-    """Where (b) the running sum of values (b, V), whole numbers, reaches target (b, 1). In two stages, because a GPU
-    sums a long row step by step."""
+    """The places (b) where the running sum of values (b, V), whole numbers, reaches target (b, 1).
+
+    It works in two stages, because a GPU sums a long row step by step."""
     (b, V), pad = values.shape, -values.shape[-1] % BLOCK
     blocks = torch.constant_pad_nd(values, (0, pad)).reshape(b, -1, BLOCK)
     ends = blocks.sum(-1).cumsum(-1)
@@ -173,7 +180,7 @@ def _reach(values: Tensor, target: Tensor) -> Tensor:
 
 
 def adjusted(logits: Logits, text: Text) -> Logits:
-    """Logits (V) with what the text's bias and penalties take from them; the same array where there are none."""
+    """Logits (V) after the sequence's bias and penalties; the same array if it has none."""
     how = text.how
     if not how.adjusts:
         return logits
@@ -189,7 +196,7 @@ def adjusted(logits: Logits, text: Text) -> Logits:
 
 
 def token_of(logits: Logits, token: int, logprobs: int | None) -> Token:
-    """The token with what its logits (V) say, if asked for."""
+    """The token, with log-probabilities from its logits (V) if they are asked for."""
     if logprobs is None:
         return Token(token)
     z = logits.astype(np.float64)
@@ -201,7 +208,7 @@ def token_of(logits: Logits, token: int, logprobs: int | None) -> Token:
 
 
 def score(engine: Engine, ids: Sequence[int], logprobs: int | None) -> list[Token]:
-    """The tokens of a text (at most T + 1) from the second on, with what the model says of them."""
+    """The tokens of a sequence (at most T + 1) from the second on, with their log-probabilities."""
     if len(ids) < 2:
         return []
     logits = engine.logits(torch.tensor([ids[:-1]]))[0].float().cpu().numpy()
@@ -209,11 +216,11 @@ def score(engine: Engine, ids: Sequence[int], logprobs: int | None) -> list[Toke
 
 
 class Text:
-    """One text under way: prompt, tokens made, and what they spell so far.
+    """One sequence: its prompt, the tokens generated, and their text so far.
 
-    A character may span tokens, and so may a stop string, which ends the text before it: what could be the beginning
-    of either is not yet in `text`. `done` becomes "stop" (the document's end, or a stop string) or "length". Without a
-    tokenizer nothing is spelt and only "length" ends it.
+    A character may span tokens, and so may a stop string, which ends the text before it. Anything that could be the
+    beginning of either is not yet in `text`. `done` becomes "stop" (the document's end, or a stop string) or "length".
+    Without a tokenizer there is no text, and only "length" ends the sequence.
     """
 
     def __init__(self, prompt: Sequence[int], how: Sampling, tokenizer: Tokenizer | None = None) -> None:
@@ -227,11 +234,11 @@ class Text:
         self._rng = np.random.default_rng(how.seed)
 
     def draw(self) -> float:
-        """The random number for the next token; greedy texts take none."""
+        """The random number for the next token. Greedy sequences use none."""
         return self._rng.random() if self.how.temperature else 0.0
 
     def take(self, token: int, logits: Logits | None = None) -> None:
-        """Go on with a token. Its log-probability needs the logits (V) that it was chosen from."""
+        """Add a token. Its log-probability needs the logits (V) that it was chosen from."""
         if self.tokenizer and token in self.tokenizer.ends:
             self.done = "stop"
         else:
@@ -256,7 +263,7 @@ class Text:
 
 
 class Batch:
-    """Texts under way in one engine, at most `engine.rows`; they may come and go between any two tokens."""
+    """The sequences of one engine, at most `engine.rows`. They may join and leave between any two tokens."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -264,11 +271,11 @@ class Batch:
 
     @property
     def room(self) -> int:
-        """Texts that can join."""
+        """The number of sequences that can join."""
         return self.engine.rows - len(self.texts)
 
     def add(self, texts: Sequence[Text]) -> None:
-        """Let texts join, at most `room`, and give each its first token. Short ones are read together."""
+        """Let sequences join, at most `room`, and give each its first token. Short prompts are read together."""
         T, capacity = self.engine.T, self.engine.B * self.engine.T
         waiting = [text for text in texts if not text.done]
         while waiting:
@@ -283,7 +290,7 @@ class Batch:
             self._take(range(row, row + many), logits)
 
     def step(self) -> None:
-        """One more token for each text. Those that are done leave."""
+        """Generate one more token for each sequence. Those that are done leave."""
         T = self.engine.T
         inside = {row: self.texts[row] for row in sorted(self.texts) if len(self.texts[row].ids) <= T}
         if inside:
@@ -297,8 +304,8 @@ class Batch:
             self._take([row], self.engine.prefill(row, [window]))
 
     def _take(self, rows: Sequence[int], logits: Tensor) -> None:
-        """The next token of the texts in these rows, never an id beyond the tokenizer's. Only ids leave the device,
-        unless a text needs its logits here."""
+        """Choose the next token in these rows, never an id beyond the tokenizer's. Only ids leave the device, unless a
+        sequence needs its logits here."""
         texts = [self.texts[row] for row in rows]
         V = min((text.tokenizer.V for text in texts if text.tokenizer), default=logits.shape[-1])
         usual = logits[:, :V]
@@ -318,7 +325,7 @@ class Batch:
                 del self.texts[row]
 
     def drop(self, texts: Sequence[Text]) -> None:
-        """Let texts leave before they are done."""
+        """Let sequences leave before they are done."""
         self.texts = {row: text for row, text in self.texts.items() if text not in texts}
 
 
@@ -327,7 +334,7 @@ def _longest(texts: Sequence[Text], T: int) -> int:
 
 
 def write_all(engine: Engine, texts: Sequence[Text]) -> None:
-    """Write texts to their ends, as many at a time as the cache has rows."""
+    """Generate sequences to their ends, as many at a time as the cache has rows."""
     batch, waiting = Batch(engine), texts
     while waiting or batch.texts:
         batch.step()
@@ -336,14 +343,14 @@ def write_all(engine: Engine, texts: Sequence[Text]) -> None:
 
 
 def open_document(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt that opens a document."""
+    """The ids of a prompt that begins a document."""
     return [tokenizer.eot, *(int(i) for i in tokenizer.encode(prompt))]
 
 
 def sample_text(
     engine: Engine, tokenizer: Tokenizer, prompt: str, how: Sampling, check: Callable[[], None] = lambda: None
 ) -> Iterator[str]:
-    """Yield the pieces of text that follow `prompt`, which opens a document. Ends with the document. `check` runs
+    """Yield the pieces of text that follow `prompt`, which begins a document, up to the document's end. `check` runs
     before each token."""
     text, batch, sent = Text(open_document(tokenizer, prompt), how, tokenizer), Batch(engine), 0
     while not text.done:
@@ -355,7 +362,7 @@ def sample_text(
 
 
 class Sampler:
-    """Text from a run's newest checkpoint, or the one of `step`, loaded once; `rows` prompts at a time.
+    """Generates text with a run's newest checkpoint, or the one of `step`. It is loaded once. rows: prompts at a time.
 
     Raises ConfigError, CheckpointError."""
 
@@ -368,7 +375,7 @@ class Sampler:
         return sample_text(self.engine, self.tokenizer, prompt, how)
 
     def texts(self, prompts: Sequence[str], how: Sampling = DEFAULT) -> list[str]:
-        """What follows each of the prompts, the i-th sampled with seed + i. Raises ConfigError."""
+        """The text that follows each of the prompts, the i-th with seed + i. Raises ConfigError."""
         how.check()
         ids = [open_document(self.tokenizer, prompt) for prompt in prompts]
         texts = [Text(x, replace(how, seed=how.seed + i), self.tokenizer) for i, x in enumerate(ids)]

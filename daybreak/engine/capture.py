@@ -1,8 +1,12 @@
-"""CUDA graphs and what crosses between host and device: recorded launches, pinned input, results read late.
+"""CUDA graphs, and the traffic between host and device: recorded launches, pinned input, results that are read late.
 
-On a CPU everything here is a plain call. On CUDA the calls of a micro-step and of the update is captured once and
-replayed; the host only copies the batch in and reads a step's scalars when it wants them, so it never waits inside a
-step.
+On CUDA the calls of a micro-step and of the update are captured once and replayed. The host only copies the next batch
+in and reads an earlier step's scalars, so it never waits inside a step:
+
+    host      | copy batch 1 | copy batch 2 | read step 0 | copy batch 3 | read step 1 ...
+    device    | step 0             | step 1             | step 2             | ...
+
+On a CPU everything here is a plain call.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ SLOTS = 4  # batches and results in flight, at most
 
 
 class Graphs:
-    """Runs functions by key. On CUDA the first call of `capture` records one; `run` replays it."""
+    """Runs functions by key: `capture` records one on CUDA, and `run` replays it."""
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
@@ -37,20 +41,20 @@ class Graphs:
         self._graphs[key] = graph
 
     def run(self, key: Hashable, fn: Action) -> None:
-        """Replay what was captured under `key`, or call fn."""
+        """Replay the graph that was captured under `key`, or call fn if there is none."""
         if graph := self._graphs.get(key):
             graph.replay()
         else:
             fn()
 
     def clear(self) -> None:
-        """Forget all; a communicator of NCCL cannot be ended while graphs hold its calls."""
+        """Forget all graphs. A communicator of NCCL cannot end while graphs hold its calls."""
         for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()
 
     def warm(self, key: Hashable, before: Action, fn: Action, after: Action) -> None:
-        """Run the three, which the first call under this key records; that call is a plain one."""
+        """Run the three. The first call under a key runs them plainly and then records them."""
 
         def all_three() -> None:
             before()
@@ -63,15 +67,15 @@ class Graphs:
 
 
 class Tapes:
-    """What graphs are to a GPU, for a CPU's short steps: the kernel calls of a function with their tensors, made again
-    without the Python that leads to them (half of the time of a small model's step)."""
+    """Graphs for a CPU: the kernel calls of a function, noted with their tensors, and made again without the Python
+    that leads to them. That Python is half of the time of a small model's token."""
 
     def __init__(self, frame: LiveFrame) -> None:
         self._frame, self._tapes = frame, dict[Hashable, list[Action]]()
 
     def warm(self, key: Hashable, before: Action, fn: Action, after: Action) -> None:
-        """Run before, fn's kernel calls and after; the first call under a key runs fn, which does nothing but call
-        kernels, and notes them."""
+        """Run before, fn's kernel calls and after. The first call under a key runs fn and notes its calls, so fn may do
+        nothing but call kernels."""
         before()
         if (tape := self._tapes.get(key)) is None:
             self._tapes[key] = self._note(fn)
@@ -99,9 +103,9 @@ class Tapes:
 
 
 class Ring:
-    """Pinned copies of a small tensor, so that transfers need no waiting. A slot is reused when its own is over.
+    """Pinned copies of a small tensor, so that nobody waits for transfers. A slot is used again when its own is over.
 
-    `wait`: called with what tells whether the device is there, in place of a wait that nothing can end."""
+    wait: is called with a function that says whether the transfer is over, in place of a wait that nothing can end."""
 
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
@@ -120,7 +124,7 @@ class Ring:
         return slot
 
     def wait(self, slot: int) -> None:
-        """Until the slot's transfer is over."""
+        """Wait until the slot's transfer is over."""
         if self.events:
             event = self.events[slot]
             event.synchronize() if self._until is None else self._until(event.query)
@@ -143,14 +147,14 @@ class Ring:
 
 
 class Pending:
-    """Values on their way to the host."""
+    """Values that are copied to the host."""
 
     def __init__(self, ring: Ring, slot: int) -> None:
         self._ring, self._slot = ring, slot
         self._values: list[float] | None = None
 
     def values(self) -> list[float]:
-        """The values, waiting for them if need be. Valid for SLOTS - 1 further downloads if not asked before."""
+        """The values. Waits for them if necessary. Ask before SLOTS further downloads, which use the slot again."""
         if self._values is None:
             self._ring.wait(self._slot)
             self._values = self._ring.slots[self._slot].tolist()

@@ -63,7 +63,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Launch:
-    """Elements [start, stop) of the flat buffers that this rank updates; masters and summed gradient begin at `at`.
+    """Elements [start, stop) of the flat buffers that this rank updates. Master weights and summed gradient begin at `at`.
 
     name: the parameter's that they are, if the optimizer takes whole ones.
     """

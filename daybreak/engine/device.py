@@ -1,4 +1,4 @@
-"""Which device and precision a run uses, and what there is to say about the device."""
+"""The device and the precision of a run, and facts about the device: free memory, versions, temperature."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from daybreak.parallel import ALONE, Group
 
 
 def pick_device(name: str, group: Group = ALONE) -> torch.device:
-    """run.device -> a device that exists here: of several ranks on a machine each its own, where the name leaves that
-    open. Raises ConfigError otherwise."""
+    """The device that run.device names. Several ranks on a machine get one each, unless the name has a number. Raises
+    ConfigError if it does not exist here."""
     if torch.version.hip is not None:
         raise ConfigError("this torch is a ROCm build, which daybreak does not support; use an NVIDIA or CPU build.")
     if name == "auto":
@@ -46,7 +46,7 @@ def pick_device(name: str, group: Group = ALONE) -> torch.device:
 
 
 def pick_compute(name: str, device: torch.device) -> str:
-    """precision.compute -> fp32, bf16 or fp64; auto is bf16 where the GPU computes in it (sm_80 and newer)."""
+    """The dtype that precision.compute names; auto is bf16 on GPUs that compute in it (sm_80), else fp32."""
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
@@ -55,7 +55,7 @@ def pick_compute(name: str, device: torch.device) -> str:
 def engine_spec(
     config: Config, device: torch.device, missing: Collection[str] | None = None, **changes: Any
 ) -> EngineSpec:
-    """What a configuration says of an engine on a device; `missing` backends are found out there, if not given."""
+    """The engine that a configuration describes, on a device. missing: absent backends, looked up if not given."""
     kernels = {key.name: getattr(config.kernels, key.name) for key in fields(config.kernels)}
     spec = EngineSpec(
         config.model, B=config.batch.B, T=config.T, compute=pick_compute(config.precision.compute, device),
@@ -77,8 +77,8 @@ def missing_on(device: torch.device) -> dict[str, str]:
 
 
 def numerics(config: Config, device: torch.device, choices: Mapping[str, str], ranks: int) -> dict[str, str]:
-    """What the bits of a step rest on and a resume may change: how the step is cut, kernels, library, GPU or threads,
-    measured tables."""
+    """All that decides the bits of a step and may differ when a run resumes: how the step is cut, kernels, libraries,
+    GPU or threads, measured tables."""
     c, p = config.batch, config.parallel
     shared = f" (parallel.zero {p.zero}, parallel.bucket_bytes {p.bucket_bytes})" if ranks > 1 else ""
     what = {"batch.B": str(c.B), "batch.recompute": str(c.recompute), "ranks": f"{ranks}{shared}"}
@@ -96,7 +96,7 @@ def numerics(config: Config, device: torch.device, choices: Mapping[str, str], r
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what CUDA kernels come from, of those that are installed."""
+    """Versions of the installed libraries that CUDA kernels come from."""
     found = {"cuDNN": str(torch.backends.cudnn.version())}  # type: ignore[no-untyped-call]
     packages = ("triton", "nvidia-cudnn-frontend", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl")
     for package in (*packages, "nvidia-cublas"):
@@ -111,12 +111,12 @@ def set_precision(config: Config, device: torch.device) -> None:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware; elsewhere bf16 is slower than fp32."""
+    """Whether this CPU multiplies bf16 matrices in hardware. On others bf16 is slower than fp32."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def used_mib(device: torch.device) -> int:
-    """Memory in use: the device's total minus free as the driver says, or this process's resident memory on a CPU."""
+    """Memory in use in MiB: of a GPU by all programs, as the driver says; on a CPU this process's resident memory."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return (total - free) >> 20
@@ -130,7 +130,7 @@ def used_mib(device: torch.device) -> int:
 class Sensors:
     """A GPU's temperature in degrees Celsius and power in watts, read at most once a second (it is not free).
 
-    None on a CPU, and where the package nvidia-ml-py or the driver does not tell.
+    None on a CPU, and if the package nvidia-ml-py or the driver does not tell.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
@@ -150,7 +150,7 @@ class Sensors:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free memory of the device, or of the machine for a CPU; None where the system does not say."""
+    """Free memory of the GPU, or of the machine for a CPU; None if the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -162,7 +162,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def _cgroup_limit() -> int | None:
-    """Bytes this process's container may still take, if it is limited."""
+    """Bytes that this process's container may still take; None without a limit."""
     root = Path("/sys/fs/cgroup")
     try:
         limit, used = (root / "memory.max").read_text().strip(), int((root / "memory.current").read_text())

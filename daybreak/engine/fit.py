@@ -1,4 +1,4 @@
-"""Whether a run fits a device, and the flag that makes it fit: what `plan` prints and running out of memory says."""
+"""Whether a run fits a device, and the flag that makes it fit. `plan` and the errors about memory use it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NO_MEMORY = re.compile(r"out.of.memory|alloc(ation)?_failed|memoryallocation|all
 def plan_memory(
     config: Config, device: torch.device, missing: Collection[str], group: Group = ALONE
 ) -> tuple[Arena, int]:
-    """The arena of a configuration on a kind of device, and the bytes that come on top of it there."""
+    """The arena of a configuration on a kind of device, and the bytes that a process takes there beside it."""
     arena = plan_engine(engine_spec(config, device, missing), group)[2]
     if device.type != "cuda":
         return arena, 0
@@ -42,7 +42,7 @@ def plan_memory(
 
 
 class Fit:
-    """Configurations against the bytes that a device has for them; every size is planned once."""
+    """Compares configurations with the bytes that a device has for them. Every size is planned once."""
 
     def __init__(self, device: torch.device, missing: Collection[str], budget: int, ranks: int = 1) -> None:
         self.device, self.missing, self.budget, self.ranks = device, missing, budget, ranks
@@ -50,14 +50,14 @@ class Fit:
         self._needs: dict[Config, int] = {}
 
     def need(self, config: Config) -> int:
-        """Bytes of a configuration on one device, all included."""
+        """All bytes that a configuration takes on one device."""
         if config not in self._needs:
             arena, outside = plan_memory(config, self.device, self.missing, self.group)
             self._needs[config] = arena.nbytes + outside
         return self._needs[config]
 
     def largest_B(self, config: Config) -> int:
-        """The most rows of a micro-step that fit; 0 if not even one does."""
+        """The largest B of a micro-step that fits; 0 if not even 1 does."""
         lo, hi, guess = 0, 1 << 20, config.batch.B
         seen: list[tuple[int, int]] = []
         while hi - lo > 1:
@@ -66,22 +66,22 @@ class Fit:
             seen.append((guess, size))
             if len(seen) == 1:
                 guess = 2 * guess if lo else 1
-            else:  # bytes grow almost in proportion to B: follow the line through the last two
+            else:  # bytes are almost proportional to B: follow the line through the last two
                 (b0, s0), (b1, s1) = seen[-2:]
                 guess = b1 + int((self.budget - s1) * (b1 - b0) // (s1 - s0)) if s1 != s0 else (lo + hi) // 2
             guess = min(max(guess, lo + 1), hi - 1)
         return lo
 
     def best_B(self, config: Config) -> int:
-        """The most rows that fit and divide the tokens of every step; 0 if there are none."""
+        """The largest B that fits and divides the tokens of every step; 0 if there is none."""
         totals = [tokens for _, tokens in config.batch.ramp]
         totals += [config.batch.total_tokens] if config.batch.total_tokens else []
         largest = self.largest_B(config)
         return next((b for b in range(largest, 0, -1) if all(t % (b * config.T * self.ranks) == 0 for t in totals)), 0)
 
     def advice(self, config: Config) -> str:
-        """The flags that make it fit, the least change first: fewer rows, shared optimizer state, recomputation, no
-        masters, a shorter T."""
+        """Flags that make it fit. It tries the least change first: a smaller B, sharded optimizer state, recomputation,
+        no master weights, a shorter T."""
         share = {"parallel.zero": 1} if self.ranks > 1 and not config.parallel.zero else {}
         changes: list[dict[str, Any]] = [{}, share] if share else [{}]
         changes += [{**share, "batch.recompute": r} for r in (1, 2, 3) if r > config.batch.recompute]
@@ -98,8 +98,8 @@ class Fit:
 def check_fits(
     arena: Arena, device: torch.device, config: Config | None = None, ranks: int = 1, outside: int = 0
 ) -> None:
-    """Raise OutOfMemory, with the plan and the flags that help (none to give for `config` None), if the arena and what
-    comes on top of it do not fit the device's free memory."""
+    """Raise OutOfMemory if the arena, and `outside` bytes beside it, do not fit the device's free memory. The message
+    has the plan and, with a `config`, the flags that help."""
     free, need = available_bytes(device), arena.nbytes + outside
     if free is None or need <= free:
         return
@@ -109,7 +109,7 @@ def check_fits(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that an allocation failed, whoever made it."""
+    """Whether an exception says that an allocation failed, in any library."""
     if isinstance(error, OSError):  # its text may have a file's name in it
         return error.errno == errno.ENOMEM
     told = not isinstance(error, Error) and NO_MEMORY.search(str(error))
@@ -118,8 +118,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explaining_memory(config: Config, group: Group = ALONE) -> Iterator[None]:
-    """An allocation that fails inside, although the arena had fitted (others, or libraries, took the rest), becomes
-    OutOfMemory with the flags that help."""
+    """An allocation that fails inside becomes OutOfMemory, with the flags that help. It may fail although the arena
+    fits, because other programs or libraries took the rest."""
     try:
         yield
     except Exception as error:

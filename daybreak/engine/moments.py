@@ -1,6 +1,6 @@
 """When each gradient is final, found by running backward on nothing.
 
-Between ranks a gradient can be exchanged as soon as backward has finished it. A model calls `f.final()` whenever it
+With several ranks a gradient can be reduced as soon as backward has finished it. A model calls `f.final()` whenever it
 has finished some, without saying which. So backward runs once here, with tensors that have no memory and kernels that
 do nothing. This notes at which call of `final` each gradient was last asked for. With three blocks:
 
@@ -10,7 +10,7 @@ do nothing. This notes at which call of `final` each gradient was last asked for
     the others                                                             all vectors
 
 Matrices of one layer are final together, at the last one's moment. A head's own weight is final at moment 0.
-Parameters without decay are vectors, many and small. They lie together, behind all matrices, and are exchanged together
+Parameters without decay are vectors, many and small. They lie together, behind all matrices, and are reduced together
 at the end.
 """
 
@@ -33,7 +33,7 @@ class _CountingFrame(PlanFrame):
         flat = [Entry(name, name, (table.numel,), torch.float32) for name in ("weights", "grads")]
         flat += [Entry(FROZEN + row.name, "frozen", row.shape, torch.float32) for row in table.frozen]
         state = [*flat, *constant_entries(constants), Entry("batch", "state", (2, 1, 1), torch.int64)]
-        super().__init__(table, torch.float32, state, None)  # type: ignore[arg-type]  # nothing is exchanged
+        super().__init__(table, torch.float32, state, None)  # type: ignore[arg-type]  # no collectives
         self.k = self.recorder.each(lambda *_: lambda *_, **__: None)
         self.finals, self.last = list[None](), dict[str, int]()
 

@@ -52,9 +52,9 @@ class Span:
 class ParamTable:
     """Rows in forward order, and offsets (in elements) in the flat buffers; frozen rows are in none.
 
-    groups: the first one that fits a name takes it. world, limit: ranks, and the elements of a bucket, for groups whose
-    parameters stay whole: `buckets` are theirs, up to `whole`. hyper: where the device scalars of an optimizer at a
-    scale of the learning rate are. trainable: the names of trainable parameters and, as "h.3.", of their layers.
+    groups: the first one that fits a name takes it. world, limit: ranks, and elements of a bucket, for groups whose
+    parameters stay whole. `buckets` are theirs, and end at `whole`. hyper: the slice of device scalars for an optimizer
+    and a scale of the learning rate. trainable: names of trainable parameters and, as "h.3.", of their layers.
     """
 
     def __init__(
@@ -138,11 +138,11 @@ def _fullest(shares: list[list[Row]]) -> int:
 
 @torch.no_grad()
 def draw_parameters(rows: list[Row], seed: int, put: Callable[[str, Tensor], None]) -> None:
-    """Draw initial weights, fp32 on the CPU, on all of torch's threads; put(name, value) is called on several of them.
+    """Draw initial weights, fp32 on the CPU, on all of torch's threads. put(name, value) is called on several of them.
 
-    Equal to llm.c's and PyTorch's, however many those are: torch.nn.init.normal_ with one CPU generator, tensor after
-    tensor in forward order. Turning the generator's numbers into normal ones is the slow part; the generator runs
-    ahead to the beginning of each tensor, so that several can be drawn at once.
+    They equal llm.c's and PyTorch's for any number of threads: torch.nn.init.normal_ with one CPU generator, tensor
+    after tensor in forward order. Making normal numbers of the generator's is the slow part. So the generator advances
+    to the beginning of each tensor first, and several tensors are drawn at once.
     """
 
     def draw(row: Row, state: Tensor | None) -> None:

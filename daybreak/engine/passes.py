@@ -1,6 +1,6 @@
 """The passes over a model as calls, and the memory that they need: micro-steps, update, evaluation, decode.
 
-The functions are what runs; `plan_engine` records the very same ones.
+An engine runs these functions, and `plan_engine` records the same ones to find the memory that they need.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ State = dict[str, Tensor]
 
 
 def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool = True) -> None:
-    """Forward and backward of the batch in s["tokens"], s["targets"]: gradients and the step's loss so far.
+    """Forward and backward of the batch in s["tokens"], s["targets"]: gradients, and the step's loss so far.
 
-    f is the frame that training uses: see engine/formats.py.
-
-    Between ranks: the first fetches the weights that others updated, the last exchanges gradients under its backward.
+    f is the frame that training uses (engine/formats.py). With several ranks the first micro-step gathers the weights
+    that others updated, and the last one reduces gradients during its backward.
     """
     c, scale = f.comm, s["hyper"][2]
     c.first, c.last, c.moment = first, last, 0
@@ -44,14 +43,14 @@ def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool 
         f.convert_weights()
     hidden = model.forward(f, s["tokens"])
     c.finish()
-    fresh = first or c.sharding.zero == 2  # there the sum over micro-steps is the shard's
+    fresh = first or c.sharding.zero == 2  # at stage 2 the shard adds up the micro-steps
     model.head_loss(f, hidden, s["targets"].view(-1), s["losses"], scale, backward=True, first=fresh)
     f.k.loss_sum(s["loss"], s["losses"], scale, accumulate=not first)
     model.backward(f, s["tokens"], first=fresh)
 
 
 def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
-    """Gradient norm, the guard's decision, and the optimizers: of each group, a launch for each part that is held."""
+    """Gradient norm, the guard's decision, and the optimizers, one launch for each part that this rank updates."""
     c, grads = f.comm, s["shard" if f.comm.sharding.zero else "grads"]
     f.k.global_norm(s["norm"], grads)
     if c.active:
@@ -86,14 +85,14 @@ def evaluate(model: Model, f: StepFrame, s: State, B: int, T: int) -> None:
 
 
 def next_token(model: Model, f: StepFrame, s: State, b: int) -> None:
-    """`logits` that follow one more token, s["next"][0], at place s["next"][1] of each of the first b rows of `kv`."""
+    """`logits` that follow one more token, s["next"][0], at position s["next"][1], of each of the first b rows."""
     tokens, positions = s["next"][:, :b]
     model.decode(f, tokens, positions, s["kv"][:, :, :b], s["last_hidden"][:b])
 
 
 def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> list[Entry]:
-    """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and keys and
-    values (of shape `kv`) of sequences under way."""
+    """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and the cache
+    of keys and values, of shape `kv`."""
     B, T, V, C, N, dtype = spec.B, spec.T, spec.cfg.V, spec.cfg.C, sharding.numel, spec.dtype
     acc, f64, i64 = acc_dtype(dtype), torch.float64, torch.int64
     held = sharding.shard if sharding.zero else N
@@ -122,7 +121,7 @@ def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> 
 
 
 def optimizer_entries(sharding: Sharding, acc: torch.dtype) -> list[Entry]:
-    """What the optimizers keep of the parameters that this rank updates."""
+    """The optimizer state of the parameters that this rank updates."""
     by_element = (sharding.shard if sharding.zero else sharding.numel) - sharding.whole
     entries = dict[str, Entry]()
     for launch in sharding.launches():
@@ -138,7 +137,8 @@ def optimizer_entries(sharding: Sharding, acc: torch.dtype) -> list[Entry]:
 def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTable, Arena]:
     """The model, its parameter table and the complete memory list of one rank; no device is touched.
 
-    group: ranks that train together; Group(rank, world) will do. Raises ConfigError for a shape that cannot exist.
+    group: the ranks that train together, for which Group(rank, world) is enough. Raises ConfigError for a shape that
+    cannot exist.
     """
     cfg, B, T, dtype, rows = spec.cfg, spec.B, spec.T, spec.dtype, spec.rows
     cfg.check()

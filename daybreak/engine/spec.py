@@ -1,4 +1,4 @@
-"""What an engine is planned and built from. Whoever has a configuration gets it from `engine.device.engine_spec`."""
+"""The description that an engine is planned and built from. `engine.device.engine_spec` makes it of a configuration."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 class EngineSpec:
     """B sequences of T tokens are one micro-step of the model `cfg`.
 
-    compute: fp32, bf16 or fp64. recompute: see models. train: False allocates only what evaluation and sampling need.
-    masters: how weights in bf16 are kept exact (precision.masters). rows: sequences that can be generated at a time.
-    zero, bucket_bytes: see collectives. kernels: group of operations -> backend, where not the best (kernels.choose).
+    compute: fp32, bf16 or fp64. recompute: see models. train: False allocates only memory for evaluation and sampling.
+    masters: how master weights of bf16 are kept (precision.masters). rows: sequences that can be generated at a time.
+    zero, bucket_bytes: see collectives. kernels: group of operations -> backend, if not the best (kernels.choose).
     formats: patterns of names -> number formats of the matrices that training's matmuls read (engine/formats.py).
-    optim, groups: AdamW's options, and groups of parameters that are updated otherwise (optimizers).
-    trainable: patterns of names; a parameter that fits none is frozen: no gradient, no optimizer state, no masters.
-    frozen: patterns of names -> the dtype that frozen parameters are held in, where not compute dtype.
-    device_type, missing: cpu or cuda, and backends that are not there; an engine fills both in for its own device.
+    optim, groups: AdamW's options, and groups of parameters that have other optimizers (optimizers).
+    trainable: patterns of names. A parameter that fits none is frozen: no gradient, optimizer state or master weights.
+    frozen: patterns of names -> the dtype that frozen parameters are held in, if not compute dtype.
+    device_type, missing: cpu or cuda, and backends that are absent. An engine fills in both for its own device.
     """
 
     cfg: Shape
@@ -53,7 +53,7 @@ class EngineSpec:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """The dtype of weights and activations."""
         return DTYPES[self.compute]
 
     def parameters(self, rows: Iterable[Row]) -> list[Row]:
@@ -67,7 +67,7 @@ class EngineSpec:
 
     @property
     def kept(self) -> str:
-        """How exact weights are kept: fp32, split or none. Only bf16 weights need anything beside them."""
+        """How master weights are kept: fp32, split or none. Only bf16 weights need them."""
         if self.dtype != torch.bfloat16:
             return "none"
         return self.masters if self.masters != "auto" else "split" if self.device_type == "cuda" else "fp32"

@@ -47,8 +47,8 @@ def draw(cfg: Shape, seed: int) -> dict[str, Tensor]:
 
 
 def _chunks(parts: Iterable[tuple[slice, slice]]) -> Iterator[tuple[slice, slice]]:
-    """The same in pieces of at most FLAT_CHUNK elements: on a GPU temporaries as large as a parameter would stay
-    reserved, memory that the run then lacks."""
+    """The same in chunks of at most FLAT_CHUNK elements. On a GPU, temporaries as large as a parameter would stay
+    reserved, and the run would lack that memory."""
     for where, at in parts:
         for i in range(0, where.stop - where.start, FLAT_CHUNK):
             n = min(FLAT_CHUNK, where.stop - where.start - i)
@@ -67,19 +67,19 @@ class Engine:
             index = torch.cuda.current_device() if self.device.index is None else self.device.index
             self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)
-            # torch's own products, where they are used, add up in fp32 too
+            # torch's own matmuls, where they are used, add up in fp32 too
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.spec = spec = replace(spec, device_type=self.device.type, missing=missing_on(self.device))
         self.cfg, self.B, self.T, self.rows = spec.cfg, spec.B, spec.T, spec.rows
         self.seed = seed  # of the initial weights and of stochastic rounding
-        # On CUDA the draw takes seconds and so do loading and compiling kernels: they go on side by side.
+        # On CUDA drawing weights takes seconds, and so do loading and compiling kernels. They run side by side.
         drawing: Future[dict[str, Tensor]] | None = None
         if init and self.device.type == "cuda":
             spec.cfg.check()
             drawing = ThreadPoolExecutor(1).submit(draw, spec.cfg, seed)
         self.model, self.table, self.arena = plan_engine(spec, group)
         self.num_parameters = self.table.num_parameters
-        frozen = sum(row.numel for row in self.table.frozen)  # have no matmul for a gradient: 2 of 6 FLOPs
+        frozen = sum(row.numel for row in self.table.frozen)  # save the matmul for their gradient: 2 of 6 FLOPs
         self.flops_per_token = self.model.flops_per_token(spec.T, self.num_parameters) - 2 * frozen
         self.comm = Collectives(self.arena.sharding, group)
         self.frame = LiveFrame(self.arena, self.table, spec.dtype, self.device, self.comm)
@@ -92,16 +92,16 @@ class Engine:
         self.graphs = Graphs(self.device.type == "cuda" and not on_host and group.capturable)
         if group.world > 1:
             group.before_close.append(self.graphs.clear)
-        wait = group.wait_for if group.world > 1 else None  # for the device, which waits for other ranks
+        wait = group.wait_for if group.world > 1 else None  # the device may wait for a rank that is gone
         self._hyper = Ring(tuple(self.state["hyper"].shape), torch.float64, self.device, wait)
         self._batch = Ring((2, spec.B, spec.T), torch.int64, self.device, wait)
         self._stats = Ring((len(STATS),), torch.float64, self.device, wait)
         self._next = torch.zeros(2, spec.rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        # Decoding's reference kernel reads the lengths on the host: no graph then.
+        # The reference kernel of decode reads the lengths on the host, so it has no graph.
         graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"
         self._decoding: Graphs | Tapes = Graphs(True) if graphed else Tapes(self.frame)
         self._last: Pending | None = None
-        if spec.train:  # before anything else asks for kernels: what is built first may depend on the order
+        if spec.train:  # before anything else asks for kernels, since the order may decide which are built
             self.prepare()
         if init:
             self.init(seed, drawing)
@@ -109,9 +109,11 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- weights
 
     def init(self, seed: int, drawing: Future[dict[str, Tensor]] | None = None) -> None:
-        """Fresh weights from `seed`, always drawn on the CPU (or already, by `drawing`); optimizer state and windows
-        zeroed. Masters keep what rounding takes from the weights. llm.c's start from the rounded ones: then the first
-        updates, smaller than half of a large weight's last place, do nothing (bench/NOTES.md)."""
+        """New weights from `seed`, always drawn on the CPU, or already by `drawing`. Optimizer state and the guard's
+        windows become zero.
+
+        Master weights keep the digits that rounding takes from the weights. llm.c's start from the rounded weights, so
+        that its first updates of large weights do nothing: they are below half of the last place (bench/NOTES.md)."""
         for e in self.arena.entries:
             if e.saved or e.name in ("weights", "masters"):
                 self.state[e.name].zero_()
@@ -155,17 +157,17 @@ class Engine:
         return self.frame.weights[name]
 
     def exact_parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(first element, 1-D tensor) of the parts of a weight that are this rank's to save, as exactly as the engine
-        has them: fp32 (fp64; bf16 without masters). Views, or copies of split ones made when it is their turn."""
+        """(first element, 1-D tensor) of the parts of a weight that this rank saves, as exactly as the engine has them:
+        in fp32, fp64, or bf16 without master weights. They are views. Split ones are copies, made one at a time."""
         masters, weight, sharding = self.state.get("masters"), self.param(name).view(-1), self.comm.sharding
-        if name not in self.table.offsets:  # a frozen one, which every rank has
+        if name not in self.table.offsets:  # frozen, so every rank has it
             yield from [(0, weight)] if not sharding.rank else []
             return
         for where, at in _chunks(sharding.within(name, sharding.shards())):
             yield where.start, exact(weight[where], None if masters is None else masters[at])
 
     def set_exact(self, name: str, value: Tensor) -> None:
-        """Set a weight and what belongs to it from a tensor of its shape, of any float dtype and device."""
+        """Set a weight and its master weight from a tensor of its shape, of any float dtype and device."""
         masters, weight, sharding = self.state.get("masters"), self.param(name).view(-1), self.comm.sharding
         value = value.reshape(-1)
         if masters is None:
@@ -178,7 +180,7 @@ class Engine:
             set_exact(weight[where], masters[at], value[where])
 
     def finish(self) -> None:
-        """Fetch the weights that other ranks updated. Collective; before whatever reads weights between steps."""
+        """Gather the weights that other ranks updated. Collective. Call it before you read weights between steps."""
         if self.comm.stale:
             self.comm.gather(self.state["weights"])
         self.comm.finish()
@@ -198,7 +200,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- training
 
     def begin_step(self, *, lr: float, step: int, valid: int) -> None:
-        """Set a step's device scalars: learning rate, update number, and how many targets count in the whole step."""
+        """Set a step's device scalars: learning rate, number of the update, and number of valid targets in the step."""
         slot, t = self._hyper.take(), step + 1
         for (optimizer, scale), part in self.table.hyper.items():
             for i, value in enumerate((lr * scale, t, 1.0 / max(valid, 1), *optimizer.scalars(t)), part.start):
@@ -206,10 +208,10 @@ class Engine:
         self._hyper.upload(slot, self.state["hyper"])
 
     def micro_step(self, tokens: Tensor, targets: Tensor, *, first: bool, last: bool = True) -> None:
-        """Gradients of one micro-batch, tokens and targets (B, T) of any integer dtype; later ones add to the first.
-        After the last one of a step they are the sum over all ranks.
+        """Compute the gradients of one micro-batch, tokens and targets (B, T) of any integer dtype. Later ones add to
+        the first. After the last one of a step they are the sum over all ranks.
 
-        On CUDA it returns once the work is queued."""
+        On CUDA it returns when the work is queued."""
         assert tokens.shape == targets.shape == (self.B, self.T), "a micro-batch is (B, T); copy_ would broadcast"
         slot = self._batch.take()
         self._batch.slots[slot][0].copy_(tokens)
@@ -233,19 +235,19 @@ class Engine:
             self.micro_step(tokens[i], targets[i], first=i == 0, last=i == tokens.shape[0] - 1)
 
     def train_step(self, tokens: Tensor, targets: Tensor, *, lr: float, step: int) -> None:
-        """A whole step: tokens, targets (A, B, T), this rank's; `step` counts from 0."""
+        """A whole step with this rank's tokens and targets (A, B, T). step: counted from 0."""
         self.forward_backward(tokens, targets, lr=lr, step=step)
         self.update()
 
     def stats(self) -> dict[str, float]:
-        """The last update's loss, norm, clip_scale, skip (0 or 1), loss_z, norm_z, waiting for it."""
+        """The last update's loss, norm, clip_scale, skip (0 or 1), loss_z and norm_z. Waits for them."""
         assert self._last is not None, "no update yet"
         return named_stats(self._last)
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
     def eval_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Per-token losses (b, t) for tokens, targets (b, t), b <= B, t <= T; the next call overwrites the view."""
+        """Per-token losses (b, t) of tokens and targets (b, t), b <= B, t <= T. The next call overwrites the view."""
         b, t = tokens.shape
         # The front of the flat buffers, so that a smaller batch is contiguous too.
         self._front("tokens", b, t).copy_(tokens)
@@ -274,9 +276,9 @@ class Engine:
         self.state["next_logits"][:b].copy_(self.frame.a("logits", b, self.cfg.Vp)[:, : self.cfg.V])
 
     def prefill(self, row: int, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits (b, V) in fp32, on the device, that follow b texts of any lengths, whose keys and values are kept in
-        the cache's rows from `row` on, for `decode` to go on from. b times the longest is at most B T. The next call
-        overwrites it."""
+        """Logits (b, V) in fp32, on the device, that follow b sequences of any lengths. b times the longest is at most
+        B T. Their keys and values stay in the cache's rows from `row` on, where `decode` continues. The next call
+        overwrites the view."""
         b, t = len(texts), max(map(len, texts))
         inputs, last = self._front("tokens", b, t), self.state["last_hidden"][:b]
         inputs.copy_(torch.tensor([[*text, *[0] * (t - len(text))] for text in texts]))  # no token sees what follows it
@@ -288,11 +290,11 @@ class Engine:
         return self.state["next_logits"][:b]
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Logits (b, V) in fp32, on the device, that follow one more token of each of the rows 0 ... b - 1, at these
-        places (from 0).
+        """Logits (b, V) in fp32, on the device, that follow one more token of each of the rows 0 to b - 1, at these
+        positions (from 0).
 
-        The caller knows how long each row is; of a row without a text it gives any token at place 0. Recorded
-        once for each b. A view that the next call overwrites."""
+        The caller knows the length of each row. For a row without a sequence it gives any token at position 0. The
+        calls are recorded once for each b. The next call overwrites the view."""
         b = len(tokens)
         if self.device.type == "cuda":  # the copy of the last tokens is over
             torch.cuda.current_stream(self.device).synchronize()
@@ -305,7 +307,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- looking in
 
     def norms(self) -> Iterator[tuple[str, float, float]]:
-        """(name, weight norm, gradient norm) of every parameter; costs a pass over both. Collective."""
+        """(name, weight norm, gradient norm) of every parameter, from a pass over both. Collective."""
         sharding, sums = self.comm.sharding, self.state["shard" if self.comm.sharding.zero else "grads"]
         squares = []
         for name in self.table.rows:

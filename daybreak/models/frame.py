@@ -111,4 +111,4 @@ class Frame(Protocol):
         return range(0, n, step)
 
     def final(self) -> None:
-        """Backward has finished some gradients: they may be exchanged. engine/moments.py finds out which."""
+        """Backward has finished some gradients: they may be reduced. engine/moments.py finds out which."""

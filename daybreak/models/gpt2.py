@@ -146,7 +146,7 @@ class GPT2(Head):
             if l:
                 f.final()
         # The embedding's gradient is the largest and the last that the chain of d gives. Two matmuls of block 0 that
-        # nothing waits for come after it, so that its exchange between ranks has something to hide behind.
+        # nothing waits for come after it, so that its reduction between ranks has something to hide behind.
         if embeds:
             f.k.embedding_backward(f.g("wte"), f.g("wpe"), d, tokens, accumulate=not first)
         f.final()

@@ -193,7 +193,7 @@ class Llama(Head):
             self.block_backward(b, d, x, B, T)
             if l:
                 f.final()
-        # As in GPT-2: two matmuls of block 0 come last, so that the embedding's exchange has something to hide behind.
+        # As in GPT-2: two matmuls of block 0 come last, so that the embedding's reduction has something to hide behind.
         if embeds:
             f.k.embedding_backward(f.g("wte"), None, d, tokens, accumulate=not first, tied=self.cfg.tied)
         f.final()

@@ -27,11 +27,12 @@ SCALARS = ("lr", "t", "inv_valid")  # device scalars of every optimizer: see `Pa
 
 @dataclass(frozen=True)
 class Part:
-    """What is updated in one go: n neighbouring elements of one group, or one whole parameter.
+    """The elements of one launch: n neighbours of one group, or one whole parameter.
 
-    masters: how the exact weights are kept (kernels/optimizer.py). stats: the guard's decision (kernels.guard.STATS).
-    hyper: the learning rate, times the group's scale; the update's number from 1; 1 / the number of targets; and what
-    the optimizer's `scalars` gave. seed, offset: for stochastic rounding, the place of the first element among all.
+    masters: the fp32 master weights, as kernels/optimizer.py keeps them. stats: the guard's decision
+    (kernels.guard.STATS). hyper: the learning rate times the group's scale, the update's number from 1, 1 / the number
+    of targets, and the optimizer's `scalars`. seed, offset: for stochastic rounding. offset is the place of the first
+    element among all.
     """
 
     weights: Tensor  # (n), in compute dtype
@@ -50,24 +51,24 @@ class Optimizer(ABC):
     """How parameters are updated. Subclasses are frozen dataclasses: two that are equal share their device scalars."""
 
     whole: ClassVar[bool] = False
-    state: ClassVar[tuple[str, ...]] = ()  # names of what is kept from step to step
+    state: ClassVar[tuple[str, ...]] = ()  # names of the tensors that stay from step to step
 
     def shape(self, key: str, row: Row) -> tuple[int, ...]:
-        """Of a state of a whole parameter."""
+        """The shape of the state `key` of a whole parameter."""
         return row.shape
 
     def scalars(self, t: int) -> tuple[float, ...]:
-        """Numbers that change from update to update, for the t-th one, from 1."""
+        """Numbers for the t-th update, from 1."""
         return ()
 
     @abstractmethod
     def update(self, f: Frame, part: Part) -> None:
-        """Update weights, masters and state of `part`, unless the guard said no; by kernels, or by `f.k.do`."""
+        """Update weights, master weights and state of `part` by kernels or `f.k.do`, unless the guard refuses."""
 
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """The parameters that are updated alike: those whose names fit a pattern, and no group's before this one."""
+    """The parameters that share an optimizer: those whose names fit this pattern, and no earlier group's."""
 
     names: str
     optimizer: Optimizer

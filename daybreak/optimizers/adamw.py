@@ -11,7 +11,7 @@ from daybreak.optimizers import Optimizer, ParamGroup, Part
 
 @dataclass(frozen=True)
 class AdamW(Optimizer):
-    """Two running averages an element: m of gradients, v of their squares."""
+    """Each element has two running averages: m of gradients, and v of their squares."""
 
     beta1: float
     beta2: float
@@ -19,11 +19,11 @@ class AdamW(Optimizer):
     state = ("m", "v")
 
     def scalars(self, t: int) -> tuple[float, ...]:
-        """bias1 and bias2: what the averages have seen of the weight 1."""
+        """bias1 and bias2: the weight that the averages have given to the gradients so far, of 1 in the end."""
         return 1.0 - self.beta1**t, 1.0 - self.beta2**t
 
     def update(self, f: Frame, part: Part) -> None:
-        """One launch."""
+        """Update by one kernel launch."""
         f.k.adamw_update(
             part.weights, part.masters, part.state["m"], part.state["v"], part.grads, part.stats, part.hyper,
             beta1=self.beta1, beta2=self.beta2, eps=self.eps, weight_decay=part.weight_decay, seed=part.seed,

@@ -1,8 +1,21 @@
-"""How fast a configuration's step is, group by group, beside the least that its bytes and its arithmetic can take.
+"""`daybreak bench`: how fast a step is, and how near each operation comes to its floor on this device.
 
-The floor of a call is the larger of its bytes (each tensor it reads or writes, once) over the measured copy bandwidth
-and its multiplications over the measured rate of a large matrix product. The step is timed as training runs it; the
-groups are timed call by call in the same order, each call between two marks on the device's own clock.
+The floor is the least time that a call can take. `limits` measures two rates of the device, and the floor is the larger
+of two times:
+
+    bytes / copy rate      each tensor that the call reads or writes, once, and twice if the call adds to it
+    FLOPs / matmul rate    of matmuls and attention; 0 for the other operations
+
+The operations declare what they add to and their FLOPs (`op` in kernels/__init__.py). Steps are timed as training runs
+them, with CUDA graphs. After that, `meter` runs one micro-step and one update without graphs. It records an event on
+the device's own clock before and after every kernel call. The device sleeps first, so that the host is ahead and no
+event waits for a launch:
+
+    host      | launch | launch | launch | launch ...
+    device    | sleep ...................... | e kernel e | e kernel e | e kernel e ...
+                                               <-------->   seconds of one call
+
+`tune_products` is `daybreak bench --tune`: it finds all matmuls of a step, and the fastest way to compute each.
 """
 
 from __future__ import annotations
@@ -39,7 +52,7 @@ WARM_STEPS = 5  # not counted
 
 @dataclass
 class Cost:
-    """Calls of one operation: how many, seconds, bytes moved at least, floating-point operations."""
+    """All calls of one operation: their number, their seconds, the bytes that they move at least, and their FLOPs."""
 
     backend: str = ""
     calls: int = 0
@@ -50,7 +63,7 @@ class Cost:
 
 @dataclass
 class Bench:
-    """What was measured. `costs` is of one micro-step (and one update) by operation."""
+    """The measurements. `costs` has the operations of one micro-step and one update."""
 
     device: str
     tokens: int
@@ -79,7 +92,7 @@ def nbytes_of(operation: Op, given: Mapping[str, Any]) -> int:
 
 
 def limits(device: torch.device) -> tuple[float, float]:
-    """(bytes/s of a large copy, reads and writes counted; FLOP/s of a large product after two seconds of it)."""
+    """Bytes a second of a large copy, reads and writes counted, and FLOP/s of a large matmul after two seconds."""
     cuda = device.type == "cuda"
     n, size, dtype = (1 << 28, 8192, torch.bfloat16) if cuda else (1 << 24, 1024, torch.float32)
     source, target = torch.randn(n, device=device, dtype=dtype), torch.empty(n, device=device, dtype=dtype)
@@ -90,7 +103,7 @@ def limits(device: torch.device) -> tuple[float, float]:
 
 
 def _seconds(fn: Callable[[], Any], duration: float, cuda: bool) -> float:
-    """Seconds of one call, over calls that fill `duration`."""
+    """Mean seconds of a call, over as many calls as fill `duration`."""
     fn()
     began, calls = time.perf_counter(), 0
     while time.perf_counter() - began < duration:
@@ -103,14 +116,15 @@ def _seconds(fn: Callable[[], Any], duration: float, cuda: bool) -> float:
 
 
 def batches(engine: Engine, steps: int) -> Tensor:
-    """Random tokens, frequent ones first, as text has them: (steps, B, T + 1), the same in every run."""
+    """Random tokens (steps, B, T + 1), the same in every run. Small ids are the frequent ones, as in text."""
     generator = torch.Generator().manual_seed(7)
     u = torch.rand(steps, engine.B, engine.T + 1, generator=generator)
     return ((engine.cfg.V + 1) ** u - 1).long().clamp_(max=engine.cfg.V - 1)
 
 
 def time_steps(engine: Engine, micro_steps: int, seconds: float) -> list[float]:
-    """Seconds of each step over at least `seconds`, input copies and the late reading of results included."""
+    """The seconds of each step, for at least `seconds` in all. They include input copies and the late reading of
+    results."""
     tokens, step = batches(engine, 8), 0
     times: list[float] = []
     pending: Pending | None = None
@@ -129,7 +143,7 @@ def time_steps(engine: Engine, micro_steps: int, seconds: float) -> list[float]:
 
 
 def meter(engine: Engine) -> dict[str, Cost]:
-    """The costs of one micro-step and one update, each kernel call between two marks. The engine has no graphs
+    """The costs of one micro-step and one update, each kernel call timed by itself. The engine has no graphs
     afterwards."""
     kernels, tokens, cuda = engine.frame.k, batches(engine, 1)[0], engine.device.type == "cuda"
     costs, marks = defaultdict[str, Cost](Cost), list[tuple[str, Any, Any]]()
@@ -218,7 +232,7 @@ def step_products(config: Config, device: torch.device) -> list[Key]:
 
 
 def tune_products(config: Config, folder: str) -> None:
-    """Search the fastest algorithm of every product of a configuration's step; the table goes to a file in `folder`."""
+    """Search the fastest algorithm for every matmul of a configuration's step, and write a table to `folder`."""
     from daybreak.kernels.cuda import tune
 
     config.check()
@@ -231,7 +245,7 @@ def tune_products(config: Config, folder: str) -> None:
 
 
 def print_bench(b: Bench) -> None:
-    """The step and its groups as a table, on stdout."""
+    """Print the step, and a table of its operations, on stdout."""
     from rich.console import Console
     from rich.table import Table
 

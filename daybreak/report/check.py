@@ -2,7 +2,7 @@
 
 Autograd stays out of the package, so gradients are checked in two steps. Finite differences of the loss in fp64 prove
 the hand-written backward, which is the same code for every device. Its fp64 gradients then judge the kernels that this
-device uses. The rest are whole runs of `daybreak train` in processes of their own, in a folder that is removed.
+device uses. The other checks train with `daybreak train` in processes of their own, in a folder that is removed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def _batch(V: int, B: int, T: int) -> tuple[Tensor, Tensor]:
 
 
 def _derivatives() -> float:
-    """The largest gap between a derivative of the loss by finite differences and by backward, over the gradient's norm,
-    in fp64, along a random direction in each parameter."""
+    """The largest error of a derivative that backward computes, over the gradient's norm, in fp64.
+
+    It is compared with a finite difference of the loss, along one random direction in each parameter."""
     cfg = model_config({"L": 2, "C": 32, "NH": 2, "max_T": 16, "V": 61})
     engine = Engine(EngineSpec(cfg, B=2, T=16, compute="fp64"))
     tokens, targets = _batch(61, 2, 16)
@@ -71,7 +72,7 @@ def _gradients(device: torch.device, compute: str) -> float:
 
 
 def _setting(device: torch.device) -> tuple[str, dict[str, Any]]:
-    """What is trained, and keys: `tiny` on a CPU, else GPT-2 124M with as many rows, up to 8, as fit."""
+    """The target and keys of the runs: `tiny` on a CPU, else GPT-2 124M with as many sequences as fit, 8 at most."""
     target = "tiny" if device.type == "cpu" else "d12"
     config = resolve(target)[0]
     B = 8 if device.type == "cpu" else max(1, min(8, plan(config).fit.largest_B(config)))
@@ -83,7 +84,7 @@ def _setting(device: torch.device) -> tuple[str, dict[str, Any]]:
 
 
 def _write(folder: Path, V: int, T: int) -> dict[str, Any]:
-    """Token shards at random, and the keys that name them."""
+    """Write shards of random tokens, and return the keys that name them."""
     for split, samples in (("train", 4096), ("val", 4)):
         writer = ShardWriter(folder / f"{split}.bin")
         writer.write(torch.randint(V - 1, (samples * T + 1,)).numpy())
@@ -92,7 +93,7 @@ def _write(folder: Path, V: int, T: int) -> dict[str, Any]:
 
 
 def _train(target: str | Path, keys: dict[str, Any], log: Path, until: Callable[[], bool] = bool) -> None:
-    """`daybreak train` to its end, or kill -9 once `until` holds. RuntimeError with its last line if it fails."""
+    """Run `daybreak train` to its end, or kill it once `until` holds. If it fails, RuntimeError has its last line."""
     flags = [x for key, value in keys.items() for x in (f"--{key}", str(value))]
     with log.open("w") as out:
         process = subprocess.Popen([sys.executable, "-m", "daybreak", "train", str(target), "--quiet", *flags],
@@ -142,13 +143,13 @@ def _checks(device: torch.device, compute: str, folder: Path) -> Iterator[tuple[
 
 def _memory(p: Plan, used: int) -> tuple[bool, str]:
     planned = (p.nbytes + p.outside + (p.host_nbytes if p.device == "cpu" else 0)) // MIB
-    if p.device != "cpu" and used < planned // 2:  # the driver tells only what all programs use together
+    if p.device != "cpu" and used < planned // 2:  # the driver only knows the sum of all programs
         return True, f"memory: not measured, another program frees memory of this GPU; {planned:,} MiB planned"
     return used <= 1.1 * planned + 128, f"memory: {used:,} MiB used, {planned:,} MiB planned"
 
 
 def check() -> Iterator[str]:
-    """Eight lines: the machine, six checks, the verdict. The verdict starts with "all" if all is good."""
+    """Yield eight lines: the machine, six checks, and the verdict. The verdict starts with "all" if all is good."""
     began, device = time.monotonic(), pick_device("auto")
     compute, bad = pick_compute("auto", device), 0
     name = "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""What this machine has and what daybreak makes of it; and whether a run's checkpoints are sound."""
+"""`daybreak doctor`: describes the machine and the kernels that it gets, or verifies the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from daybreak.state.run import Run
 from daybreak.state.run_folder import cpu_model
 from daybreak.state.throughput import peak_flops
 
-GAINS = {  # what an optional package brings: measured on one H100, see bench/results
+GAINS = {  # of optional packages, measured on one H100 (bench/results)
     "quack": "faster products, and more fused into them: pip install quack-kernels",
     "fa4": "a faster deterministic attention backward: pip install flash-attn-4 nvidia-cudnn-frontend",
     "cudnn": "a faster attention: pip install nvidia-cudnn-frontend",
@@ -31,7 +31,7 @@ GAINS = {  # what an optional package brings: measured on one H100, see bench/re
 
 
 def machine() -> list[str]:
-    """Lines about the machine: versions, GPU, the backend of every group of operations, what helps, the verdict."""
+    """Lines about the machine: versions, GPU, the backend of each group of operations, useful packages, the verdict."""
     lines = [
         f"daybreak {daybreak.__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"{platform.system()} {platform.machine()}",
@@ -66,7 +66,7 @@ def machine() -> list[str]:
 
 
 def _table_line() -> str:
-    """Whether the matrix products of this GPU have been measured."""
+    """A line that says whether the matmuls of this GPU have been measured."""
     from daybreak.kernels.cuda import cublaslt
 
     blas = cublaslt.blas_of(torch.cuda.current_device())
@@ -86,8 +86,10 @@ def _driver() -> str:
 
 
 def check_run(path: str) -> tuple[list[str], bool]:
-    """Lines about a run, and whether all is good: each checkpoint and each shard of its data read and verified in full,
-    what dead saves left, how the last attempt ended."""
+    """Lines about a run, and whether all is good.
+
+    Each checkpoint and each shard of its data is read in full and verified. Other lines name leftovers of saves that
+    died, and say how the last attempt ended."""
     run, lines, saved = Run(path), list[str](), ""
     for checkpoint in published(run.folder.checkpoints):
         try:
@@ -111,8 +113,8 @@ def check_run(path: str) -> tuple[list[str], bool]:
 
 
 def _check_data(run: Run, saved: str) -> list[str]:
-    """Whether the shards of every data set with a manifest are those it was prepared with, to the last byte, and all
-    data is that of the fingerprint `saved` in a checkpoint. Data that is on another machine is not looked at."""
+    """Lines about a run's data: its shards against the sha256 sums of their manifests, and all of it against the
+    fingerprint `saved` in a checkpoint. Data that is on another machine is not checked."""
     config = run.config
     d, lines = config.data, list[str]()
     places = [d.train, d.val]

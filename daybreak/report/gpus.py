@@ -1,4 +1,4 @@
-"""What `plan` knows of GPUs: their names, and the speeds measured on them. Their data are in state.throughput."""
+"""The GPUs that `plan` knows by name, and the speeds that were measured on them. state/throughput.py has their data."""
 
 from __future__ import annotations
 

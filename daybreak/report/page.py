@@ -1,4 +1,4 @@
-"""One page for `report` and `watch`: charts of runs, samples, configuration; a single file that loads nothing."""
+"""The page of `report` and `watch`: charts of runs, samples and the configuration, in one file that loads nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REFERENCES = {
 
 
 def page_data(runs: Sequence[Follower], *, live: bool = False) -> dict[str, Any]:
-    """What the page's script gets."""
+    """The data for the page's script."""
     made = time.strftime("made %d %b %Y, %H:%M UTC", time.gmtime())
     return {
         "runs": [run.payload() for run in runs], "references": REFERENCES, "live": live, "made": made,
@@ -39,18 +39,18 @@ def page_data(runs: Sequence[Follower], *, live: bool = False) -> dict[str, Any]
 
 
 def version(runs: Sequence[Follower]) -> str:
-    """Differs whenever there is something new: bytes read, and each run's state."""
+    """A text that changes whenever there is something new: the bytes read, and each run's state."""
     return ".".join([str(sum(run.offset for run in runs)), *(run.state()[0] for run in runs)])
 
 
 def to_json(data: Any) -> str:
-    """JSON with null for what is not finite, and without a character that could end the element it stands in."""
+    """JSON with null for numbers that are not finite, and without "<", which could end the page's script."""
     data = json.loads(json.dumps(data), parse_constant=lambda _: None)
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def render(data: dict[str, Any]) -> tuple[str, str]:
-    """(the page, its Content-Security-Policy): scripts and styles by their hashes, the network only to itself."""
+    """The page and its Content-Security-Policy, which allows its own scripts and styles, by their hashes."""
     text = (WEB / "page.html").read_text("utf-8")
     for mark, name in (("/*uplot*/", "uPlot.min.css"), ("/*library*/", "uPlot.iife.min.js"), ("/*page*/", "page.js")):
         text = text.replace(mark, (WEB / name).read_text("utf-8"), 1)
@@ -60,7 +60,7 @@ def render(data: dict[str, Any]) -> tuple[str, str]:
 
 
 def policy_of(page: str) -> str:
-    """The Content-Security-Policy of a page which runs its own scripts and styles, and talks to its own server only."""
+    """The Content-Security-Policy of a page that runs its own scripts and styles only, and calls its own server."""
     hashes: dict[str, str] = {"script": "", "style": ""}
     for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL):
         hashes[tag] += f" 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
@@ -69,8 +69,8 @@ def policy_of(page: str) -> str:
 
 
 def write_report(paths: Sequence[str], out: Path | None) -> Path:
-    """One self-contained file about `paths` (runs, or llm.c's logs), by default in the run's folder, and for
-    several beside the first one's."""
+    """Write one self-contained file about `paths`, which are runs or llm.c's logs. By default it is in the run's
+    folder, or beside the first run's folder if there are several."""
     runs = [Follower(path) for path in paths]
     for run in runs:
         run.update()

@@ -1,6 +1,7 @@
-"""What a run needs, from the same arena that training allocates: no GPU, no data.
+"""`daybreak plan`: the memory, time, cost and disk of a run, before it starts. It needs no GPU and no data.
 
-`plan` works on any machine, for any GPU. Every figure is counted from the shapes or says on what it rests.
+The memory is the arena's that training would allocate. Every figure is counted from the shapes, or its basis is named
+beside it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from daybreak.state.restore import checkpoint_bytes, checkpoints_kept, staged_by
 
 BUFFERS = {
     "weights": "weights in compute dtype",
-    "masters": "exact weights the optimizer updates",
-    "grads": "gradients, accumulated over micro-steps",
+    "masters": "master weights, which the optimizer updates",
+    "grads": "gradients, added up over micro-steps",
     "kv": "keys and values of the text that is sampled",
     "m": "AdamW first moment",
     "v": "AdamW second moment",
@@ -37,7 +38,7 @@ BUFFERS = {
 }
 
 
-ENOUGH_TOKENS = 16_384  # of a micro-step: beyond, more of them win little; below, the GPU idles
+ENOUGH_TOKENS = 16_384  # of a micro-step: with fewer the GPU idles, and more of them gain little
 USABLE = 0.98  # of a GPU's memory: the driver keeps some, and allocations have a granularity
 MIB = 1 << 20
 CPU_PROCESS = 280 * MIB  # Python and torch, resident: `tiny` on an EPYC, torch 2.13.0+cpu, 28 Nov 2026
@@ -46,7 +47,7 @@ TRIED = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")  # GPUs that daybreak has run o
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory and arithmetic of a configuration on one kind of device, `gpus` of them."""
+    """The memory and arithmetic of a configuration, on `gpus` devices of one kind."""
 
     config: Config
     device: str  # cpu or cuda
@@ -62,12 +63,12 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that training allocates, all at start."""
+        """Bytes of GPU or CPU memory that training allocates, all of them at the start."""
         return self.arena.nbytes
 
     @property
     def host_nbytes(self) -> int:
-        """Bytes of the machine's memory that saving beside training takes, allocated once; several ranks do not."""
+        """Bytes of host memory for saving while training continues, allocated once. Several ranks save otherwise."""
         return staged_bytes(self.arena) if self.config.checkpoint.background and self.gpus == 1 else 0
 
     @property
@@ -77,12 +78,12 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole run; 0 where it is one epoch of data that `plan` does not look at."""
+        """Tokens of the whole run; 0 if the run is one epoch, since `plan` does not look at the data."""
         return self.config.tokens_between(0, self.config.run.steps, self.gpus)
 
     @property
     def tok_s(self) -> tuple[float, str] | None:
-        """Tokens a second and on what that rests; None where nothing is known."""
+        """Tokens a second, and the basis of this figure; None if nothing is known."""
         c = self.config
         if self.device != "cuda" or self.compute != "bf16":
             return None
@@ -91,15 +92,15 @@ class Plan:
 
     @property
     def hours(self) -> float | None:
-        """Hours of training, without validation and saving."""
+        """Hours of training, validation and saving not counted."""
         return self.tokens / self.tok_s[0] / 3600 if self.tok_s and self.tokens else None
 
 
 def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
-    """The plan of a configuration: for this machine's device, or for `gpus` GPUs that `gpu` names (see GPUS).
+    """The plan of a configuration, for this machine's device, or for `gpus` GPUs of the kind `gpu` (see GPUS).
 
-    Raises ConfigError for a shape, GPU or device that cannot be; DataError where epochs are asked of data that is not
-    there.
+    Raises ConfigError for a shape, GPU or device that cannot exist, and DataError if the run's length is in epochs of
+    data that is not there.
     """
     config.check(ranks=gpus)
     if config.run.tokens or config.run.epochs:
@@ -129,7 +130,7 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
 
 
 def grouped(arena: Arena) -> list[tuple[str, str, int, int]]:
-    """(name, one tensor's shape and dtype, how many, bytes of all) with the layers of an activation on one line."""
+    """Activations as (name, shape and dtype of one, number, bytes of all). All layers of one are together."""
     groups: dict[str, tuple[str, int, int]] = {}
     for e in arena.entries:
         if e.buffer == "activations":
@@ -141,7 +142,7 @@ def grouped(arena: Arena) -> list[tuple[str, str, int, int]]:
 
 
 def suggest(p: Plan) -> tuple[str, str]:
-    """The flags for this GPU, and why; or the flags that make the run fit."""
+    """Flags that suit this GPU or make the run fit, and the reason."""
     c, fit = p.config, p.fit
     total = c.batch.total_tokens  # without it another B is another step: for who has not chosen one
     if total or (p.gpu and c.batch.B == Config().batch.B):
@@ -159,7 +160,7 @@ def suggest(p: Plan) -> tuple[str, str]:
 
 
 def figures(p: Plan) -> list[tuple[str, str, str]]:
-    """(what, value, basis) of everything but the memory's details, the answer first."""
+    """Rows of (name, value, basis), the answer first. The memory's details are in `_print_memory`."""
     c, na, cpu = p.config, "n/a", p.device == "cpu"
     steps, step = c.run.steps, c.tokens_at(0, p.gpus)
     total = p.nbytes + p.outside
@@ -212,7 +213,7 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
 
 
 def recipe_notes(target: str) -> list[str]:
-    """What is known about a shipped recipe (published results, each with its source): the head of its file."""
+    """The head of a shipped recipe's file: published results, each with its source."""
     if target not in recipe_names():
         return []
     lines = (RECIPES / f"{target}.toml").read_text().splitlines()
@@ -220,7 +221,7 @@ def recipe_notes(target: str) -> list[str]:
 
 
 def print_plan(p: Plan, notes: Sequence[str] = (), verbose: bool = False) -> None:
-    """The plan on stdout, the answer first; `verbose`: what the memory holds, as tables."""
+    """Print the plan on stdout, the answer first; if `verbose`, also tables of what is in memory."""
     for what, value, basis in figures(p):
         print(f"{what:<18} {value}" + (f"  [{basis}]" if basis else ""))
     if p.gpu and p.gpu not in TRIED:
@@ -234,7 +235,7 @@ def print_plan(p: Plan, notes: Sequence[str] = (), verbose: bool = False) -> Non
 
 
 def _print_memory(p: Plan) -> None:
-    """The buffers, and the activations before they share bytes."""
+    """Print the buffers, and the activations before they share bytes."""
     from rich.console import Console
     from rich.table import Table
 

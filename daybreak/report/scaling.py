@@ -1,10 +1,15 @@
-"""A step's time on N GPUs, modelled: what `plan --gpus 8,16,64,512` prints.
+"""The time of a step on N GPUs, by a model: the table that `plan --gpus 8,16,64,512` prints.
 
-One GPU's time for its share of the tokens (gpus.token_rate), and what the exchange adds where backward and the next
-forward do not hide it: buckets as `Sharding` cuts them travel one after the other, each once its gradients are final.
-A rank sends as fast as the slower of its link inside the host and the host's network ports together, because NCCL's
-rings cross the network once a host, a port each. What NCCL takes from the products and what stragglers cost is in
-gpus.SEVERAL_GPUS; other traffic, and NCCL's trees, are not modelled.
+A step takes as long as one GPU takes for its share of the tokens (gpus.token_rate), and longer if communication is not
+hidden. Buckets, as `Sharding` cuts them, are sent one after the other, each once its gradients are final:
+
+    compute        | forward       | backward                              |           | next forward
+    communication                          | bucket 0 | bucket 1 | bucket 2 | bucket 3 |
+                                                                            <-exposed->
+
+A rank sends as fast as its link inside the host, or as all network ports of the host together if those are slower:
+NCCL makes a ring for each port, and each ring crosses the network once a host. gpus.SEVERAL_GPUS has the cost of
+stragglers and of what NCCL takes from the matmuls. Other traffic and NCCL's trees are not modelled.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ HOP = 5e-6  # seconds a ring needs for each rank that it passes
 
 
 def bandwidth(gpu: str, gpus: int, network: float = NETWORK) -> float:
-    """Bytes a second that each of `gpus` GPUs (a short name) sends to its neighbour in a ring."""
+    """Bytes a second that each of `gpus` GPUs of the kind `gpu` sends to its neighbour in a ring."""
     link = find_gpu(gpu).link
     return REACHED * 1e9 * (link if gpus <= HOST else min(link, HOST * network))
 
@@ -35,10 +40,10 @@ def bandwidth(gpu: str, gpus: int, network: float = NETWORK) -> float:
 def exposed_gradients(
     sharding: Sharding, itemsize: int, final: Mapping[int, float], end: float, rate: float, latency: float = 0.0
 ) -> float:
-    """Seconds by which the exchange of gradients outlasts a backward that ends at `end`.
+    """Seconds by which the reduction of gradients outlasts a backward that ends at `end`.
 
     final: moment -> seconds after backward's start at which its gradients are final. rate: bytes a second that a rank
-    sends; latency: seconds that a bucket takes besides.
+    sends. latency: further seconds of each bucket.
     """
     at, trips = 0.0, 1 if sharding.zero else 2
     for k in sharding.order:
@@ -48,8 +53,8 @@ def exposed_gradients(
 
 
 def exposed_weights(sharding: Sharding, itemsize: int, forward: float, rate: float, latency: float = 0.0) -> float:
-    """Seconds that a forward of `forward` seconds waits for updated weights: for its first bucket, and for the last if
-    that is later than the layers before it. Nothing at stage 0."""
+    """Seconds that a forward of `forward` seconds waits for updated weights. It always waits for the first bucket, and
+    for the last one if that comes later than forward needs it. Stage 0 gathers no weights."""
     if not sharding.zero:
         return 0.0
     times = [latency + sharding.size(k) * (sharding.world - 1) * itemsize / rate for k in reversed(sharding.order)]
@@ -58,8 +63,11 @@ def exposed_weights(sharding: Sharding, itemsize: int, forward: float, rate: flo
 
 @dataclass(frozen=True)
 class Scale:
-    """A step on `gpus` GPUs, B rows a micro-step. Seconds: of one GPU that had its share to do alone, of the step, of
-    the whole exchange, of the part of it that nothing hides. MiB a GPU."""
+    """A step on `gpus` GPUs with B sequences a micro-step.
+
+    alone: seconds of one GPU that does its share and waits for nobody. exchange: seconds of all communication.
+    exposed: the part of these that no computation hides. mib: memory of each GPU.
+    """
 
     gpus: int
     B: int
@@ -98,7 +106,7 @@ def scale(p: Plan, gpu: str, network: float = NETWORK) -> Scale:
 
 
 def scaling(config: Config, gpu: str, counts: Sequence[int], network: float = NETWORK) -> list[Scale]:
-    """One `Scale` for each number of GPUs; where the total batch does not divide, with the most rows that do.
+    """One `Scale` for each number of GPUs. If B does not divide the total batch, the largest smaller one that does.
 
     Raises ConfigError for an unknown GPU, or a number of GPUs among which no number of rows divides the batch.
     """
@@ -116,7 +124,7 @@ def scaling(config: Config, gpu: str, counts: Sequence[int], network: float = NE
 
 
 def print_scaling(config: Config, gpu: str, rows: Sequence[Scale], network: float = NETWORK) -> None:
-    """The table, on stdout, with what it rests on."""
+    """Print the table on stdout, and its assumptions."""
     columns = {"GPUs": 5, "B": 5, "micro": 6, "ms/step": 10, "exchange": 9, "exposed": 8, "tok/s": 11, "of N x 1": 9,
                "time": 7, "MiB/GPU": 8}  # fmt: skip
     lines = [[*columns]]

@@ -1,7 +1,7 @@
-"""A run's metrics as columns, read as they grow: of a daybreak run, or of an llm.c `main.log`.
+"""The metrics of a run as columns, read while they grow. The run is daybreak's, or llm.c's `main.log`.
 
-A million steps are read once and kept as flat arrays of doubles; what a page gets of them is thinned out so that every
-peak and dip survives.
+A million steps are read once, and kept as flat arrays of doubles. A page gets few points of them, but all peaks and
+dips.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ log = logging.getLogger("daybreak")
 TRAIN = ("loss", "norm", "lr", "ms", "tok_s", "mfu", "mem_mib", "temp_c", "power_w", "loss_z", "skipped")
 MOST_POINTS = 4000  # of one curve on a page: more than a screen has pixels
 OUTLIER_Z = 5.0
-JUMP = 6 * 3600.0  # seconds between two lines of an attempt that only a clock set anew explains
-QUIET = 60.0  # seconds without a line after which the run's lock is asked whether a process holds it
+JUMP = 6 * 3600.0  # seconds between two lines of an attempt: more are a clock that was set
+QUIET = 60.0  # seconds without a line, after which the run's lock says whether a process still holds it
 LOG_LINE = re.compile(rb"s:(\d+) (?:tel:(\S+)|eval:(\S+)|trl:(\S+)(?: lr:(\S+) norm:(\S+))?)\s*$")
 
 
 class Curve:
-    """Columns of equal length: step, tokens, hours of running, and values; NaN is nothing."""
+    """Columns of equal length: step, tokens, hours of running, and values. NaN stands for a missing value."""
 
     def __init__(self, *names: str) -> None:
         self.columns = {name: array("d") for name in ("step", "tokens", "hours", *names)}
@@ -44,7 +44,7 @@ class Curve:
             column.append(value)
 
     def cut(self, step: float) -> None:
-        """Forget what comes after `step`: a resumed run, or a repeated line, takes its place."""
+        """Remove the rows after `step`, because a resumed run or a repeated line replaces them."""
         steps = self.columns["step"]
         keep = len(steps)
         while keep and steps[keep - 1] > step:
@@ -53,7 +53,7 @@ class Curve:
             del column[keep:]
 
     def thinned(self, by: str) -> dict[str, list[float | None]]:
-        """At most MOST_POINTS rows: of each stretch its first, and those with the least and largest `by`."""
+        """At most MOST_POINTS rows: of each stretch the first one, and those with the least and the largest `by`."""
         n, values = len(self.columns["step"]), self.columns[by]
         rows = range(n)
         if n > MOST_POINTS:
@@ -67,7 +67,7 @@ class Curve:
 
 
 class Follower:
-    """One run. `update` reads what was appended since; `payload` is what a page shows of it."""
+    """One run. `update` reads the lines that are new, and `payload` has all that a page shows."""
 
     def __init__(self, path: Path | str) -> None:
         path = Path(path)
@@ -96,7 +96,7 @@ class Follower:
         self.eta: float | None = None
 
     def update(self) -> bool:
-        """Read on. Whether there was anything new; half a line waits for its other half."""
+        """Read further, and return whether there was anything new. Half a line waits for its other half."""
         size = self.file.stat().st_size if self.file.is_file() else 0
         if size < self.offset:  # another file under this name
             self.offset, self._rest = 0, b""
@@ -123,7 +123,7 @@ class Follower:
                     curve.cut(step)
                 self.notes = [n for n in self.notes if n["step"] <= step]
                 self.notes.append({"kind": "restart", "step": step})
-            self.start, self._last_t = r, t  # what passed between two attempts costs nothing
+            self.start, self._last_t = r, t  # the time between two attempts does not count
         passed, busy = t - self._last_t, r.get("ms", 0.0) / 1000
         self.hours += (passed if 0 <= passed <= JUMP + 10 * busy else busy) / 3600
         self._last_t, r["hours"] = t, self.hours
@@ -148,7 +148,7 @@ class Follower:
         curve.append({"step": at, **{k: float(v) for k, v in numbers.items() if v}})
 
     def payload(self) -> dict[str, Any]:
-        """Everything that a page shows, as JSON can hold it."""
+        """Everything that a page shows, as values for JSON."""
         c, train = self.config, self.train.columns
         skipped = [n for n in self.notes if n.get("what") == "skip"]
         z = [s for s, z in zip(train["step"], train["loss_z"], strict=True) if abs(z) > OUTLIER_Z][-1000:]
@@ -177,12 +177,12 @@ class Follower:
         }
 
     def _rates(self) -> list[float]:
-        """Tokens a second of each step by itself."""
+        """Tokens a second of each single step."""
         tokens, ms = self.train.columns["tokens"], self.train.columns["ms"]
         return [1000 * (b - a) / t for a, b, t in zip(tokens, tokens[1:], ms[1:], strict=False) if t > 0]
 
     def state(self) -> tuple[str, str]:
-        """One word (running, finished, stopped, failed, killed; "" for llm.c's logs), and why."""
+        """The state and its reason: running, finished, stopped, failed or killed, and "" for llm.c's logs."""
         if self.config is None:
             return "", "llm.c's main.log"
         try:
@@ -200,7 +200,7 @@ class Follower:
             return "running", ""
 
     def _vocabulary(self) -> str:
-        """The tokenizer's name, as far as the run's folder or its data set tells."""
+        """The tokenizer's name, if the run's folder or its data set has it."""
         if self.config is None:
             return "gpt2"
         d = self.config.data
@@ -215,6 +215,6 @@ class Follower:
 
 
 def quantiles(values: list[float]) -> dict[str, float]:
-    """5, 25, 50, 75 and 95 % points (nearest rank) of the real numbers among `values`."""
+    """The 5, 25, 50, 75 and 95 % points (nearest rank) of the finite numbers among `values`."""
     real = sorted(v for v in values if math.isfinite(v))
     return {f"{q} %": real[max(0, math.ceil(q * len(real) / 100) - 1)] for q in (5, 25, 50, 75, 95) if real}

@@ -1,10 +1,10 @@
 """`daybreak watch`: the report's page, live, from a server on this machine.
 
-It answers two addresses, the page and its data. It listens on loopback unless another host is asked for, which needs a
-key from the environment. Without a key the Host header is checked, so that a page elsewhere whose name is made to point
-here gets nothing. No other origin is allowed in, and the policy lets the page run its own two scripts only.
+It answers two addresses, the page and its data. It listens on loopback unless another host is asked for, and that needs
+a key from the environment. Without a key it checks the Host header, so that another page cannot read anything under a
+name of its own that leads here. No other origin is allowed in, and the policy lets the page run only its own scripts.
 
-The rules of the network (keys, names, headers) are those of `daybreak serve` too, which imports them from here.
+`daybreak serve` imports the rules of the network (keys, names, headers) from here.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ def network_key(host: str) -> str:
 
 
 def known_host(header: str, names: Sequence[str]) -> bool:
-    """Whether a Host header, with or without a port, names one of `names`."""
+    """Whether a Host header, with or without a port, is one of `names`."""
     name = header if header.endswith("]") else header.rpartition(":")[0] or header
     return name.strip("[]").lower() in {known.strip("[]").lower() for known in names}
 
 
 def address(host: str, port: int) -> str:
-    """The URL of a server on `host`, by this machine's own name where it listens everywhere."""
+    """The URL of a server on `host`. It has this machine's own name if the server listens everywhere."""
     name = socket.gethostname() if host in ("0.0.0.0", "::") else host
     return f"http://{f'[{name}]' if ':' in name else name}:{port}/"
 
 
 class Watch(ThreadingHTTPServer):
-    """A server for `runs`; `names`: further values of the Host header. Raises ConfigError where it may not or cannot
+    """A server for runs. names: further host names that clients may use. Raises ConfigError if it may not or cannot
     listen."""
 
     daemon_threads = True
@@ -80,13 +80,13 @@ class Watch(ThreadingHTTPServer):
         self.url = address(host, self.server_port) + (f"?key={quote(self.key, safe='')}" if self.key else "")
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread; where too many are open, the oldest one ends."""
+        """Answer in a thread. If too many connections are open, the oldest one ends."""
         self.open[request] = time.monotonic()
         self.service_actions()
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """End what takes too long; called twice a second."""
+        """End connections that take too long. Called twice a second."""
         for request, since in [*self.open.items()]:
             if len(self.open) > MOST_OPEN or time.monotonic() - since > PATIENCE:
                 self.open.pop(request, None)
@@ -94,17 +94,17 @@ class Watch(ThreadingHTTPServer):
                     request.shutdown(socket.SHUT_RDWR)
 
     def shutdown_request(self, request: Any) -> None:
-        """Called when a connection is over."""
+        """Forget a connection that is over."""
         self.open.pop(request, None)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves is no error."""
+        """Log an error, unless it is that a client has left."""
         if not isinstance(sys.exception(), OSError):
             log.exception("watch: a request failed.")
 
     def data(self, known: str | None = None) -> dict[str, Any]:
-        """What the page shows, read anew; empty if its version is `known`."""
+        """The page's data, newly read; empty if their version is `known`."""
         with self.reading:
             for run in self.runs:
                 run.update()
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        """/ is the page, /data its data."""
+        """Answer / with the page, and /data with its data."""
         path, _, asked = self.path.partition("?")
         query = parse_qs(asked)
         if not self.server.key and not known_host(self.headers.get("Host", ""), self.server.names):
@@ -144,4 +144,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a line a poll is noise."""
+        """Log nothing: a line for every poll is noise."""

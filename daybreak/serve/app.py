@@ -1,6 +1,6 @@
 """The HTTP side of `daybreak serve`: Starlette for the routes, uvicorn for the socket.
 
-It listens on loopback unless a key is set (see `network`). Nothing is said about CORS, and only JSON bodies are read,
+It listens on loopback unless a key is set (network.py). It allows no other origin (CORS) and reads only JSON bodies,
 so no other page's script gets an answer.
 """
 
@@ -34,8 +34,8 @@ from daybreak.serve.network import MOST_OPEN, PATIENCE, Connection, Guard, liste
 from daybreak.serve.writer import MAX_REQUESTS, Job, News, Writer
 
 MAX_BODY = 1 << 20  # bytes
-GRACE = 20  # seconds that requests under way have at the end
-POLL = 0.5  # seconds after which a client's leaving is noticed
+GRACE = 20  # seconds that open requests have at the end
+POLL = 0.5  # seconds after which the server notices that a client has left
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 log = logging.getLogger("daybreak")
 Chunk = dict[str, Any]
@@ -49,7 +49,7 @@ class Service:
         self.created, self.writer = int(time.time()), Writer(engine, queue)
 
     def app(self, key: str, names: Sequence[str]) -> ASGIApp:
-        """The application, for clients with the key or, if that is empty, whose Host header names one of `names`."""
+        """The application. Clients must send the key; if it is empty, their Host header must be one of `names`."""
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -79,11 +79,11 @@ class Service:
         return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), key, names)
 
     async def page(self, _: Request) -> Response:
-        """For a person with a browser."""
+        """The page for a browser."""
         return HTMLResponse(PAGE, headers={"Content-Security-Policy": policy_of(PAGE) + NO_FRAME})
 
     async def health(self, _: Request) -> Response:
-        """For a load balancer: 200 while requests can be served."""
+        """The answer for a load balancer: 200 while requests can be served."""
         if not self.writer.is_alive():
             raise Refused(503, "the model is not running; restart the server.")
         return JSONResponse({"status": "ok"})
@@ -99,13 +99,13 @@ class Service:
         return JSONResponse(model if asked else {"object": "list", "data": [model]})
 
     async def completions(self, request: Request) -> Response:
-        """Texts that follow prompts."""
+        """Answer a request for completions, whole or as a stream."""
         body = await _body(request)
         busy = Refused(429, "too many requests are waiting; try again later.", None, "rate_limit_exceeded")
         if self.writer.full:
             raise busy
         T, V = self.engine.T, self.engine.cfg.V
-        # In a thread: others are answered meanwhile.
+        # In a thread, so that others are answered meanwhile.
         asked = await asyncio.to_thread(lambda: parse(_json(body), self.name, self.tokenizer, T, V))
         head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time.time())}
         answer = Answer(asked, self.tokenizer, {**head, "model": self.name})
@@ -126,7 +126,7 @@ class Service:
 
 
 async def _chunks(request: Request, job: Job, queue: asyncio.Queue[News], answer: Answer) -> AsyncIterator[Chunk]:
-    """The answer piece by piece. Writing ends when the client has gone."""
+    """The answer piece by piece. Generation ends when the client has left."""
     left, asked = len(job.texts), time.monotonic()
     try:
         while left:
@@ -180,11 +180,11 @@ def _json(body: bytes) -> Any:
 
 def serve(engine: Engine, tokenizer: Tokenizer, name: str, *, host: str, port: int, queue: int = MAX_REQUESTS,
           names: Sequence[str] = (), ready: Callable[[str], None] = lambda url: None) -> None:  # fmt: skip
-    """Serve until SIGTERM or Ctrl-C; requests under way then have GRACE seconds. `ready` is told the address.
+    """Serve until SIGTERM or Ctrl-C; open requests then have GRACE seconds. `ready` is called with the address.
 
-    port 0 takes a free one; queue: requests under way or waiting; names: further values of the Host header. The key is
-    taken from the environment. Raises ConfigError for a host other than loopback without a key, or an address that
-    cannot be had.
+    port: 0 takes a free one. queue: the most open requests. names: further host names that clients may use. The key is
+    taken from the environment. Raises ConfigError for a host other than loopback without a key, and for an address
+    that cannot be used.
     """
     key, sock = network_key(host), listen(host, port)
     config = uvicorn.Config(
@@ -199,7 +199,7 @@ def serve(engine: Engine, tokenizer: Tokenizer, name: str, *, host: str, port: i
             connection.check()  # type: ignore[union-attr]  # of our own class
 
     config.callback_notify = every_second
-    # From here on a signal counts. uvicorn raises the one that ended it once more, when it has put these back.
+    # From here on a signal ends the server. uvicorn raises it once more when it has restored these handlers.
     before = {s: signal.signal(s, server.handle_exit) for s in (signal.SIGTERM, signal.SIGINT)}
     ready(address(host, sock.getsockname()[1]))
     try:

@@ -1,7 +1,7 @@
-"""OpenAI's completions: a request's JSON -> texts to write; what was written -> its JSON. Knows no network.
+"""OpenAI's completions: from a request's JSON to sequences, and from generated tokens to its JSON. Knows no network.
 
-https://platform.openai.com/docs/api-reference/completions. Beside its fields `top_k`, `min_p` and `repetition_penalty`
-are understood, as other servers have them. A prompt given as text opens a document, as in training; token ids are used
+https://platform.openai.com/docs/api-reference/completions. It also understands `top_k`, `min_p` and
+`repetition_penalty`, as other servers do. A prompt that is text begins a document, as in training. Token ids are used
 as they are.
 """
 
@@ -35,11 +35,11 @@ FIELDS = ("model", "prompt", "max_tokens", "top_k", "n", "best_of", "stop", "see
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
-short = _short.repr  # a value as it is shown in a sentence, whatever its size
+short = _short.repr  # a value of any size, as a message shows it
 
 
 class Refused(Exception):
-    """A request that is not served: HTTP status, OpenAI's code, the field at fault, and a sentence."""
+    """A request that is refused, with HTTP status, OpenAI's code, the wrong field, and a sentence."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's ids, how many of them in front were added by us, and its text."""
+    """A prompt: its ids, how many of them were added in front of the client's, and its text."""
 
     ids: list[int]
     added: int
@@ -62,7 +62,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """A request that can be served. Choice i is the i % n-th text of prompt i // n."""
+    """A request that can be served. Choice i is continuation i % n of prompt i // n."""
 
     prompts: list[Prompt]
     how: Sampling
@@ -72,14 +72,14 @@ class Completion:
     usage: bool  # at the end of a stream too
 
     def texts(self, tokenizer: Tokenizer) -> list[Text]:
-        """The texts to write, choice i sampled with seed + i."""
+        """The sequences to generate, choice i with seed + i."""
         pairs = [prompt for prompt in self.prompts for _ in range(self.n)]
         hows = [replace(self.how, seed=self.how.seed + i) for i in range(len(pairs))]
         return [Text(prompt.ids, how, tokenizer) for prompt, how in zip(pairs, hows, strict=True)]
 
 
 def parse(body: Any, model: str, tokenizer: Tokenizer, T: int, V: int) -> Completion:
-    """The request in a JSON value, for a model with T places and V ids. Raises Refused."""
+    """The request in a JSON value, for a model with sequences of T tokens and V ids. Raises Refused."""
     if not isinstance(body, dict):
         raise Refused(400, "the body must be a JSON object.")
     for field in body:
@@ -171,7 +171,7 @@ def _longest(tokenizer: Tokenizer) -> int:
 
 
 def _prompt(given: Any, tokenizer: Tokenizer, T: int, V: int) -> Prompt:
-    """A prompt, whose length is bounded before anything is done with it: text by the longest token's bytes."""
+    """A prompt. Its length is checked before anything is done with it, that of text by the longest token's bytes."""
     most = T * _longest(tokenizer) if isinstance(given, str) else T
     if isinstance(given, str | list) and len(given) > most:
         kind = "characters" if isinstance(given, str) else "tokens"
@@ -186,14 +186,14 @@ def _prompt(given: Any, tokenizer: Tokenizer, T: int, V: int) -> Prompt:
 
 
 def _spelt(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text."""
+    """The text that each token adds."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     pieces = [decoder.decode(tokenizer.token_bytes(i) if i < tokenizer.V else b"") for i in ids]
     return [*pieces[:-1], pieces[-1] + decoder.decode(b"", final=True)]
 
 
 class Answer:
-    """A request's JSON, in pieces (a stream's chunks) or whole."""
+    """The answer to a request, as JSON: in a stream's chunks, or whole."""
 
     def __init__(self, request: Completion, tokenizer: Tokenizer, head: dict[str, Any]) -> None:
         self.request, self.tokenizer, self.head = request, tokenizer, head
@@ -201,7 +201,7 @@ class Answer:
         self.completion_tokens = 0
 
     def chunk(self, news: News) -> dict[str, Any]:
-        """One choice with what is new; it is added to the whole."""
+        """A chunk with the new part of one choice, which is also added to the whole answer."""
         request, prompt = self.request, self.request.prompts[news.choice // self.request.n]
         text, tokens, starts, first = news.text, list(news.tokens), list(news.starts), news.choice not in self.choices
         if request.echo:
@@ -229,13 +229,13 @@ class Answer:
         return {**self.head, "choices": [self.choices[i] for i in sorted(self.choices)], **self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens read and written."""
+        """The numbers of tokens in prompts and in completions."""
         read = sum(len(prompt.ids) for prompt in self.request.prompts)
         parts = {"prompt_tokens": read, "completion_tokens": self.completion_tokens}
         return {"usage": {**parts, "total_tokens": sum(parts.values())}}
 
     def _logprobs(self, tokens: list[Token], starts: list[int]) -> dict[str, list[Any]]:
-        # As OpenAI does, with the token itself, though it may not be among the likeliest.
+        # As with OpenAI, the token itself is included, though it may not be among the likeliest.
         top = [
             None if math.isnan(t.logprob) else {self._name(i): x for i, x in (*t.top, (t.id, t.logprob))}
             for t in tokens
@@ -248,7 +248,7 @@ class Answer:
         }
 
     def _name(self, token: int) -> str:
-        """A token's text; its bytes, as OpenAI writes them, where they are not whole characters."""
+        """A token's text, or its bytes, as OpenAI writes them, if they are not whole characters."""
         data = self.tokenizer.token_bytes(token) if token < self.tokenizer.V else b""
         try:
             return data.decode()

@@ -1,4 +1,4 @@
-"""The network's rules for `daybreak serve`: who may call, how long a client may take, how every refusal looks."""
+"""The network's rules for `daybreak serve`: keys, host names, time limits, and the form of every refusal."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from daybreak.serve.completions import Refused
 
 PATIENCE = 20  # seconds for a client to send a request
 FILES = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: any number
-MOST_OPEN = 256 if FILES < 0 else min(256, FILES // 3)  # connections at a time; as many may be coming or going
+MOST_OPEN = 256 if FILES < 0 else min(256, FILES // 3)  # connections at a time, beside those that begin or end
 OPEN = ("/", "/v1", "/health")  # paths that need no key
 
 
 def refusal(error: Refused, headers: Mapping[str, str] | None = None) -> Response:
-    """The answer to a request that is not served."""
+    """The answer to a request that is refused."""
     more = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status, {})
     return Response(json.dumps(error.body()), error.status, {**(headers or {}), **more}, "application/json")
 
 
 class Guard:
-    """Lets a request through that sends the key; where there is none, one whose Host header names one of `names`."""
+    """Lets requests through that send the key. Without a key, their Host header must be one of `names`."""
 
     def __init__(self, app: ASGIApp, key: str, names: Sequence[str]) -> None:
         self.app, self.key, self.names = app, key, names
@@ -65,10 +65,13 @@ class Guard:
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 with one client. Where too many are open, the oldest that is not being answered ends, so that idle ones
-    lock nobody out; `check` ends one that has sent no whole request for PATIENCE seconds."""
+    """HTTP/1.1 with one client.
 
-    since = 0.0  # when it came, or was answered last
+    If too many connections are open, the oldest one without a request under way ends, so that idle ones block nobody.
+    `check` ends a connection that has sent no whole request for PATIENCE seconds.
+    """
+
+    since = 0.0  # the time when the client came, or was answered last
 
     @property
     def busy(self) -> bool:
@@ -76,7 +79,7 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has come."""
+        """Note when a client came, and make room for it."""
         super().connection_made(transport)
         self.since = self.loop.time()
         if len(self.connections) > MOST_OPEN:
@@ -85,17 +88,17 @@ class Connection(H11Protocol):
             oldest.transport.abort()
 
     def on_response_complete(self) -> None:
-        """An answer is sent."""
+        """Note when an answer was sent."""
         self.since = self.loop.time()
         super().on_response_complete()
 
     def check(self) -> None:
-        """Called every second."""
+        """End a connection that is too slow. Called every second."""
         if not self.busy and self.loop.time() - self.since > PATIENCE:
             self._end(408, "Request Timeout", f"no whole request came within {PATIENCE} seconds.")
 
     def send_400_response(self, msg: str) -> None:
-        """For what is not HTTP."""
+        """Refuse bytes that are not HTTP."""
         self._end(400, "Bad Request", msg)
 
     def _end(self, status: int, phrase: str, message: str) -> None:

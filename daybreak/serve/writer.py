@@ -1,7 +1,11 @@
-"""One thread that owns the engine and writes every request's texts, as many at a time as the cache has rows.
+"""One thread that owns the engine and generates the sequences of all requests, as many at a time as the cache has rows.
 
-Texts join and leave between any two tokens. A free row goes to the requests in turn, one text each, so a request for
-a hundred texts does not keep one for a single text waiting.
+Sequences join and leave between any two tokens. Free rows go to the requests in turn, one sequence each, so a request
+for a hundred sequences does not delay one for a single sequence:
+
+    row 0    | request 1, choice 0                     | request 2, choice 0   |
+    row 1    | request 1, choice 1         | request 1, choice 2                    |
+    tokens   --------------------------------------------------------------------->
 """
 
 from __future__ import annotations
@@ -15,26 +19,27 @@ from typing import NamedTuple
 from daybreak.engine import Engine
 from daybreak.generate import Batch, Text, Token, score
 
-MAX_REQUESTS = 64  # under way or waiting; more are refused, unless the writer is told another number
+MAX_REQUESTS = 64  # open ones; more are refused, unless the writer is given another number
 log = logging.getLogger("daybreak")
 
 
 class News(NamedTuple):
-    """What is new of a request's text: certain text, the tokens that it begins with, where they begin, and the end.
+    """The new part of a request's sequence: text that is certain, the tokens that begin in it, and where they begin.
 
-    prompt: the prompt's tokens from the second on, scored, in a text's first news if the request wants them.
+    done: the reason why it ended: stop, length, or error. prompt: the prompt's tokens from the second on, with
+    log-probabilities, in a sequence's first news if the request asks for them.
     """
 
     choice: int
     text: str = ""
     tokens: Sequence[Token] = ()
     starts: Sequence[int] = ()
-    done: str = ""  # stop, length, or error
+    done: str = ""
     prompt: Sequence[Token] = ()
 
 
 class Job:
-    """One request. `tell` is called from the writer's thread. `score`: whether prompts are scored too."""
+    """One request. `tell` is called from the writer's thread. score: whether prompts get log-probabilities too."""
 
     def __init__(self, texts: Sequence[Text], tell: Callable[[News], None], score: bool = False) -> None:
         self.texts, self.tell, self.score = texts, tell, score
@@ -44,11 +49,11 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Whether everything is told, or nobody listens any more."""
+        """Whether everything was told, or the client has left."""
         return self.cancelled or not self.open
 
     def report(self, index: int, prompt: Sequence[Token] = ()) -> None:
-        """Tell what is new of a text. A token is told once its text has begun: it may still be cut off by a stop."""
+        """Tell the new part of a sequence. A token waits until its text begins, since a stop may still cut it off."""
         text, (chars, told) = self.texts[index], self._sent[index]
         known = len(text.made) if text.done == "length" else sum(at < len(text.text) for at in text.starts)
         if text.done:
@@ -59,14 +64,14 @@ class Job:
             self._sent[index] = len(text.text), known
 
     def fail(self) -> None:
-        """Tell that no text goes on."""
+        """Tell that no sequence continues."""
         for index in sorted(self.open):
             self.tell(News(index, done="error"))
         self.open.clear()
 
 
 class Writer(threading.Thread):
-    """Writes the texts of all jobs until it is stopped."""
+    """Generates the sequences of all jobs until it is stopped."""
 
     def __init__(self, engine: Engine, most: int = MAX_REQUESTS) -> None:
         super().__init__(name="writer", daemon=True)
@@ -76,7 +81,7 @@ class Writer(threading.Thread):
 
     @property
     def full(self) -> bool:
-        """Whether no further job is taken."""
+        """Whether it takes no further job."""
         return sum(not job.over for job in tuple(self._jobs)) >= self.most
 
     def submit(self, job: Job) -> bool:
@@ -89,7 +94,7 @@ class Writer(threading.Thread):
         return True
 
     def stop(self) -> None:
-        """End after the token under way, and wait for that."""
+        """End after the current token, and wait for the end."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -108,7 +113,7 @@ class Writer(threading.Thread):
                         job.fail()
 
     def _next(self) -> list[tuple[Job, int]] | None:
-        """The texts that join now, waiting for work; None at the end."""
+        """The sequences that join now. Waits for work; None at the end."""
         with self._changed:
             while True:
                 self.batch.drop([text for job in self._jobs if job.cancelled for text in job.texts])

@@ -1,10 +1,10 @@
 """cuDNN's fused attention, through its graph API: strided q, k, v read in place, outputs written in place.
 
-A graph is built once for each shape, strides and scale, with the first plan of heuristics mode A: which kernel runs
-decides the bits, so it is never timed. The deterministic backward keeps dP (B, NH, T, T) in bf16 in its workspace. As
-graphs take long to build, shapes that only sampling asks for are served by the Triton kernels.
+A graph is built once for each shape, strides and scale, with the first plan of cuDNN's heuristics (mode A). The choice
+of a kernel decides the bits, so it never depends on measured times. The deterministic backward keeps dP (B, NH, T, T)
+in bf16 in its workspace. Graphs take long to build, so the Triton kernels serve shapes that only sampling asks for.
 
-Heads that share keys are a matter of the tensors' shapes, a window is the left bound of the graph's diagonal band.
+The shapes of q and k say which heads share keys. A window is the left bound of the graph's diagonal band.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from daybreak.errors import Error
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import attention as flash
 
-# Forward graphs are built for multiples of this many tokens only, not for every length of a prompt. A rule of the shape
-# alone: which kernel serves a shape may not depend on what the process did before.
+# Forward graphs are built only for multiples of this many tokens, not for every length of a prompt. The rule sees the
+# shape alone, because the kernel of a shape may not depend on what the process did before.
 GRAPH_LENGTHS = 64
-FORWARD_WORKSPACE = 1 << 20  # the forward was seen to take nothing
+FORWARD_WORKSPACE = 1 << 20  # in tests forward took nothing
 SPARE = 1 << 20
 MIN_VERSION = 91000
 FORWARD_GRAPHS: dict[Any, Graph] = {}
@@ -102,7 +102,7 @@ def attention_backward(
 
 
 class Graph:
-    """A graph of one operation on tensors of given shapes and strides, built with its first plan.
+    """cuDNN's graph of one operation on tensors of given shapes and strides, built with its first plan.
 
     `tensors`: q, k, v, out and, backward, dout, dq, dk, dv, each (B, T, heads, HS). A window of 0 is none.
     """

@@ -1,14 +1,23 @@
-"""Matrix products on Hopper by quack (the package quack-kernels: CuTe DSL kernels, the ones behind FlashAttention-4).
+"""Matmuls on Hopper by quack: the package quack-kernels, whose CuTe DSL kernels FlashAttention-4 uses too.
 
-A tile's epilogue runs while the next tile is multiplied, so bias, residual, GELU, its derivative, the bias gradient and
-GELU once more cost next to nothing, and an addend is added in fp32 before the one rounding. At the power limit that is
-faster than cuBLASLt with passes of its own for the same (bench/NOTES.md).
+The output is cut into tiles, and each multiprocessor computes one tile after the other. The epilogue of a tile runs
+while the next tile is multiplied. It adds bias and residual, applies GELU or its derivative, and sums a bias gradient.
+So all of these take almost no time, where cuBLASLt needs separate passes. An addend is added in fp32, before the only
+rounding. At the power limit this is faster than cuBLASLt (bench/NOTES.md).
 
-Which tile a product gets is told by the table measured for the GPU, the one that also names cuBLASLt's algorithms; it
-may send a product to cuBLASLt. Products that no table knows go by `tiling`, a rule of their size and the GPU: timing
-never decides at run time, since bits would change. Products with too few tiles to fill the GPU (they would have to be
-split over k), odd strides and small batches go to cuBLASLt. Kernels are compiled at the first call, in about two
-seconds each, and kept in a cache folder.
+    output (m, n)   | tile 0 | tile 1 | tile 2 |      128 rows each, and 128 to 208 columns (`Tile`)
+                    | tile 3 | tile 4 | tile 5 |      a cluster of 2 x 1 or 1 x 2 tiles shares what it reads
+
+    multiprocessor  | multiply tile 0 | multiply tile 3  | multiply tile 6 ...
+                                      | epilogue of 0    | epilogue of 3 ...
+
+The tile decides the speed. It is chosen by rules that never measure time at run time:
+
+    bias, none      the GPU's table (products.py) names a tile or cuBLASLt; `tiling` if the table has no entry
+    GELU, d GELU    `tiling`: the tile that wastes least time in the last wave of multiprocessors
+    cuBLASLt        if the tiles would not fill the GPU, and for odd strides, odd addresses and small batches
+
+Kernels are compiled at the first call, in about two seconds each, and kept in a cache folder.
 """
 
 from __future__ import annotations
@@ -28,15 +37,16 @@ from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import apart, bias, broken, cache_folder, cublaslt
 from daybreak.kernels.cuda.products import dense, nearest
 
-ROWS, COLS = 128, (128, 160, 192, 208)  # a tile's rows; what its columns may be, for `tiling`
-START = 8  # columns' worth of time that starting a tile takes
-FULL = 0.9  # of the GPU's time that the tiles must fill
+ROWS, COLS = 128, (128, 160, 192, 208)  # of a tile; `tiling` chooses among these columns
+START = 8  # the time of starting a tile, as a number of columns
+FULL = 0.9  # the share of the GPU's time that the tiles must fill
 BF16 = (torch.bfloat16,)
 
 
 class Tile(NamedTuple):
-    """Output entries of one tile; `down` x `across` tiles of a cluster share what they read. `pair`: two groups of
-    warps take a tile each in turns (pingpong), else they share each tile."""
+    """The size of a tile in output entries. `down` x `across` tiles are a cluster, which shares what it reads.
+
+    pair: two groups of warps compute a tile each in turns (pingpong), else they share each tile."""
 
     rows: int
     columns: int
@@ -58,7 +68,7 @@ def parse(text: str) -> Tile:
 
 
 def tiling(rows: int, columns: int, multiprocessors: int, cluster: tuple[int, int]) -> Tile | None:
-    """The tile of an output of this size, `cluster` preferred; None if its tiles would not fill the GPU.
+    """The tile for an output of this size, with this cluster if it is as good; None if no tiles would fill the GPU.
 
     The best of 30 measured products of d12 and d48 were 0.7 % faster on an H200 (bench/NOTES.md).
     """
@@ -79,7 +89,7 @@ def _tiling(rows: int, columns: int, device: int, cluster: tuple[int, int]) -> T
 
 @cache
 def _measured(trans: str, m: int, n: int, k: int, epilogue: str, mode: str, device: int) -> Tile | str | None:
-    """What the GPU's table says of a product: a tile, "cublaslt", or None if it does not know it."""
+    """The choice of the GPU's table for a matmul: a tile, "cublaslt", or None if the table has no entry."""
     blas = cublaslt.blas_of(device)
     entry = nearest(blas.table, dense("bf16", trans, m, n, k, epilogue, mode))[1] if blas else {}
     return parse(entry["quack"]) if entry.get("quack") else "cublaslt" if "quack" in entry else None
@@ -87,8 +97,8 @@ def _measured(trans: str, m: int, n: int, k: int, epilogue: str, mode: str, devi
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """torch.compile and torch.compiler.disable do nothing meanwhile. quack wraps functions in them that are not called
-    here (quantizers, an autotuner), and what torch loads for that takes longer than quack and CUTLASS together."""
+    """Inside, torch.compile and torch.compiler.disable do nothing. quack wraps functions in them that are not called
+    here. Their modules take longer to load than quack and CUTLASS together."""
 
     def leave(fn: Any = None, *, recompile_limit: int | None = None, **_: Any) -> Any:
         return fn if fn is not None else lambda fn: fn
@@ -106,7 +116,7 @@ def _uncompiled() -> Iterator[None]:
 
 @cache
 def epilogues() -> Any:
-    """The kernels' epilogues; the package reads where to keep what it compiles when it is imported."""
+    """The module of the epilogues. The package reads the name of its cache folder when it is imported."""
     os.environ.setdefault("QUACK_CACHE_DIR", cache_folder("quack"))
     with _uncompiled():
         return importlib.import_module("daybreak.kernels.cuda.quack_epilogues")
@@ -122,7 +132,7 @@ def usable(capability: tuple[int, int]) -> str | None:
 
 
 def served(*operands: Tensor) -> bool:
-    """Whether strides and addresses are whole steps of 16 bytes."""
+    """Whether all strides and addresses are multiples of 16 bytes."""
     return not any(x.data_ptr() % 16 or any(s % 8 for s in x.stride() if s != 1) for x in operands)
 
 
@@ -146,7 +156,7 @@ def product(tile: Tile, d: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None
 
 
 def _product(trans: str, d: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None, bias: Tensor | None = None) -> bool:
-    """d (m, n) = a (m, k) b (n, k)^T + bias (n) + c (m, n). `trans` as in a `Key`. False: cuBLASLt should do it."""
+    """d (m, n) = a (m, k) b (n, k)^T + bias (n) + c (m, n). trans: as in a `Key`. False: cuBLASLt should compute it."""
     operands = [x for x in (d, a, b, c, bias) if x is not None]
     if not served(*operands):
         return False
@@ -170,7 +180,7 @@ def matmul_forward(
 
 @backend("quack", temps=cublaslt.workspace, dtypes=BF16)
 def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tensor, *, scratch: Scratch) -> None:
-    """pre (n, O) = x (n, I) @ w (O, I)^T + b (O); out (n, O) = gelu of it, before its rounding."""
+    """pre (n, O) = x (n, I) @ w (O, I)^T + b (O); out (n, O) = gelu(pre), from pre before its rounding."""
     tile = _tiling(*pre.shape, pre.get_device(), (1, 2))
     if tile and served(out, pre, x, w, b):
         launch("add_bias_gelu", tile, pre, x, w, bias=b[None], gelu=out)
@@ -186,7 +196,7 @@ def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor, *, scratch: Scrat
 
 
 def gelu_backward_temps(dpre: Tensor, gelu: Tensor | None, db: Tensor | None, *_: object, **__: object) -> Temps:
-    """cuBLASLt's temporaries, which go first, and partial sums of the bias gradient: one row for each row of tiles."""
+    """cuBLASLt's temporaries, which come first, and partial sums of the bias gradient, a row for each row of tiles."""
     return [
         *cublaslt.gelu_backward_temps(dpre, gelu, db),
         ((1, -(-dpre.shape[0] // ROWS), dpre.shape[1]), torch.float32),
@@ -198,8 +208,8 @@ def matmul_gelu_backward(
     dpre: Tensor, gelu: Tensor | None, db: Tensor | None, dout: Tensor, w: Tensor, pre: Tensor,
     *, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)), its column sums to db (I) before its rounding, and
-    gelu (n, I) = gelu(pre) if it is wanted, all in one pass."""
+    """dpre (n, I) = (dout (n, O) @ w (O, I)) * gelu'(pre (n, I)), and db (I) = its column sums before rounding. If gelu
+    (n, I) is given, it becomes gelu(pre) in the same pass."""
     part = scratch(gelu_backward_temps(dpre, gelu, db))[-1]
     extra = {"db": part[0]} if gelu is None else {"db": part[0], "gelu": gelu}
     tile = _tiling(*dpre.shape, dpre.get_device(), (2, 1))

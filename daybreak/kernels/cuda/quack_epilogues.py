@@ -1,7 +1,7 @@
-"""What quack's matrix products do with a result before it goes to memory. Imported where the package is used only.
+"""The epilogues of quack's matmuls, which change a result before it goes to memory. Imported only where quack is used.
 
-`acc` is one entry of the product in fp32; what a function returns is rounded once, where it is stored. The package
-keys what it compiles on these functions' source.
+`acc` is one entry of the matmul in fp32. The value that a function returns is rounded once, where it is stored. The
+package finds compiled kernels by the source of these functions.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ def half_and_half_tanh(x):
 
 @gemm_epilogue()
 def plain(acc):
-    """D = the product."""
+    """D = the matmul."""
     return {"D": acc}
 
 
 @gemm_epilogue()
 def add(acc, c):
-    """D = the product + C."""
+    """D = the matmul + C."""
     return {"D": acc + c}
 
 
 @gemm_epilogue(ops=BIAS)
 def add_bias(acc, bias):
-    """D = the product + a bias for each column."""
+    """D = the matmul + a bias for each column."""
     return {"D": acc + bias}
 
 
 @gemm_epilogue(ops=BIAS)
 def add_bias_and(acc, c, bias):
-    """D = the product + bias + C."""
+    """D = the matmul + bias + C."""
     return {"D": acc + bias + c}
 
 
 @gemm_epilogue(outputs=("gelu",), ops=BIAS)
 def add_bias_gelu(acc, bias):
-    """D = the product + bias; gelu of it, before its rounding."""
+    """D = the matmul + bias; gelu = gelu(D), from D before its rounding."""
     x = acc + bias
     return {"D": x, "gelu": x * half_and_half_tanh(x)}
 
@@ -57,14 +57,14 @@ def slope(x, s):
 
 @gemm_epilogue(reduces={"db": RowVecReduce("db")})
 def times_slope(acc, c):
-    """D = the product times gelu'(C); db = partial sums of its columns, before its rounding."""
+    """D = the matmul times gelu'(C); db = partial sums of D's columns, before its rounding."""
     d = acc * slope(c, half_and_half_tanh(c))
     return {"D": d, "db": d}
 
 
 @gemm_epilogue(outputs=("gelu",), reduces={"db": RowVecReduce("db")})
 def times_slope_gelu(acc, c):
-    """The same, and gelu(C) once more."""
+    """The same, and gelu = gelu(C)."""
     s = half_and_half_tanh(c)
     d = acc * slope(c, s)
     return {"D": d, "db": d, "gelu": c * s}

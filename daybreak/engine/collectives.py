@@ -63,9 +63,9 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Launch:
-    """Elements [start, stop) of the flat buffers that this rank updates. Master weights and summed gradient begin at `at`.
+    """Elements [start, stop) of the flat buffers that this rank updates by one launch of an optimizer.
 
-    name: the parameter's that they are, if the optimizer takes whole ones.
+    at: where their master weights and summed gradients begin. name: their parameter, if the optimizer takes whole ones.
     """
 
     start: int

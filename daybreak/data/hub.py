@@ -216,8 +216,5 @@ def remote_source(
         assert work is not None, "a remote source needs a folder for its downloads"
         return split_parts(parts, field, fraction, _opened(remotes, first, work / "download"), before, size, faults)
 
-    return Source(
-        name=name, origin=" ".join(names), revision=revision, licence=licence or "unknown",
-        size=size, pieces=pieces, faults=faults,
-        state=[[r.name, r.size, r.sha256] for r in remotes] + ["cut by position"] * (len(remotes) == 1),
-    )  # fmt: skip
+    state = [[r.name, r.size, r.sha256] for r in remotes] + ["cut by position"] * (len(remotes) == 1)
+    return Source(name, " ".join(names), revision, licence or "unknown", size, pieces, state, faults)

@@ -14,7 +14,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,8 @@ class Tokenizer:
             ranks = {token: rank for rank, token in enumerate(vocabulary)}
             # With no special token at all, tiktoken looks for one at every character.
             special, self._nul = {EOT_TEXT: self.eot}, ranks[b"\0"]
-            self._whole, self._fast = (
-                tiktoken.Encoding(name, pat_str=p, mergeable_ranks=ranks, special_tokens=special)
-                for p in (pattern, _FAST_PATTERN)
-            )
+            encoding = partial(tiktoken.Encoding, name, mergeable_ranks=ranks, special_tokens=special)
+            self._whole, self._fast = encoding(pat_str=pattern), encoding(pat_str=_FAST_PATTERN)
             assert pattern == GPT2_PATTERN, "no other splitting has a fast form here"
         digest = hashlib.sha256()
         for token in (pattern.encode(), *vocabulary):

@@ -43,16 +43,9 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Stagi
             optimizer[name] = [(0, state[name].view(-1))]
     trained = exact_weights(engine.arena)
     dtypes = {name: trained if name in table.offsets else engine.param(name).dtype for name in table.rows}
-    return Snapshot(
-        step,
-        {name: torch.empty(row.shape, dtype=dtypes[name], device="meta") for name, row in table.rows.items()},
-        optimizer,
-        table.numel,
-        table.layout(),
-        {name: state[name] for name in saved["once"]},
-        manifest,
-        parts,
-    )
+    model = {name: torch.empty(row.shape, dtype=dtypes[name], device="meta") for name, row in table.rows.items()}
+    once = {name: state[name] for name in saved["once"]}
+    return Snapshot(step, model, optimizer, table.numel, table.layout(), once, manifest, parts)
 
 
 def _saved(arena: Arena) -> dict[str, list[str]]:

@@ -212,7 +212,9 @@ class LiveDisplay(Display):
         ms = 1000 * v["step_tokens"] / v["tok_s"]  # all three are averages over the same steps
         mfu = "" if v["mfu"] is None else f", {100 * v['mfu'] * v['ms'] / ms:.1f}% MFU"
         yield "speed", f"{v['tok_s']:,.0f} tok/s", f"{ms:.0f} ms a step{mfu}"
-        yield "memory", f"{v['mem_mib']:,} MiB", _card(latest.get("step", {}))
+        card = latest.get("step", {})  # temperature and power, where the record has them
+        sensors = [f"{card[key]:.0f} {unit}" for key, unit in (("temp_c", "°C"), ("power_w", "W")) if card.get(key)]
+        yield "memory", f"{v['mem_mib']:,} MiB", ", ".join(sensors)
         if self.price:
             spent = self.price * (self.clock() - self.began) / 3600
             more = "" if v["eta_s"] is None else f", ${spent + self.price * v['eta_s'] / 3600:,.2f} at the end"
@@ -233,12 +235,6 @@ class LiveDisplay(Display):
 
 def _bits(bpb: float | None) -> str:
     return "" if bpb is None or bpb != bpb else f", {bpb:.4f} bits per byte"
-
-
-def _card(step: dict[str, Any]) -> str:
-    """Temperature and power, where a step's record has them."""
-    parts = [f"{step[key]:.0f} {unit}" for key, unit in (("temp_c", "°C"), ("power_w", "W")) if step.get(key)]
-    return ", ".join(parts)
 
 
 def make_display(kind: str, every: int, title: str, price: float = 0.0) -> Display:

@@ -165,7 +165,7 @@ class ParallelConfig:
     """How training state is split between GPUs."""
 
     zero: int = key(0, "ZeRO stage, split between ranks: 0 nothing, 1 optimizer state, 2 gradients too", within(0, 2))
-    bucket_bytes: int = key(33554432, "bytes of gradients that are exchanged at a time, roughly", at_least(1))
+    bucket_bytes: int = key(33554432, "bytes of gradients that ranks reduce at a time, roughly", at_least(1))
     timeout: float = key(300.0, "seconds to wait for another rank before the run ends and names it", POSITIVE)
 
 

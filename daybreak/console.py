@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 
 class Console:
-    """A text stream for people. After its first failed write it is silent, and the program goes on.
+    """A text stream for people. After its first failed write it is silent, and the program continues.
 
     result: the stream carries the result of a verb. A reader that leaves then ends the verb quietly with exit code 0,
     and a full disk raises OSError. A character that the stream cannot encode shows its number.

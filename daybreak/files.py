@@ -41,7 +41,7 @@ def _unless_unable(fd: int, what: str) -> Iterator[None]:
 
 
 def fsync(fd: int) -> None:
-    """Flush an open file or folder to the disk. A file system that cannot do this gets a warning, and work goes on."""
+    """Flush an open file or folder to the disk, with a warning if its file system cannot do this."""
     with _unless_unable(fd, "flush files or folders, so a power cut may lose what was saved"):
         os.fsync(fd)
 

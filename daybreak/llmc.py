@@ -2,7 +2,7 @@
 
 FLAGS is the whole interface. `parse` reads it, `translate` turns it into a Config, `main` calls the same `train` as
 everybody. The folder -o is a run of daybreak's that also holds llm.c's files: main.log, and with -n the .bin
-checkpoints with their DONE markers, from which either program goes on with -y 1.
+checkpoints with their DONE markers, from which either program resumes with -y 1.
 """
 
 from __future__ import annotations

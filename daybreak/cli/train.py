@@ -82,7 +82,7 @@ def train(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     where = resume.run if resume is not None else None
     own, fork_from = (where, None) if fork is None else (None, target)
-    if own is None and restarted(os.environ):  # what was asked for has begun: go on with it, unless it was refused
+    if own is None and restarted(os.environ):  # the run has begun: continue it, unless it was refused
         folder = Path(config.run.dir) / config.run.name
         if (folder / "config.toml").is_file() and RunFolder(folder).is_of(agent(os.environ)):
             config, own = resolve(str(folder), overrides)[0], folder

@@ -1,6 +1,21 @@
-"""Token shards, byte for byte llm.c's: 256 little-endian int32 (magic, version, tokens, zeros), then the ids.
+"""Token shards, byte for byte llm.c's: a header of 1,024 bytes, then the token ids. All numbers are little-endian.
 
-GPT-2's form has uint16 ids; the Llama-3 form, for vocabularies above 65,536, has uint32 ids and its own magic number.
+    byte         0        4         8         12          1024
+                 | magic  | version | tokens  | zeros ... | id | id | id | ...
+    GPT-2's      20240520   1         an int32              uint16 each
+    Llama 3's    20240801   7         an int32              uint32 each, for vocabularies above 65,536
+
+`read_header` accepts a shard whose size is exactly what its header says. `open_shard` maps the ids, and reads none.
+
+`ShardWriter` writes to a hidden file beside the shard's place. The header is written last, then the file is renamed:
+
+    .x_train_000000.bin.tmp    zeros  | id | id | ...     until `close`, and after a kill
+     x_train_000000.bin        header | id | id | ...     after `close`: complete
+
+With `resume` = n the writer opens what a kill left, cuts it after n ids and continues there.
+
+`fingerprint_shards` reads 256 KiB of each shard: enough to see at every start that the data is still the same. The
+sha256 of whole files is in a prepared data set's manifest, and `daybreak doctor RUN` compares it.
 """
 
 from __future__ import annotations
@@ -106,7 +121,7 @@ def fingerprint_shards(paths: Iterable[str | Path]) -> str:
 class ShardWriter:
     """Writes one shard: tokens stream to a hidden name beside `path`, which appears complete at `close` or not at all.
 
-    `resume` goes on after the first that many tokens of an unfinished (or finished) shard at `path`.
+    resume: continue an unfinished (or finished) shard after so many tokens.
     """
 
     def __init__(self, path: str | Path, width: int = 2, resume: int = 0) -> None:

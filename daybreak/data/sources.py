@@ -2,7 +2,22 @@
 names that `data.catalogue` knows.
 
 A `Source` yields `Piece`s: consecutive parts of documents, each marked with its split. Memory stays bounded whatever
-the size of a file, because a long document comes in pieces of about a million characters.
+the size of a file, because a long document comes in pieces of about a million characters:
+
+    _parts        which files are read, and the split that their names tell
+    _documents    a text file is one document; in a file of another format, every record is one
+    cut           a document in pieces, cut only where the tokens stay the same
+    _divided      a document whose end is for validation
+
+`split_parts` decides which split a document belongs to. The first of these rules that applies counts; the percentages
+are those without `val_fraction`:
+
+    1. names of files and folders tell it, by the Hub's rules; then files for tests are left out
+    2. there are few documents, under 500: the last 5 % of the whole text are for validation
+    3. one document is longer than all validation text should be: its own last 1 % are for validation
+    4. else a hash of the document's name decides, for 1 % of them; so a document keeps its split when others are added
+
+In rule 4 the second document is always for validation, so that this split is never empty.
 """
 
 from __future__ import annotations
@@ -68,7 +83,7 @@ class Pieces(Protocol):
 class Source:
     """Documents to prepare. `size` estimates their UTF-8 bytes; an empty `revision` makes prepare hash the text.
 
-    `state` (JSON) changes when the text does: an unfinished preparation goes on only if it is the same.
+    `state` (JSON) changes when the text does: an unfinished preparation continues only if it is the same.
     """
 
     name: str

@@ -30,14 +30,14 @@ FIELDS: dict[str, dict[str, Any]] = {
         "lr": float,
         "ms": float,
         "tok_s": float,  # smoothed
-        "mfu": float | None,  # 0 to 1; null: peak of the card unknown
+        "mfu": float | None,  # 0 to 1; null: the GPU's peak is unknown
         "loss_z": float | None,  # null until the window is full
         "norm_z": float | None,
         "skipped": bool,
         "mem_mib": int,
         "eta_s": float | None,
         "epoch": int,
-        "temp_c": float | None,  # of the card; null: unknown
+        "temp_c": float | None,  # of the GPU; null: unknown
         "power_w": float | None,
     },
     "val": {"loss": float, "tokens_evaluated": int, "bpb": float | None},  # bpb: bits per byte, null: bytes unknown

@@ -1,4 +1,22 @@
-"""A run's folder, `runs/NAME/`: where everything the run leaves behind lies. Later verbs take just this folder."""
+"""A run's folder, `runs/NAME/`, which holds everything that a run leaves behind. Later verbs take just this folder.
+
+    config.toml      complete: it can start the run again     checkpoints/   see state/checkpoint.py
+    env.json         versions, GPUs, commit                   exit.json      how the last attempt ended: code and reason
+    metrics.jsonl    one record a line                        crash.txt      a traceback, or where every thread was
+    main.log         llm.c's lines                            samples.txt    generated text
+    run-id           tells it from a run of the same name     .torchrun      which torchruns may restart it
+
+Rank 0 creates the folder, and writes the files that a run has once. These calls follow each other:
+
+    check_free, create     a new run: the name must be free, since nothing is ever written over
+    locked                 no second process trains the run: the lock ends with the process, however that ends
+    watched                the folder stays open, so that people may rename it
+    locate                 before each write: where the folder is now
+    write_exit             the last file: a run without exit.json is in progress, or was killed
+
+`locate` compares the open folder with the name. If the name leads elsewhere, Linux tells the folder's new name, and the
+run continues there. If the folder was removed, `locate` raises Error. Then the saver calls `remake` for a new folder.
+"""
 
 from __future__ import annotations
 
@@ -247,7 +265,7 @@ def kept_files(folder: Path) -> dict[str, str]:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, system, processor and cards; no user or host name, no path, no environment variable, no serial."""
+    """Versions, system, processor and GPUs; no user or host name, no path, no environment variable, no serial."""
     import torch  # here, so that looking into a run folder does not cost importing torch
 
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

@@ -77,7 +77,7 @@ class Saver:
         if self.group.world == 1:
             self._future = self._pool.submit(self._write, snap, tokens, began, stall)
             return
-        self._future = Future()  # ranks exchange in one order: what they write together is no thread's
+        self._future = Future()  # collectives have one order: what ranks write together is no thread's
         try:
             self._future.set_result(self._write(snap, tokens, began, stall))
         except Exception as error:  # of any kind, as when a rank dies: the exit waits until this is over

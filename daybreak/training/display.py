@@ -140,7 +140,7 @@ def sparkline(values: list[float], width: int) -> tuple[str, float, float]:
 
 
 class LiveDisplay(Display):
-    """A panel that redraws in place: progress, curve, scores, speed, card, time, money, the last sample. Notes scroll
+    """A panel that redraws in place: progress, curve, scores, speed, GPU, time, money, the last sample. Notes scroll
     above it. Only the panel's own thread draws, from what the methods leave behind. price: dollars per hour, 0 =
     unknown; clock: seconds, for the money spent since the start."""
 
@@ -179,7 +179,7 @@ class LiveDisplay(Display):
 
     def panel(self) -> Group:
         """What is shown now, at most as wide as the terminal. What is unknown has no place in it. The empty line below
-        is where the terminal shows ^C, and where the shell goes on after a second one."""
+        is where the terminal shows ^C, and where the shell continues after a second one."""
         width = min(84, self.console.width)
         grid, task = Table.grid(padding=(0, 2), expand=True), self.task
         for ratio in (None, None, 1):
@@ -212,8 +212,8 @@ class LiveDisplay(Display):
         ms = 1000 * v["step_tokens"] / v["tok_s"]  # all three are averages over the same steps
         mfu = "" if v["mfu"] is None else f", {100 * v['mfu'] * v['ms'] / ms:.1f}% MFU"
         yield "speed", f"{v['tok_s']:,.0f} tok/s", f"{ms:.0f} ms a step{mfu}"
-        card = latest.get("step", {})  # temperature and power, where the record has them
-        sensors = [f"{card[key]:.0f} {unit}" for key, unit in (("temp_c", "°C"), ("power_w", "W")) if card.get(key)]
+        gpu = latest.get("step", {})  # temperature and power, where the record has them
+        sensors = [f"{gpu[key]:.0f} {unit}" for key, unit in (("temp_c", "°C"), ("power_w", "W")) if gpu.get(key)]
         yield "memory", f"{v['mem_mib']:,} MiB", ", ".join(sensors)
         if self.price:
             spent = self.price * (self.clock() - self.began) / 3600

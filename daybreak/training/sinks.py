@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases. One that fails is dropped, the run goes on."""
+"""Where metrics go besides metrics.jsonl: TensorBoard, Weights & Biases. One that fails is dropped with a warning."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _wandb(config: Config, folder: Path) -> tuple[Write, Callable[[], None]]:
     run = wandb.init(
         project="daybreak", name=config.run.name, dir=str(folder), config=dict(config.items()), settings=settings,
         mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
-        id=read_id(folder) or None, resume="allow",  # a resumed run goes on in its own curves
+        id=read_id(folder) or None, resume="allow",  # a resumed run continues its own curves
     )  # fmt: skip
 
     def write(step: int, values: dict[str, float], text: str) -> None:

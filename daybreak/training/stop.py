@@ -1,7 +1,21 @@
-"""Stopping safely. A signal or the clock only raises a flag; the loop looks at it where nothing can be lost.
+"""Stopping safely: a signal or the clock only sets a flag, and the loop acts on it where nothing can be lost.
 
-SIGTERM, SIGINT and every other signal of ENDING: save the state after the last completed update and leave with 75; a
-second one leaves at once. SIGUSR1: save after the current update and go on. A signal that is ignored already, as SIGHUP
+A signal handler may run between any two instructions of Python. So it does nothing but set a flag and show one line.
+The loop calls `check` between micro-steps, batches of validation and sampled tokens. Only there the flags count:
+
+    event                     flag              check(), on every rank           the loop
+    SIGTERM, SIGINT ...       reason            raises Interrupted               saves the last update, exit code 75
+    --max-hours is over       reason            raises Interrupted               the same
+    SIGUSR1                   save_requested    notes it for take_save_request   saves after the update, and continues
+
+Ranks compare their flags in one collective, so all of them stop before the same micro-step, whichever got the signal.
+A signal that comes during the collective counts at the next check.
+
+A second signal ends the process at once, with exit code 128 + its number: checkpoints are atomic, so nothing breaks.
+Signals of several kinds within SAME_CAUSE seconds count as one, because a launcher sends SIGTERM after a terminal's
+SIGHUP. SIGHUP itself never counts as the second one.
+
+A library may install handlers of its own, so `check` installs ours again. A signal that is ignored already, as SIGHUP
 under nohup, stays ignored. Only the command line installs handlers, never a library call.
 """
 
@@ -55,13 +69,12 @@ class Stop:
         self._take_signals()  # again: a library may have put its own handlers in their place
         if not self.reason and self._clock() >= self._deadline:
             self.reason = f"--max-hours {self._max_hours:g} is over"
-        asked, self.save_requested = self.save_requested, False  # before the exchange: one may come during it
+        asked, self.save_requested = self.save_requested, False  # before the collective: one may come during it
         stop, save = self.group.numbers([bool(self.reason), asked], largest=True)
         if stop:
             self.reason = next(reason for reason in self.group.gather(self.reason) if reason)
             raise Interrupted(self.reason)
         self._save_agreed |= bool(save)
-        # A signal that came during the exchange is for the next check: all ranks stop at the same one.
 
     def look(self) -> None:
         """Raise Interrupted without asking the other ranks, where only one of them is at work."""

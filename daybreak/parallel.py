@@ -244,21 +244,18 @@ class Group:
         """Tell the other ranks about an exception raised inside. One of torch.distributed is replaced by its reason."""
         try:
             yield
-        except Error as error:
-            if not error.elsewhere:
-                self.fail(error.exit_code, str(error))
-            raise
-        except RuntimeError as error:
-            if self.store is None or not re.search("gloo|NCCL|c10d|DistNetwork|process group", f"{error!r}"):
-                self.fail(1, f"{type(error).__name__}: {error}")
-                raise
-            raise self.explain(error) from error
-        except OSError as error:
-            self.fail(1, f"{error.filename or 'a file'} failed ({error.strerror}); free space or repair the disk.")
-            raise
         except BaseException as error:
-            if type(error).__name__ != "Interrupted":  # all ranks have agreed to stop
-                self.fail(1, f"{type(error).__name__}: {error}")
+            connection = re.search("gloo|NCCL|c10d|DistNetwork|process group", f"{error!r}")
+            if isinstance(error, RuntimeError) and connection and self.store is not None:
+                raise self.explain(error) from error
+            code, text = 1, f"{type(error).__name__}: {error}"
+            if isinstance(error, Error):
+                code, text = error.exit_code, str(error)
+            elif isinstance(error, OSError):
+                text = f"{error.filename or 'a file'} failed ({error.strerror}); free space or repair the disk."
+            known = getattr(error, "elsewhere", False) or type(error).__name__ == "Interrupted"  # all agreed to stop
+            if not known:
+                self.fail(code, text)
             raise
 
     def explain(self, error: BaseException) -> Error:

@@ -172,16 +172,10 @@ class Sharding:
     def gaps(self, k: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of what no row covers in segment k's buffer: alignment, and the flat buffers' end."""
         a, b, _ = self.segments[k]
-        at, last = a, self.buffer(k)[1]
-        for name, offset in sorted(self.table.offsets.items(), key=lambda item: item[1]):
-            if a <= offset < b:
-                if at < offset:
-                    yield at, offset
-                at = offset + self.table.rows[name].numel
-        if at < b:
-            yield at, b
-        if k == len(self.segments) - 1 and b < last:
-            yield b, last
+        rows = sorted((at, at + self.table.rows[name].numel) for name, at in self.table.offsets.items() if a <= at < b)
+        yield from ((end, start) for (_, end), (start, _) in pairwise([(a, a), *rows, (b, b)]) if end < start)
+        if k == len(self.segments) - 1 and b < self.buffer(k)[1]:
+            yield b, self.buffer(k)[1]
 
     def volume(self, dtype: torch.dtype, micro_steps: int) -> float:
         """Bytes a rank sends in a step of `micro_steps`, padding counted: scalars apart, exactly 2 P (N-1)/N, at

@@ -87,10 +87,10 @@ class Token(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-def choose(logits: Tensor, hows: Sequence[Sampling], draws: Sequence[float]) -> Tensor:
-    """One token id (b) from each row of logits (b, V) in fp32, on its device: a draw from softmax(logits / temperature)
-    over the top_k likeliest (0: all), and of these over the fewest that together have top_p of the probability.
-    `draws`: a random number in [0, 1) for each row.
+def choose(logits: Any, hows: Sequence[Sampling], draws: Sequence[float]) -> Any:
+    """One token id (b) from each row of logits (b, V) in fp32: a draw from softmax(logits / temperature) over the top_k
+    likeliest (0: all), and of these over the fewest that together have top_p of the probability. `draws`: a random
+    number in [0, 1) for each row. A numpy array gives an array, a tensor a tensor on its device.
 
     Of equal probabilities top_p takes lower ids first; top_k keeps all that equal the k-th. Probabilities are whole
     numbers of 2^-52 / V of the likeliest's, so every sum is exact in fp64 and no order of summing changes the token.
@@ -101,59 +101,65 @@ def choose(logits: Tensor, hows: Sequence[Sampling], draws: Sequence[float]) -> 
         (max(h.temperature or 1.0, 1e-30), h.top_k, h.top_p, h.min_p, u, h.temperature)
         for h, u in zip(hows, draws, strict=True)
     ]
-    numbers, top_k = torch.tensor(rows, dtype=torch.float64), max(how.top_k for how in hows)
+    numbers, top_k = np.array(rows), max(how.top_k for how in hows)
     cuts = (top_k, any(how.top_p < 1 for how in hows), any(how.min_p for how in hows))
-    if not logits.is_cuda:
+    if not isinstance(logits, Tensor):
         return _drawn(logits, numbers, *cuts)
+    if logits.device.type == "cpu":
+        return _drawn(logits, torch.from_numpy(numbers), *cuts)
     kind = (get_ident(), logits.device, logits.shape, logits.dtype, bool(top_k), *cuts[1:])
     if kind not in _replays:
         _replays[kind] = _Replay(logits, numbers, *cuts)
     return _replays[kind](logits, numbers)
 
 
-def _drawn(logits: Tensor, numbers: Tensor, most: int, top_p_cuts: bool, min_p_cuts: bool) -> Tensor:
+def _drawn(logits: Any, numbers: Any, most: int, top_p_cuts: bool, min_p_cuts: bool) -> Any:
     """`choose` without a wait for the device. numbers: (b, 6), the settings of each row. most: the largest top_k, 0 if
     no row uses it.
 
-    A CPU sorts only the likeliest tokens. A GPU sorts all, which is faster than asking it how many are enough."""
-    V, ids = logits.shape[-1], torch.arange(logits.shape[-1], device=logits.device)
+    Arrays are for a CPU, where steps allocate no tensors. There it sorts only the likeliest tokens. A GPU sorts all,
+    which is faster than asking it how many are enough."""
+    V = logits.shape[-1]
+    xp: Any = np
+    ids: Any = np.arange(V)
+    if isinstance(logits, Tensor):
+        xp, ids = torch, torch.arange(V, device=logits.device)
     temperature, top_k, top_p, min_p, draw, hot = numbers.T[..., None]
     whole = 2.0 ** (52 - V.bit_length())
-    p = (((logits - logits.amax(-1)[:, None]) / temperature).exp() * whole).round()
+    p = xp.round(xp.exp((logits - xp.amax(logits, -1)[:, None]) / temperature) * whole)
     if min_p_cuts:
         p = p * (p >= min_p * whole)
     if most or top_p_cuts:
-        n = min(V, max(most, 1 + V // 32 if top_p_cuts else 0))
-        s = p.sort(-1, descending=True).values if p.is_cuda else p.topk(n).values
+        s = _largest(p, min(V, max(most, 1 + V // 32 if top_p_cuts else 0)))
     if most:
-        least = torch.where(top_k > 0, _at(s, top_k[:, 0].clip(1, s.shape[-1]) - 1), 0)
+        least = xp.where(top_k > 0, _at(s, top_k[:, 0].clip(1, s.shape[-1]) - 1), 0)
         p, s = p * (p >= least), s * (s >= least)
     if top_p_cuts:
-        enough = (top_p * p.sum(-1)[:, None]).ceil()
-        if not p.is_cuda and (s.sum(-1)[:, None] < enough).any():
-            s = p.sort(-1, descending=True).values
+        enough = xp.ceil(top_p * p.sum(-1)[:, None])
+        if xp is np and (s.sum(-1)[:, None] < enough).any():
+            s = _largest(p, V)
         last = _reach(s, enough)
         least = _at(s, last)
         final = _reach((p == least) * 1.0, last[:, None] + 1 - (s > least).sum(-1)[:, None])
         p = p * ((p > least) | ((p == least) & (ids <= final[:, None])))
     total = p.sum(-1)[:, None]
-    drawn = _reach(p, torch.minimum((draw * total).floor() + 1, total))
-    return torch.where(hot[:, 0] > 0, drawn, logits.argmax(-1))
+    drawn = _reach(p, xp.minimum(xp.floor(draw * total) + 1, total))
+    return xp.where(hot[:, 0] > 0, drawn, logits.argmax(-1))
 
 
 class _Replay:
     """`_drawn` on a GPU as a CUDA graph, because its fifty small launches take longer than a small model's token."""
 
-    def __init__(self, logits: Tensor, numbers: Tensor, *cuts: Any) -> None:
-        self._logits, self._numbers = logits.clone(), numbers.to(logits.device)
+    def __init__(self, logits: Tensor, numbers: NDArray[np.float64], *cuts: Any) -> None:
+        self._logits, self._numbers = logits.clone(), torch.from_numpy(numbers).to(logits.device)
         _drawn(self._logits, self._numbers, *cuts)  # loads what a capture may not load
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._ids = _drawn(self._logits, self._numbers, *cuts)
+            self._ids: Tensor = _drawn(self._logits, self._numbers, *cuts)
 
-    def __call__(self, logits: Tensor, numbers: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, numbers: NDArray[np.float64]) -> Tensor:
         self._logits.copy_(logits)
-        self._numbers.copy_(numbers)
+        self._numbers.copy_(torch.from_numpy(numbers))
         self._graph.replay()
         return self._ids
 
@@ -161,17 +167,29 @@ class _Replay:
 _replays: dict[tuple[Any, ...], _Replay] = {}  # by thread, and by all that a graph cannot change
 
 
-def _at(values: Tensor, places: Tensor) -> Tensor:
+def _largest(p: Any, n: int) -> Any:
+    """The n largest values of each row of an array, from the largest down; of a tensor all."""
+    if isinstance(p, Tensor):
+        return p.sort(-1, descending=True).values
+    return np.sort(np.partition(p, p.shape[-1] - n)[:, p.shape[-1] - n :])[:, ::-1]
+
+
+def _at(values: Any, places: Any) -> Any:
     """The entry of each row at its place, as a column. The host neither waits for a GPU nor copies indices to it."""
-    return torch.take_along_dim(values, places.long()[:, None], 1)
+    if isinstance(values, Tensor):
+        return torch.take_along_dim(values, places.long()[:, None], 1)
+    return np.take_along_axis(values, places.astype(np.int64)[:, None], 1)
 
 
-def _reach(values: Tensor, target: Tensor) -> Tensor:
+def _reach(values: Any, target: Any) -> Any:
     """The places (b) where the running sum of values (b, V), whole numbers, reaches target (b, 1).
 
     It works in two stages, because a GPU sums a long row step by step."""
     (b, V), pad = values.shape, -values.shape[-1] % BLOCK
-    blocks = torch.constant_pad_nd(values, (0, pad)).reshape(b, -1, BLOCK)
+    whole = (
+        torch.constant_pad_nd(values, (0, pad)) if isinstance(values, Tensor) else np.pad(values, ((0, 0), (0, pad)))
+    )
+    blocks = whole.reshape(b, -1, BLOCK)
     ends = blocks.sum(-1).cumsum(-1)
     block = (ends < target).sum(-1).clip(max=ends.shape[-1] - 1)
     inside = _at(blocks, block[:, None])[:, 0].cumsum(-1)
@@ -318,7 +336,8 @@ class Batch:
             if (new := adjusted(x, texts[i])) is not x:
                 usual = usual.clone() if usual.data_ptr() == logits.data_ptr() else usual
                 usual[i].copy_(torch.from_numpy(new[:V]))
-        ids = choose(usual, [t.how for t in texts], [t.draw() for t in texts]).tolist()
+        given = usual.numpy() if usual.device.type == "cpu" else usual  # on a CPU numpy, which allocates no tensors
+        ids = choose(given, [t.how for t in texts], [t.draw() for t in texts]).tolist()
         for i, (row, text, token) in enumerate(zip(rows, texts, ids, strict=True)):
             text.take(token, read.get(i) if text.how.logprobs is not None else None)
             if text.done:

@@ -447,10 +447,11 @@ def test_tokens_are_chosen_as_on_a_cpu(V: int) -> None:
     rng, b = np.random.default_rng(5), 6
     for top_k, top_p, min_p in itertools.product((0, 7), (1.0, 0.8), (0.0, 0.01)):
         for turn in range(2):
-            logits = torch.from_numpy(rng.normal(scale=3, size=(b, V)).astype(np.float32))
+            logits = rng.normal(scale=3, size=(b, V)).astype(np.float32)
             hows = [Sampling(temperature=i / 2, top_k=top_k * (i + turn), top_p=top_p, min_p=min_p) for i in range(b)]
             draws = rng.random(b).tolist()
-            assert choose(logits.cuda(), hows, draws).tolist() == choose(logits, hows, draws).tolist()
+            found = choose(torch.from_numpy(logits).cuda(), hows, draws)
+            assert found.tolist() == choose(logits, hows, draws).tolist()
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:

@@ -291,5 +291,8 @@ def test_from_a_data_set_on_the_hub_to_scores(
     for a, b in zip(*scores, strict=True):
         assert a["value"] == pytest.approx(b["value"], rel=1e-3)
         assert a["examples"] == 6
+    evaldata.write_sets(tmp_path / "fewer", 3, SUBJECTS)  # under the same names, in another folder
+    fewer = evaluate(capsys, "runs/r", "--tasks", "arc", "--data-files", tmp_path / "fewer")
+    assert {a["examples"] for a in fewer} == {3}
     assert main(["eval", "runs/r", "--tasks", "piqa", "--data-files", str(sets), "--limit", "2"]) == 0
     assert "piqa" in capsys.readouterr().out

@@ -6,11 +6,13 @@ The harness (extra `eval`) is the only judge outside the training loop: prompts,
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +124,7 @@ def run_harness(lm: Any, tasks: Sequence[str], shots: int | None, folder: Path |
         raise ConfigError(f"lm-evaluation-harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
     try:
         # A data set's name that is a folder here is taken from it.
-        with contextlib.chdir(folder or Path()):
+        with contextlib.chdir(folder or Path()), _own_cache() if folder else contextlib.nullcontext():
             return lm_eval.simple_evaluate(
                 lm, tasks=list(tasks), num_fewshot=shots, limit=limit, bootstrap_iters=0, task_manager=known
             )
@@ -132,6 +134,19 @@ def run_harness(lm: Any, tasks: Sequence[str], shots: int | None, folder: Path |
         said = str(error).partition("\n")[0]
         fix = "put the data under --data-files as owner/name, as the Hub has it"
         raise DataError(f"{', '.join(tasks)}: {said}; {fix}.") from error
+
+
+@contextlib.contextmanager
+def _own_cache() -> Iterator[None]:
+    """Inside, `datasets` keeps nothing: its cache would give another folder's data for a set of the same name."""
+    config: Any = importlib.import_module("datasets.config")
+    usual = config.HF_DATASETS_CACHE
+    with tempfile.TemporaryDirectory() as folder:
+        config.HF_DATASETS_CACHE = Path(folder)
+        try:
+            yield
+        finally:
+            config.HF_DATASETS_CACHE = usual
 
 
 @cache

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from daybreak.data.formats import Faults
 from daybreak.data.hub import SPEC, remote_source
-from daybreak.data.sources import Source, file_source, stdin_source, stdlib_source
+from daybreak.data.sources import TextSource, file_source, stdin_source, stdlib_source
 from daybreak.errors import ConfigError, DataError
 
 log = logging.getLogger("daybreak")
@@ -51,7 +51,7 @@ def known_name(name: str) -> str:
     return name if name in CATALOGUE else ""
 
 
-def _known_source(name: str, field: str, fraction: float | None, faults: Faults) -> Source:
+def _known_source(name: str, field: str, fraction: float | None, faults: Faults) -> TextSource:
     entry = CATALOGUE[name]
     if not entry.spec:
         return stdlib_source(fraction)
@@ -61,7 +61,7 @@ def _known_source(name: str, field: str, fraction: float | None, faults: Faults)
 
 def resolve_source(
     names: Sequence[str | Path], field: str = "text", val_fraction: float | None = None, skip_bad: bool = False
-) -> Source:
+) -> TextSource:
     """The source that `names` stand for: one catalogue name, one hf: data set, URLs, paths, or - for standard input.
 
     An existing path wins over a catalogue name and says so. Raises DataError, with the nearest match, for what is none

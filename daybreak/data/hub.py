@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from daybreak.data.formats import KINDS, SUFFIXES, Faults, extra
 from daybreak.data.loader import ahead
-from daybreak.data.sources import Part, Piece, Source, split_of, split_parts, text_size
+from daybreak.data.sources import Part, Piece, TextSource, split_of, split_parts, text_size
 from daybreak.errors import DataError, Error
 from daybreak.files import sha256_of
 
@@ -196,7 +196,7 @@ def _opened(remotes: Sequence[Remote], first: int, folder: Path) -> Iterator[tup
 
 def remote_source(
     names: Sequence[str], field: str, fraction: float | None, faults: Faults, licence: str = "", size: int = -1
-) -> Source:
+) -> TextSource:
     """`hf:owner/name[@revision][:config][#column]`, or URLs, as a source. DataError for what cannot be listed."""
     if match := SPEC.fullmatch(names[0]):
         field = match["column"] or field
@@ -217,4 +217,4 @@ def remote_source(
         return split_parts(parts, field, fraction, _opened(remotes, first, work / "download"), before, size, faults)
 
     state = [[r.name, r.size, r.sha256] for r in remotes] + ["cut by position"] * (len(remotes) == 1)
-    return Source(name, " ".join(names), revision, licence or "unknown", size, pieces, state, faults)
+    return TextSource(name, " ".join(names), revision, licence or "unknown", size, pieces, state, faults)

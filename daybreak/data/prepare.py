@@ -50,7 +50,7 @@ from daybreak.data.formats import without_surrogates
 from daybreak.data.hub import SPEC, Remote, download, hub_files
 from daybreak.data.loader import ahead
 from daybreak.data.shards import MAX_TOKENS, ShardWriter, read_header
-from daybreak.data.sources import SPLITS, Piece, Source
+from daybreak.data.sources import SPLITS, Piece, TextSource
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError, explained
 from daybreak.files import fsync_folder, locked, sha256_of, write_atomic
@@ -164,7 +164,7 @@ def prepare(
             return _Job(folder, name, source, encoder, shard_tokens, identity, None).run(threads, progress)
 
 
-def _announce(source: Source, folder: Path, tokenizer: Tokenizer) -> None:
+def _announce(source: TextSource, folder: Path, tokenizer: Tokenizer) -> None:
     """Log an estimate of size and disk space before the start. It counts the bytes per token of the first pieces, or of
     PROSE if the text is not here yet. Raises DataError if even twice the free space is too little."""
     if source.size < SECONDS:
@@ -194,7 +194,7 @@ class _Job:
     """A preparation in progress: the splits, and how far the source has been read and written."""
 
     def __init__(
-        self, folder: Path, name: str, source: Source, tokenizer: Tokenizer, shard_tokens: int, identity: Any,
+        self, folder: Path, name: str, source: TextSource, tokenizer: Tokenizer, shard_tokens: int, identity: Any,
         journal: Journal | None,
     ) -> None:  # fmt: skip
         self.folder, self.name, self.source, self.tokenizer, self.identity = folder, name, source, tokenizer, identity

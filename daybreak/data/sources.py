@@ -1,8 +1,8 @@
 """Where text comes from: files and folders of the formats in `data.formats`, Python's standard library, and the
 names that `data.catalogue` knows.
 
-A `Source` yields `Piece`s: consecutive parts of documents, each marked with its split. Memory stays bounded whatever
-the size of a file, because a long document comes in pieces of about a million characters:
+A `TextSource` yields `Piece`s: consecutive parts of documents, each marked with its split. Memory stays bounded
+whatever the size of a file, because a long document comes in pieces of about a million characters:
 
     _parts        which files are read, and the split that their names tell
     _documents    a text file is one document; in a file of another format, every record is one
@@ -80,7 +80,7 @@ class Pieces(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Documents to prepare. `size` estimates their UTF-8 bytes; an empty `revision` makes prepare hash the text.
 
     `state` (JSON) changes when the text does: an unfinished preparation continues only if it is the same.
@@ -281,7 +281,7 @@ def split_parts(
                 yield Piece(split, starts, text, index)
 
 
-def file_source(paths: Sequence[Path], column: str, val_fraction: float | None, faults: Faults) -> Source:
+def file_source(paths: Sequence[Path], column: str, val_fraction: float | None, faults: Faults) -> TextSource:
     """Files of the formats in `data.formats` and folders of them as one source.
 
     Splits are, in this order: those that file and folder names tell by the Hub's rules, test files being left out; of
@@ -298,10 +298,10 @@ def file_source(paths: Sequence[Path], column: str, val_fraction: float | None, 
         return split_parts(parts, column, val_fraction, opened, before, size, faults)
 
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "text"
-    return Source(name, " ".join(str(path) for path in paths), "", "unknown", size, pieces, faults=faults)
+    return TextSource(name, " ".join(str(path) for path in paths), "", "unknown", size, pieces, faults=faults)
 
 
-def stdin_source(column: str, val_fraction: float | None, faults: Faults) -> Source:
+def stdin_source(column: str, val_fraction: float | None, faults: Faults) -> TextSource:
     """Standard input, kept in the workspace: JSON Lines if it begins with a brace, else one text."""
     kept: list[Path] = []
 
@@ -314,7 +314,7 @@ def stdin_source(column: str, val_fraction: float | None, faults: Faults) -> Sou
                     shutil.copyfileobj(stdin, file)
         return file_source(kept, column, val_fraction, faults).pieces()
 
-    return Source("stdin", "standard input", "", "unknown", 0, pieces, faults=faults)
+    return TextSource("stdin", "standard input", "", "unknown", 0, pieces, faults=faults)
 
 
 def text_size(name: str, size: int) -> int:
@@ -355,7 +355,7 @@ def stdlib_documents() -> Iterator[tuple[str, str]]:
         yield f"pydoc_data/topics/{topic}", topics[topic]
 
 
-def stdlib_source(val_fraction: float | None = None) -> Source:
+def stdlib_source(val_fraction: float | None = None) -> TextSource:
     """The standard library, 5 % of its files (by hashed name) being validation."""
     fraction = val_fraction or 0.05
 
@@ -366,4 +366,4 @@ def stdlib_source(val_fraction: float | None = None) -> Source:
 
     size, version = sum(path.stat().st_size for _, path in stdlib_files()), platform.python_version()
     origin = "the Python standard library and language reference, as installed"
-    return Source("stdlib", origin, f"Python {version}", "PSF-2.0", size, pieces)
+    return TextSource("stdlib", origin, f"Python {version}", "PSF-2.0", size, pieces)

@@ -23,7 +23,7 @@ from daybreak.interop.part import reader
 from daybreak.interop.source import DTYPES, Export, Source, appearing, checked_shape, default_tokenizer, finite, layout
 from daybreak.shapes import Shape
 from daybreak.state.run_folder import KEPT, kept_files
-from daybreak.state.safetensors_io import Entry, SafetensorsFile, write_safetensors
+from daybreak.state.safetensors_io import SafetensorsFile, StoredTensor, write_safetensors
 
 MAX_SHARD = 5_000_000_000  # bytes
 FINGERPRINT = "daybreak_tokenizer_fingerprint"  # a key of config.json that others ignore
@@ -101,7 +101,7 @@ def _shape(path: Path) -> tuple[Shape, Family]:
     return checked_shape(path, family.shape(path, config)), family
 
 
-def _tensor_files(path: Path) -> dict[str, tuple[SafetensorsFile, Entry]]:
+def _tensor_files(path: Path) -> dict[str, tuple[SafetensorsFile, StoredTensor]]:
     """Tensor name -> its file and entry, of one model.safetensors or of the shards that an index names."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file() and not single.is_file():

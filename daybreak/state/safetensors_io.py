@@ -121,7 +121,7 @@ def _split(flat: torch.Tensor, n: int) -> Iterator[torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredTensor:
     """One tensor of a file: where its bytes start (from the file's beginning) and how to read them."""
 
     dtype: torch.dtype
@@ -137,7 +137,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, StoredTensor] = {}
         with explained(CheckpointError, f"{path} cannot be read", "restore or remove it"), open(path, "rb") as file:
             head = file.read(HEAD)
         if head.startswith(b"version "):
@@ -150,7 +150,7 @@ class SafetensorsFile:
                 at = 8 + size
                 for name in header.offset_keys():
                     row = header.get_slice(name)
-                    entry = self.entries[name] = Entry(DTYPES[row.get_dtype()], tuple(row.get_shape()), at)
+                    entry = self.entries[name] = StoredTensor(DTYPES[row.get_dtype()], tuple(row.get_shape()), at)
                     at += prod(entry.shape) * entry.dtype.itemsize
         except KeyError as error:
             self._refuse(f"tensor {name!r} has the dtype {error}, which daybreak does not read")

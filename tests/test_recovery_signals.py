@@ -189,6 +189,19 @@ def test_which_signals_ask_twice(monkeypatch):
         torchrun.setenv("TORCHELASTIC_RUN_ID", "1")
         assert stopped((term, 0), (term, 0.01)) == []  # Slurm signals the workers, then torchrun does
         assert stopped((term, 0), (term, 6)) == [143]
+
+        class Interrupted(set):  # the second signal comes while the first one is being noted
+            def add(self, number):
+                super().add(number)
+                if len(self.came) < 1:
+                    self.came.append(number)
+                    stop._handle(term, None)
+
+        left.clear()
+        stop = Stop(lambda: 100.0)
+        stop.announce, stop._seen, Interrupted.came = lambda text: None, Interrupted(), []
+        stop._handle(term, None)
+        assert (left, stop.reason, Interrupted.came) == ([], "stopped by SIGTERM", [term])
     stopped((sigint, 0), (term, 6), (sigint, 0))
     late = Stop(lambda: now[0])
     late.announce, late.reason = lambda text: None, "--max-hours 1 is over"  # the scheduler's limit is its own

@@ -68,7 +68,8 @@ def read_header(path: str | Path) -> ShardInfo:
     magic, version, tokens = (int(value) for value in np.frombuffer(data[:12].ljust(12, b"\0"), "<i4"))
     it_is = guess(data, MAGIC, MAGIC32)
     if len(data) < HEADER_BYTES:
-        raise DataError(f"{path} is no token shard: {size} bytes, shorter than the {HEADER_BYTES}-byte header{it_is}.")
+        short = f"{size} bytes, shorter than the {HEADER_BYTES}-byte header"
+        raise DataError(f"{path} is not a token shard: {short}{it_is}.")
     if magic not in (MAGIC, MAGIC32):
         raise DataError(f"{path} is not a GPT-2 token shard: magic number {magic} instead of {MAGIC}{it_is}.")
     width, known = (2, VERSION) if magic == MAGIC else (4, VERSION32)

@@ -13,7 +13,7 @@ A signal that comes during the collective counts at the next check.
 
 A second signal ends the process at once, with exit code 128 + its number: checkpoints are atomic, so nothing breaks.
 Signals of several kinds within SAME_CAUSE seconds count as one, because a launcher sends SIGTERM after a terminal's
-SIGHUP. SIGHUP itself never counts as the second one.
+SIGHUP. Under torchrun so do signals of one kind. SIGHUP itself never counts as the second one.
 
 A library may install handlers of its own, so `check` installs ours again. A signal that is ignored already, as SIGHUP
 under nohup, stays ignored. Only the command line installs handlers, never a library call.
@@ -115,9 +115,11 @@ class Stop:
             self.save_requested = True
             return
         first, again, now = not self._seen, number in self._seen, self._clock()
+        if first:
+            self._first = now  # before _seen: the next signal may interrupt this very line
         self._seen.add(number)
         if first:  # --max-hours may have begun the stop already
-            self._first, self.reason = now, self.reason or f"stopped by {signal.Signals(number).name}"
+            self.reason = self.reason or f"stopped by {signal.Signals(number).name}"
             what = f"saving step {self.step}" if self.step else "no step is complete yet"
             if self.group.world > 1:
                 what += ", if every rank still runs"

@@ -56,7 +56,7 @@ GROUPS = {
     **{f"tests/test_{name}.py": "distributed" for name in ("optimizers", "frozen")},
 }
 GROUPS |= {f"tests/test_{name}.py": "pages" for name in ("plan", "display", "sinks", "pages", "series", "docs", "site")}
-RECOVERY = ("kill", "faults", "fuzz", "signals")
+RECOVERY = ("kill", "faults", "fuzz", "signals", "slurm")
 GROUPS |= {f"tests/test_recovery_{name}.py": "recovery" for name in RECOVERY}
 GROUPS |= {f"tests/test_{name}.py": "recovery" for name in ("saved_config", "files_checked")}
 GROUPS |= {f"tests/test_{name}.py": "decoder" for name in ("llama", "llama_train")}

@@ -26,7 +26,7 @@ from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.capture import Graphs
 from daybreak.engine.device import missing_on, used_mib
 from daybreak.kernels import OPS
-from daybreak.report.bench import PRODUCTS, batches, time_steps
+from daybreak.report.bench import batches, time_steps
 from daybreak.shapes import parse_shape
 from daybreak.state.throughput import peak_flops
 
@@ -70,7 +70,7 @@ class Shapes:
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
             if name == "matmul_backward_weight":  # dw (O, I), dout (n, O)
                 self.calls.append(("wgrad", (tensors[1].shape[0], *tensors[0].shape)))
-            elif name in PRODUCTS:
+            elif OPS[name].flops and "w" in OPS[name].parameters:
                 w = args[OPS[name].parameters.index("w")]
                 self.calls.append(("dgrad" if "backward" in name else "forward", (tensors[0].shape[0], *w.shape)))
             elif name.startswith("attention"):

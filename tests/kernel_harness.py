@@ -61,17 +61,19 @@ def f64(x: Tensor) -> Tensor:
     return x.detach().to(F64, copy=True)
 
 
-def close(got: Tensor, want: Tensor, also_rounded: Tensor | None = None) -> None:
+def close(got: Tensor, want: Tensor, also_rounded: Tensor | None = None, terms: Tensor | None = None) -> None:
     """`got` is the fp64 `want` but for the summation error of its arithmetic and one rounding to its dtype.
 
-    `also_rounded`: an addend that was itself rounded to that dtype before it was added.
+    `also_rounded`: an addend that was itself rounded to that dtype before it was added. `terms`: the addends, where
+    they cancel to nothing. The error of a sum is relative to them.
     """
     assert got.shape == want.shape
     assert torch.isfinite(got).all()
     arithmetic = {F64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-5}[got.dtype]
     half_ulp = 2.0**-8 if got.dtype == torch.bfloat16 else 0.0
     rounded = want.abs() if also_rounded is None else want.abs() + also_rounded.abs()
-    limit = arithmetic * want.abs().amax().clamp(min=1e-30) + half_ulp * rounded
+    size = want.abs().amax() if terms is None else terms.abs().amax()
+    limit = arithmetic * size.clamp(min=1e-30) + half_ulp * rounded
     excess = ((f64(got) - want).abs() / limit).amax().item()
     assert excess <= 1, f"{excess:.2f} times the tolerance"
 

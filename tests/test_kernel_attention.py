@@ -369,6 +369,19 @@ def test_shared_keys_on_gpu(backend, B, T, NH, NKV, HS, window):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cudnn", "fa4"])
+@pytest.mark.parametrize(("NKV", "window"), [(4, 0), (1, 0), (4, 50), (1, 50)])
+@pytest.mark.parametrize("HS", [*range(8, 136, 8), 192, 256])
+def test_every_head_size_on_gpu(backend, HS, NKV, window):
+    """All multiples of 8, with and without shared keys and a window."""
+    if backend != "triton":
+        skip_unless_usable(backend)
+    elif not GPU:
+        pytest.skip("needs a CUDA device")
+    check_grouped(backend, torch.bfloat16, 2, 192, 4, NKV, HS, None, window)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cudnn", "fa4"])
 def test_more_lengths_than_plans(backend):
     """Sampling asks for every length once: what gets no plan of its own is served all the same."""

@@ -207,9 +207,38 @@ def attention() -> str:
     )
 
 
+def stream(top: float, title: str, boxes: Sequence[str], numbers: Sequence[str], ahead: int) -> list[str]:
+    """A residual stream of two blocks between both uses of e. Numbers: on the stream, then around and in each block,
+    then on the way below. `ahead`: 1 for arrows to the right, -1 to the left."""
+    y, e, f1, f2, z = top + 98, *boxes
+    parts = [text(16, top + 4, title, "s"), line((72, y), (500, y))]
+    parts.append(line((44, y), (44, y + 46), (460, y + 46), (460, y)))
+    for left, name in ((104, f1), (276, f2)):
+        parts.append(line((left, y), (left, y - 54), (left + 124, y - 54), (left + 124, y)))
+        parts.append(rect(left + 22, y - 72, 80, 36, "c", name) + rect(left + 112, y - 12, 24, 24, "box", "+", 12))
+    parts += [rect(16, y - 18, 56, 36, "a", e), rect(448, y - 12, 24, 24, "box", "×", 12)]
+    parts.append(rect(500, y - 18, 44, 36, "box", z))
+    for x, high in ((166, y), (338, y), (252, y + 46)):
+        parts.append(line((x - 4 * ahead, high - 4), (x, high), (x - 4 * ahead, high + 4)))
+    places = [(88, y), (258, y), (430, y), (486, y), (166, y), (338, y), (252, y + 46)]
+    branches = [(216, y - 54), (388, y - 54)] if ahead > 0 else [(115, y - 54), (287, y - 54)]
+    parts += [text(x, high - 8, n, "m") for (x, high), n in zip([*places, *branches], numbers, strict=True) if n]
+    return parts
+
+
+def backward() -> str:
+    """The example with two blocks of one number: what forward computes, and what comes back."""
+    forward = stream(26, "forward: the values", ("e: 2", "w₁ x²", "w₂ x²", "z"),
+                     ("2", "3", "6", "12", "", "", "2", "1", "3"), 1)  # fmt: skip
+    back = stream(220, "backward: the gradients", ("e: 18", "w₁: 24", "w₂: 18", "z"),
+                  ("12", "6", "2", "1", "6", "2", "6", "6", "4"), -1)  # fmt: skip
+    label = "Values 2, 3, 6 on the way to 12, and gradients 2, 6, 12 on the way back"
+    return picture(380, label, [*forward, line((16, 188), (544, 188)), *back])
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "course": course, "tokens": tokens, "bigram": bigram, "linear": linear, "layernorm": layernorm,
-    "layernorm-backward": layernorm_backward, "attention": attention,
+    "layernorm-backward": layernorm_backward, "attention": attention, "backward": backward,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ are narrow enough for a phone.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -236,9 +237,40 @@ def backward() -> str:
     return picture(380, label, [*forward, line((16, 188), (544, 188)), *back])
 
 
+def adamw() -> str:
+    """Eight steps in the example's valley, (a² + 18 b²) / 2: gradient descent, and AdamW with both betas 1/2."""
+    steep, half = (1.0, 18.0), 0.5
+    plain, ours, m, v = [[4.0, 1.0]], [[4.0, 1.0]], [0.0, 0.0], [0.0, 0.0]
+    for t in range(1, 9):
+        plain.append([x - 0.1 * s * x for x, s in zip(plain[-1], steep, strict=True)])
+        g = [x * s for x, s in zip(ours[-1], steep, strict=True)]
+        m = [half * x + half * y for x, y in zip(m, g, strict=True)]
+        v = [half * x + half * y * y for x, y in zip(v, g, strict=True)]
+        ratios = [x / math.sqrt(y * (1 - half**t)) for x, y in zip(m, v, strict=True)]
+        ours.append([x - 0.5 * ratio for x, ratio in zip(ours[-1], ratios, strict=True)])
+
+    def place(a: float, b: float) -> tuple[float, float]:
+        return round(76 + 110 * a, 1), round(140 - 110 * b, 1)
+
+    parts = [text(*place(0, -0.05), "+", "m s")]
+    for r in (0.5, 1, 2, 3, 4):  # where the loss is r² / 2: an ellipse, cut off on the left
+        last = math.acos(max(-0.5 / r, -1))
+        angles = [last * i / 40 for i in range(-40, 41)]
+        parts.append(line(*(place(r * math.cos(w), r * math.sin(w) / math.sqrt(steep[1])) for w in angles)))
+    for kind, name, x, path in (("c", "gradient descent", 24, plain), ("a", "AdamW", 168, ours)):
+        points = [place(*at) for at in path]
+        d = "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
+        parts.append(f'<path class="{kind}" style="fill:none" stroke-width="2" d="{d}"/>')
+        parts += [f'<circle class="{kind}" cx="{x:g}" cy="{y:g}" r="4"/>' for x, y in [*points, (x, 285)]]
+        parts.append(text(x + 12, 290, name, "s"))
+    parts.append(text(504, 28, "start (4, 1)", "e s"))
+    parts.append(text(250, 290, "+ the lowest point", "s"))
+    return picture(306, "Eight steps in a valley: gradient descent jumps across it, AdamW walks along it", parts)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "course": course, "tokens": tokens, "bigram": bigram, "linear": linear, "layernorm": layernorm,
-    "layernorm-backward": layernorm_backward, "attention": attention, "backward": backward,
+    "layernorm-backward": layernorm_backward, "attention": attention, "backward": backward, "adamw": adamw,
 }  # fmt: skip
 
 if __name__ == "__main__":

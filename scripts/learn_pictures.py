@@ -208,6 +208,34 @@ def attention() -> str:
     )
 
 
+def gelu(x: float) -> float:
+    return x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def mlp() -> str:
+    """The example: two hidden units, and their sum."""
+    units: dict[str, Callable[[float], float]] = {"gelu(x)": gelu, "gelu(−x)": lambda x: gelu(-x)}
+    panels = {**units, "their sum": lambda x: gelu(x) + gelu(-x)}
+    unit, zero, wide, end, parts = 36, 132, WIDTH / 3, 2.2, []
+    for p, (title, curve) in enumerate(panels.items()):
+        middle = p * wide + wide / 2
+        points = [(middle + unit * x, zero - unit * curve(x)) for x in (end * i / 44 for i in range(-44, 45))]
+        parts.append(text(middle, 28, title, "m") + line((middle - end * unit, zero), (middle + end * unit, zero)))
+        parts.append(line((middle, zero), (middle, zero - end * unit)))
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        parts.append(f'<path class="{"abc"[p]}" style="fill:none;stroke-width:2.5" d="M{path}"/>')
+        for x in (-1, 0, 1):
+            at, high = middle + unit * x, zero - unit * curve(x)
+            parts.append(f'<circle class="{"abc"[p]}" cx="{at:g}" cy="{high:.1f}" r="4"/>')
+            said = f"{curve(x):.2f}".replace("-", "−")
+            if high > zero:
+                parts.append(text(at, high - 12, said, "m s"))
+            elif x:
+                parts.append(text(at + 9 * x, high + 12, said, "s" if x > 0 else "e s"))
+            parts.append(text(at, zero + 28, f"{x}".replace("-", "−"), "m s"))
+    return picture(zero + 42, "gelu of x, gelu of minus x, and their sum, which is 0.68 at both -1 and 1", parts)
+
+
 def stream(top: float, title: str, boxes: Sequence[str], numbers: Sequence[str], ahead: int) -> list[str]:
     """A residual stream of two blocks between both uses of e. Numbers: on the stream, then around and in each block,
     then on the way below. `ahead`: 1 for arrows to the right, -1 to the left."""
@@ -270,7 +298,7 @@ def adamw() -> str:
 
 PICTURES: dict[str, Callable[[], str]] = {
     "course": course, "tokens": tokens, "bigram": bigram, "linear": linear, "layernorm": layernorm,
-    "layernorm-backward": layernorm_backward, "attention": attention, "backward": backward, "adamw": adamw,
+    "layernorm-backward": layernorm_backward, "attention": attention, "mlp": mlp, "backward": backward, "adamw": adamw,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ INTEROP = (
     "test_interop_llmc",
     "test_interop_gguf",
     "test_interop_gguf_in",
+    "test_interop_scores",
     "test_llmc_cli",
     "test_generate",
     "test_serve",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +133,33 @@ def test_tied_models_have_no_output_and_others_scaling_is_a_key(tmp_path: Path) 
     assert keys["qwen2.rope.scaling.original_context_length"] == YARN["original_max_position_embeddings"]
 
 
-def by_hand(path: Path, kinds: dict[str, str], drop: str = "", **keys: Any) -> dict[str, np.ndarray[Any, Any]]:
+def bytes_vocabulary(writer: Any) -> int:
+    """Byte-level merges, with ends and a chat template. Returns how many ids there are."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    tok = json.loads(get_tokenizer("bytes").to_json())
+    writer.add_token_list(list(tok["model"]["vocab"]))
+    writer.add_token_types([1] * 256 + [3])
+    writer.add_token_merges([])
+    writer.add_eos_token_id(10)
+    writer.add_eot_token_id(13)
+    writer.add_chat_template(TEMPLATE)
+    return 257
+
+
+def by_hand(
+    path: Path, kinds: dict[str, str], drop: str = "", vocabulary: Callable[[Any], int] = bytes_vocabulary, **keys: Any
+) -> dict[str, np.ndarray[Any, Any]]:
     """A Llama as llama.cpp's tools leave it: quantized, interleaved, the oldest keys only. Returns the values that its
     tensors stand for, with the rows of q and k in halves."""
     rng, wide = np.random.default_rng(0), 64
-    shapes = {"token_embd": (257, wide), "output_norm": (wide,)}
+    writer = gguf.GGUFWriter(path, keys.pop("architecture", "llama"))
+    shapes = {"token_embd": (vocabulary(writer), wide), "output_norm": (wide,)}
     for i in range(2):
         each = {"attn_norm": (wide,), "ffn_norm": (wide,), "attn_q": (wide, wide), "attn_k": (32, wide),
                 "attn_v": (32, wide), "attn_output": (wide, wide), "ffn_gate": (96, wide), "ffn_up": (96, wide),
                 "ffn_down": (wide, 96)}  # fmt: skip
         shapes |= {f"blk.{i}.{name}": shape for name, shape in each.items()}
-    writer = gguf.GGUFWriter(path, keys.pop("architecture", "llama"))
     known = {
         "context_length": 32,
         "embedding_length": wide,
@@ -156,15 +173,6 @@ def by_hand(path: Path, kinds: dict[str, str], drop: str = "", **keys: Any) -> d
         if value is not ...:
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(key if "." in key and key.split(".")[0] == "split" else f"llama.{key}", value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    tok = json.loads(get_tokenizer("bytes").to_json())
-    writer.add_token_list(list(tok["model"]["vocab"]))
-    writer.add_token_types([1] * 256 + [3])
-    writer.add_token_merges([])
-    writer.add_eos_token_id(10)
-    writer.add_eot_token_id(13)
-    writer.add_chat_template(TEMPLATE)
     values = {}
     for name, shape in shapes.items():
         x = rng.standard_normal(shape, dtype=np.float32)

@@ -11,6 +11,8 @@ import pytest
 from decoders import CASES, MAX_T, their_decoder
 from interop_runs import inside, write_run
 from patience import PATIENCE
+from test_interop_gguf_in import by_hand
+from test_interop_scores import THEIRS, vocabulary
 from tokenizer_kinds import KINDS, TEXTS, their_model
 
 from daybreak.data.tokenizer import get_tokenizer
@@ -67,6 +69,25 @@ def test_llama_cpp_gives_the_ids_of_any_tokenizer(tmp_path: Path, kind: str) -> 
         ids = library.encode(text, add_special_tokens=False).ids
         assert llama.ids(text) == ids, text
         assert llama.ids(text, around=True) == library.encode(text).ids, text
+
+
+@pytest.mark.parametrize("of", range(len(THEIRS["models"])))
+def test_llama_cpp_gives_the_ids_that_an_import_gives(tmp_path: Path, of: int) -> None:
+    """SentencePiece's vocabularies with tokens that were added to them, in a file by hand, in one that went through a
+    run, and by SentencePiece itself."""
+    by_hand(tmp_path / "m.gguf", {}, vocabulary=lambda writer: vocabulary(writer, of))
+    inside(tmp_path, "import", "m.gguf", "--name", "run", "--run.device", "cpu")
+    inside(tmp_path, "export", "runs/run", "--to", "gguf", "back.gguf")
+    ours = Run(tmp_path / "runs/run").load_engine()[1]
+    more = ["x <tool>y", "<tool><tool>  z", " <tool>\n", "a <|im_end|> b", "<s> <ctl>", "漢<tool>🙂"]
+    for name in ("m.gguf", "back.gguf"):
+        llama = LlamaCpp(tmp_path / name, 32)
+        for text in filter(None, [*more, *TEXTS, *THEIRS["texts"]]):
+            ids = ours.encode(text).tolist()
+            assert llama.ids(text) == ids, (name, text)
+            assert llama.ids(text, around=True) == [1, *ids], (name, text)
+        for text, ids in zip(THEIRS["texts"], THEIRS["models"][of]["ids"], strict=True):
+            assert not text or llama.ids(text) == ids, text
 
 
 @pytest.mark.parametrize("dtype", ["f32", "q8_0"])

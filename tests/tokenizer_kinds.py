@@ -73,7 +73,7 @@ def sentencepiece(complete: bool = True) -> tokenizers.Tokenizer:
     model["vocab"] = vocab = vocab | {token: len(vocab) + i for i, token in enumerate(more)}
     words = sorted(vocab, key=vocab.__getitem__)[259:]
     pairs = [[(w[:i], w[i:]) for i in range(1, len(w)) if w[:i] in vocab and w[i:] in vocab] for w in words]
-    model["merges"] = [pair for ways in pairs for pair in (ways if complete else ways[:1])]
+    model["merges"] = [pair for ways in pairs for pair in (ways if complete else ways[-1:])]
     spec |= {"added_tokens": spec["added_tokens"][:3], "pre_tokenizer": None}
     made = _library(spec)
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

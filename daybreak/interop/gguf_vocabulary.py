@@ -1,22 +1,21 @@
 """A tokenizer as GGUF describes it: its kind, the tokens with their types, and merges or scores.
 
-llama.cpp computes each kind in its own way. A tokenizer.json is written where that way gives the same ids, and refused
-elsewhere. Two differences remain: Metaspace puts no space before a text that begins with one, llama.cpp does; and it
-does not compose letters (NFC).
+llama.cpp computes each kind in its own way. A tokenizer.json is written to a file, or made from one, where that way
+gives the same ids, and refused elsewhere. Two differences remain. Metaspace puts no space before a text that begins
+with one, and llama.cpp does. llama.cpp does not compose letters (NFC).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.errors import CheckpointError, ConfigError
+from daybreak.interop.sentencepiece import SPACE, read_model, scores_of
 
-SPACE = "\u2581"  # SentencePiece's letter for a space
 Steps = list[dict[str, Any]]  # of a normalizer, or of a splitter
 Kind = tuple[str, str, dict[str, int], dict[str, float], bool]  # model, splitting, tokens, scores, space before a text
 
@@ -44,38 +43,85 @@ BERT = [{"type": "BertNormalizer", "strip_accents": None, **_BERT}, {"type": "Be
 
 
 _ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+# Kind or splitting -> what llama.cpp takes for keys that a file lacks.
+_USUAL: dict[Any, dict[str, Any]] = {
+    "llama": {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": True,
+              "add_space_prefix": True},
+    "llama-bpe": {"add_bos_token": True},
+}  # fmt: skip
+# Tokens that llama.cpp never finds in a text, although a file may say that they are added tokens.
+_CONTROL = {
+    "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>",
+    "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<end_of_utterance>", "<PRE>",
+    "<SUF>", "<MID>", "<PAD>", "[PAD]", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>",
+    "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>",
+}  # fmt: skip
 
 
 def read_vocabulary(path: Path, keys: Mapping[str, Any], types: Any) -> str:
-    """The text of a tokenizer.json with the ids of a GGUF file. types: gguf.TokenType. CheckpointError for a kind that
-    is not byte-level merges, split in a way of BYTE_LEVEL."""
+    """The text of a tokenizer.json with the ids that llama.cpp gives for a GGUF file. types: gguf.TokenType.
+
+    CheckpointError for a kind that is neither SentencePiece with scores nor byte-level merges, split in a way of
+    BYTE_LEVEL, and for a tokenizer of these kinds that a tokenizer.json cannot describe.
+    """
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in keys.items()}
     kind, pre = own.get("model"), own.get("pre")
-    if kind != "gpt2" or pre not in BYTE_LEVEL or not {"tokens", "token_type"} <= own.keys():
-        said = f"{path}: a tokenizer of kind {kind!r} that splits as {pre!r} is not read"
-        raise CheckpointError(f"{said}; give its tokenizer.json with --data.tokenizer FILE.")
-    (split, whole), tokens, sorts = BYTE_LEVEL[pre], own["tokens"], own["token_type"]
-    added = [
-        {"id": i, "content": token, "special": sorts[i] == types.CONTROL, **_ADDED}
-        for i, token in enumerate(tokens) if sorts[i] in (types.CONTROL, types.USER_DEFINED)
-    ]  # fmt: skip
-    vocab = {token: i for i, token in enumerate(tokens) if sorts[i] != types.UNUSED}
+    own = {**_USUAL.get(kind if kind == "llama" else pre, {}), **own}
+    try:
+        if kind != "llama" and (kind != "gpt2" or pre not in BYTE_LEVEL):
+            raise ValueError(f"a tokenizer of kind {kind!r} that splits as {pre!r} is not read")
+        sorts = own.get("token_type")
+        own["tokens"] = tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(own.get("tokens", [""]))]
+        if not isinstance(sorts, list) or len(tokens) != len(sorts) or len(tokens) != len(set(tokens)):
+            raise ValueError("tokenizer.ggml.tokens has a token twice, or tokens without a token_type")
+        texts = [t for i, t in enumerate(tokens) if sorts[i] == types.USER_DEFINED and t not in _CONTROL]
+        if texts and any(name in str(keys.get("general.name")).lower() for name in ("phi-3", "phi3")):
+            raise ValueError("llama.cpp removes the spaces after added tokens of a model that is named Phi-3")
+        _check_apart(texts)
+        steps = read_model(own, types, texts) if kind == "llama" else _byte_level(own)
+        added = [
+            {"id": i, "content": t, "special": sorts[i] != types.USER_DEFINED or t in _CONTROL, **_ADDED}
+            for i, t in enumerate(tokens) if sorts[i] in (types.CONTROL, types.UNKNOWN, types.USER_DEFINED)
+        ]  # fmt: skip
+        steps["model"]["vocab"] = {t: i for i, t in enumerate(tokens) if sorts[i] != types.UNUSED}
+        spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **steps}
+        return json.dumps(spec | {"post_processor": _around(own)}, ensure_ascii=False)
+    except ValueError as why:
+        raise CheckpointError(f"{path}: {why}; give its tokenizer.json with --data.tokenizer FILE.") from None
+
+
+def _byte_level(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a tokenizer.json for byte-level merges, the vocabulary left out."""
+    split, whole = BYTE_LEVEL[own["pre"]]
     merges = [pair.split(" ") for pair in own.get("merges", [])]
-    spec = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,  # as Qwen has it; llama.cpp does without
+    return {
+        "normalizer": {"type": "NFC"} if own["pre"] == "qwen2" else None,  # as Qwen has it; llama.cpp does without
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": split} if len(split) > 1 else split[0],
-        "post_processor": _around(own), "decoder": _WORDS,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": whole},
+        "decoder": _WORDS, "model": {"type": "BPE", "merges": merges, "ignore_merges": whole},
     }  # fmt: skip
-    return json.dumps(spec, ensure_ascii=False)
+
+
+def _check_apart(texts: list[str]) -> None:
+    """ValueError if two added tokens can overlap in a text: llama.cpp takes the longer one, `tokenizers` the first."""
+    begins: dict[str, set[str]] = {}
+    for token in texts:
+        for n in range(1, len(token)):
+            begins.setdefault(token[:n], set()).add(token)
+    for token in texts:
+        for n in range(1, len(token)):
+            for other in begins.get(token[n:], set()) - {token}:
+                if len(set(token + other)) > 1:  # runs of one letter are found alike
+                    raise ValueError(f"its added tokens {token!r} and {other!r} can overlap in a text")
 
 
 def _around(own: Mapping[str, Any]) -> dict[str, Any] | None:
     """What is put before and after a text."""
-    ids = [own.get(f"{name}_token_id", 0) for name in ("bos", "eos") if own.get(f"add_{name}_token")]
+    names = [name for name in ("bos", "eos") if own.get(f"add_{name}_token")]
+    if odd := [name for name in names if not 0 <= own.get(f"{name}_token_id", -1) < len(own["tokens"])]:
+        raise ValueError(f"tokenizer.ggml.add_{odd[0]}_token is true, and {odd[0]}_token_id names no token")
+    ids = [own[f"{name}_token_id"] for name in names]
     special = {own["tokens"][i]: {"id": own["tokens"][i], "ids": [i], "tokens": [own["tokens"][i]]} for i in ids}
-    row: list[Any] = [{"SpecialToken": {"id": token, "type_id": 0}} for token in special]
+    row: list[Any] = [{"SpecialToken": {"id": own["tokens"][i], "type_id": 0}} for i in ids]
     row.insert(1 if own.get("add_bos_token") else 0, {"Sequence": {"id": "A", "type_id": 0}})
     pair = [*row, {"Sequence": {"id": "B", "type_id": 0}}]
     return {"type": "TemplateProcessing", "single": row, "pair": pair, "special_tokens": special} if ids else None
@@ -87,7 +133,10 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, V: int, types: Any) -> N
     model, added = spec["model"], spec["added_tokens"]
     found = _kind(model, _steps(spec["normalizer"]), _steps(spec["pre_tokenizer"]))
     sought = [t for t in added if not t["special"]]  # in texts
-    if found is None or any(found[-1] or t["lstrip"] or t["rstrip"] or t["single_word"] for t in sought):
+    # llama.cpp puts a space before the text behind each of them, as Prepend does where tokens are found before it.
+    prepends = spec["pre_tokenizer"] is None and not any(t["normalized"] for t in sought)
+    changing = any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in sought)
+    if found is None or changing or (found[-1] and sought and not prepends):
         why = "llama.cpp splits no text as it does" if found is None else "its added tokens change spaces beside them"
         raise ConfigError(f"GGUF cannot hold tokenizer {tokenizer.name}: {why}; use --to hf.")
     kind, pre, vocab, scores, prefix = found
@@ -131,7 +180,7 @@ def _kind(model: dict[str, Any], normal: Steps, split: Steps) -> Kind | None:
         case "WordPiece" if [*normal, *split] == BERT:
             return "bert", "default", {t[2:] if t[:2] == "##" else SPACE + t: i for t, i in vocab.items()}, {}, False
         case "BPE":
-            kind, scores = "llama", _scores(vocab, _pairs(model))
+            kind, scores = "llama", scores_of(vocab, _pairs(model))
         case "Unigram" if not (normal or falls):
             kind, scores, vocab = "t5", dict(vocab), {token: i for i, (token, _) in enumerate(vocab)}
         case _:
@@ -149,17 +198,9 @@ def _steps(part: dict[str, Any] | None) -> Steps:
     return [{"use_regex": True, **kept} if part["type"] == "ByteLevel" else kept]
 
 
-def _pairs(model: dict[str, Any]) -> list[list[str]]:
-    return [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-
-
-def _scores(vocab: dict[str, int], pairs: list[list[str]]) -> dict[str, float] | None:
-    """SentencePiece's scores: the sooner a token is merged, the higher. It merges whatever two tokens make a token, and
-    so must the pairs; None if they do not."""
-    made = [token for token, _ in groupby(a + b for a, b in pairs)]
-    every = {(t[:i], t[i:]) for t in vocab for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab}
-    fits = len(set(made)) == len(made) and {(a, b) for a, b in pairs} == every
-    return {token: -float(i) for i, token in enumerate(made)} if fits else None
+def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    return [(a, b) for a, b in pairs]
 
 
 def _prefix(vocab: dict[str, int], normal: Steps, split: Steps) -> bool | None:

@@ -280,7 +280,8 @@ def test_one_layer_trains_and_the_rest_is_frozen(kernels: dict[str, str]) -> Non
     for name, weight in before.items():
         assert torch.equal(part.param(name), weight) != name.startswith("h.1."), name
         assert torch.equal(part.param(name), narrow.param(name).bfloat16()), name
-    assert part.arena.nbytes < 0.8 * whole.arena.nbytes
+    small, large = (sum(size for name, size in x.arena.sizes().items() if name != "scratch") for x in (part, whole))
+    assert small < 0.6 * large  # cuBLASLt's workspace is larger than all the rest
 
 
 def test_graphs_compute_what_plain_calls_do() -> None:

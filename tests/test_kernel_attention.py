@@ -428,6 +428,13 @@ def test_far_rows(backend):
     torch.cuda.empty_cache()
 
 
+@pytest.mark.parametrize(("HS", "taken"), [(32, True), (64, True), (96, True), (128, True), (48, False), (80, False)])
+def test_flash_attention_4_leaves_heads_that_it_gets_wrong_to_cudnn(HS, taken):
+    q = torch.empty(2, 64, 4, HS, dtype=torch.bfloat16)
+    wanted = fa4.backward_temps(q, q, q, q, q), fa4.workspace_bytes(2, 64, 4, HS) > 0
+    assert wanted == (([], True) if taken else (cudnn.backward_temps(q, q, q, q, q), False))
+
+
 def test_workspaces_are_stated_without_a_gpu():
     """What cuDNN's deterministic backward was measured to take, 801 and 1539 MiB, fits the formulas, closely."""
     for B, T, NH, measured in ((16, 1024, 25, 801), (64, 1024, 12, 1539)):

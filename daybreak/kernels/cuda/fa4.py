@@ -17,9 +17,9 @@ from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import apart, broken, cache_folder, cudnn
-from daybreak.kernels.cuda import attention as flash
 
 BLOCK = 128  # its largest block of queries, to which it rounds T up
+HEAD = 32  # it rounds heads up to this size, and then gives wrong gradients of some: 8, 16, 40, 48, 72, 80, 104, 112
 
 
 def usable(capability: tuple[int, int]) -> str | None:
@@ -33,8 +33,10 @@ def workspace_bytes(B: int, T: int, NH: int, HS: int, NKV: int = 0) -> int:
     """Bytes that one backward takes from torch's allocator: dq in fp32, two fp32 rows of statistics, turn counters; and
     dk, dv in fp32 with counters of their own, where NH heads share those of NKV (0: they do not).
 
-    Each is rounded up to 2 MiB, the allocator's granularity for large blocks.
+    Each is rounded up to 2 MiB, the allocator's granularity for large blocks. Nothing for heads that it does not take.
     """
+    if not served(HS):
+        return 0
     width = -(-HS // 64) * 64
 
     def pieces(heads: int) -> list[int]:
@@ -49,9 +51,14 @@ def workspace_bytes(B: int, T: int, NH: int, HS: int, NKV: int = 0) -> int:
 backend("fa4", temps=cudnn.forward_temps, dtypes=(torch.bfloat16,))(cudnn.attention_forward)  # forward is cuDNN's
 
 
+def served(HS: int) -> bool:
+    """Whether its backward takes heads of this size: a multiple of 32, at most 128. cuDNN's takes those between."""
+    return HS % HEAD == 0 and HS <= 128
+
+
 def backward_temps(dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, *_: object, **__: object) -> Temps:
-    """Nothing, but for a head size that only the Triton kernels take."""
-    return [] if cudnn.served(q) else flash.backward_temps(dq, dk, dv, dout, q)
+    """Nothing, but for a head size that cuDNN or the Triton kernels take."""
+    return [] if served(q.shape[3]) else cudnn.backward_temps(dq, dk, dv, dout, q)
 
 
 @backend("fa4", temps=backward_temps, dtypes=(torch.bfloat16,))
@@ -61,8 +68,8 @@ def attention_backward(
 ) -> None:  # fmt: skip
     """dq (B, T, NH, HS), dk, dv (B, T, NKV, HS) from dout and what forward kept; all views strided, on 16-byte
     boundaries."""
-    if not cudnn.served(q):
-        flash.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale=scale, window=window, scratch=scratch)
+    if not served(q.shape[3]):
+        cudnn.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, scale=scale, window=window, scratch=scratch)
         return
     assert lse.is_contiguous()
     with apart():  # it may compile

@@ -242,6 +242,8 @@ def rmsnorm_forward(out: Tensor, rstd: Tensor, x: Tensor, weight: Tensor, *, eps
     _layernorm_forward_kernel[(programs,)](
         out, rstd, rstd, x, weight, weight, out.stride(0), x.stride(0), x.numel() // C, C, eps,
         RMS=True, HEADS=heads, ROWS=rows, BLOCK=block, num_warps=warps,
+        # With one column a thread, a fused multiply-add would give each thread of a row its own last bit of the sum.
+        enable_fp_fusion=block > 32,
     )  # fmt: skip
 
 

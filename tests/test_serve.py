@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import cpu_seconds
+from decoders import V, their_decoder
 from interop_runs import MAX_T, daybreak, write_run
 from patience import PATIENCE
 from serving import KEY, serving
@@ -390,3 +391,36 @@ def test_a_hugging_face_folder_and_a_taken_port(folder: Path) -> None:
         assert client.completions.create(model="hf", **ask).choices[0].text == want
         done = daybreak(folder, "serve", "hf", "--port", str(port), code=2)
         assert f"--port {port} cannot be used (Address already in use); choose others." in done.stderr
+
+
+def test_each_end_that_generation_config_lists_ends_an_answer(tmp_path: Path) -> None:
+    """As transformers' own generation with the same list of ends does, whole and as a stream."""
+    theirs, count = their_decoder("llama", tmp_path / "m"), 24
+    prompts = [[256, *f"Question {i}".encode()] for i in range(8)]
+    how = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    how["suppress_tokens"] = list(range(257, V))  # ids without a token
+
+    def made(prompt: list[int], ends: list[int]) -> list[int]:
+        tokens = torch.tensor([prompt])
+        found = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), eos_token_id=ends, **how)
+        return list(map(int, found[0, len(prompt) :]))
+
+    free = [made(prompt, [256]) for prompt in prompts]
+    ends = list(dict.fromkeys(ids[5 + i] for i, ids in enumerate(free[:3])))  # 256, which starts a document, ends too
+    (tmp_path / "m/generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    want, tok = [made(prompt, [*ends, 256]) for prompt in prompts], get_tokenizer("bytes")
+    assert {ids[-1] for ids in want if len(ids) < count} == set(ends)
+    assert len(ends) == 3
+    assert any(not {*ids} & {*ends} for ids in want)
+    with serving(tmp_path, "m") as (_, port):
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
+        ask = {"model": "m", "prompt": prompts, "max_tokens": count, "temperature": 0}
+        got = client.completions.create(**ask)
+        pieces = list(client.completions.create(**ask, stream=True))
+    for i, (ids, choice) in enumerate(zip(want, got.choices, strict=True)):
+        text, reason = (tok.decode(ids[:-1]), "stop") if ids[-1] in ends else (tok.decode(ids), "length")
+        assert (choice.text, choice.finish_reason) == (text, reason)
+        mine = [piece.choices[0] for piece in pieces if piece.choices[0].index == i]
+        assert "".join(piece.text for piece in mine) == choice.text
+        assert [piece.finish_reason for piece in mine] == [None] * (len(mine) - 1) + [choice.finish_reason]
+    assert got.usage.completion_tokens == sum(len(ids) - (ids[-1] in ends) for ids in want)

@@ -108,6 +108,28 @@ def test_kills_at_random_moments(shards, tmp_path, straight, full, figures):
     figures["kills at random moments"] = kills
 
 
+# Shared keys, a window, QK-norm and biases.
+DECODER = {"arch": "llama", "L": 2, "NKV": 1, "HS": 8, "F": 24, "layers": "fw", "window": 5, "tied": False}
+DECODER |= {"qk_norm": True, "qkv_bias": True, "mlp_bias": True}
+
+
+def test_kills_while_a_decoder_trains(shards, tmp_path, figures):
+    """In the middle of a backward pass, then in the middle of a save."""
+    keys = {f"model__{key}": value for key, value in DECODER.items()} | {"run__steps": 40}
+    straight = daybreak.train(config(shards, tmp_path, "straight", **keys))
+    assert straight.config.model.arch == "llama"
+    folder, args = tmp_path / "killed", [recipe(config(shards, tmp_path, "killed", **keys), tmp_path)]
+    for at, n in (("after:daybreak.models.llama:Llama.block_backward", 70),
+                  ("after:daybreak.state.safetensors_io:_header", 4)):  # fmt: skip
+        code, err = train(args, {"do": "kill", "at": at, "n": n})
+        assert code == -9, err
+        assert 10 <= assert_intact(folder) < 40
+        args = [folder]
+    finish(folder, straight)
+    assert not list((folder / "checkpoints").glob(".*"))
+    figures["kills while a decoder trains"] = 2
+
+
 # ---- several ranks write one checkpoint
 
 SHARED = [  # (rank, where); the first three in `make test`

@@ -52,6 +52,17 @@ def gpu_table() -> str:
     return text
 
 
+def decoder_table() -> str:
+    """Whole steps of decoder models, beside transformers."""
+    text = "| model | tokens a step | system | weights and moments | GPU | tokens per second | memory, MiB |\n"
+    text += "|---|---|---|---|---|---|---|\n"
+    for r in sorted(read("decoder_step.csv"), key=lambda r: (r["model"], -int(r["tok_s"]))):
+        text += f"| {r['model']}, B = {r['B']}, T = {int(r['T']):,} | {int(r['tokens']):,} | "
+        text += f"{r['system']} {r['version']} | {r['precision']} | {r['card'].split()[1]} | "
+        text += f"{int(r['tok_s']):,} | {int(r['memory_mib']):,} |\n"
+    return text
+
+
 def spread(values: list[float]) -> str:
     low, _, high = quantiles(values, n=4, method="inclusive")
     return f"{median(values):.2f} ({low:.2f} .. {high:.2f})"
@@ -96,7 +107,9 @@ def generate_table() -> str:
     return text
 
 
-@pytest.mark.parametrize("table", [others_table, gpu_table, cpu_table, generate_table], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(
+    "table", [others_table, gpu_table, decoder_table, cpu_table, generate_table], ids=lambda t: t.__name__
+)
 def test_tables_are_those_of_the_results(table: Any) -> None:
     """On a difference: paste what the assertion prints."""
     assert table() in BENCHMARKS, "\n" + table()

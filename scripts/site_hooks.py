@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import html
 import inspect
 import os
 import re
 import sys
-import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,9 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from learn_notebooks import CODE, function  # noqa: E402
 
 import daybreak  # noqa: E402
 from daybreak.cli.main import VERBS  # noqa: E402
@@ -71,16 +71,6 @@ def python_api() -> str:
     return text
 
 
-def function(found: re.Match[str]) -> str:
-    """The source of the function that `<!-- code: FILE NAME -->` asks for, so that a page shows the code that runs."""
-    source = (ROOT / found[1]).read_text()
-    defined = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
-    node = next(node for node in defined if node.name == found[2])
-    first = min(x.lineno for x in (node, *node.decorator_list))
-    lines = source.splitlines()[first - 1 : node.end_lineno]
-    return "```python text\n" + textwrap.dedent("\n".join(lines)) + "\n```"
-
-
 MADE = {"<!-- the command line -->": command_line, "<!-- the Python API -->": python_api}
 
 
@@ -95,7 +85,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     for mark, make in MADE.items():
         if mark in markdown:
             markdown = markdown.replace(mark, make())
-    markdown = re.sub(r"<!-- code: (\S+) (\S+) -->", function, markdown)
+    markdown = CODE.sub(function, markdown)
     return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", partial(link, Path(page.file.src_uri).parent), markdown)
 
 

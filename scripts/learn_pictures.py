@@ -296,9 +296,41 @@ def adamw() -> str:
     return picture(306, "Eight steps in a valley: gradient descent jumps across it, AdamW walks along it", parts)
 
 
+def rotary() -> str:
+    """The example's query and key, turned by quarters: three pairs of places."""
+    query, key, unit, middle, wide, parts = (1.0, 2.0), (2.0, 1.0), 34, 142, WIDTH / 3, []
+    for p, places in enumerate(((0, 0), (1, 0), (2, 1))):
+        center, ends = p * wide + wide / 2, []
+        reach = 2.4 * unit
+        parts.append(line((center - reach, middle), (center + reach, middle)))
+        parts.append(line((center, middle - reach), (center, middle + reach)))
+        for (x, y), kind, place in zip((query, key), "ac", places, strict=True):
+            for _ in range(place):
+                x, y = -y, x
+            ends.append((x, y))
+            angle, tip = math.atan2(y, x), (center + unit * x, middle - unit * y)
+            sides = [(tip[0] - 10 * math.cos(angle + s), tip[1] + 10 * math.sin(angle + s)) for s in (-0.4, 0.4)]
+            d = "L".join(f"{a:.1f} {b:.1f}" for a, b in ((center, middle), tip, sides[0], sides[1], tip))
+            parts.append(f'<path class="{kind}" style="stroke-width:2.5" d="M{d}"/>')
+            said = f"({x:g}, {y:g})".replace("-", "−")
+            parts.append(text(tip[0], tip[1] + (-8 if y > 0 else 18), said, "m s"))
+        turn = [math.atan2(y, x) for x, y in ends]
+        turn[0] += 2 * math.pi if turn[0] < turn[1] else 0
+        steps = [turn[1] + (turn[0] - turn[1]) * i / 20 for i in range(21)]
+        arc = "L".join(f"{center + 20 * math.cos(w):.1f} {middle - 20 * math.sin(w):.1f}" for w in steps)
+        parts.append(f'<path class="b" style="fill:none;stroke-width:2.5" d="M{arc}"/>')
+        score = f"{ends[0][0] * ends[1][0] + ends[0][1] * ends[1][1]:g}".replace("-", "−")
+        parts.append(text(center, 28, f"places {places[0]} and {places[1]}", "m"))
+        parts.append(text(center, middle + reach + 28, f"score {score}", "m"))
+    for x, kind, said in ((150, "a", "query"), (250, "c", "key"), (340, "b", "angle between")):
+        parts.append(rect(x, 270, 12, 12, kind, corner=2) + text(x + 18, 281, said, "s"))
+    return picture(298, "A query and a key at three pairs of places: the angle between them decides the score", parts)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "course": course, "tokens": tokens, "bigram": bigram, "linear": linear, "layernorm": layernorm,
     "layernorm-backward": layernorm_backward, "attention": attention, "mlp": mlp, "backward": backward, "adamw": adamw,
+    "rotary": rotary,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -327,10 +327,61 @@ def rotary() -> str:
     return picture(298, "A query and a key at three pairs of places: the angle between them decides the score", parts)
 
 
+def rounding() -> str:
+    """The numbers with 3 bits of mantissa from 1 to 20, some numbers between them that are rounded, and a lost 1."""
+    toy = [2**e * (1 + i / 8) for e in range(5) for i in range(8)]
+    rows: list[tuple[str, float, float, Sequence[float], Sequence[tuple[float, float, str]]]] = [
+        ("all numbers from 1 to 20", 1, 20, (1, 2, 4, 8, 16, 20), ()),
+        ("from 2 to 4", 2, 4, [x for x in toy if 2 <= x <= 4],
+         ((2.6, 2.5, "a"), (2.875, 3, "c"), (3.2, 3.25, "a"), (3.625, 3.5, "c"))),
+        ("from 12 to 20: 16 + 1 is 16", 12, 20, [x for x in toy if 12 <= x <= 20], ((17, 16, "c"),)),
+    ]  # fmt: skip
+    parts, y = [], 0.0
+    for title, low, high, named, moved in rows:
+        unit, y = 504 / (high - low), y + (98 if moved else 62)
+        at = {x: 28 + (x - low) * unit for x in [*toy, *(x for x, *_ in moved)]}
+        parts += [text(28, y - (66 if moved else 24), title, "s"), line((at[low], y), (at[high], y))]
+        parts += [line((at[x], y - 7), (at[x], y + 7)) for x in toy if low <= x <= high]
+        parts += [text(at[x], y + 25, f"{x:g}", "m s") for x in named]
+        for x, near, kind in moved:
+            parts.append(f'<path class="{kind}" stroke-width="2.5" d="M{at[x]:g} {y - 28:g}L{at[near]:g} {y - 10:g}"/>')
+            parts.append(f'<circle class="{kind}" cx="{at[x]:g}" cy="{y - 28:g}" r="4"/>')
+            parts.append(text(at[x], y - 40, f"{x:g}", "m s"))
+        y += 40
+    for x, kind, said in ((28, "a", "to the nearest"), (178, "c", "in the middle: to the even one")):
+        parts.append(f'<circle class="{kind}" cx="{x + 4}" cy="{y + 6:g}" r="4"/>' + text(x + 16, y + 11, said, "s"))
+    return picture(y + 28, "Numbers with 3 bits of mantissa, and numbers between them that are rounded", parts)
+
+
+def formats() -> str:
+    """The bits of 1 + 33,556 / 2^23 in fp32, its two halves, and in fp16."""
+    word = 0x3F800000 + 33556
+    half = (word + 0x8000) >> 16
+    rows = [
+        ("fp32: the exact weight", f"{word:032b}", 0, (1, 9)),
+        ("bf16: the weight", f"{half:016b}", 0, (1, 9)),
+        ("16 more bits: the units it lacks", f"{word & 0xFFFF:016b}", 16, (0, 0)),
+        ("fp16: the same weight", "0" + f"{15:05b}" + f"{round(33556 / 2**13):010b}", 0, (1, 6)),
+    ]
+    parts, size, left, y = [], 16, 24, 22.0
+    for title, bits, first, (sign, exponent) in rows:
+        if first:
+            y -= 54
+        parts.append(text(left + first * size, y + 8, title, "s"))
+        for i, bit in enumerate(bits):
+            kind = "c" if i < sign else "a" if i < exponent else "b" if first == 0 else "box"
+            parts.append(rect(left + (first + i) * size, y + 16, size - 1, 24, kind, corner=2))
+            parts.append(text(left + (first + i) * size + 7.5, y + 33, bit, "m s"))
+        y += 54
+    for x, kind, said in ((24, "c", "sign"), (94, "a", "exponent"), (194, "b", "mantissa"), (294, "box", "an int16")):
+        parts.append(rect(x, y + 8, 12, 12, kind, corner=2) + text(x + 18, y + 19, said, "s"))
+    return picture(y + 34, "The bits of 1.004 in fp32, in bf16 with 16 more bits, and in fp16", parts)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "course": course, "tokens": tokens, "bigram": bigram, "linear": linear, "layernorm": layernorm,
     "layernorm-backward": layernorm_backward, "attention": attention, "mlp": mlp, "backward": backward, "adamw": adamw,
-    "rotary": rotary,
+    "rotary": rotary, "rounding": rounding, "formats": formats,
 }  # fmt: skip
 
 if __name__ == "__main__":

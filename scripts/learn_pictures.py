@@ -10,10 +10,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
+import torch
+
 from daybreak.data.tokenizer import load_ranks
+from daybreak.engine import EngineSpec, plan_engine
+from daybreak.engine.arena import ALIGN, _place
+from daybreak.shapes import GPT2Config
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs/images/learn"
 WIDTH = 560
@@ -378,10 +383,59 @@ def formats() -> str:
     return picture(y + 34, "The bits of 1.004 in fp32, in bf16 with 16 more bits, and in fp16", parts)
 
 
+Lives = dict[str, tuple[int, int, int]]  # of each tensor: its size, the first call and the last
+
+
+def packing() -> str:
+    """The example with five tensors: each with bytes of its own, and where the engine's function puts them."""
+    lives: Lives = {"x": (2, 0, 5), "h": (4, 1, 4), "y": (3, 2, 3), "dy": (3, 3, 4), "dh": (4, 4, 5)}
+    tensors = {n: torch.empty(size * ALIGN, dtype=torch.uint8, device="meta") for n, (size, *_) in lives.items()}
+    spans = {name: (first, last) for name, (_, first, last) in lives.items()}
+    packed = {e.name: e.offset // ALIGN for e in _place(tensors, [spans])}
+    alone = dict(zip(lives, accumulate([0, *(size for size, *_ in lives.values())]), strict=False))
+    parts, unit, wide, top = [], 20, 37, 66
+    for left, title, offsets in ((40, "each has its own place", alone), (320, "largest first", packed)):
+        end = max(offsets[name] + size for name, (size, *_) in lives.items())
+        parts.append(text(left + 3 * wide, 28, f"{title}: {end}", "m"))
+        parts += [text(left + (i + 0.5) * wide, top - 8, f"{i}", "m s") for i in range(6)]
+        parts.append(line((left - 4, top + 16 * unit), (left - 4, top), (left + 6 * wide, top)))
+        for (name, (size, first, last)), kind in zip(lives.items(), "aaacc", strict=True):
+            x, y, width = left + first * wide, top + offsets[name] * unit, (last - first + 1) * wide - 2
+            parts.append(rect(x, y + 1, width, size * unit - 2, kind, name))
+        parts += [text(left - 10, top + i * unit + 5, f"{i}", "e s") for i in (0, 4, 8, 12, 16)]
+    label = "Five tensors as boxes, as wide as their lives: 16 numbers without sharing, and 13 with it"
+    return picture(top + 16 * unit + 18, label, parts)
+
+
+def memory() -> str:
+    """The plan of a model with one block: every activation but statistics, by its calls and its bytes."""
+    spec = EngineSpec(GPT2Config(L=1, C=64, NH=1, V=128, max_T=64), B=1, T=64)
+    arena = plan_engine(spec)[2]
+    rows = [e for e in arena.entries if e.buffer == "activations" and e.padded > ALIGN]
+    unit, wide, left, top = 16 / (64 * 64 * 4), 18, 30, 64
+    bottom = top + max(e.offset + e.padded for e in rows) * unit
+    head, back = (next(i for i, c in enumerate(arena.calls) if c.name == n) for n in ("classifier", "loss_sum"))
+    starts, end = (0, head - 1, back + 1), max(e.last for e in rows) + 1
+    parts = []
+    for name, first, last in zip(("forward", "head", "backward"), starts, (*starts[1:], end), strict=True):
+        parts.append(text(left + (first + last) / 2 * wide, 26, name, "m"))
+        parts += [line((left + first * wide, 36), (left + first * wide, bottom))] if first else []
+    parts += [text(left + (i + 0.5) * wide, top - 10, f"{i}", "m s") for i in range(0, end, 3)]
+    for e in rows:
+        name, x, y = e.name.removeprefix("h.0."), left + e.first * wide, top + e.offset * unit
+        box = rect(x + 1, y + 1, (e.last - e.first + 1) * wide - 2, e.padded * unit - 2, "ac"[name[:2] == "d_"])
+        below = e.last - e.first < 2  # a box that is too narrow for its name
+        middle = y + e.padded * unit + 12 if below else y + e.padded * unit / 2 + 4.5
+        parts.append(box + text(x + (0 if below else 4), middle, name, "s"))
+    label = "All activations of a model with one block: from left to right the calls, from top to bottom the bytes"
+    return picture(bottom + 16, label, parts)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "course": course, "tokens": tokens, "bigram": bigram, "linear": linear, "layernorm": layernorm,
     "layernorm-backward": layernorm_backward, "attention": attention, "mlp": mlp, "backward": backward, "adamw": adamw,
     "rotary": rotary, "rounding": rounding, "formats": formats,
+    "packing": packing, "memory": memory,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def attention_cases() -> list[Case]:
     # The first of each kernel must fit every card.
     tables = ((64, a.SMALL), (64, a.LARGE), (64, a.FP32), (128, a.LARGE), (128, a.FP32))
     cases = [attention_case(kernel, i, HS, table) for HS, table in tables for i, kernel in enumerate(kernels)]
-    return cases + [attention_case(k, i, HS, a.LARGE, True) for HS in (64, 128) for i, k in enumerate(kernels)]
+    return cases + [attention_case(k, i, HS, a.LARGE, True) for HS in (64, 128, 256) for i, k in enumerate(kernels)]
 
 
 def bias_cases(dtype: str) -> list[Case]:
@@ -119,7 +119,10 @@ def decode_cases(C: int, dtype: str) -> list[Case]:
         found.append((decode._decode_matmul_kernel, types, {**flags, "ROWS": rows, "COLS": cols}, warps))
     types = dict.fromkeys(("out", "cache", "q", "k", "v"), dtype) | {"positions": "*i64", "scale2": "fp32"}
     types |= dict.fromkeys(("out_b", "q_b", "k_b", "v_b", "cache_v", "cache_b", "cache_h"), "i64")
-    for HS, overlap, group, window in ((64, False, 1, 0), (64, True, 1, 0), (128, True, 1, 0), (64, True, 4, 512)):
+    for HS, overlap, group, window in (
+        (64, False, 1, 0), (64, True, 1, 0), (128, True, 1, 0), (64, True, 4, 512),
+        (256, True, 4, 0),  # with a window 8 bytes of a thread's stack are in use, whatever STEP is
+    ):  # fmt: skip
         constants = {"HS": HS, "D": HS, "STEP": decode.KEYS // HS, "OVERLAP": overlap, "GROUP": group, "WINDOW": window}
         found.append((decode._decode_attention_kernel, types, constants, decode.WARPS))
     return found
@@ -131,21 +134,22 @@ def embedding_cases(C: int, dtype: str) -> list[Case]:
     sizes = {"B": "i32", "T": "i32", "C": "i32"}
     position = {"ACCUMULATE": True, "ROWS": e.POSITION_ROWS, "COLS": e.POSITION_COLS}
     sort = {"SHIFT": 8, "DIGITS": 1 << e.DIGIT_BITS, "BLOCK": e.SORT_BLOCK}
-    lists = {"keys": "*i32", "rows": "*i32"}
+    lists, summed = {"keys": "*i32", "rows": "*i32"}, {"SCALE": 1.0, "CHUNK": e.CHUNK, "COLS": e.RUN_COLS}
     runs = {"dwte": dtype, "part": "*fp32", "keys": "*i32", "n": "i32", "chunks": "i32", "C": "i32"}
     forward = {"out": dtype, "tokens": "*i64", "positions": "*i64", "wte": dtype, "wpe": dtype, "T": "i32", "C": "i32"}
     scatter = {"keys_out": "*i32", "rows_out": "*i32", **lists, "table": "*i32", "n": "i32", "blocks": "i32"}
     return [
         *(
-            (e._forward_kernel, forward, {"GIVEN": given, "PLACED": placed, "COLS": cols}, warps)
-            for given, placed in ((False, True), (True, True), (False, False))
+            (e._forward_kernel, forward, {"GIVEN": given, "PLACED": placed, "SCALE": scale, "COLS": cols}, warps)
+            for given, placed, scale in ((False, True, 1.0), (True, True, 1.0), (False, False, 1.0), (True, False, 33.9))
         ),
         (e._positions_kernel, {"dwpe": dtype, "dout": dtype, **sizes}, position, e.POSITION_COLS // 256),
         (e._digit_counts_kernel, {"table": "*i32", "keys": "*i32", "n": "i32"}, sort, e.SORT_WARPS),
         (e._scatter_kernel, scatter, {"FIRST": False, "TABLE_ROWS": e.PARTS, **sort}, e.SORT_WARPS),
         (e._scatter_kernel, {**scatter, "keys": "*i64"}, {"FIRST": True, "TABLE_ROWS": e.PARTS, **sort}, e.SORT_WARPS),
-        (e._runs_kernel, {**runs, "rows": "*i32", "dout": dtype}, {"CHUNK": e.CHUNK, "COLS": e.RUN_COLS}, 1),
-        (e._long_runs_kernel, runs, {"CHUNK": e.CHUNK, "PARTS": e.PARTS, "COLS": e.RUN_COLS}, 4),
+        (e._runs_kernel, {**runs, "rows": "*i32", "dout": dtype}, summed, 1),
+        (e._runs_kernel, {**runs, "rows": "*i32", "dout": dtype}, {**summed, "SCALE": 33.9}, 1),
+        (e._long_runs_kernel, runs, {"PARTS": e.PARTS, **summed}, 4),
     ]
 
 
@@ -161,8 +165,12 @@ def glu_cases(dtype: str) -> list[Case]:
     types = {"gateup": dtype, "F": "i32"}
     backward = {**types, "d_gateup": dtype, "rewrite": dtype, "d_out": dtype}
     return [
-        (glu._swiglu_forward_kernel, {**types, "out": dtype}, {"BLOCK": glu.BLOCK}, glu.WARPS),
-        (glu._swiglu_backward_kernel, backward, {"AGAIN": True, "BLOCK": glu.BLOCK}, glu.WARPS),
+        case
+        for gelu in (False, True)
+        for case in (
+            (glu._swiglu_forward_kernel, {**types, "out": dtype}, {"GELU": gelu, "BLOCK": glu.BLOCK}, glu.WARPS),
+            (glu._swiglu_backward_kernel, backward, {"AGAIN": True, "GELU": gelu, "BLOCK": glu.BLOCK}, glu.WARPS),
+        )
     ]
 
 
@@ -172,14 +180,15 @@ def guard_cases() -> list[Case]:
     return [(guard._step_guard_kernel, types, constants, guard.WARPS)]
 
 
-def norm_cases(C: int, dtype: str, rms: bool = False, heads: int = 0) -> list[Case]:
+def norm_cases(C: int, dtype: str, rms: bool = False, heads: int = 0, offset: float = 0.0) -> list[Case]:
     shape = (1 << 14, heads, C) if heads else (1 << 14, C)
     rows = torch.empty(shape, dtype=torch.bfloat16 if dtype == "*bf16" else torch.float32, device="meta")
     names = {"x": dtype, "w": dtype, "b": dtype, "n": "i32", "C": "i32", "mean": "*fp32", "rstd": "*fp32"}
     launch = norm.forward_launch(rows, heads)
     forward = {"out": dtype, **names, "out_s": "i32", "x_s": "i32", "eps": "fp32"}
-    kind = {"RMS": rms, "HEADS": heads}
-    constants = {"ROWS": launch.rows, "BLOCK": launch.block, **kind}
+    kind = {"RMS": rms, "HEADS": heads, "OFFSET": offset}
+    forward["add"] = dtype
+    constants = {"ROWS": launch.rows, "BLOCK": launch.block, "ADD": bool(offset) and not heads, **kind}
     found: list[Case] = [(norm._layernorm_forward_kernel, forward, constants, launch.warps)]
     backward = {"dx": dtype, "again": dtype, "part": "*fp32", "dout": dtype, **names}
     backward |= dict.fromkeys(("dx_s", "again_s", "dout_s", "x_s"), "i32")
@@ -240,7 +249,9 @@ CASES: dict[str, list[Case]] = {
     "norm": [
         *(c for kind in ("*bf16", "*fp32") for C in (1600, 768, 4096) for c in norm_cases(C, kind)),
         *norm_cases(4096, "*bf16", rms=True),
+        *norm_cases(1152, "*bf16", rms=True, offset=1.0),
         *(c for kind in ("*bf16", "*fp32") for c in norm_cases(128, kind, rms=True, heads=16)),
+        *norm_cases(256, "*bf16", rms=True, heads=4, offset=1.0),
     ],
     "optimizer": optimizer_cases(),
     "rope": [*rope_cases("*bf16"), *rope_cases("*fp32")],

@@ -1,8 +1,8 @@
 """An independent decoder of the Llama family: plain functions with autograd, to hold the engine against.
 
 Written from the published formulas: RMSNorm (Zhang, Sennrich 2019), rotary positions (Su et al. 2021) and their
-scalings as Hugging Face's config.json describes them, grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer
-2020). It imports nothing from daybreak, so that a mistake there cannot hide here, and prefers the formula to speed:
+scalings as Hugging Face's config.json describes them, grouped-query attention (Ainslie et al. 2023), SwiGLU and GeGLU
+(Shazeer 2020), and the norms, windows and two bases of angles of Gemma 3 (2025, section 2). It imports nothing from daybreak, so that a mistake there cannot hide here, and prefers the formula to speed:
 keys are repeated for their heads, attention is spelled out with a mask, and nothing is fused.
 
 Letters: L layers, C channels, NH heads of queries, NKV of keys and values, HS head size, F width of the MLP, V
@@ -45,6 +45,12 @@ class Decoder(NamedTuple):
     rope_high: float = 0.0
     rope_attention: float = 0.0
     rope_factors: str = ""
+    window_theta: float = 0.0
+    act: str = "silu"
+    query_scalar: int = 0
+    post_norms: bool = False
+    norm_plus_one: bool = False
+    embed_scale: bool = False
 
     @property
     def Vp(self) -> int:
@@ -58,8 +64,10 @@ class Decoder(NamedTuple):
         layer |= {"qkvb": (packed,)} if self.qkv_bias else {}
         layer |= {"qnormw": (self.HS,), "knormw": (self.HS,)} if self.qk_norm else {}
         layer |= {"attprojw": (C, heads)} | ({"attprojb": (C,)} if self.attproj_bias else {})
+        layer |= {"ln1pw": (C,)} if self.post_norms else {}
         layer |= {"ln2w": (C,), "gateupw": (2 * self.F, C)} | ({"gateupb": (2 * self.F,)} if self.mlp_bias else {})
         layer |= {"fcprojw": (C, self.F)} | ({"fcprojb": (C,)} if self.mlp_bias else {})
+        layer |= {"ln2pw": (C,)} if self.post_norms else {}
         layers = {f"h.{l}.{name}": size for l in range(self.L) for name, size in layer.items()}
         last = {} if self.tied else {"headw": (self.Vp, C)}
         return {"wte": (self.Vp, C)} | layers | {"lnfw": (C,)} | last
@@ -112,13 +120,21 @@ def turned(x: Tensor, places: Tensor, freq: Tensor, attention: float) -> Tensor:
     return torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], -1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Softmax attention of q (B, NH, T, HS) over the last `window` keys (0: all) of k, v (B, NKV, T, HS)."""
+def gated(gate: Tensor, act: str) -> Tensor:
+    """silu, or gelu by its approximation with tanh."""
+    if act == "gelu":
+        return 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+    return gate * torch.sigmoid(gate)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int, scalar: int) -> Tensor:
+    """Softmax attention of q (B, NH, T, HS) over the last `window` keys (0: all) of k, v (B, NKV, T, HS). Scores are
+    divided by the root of `scalar`."""
     group, T = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     i, j = torch.arange(T)[:, None], torch.arange(T)[None, :]
     seen = (j <= i) & (j > i - (window or T))
-    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
+    scores = (q @ k.mT / math.sqrt(scalar)).masked_fill(~seen, -math.inf)
     return torch.softmax(scores, -1) @ v
 
 
@@ -129,6 +145,11 @@ class Model:
         assert {name: tuple(x.shape) for name, x in values.items()} == shape.parameters()
         self.shape, self.p = shape, {n: x.detach().to(dtype, copy=True).requires_grad_() for n, x in values.items()}
         self.freq, self.attention = angles(shape)
+        local = shape._replace(theta=shape.window_theta, rope="default") if shape.window_theta else shape
+        self.window_freq, self.window_attention = angles(local)
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, self.p[name] + (1 if self.shape.norm_plus_one else 0), self.shape.eps)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         y = x @ self.p[name + "w"].T
@@ -137,25 +158,28 @@ class Model:
     def block(self, x: Tensor, l: int) -> Tensor:
         s, h, (B, T, _) = self.shape, f"h.{l}.", x.shape
         letter = s.layers[l % len(s.layers)]
-        y = self.linear(rms_norm(x, self.p[h + "ln1w"], s.eps), h + "qkv")
+        y = self.linear(self.norm(x, h + "ln1w"), h + "qkv")
         q, k, v = (z.unflatten(-1, (-1, s.HS)).transpose(1, 2) for z in
                    y.split([s.NH * s.HS, s.NKV * s.HS, s.NKV * s.HS], -1))  # fmt: skip
         if s.qk_norm:
-            q, k = rms_norm(q, self.p[h + "qnormw"], s.eps), rms_norm(k, self.p[h + "knormw"], s.eps)
+            q, k = self.norm(q, h + "qnormw"), self.norm(k, h + "knormw")
+        how = (self.window_freq, self.window_attention) if letter == "w" else (self.freq, self.attention)
         if letter != "n":
-            q, k = (turned(z, torch.arange(T), self.freq, self.attention) for z in (q, k))
-        a = attention(q, k, v, s.window if letter == "w" else 0)
-        x = x + self.linear(a.transpose(1, 2).reshape(B, T, -1), h + "attproj")
-        gate, up = self.linear(rms_norm(x, self.p[h + "ln2w"], s.eps), h + "gateup").chunk(2, -1)
-        return x + self.linear(gate * torch.sigmoid(gate) * up, h + "fcproj")
+            q, k = (turned(z, torch.arange(T), *how) for z in (q, k))
+        a = attention(q, k, v, s.window if letter == "w" else 0, s.query_scalar or s.HS)
+        y = self.linear(a.transpose(1, 2).reshape(B, T, -1), h + "attproj")
+        x = x + (self.norm(y, h + "ln1pw") if s.post_norms else y)
+        gate, up = self.linear(self.norm(x, h + "ln2w"), h + "gateup").chunk(2, -1)
+        y = self.linear(gated(gate, s.act) * up, h + "fcproj")
+        return x + (self.norm(y, h + "ln2pw") if s.post_norms else y)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, V) logits; the padding columns are cut off."""
-        x = self.p["wte"][tokens]
+        x = self.p["wte"][tokens] * (math.sqrt(self.shape.C) if self.shape.embed_scale else 1)
         for l in range(self.shape.L):
             x = self.block(x, l)
         head = self.p["wte" if self.shape.tied else "headw"]
-        return rms_norm(x, self.p["lnfw"], self.shape.eps) @ head[: self.shape.V].T
+        return self.norm(x, "lnfw") @ head[: self.shape.V].T
 
     def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """(B, T) cross-entropy in nats, exactly 0 where the target is -1."""
@@ -177,8 +201,8 @@ def random_values(shape: Decoder, seed: int = 0) -> dict[str, Tensor]:
     values = {}
     for name, size in shape.parameters().items():
         draw: Any = torch.randn(size, generator=g, dtype=torch.float64)
-        norm = name.endswith(("ln1w", "ln2w", "lnfw", "normw"))
-        values[name] = (1 + 0.3 * draw if norm else 0.2 * draw).to(torch.bfloat16).to(torch.float64)
+        norm = name.endswith(("ln1w", "ln2w", "lnfw", "normw", "pw"))
+        values[name] = (draw * 0.3 + (not shape.norm_plus_one) if norm else 0.2 * draw).to(torch.bfloat16).to(torch.float64)
     for name in ("wte", "headw"):
         if name in values:
             values[name][shape.V :] = 0

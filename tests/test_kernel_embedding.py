@@ -91,6 +91,25 @@ def test_a_model_without_a_table_of_positions(backend, dtype):
 
 
 @each_backend
+@each_dtype
+@pytest.mark.parametrize(("B", "T", "C", "V"), [(1, 1, 63, 1), (3, 40, 300, 5)])
+def test_a_scaled_embedding(backend, dtype, B, T, C, V):
+    """As in Gemma: rows of the table times a number, and their gradients too, rounded once. 40 times one token is a run
+    over chunks."""
+    skip_unless_served("embedding_forward", backend, dtype)
+    how, wte, tokens = {"scale": 33.9375, "backend": backend}, draw(V, C, dtype=dtype), some_tokens(B, T, V)
+    out, one = poison(B * T, C, dtype=dtype), poison(T, C, dtype=dtype)
+    run("embedding_forward", out, tokens, wte, None, **how)
+    run("embedding_decode", one, tokens[-1], tokens[0], wte, None, **how)
+    assert torch.equal(out, wte[tokens.flatten()] * 33.9375)
+    assert torch.equal(one, wte[tokens[-1]] * 33.9375)
+    dout = draw(B * T, C, dtype=dtype, seed=1)
+    dwte, before = output(V, C, dtype=dtype, accumulate=True)
+    run("embedding_backward", dwte, None, dout, tokens, accumulate=False, **how)
+    close(dwte, before.index_add(0, tokens.flatten(), 33.9375 * f64(dout)))
+
+
+@each_backend
 @pytest.mark.parametrize("V", [3, 300, 66000])
 def test_runs_over_many_chunks(backend, V):
     """More positions than one block of the sort; runs of one token inside a chunk of 32 sorted positions, across two,

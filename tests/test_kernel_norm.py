@@ -173,24 +173,25 @@ RMS = [((3, 1), False), ((11, 1000), False), ((5, 3, 8), False), ((7, 2, 20), Tr
 @each_dtype
 @pytest.mark.parametrize(("shape", "strided"), RMS, ids=str)
 @pytest.mark.parametrize("adds", [False, True], ids=["write", "accumulate"])
-def test_rmsnorm(backend, dtype, shape, strided, adds):
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rmsnorm(backend, dtype, shape, strided, adds, offset):
     """eps decides where a row is zero. The output again has the bits of the first time."""
     skip_unless_served("rmsnorm_backward", backend, dtype)
     x, dout, w = draw(*shape, dtype=dtype) + 1, draw(*shape, dtype=dtype, seed=1), draw(shape[-1], dtype=dtype, seed=2)
     x[0] = 0
     X, W = (f64(t).requires_grad_() for t in (x, w))
-    want = rms_norm(X, W, 1e-3)
+    want, how = rms_norm(X, W + offset, 1e-3), {"offset": offset} if offset else {}
     gx, gw = torch.autograd.grad(want, (X, W), f64(dout))
     out, again = poison(*shape, dtype=dtype), poison(*shape, dtype=dtype)
     dx, dx0 = output(*shape, dtype=dtype, accumulate=adds)
     if strided:
         x, dout, dx, out, again = (inside(*shape, dtype=dtype, fill=t) for t in (x, dout, dx, out, again))
     rstd = poison(math.prod(shape[:-1]), dtype=acc_dtype(dtype))
-    run("rmsnorm_forward", out, rstd, x, w, backend=backend, eps=1e-3)
+    run("rmsnorm_forward", out, rstd, x, w, backend=backend, eps=1e-3, **how)
     close(out, want.detach())
     close(rstd, (f64(x).square().mean(-1) + 1e-3).rsqrt().flatten())
     dw, dw0 = output(shape[-1], dtype=dtype, accumulate=adds)
-    options = {"backend": backend, "accumulate_dx": adds, "accumulate": adds}
+    options = {"backend": backend, "accumulate_dx": adds, "accumulate": adds, **how}
     alone = dx.clone()
     run("rmsnorm_backward", dx, dw, again, dout, x, rstd, w, **options)
     close(dx, dx0 + gx)
@@ -203,15 +204,34 @@ def test_rmsnorm(backend, dtype, shape, strided, adds):
         assert torch.equal(dout, dx)
 
 
-def test_rmsnorm_has_the_bits_of_llama():
-    """In fp32, as Hugging Face writes it."""
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("shape", [(3, 1), (11, 1000), (5, 64)], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rmsnorm_added_to_the_stream(backend, dtype, shape, offset):
+    """The sum is rounded once, not the norm before it."""
+    skip_unless_served("rmsnorm_forward", backend, dtype)
+    x, add = draw(*shape, dtype=dtype) + 1, draw(*shape, dtype=dtype, seed=1, scale=8.0)
+    w, out, rstd = draw(shape[1], dtype=dtype, seed=2), poison(*shape, dtype=dtype), poison(shape[0], dtype=acc_dtype(dtype))
+    run("rmsnorm_forward", out, rstd, x, w, backend=backend, eps=1e-3, offset=offset, add=add)
+    normed = rms_norm(f64(x), f64(w) + offset, 1e-3)
+    close(out, normed + f64(add), terms=torch.cat([normed, f64(add)]))
+    close(rstd, (f64(x).square().mean(-1) + 1e-3).rsqrt().flatten())
+
+
+def test_rmsnorm_has_the_bits_of_transformers():
+    """In fp32, as Llama and Gemma write it. Gemma's then goes into the residual stream."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    x, norm = draw(300, 576, dtype=torch.float32), LlamaRMSNorm(576, eps=1e-5).to(DEVICE)
-    norm.weight.data = draw(576, dtype=torch.float32, seed=1)
-    out, rstd = poison(300, 576, dtype=torch.float32), poison(300, dtype=torch.float32)
-    run("rmsnorm_forward", out, rstd, x, norm.weight.data, eps=1e-5)
-    assert torch.equal(out, norm(x).detach())
+    x, stream = (draw(300, 576, dtype=torch.float32, seed=i) for i in (0, 2))
+    for norm, how in ((LlamaRMSNorm(576, eps=1e-5), {}), (Gemma3RMSNorm(576, eps=1e-5), {"offset": 1.0})):
+        norm.weight.data = draw(576, dtype=torch.float32, seed=1)
+        out, rstd = poison(300, 576, dtype=torch.float32), poison(300, dtype=torch.float32)
+        run("rmsnorm_forward", out, rstd, x, norm.weight.data, eps=1e-5, **how)
+        assert torch.equal(out, norm(x).detach())
+    run("rmsnorm_forward", out, rstd, x, norm.weight.data, eps=1e-5, offset=1.0, add=stream)
+    assert torch.equal(out, stream + norm(x).detach())
 
 
 @pytest.mark.gpu

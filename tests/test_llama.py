@@ -18,7 +18,7 @@ from torch import Tensor
 from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.passes import plan_engine
 from daybreak.models.registry import build_model
-from daybreak.models.rotary import rotary
+from daybreak.models.rotary import rotary, window_rotary
 from daybreak.shapes import LlamaConfig, parse_shape
 
 transformers = pytest.importorskip("transformers", reason="the test extra installs transformers")
@@ -26,6 +26,9 @@ torch.set_num_threads(1)
 T = 48
 
 LLAMA3 = {"rope": "llama3", "rope_factor": 8.0, "rope_original": 32}
+GEMMA = ["sliding_attention", "sliding_attention", "full_attention"]
+GEMMA3: dict[str, Any] = {"eps": 1e-6, "qk_norm": True, "act": "gelu", "post_norms": True, "norm_plus_one": True,
+                          "embed_scale": True}  # fmt: skip
 YARN = {"rope": "yarn", "rope_factor": 4.0, "rope_original": 32}
 # What transformers calls a type of model, the keys of its configuration beside those of `sizes`, and our shape. The
 # heads of most have another size than C / NH.
@@ -46,6 +49,13 @@ CASES: dict[str, tuple[str, dict[str, Any], Decoder]] = {
     "qwen3": ("qwen3", {}, Decoder(HS=24, eps=1e-6, qk_norm=True, theta=1e6)),
     "qwen3 untied with biases": ("qwen3", {"attention_bias": True}, Decoder(
         tied=False, qk_norm=True, qkv_bias=True, attproj_bias=True)),
+    "gemma3": ("gemma3_text", {"sliding_window": 5, "layer_types": GEMMA, "query_pre_attn_scalar": 16}, Decoder(
+        L=3, HS=24, layers="wwf", window=5, query_scalar=16, theta=5e3, window_theta=100.0, **GEMMA3)),
+    "gemma3 with linear angles, biases and all norms": (
+        "gemma3_text", {"sliding_window": 7, "layer_types": GEMMA[1:], "query_pre_attn_scalar": 40, "rope_type": "linear",
+                        "factor": 8.0, "attention_bias": True},
+        Decoder(NKV=1, layers="wf", window=7, query_scalar=40, theta=1e6, window_theta=1e4, qkv_bias=True,
+                attproj_bias=True, rope="linear", rope_factor=8.0, **GEMMA3)),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}, Decoder(L=4, HS=8, layers="ffnf", theta=5e6)),
 }  # fmt: skip
 NAMES = {
@@ -57,6 +67,8 @@ NAMES = {
     "gateupw": ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gateupb": ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
     "fcprojw": ("mlp.down_proj.weight",), "fcprojb": ("mlp.down_proj.bias",),
 }  # fmt: skip
+POST = {"ln1pw": ("post_attention_layernorm.weight",), "ln2w": ("pre_feedforward_layernorm.weight",),
+        "ln2pw": ("post_feedforward_layernorm.weight",)}  # fmt: skip
 WHOLE = {"wte": "model.embed_tokens.weight", "lnfw": "model.norm.weight", "headw": "lm_head.weight"}
 
 
@@ -64,13 +76,18 @@ def shape(of: Decoder) -> LlamaConfig:
     return LlamaConfig(**of._asdict())
 
 
+def names(s: Decoder, name: str) -> list[str]:
+    """What transformers calls the tensors of one of our parameters."""
+    layer, _, leaf = name.removeprefix("h.").partition(".")
+    each = (NAMES | POST if s.post_norms else NAMES)[leaf] if leaf else ()
+    return [WHOLE[name]] if name in WHOLE else [f"model.layers.{layer}.{x}" for x in each]
+
+
 def in_our_layout(tensors: Mapping[str, Tensor], s: Decoder) -> dict[str, Tensor]:
     """Tensors by transformers' names -> by ours, the vocabulary padded with zero rows."""
     out = {}
     for name in s.parameters():
-        layer, _, leaf = name.removeprefix("h.").partition(".")
-        theirs = [WHOLE[name]] if name in WHOLE else [f"model.layers.{layer}.{x}" for x in NAMES[leaf]]
-        out[name] = torch.cat([tensors[x] for x in theirs])
+        out[name] = torch.cat([tensors[x] for x in names(s, name)])
         if name in ("wte", "headw"):
             out[name] = torch.cat([out[name], torch.zeros(s.Vp - s.V, s.C)])
     return out
@@ -86,6 +103,9 @@ def made_by_transformers(kind: str, more: Mapping[str, Any], s: Decoder) -> Any:
     scaling = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     rope = {"rope_type": "default", "rope_theta": s.theta} | {k: v for k, v in more.items() if k in scaling}
     keys = {k: v for k, v in more.items() if k not in scaling}
+    if s.window_theta:
+        local = {"rope_type": "default", "rope_theta": s.window_theta}
+        rope = {"full_attention": rope, "sliding_attention": local}
     config = transformers.AutoConfig.for_model(kind, **sizes, rope_parameters=rope, **keys)
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -93,7 +113,7 @@ def made_by_transformers(kind: str, more: Mapping[str, Any], s: Decoder) -> Any:
         for name, p in model.named_parameters():
             p.normal_(0.0, 0.2)
             if "norm" in name:
-                p.mul_(1.5).add_(1.0)
+                p.mul_(1.5).add_(0.0 if s.norm_plus_one else 1.0)
     return model
 
 
@@ -129,10 +149,8 @@ def test_logits_are_those_of_transformers(case: str) -> None:
         want = theirs(tokens).logits
     assert engine.logits(tokens).isfinite().all()
     assert apart(engine.logits(tokens), want) <= 1e-6
-    assert {name for name in state if "rotary" not in name} == {
-        theirs for name in s.parameters() for theirs in ([WHOLE[name]] if name in WHOLE else
-        [f"model.layers.{name.split('.')[1]}.{x}" for x in NAMES[name.split(".")[2]]])
-    } | ({"lm_head.weight"} if s.tied else set())  # fmt: skip
+    wanted = {theirs for name in s.parameters() for theirs in names(s, name)}
+    assert {name for name in state if "rotary" not in name} == wanted | ({"lm_head.weight"} if s.tied else set())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -157,11 +175,13 @@ def batch(s: Decoder) -> tuple[Tensor, Tensor]:
     return tokens, targets
 
 
-def oracle_of(s: Decoder, values: dict[str, Tensor], freq: Tensor) -> Model:
+def oracle_of(s: Decoder, values: dict[str, Tensor]) -> Model:
     """With the engine's angles. They come from exponents rounded to fp32, so they are off by up to 6e-8 ln(theta)."""
     oracle = Model(s, values)
-    assert ((oracle.freq - freq).abs() <= 1.5e-6 * freq).all()
-    oracle.freq = freq
+    for name, (freq, factor) in {"freq": rotary(shape(s)), "window_freq": window_rotary(shape(s))}.items():
+        assert ((getattr(oracle, name) - freq).abs() <= 1.5e-6 * freq).all()
+        assert getattr(oracle, name.replace("freq", "attention")) == pytest.approx(factor, rel=1e-15)
+        setattr(oracle, name, freq)
     return oracle
 
 
@@ -170,7 +190,7 @@ def test_every_gradient_is_the_oracles(case: str) -> None:
     """At each level of recompute, which changes memory and not one bit."""
     s = CASES[case][2]
     values, (tokens, targets) = random_values(s), batch(s)
-    loss, grads = oracle_of(s, values, rotary(shape(s))[0]).gradients(tokens, targets)
+    loss, grads = oracle_of(s, values).gradients(tokens, targets)
     found, sizes = [], []
     for level in range(4):
         engine = engine_of(s, values, compute="fp64", recompute=level)
@@ -185,11 +205,11 @@ def test_every_gradient_is_the_oracles(case: str) -> None:
     assert sizes[0] > sizes[1] > sizes[2] > sizes[3]
 
 
-@pytest.mark.parametrize("case", ["llama3", "llama untied with biases", "qwen3 untied with biases"])
+@pytest.mark.parametrize("case", ["llama3", "llama untied with biases", "qwen3 untied with biases", "gemma3"])
 def test_fp32_and_evaluation(case: str) -> None:
     s = CASES[case][2]
     values, (tokens, targets) = random_values(s), batch(s)
-    oracle = oracle_of(s, values, rotary(shape(s))[0])
+    oracle = oracle_of(s, values)
     loss, grads = oracle.gradients(tokens, targets)
     engine = engine_of(s, values)
     engine.forward_backward(tokens, targets)
@@ -209,7 +229,7 @@ def test_decoding_computes_the_logits_of_the_whole_text(case: str, compute: str)
     s, limit = CASES[case][2], {"fp32": 1e-5, "fp64": 2e-7}[compute]  # logits come in fp32
     values = random_values(s)
     oracle, engine = (
-        oracle_of(s, values, rotary(shape(s))[0]),
+        oracle_of(s, values),
         engine_of(s, values, compute=compute, rows=4, train=False),
     )
     assert engine.state["kv"].shape == (s.L, 2, 4, s.NKV, T, s.HS)
@@ -230,7 +250,7 @@ def test_decoding_computes_the_logits_of_the_whole_text(case: str, compute: str)
     check(engine.decode([texts[0][8 + 1]], [8 + 1]), [0], [9])  # one row alone
 
 
-@pytest.mark.parametrize("case", ["llama untied with biases", "qwen3 untied with biases", "mistral"])
+@pytest.mark.parametrize("case", ["llama untied with biases", "qwen3 untied with biases", "mistral", "gemma3"])
 @pytest.mark.parametrize("recompute", [0, 2, 3])
 def test_no_two_tensors_share_bytes_while_both_are_needed(case: str, recompute: int) -> None:
     arena = plan_engine(EngineSpec(shape(CASES[case][2]), B=2, T=T, recompute=recompute))[2]

@@ -13,24 +13,31 @@ from daybreak.kernels import Scratch, Temps, acc_dtype, op
 
 
 @op("out")
-def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor | None) -> None:
-    """out (B*T, C) = wte[tokens] + wpe[:T], if there is a wpe, for tokens (B, T) int64."""
+def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor | None, *, scale: float = 1.0) -> None:
+    """out (B*T, C) = scale * wte[tokens] + wpe[:T], if there is a wpe, for tokens (B, T) int64."""
     B, T = tokens.shape
     torch.index_select(wte, 0, tokens.view(-1), out=out)
+    if scale != 1:
+        out.mul_(scale)
     if wpe is not None:
         out.view(B, T, -1).add_(wpe[:T])
 
 
-def decode_temps(out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor | None) -> Temps:
+def decode_temps(
+    out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor | None, **_: object
+) -> Temps:
     return [(tuple(out.shape), out.dtype)] if wpe is not None else []
 
 
 @op("out", temps=decode_temps)
 def embedding_decode(
-    out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor | None, *, scratch: Scratch
-) -> None:
-    """out (b, C) = wte[tokens] + wpe[positions] for tokens, positions (b) int64: one token of each of b texts."""
+    out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor | None,
+    *, scale: float = 1.0, scratch: Scratch,
+) -> None:  # fmt: skip
+    """out (b, C) = scale * wte[tokens] + wpe[positions] for tokens, positions (b) int64: a token of each of b texts."""
     torch.index_select(wte, 0, tokens, out=out)
+    if scale != 1:
+        out.mul_(scale)
     if wpe is not None:
         (position,) = scratch(decode_temps(out, tokens, positions, wte, wpe))
         torch.index_select(wpe, 0, positions, out=position)
@@ -49,9 +56,10 @@ def backward_temps(dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, token
 @op("dwte", "dwpe", temps=backward_temps, adds=("dwte", "dwpe"))
 def embedding_backward(
     dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, tokens: Tensor,
-    *, accumulate: bool, tied: bool = True, scratch: Scratch,
+    *, accumulate: bool, tied: bool = True, scale: float = 1.0, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """Add dout (B*T, C) to the rows of dwte (Vp, C) that `tokens` (B, T) name, and its sum over B to dwpe[:T].
+    """Add scale * dout (B*T, C) to the rows of dwte (Vp, C) that `tokens` (B, T) name, and dout's sum over B to
+    dwpe[:T].
 
     A tied dwte always accumulates: the head wrote it earlier in the same backward pass. Either may be None: nobody
     wants it.
@@ -70,19 +78,19 @@ def embedding_backward(
     if not (tied or accumulate):
         dwte.zero_()
     if len(temps) == 1:
-        _scatter_add(dwte, tokens.view(-1), dout)
+        _scatter_add(dwte, tokens.view(-1), dout, scale)
     else:
-        _scatter_add_rounded_once(dwte, tokens.view(-1), dout, temps[1:])
+        _scatter_add_rounded_once(dwte, tokens.view(-1), dout, scale, temps[1:])
 
 
-def _scatter_add(dst: Tensor, index: Tensor, src: Tensor) -> None:
-    if dst.is_cuda:
-        dst.index_put_((index,), src, accumulate=True)  # sorts, so the order is fixed; index_add_ would use atomics
+def _scatter_add(dst: Tensor, index: Tensor, src: Tensor, scale: float) -> None:
+    if dst.is_cuda:  # sorts, so the order is fixed; index_add_ would use atomics
+        dst.index_put_((index,), src if scale == 1 else src * scale, accumulate=True)
     else:
-        dst.index_add_(0, index, src)
+        dst.index_add_(0, index, src, alpha=scale)
 
 
-def _scatter_add_rounded_once(dst: Tensor, index: Tensor, src: Tensor, temps: list[Tensor]) -> None:
+def _scatter_add_rounded_once(dst: Tensor, index: Tensor, src: Tensor, scale: float, temps: list[Tensor]) -> None:
     """Sum the rows of each distinct index in fp32, then add once: at most one rounding per row of dst."""
     sums, wide, rows, segment, ids, seen, rank = temps
     seen.zero_().index_fill_(0, index, 1)
@@ -90,7 +98,7 @@ def _scatter_add_rounded_once(dst: Tensor, index: Tensor, src: Tensor, temps: li
     torch.index_select(rank.sub_(1), 0, index, out=segment)  # which of the distinct indices a row belongs to
     ids.zero_().scatter_(0, segment, index)  # the distinct indices, in front; padded with row 0
     sums.zero_()
-    _scatter_add(sums, segment, wide.copy_(src))
+    _scatter_add(sums, segment, wide.copy_(src), scale)
     torch.index_select(dst, 0, ids, out=rows)
     rows.copy_(sums.add_(wide.copy_(rows)))
     count = int(rank[-1]) + 1

@@ -3,6 +3,7 @@
 For a row x of C values:  xhat = (x - mean) rstd,  rstd = 1 / sqrt(var + 1e-5),  y = xhat w + b.
 Backward, with g = dy w:  dx = rstd (g - mean(g) - xhat mean(g xhat)),  dw = sum dy xhat,  db = sum dy.
 RMSNorm has neither mean nor b:  rstd = 1 / sqrt(mean(x^2) + eps),  xhat = x rstd,  dx = rstd (g - xhat mean(g xhat)).
+Gemma's has 1 + w in the place of w, so that weights start at 0.
 Statistics are two-pass and kept in fp32 (fp64 for fp64), whatever the dtype of x.
 """
 
@@ -105,22 +106,31 @@ def rms_temps(out: Tensor, rstd: Tensor, x: Tensor, *_: object, **__: object) ->
     return [*[((rows, *inner, C), acc)] * 2, ((C,), acc)]
 
 
-@op("out", "rstd", temps=rms_temps)
-def rmsnorm_forward(out: Tensor, rstd: Tensor, x: Tensor, weight: Tensor, *, eps: float, scratch: Scratch) -> None:
-    """out = x / sqrt(mean(x^2) + eps) * weight (C) over the last dimension of x, rounded once.
+def _weight(weight: Tensor, offset: float, buffer: Tensor) -> Tensor:
+    """offset + weight, in the buffer's dtype."""
+    return buffer.copy_(weight).add_(offset) if offset else widen(weight, buffer)
 
-    x and out: (n, C), or (n, heads, C), and strided if need be. rstd, one for each row, in fp32 or wider, is kept for
-    backward.
+
+@op("out", "rstd", temps=rms_temps)
+def rmsnorm_forward(
+    out: Tensor, rstd: Tensor, x: Tensor, weight: Tensor,
+    *, eps: float, offset: float = 0.0, add: Tensor | None = None, scratch: Scratch,
+) -> None:  # fmt: skip
+    """out = x / sqrt(mean(x^2) + eps) * (offset + weight (C)) + add over the last dimension of x, rounded once.
+
+    x and out: (n, C), or (n, heads, C), and strided if need be. add: (n, C), with rows (n, C) only. rstd, one for each
+    row, in fp32 or wider, is kept for backward.
     """
     x_, square, w_ = scratch(rms_temps(out, rstd, x))
-    w, rstd = widen(weight, w_), rstd.view(*x.shape[:-1], 1)
+    w, rstd = _weight(weight, offset, w_), rstd.view(*x.shape[:-1], 1)
     for rows in row_chunks(x.shape[0], x[0].numel()):
         r = rstd[rows]
         xf, sq = x_[: len(r)], square[: len(r)]
         torch.mul(xf.copy_(x[rows]), xf, out=sq)
         torch.mean(sq, -1, keepdim=True, out=r)
         torch.rsqrt(r.add_(eps), out=r)
-        out[rows].copy_(xf.mul_(r).mul_(w))
+        y = xf.mul_(r).mul_(w)
+        out[rows].copy_(y if add is None else y.add_(widen(add[rows], sq)))
 
 
 def rms_backward_temps(
@@ -134,14 +144,14 @@ def rms_backward_temps(
 @op("dx", "dweight", "rewrite", temps=rms_backward_temps, adds=("dx", "dweight"))
 def rmsnorm_backward(
     dx: Tensor, dweight: Tensor | None, rewrite: Tensor | None, dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor,
-    *, accumulate_dx: bool, accumulate: bool, scratch: Scratch,
+    *, accumulate_dx: bool, accumulate: bool, offset: float = 0.0, scratch: Scratch,
 ) -> None:  # fmt: skip
     """Gradients of RMSNorm: dx like x, and dweight (C) summed over all rows, if wanted. dx may be dout.
 
-    `accumulate_dx` adds into dx, `accumulate` into dweight. rewrite = the output once more, if wanted.
+    `accumulate_dx` adds into dx, `accumulate` into dweight. rewrite = the output once more, if wanted, without `add`.
     """
     xhat_, g_, tmp_, c_, total, part, w_ = scratch(rms_backward_temps(dx, dweight, rewrite, dout))
-    w, rstd, C = widen(weight, w_), rstd.view(*x.shape[:-1], 1), x.shape[-1]
+    w, rstd, C = _weight(weight, offset, w_), rstd.view(*x.shape[:-1], 1), x.shape[-1]
     total.zero_()
     for rows in row_chunks(x.shape[0], x[0].numel()):
         r = rstd[rows]

@@ -40,22 +40,36 @@ def layernorm_backward(
     return out
 
 
-def rmsnorm(b: Frame, name: str, x: Tensor, out: Out, *, eps: float) -> Out:
-    """out = RMSNorm of x (n, C), or of each head of x (n, heads, HS), with weight `name`. Returns out."""
-    b.k.rmsnorm_forward(out, b.a(name + ".rstd", *x.shape[:-1], dtype=b.acc), x, b.w(name + "w"), eps=eps)
+def rmsnorm(b: Frame, name: str, x: Tensor, out: Out, **how: Any) -> Out:
+    """out = RMSNorm of x (n, C), or of each head of x (n, heads, HS), with weight `name`. Returns out.
+
+    how: eps, and if need be the offset of the weight and what to add (see kernels/norm.py)."""
+    b.k.rmsnorm_forward(out, b.a(name + ".rstd", *x.shape[:-1], dtype=b.acc), x, b.w(name + "w"), **how)
     return out
 
 
-def rmsnorm_backward(b: Frame, name: str, d: Tensor, d_out: Tensor, x: Tensor, *, starts: bool = False) -> Matrix:
+def rmsnorm_backward(
+    b: Frame, name: str, d: Tensor, d_out: Tensor, x: Tensor, *, starts: bool = False, **offset: float
+) -> Matrix:
     """Add the gradient of RMSNorm's input x to d; `starts` overwrites d instead, which may then be d_out.
 
     Returns the norm's output."""
     (out, rewrite), rstd = b.output(name, *x.shape), b.a(name + ".rstd", *x.shape[:-1], dtype=b.acc)
     b.k.rmsnorm_backward(
         d, b.g(name + "w"), rewrite, d_out, x, rstd, b.w(name + "w"),
-        accumulate_dx=not starts, accumulate=b.mode.accumulate,
+        accumulate_dx=not starts, accumulate=b.mode.accumulate, **offset,
     )  # fmt: skip
     return out
+
+
+def add_normed_backward(b: Frame, name: str, d: Tensor, x: Tensor, **offset: float) -> Tensor:
+    """The gradient of x, whose RMSNorm was added to the residual stream, from d, the stream's. Returns it."""
+    d_x, rstd = b.d(name, *x.shape), b.a(name + ".rstd", x.shape[0], dtype=b.acc)
+    b.k.rmsnorm_backward(
+        d_x, b.g(name + "w"), None, d, x, rstd, b.w(name + "w"),
+        accumulate_dx=False, accumulate=b.mode.accumulate, **offset,
+    )  # fmt: skip
+    return d_x
 
 
 def linear(
@@ -94,23 +108,23 @@ def gelu_input_grad(b: Frame, name: str, before: str, d_pre: Matrix, dy: Matrix,
     return out
 
 
-def swiglu(b: Frame, gateup: Tensor, out: Out) -> Out:
-    """out (n, F) = silu(gate) * up, for gateup (n, 2F) = [gate, up]. Returns out."""
-    b.k.swiglu_forward(out, gateup)
+def swiglu(b: Frame, gateup: Tensor, out: Out, **act: bool) -> Out:
+    """out (n, F) = silu(gate) * up, for gateup (n, 2F) = [gate, up]. act: gelu instead of silu. Returns out."""
+    b.k.swiglu_forward(out, gateup, **act)
     return out
 
 
-def swiglu_backward(b: Frame, gateup: Tensor, d_out: Tensor) -> Matrix:
+def swiglu_backward(b: Frame, gateup: Tensor, d_out: Tensor, **act: bool) -> Matrix:
     """gateup (n, 2F) becomes its own gradient. Returns swiglu's output."""
     out, rewrite = b.output("swiglu", *d_out.shape)
-    b.k.swiglu_backward(gateup, rewrite, d_out, gateup)
+    b.k.swiglu_backward(gateup, rewrite, d_out, gateup, **act)
     return out
 
 
-def rope(b: Frame, heads: Sequence[Tensor], *, attention: float, back: bool = False) -> None:
+def rope(b: Frame, heads: Sequence[Tensor], freq: str, *, attention: float, back: bool = False) -> None:
     """Turn (B, T, heads, HS) by their places' angles, in place; `back`: the gradients. `attention` scales both."""
     for x in heads:
-        b.k.rope(x, b.constant("freq"), b.mode.positions, attention=attention, back=back)
+        b.k.rope(x, b.constant(freq), b.mode.positions, attention=attention, back=back)
 
 
 def weight_grad(b: Frame, name: str, dy: Matrix, x: Matrix, *, late: bool = False) -> None:

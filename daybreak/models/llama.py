@@ -1,4 +1,4 @@
-"""The decoder family as a list of kernel calls: Llama, SmolLM, Qwen 2 and 3, Mistral. Read models/gpt2.py first.
+"""The decoder family as a list of kernel calls: Llama, SmolLM, Qwen, Mistral, Gemma 3. Read models/gpt2.py first.
 
 B sequences of T tokens are n = B T rows. There are C channels, NH heads of queries and NKV of keys and values, all of
 size HS, an MLP of width F, and a vocabulary of V, padded to Vp. The residual stream x (n, C) runs through L blocks:
@@ -11,13 +11,14 @@ size HS, an MLP of width F, and a vocabulary of V, padded to Vp. The residual st
 Positions are no parameters: rope turns queries and keys by angles that grow with their place. All norms are RMSNorm.
 The one between qkv and rope is that of QK-norm, over each head. Without it rope works inside qkv; with it on tensors of
 their own, because backward needs the norm's input. Biases, QK-norm and a head of its own are keys of the shape, and so
-are the kinds of layers (see shapes/llama.py).
+are the kinds of layers (see shapes/llama.py). With post-norms, attproj and fcproj have outputs of their own, and their
+norms ln1p and ln2p are added to x and residual2.
 
 As in GPT-2, d is the gradient of the residual stream all the way down. The gradient of gateup takes gateup's place.
 
 `recompute` trades time for memory. Level 1 keeps no output of swiglu, and level 2 none of ln1 and ln2 either. A
 backward kernel that has the input at hand writes them once more. Level 3 keeps only the blocks' inputs, and runs
-`block` again.
+`block` again; with post-norms also fcproj, whose output the last norm's backward reads.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 from daybreak.models import blocks
 from daybreak.models.frame import Frame, Matrix, Mode
 from daybreak.models.head import Head
-from daybreak.models.rotary import rotary
+from daybreak.models.rotary import rotary, window_rotary
 from daybreak.models.rows import Row, linear_rows, norm_row
 from daybreak.shapes import LlamaConfig
 
@@ -51,31 +52,35 @@ class Llama(Head):
         super().__init__(device_type)
         self.cfg, self.recompute = cfg, recompute
         self.head_weight = "wte" if cfg.tied else "headw"
-        self.scale, self.W = 1.0 / math.sqrt(cfg.HS), (cfg.NH + 2 * cfg.NKV) * cfg.HS
-        self.freq, self.factor = rotary(cfg)
+        self.scale, self.W = 1.0 / math.sqrt(cfg.query_scalar or cfg.HS), (cfg.NH + 2 * cfg.NKV) * cfg.HS
+        self.freq = {"freq": rotary(cfg)} | ({"window_freq": window_rotary(cfg)} if cfg.window_theta else {})
+        self.offset = {"offset": 1.0} if cfg.norm_plus_one else {}  # arguments of every norm,
+        self.norm = {"eps": cfg.eps, **self.offset}  # of its forward,
+        self.act = {"gelu": True} if cfg.act == "gelu" else {}  # and of every gate
         if cfg.window or cfg.NKV < cfg.NH:
             self.asks = dict.fromkeys(("attention_forward", "attention_backward", "attention_decode"), ("window",))
 
     def constants(self) -> dict[str, Tensor]:
-        return {"freq": self.freq}
+        return {name: freq for name, (freq, _) in self.freq.items()}
 
     def rows(self) -> list[Row]:
         """The parameters in forward order.
 
         Matrices start with standard deviation 0.02, as these models were published. Each of the 2 L projections onto
         the residual stream starts sqrt(2 L) times smaller: so what they add together is as large for any depth."""
-        c, C = self.cfg, self.cfg.C
+        c, C, one = self.cfg, self.cfg.C, 0.0 if self.cfg.norm_plus_one else 1.0
         std, residual_std, heads = 0.02, 0.02 / math.sqrt(2 * c.L), (c.NH * c.HS, c.NKV * c.HS, c.NKV * c.HS)
         rows = [Row("wte", (c.Vp, C), True, std, drawn_rows=c.V)]
         for h in (f"h.{l}." for l in range(c.L)):
-            rows += [norm_row(h + "ln1", C), *linear_rows(h + "qkv", self.W, C, std, heads, bias=c.qkv_bias)]
-            rows += [norm_row(h + name, c.HS) for name in ("qnorm", "knorm") if c.qk_norm]
+            rows += [norm_row(h + "ln1", C, one), *linear_rows(h + "qkv", self.W, C, std, heads, bias=c.qkv_bias)]
+            rows += [norm_row(h + name, c.HS, one) for name in ("qnorm", "knorm") if c.qk_norm]
             rows += linear_rows(h + "attproj", C, heads[0], residual_std, bias=c.attproj_bias)
-            rows += [norm_row(h + "ln2", C)]
+            rows += [norm_row(h + name, C, one) for name in (("ln1p", "ln2") if c.post_norms else ("ln2",))]
             rows += linear_rows(h + "gateup", 2 * c.F, C, std, (c.F, c.F), bias=c.mlp_bias)
             rows += linear_rows(h + "fcproj", C, c.F, residual_std, bias=c.mlp_bias)
+            rows += [norm_row(h + "ln2p", C, one)] if c.post_norms else []
         head = [] if c.tied else [Row("headw", (c.Vp, C), True, std, drawn_rows=c.V)]
-        return [*rows, norm_row("lnf", C), *head]
+        return [*rows, norm_row("lnf", C, one), *head]
 
     def flops_per_token(self, T: int, num_parameters: int) -> int:
         """Training FLOPs per token: 6 for each parameter that a matmul reads, and 12 NH HS in each layer for each key
@@ -92,60 +97,77 @@ class Llama(Head):
 
         Training, prefill and decode use it; backward too, where it computes the block once more."""
         c, n = self.cfg, B * T
-        ln1 = blocks.rmsnorm(b, "ln1", x, b.matmul_a("ln1", n, c.C), eps=c.eps)
+        ln1 = blocks.rmsnorm(b, "ln1", x, b.matmul_a("ln1", n, c.C), **self.norm)
         qkv = blocks.linear(b, "qkv", ln1, b.a("qkv", n, self.W), bias=c.qkv_bias)
         q, k, v = self._attended(b, qkv, B, T)
         if c.qk_norm:
             for name, out, heads in zip(("qnorm", "knorm"), (q, k), self._heads(qkv, B, T), strict=False):
-                blocks.rmsnorm(b, name, _rows(heads), _rows(out), eps=c.eps)
-        if c.kind(b.index) != "n":
-            blocks.rope(b, (q, k), attention=self.factor)
+                blocks.rmsnorm(b, name, _rows(heads), _rows(out), **self.norm)
+        self._rope(b, q, k)
         att = b.a("att", n, c.NH * c.HS)
         (out,) = self._heads(att, B, T)
         blocks.attention(b, out, q, k, v, self.scale, **self._sees(b))
-        stream = b.a("residual2", n, c.C)
-        residual2 = blocks.linear(b, "attproj", b.matmul_copy("att", att), stream, add=x, bias=c.attproj_bias)
-        ln2 = blocks.rmsnorm(b, "ln2", residual2, b.matmul_a("ln2", n, c.C), eps=c.eps)
+        joined = b.a("residual2", n, c.C)
+        residual2 = self._added(b, "attproj", "ln1p", b.matmul_copy("att", att), x, joined, bias=c.attproj_bias)
+        ln2 = blocks.rmsnorm(b, "ln2", residual2, b.matmul_a("ln2", n, c.C), **self.norm)
         gateup = blocks.linear(b, "gateup", ln2, b.a("gateup", n, 2 * c.F), bias=c.mlp_bias)
-        return residual2, blocks.swiglu(b, gateup, b.matmul_a("swiglu", n, c.F))
+        return residual2, blocks.swiglu(b, gateup, b.matmul_a("swiglu", n, c.F), **self.act)
+
+    def _added(self, b: Frame, name: str, post: str, x: Matrix, stream: Tensor, out: Tensor, *, bias: bool) -> Tensor:
+        """out = stream + linear layer `name` of x, or the norm `post` of that. Returns out."""
+        if not self.cfg.post_norms:
+            return blocks.linear(b, name, x, out, add=stream, bias=bias)
+        made = blocks.linear(b, name, x, b.a(name, *out.shape), bias=bias)
+        return blocks.rmsnorm(b, post, made, out, add=stream, **self.norm)
+
+    def _last(self, b: Frame, residual2: Tensor, swiglu: Matrix, out: Tensor) -> Tensor:
+        """The rest of a block: out = residual3, from what `block` gives. Returns out."""
+        return self._added(b, "fcproj", "ln2p", swiglu, residual2, out, bias=self.cfg.mlp_bias)
 
     def block_backward(self, b: Frame, d: Tensor, x: Tensor, B: int, T: int) -> None:
         """d (n, C) is the gradient of the block's output, and becomes that of its input x. Makes every gradient of the
         block."""
         c, n = self.cfg, B * T
         residual2, gateup = b.a("residual2", n, c.C), b.a("gateup", n, 2 * c.F)
-        d_out = b.matmul_copy("d_residual3", d, plain=True)
+        d_made = self._added_backward(b, "fcproj", "ln2p", d)
+        d_out = b.matmul_copy("d_residual3", d_made, plain=True)
         d_swiglu = blocks.input_grad(b, "fcproj", b.d("swiglu", n, c.F), d_out)
-        swiglu = blocks.swiglu_backward(b, gateup, d_swiglu)
+        swiglu = blocks.swiglu_backward(b, gateup, d_swiglu, **self.act)
         blocks.weight_grad(b, "fcproj", d_out, swiglu)
         if c.mlp_bias:
-            blocks.bias_grad(b, "fcproj", d)
+            blocks.bias_grad(b, "fcproj", d_made)
             blocks.bias_grad(b, "gateup", gateup)
         d_gateup = b.matmul_copy("d_gateup", gateup, plain=True)
         d_ln2 = blocks.input_grad(b, "gateup", b.d("ln2", n, c.C), d_gateup)
-        ln2 = blocks.rmsnorm_backward(b, "ln2", d, d_ln2, residual2)
+        ln2 = blocks.rmsnorm_backward(b, "ln2", d, d_ln2, residual2, **self.offset)
         blocks.weight_grad(b, "gateup", d_gateup, ln2, late=not b.index)
 
         qkv, att, d_qkv = b.a("qkv", n, self.W), b.a("att", n, c.NH * c.HS), b.d("qkv", n, self.W)
-        d_mid = b.matmul_copy("d_residual2", d, plain=True)
+        d_made = self._added_backward(b, "attproj", "ln1p", d)
+        d_mid = b.matmul_copy("d_residual2", d_made, plain=True)
         blocks.weight_grad(b, "attproj", d_mid, b.matmul_copy("att", att, made=True))
         if c.attproj_bias:
-            blocks.bias_grad(b, "attproj", d)
+            blocks.bias_grad(b, "attproj", d_made)
         d_att = blocks.input_grad(b, "attproj", b.d("att", n, c.NH * c.HS), d_mid)
         (out,), (d_heads,), grads = (self._heads(y, B, T) for y in (att, d_att, d_qkv))
         seen = self._attended(b, qkv, B, T)
         blocks.attention_backward(b, grads, d_heads, seen, out, self.scale, **self._sees(b))
-        if c.kind(b.index) != "n":
-            blocks.rope(b, grads[:2], attention=self.factor, back=True)
+        self._rope(b, *grads[:2], back=True)
         if c.qk_norm:
             for name, dx, heads in zip(("qnorm", "knorm"), grads, self._heads(qkv, B, T), strict=False):
-                blocks.rmsnorm_backward(b, name, _rows(dx), _rows(dx), _rows(heads), starts=True)
+                blocks.rmsnorm_backward(b, name, _rows(dx), _rows(dx), _rows(heads), starts=True, **self.offset)
         if c.qkv_bias:
             blocks.bias_grad(b, "qkv", d_qkv)
         d_sum = b.matmul_copy("d_qkv", d_qkv, plain=True)
         d_ln1 = blocks.input_grad(b, "qkv", b.d("ln1", n, c.C), d_sum)
-        ln1 = blocks.rmsnorm_backward(b, "ln1", d, d_ln1, x)
+        ln1 = blocks.rmsnorm_backward(b, "ln1", d, d_ln1, x, **self.offset)
         blocks.weight_grad(b, "qkv", d_sum, ln1, late=not b.index)
+
+    def _added_backward(self, b: Frame, name: str, post: str, d: Tensor) -> Tensor:
+        """The gradient of the output of linear layer `name`, from d, that of the stream to which it was added."""
+        if not self.cfg.post_norms:
+            return d
+        return blocks.add_normed_backward(b, post, d, b.a(name, *d.shape), **self.offset)
 
     # ---------------------------------------------------------------------------------------------- whole model
 
@@ -156,14 +178,14 @@ class Llama(Head):
             b = f.layer(f"h.{l}.", l, mode)
             residual2, swiglu = self.block(b, x, B, T)
             out = last if last is not None and l == c.L - 1 else b.a("residual3", *x.shape)
-            x = blocks.linear(b, "fcproj", swiglu, out, add=residual2, bias=c.mlp_bias)
-        return blocks.rmsnorm(f, "lnf", x, f.a("lnf", *x.shape), eps=c.eps)
+            x = self._last(b, residual2, swiglu, out)
+        return blocks.rmsnorm(f, "lnf", x, f.a("lnf", *x.shape), **self.norm)
 
     def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None) -> Tensor:
         """tokens (B, T) int64 -> the final norm's output (n, C). `kv`, if given, takes all keys and values."""
         B, T = tokens.shape
         x = f.a("embedded", B * T, self.cfg.C)
-        f.k.embedding_forward(x, tokens, f.w("wte"), None)
+        f.k.embedding_forward(x, tokens, f.w("wte"), None, **self._embed(f))
         return self._blocks(f, x, B, T, Mode(cache=kv))
 
     def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
@@ -171,7 +193,7 @@ class Llama(Head):
         kv. `last` (n, C) is for the last block's output, as the logits may have the bytes of any other."""
         n = tokens.shape[0]
         x = f.a("embedded", n, self.cfg.C)
-        f.k.embedding_decode(x, tokens, positions, f.w("wte"), None)
+        f.k.embedding_decode(x, tokens, positions, f.w("wte"), None, **self._embed(f))
         return self.head_logits(f, self._blocks(f, x, n, 1, Mode(cache=kv, positions=positions), last))
 
     def backward(self, f: Frame, tokens: Tensor, *, first: bool) -> None:
@@ -184,18 +206,21 @@ class Llama(Head):
         lowest = 0 if embeds else next((l for l in range(L) if f.trains(f"h.{l}.")), L)
         mode = Mode(True, not first, recomputed=again, rewritten=REWRITTEN.get(self.recompute, ()))
         d, x, top = f.a("d_residual", n, C), f.a(f"h.{L - 1}.residual3", n, C), f.layer("", 0, Mode(True, not first))
-        blocks.rmsnorm_backward(top, "lnf", d, f.a("d_lnf", n, C), x, starts=True)
+        blocks.rmsnorm_backward(top, "lnf", d, f.a("d_lnf", n, C), x, starts=True, **self.offset)
         for l in reversed(range(lowest, L)):
             b = f.layer(f"h.{l}.", l, mode)
             x = f.a(f"h.{l - 1}.residual3" if l else "embedded", n, C)
             if again:
-                self.block(b, x, B, T)
+                residual2, swiglu = self.block(b, x, B, T)
+                if self.cfg.post_norms:
+                    self._last(b, residual2, swiglu, b.a("residual3", n, C))
             self.block_backward(b, d, x, B, T)
             if l:
                 f.final()
         # As in GPT-2: two matmuls of block 0 come last, so that the embedding's reduction has something to hide behind.
         if embeds:
-            f.k.embedding_backward(f.g("wte"), None, d, tokens, accumulate=not first, tied=self.cfg.tied)
+            how = {"accumulate": not first, "tied": self.cfg.tied, **self._embed(f)}
+            f.k.embedding_backward(f.g("wte"), None, d, tokens, **how)
         f.final()
         for gradient in mode.late:
             gradient()
@@ -204,6 +229,17 @@ class Llama(Head):
     def cache_shape(self, rows: int, T: int) -> tuple[int, ...]:
         """Keys and values of `rows` sequences of up to T tokens; heads in front of time, as decoding reads them."""
         return self.cfg.L, 2, rows, self.cfg.NKV, T, self.cfg.HS
+
+    def _embed(self, f: Frame) -> dict[str, float]:
+        """By what the embedding is multiplied: a number of the compute dtype, as in transformers."""
+        return {"scale": torch.tensor(math.sqrt(self.cfg.C), dtype=f.dtype).item()} if self.cfg.embed_scale else {}
+
+    def _rope(self, b: Frame, q: Tensor, k: Tensor, *, back: bool = False) -> None:
+        """Turn queries and keys, or their gradients, as layers of this kind do."""
+        kind = self.cfg.kind(b.index)
+        name = "window_freq" if kind == "w" and self.cfg.window_theta else "freq"
+        if kind != "n":
+            blocks.rope(b, (q, k), name, attention=self.freq[name][1], back=back)
 
     def _heads(self, x: Tensor, B: int, T: int) -> Sequence[Tensor]:
         """q, k and v of a packed qkv (n, W), or one output, as strided views (B, T, heads, HS)."""

@@ -8,11 +8,14 @@ to almost 2 pi theta. Scaling by a factor s slows pairs down:
                at all; between the two it blends
     yarn       the same idea with a ramp over pairs, and attention sharpened by its formula (Peng et al. 2023)
     longrope   each pair by a divisor of its own, which somebody searched for (Ding et al. 2024)
+
+Layers with a window may have angles of their own, from another theta and never scaled (Gemma 3).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,6 +46,11 @@ def rotary(c: LlamaConfig) -> tuple[Tensor, float]:
         attention = math.sqrt(1 + math.log(s) / math.log(original))
         return 1.0 / (torch.tensor(c.divisors) * power), c.rope_attention or attention
     return 1.0 / power, attention
+
+
+def window_rotary(c: LlamaConfig) -> tuple[Tensor, float]:
+    """The same of layers with a window."""
+    return rotary(replace(c, theta=c.window_theta, rope="default")) if c.window_theta else rotary(c)
 
 
 def _pair(c: LlamaConfig, original: int, turns: float) -> float:

@@ -37,9 +37,9 @@ def linear_rows(
     return [weight, Row(name + "b", (outputs,), False)] if bias else [weight]
 
 
-def norm_row(name: str, channels: int) -> Row:
+def norm_row(name: str, channels: int, fill: float = 1.0) -> Row:
     """The weight of a norm."""
-    return Row(name + "w", (channels,), False, fill=1.0)
+    return Row(name + "w", (channels,), False, fill=fill)
 
 
 def layernorm_rows(name: str, channels: int) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The shapes of the decoder family: Llama, SmolLM, Qwen, Mistral and their like; and the names of published ones.
+"""The shapes of the decoder family: Llama, SmolLM, Qwen, Mistral, Gemma 3; and the names of published ones.
 
 One block with a few flags covers them all (docs/families.md). The values are those of the published config.json.
 """
@@ -18,7 +18,7 @@ ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 @dataclass(frozen=True)
 class LlamaConfig(Shape):
-    """Llama, SmolLM, Qwen 2 and 3, Mistral: RMSNorm, rotary positions, shared keys and values, a gated MLP."""
+    """Llama, SmolLM, Qwen 2 and 3, Mistral, Gemma 3: RMSNorm, rotary positions, shared keys and values, a gated MLP."""
 
     arch: str = key("llama", "family of models")
     NKV: int = key(4, "heads of keys and values; groups of NH / NKV heads of queries share one", at_least(1))
@@ -43,6 +43,15 @@ class LlamaConfig(Shape):
     rope_high: float = key(0.0, "llama3: high_freq_factor, 0 = 4; yarn: beta_fast, 0 = 32", at_least(0))
     rope_attention: float = key(0.0, "yarn, longrope: factor of cosines and sines; 0 = by its formula", at_least(0))
     rope_factors: str = key("", "longrope: a divisor for each of the HS / 2 angles, with commas between")
+    window_theta: float = key(
+        0.0, "base of the angles in layers of kind w, which are then not scaled; 0 = as in the others",
+        Rule("must be 0, or greater than 1", lambda x: bool(x == 0 or x > 1)),
+    )  # fmt: skip
+    act: str = key("silu", "what the MLP's gate goes through; gelu in its tanh form", one_of("silu", "gelu"))
+    query_scalar: int = key(0, "scores are divided by its root; 0 = HS", at_least(0))
+    post_norms: bool = key(False, "outputs of attention and the MLP go through RMSNorm before they are added")
+    norm_plus_one: bool = key(False, "RMSNorm multiplies by 1 + its weight, which starts at 0")
+    embed_scale: bool = key(False, "the embedding is multiplied by the root of C")
 
     def kind(self, layer: int) -> str:
         """The letter of a layer: f, w or n."""
@@ -58,6 +67,8 @@ class LlamaConfig(Shape):
                 f'model.window = {self.window} does not fit model.layers = "{self.layers}"; '
                 "layers of kind w need a window of at least 1, and other kinds have none."
             )
+        if self.window_theta and not self.window:
+            raise ConfigError(f"model.window_theta = {self.window_theta} needs layers of kind w in model.layers.")
         if self.rope == "default" and self.rope_factor != 1:
             raise ConfigError(f'model.rope_factor = {self.rope_factor} needs another model.rope than "default".')
         if self.rope_high and self.rope_high <= self.rope_low:
@@ -89,6 +100,8 @@ def _llama(L: int, C: int, NH: int, NKV: int, HS: int, F: int, V: int, max_T: in
 _LLAMA3 = {"theta": 5e5, "rope": "llama3", "rope_original": 8192}
 _QWEN2 = {"theta": 1e6, "eps": 1e-6, "qkv_bias": True}
 _QWEN3 = {"theta": 1e6, "eps": 1e-6, "qk_norm": True}
+_GEMMA3 = {**_QWEN3, "layers": "wwwwwf", "window": 512, "window_theta": 1e4, "act": "gelu", "query_scalar": 256,
+           "post_norms": True, "norm_plus_one": True, "embed_scale": True}  # fmt: skip
 SHAPES = {
     "smollm2-135m": _llama(30, 576, 9, 3, 64, 1536, 49152, 8192, theta=1e5),
     "smollm2-360m": _llama(32, 960, 15, 5, 64, 2560, 49152, 8192, theta=1e5),
@@ -106,5 +119,7 @@ SHAPES = {
     "qwen3-1.7b": _llama(28, 2048, 16, 8, 128, 6144, 151936, 40960, **_QWEN3),
     "qwen3-4b": _llama(36, 2560, 32, 8, 128, 9728, 151936, 40960, **_QWEN3),
     "qwen3-8b": _llama(36, 4096, 32, 8, 128, 12288, 151936, 40960, tied=False, **_QWEN3),
+    "gemma3-270m": _llama(18, 640, 4, 1, 256, 2048, 262144, 32768, **_GEMMA3),
+    "gemma3-1b": _llama(26, 1152, 4, 1, 256, 6912, 262144, 32768, **_GEMMA3),
     "mistral-7b": _llama(32, 4096, 32, 8, 128, 14336, 32000, 32768, tied=False, layers="w", window=4096),
 }

@@ -53,7 +53,7 @@ Config = tuple[int, int, int, int]  # rows owned, rows per step of the walk, war
 LARGE: dict[int, tuple[Config, Config, Config]] = {
     64: ((128, 64, 4, 3), (128, 32, 4, 4), (128, 32, 4, 4)),
     128: ((128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3)),
-    256: ((128, 32, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),
+    256: ((128, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
 }
 SMALL: dict[int, tuple[Config, Config, Config]] = {
     64: ((128, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)),

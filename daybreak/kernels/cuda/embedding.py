@@ -49,8 +49,9 @@ POSITION_ROWS, POSITION_COLS = 8, 1024
 
 @triton.jit
 def _forward_kernel(
-    out, tokens, positions, wte, wpe, T, C, GIVEN: tl.constexpr, PLACED: tl.constexpr, COLS: tl.constexpr
-):
+    out, tokens, positions, wte, wpe, T, C,
+    GIVEN: tl.constexpr, PLACED: tl.constexpr, SCALE: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """One row of out. Its position is its place in a sequence of T, or is read from `positions` if GIVEN.
     Without PLACED there is no wpe.
 
@@ -64,10 +65,12 @@ def _forward_kernel(
     cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
     mask = cols < C
     x = tl.load(wte + tl.load(tokens + row) * C + cols, mask=mask, other=0.0, eviction_policy="evict_last")
+    if SCALE != 1.0:
+        x = x.to(tl.float32) * SCALE
     if PLACED:
         p = tl.load(wpe + place * C + cols, mask=mask, other=0.0, eviction_policy="evict_last")
-        x = (x.to(tl.float32) + p.to(tl.float32)).to(out.dtype.element_ty)
-    tl.store(out + row.to(tl.int64) * C + cols, x, mask=mask, cache_modifier=".cs")
+        x = x.to(tl.float32) + p.to(tl.float32)
+    tl.store(out + row.to(tl.int64) * C + cols, x.to(out.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 
 def _forward_launch(C: int) -> tuple[int, int]:
@@ -76,25 +79,29 @@ def _forward_launch(C: int) -> tuple[int, int]:
     return cols, max(cols // 512, 1)
 
 
-def _forward(out: Tensor, tokens: Tensor, positions: Tensor | None, wte: Tensor, wpe: Tensor | None) -> None:
+def _forward(
+    out: Tensor, tokens: Tensor, positions: Tensor | None, wte: Tensor, wpe: Tensor | None, scale: float
+) -> None:
     T, C = tokens.shape[-1], out.shape[1]
     cols, warps = _forward_launch(C)
     _forward_kernel[(T, out.shape[0] // T, triton.cdiv(C, cols))](
         out, tokens, tokens if positions is None else positions, wte, wte if wpe is None else wpe, T, C,
-        GIVEN=positions is not None, PLACED=wpe is not None, COLS=cols, num_warps=warps,
+        GIVEN=positions is not None, PLACED=wpe is not None, SCALE=scale, COLS=cols, num_warps=warps,
     )  # fmt: skip
 
 
 @backend("triton")
-def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor | None) -> None:
-    """out (B*T, C) = wte[tokens] + wpe[:T], if given; tokens (B <= 65,535, T) int64; added in fp32, rounded once."""
-    _forward(out, tokens, None, wte, wpe)
+def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor | None, *, scale: float = 1.0) -> None:
+    """out (B*T, C) = scale * wte[tokens] + wpe[:T], if given; tokens (B <= 65,535, T) int64; in fp32, rounded once."""
+    _forward(out, tokens, None, wte, wpe, scale)
 
 
 @backend("triton")
-def embedding_decode(out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor | None) -> None:
-    """out (b, C) = wte[tokens] + wpe[positions] for tokens, positions (b) int64; added in fp32, rounded once."""
-    _forward(out, tokens, positions, wte, wpe)
+def embedding_decode(
+    out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor | None, *, scale: float = 1.0
+) -> None:
+    """out (b, C) = scale * wte[tokens] + wpe[positions] for tokens, positions (b) int64; in fp32, rounded once."""
+    _forward(out, tokens, positions, wte, wpe, scale)
 
 
 # --------------------------------------------------------------------------------------------- backward: the positions
@@ -194,7 +201,9 @@ def _sort(tokens: Tensor, pairs: list[Tensor], table: Tensor, V: int) -> tuple[T
 
 
 @triton.jit
-def _runs_kernel(dwte, part, keys, rows, dout, n, chunks, C, CHUNK: tl.constexpr, COLS: tl.constexpr):
+def _runs_kernel(
+    dwte, part, keys, rows, dout, n, chunks, C, SCALE: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr
+):
     """The sums of one chunk of the sorted list. part (2, chunks, C) in fp32 holds the partial sums.
 
     part[0] (head) is for a run that came from the chunk before, even if it fills this chunk and continues. part[1]
@@ -223,7 +232,7 @@ def _runs_kernel(dwte, part, keys, rows, dout, n, chunks, C, CHUNK: tl.constexpr
             else:
                 here = dwte + key.to(tl.int64) * C + cols
                 old = tl.load(here, mask=mask, other=0.0).to(tl.float32)
-                tl.store(here, (old + acc).to(dwte.dtype.element_ty), mask=mask)
+                tl.store(here, (old + acc * SCALE).to(dwte.dtype.element_ty), mask=mask)
         ended = after != key
         acc = tl.where(ended, 0.0, acc)
         came = tl.where(ended, 0, came)
@@ -238,7 +247,7 @@ def _runs_kernel(dwte, part, keys, rows, dout, n, chunks, C, CHUNK: tl.constexpr
 @triton.jit
 def _long_runs_kernel(
     dwte, part, keys, n, chunks, C,
-    CHUNK: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr,
+    SCALE: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Adds up the partial sums of the run that begins in this chunk and ends in a later one, if there is one."""
     chunk = tl.program_id(0)
@@ -262,7 +271,7 @@ def _long_runs_kernel(
         total = tl.load(part + (chunks + chunk).to(tl.int64) * C + cols, mask=mask, other=0.0) + tl.sum(acc, 0)
         here = dwte + key.to(tl.int64) * C + cols
         old = tl.load(here, mask=mask, other=0.0).to(tl.float32)
-        tl.store(here, (old + total).to(dwte.dtype.element_ty), mask=mask)
+        tl.store(here, (old + total * SCALE).to(dwte.dtype.element_ty), mask=mask)
 
 
 def backward_temps(dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, *_: object, **__: object) -> Temps:
@@ -275,9 +284,9 @@ def backward_temps(dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, *_: o
 @backend("triton", temps=backward_temps)
 def embedding_backward(
     dwte: Tensor | None, dwpe: Tensor | None, dout: Tensor, tokens: Tensor,
-    *, accumulate: bool, tied: bool = True, scratch: Scratch,
+    *, accumulate: bool, tied: bool = True, scale: float = 1.0, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """dwte (Vp, C) += the rows of dout (B*T, C) by `tokens` (B, T), or = if neither `tied` nor `accumulate`;
+    """dwte (Vp, C) += scale * the rows of dout (B*T, C) by `tokens` (B, T), or = if neither `tied` nor `accumulate`;
     dwpe[:T] = or += their sum over B."""
     (B, T), (n, C) = tokens.shape, dout.shape
     *pairs, table, part = scratch(backward_temps(dwte, dwpe, dout))
@@ -292,6 +301,6 @@ def embedding_backward(
         dwte.zero_()
     keys, rows = _sort(tokens, pairs, table, dwte.shape[0])
     chunks = part.shape[1]
-    grid = (chunks, triton.cdiv(C, RUN_COLS))
-    _runs_kernel[grid](dwte, part, keys, rows, dout, n, chunks, C, CHUNK=CHUNK, COLS=RUN_COLS, num_warps=1)
-    _long_runs_kernel[grid](dwte, part, keys, n, chunks, C, CHUNK=CHUNK, PARTS=PARTS, COLS=RUN_COLS, num_warps=4)
+    grid, how = (chunks, triton.cdiv(C, RUN_COLS)), {"SCALE": scale, "CHUNK": CHUNK, "COLS": RUN_COLS}
+    _runs_kernel[grid](dwte, part, keys, rows, dout, n, chunks, C, **how, num_warps=1)
+    _long_runs_kernel[grid](dwte, part, keys, n, chunks, C, PARTS=PARTS, **how, num_warps=4)

@@ -1,4 +1,4 @@
-"""SwiGLU, element-wise, forward and backward; formulas in kernels/glu.py.
+"""SwiGLU and GeGLU, element-wise, forward and backward; formulas in kernels/glu.py.
 
 Both go from the last element to the first: the end of what the producer wrote is still in the L2 cache.
 """
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from daybreak.kernels import backend
 from daybreak.kernels.cuda import tl, triton
+from daybreak.kernels.cuda.gelu import sigmoid_2u
 
 BLOCK, WARPS = 1024, 4  # 8 columns a thread: a load of 16 bytes in bf16 from each half
 
@@ -23,42 +24,57 @@ def _row(F, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_forward_kernel(out, gateup, F, BLOCK: tl.constexpr):
+def _sigmoid(a, GELU: tl.constexpr):
+    """s of act(a) = a s: silu's, or gelu's."""
+    if GELU:
+        return sigmoid_2u(a)
+    return 1.0 / (1.0 + tl.exp(-a))
+
+
+@triton.jit
+def _swiglu_forward_kernel(out, gateup, F, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row, cols, mask = _row(F, BLOCK)
     at = gateup + row * 2 * F + cols
     a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)
-    y = a * (1.0 / (1.0 + tl.exp(-a))) * b
+    y = a * _sigmoid(a, GELU) * b
     tl.store(out + row * F + cols, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _swiglu_backward_kernel(d_gateup, rewrite, d_out, gateup, F, AGAIN: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_backward_kernel(
+    d_gateup, rewrite, d_out, gateup, F, AGAIN: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr
+):
     row, cols, mask = _row(F, BLOCK)
     at = row * 2 * F + cols
     a = tl.load(gateup + at, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(gateup + at + F, mask=mask, other=0.0).to(tl.float32)
     d = tl.load(d_out + row * F + cols, mask=mask, other=0.0).to(tl.float32)
-    s = 1.0 / (1.0 + tl.exp(-a))
+    s = _sigmoid(a, GELU)
     f = a * s
+    slope = f * (1.0 - s)
+    if GELU:
+        slope *= 1.5957691216057308 + 0.21406626995640576 * a * a  # that of 2u
     if AGAIN:
         tl.store(rewrite + row * F + cols, (f * b).to(rewrite.dtype.element_ty), mask=mask)
-    tl.store(d_gateup + at, (d * b * (s + f * (1.0 - s))).to(d_gateup.dtype.element_ty), mask=mask)
+    tl.store(d_gateup + at, (d * b * (s + slope)).to(d_gateup.dtype.element_ty), mask=mask)
     tl.store(d_gateup + at + F, (d * f).to(d_gateup.dtype.element_ty), mask=mask)
 
 
 @backend("triton")
-def swiglu_forward(out: Tensor, gateup: Tensor) -> None:
-    """out (n, F) = silu(gateup[:, :F]) * gateup[:, F:], both contiguous; in fp32, rounded once."""
+def swiglu_forward(out: Tensor, gateup: Tensor, *, gelu: bool = False) -> None:
+    """out (n, F) = silu(gateup[:, :F]) * gateup[:, F:], both contiguous; in fp32, rounded once. gelu: not silu."""
     n, F = out.shape
-    _swiglu_forward_kernel[(n * triton.cdiv(F, BLOCK),)](out, gateup, F, BLOCK=BLOCK, num_warps=WARPS)
+    _swiglu_forward_kernel[(n * triton.cdiv(F, BLOCK),)](out, gateup, F, GELU=gelu, BLOCK=BLOCK, num_warps=WARPS)
 
 
 @backend("triton")
-def swiglu_backward(d_gateup: Tensor, rewrite: Tensor | None, d_out: Tensor, gateup: Tensor) -> None:
+def swiglu_backward(
+    d_gateup: Tensor, rewrite: Tensor | None, d_out: Tensor, gateup: Tensor, *, gelu: bool = False
+) -> None:
     """d_gateup (n, 2F), which may be gateup, from d_out (n, F); rewrite (n, F) = the output once more, if wanted."""
     n, F = d_out.shape
     _swiglu_backward_kernel[(n * triton.cdiv(F, BLOCK),)](
         d_gateup, d_out if rewrite is None else rewrite, d_out, gateup, F,
-        AGAIN=rewrite is not None, BLOCK=BLOCK, num_warps=WARPS,
+        AGAIN=rewrite is not None, GELU=gelu, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip

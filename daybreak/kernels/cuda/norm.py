@@ -39,8 +39,8 @@ def _place(at, row, cols, stride, C, HEADS: tl.constexpr):
 
 @triton.jit
 def _layernorm_forward_kernel(
-    out, mean, rstd, x, w, b, out_s, x_s, n, C, eps,
-    RMS: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    out, mean, rstd, x, w, b, add, out_s, x_s, n, C, eps, RMS: tl.constexpr, HEADS: tl.constexpr,
+    OFFSET: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK)[None, :]
     mask = cols < C
@@ -51,7 +51,9 @@ def _layernorm_forward_kernel(
     wf = tl.load(w + cols, mask=mask, other=0.0).to(tl.float32)
     if RMS:
         r = 1.0 / tl.sqrt(tl.sum(xf * xf, 1) / C + eps)
-        y = xf * r[:, None] * wf
+        y = xf * r[:, None] * (wf + OFFSET if OFFSET != 0.0 else wf)
+        if ADD:
+            y += tl.load(add + at, mask=here, other=0.0).to(tl.float32)
     else:
         bf = tl.load(b + cols, mask=mask, other=0.0).to(tl.float32)
         m = tl.sum(xf, 1) / C
@@ -73,7 +75,7 @@ def _add(a, b, more_a, more_b):
 def _layernorm_backward_kernel(
     dx, again, part, dout, x, mean, rstd, w, b, dx_s, again_s, dout_s, x_s, n, C,
     ACCUMULATE_DX: tl.constexpr, DBIAS: tl.constexpr, AGAIN: tl.constexpr, RMS: tl.constexpr, HEADS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """part (3, programs, C) in fp32: this program's sums of dout xhat, of dout and of dx over its rows. RMS: the first.
 
@@ -83,6 +85,8 @@ def _layernorm_backward_kernel(
     cols = tl.arange(0, BLOCK)[None, :]
     mask = cols < C
     wf = tl.load(w + cols, mask=mask, other=0.0).to(tl.float32)
+    if OFFSET != 0.0:
+        wf += OFFSET
     if AGAIN and not RMS:
         bf = tl.load(b + cols, mask=mask, other=0.0).to(tl.float32)
     KEPT: tl.constexpr = ROWS if HEADS else 1  # of many short rows, the sums over rows are made once, at the end
@@ -184,8 +188,9 @@ def layernorm_forward(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Ten
     """out (n, C) = layernorm(x (n, C)) * w (C) + b (C); mean, rstd (n) in fp32 are kept for backward."""
     programs, rows, block, warps, _ = forward_launch(x)
     _layernorm_forward_kernel[(programs,)](
-        out, mean, rstd, x, w, b, 0, 0, *x.shape, EPS, RMS=False, HEADS=0, ROWS=rows, BLOCK=block, num_warps=warps
-    )
+        out, mean, rstd, x, w, b, x, 0, 0, *x.shape, EPS, RMS=False, HEADS=0, OFFSET=0.0, ADD=False, ROWS=rows,
+        BLOCK=block, num_warps=warps,
+    )  # fmt: skip
 
 
 def backward_temps(
@@ -210,7 +215,7 @@ def layernorm_backward(
 
 def backward_rows(
     dx: Tensor, again: Tensor | None, part: Tensor, dout: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor,
-    w: Tensor, b: Tensor | None, *, accumulate_dx: bool,
+    w: Tensor, b: Tensor | None, *, accumulate_dx: bool, offset: float = 0.0,
 ) -> None:  # fmt: skip
     """The first stage: all but the sums over programs. Without mean and bias it is RMSNorm's."""
     heads = _heads(dx, dout, x, *(() if again is None else (again,)))
@@ -221,7 +226,7 @@ def backward_rows(
         dx, again_, part, dout, x, rstd if rms else mean, rstd, w, w if rms else b,
         *(t.stride(0) if heads else 0 for t in (dx, again_, dout, x)), dout.numel() // C, C,
         ACCUMULATE_DX=accumulate_dx, DBIAS=part.shape[0] == 3, AGAIN=again is not None, RMS=rms, HEADS=heads,
-        ROWS=rows, BLOCK=block, STAGES=stages, num_warps=warps,
+        OFFSET=offset, ROWS=rows, BLOCK=block, STAGES=stages, num_warps=warps,
     )  # fmt: skip
 
 
@@ -235,13 +240,18 @@ def _heads(*tensors: Tensor) -> int:
 
 
 @backend("triton")
-def rmsnorm_forward(out: Tensor, rstd: Tensor, x: Tensor, weight: Tensor, *, eps: float) -> None:
-    """out = x / sqrt(mean(x^2) + eps) * weight (C), rows (n, C) or (n, heads, C); a token's heads follow each other."""
-    heads, C = _heads(out, x), x.shape[-1]
+def rmsnorm_forward(
+    out: Tensor, rstd: Tensor, x: Tensor, weight: Tensor,
+    *, eps: float, offset: float = 0.0, add: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out = x / sqrt(mean(x^2) + eps) * (offset + weight (C)) + add, rows (n, C) or, without add, (n, heads, C) whose
+    heads follow each other."""
+    heads, C = _heads(out, x, *(() if add is None else (add,))), x.shape[-1]
+    assert add is None or not heads, "add has rows of channels"
     programs, rows, block, warps, _ = forward_launch(x, heads)
     _layernorm_forward_kernel[(programs,)](
-        out, rstd, rstd, x, weight, weight, out.stride(0), x.stride(0), x.numel() // C, C, eps,
-        RMS=True, HEADS=heads, ROWS=rows, BLOCK=block, num_warps=warps,
+        out, rstd, rstd, x, weight, weight, x if add is None else add, out.stride(0), x.stride(0), x.numel() // C, C,
+        eps, RMS=True, HEADS=heads, OFFSET=offset, ADD=add is not None, ROWS=rows, BLOCK=block, num_warps=warps,
         # With one column a thread, a fused multiply-add would give each thread of a row its own last bit of the sum.
         enable_fp_fusion=block > 32,
     )  # fmt: skip
@@ -259,9 +269,9 @@ def rms_backward_temps(
 @backend("triton", temps=rms_backward_temps)
 def rmsnorm_backward(
     dx: Tensor, dweight: Tensor | None, rewrite: Tensor | None, dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor,
-    *, accumulate_dx: bool, accumulate: bool, scratch: Scratch,
+    *, accumulate_dx: bool, accumulate: bool, offset: float = 0.0, scratch: Scratch,
 ) -> None:  # fmt: skip
     """dx and rewrite like x, dweight (C) from dout: see the reference. dx may be dout."""
     (part,) = scratch(rms_backward_temps(dx, dweight, rewrite, dout, x, accumulate_dx=accumulate_dx))
-    backward_rows(dx, rewrite, part, dout, x, None, rstd, weight, None, accumulate_dx=accumulate_dx)
+    backward_rows(dx, rewrite, part, dout, x, None, rstd, weight, None, accumulate_dx=accumulate_dx, offset=offset)
     column_sums([dweight], part, accumulate)

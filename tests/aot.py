@@ -141,7 +141,12 @@ def embedding_cases(C: int, dtype: str) -> list[Case]:
     return [
         *(
             (e._forward_kernel, forward, {"GIVEN": given, "PLACED": placed, "SCALE": scale, "COLS": cols}, warps)
-            for given, placed, scale in ((False, True, 1.0), (True, True, 1.0), (False, False, 1.0), (True, False, 33.9))
+            for given, placed, scale in (
+                (False, True, 1.0),
+                (True, True, 1.0),
+                (False, False, 1.0),
+                (True, False, 33.9),
+            )
         ),
         (e._positions_kernel, {"dwpe": dtype, "dout": dtype, **sizes}, position, e.POSITION_COLS // 256),
         (e._digit_counts_kernel, {"table": "*i32", "keys": "*i32", "n": "i32"}, sort, e.SORT_WARPS),

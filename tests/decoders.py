@@ -17,6 +17,12 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e3, "factor": 8.0, "low_freq_fac
           "original_max_position_embeddings": 32}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+GEMMA3 = {"sliding_window": 5, "head_dim": 24, "query_pre_attn_scalar": 24, "pad_token_id": None,
+          "num_hidden_layers": 7, "rope_parameters": {"full_attention": {**LINEAR, "rope_theta": 5e3},
+                                                      "sliding_attention": {"rope_type": "default"}}}  # fmt: skip
+OWN = {"layer_types": ["sliding_attention", "full_attention"] * 2, "attention_bias": True, "query_pre_attn_scalar": 20,
+       "num_hidden_layers": 4, "rope_parameters": {"full_attention": YARN, "sliding_attention": {
+           "rope_type": "default", "rope_theta": 1e2}}}  # fmt: skip
 NO_IDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 # Name -> transformers' configuration, its keys beside SIZES.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,6 +34,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "smollm3": ("SmolLM3", NO_IDS),
+    "gemma-3": ("Gemma3Text", GEMMA3),
+    "gemma-3-own": ("Gemma3Text", GEMMA3 | OWN),
 }
 SIZES = {"vocab_size": V, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": MAX_T}  # fmt: skip

@@ -2,8 +2,9 @@
 
 Written from the published formulas: RMSNorm (Zhang, Sennrich 2019), rotary positions (Su et al. 2021) and their
 scalings as Hugging Face's config.json describes them, grouped-query attention (Ainslie et al. 2023), SwiGLU and GeGLU
-(Shazeer 2020), and the norms, windows and two bases of angles of Gemma 3 (2025, section 2). It imports nothing from daybreak, so that a mistake there cannot hide here, and prefers the formula to speed:
-keys are repeated for their heads, attention is spelled out with a mask, and nothing is fused.
+(Shazeer 2020), and what Gemma 3 adds (2025, section 2). It imports nothing from daybreak, so that a mistake there
+cannot hide here, and prefers the formula to speed: keys are repeated for their heads, attention is spelled out with a
+mask, and nothing is fused.
 
 Letters: L layers, C channels, NH heads of queries, NKV of keys and values, HS head size, F width of the MLP, V
 vocabulary, Vp padded vocabulary, B rows, T positions. Weights of linear maps are (out, in).
@@ -202,7 +203,9 @@ def random_values(shape: Decoder, seed: int = 0) -> dict[str, Tensor]:
     for name, size in shape.parameters().items():
         draw: Any = torch.randn(size, generator=g, dtype=torch.float64)
         norm = name.endswith(("ln1w", "ln2w", "lnfw", "normw", "pw"))
-        values[name] = (draw * 0.3 + (not shape.norm_plus_one) if norm else 0.2 * draw).to(torch.bfloat16).to(torch.float64)
+        values[name] = (
+            (draw * 0.3 + (not shape.norm_plus_one) if norm else 0.2 * draw).to(torch.bfloat16).to(torch.float64)
+        )
     for name in ("wte", "headw"):
         if name in values:
             values[name][shape.V :] = 0

@@ -152,6 +152,20 @@ RULES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("smollm3", {"no_rope_layer_interval": 2}, {"layers": "fn"}),
     ("smollm3", {"no_rope_layers": [1, 0, 1, 1], "use_sliding_window": True, "sliding_window": 8,
                  "layer_types": ["sliding_attention", "full_attention"] * 2}, {"layers": "wnwf", "window": 8}),
+    ("gemma3_text", {}, {"layers": "w", "window": 4096, "theta": 1e6, "window_theta": 1e4, "HS": 256, "tied": True,
+                         "query_scalar": 0, "post_norms": True, "norm_plus_one": True, "embed_scale": True,
+                         "qk_norm": True, "act": "gelu", "qkv_bias": False}),
+    ("gemma3_text", {"num_hidden_layers": 8, "sliding_window": 16, "head_dim": 16}, {
+        "layers": "wwwwwf", "window": 16, "query_scalar": 256}),
+    ("gemma3_text", {"sliding_window_pattern": 2, "rope_local_base_freq": 5000.0, "rope_theta": 2e6},
+     {"layers": "wf", "theta": 2e6, "window_theta": 5e3}),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "attention_bias": True},
+     {"rope": "linear", "rope_factor": 8.0, "window_theta": 1e4, "qkv_bias": True, "attproj_bias": True}),
+    ("gemma3_text", {"layer_types": ["full_attention"] * 4, "sliding_window": None},
+     {"layers": "f", "window": 0, "window_theta": 0}),
+    ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0},
+                                         "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}},
+     {"rope": "linear", "rope_factor": 2.0, "theta": 1e6, "window_theta": 50.0}),
 ]  # fmt: skip
 
 
@@ -167,8 +181,15 @@ def test_absent_keys_and_nulls(model_type: str, keys: dict[str, Any], want: dict
     head = getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
     assert (theirs.num_key_value_heads, head) == (shape.NKV, shape.HS)
     assert (shape.tied, shape.eps) == (theirs.tie_word_embeddings, theirs.rms_norm_eps)
-    assert shape.theta == theirs.rope_parameters["rope_theta"]
-    kinds = [shape.kind(l) for l in range(4)]
+    if model_type == "gemma3_text":
+        far, near = (theirs.rope_parameters[f"{kind}_attention"] for kind in ("full", "sliding"))
+        assert (shape.rope, shape.rope_factor) == (far["rope_type"], far.get("factor", 1.0))
+        assert (shape.theta, near["rope_type"]) == (far["rope_theta"], "default")
+        assert shape.window_theta == (near["rope_theta"] if shape.window else 0)
+        assert (shape.query_scalar or shape.HS) == theirs.query_pre_attn_scalar
+    else:
+        assert shape.theta == theirs.rope_parameters["rope_theta"]
+    kinds = [shape.kind(l) for l in range(shape.L)]
     if kinds_said := getattr(theirs, "layer_types", None):
         assert kinds_said == ["sliding_attention" if kind == "w" else "full_attention" for kind in kinds]
         assert not shape.window or shape.window == theirs.sliding_window
@@ -177,14 +198,15 @@ def test_absent_keys_and_nulls(model_type: str, keys: dict[str, Any], want: dict
     assert family_of(shape, "x").shape(Path("c"), family_of(shape, "x").config(shape)) == shape
 
 
-DEFAULTS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}
+DEFAULTS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3",
+            "gemma3_text": "Gemma3Text"}  # fmt: skip
 
 
 @pytest.mark.parametrize("model_type", DEFAULTS)
 def test_a_config_with_nothing_but_its_model_type(model_type: str) -> None:
     theirs = getattr(transformers, f"{DEFAULTS[model_type]}Config")().to_dict()
     said = FAMILIES[model_type].config(FAMILIES[model_type].shape(Path("c"), {"model_type": model_type}))
-    # Some name no head_dim, transformers drops rope_theta, and no layer of these has a window.
+    # Some name no head_dim, transformers drops rope_theta, and only Gemma's layers have a window.
     known = {key: theirs[key] for key in said if key in theirs and key not in ("architectures", "max_window_layers")}
     assert {key: said[key] for key in known} == known | {"pad_token_id": None}
     assert len(known) >= 15
@@ -192,7 +214,7 @@ def test_a_config_with_nothing_but_its_model_type(model_type: str) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen3_moe", "num_experts": 8}, "'qwen3_moe' is not supported; daybreak computes 'gpt2', 'llama', "
-     "'mistral', 'qwen2', 'qwen3', 'smollm3', and this one mixes experts."),
+     "'mistral', 'qwen2', 'qwen3', 'smollm3', 'gemma3_text', and this one mixes experts."),
     ({"model_type": "gemma3", "text_config": {}}, "and this one also has parts that read images or sound."),
     ({"model_type": "qwen3_next", "layer_types": ["linear_attention"]}, "layers of kind 'linear_attention'."),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic' is not supported; daybreak"),
@@ -212,6 +234,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes' must be true or false"),
     ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "must name the kind of each of 4 layers"),
     ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, "with use_sliding_window and sliding_window"),
+    ({"model_type": "gemma3_text", "rope_parameters": LINEAR}, "must have an object for full_attention and one for"),
+    ({"model_type": "gemma3_text", "rope_scaling": 8}, "and rope_scaling be one"),
+    ({"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": LINEAR}},
+     "sliding_attention has angles of type linear; daybreak computes default."),
+    ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
+    ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
+    ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attention = True is not supported; daybreak"),
+    ({"model_type": "gemma3_text", "hidden_activation": "gelu"}, "computes 'gelu_pytorch_tanh'."),
+    ({"model_type": "gemma3_text", "sliding_window": None}, "layer_types = ['sliding_attention', 'sliding_attention'"),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, "must have a 0 or 1 for each layer of 4"),
     ({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 8}, "a window and without positions"),
     ({"intermediate_size": 120}, "'model.layers.0.mlp.gate_proj.weight' has shape (128, 64), its config.json says"),
@@ -244,10 +275,13 @@ def test_any_value_of_any_key_is_read_or_refused_in_one_sentence(tmp_path: Path)
     """Keys that one model type has and others have not are in all of them here."""
     config = FAMILIES["qwen2"].config(LlamaConfig(L=4, C=64, NH=4, NKV=2, HS=16, F=64, V=257, max_T=64))
     config |= {"no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4, "use_sliding_window": True,
-               "sliding_window": 8}  # fmt: skip
+               "sliding_window": 8, "sliding_window_pattern": 6, "query_pre_attn_scalar": 16,
+               "rope_local_base_freq": 1e4}  # fmt: skip
     seen = 0
     for model_type in DEFAULTS:
         for rope in (LLAMA3, YARN, OLD[-1][1]):
+            if model_type == "gemma3_text":
+                rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
             whole = config | {"model_type": model_type, "rope_parameters": rope, "rope_scaling": None}
             for _, value, changed in mutations(whole):
                 if value is not TWICE and value != DEEP:

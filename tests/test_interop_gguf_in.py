@@ -49,12 +49,15 @@ def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {k: f.contents() for k, f in reader.fields.items()}, {t.name: t for t in reader.tensors}
 
 
-# What transformers' reader knows: it ignores rope_freqs and yarn, and takes 128 for the heads of Qwen 3.
+# What transformers' reader knows: it ignores rope_freqs and yarn, and takes 128 for the heads of Qwen 3, and 256 for
+# Gemma's scores.
 READ = {
     "llama": {},
     "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}},
     "qwen3": {"head_dim": 128},
-}
+    "gemma-3": {"head_dim": 256, "query_pre_attn_scalar": 256, "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 5e3}, "sliding_attention": {"rope_type": "default"}}},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", READ)
@@ -70,7 +73,7 @@ def test_transformers_reads_it_with_equal_logits(case: str, tmp_path: Path, monk
         assert torch.equal(read(tokens_of()).logits, model(tokens_of()).logits)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("mistral", "qwen2-window")])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("mistral", "qwen2-window", "gemma-3-own")])
 def test_out_and_in_again(case: str, tmp_path: Path) -> None:
     """The same shape and the same bytes, in the same precision as the file's."""
     their_decoder(case, tmp_path / "theirs")
@@ -80,6 +83,12 @@ def test_out_and_in_again(case: str, tmp_path: Path) -> None:
     if case == "llama3":  # not of the length that all published ones have, so each angle has its own divisor
         assert "rope=longrope rope_original=64 rope_attention=1.0 rope_factors=1.0," in source.model.text()
         assert all(torch.equal(source.read(n), open_source(tmp_path / "theirs").read(n)) for n in source.names())
+    elif case == "gemma-3":  # 1 + w is rounded
+        assert source.model == Run(first).config.model
+        for name in source.names():
+            torch.testing.assert_close(
+                source.read(name), open_source(tmp_path / "theirs").read(name), rtol=0, atol=1.3e-7
+            )
     else:
         assert source.model == Run(first).config.model
         assert weights(ran(tmp_path, "m.gguf", "again")) == weights(first)
@@ -311,6 +320,11 @@ def test_a_damaged_file_and_another_tokenizer(tmp_path: Path) -> None:
     ("qwen2", {"rope_parameters": LLAMA3}, 'qwen2 has no such rotary positions (model.rope = "llama3")'),
     ("smollm2", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, 'no such rotary positions (model.rope = "yarn")'),
     ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "no other layers without positions than every fourth"),
+    ("gemma-3", {"layer_types": ["sliding_attention"] * 7}, "gemma3 has no windows but in all layers except"),
+    ("gemma-3", {"rope_parameters": {"sliding_attention": {"rope_theta": 1e5}}}, "except every sixth"),
+    ("gemma-3", {"query_pre_attn_scalar": 20}, "gemma3 has no such scores (model.query_scalar = 20)"),
+    ("gemma-3-own", {"layer_types": ["sliding_attention"] * 4, "query_pre_attn_scalar": 24, "rope_parameters": {}},
+     "gemma3 has no such biases"),
 ], ids=str)  # fmt: skip
 def test_what_llama_cpp_computes_in_another_way(case: str, keys: dict[str, Any], reason: str, tmp_path: Path) -> None:
     their_decoder(case, tmp_path / "theirs")

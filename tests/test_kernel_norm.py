@@ -212,7 +212,11 @@ def test_rmsnorm_added_to_the_stream(backend, dtype, shape, offset):
     """The sum is rounded once, not the norm before it."""
     skip_unless_served("rmsnorm_forward", backend, dtype)
     x, add = draw(*shape, dtype=dtype) + 1, draw(*shape, dtype=dtype, seed=1, scale=8.0)
-    w, out, rstd = draw(shape[1], dtype=dtype, seed=2), poison(*shape, dtype=dtype), poison(shape[0], dtype=acc_dtype(dtype))
+    w, out, rstd = (
+        draw(shape[1], dtype=dtype, seed=2),
+        poison(*shape, dtype=dtype),
+        poison(shape[0], dtype=acc_dtype(dtype)),
+    )
     run("rmsnorm_forward", out, rstd, x, w, backend=backend, eps=1e-3, offset=offset, add=add)
     normed = rms_norm(f64(x), f64(w) + offset, 1e-3)
     close(out, normed + f64(add), terms=torch.cat([normed, f64(add)]))
@@ -225,13 +229,14 @@ def test_rmsnorm_has_the_bits_of_transformers():
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     x, stream = (draw(300, 576, dtype=torch.float32, seed=i) for i in (0, 2))
-    for norm, how in ((LlamaRMSNorm(576, eps=1e-5), {}), (Gemma3RMSNorm(576, eps=1e-5), {"offset": 1.0})):
-        norm.weight.data = draw(576, dtype=torch.float32, seed=1)
+    kinds = [(LlamaRMSNorm, {}), (Gemma3RMSNorm, {"offset": 1.0})]
+    for theirs, how in [(kind(576, eps=1e-5).to(DEVICE), how) for kind, how in kinds]:
+        theirs.weight.data = draw(576, dtype=torch.float32, seed=1)
         out, rstd = poison(300, 576, dtype=torch.float32), poison(300, dtype=torch.float32)
-        run("rmsnorm_forward", out, rstd, x, norm.weight.data, eps=1e-5, **how)
-        assert torch.equal(out, norm(x).detach())
-    run("rmsnorm_forward", out, rstd, x, norm.weight.data, eps=1e-5, offset=1.0, add=stream)
-    assert torch.equal(out, stream + norm(x).detach())
+        run("rmsnorm_forward", out, rstd, x, theirs.weight.data, eps=1e-5, **how)
+        assert torch.equal(out, theirs(x).detach())
+    run("rmsnorm_forward", out, rstd, x, theirs.weight.data, eps=1e-5, offset=1.0, add=stream)
+    assert torch.equal(out, stream + theirs(x).detach())
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,8 +53,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Decoder]] = {
     "gemma3": ("gemma3_text", {"sliding_window": 5, "layer_types": GEMMA, "query_pre_attn_scalar": 16}, Decoder(
         L=3, HS=24, layers="wwf", window=5, query_scalar=16, theta=5e3, window_theta=100.0, **GEMMA3)),
     "gemma3 with linear angles, biases and all norms": (
-        "gemma3_text", {"sliding_window": 7, "layer_types": GEMMA[1:], "query_pre_attn_scalar": 40, "rope_type": "linear",
-                        "factor": 8.0, "attention_bias": True},
+        "gemma3_text", {"sliding_window": 7, "layer_types": GEMMA[1:], "query_pre_attn_scalar": 40,
+                        "attention_bias": True, "rope_type": "linear", "factor": 8.0},
         Decoder(NKV=1, layers="wf", window=7, query_scalar=40, theta=1e6, window_theta=1e4, qkv_bias=True,
                 attproj_bias=True, rope="linear", rope_factor=8.0, **GEMMA3)),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}, Decoder(L=4, HS=8, layers="ffnf", theta=5e6)),
@@ -185,10 +186,16 @@ def oracle_of(s: Decoder, values: dict[str, Tensor]) -> Model:
     return oracle
 
 
-@pytest.mark.parametrize("case", CASES)
+# Flags together that no published model has.
+OWN = {"post-norms and all biases": Decoder(
+    L=3, tied=False, qkv_bias=True, attproj_bias=True, mlp_bias=True, layers="nwf", window=5, window_theta=50.0,
+    post_norms=True, embed_scale=True)}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*CASES, *OWN])
 def test_every_gradient_is_the_oracles(case: str) -> None:
     """At each level of recompute, which changes memory and not one bit."""
-    s = CASES[case][2]
+    s = OWN[case] if case in OWN else CASES[case][2]
     values, (tokens, targets) = random_values(s), batch(s)
     loss, grads = oracle_of(s, values).gradients(tokens, targets)
     found, sizes = [], []
@@ -303,8 +310,10 @@ def test_angles_are_those_of_transformers(scaling: str, theta: float) -> None:
     assert ((freq - exact).abs() <= 1.5e-6 * exact).all()
 
 
-def test_initial_weights() -> None:
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_initial_weights(plus_one: bool) -> None:
     s = LlamaConfig(L=8, C=64, NH=4, NKV=2, HS=16, F=96, V=200, tied=False, qkv_bias=True, qk_norm=True)
+    s = replace(s, post_norms=plus_one, norm_plus_one=plus_one)
     engine = Engine(EngineSpec(s, B=1, T=8), seed=3)
     wanted = {"attprojw": 0.02 / 4, "fcprojw": 0.02 / 4}
     for name in engine.names():
@@ -312,7 +321,7 @@ def test_initial_weights() -> None:
         if leaf.endswith("b"):
             assert not x.any()
         elif x.dim() == 1:
-            assert (x == 1).all()
+            assert (x == (0 if plus_one else 1)).all()
         else:
             drawn = x[:200] if leaf in ("wte", "headw") else x
             assert drawn.std().item() == pytest.approx(wanted.get(leaf, 0.02), rel=0.06), name
@@ -325,7 +334,7 @@ PARAMETERS = {
     "smollm2-135m": 134.5, "smollm2-360m": 361.8, "smollm2-1.7b": 1711.4, "smollm3-3b": 3075.1, "llama2-7b": 6738.4,
     "llama3-8b": 8030.3, "llama3.1-8b": 8030.3, "llama3.2-1b": 1235.8, "llama3.2-3b": 3212.7, "qwen2.5-0.5b": 494.0,
     "qwen2.5-1.5b": 1543.7, "qwen2.5-7b": 7615.6, "qwen3-0.6b": 596.0, "qwen3-1.7b": 1720.6, "qwen3-4b": 4022.5,
-    "qwen3-8b": 8190.7, "mistral-7b": 7241.7,
+    "qwen3-8b": 8190.7, "mistral-7b": 7241.7, "gemma3-270m": 268.1, "gemma3-1b": 999.9,
 }  # fmt: skip
 
 

@@ -103,9 +103,11 @@ def test_llama_cpp_continues_as_we_do(tmp_path: Path, dtype: str, tokenizer: str
         assert llama.greedy(prompt, 100) == greedy(tmp_path / "run", prompt, 100)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("mistral", "qwen2-window")])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("mistral", "qwen2-window", "gemma-3-own")])
 def test_llama_cpp_computes_the_decoder_family(tmp_path: Path, case: str) -> None:
-    """Llama with each scaling of its angles, Qwen 2 and 3, SmolLM3: the order of rows, the keys, the biases."""
+    """Llama with each scaling of its angles, Qwen 2 and 3, SmolLM3, Gemma 3: the order of rows, keys and biases.
+
+    For GELU llama.cpp has a table in fp16, so that it may differ where two tokens are almost equally likely."""
     their_decoder(case, tmp_path / "theirs", "gpt2-1024")
     inside(tmp_path, "import", "theirs", "--name", "run", "--run.device", "cpu")
     inside(tmp_path, "export", "runs/run", "--to", "gguf", "m.gguf")

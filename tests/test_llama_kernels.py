@@ -15,6 +15,23 @@ from daybreak.shapes import LlamaConfig
 T = 12
 SHAPES = {
     "shared keys, a window": Decoder(L=1, C=24, NH=4, NKV=2, HS=8, F=40, layers="w", window=5, qkv_bias=True),
+    "all of Gemma": Decoder(
+        L=2,
+        C=24,
+        NH=4,
+        NKV=1,
+        HS=8,
+        F=40,
+        qk_norm=True,
+        layers="wf",
+        window=5,
+        window_theta=100.0,
+        act="gelu",
+        query_scalar=12,
+        post_norms=True,
+        norm_plus_one=True,
+        embed_scale=True,
+    ),
     "norms of heads, a head of its own": Decoder(L=1, C=24, NH=6, NKV=2, HS=8, F=40, qk_norm=True, tied=False),
 }
 

@@ -70,6 +70,8 @@ DECODERS = {
     "qwen3-4b": (36, 2560, 32, 8, 128, 9728, 151936, 40960, 1e6, 1e-6),
     "qwen3-8b": (36, 4096, 32, 8, 128, 12288, 151936, 40960, 1e6, 1e-6),
     "mistral-7b": (32, 4096, 32, 8, 128, 14336, 32000, 32768, 1e4, 1e-5),
+    "gemma3-270m": (18, 640, 4, 1, 256, 2048, 262144, 32768, 1e6, 1e-6),
+    "gemma3-1b": (26, 1152, 4, 1, 256, 6912, 262144, 32768, 1e6, 1e-6),
 }
 
 
@@ -90,6 +92,10 @@ def test_decoders(name: str) -> None:
                        "1, and other kinds have none."),
     ({"window": 8}, 'model.window = 8 does not fit model.layers = "f"; layers of kind w need a window of at least 1, '
                     "and other kinds have none."),
+    ({"window_theta": 1e4}, "model.window_theta = 10000.0 must be 0, or above 1 with layers of kind w."),
+    ({"window_theta": 1.0, "layers": "w", "window": 8}, "model.window_theta = 1.0 must be 0, or above 1 with layers of "
+                                                        "kind w."),
+    ({"act": "relu"}, 'model.act = "relu" must be silu or gelu; the default is "silu".'),
     ({"rope_factor": 8.0}, 'model.rope_factor = 8.0 needs another model.rope than "default".'),
     ({"rope_high": 1.0}, "model.rope_high = 1.0 must be greater than model.rope_low = 1.0."),
     ({"rope": "dynamic"}, 'model.rope = "dynamic" must be default or linear or llama3 or yarn or longrope; the default '

@@ -24,7 +24,8 @@ LONGEST_FUNCTION = 100
 # stand beside the new; the number falls below 12,720 when they are gone. Whoever adds must take away.
 # The decoder family (shapes, model, rotary angles, recipes' shapes) takes 350; its kernels (RMSNorm, rotary positions,
 # SwiGLU, shared keys, windows) take 450. Its tables for Hugging Face's folders and GGUF, and reading GGUF, take 350.
-MOST_CODE = 15_400
+# Gemma 3 takes 155: its table 65, options of kernels 55, flags of the shape and the model 35.
+MOST_CODE = 15_520
 
 
 def room(path: Path) -> str:

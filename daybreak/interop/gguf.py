@@ -53,6 +53,7 @@ def export(source: Export, out: Path, dtype: str = "f32") -> None:
         parts = _parts(gguf, family, c)
         for name, shape in source.shapes.items():
             x = source.read(name)
+            x = x + plus if (plus := family.gguf_plus(name)) else x
             of = kind if len(shape) == 2 and name not in family.gguf_plain else plain
             for part, usual in parts[name]:
                 data = gguf.quants.quantize(x[part.rows].numpy(), of)
@@ -115,11 +116,12 @@ def open_file(path: Path, tokenizer: str = "") -> Source:
     cfg = checked_shape(path, family.shape(path, {**family.from_gguf(path, own, small), "vocab_size": V}))
     spare = {*family.gguf_copies, "rope_freqs.weight"}
     read = reader(path, cfg, _parts(gguf, family, cfg), found, raw, spare, "metadata")
+    values = lambda name: read(name) - plus if (plus := family.gguf_plus(name)) else read(name)  # noqa: E731
     if tokenizer:
-        return Source(path, cfg, default_tokenizer(cfg, tokenizer, path), read)
+        return Source(path, cfg, default_tokenizer(cfg, tokenizer, path), values)
     ids = [keys[f"tokenizer.ggml.{end}"] for end in ENDS if f"tokenizer.ggml.{end}" in keys]
     vocabulary = tokenizer_of(read_vocabulary(path, keys, gguf.TokenType), str(path)).ending(ids)
     kept = {"generation_config.json": json.dumps({"eos_token_id": list(vocabulary.ends)})}
     if template := keys.get("tokenizer.chat_template"):
         kept["chat_template.jinja"] = template
-    return Source(path, cfg, vocabulary, read, kept=kept)
+    return Source(path, cfg, vocabulary, values, kept=kept)

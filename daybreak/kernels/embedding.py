@@ -16,16 +16,12 @@ from daybreak.kernels import Scratch, Temps, acc_dtype, op
 def embedding_forward(out: Tensor, tokens: Tensor, wte: Tensor, wpe: Tensor | None, *, scale: float = 1.0) -> None:
     """out (B*T, C) = scale * wte[tokens] + wpe[:T], if there is a wpe, for tokens (B, T) int64."""
     B, T = tokens.shape
-    torch.index_select(wte, 0, tokens.view(-1), out=out)
-    if scale != 1:
-        out.mul_(scale)
+    torch.index_select(wte, 0, tokens.view(-1), out=out).mul_(scale)
     if wpe is not None:
         out.view(B, T, -1).add_(wpe[:T])
 
 
-def decode_temps(
-    out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor | None, **_: object
-) -> Temps:
+def decode_temps(out: Tensor, tokens: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor | None, **_: object) -> Temps:
     return [(tuple(out.shape), out.dtype)] if wpe is not None else []
 
 
@@ -35,9 +31,7 @@ def embedding_decode(
     *, scale: float = 1.0, scratch: Scratch,
 ) -> None:  # fmt: skip
     """out (b, C) = scale * wte[tokens] + wpe[positions] for tokens, positions (b) int64: a token of each of b texts."""
-    torch.index_select(wte, 0, tokens, out=out)
-    if scale != 1:
-        out.mul_(scale)
+    torch.index_select(wte, 0, tokens, out=out).mul_(scale)
     if wpe is not None:
         (position,) = scratch(decode_temps(out, tokens, positions, wte, wpe))
         torch.index_select(wpe, 0, positions, out=position)

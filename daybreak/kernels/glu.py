@@ -28,12 +28,9 @@ def swiglu_forward(out: Tensor, gateup: Tensor, *, gelu: bool = False, scratch: 
         out[rows].copy_(a.mul_(b.copy_(gateup[rows, F:])))
 
 
-def _act(x: Tensor, gelu: bool) -> None:
+def _act(x: Tensor, gelu: bool) -> object:
     """silu or gelu, in place."""
-    if gelu:
-        torch.ops.aten.gelu_(x, approximate="tanh")
-    else:
-        torch.ops.aten.silu_(x)
+    return torch.ops.aten.gelu_(x, approximate="tanh") if gelu else torch.ops.aten.silu_(x)
 
 
 def backward_temps(d_gateup: Tensor, rewrite: Tensor | None, d_out: Tensor, *_: object, **__: object) -> Temps:

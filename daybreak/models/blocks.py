@@ -49,27 +49,19 @@ def rmsnorm(b: Frame, name: str, x: Tensor, out: Out, **how: Any) -> Out:
 
 
 def rmsnorm_backward(
-    b: Frame, name: str, d: Tensor, d_out: Tensor, x: Tensor, *, starts: bool = False, **offset: float
-) -> Matrix:
+    b: Frame, name: str, d: Tensor, d_out: Tensor, x: Tensor,
+    *, starts: bool = False, kept: bool = True, offset: float = 0.0,
+) -> Matrix:  # fmt: skip
     """Add the gradient of RMSNorm's input x to d; `starts` overwrites d instead, which may then be d_out.
 
-    Returns the norm's output."""
-    (out, rewrite), rstd = b.output(name, *x.shape), b.a(name + ".rstd", *x.shape[:-1], dtype=b.acc)
+    Returns the norm's output, or x of one that is not `kept`, because it went into the residual stream."""
+    out, rewrite = b.output(name, *x.shape) if kept else (x, None)
+    rstd = b.a(name + ".rstd", *x.shape[:-1], dtype=b.acc)
     b.k.rmsnorm_backward(
         d, b.g(name + "w"), rewrite, d_out, x, rstd, b.w(name + "w"),
-        accumulate_dx=not starts, accumulate=b.mode.accumulate, **offset,
+        accumulate_dx=not starts, accumulate=b.mode.accumulate, offset=offset,
     )  # fmt: skip
     return out
-
-
-def add_normed_backward(b: Frame, name: str, d: Tensor, x: Tensor, **offset: float) -> Tensor:
-    """The gradient of x, whose RMSNorm was added to the residual stream, from d, the stream's. Returns it."""
-    d_x, rstd = b.d(name, *x.shape), b.a(name + ".rstd", x.shape[0], dtype=b.acc)
-    b.k.rmsnorm_backward(
-        d_x, b.g(name + "w"), None, d, x, rstd, b.w(name + "w"),
-        accumulate_dx=False, accumulate=b.mode.accumulate, **offset,
-    )  # fmt: skip
-    return d_x
 
 
 def linear(

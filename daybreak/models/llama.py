@@ -41,6 +41,7 @@ REWRITTEN = {
     2: ("swiglu", "ln1", "ln2"),
 }  # by recompute level: outputs that backward kernels write again
 RECOMPUTE_BLOCK = 3
+POST = {"attproj": "ln1p", "fcproj": "ln2p"}  # the norms of what these linear layers give
 
 
 class Llama(Head):
@@ -54,8 +55,9 @@ class Llama(Head):
         self.head_weight = "wte" if cfg.tied else "headw"
         self.scale, self.W = 1.0 / math.sqrt(cfg.query_scalar or cfg.HS), (cfg.NH + 2 * cfg.NKV) * cfg.HS
         self.freq = {"freq": rotary(cfg)} | ({"window_freq": window_rotary(cfg)} if cfg.window_theta else {})
-        self.offset = {"offset": 1.0} if cfg.norm_plus_one else {}  # arguments of every norm,
-        self.norm = {"eps": cfg.eps, **self.offset}  # of its forward,
+        self.offset = 1.0 if cfg.norm_plus_one else 0.0  # arguments of every norm,
+        self.norm = {"eps": cfg.eps, "offset": self.offset}  # of its forward,
+        self.biased = {"attproj": cfg.attproj_bias, "fcproj": cfg.mlp_bias}
         self.act = {"gelu": True} if cfg.act == "gelu" else {}  # and of every gate
         if cfg.window or cfg.NKV < cfg.NH:
             self.asks = dict.fromkeys(("attention_forward", "attention_backward", "attention_decode"), ("window",))
@@ -68,7 +70,7 @@ class Llama(Head):
 
         Matrices start with standard deviation 0.02, as these models were published. Each of the 2 L projections onto
         the residual stream starts sqrt(2 L) times smaller: so what they add together is as large for any depth."""
-        c, C, one = self.cfg, self.cfg.C, 0.0 if self.cfg.norm_plus_one else 1.0
+        c, C, one = self.cfg, self.cfg.C, 1.0 - self.offset
         std, residual_std, heads = 0.02, 0.02 / math.sqrt(2 * c.L), (c.NH * c.HS, c.NKV * c.HS, c.NKV * c.HS)
         rows = [Row("wte", (c.Vp, C), True, std, drawn_rows=c.V)]
         for h in (f"h.{l}." for l in range(c.L)):
@@ -107,29 +109,32 @@ class Llama(Head):
         att = b.a("att", n, c.NH * c.HS)
         (out,) = self._heads(att, B, T)
         blocks.attention(b, out, q, k, v, self.scale, **self._sees(b))
-        joined = b.a("residual2", n, c.C)
-        residual2 = self._added(b, "attproj", "ln1p", b.matmul_copy("att", att), x, joined, bias=c.attproj_bias)
+        residual2 = self._added(b, "attproj", b.matmul_copy("att", att), x, b.a("residual2", n, c.C))
         ln2 = blocks.rmsnorm(b, "ln2", residual2, b.matmul_a("ln2", n, c.C), **self.norm)
         gateup = blocks.linear(b, "gateup", ln2, b.a("gateup", n, 2 * c.F), bias=c.mlp_bias)
         return residual2, blocks.swiglu(b, gateup, b.matmul_a("swiglu", n, c.F), **self.act)
 
-    def _added(self, b: Frame, name: str, post: str, x: Matrix, stream: Tensor, out: Tensor, *, bias: bool) -> Tensor:
-        """out = stream + linear layer `name` of x, or the norm `post` of that. Returns out."""
+    def _added(self, b: Frame, name: str, x: Matrix, stream: Tensor, out: Tensor) -> Tensor:
+        """out = stream + linear layer `name` of x, or with post-norms the norm of that. Returns out."""
         if not self.cfg.post_norms:
-            return blocks.linear(b, name, x, out, add=stream, bias=bias)
-        made = blocks.linear(b, name, x, b.a(name, *out.shape), bias=bias)
-        return blocks.rmsnorm(b, post, made, out, add=stream, **self.norm)
+            return blocks.linear(b, name, x, out, add=stream, bias=self.biased[name])
+        made = blocks.linear(b, name, x, b.a(name, *out.shape), bias=self.biased[name])
+        return blocks.rmsnorm(b, POST[name], made, out, add=stream, **self.norm)
 
-    def _last(self, b: Frame, residual2: Tensor, swiglu: Matrix, out: Tensor) -> Tensor:
-        """The rest of a block: out = residual3, from what `block` gives. Returns out."""
-        return self._added(b, "fcproj", "ln2p", swiglu, residual2, out, bias=self.cfg.mlp_bias)
+    def _added_backward(self, b: Frame, name: str, d: Tensor) -> Tensor:
+        """The gradient of linear layer `name`'s output, from d, that of the stream to which it was added."""
+        if not self.cfg.post_norms:
+            return d
+        d_made, made = b.d(name, *d.shape), b.a(name, *d.shape)
+        blocks.rmsnorm_backward(b, POST[name], d_made, d, made, starts=True, kept=False, offset=self.offset)
+        return d_made
 
     def block_backward(self, b: Frame, d: Tensor, x: Tensor, B: int, T: int) -> None:
         """d (n, C) is the gradient of the block's output, and becomes that of its input x. Makes every gradient of the
         block."""
         c, n = self.cfg, B * T
         residual2, gateup = b.a("residual2", n, c.C), b.a("gateup", n, 2 * c.F)
-        d_made = self._added_backward(b, "fcproj", "ln2p", d)
+        d_made = self._added_backward(b, "fcproj", d)
         d_out = b.matmul_copy("d_residual3", d_made, plain=True)
         d_swiglu = blocks.input_grad(b, "fcproj", b.d("swiglu", n, c.F), d_out)
         swiglu = blocks.swiglu_backward(b, gateup, d_swiglu, **self.act)
@@ -139,11 +144,11 @@ class Llama(Head):
             blocks.bias_grad(b, "gateup", gateup)
         d_gateup = b.matmul_copy("d_gateup", gateup, plain=True)
         d_ln2 = blocks.input_grad(b, "gateup", b.d("ln2", n, c.C), d_gateup)
-        ln2 = blocks.rmsnorm_backward(b, "ln2", d, d_ln2, residual2, **self.offset)
+        ln2 = blocks.rmsnorm_backward(b, "ln2", d, d_ln2, residual2, offset=self.offset)
         blocks.weight_grad(b, "gateup", d_gateup, ln2, late=not b.index)
 
         qkv, att, d_qkv = b.a("qkv", n, self.W), b.a("att", n, c.NH * c.HS), b.d("qkv", n, self.W)
-        d_made = self._added_backward(b, "attproj", "ln1p", d)
+        d_made = self._added_backward(b, "attproj", d)
         d_mid = b.matmul_copy("d_residual2", d_made, plain=True)
         blocks.weight_grad(b, "attproj", d_mid, b.matmul_copy("att", att, made=True))
         if c.attproj_bias:
@@ -155,19 +160,13 @@ class Llama(Head):
         self._rope(b, *grads[:2], back=True)
         if c.qk_norm:
             for name, dx, heads in zip(("qnorm", "knorm"), grads, self._heads(qkv, B, T), strict=False):
-                blocks.rmsnorm_backward(b, name, _rows(dx), _rows(dx), _rows(heads), starts=True, **self.offset)
+                blocks.rmsnorm_backward(b, name, _rows(dx), _rows(dx), _rows(heads), starts=True, offset=self.offset)
         if c.qkv_bias:
             blocks.bias_grad(b, "qkv", d_qkv)
         d_sum = b.matmul_copy("d_qkv", d_qkv, plain=True)
         d_ln1 = blocks.input_grad(b, "qkv", b.d("ln1", n, c.C), d_sum)
-        ln1 = blocks.rmsnorm_backward(b, "ln1", d, d_ln1, x, **self.offset)
+        ln1 = blocks.rmsnorm_backward(b, "ln1", d, d_ln1, x, offset=self.offset)
         blocks.weight_grad(b, "qkv", d_sum, ln1, late=not b.index)
-
-    def _added_backward(self, b: Frame, name: str, post: str, d: Tensor) -> Tensor:
-        """The gradient of the output of linear layer `name`, from d, that of the stream to which it was added."""
-        if not self.cfg.post_norms:
-            return d
-        return blocks.add_normed_backward(b, post, d, b.a(name, *d.shape), **self.offset)
 
     # ---------------------------------------------------------------------------------------------- whole model
 
@@ -178,7 +177,7 @@ class Llama(Head):
             b = f.layer(f"h.{l}.", l, mode)
             residual2, swiglu = self.block(b, x, B, T)
             out = last if last is not None and l == c.L - 1 else b.a("residual3", *x.shape)
-            x = self._last(b, residual2, swiglu, out)
+            x = self._added(b, "fcproj", swiglu, residual2, out)
         return blocks.rmsnorm(f, "lnf", x, f.a("lnf", *x.shape), **self.norm)
 
     def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None) -> Tensor:
@@ -206,14 +205,14 @@ class Llama(Head):
         lowest = 0 if embeds else next((l for l in range(L) if f.trains(f"h.{l}.")), L)
         mode = Mode(True, not first, recomputed=again, rewritten=REWRITTEN.get(self.recompute, ()))
         d, x, top = f.a("d_residual", n, C), f.a(f"h.{L - 1}.residual3", n, C), f.layer("", 0, Mode(True, not first))
-        blocks.rmsnorm_backward(top, "lnf", d, f.a("d_lnf", n, C), x, starts=True, **self.offset)
+        blocks.rmsnorm_backward(top, "lnf", d, f.a("d_lnf", n, C), x, starts=True, offset=self.offset)
         for l in reversed(range(lowest, L)):
             b = f.layer(f"h.{l}.", l, mode)
             x = f.a(f"h.{l - 1}.residual3" if l else "embedded", n, C)
             if again:
                 residual2, swiglu = self.block(b, x, B, T)
                 if self.cfg.post_norms:
-                    self._last(b, residual2, swiglu, b.a("residual3", n, C))
+                    self._added(b, "fcproj", swiglu, residual2, b.a("residual3", n, C))
             self.block_backward(b, d, x, B, T)
             if l:
                 f.final()

@@ -43,10 +43,7 @@ class LlamaConfig(Shape):
     rope_high: float = key(0.0, "llama3: high_freq_factor, 0 = 4; yarn: beta_fast, 0 = 32", at_least(0))
     rope_attention: float = key(0.0, "yarn, longrope: factor of cosines and sines; 0 = by its formula", at_least(0))
     rope_factors: str = key("", "longrope: a divisor for each of the HS / 2 angles, with commas between")
-    window_theta: float = key(
-        0.0, "base of the angles in layers of kind w, which are then not scaled; 0 = as in the others",
-        Rule("must be 0, or greater than 1", lambda x: bool(x == 0 or x > 1)),
-    )  # fmt: skip
+    window_theta: float = key(0.0, "theta of layers of kind w, whose angles are not scaled; 0 = as others", at_least(0))
     act: str = key("silu", "what the MLP's gate goes through; gelu in its tanh form", one_of("silu", "gelu"))
     query_scalar: int = key(0, "scores are divided by its root; 0 = HS", at_least(0))
     post_norms: bool = key(False, "outputs of attention and the MLP go through RMSNorm before they are added")
@@ -67,8 +64,8 @@ class LlamaConfig(Shape):
                 f'model.window = {self.window} does not fit model.layers = "{self.layers}"; '
                 "layers of kind w need a window of at least 1, and other kinds have none."
             )
-        if self.window_theta and not self.window:
-            raise ConfigError(f"model.window_theta = {self.window_theta} needs layers of kind w in model.layers.")
+        if self.window_theta and not (self.window and self.window_theta > 1):
+            raise ConfigError(f"model.window_theta = {self.window_theta} must be 0, or above 1 with layers of kind w.")
         if self.rope == "default" and self.rope_factor != 1:
             raise ConfigError(f'model.rope_factor = {self.rope_factor} needs another model.rope than "default".')
         if self.rope_high and self.rope_high <= self.rope_low:
@@ -100,7 +97,7 @@ def _llama(L: int, C: int, NH: int, NKV: int, HS: int, F: int, V: int, max_T: in
 _LLAMA3 = {"theta": 5e5, "rope": "llama3", "rope_original": 8192}
 _QWEN2 = {"theta": 1e6, "eps": 1e-6, "qkv_bias": True}
 _QWEN3 = {"theta": 1e6, "eps": 1e-6, "qk_norm": True}
-_GEMMA3 = {**_QWEN3, "layers": "wwwwwf", "window": 512, "window_theta": 1e4, "act": "gelu", "query_scalar": 256,
+_GEMMA3 = {**_QWEN3, "layers": "wwwwwf", "window": 512, "window_theta": 1e4, "act": "gelu",
            "post_norms": True, "norm_plus_one": True, "embed_scale": True}  # fmt: skip
 SHAPES = {
     "smollm2-135m": _llama(30, 576, 9, 3, 64, 1536, 49152, 8192, theta=1e5),

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen 2 and 3, SmolLM3 in other programs: names, kinds of layers, rotary positions.
+"""Llama, Mistral, Qwen 2 and 3, SmolLM3, Gemma 3 in other programs: names, kinds of layers, rotary positions.
 
 config.json has two spellings of rotary positions. Files of the Hub have rope_theta and rope_scaling at their top;
 transformers 5 writes rope_parameters. We read both and write both. GGUF stores divisors of the angles. The defaults
@@ -30,6 +30,7 @@ WINDOW, FULL = "sliding_attention", "full_attention"
 SCALED = ("llama3", "yarn", "longrope")  # they know the longest sequence before they were scaled
 BOUNDS = {"llama3": {"rope_low": "low_freq_factor", "rope_high": "high_freq_factor"},
           "yarn": {"rope_low": "beta_slow", "rope_high": "beta_fast"}}  # fmt: skip
+LAYERS_27B = 62  # of Gemma 3 27B, by which llama.cpp knows that scores are divided by the root of C / NH
 HIGH = {"llama3": 4.0, "yarn": 32.0}  # model.rope_high, where it is 0
 
 
@@ -58,12 +59,16 @@ class Decoder(Family):
             raise CheckpointError(f"{path}: {self.flags[odd]} = {short(values[odd])} must be true or false.")
         window = whole(path, c, "sliding_window") if "w" in kinds else 0
         values |= {"eps": number(path, c, "rms_norm_eps"), "layers": kinds, "window": window}
-        return _canonical(replace(sizes, **values, **_read_rope(path, c, sizes.max_T)))
+        return _canonical(replace(sizes, **values, **self.rope(path, c, sizes.max_T)))
 
     def config(self, shape: Any) -> dict[str, Any]:
         said = {key: getattr(shape, ours) for ours, key in self.flags.items() if isinstance(key, str)}
         said |= {"rms_norm_eps": shape.eps, **_said_rope(shape), **self.kinds_said(shape)}
         return {**super().config(shape), **said}
+
+    def rope(self, path: Path, c: Mapping[str, Any], max_T: int) -> dict[str, Any]:
+        """Our keys of rotary positions, and of what only this type has, from config.json's. CheckpointError."""
+        return _read_rope(path, c, max_T)
 
     def kinds(self, path: Path, c: Mapping[str, Any], L: int) -> str:
         """The letter of each of L layers (see LlamaConfig.layers), from config.json's keys. CheckpointError."""
@@ -138,8 +143,11 @@ def _canonical(shape: Any) -> Any:
     """The same model with one spelling of each key, for comparison."""
     kinds = [shape.kind(l) for l in range(shape.L)]
     least = next(n for n in range(1, shape.L + 1) if all(kind == kinds[l % n] for l, kind in enumerate(kinds)))
+    same = shape.rope == "default" and shape.window_theta == shape.theta
     return replace(
         shape, layers="".join(kinds[:least]), window=shape.window if "w" in kinds else 0,
+        window_theta=shape.window_theta if "w" in kinds and not same else 0.0,
+        query_scalar=shape.query_scalar if shape.query_scalar != shape.HS else 0,
         rope_original=(shape.rope_original or shape.max_T) if shape.rope in SCALED else 0,
         rope_high=shape.rope_high or HIGH.get(shape.rope, 0.0),
     )  # fmt: skip
@@ -274,6 +282,65 @@ class _SmolLM3(_Qwen):
         return super().unlike(c) or ("" if usual else "other layers without positions than every fourth")
 
 
+class _Gemma3(_Qwen):
+    """Windows by layer_types, without it in all layers but every sixth. They have angles of their own."""
+
+    def config(self, shape: Any) -> dict[str, Any]:
+        said, local = super().config(shape), shape.window_theta or shape.theta
+        near = {"rope_type": "default", "rope_theta": local}
+        said |= {"rope_parameters": {FULL: said["rope_parameters"], WINDOW: near}, "rope_local_base_freq": local}
+        return {**said, "query_pre_attn_scalar": shape.query_scalar or shape.HS}
+
+    def rope(self, path: Path, c: Mapping[str, Any], max_T: int) -> dict[str, Any]:
+        said, plain = c.get("rope_parameters") or {}, {**c, "rope_scaling": None}
+        each = said if isinstance(said, dict) else {"": said}
+        far, near, scaled = (x or {} for x in (each.get(FULL), each.get(WINDOW), c.get("rope_scaling")))
+        if set(each) - {FULL, WINDOW} or not all(isinstance(x, dict) for x in (far, near, scaled)):
+            rule = f"must have an object for {FULL} and one for {WINDOW}, and rope_scaling be one"
+            raise CheckpointError(f"{path}: rope_parameters = {short(said)} {rule}.")
+        made = _read_rope(path, {**plain, "rope_parameters": far | scaled}, max_T)
+        local = {**plain, "rope_theta": c["rope_local_base_freq"], "rope_parameters": near}
+        if (near := _read_rope(path, local, max_T))["rope"] != "default":
+            raise CheckpointError(f"{path}: {WINDOW} has angles of type {near['rope']}; daybreak computes default.")
+        scalar = whole(path, c, "query_pre_attn_scalar")
+        return {**made, "window_theta": near["theta"], "act": "gelu", "query_scalar": scalar}
+
+    def kinds(self, path: Path, c: Mapping[str, Any], L: int) -> str:
+        every, said = whole(path, c, "sliding_window_pattern"), c.get("layer_types")
+        usual = [WINDOW if (l + 1) % every else FULL for l in range(L)]
+        return super().kinds(path, {**c, "use_sliding_window": True, "layer_types": usual if said is None else said}, L)
+
+    def kinds_said(self, shape: LlamaConfig) -> dict[str, Any]:
+        said, full = super().kinds_said(shape), [l + 1 for l in range(shape.L) if shape.kind(l) != "w"]
+        old = {"sliding_window_pattern": full[0] if full else shape.L + 1}  # for transformers before layer_types
+        return {**old, "sliding_window": said["sliding_window"], "layer_types": said["layer_types"]}
+
+    def gguf_plus(self, name: str) -> float:
+        return 1.0 if "norm" in self.names[name.rpartition(".")[2]][0] else 0.0
+
+    def gguf_config(self, shape: Any) -> dict[str, Any]:
+        return super().gguf_config(shape) | ({"attention.sliding_window": shape.window} if shape.window else {})
+
+    def unlike(self, c: LlamaConfig) -> str:
+        if c.window and (c.window_theta != 1e4 or any((c.kind(l) == "w") != (l % 6 < 5) for l in range(c.L))):
+            return "windows but in all layers except every sixth, with model.window_theta = 10000"
+        if (c.query_scalar or c.HS) != (c.C // c.NH if c.L == LAYERS_27B else c.HS):
+            return f"such scores (model.query_scalar = {c.query_scalar})"
+        return super().unlike(replace(c, window=0))
+
+    def from_gguf(self, path: Path, keys: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        c, window = super().from_gguf(path, keys, tensors), keys.get("attention.sliding_window")
+        C, NH, HS = (whole(path, c, key) for key in ("hidden_size", "num_attention_heads", "head_dim"))
+        every = keys.get("attention.sliding_window_pattern", 6) if window else 1
+        c |= {
+            "rope_parameters": {FULL: c["rope_parameters"]},
+            "sliding_window": window,
+            "sliding_window_pattern": every,
+        }
+        c["rope_local_base_freq"] = plain(keys.get("rope.freq_base_swa", 1e4))
+        return {**c, "query_pre_attn_scalar": C // NH if c["num_hidden_layers"] == LAYERS_27B else HS}
+
+
 _NAMES = {
     "wte": ("model.embed_tokens.weight",), "lnfw": ("model.norm.weight",), "headw": ("lm_head.weight",),
     "ln1w": ("input_layernorm.weight",), "ln2w": ("post_attention_layernorm.weight",),
@@ -287,7 +354,7 @@ _NAMES = {
 _BIAS = {"tied": "tie_word_embeddings", "qkv_bias": "attention_bias", "attproj_bias": "attention_bias"}
 _DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0, "attention_bias": False,
              "mlp_bias": False, "use_sliding_window": False, "sliding_window": 4096,
-             "max_window_layers": 28}  # fmt: skip
+             "max_window_layers": 28, "sliding_window_pattern": 6}  # fmt: skip
 _SIZES = {
     "max_T": "max_position_embeddings", "V": "vocab_size", "C": "hidden_size", "F": "intermediate_size",
     "L": "num_hidden_layers", "NH": "num_attention_heads", "NKV": "num_key_value_heads", "HS": "head_dim",
@@ -322,4 +389,14 @@ TABLES = [
     _table(_SmolLM3, "SmolLM3", (32768, 128256, 2048, 11008, 36, 16, 4, None), {**_BIAS, "mlp_bias": "mlp_bias"},
            "smollm3", tie_word_embeddings=True, rope_theta=2e6, sliding_window=None, no_rope_layer_interval=4,
            max_window_layers=1 << 20),
+    replace(
+        _table(_Gemma3, "Gemma3", (131072, 262208, 2304, 9216, 26, 8, 4, 256),
+               _BIAS | dict.fromkeys(("qk_norm", "post_norms", "norm_plus_one", "embed_scale"), True), "gemma3",
+               tie_word_embeddings=True, rope_theta=1e6, rope_local_base_freq=1e4, query_pre_attn_scalar=256),
+        model_type="gemma3_text",
+        names=_NAMES | {"ln1pw": ("post_attention_layernorm.weight",), "ln2w": ("pre_feedforward_layernorm.weight",),
+                        "ln2pw": ("post_feedforward_layernorm.weight",)},
+        arithmetic={"hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (False, None),
+                    "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,)},
+    ),
 ]  # fmt: skip

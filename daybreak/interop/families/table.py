@@ -90,6 +90,10 @@ class Family:
         """As `parts`, with the rows as llama.cpp orders them. It transposes nothing."""
         return [replace(part, transposed=False) for part in self.parts(shape, name, rows)]
 
+    def gguf_plus(self, name: str) -> float:
+        """What GGUF adds to the values of one of our parameters."""
+        return 0.0
+
     def gguf_config(self, shape: Shape) -> dict[str, Any]:
         """What GGUF says of a shape, by names without the architecture. ConfigError if llama.cpp computes another."""
         config = self.config(shape)

@@ -65,11 +65,10 @@ def _forward_kernel(
     cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
     mask = cols < C
     x = tl.load(wte + tl.load(tokens + row) * C + cols, mask=mask, other=0.0, eviction_policy="evict_last")
-    if SCALE != 1.0:
-        x = x.to(tl.float32) * SCALE
+    x = x.to(tl.float32) * SCALE
     if PLACED:
         p = tl.load(wpe + place * C + cols, mask=mask, other=0.0, eviction_policy="evict_last")
-        x = x.to(tl.float32) + p.to(tl.float32)
+        x += p.to(tl.float32)
     tl.store(out + row.to(tl.int64) * C + cols, x.to(out.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 

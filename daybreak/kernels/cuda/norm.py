@@ -40,7 +40,7 @@ def _place(at, row, cols, stride, C, HEADS: tl.constexpr):
 @triton.jit
 def _layernorm_forward_kernel(
     out, mean, rstd, x, w, b, add, out_s, x_s, n, C, eps, RMS: tl.constexpr, HEADS: tl.constexpr,
-    OFFSET: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr = 0.0, ADD: tl.constexpr = False,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK)[None, :]
     mask = cols < C
@@ -188,9 +188,8 @@ def layernorm_forward(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Ten
     """out (n, C) = layernorm(x (n, C)) * w (C) + b (C); mean, rstd (n) in fp32 are kept for backward."""
     programs, rows, block, warps, _ = forward_launch(x)
     _layernorm_forward_kernel[(programs,)](
-        out, mean, rstd, x, w, b, x, 0, 0, *x.shape, EPS, RMS=False, HEADS=0, OFFSET=0.0, ADD=False, ROWS=rows,
-        BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+        out, mean, rstd, x, w, b, x, 0, 0, *x.shape, EPS, RMS=False, HEADS=0, ROWS=rows, BLOCK=block, num_warps=warps
+    )
 
 
 def backward_temps(

@@ -35,7 +35,7 @@ def _forward(backend: str, B: int, T: int, C: int, NH: int, NKV: int, window: in
         return launch("attention_forward", backend, out, lse, q, k, v, scale=HS**-0.5, **how)
 
     nbytes = 2 * B * T * (C + NKV * HS) * 2 + B * NH * T * 4
-    note = _note(NH, NKV, window)
+    note = _note(NH, NKV, window, HS)
     return Case("attention_forward", backend, nbytes, 4 * B * C * _work(T, window), make, EXEMPT, note)
 
 
@@ -51,12 +51,13 @@ def _backward(backend: str, B: int, T: int, C: int, NH: int, NKV: int, window: i
         return launch("attention_backward", backend, *grads, dout, *qkv, out, lse, scale=HS**-0.5, **how)
 
     nbytes = 4 * B * T * (C + NKV * HS) * 2 + B * NH * T * 4
-    note = _note(NH, NKV, window)
+    note = _note(NH, NKV, window, HS)
     return Case("attention_backward", backend, nbytes, 10 * B * C * _work(T, window), make, EXEMPT, note)
 
 
-def _note(NH: int, NKV: int, window: int) -> str:
-    return ", ".join([f"{NKV} heads of keys"] * (NKV < NH) + [f"window {window}"] * (window > 0))
+def _note(NH: int, NKV: int, window: int, HS: int) -> str:
+    wide = [f"heads of {HS}"] * (HS > 128)
+    return ", ".join(wide + [f"{NKV} heads of keys"] * (NKV < NH) + [f"window {window}"] * (window > 0))
 
 
 def _decode(T: int, C: int, NH: int) -> Case:
@@ -78,8 +79,8 @@ def _shared(NH: int) -> int:
 
 
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
-    """Both operations in each backend that this machine has, also with shared keys and a window, and the one row of a
-    text under way."""
+    """Both operations in each backend that this machine has, also with shared keys and a window, the heads of Gemma 3,
+    and the one row of a text under way."""
     missing = missing_backends(torch.cuda.get_device_capability()) if torch.cuda.is_available() else {}
     found = []
     for backend in ("triton", "cudnn", "fa4"):
@@ -88,4 +89,5 @@ def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
                 if backend != "fa4":  # its forward is cuDNN's
                     found.append(_forward(backend, B, T, C, NH, NKV, window))
                 found.append(_backward(backend, B, T, C, NH, NKV, window))
-    return [*found, _decode(T, C, NH)]
+    gemma = [make("triton", B, T, 1024, 4, 1, 512) for make in (_forward, _backward)]
+    return [*found, *gemma, _decode(T, C, NH)]

@@ -28,6 +28,25 @@ def _forward(B: int, T: int, C: int, Vp: int) -> Case:
     return Case("embedding_forward", "triton", (B * T + used + T) * C * 2 + B * T * 8, 0, make)
 
 
+def _scaled(B: int, T: int, C: int, Vp: int) -> list[Case]:
+    """As Gemma has it: without positions, times a number, forward and backward."""
+    used = zipf_tokens(B, T, Vp, 0).unique().numel() if torch.cuda.is_available() else B * T
+
+    def forward() -> Callable[[], None]:
+        tokens, wte, out = zipf_tokens(B, T, Vp, 0), rand(Vp, C), rand(B * T, C)
+        return launch("embedding_forward", "triton", out, tokens, wte, None, scale=C**0.5)
+
+    def backward() -> Callable[[], None]:
+        tokens, dwte, dout = zipf_tokens(B, T, Vp, 0), rand(Vp, C), rand(B * T, C)
+        return launch("embedding_backward", "triton", dwte, None, dout, tokens, accumulate=True, scale=C**0.5)
+
+    rows, ids = (B * T + used) * C * 2, B * T * 8
+    return [
+        Case("embedding_forward", "triton", rows + ids, 0, forward, note="scaled, no positions"),
+        Case("embedding_backward", "triton", rows + used * C * 2 + ids, 0, backward, SORTED, "scaled, no positions"),
+    ]
+
+
 def _backward(B: int, T: int, C: int, Vp: int, tenth: bool) -> Case:
     def tokens() -> Tensor:
         drawn = zipf_tokens(B, T, Vp, 0)
@@ -56,6 +75,6 @@ def _decode(T: int, C: int, Vp: int) -> Case:
 
 
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
-    """Forward, backward with the two kinds of tokens, and the one row of a text under way."""
+    """Forward, backward with the two kinds of tokens, both scaled, and the one row of a text under way."""
     backward = [_backward(B, T, C, Vp, tenth) for tenth in (False, True)]
-    return [_forward(B, T, C, Vp), *backward, _decode(T, C, Vp)]
+    return [_forward(B, T, C, Vp), *backward, *_scaled(B, T, C, Vp), _decode(T, C, Vp)]

@@ -40,15 +40,17 @@ def _backward(n: int, C: int, *, accumulate_dx: bool, dbias: bool, again: bool, 
     return Case("layernorm_backward", "triton", planes * n * C * 2 + 2 * n * 4 + vectors * C * 2, 0, make, note=note)
 
 
-def _rms_forward(*shape: int, note: str = "") -> Case:
-    """Of whole rows (n, C), or of the heads of queries (n, heads, C) in a packed qkv."""
+def _rms_forward(*shape: int, note: str = "", added: bool = False) -> Case:
+    """Of whole rows (n, C), or of the heads of queries (n, heads, C) in a packed qkv. added: as in Gemma, with 1 + w,
+    and to the residual stream."""
     size, C, rows = math.prod(shape), shape[-1], math.prod(shape[:-1])
 
     def make() -> Callable[[], None]:
         out, rstd, w = rand(*shape), rand(rows, dtype=F32), rand(C)
-        return launch("rmsnorm_forward", "triton", out, rstd, _queries(*shape), w, eps=1e-5)
+        how = {"offset": 1.0, "add": rand(*shape)} if added else {}
+        return launch("rmsnorm_forward", "triton", out, rstd, _queries(*shape), w, eps=1e-5, **how)
 
-    return Case("rmsnorm_forward", "triton", 2 * size * 2 + rows * 4 + C * 2, 0, make, note=note)
+    return Case("rmsnorm_forward", "triton", (2 + added) * size * 2 + rows * 4 + C * 2, 0, make, note=note)
 
 
 def _rms_backward(*shape: int, again: bool = False, note: str = "") -> Case:
@@ -145,6 +147,7 @@ def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
         _backward(n, C, accumulate_dx=False, dbias=True, again=False, note="write dx, dbias"),
         _sums(C),
         _rms_forward(n, C),
+        _rms_forward(n, C, note="added to the stream", added=True),
         _rms_forward(n, NH, C // NH, note="heads"),
         _rms_backward(n, C, note="accumulate dx"),
         _rms_backward(n, C, again=True, note="accumulate dx, again"),

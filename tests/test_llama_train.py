@@ -28,7 +28,7 @@ from daybreak.engine.collectives import Sharding
 from daybreak.engine.moments import final_moments
 from daybreak.engine.params import ParamTable
 from daybreak.models.registry import build_model
-from daybreak.models.rotary import rotary
+from daybreak.models.rotary import rotary, window_rotary
 from daybreak.parallel import ALONE, Group, connect
 from daybreak.shapes import LlamaConfig, model_config
 from daybreak.state.checkpoint import load_checkpoint, save_checkpoint
@@ -38,7 +38,11 @@ torch.set_num_threads(1)
 V, T, SAMPLES = 61, 12, 12
 TIED = Decoder(L=3, NKV=1, HS=8, qkv_bias=True, layers="fwn", window=5, max_T=16)
 UNTIED = Decoder(L=2, HS=8, qk_norm=True, tied=False, attproj_bias=True, mlp_bias=True, max_T=16)
-SHAPES = {"tied": TIED, "untied": UNTIED}
+GEMMA = Decoder(
+    L=2, NKV=1, HS=8, qk_norm=True, layers="wf", window=5, window_theta=50.0, act="gelu", query_scalar=12,
+    post_norms=True, norm_plus_one=True, embed_scale=True, max_T=16,
+)  # fmt: skip
+SHAPES = {"tied": TIED, "untied": UNTIED, "gemma": GEMMA}
 
 
 def batch(step: int) -> Tensor:
@@ -80,6 +84,7 @@ FROZEN: list[tuple[str, tuple[str, ...]]] = [
     ("tied", ("*",)), ("untied", ("*",)),
     ("untied", ("headw",)), ("untied", ("wte", "*normw")), ("untied", ("h.1.*",)), ("tied", ("wte",)),
     ("tied", ("h.1.qkvb", "h.2.gateupw", "lnfw")), ("untied", ("*b", "h.0.ln1w")),
+    ("gemma", ("*",)), ("gemma", ("h.1.*pw", "h.0.fcprojw")),
 ]  # fmt: skip
 
 
@@ -94,7 +99,7 @@ def test_training_is_the_oracles_with_and_without_frozen_parameters(
     for name in ("activations", "scratch"):
         engine.frame.buffers[name].fill_(0xFF)
     model = Model(s, start)
-    model.freq = rotary(LlamaConfig(**s._asdict()))[0]
+    model.freq, model.window_freq = (made(LlamaConfig(**s._asdict()))[0] for made in (rotary, window_rotary))
     params = {name: p.detach() for name, p in model.p.items() if name in engine.table.offsets}
     assert params
     adamw, wanted = AdamW(params), []

@@ -32,7 +32,7 @@ from daybreak.engine.device import missing_on, set_precision
 from daybreak.generate import Sampling, choose
 from daybreak.kernels import CUDA_ORDER
 from daybreak.kernels.cuda import cublaslt
-from daybreak.models.rotary import rotary
+from daybreak.models.rotary import rotary, window_rotary
 from daybreak.parallel import Group
 from daybreak.report.bench import step_products
 from daybreak.shapes import GPT2Config, LlamaConfig
@@ -45,14 +45,18 @@ SMALL = Shape(L=3, C=128, NH=2, max_T=128, V=1000)
 ODD = Shape(L=2, C=96, NH=3, max_T=64, V=300)  # heads of 32, rows no multiple of anything
 B, T = 4, 128
 FALLBACKS = [(group, name) for group, order in CUDA_ORDER.items() if group not in ("glu", "rope") for name in order]
-# Of the decoder family: heads of Llama and Qwen 3, and a window that is shorter than a block; odd sizes.
+# Of the decoder family: heads of Llama, Qwen 3 and Gemma 3, and a window that is shorter than a block; odd sizes.
 DECODERS = {
     "llama": Decoder(
         L=2, C=256, NH=8, NKV=2, HS=64, F=384, max_T=192, V=1000, rope="llama3", rope_factor=8.0, rope_original=64
     ),
     "qwen": Decoder(L=2, C=128, NH=6, NKV=3, HS=128, F=200, max_T=192, V=1000, qk_norm=True, qkv_bias=True, tied=False),
     "mistral": Decoder(L=3, C=96, NH=4, NKV=1, HS=40, F=136, max_T=192, V=300, layers="wfn", window=50),
-}
+    "gemma": Decoder(
+        L=2, C=96, NH=4, NKV=1, HS=256, F=136, max_T=192, V=300, layers="wf", window=50, window_theta=100.0, act="gelu",
+        qk_norm=True, post_norms=True, norm_plus_one=True, embed_scale=True
+    ),
+}  # fmt: skip
 # Pairwise: every two values of two options meet in at least one row.
 OPTIONS = [
     {"compute": "bf16", "recompute": 0, "masters": "split", "tf32": False, "T": 128},
@@ -382,7 +386,7 @@ def decoder(s: Decoder, **options: Any) -> Engine:
 def decoder_oracle(s: Decoder) -> llama_oracle.Model:
     """With the engine's angles, whose exponents are rounded to fp32 as transformers has it."""
     oracle = llama_oracle.Model(s, decoder_values(s))
-    oracle.freq = rotary(LlamaConfig(**s._asdict()))[0]
+    oracle.freq, oracle.window_freq = (of(LlamaConfig(**s._asdict()))[0] for of in (rotary, window_rotary))
     return oracle
 
 

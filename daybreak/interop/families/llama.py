@@ -323,7 +323,7 @@ class _Gemma3(_Qwen):
 
     def unlike(self, c: LlamaConfig) -> str:
         if c.window and (c.window_theta != 1e4 or any((c.kind(l) == "w") != (l % 6 < 5) for l in range(c.L))):
-            return "windows but in all layers except every sixth, with model.window_theta = 10000"
+            return "windows other than those of five layers in six, with model.window_theta = 10000"
         if (c.query_scalar or c.HS) != (c.C // c.NH if c.L == LAYERS_27B else c.HS):
             return f"such scores (model.query_scalar = {c.query_scalar})"
         return super().unlike(replace(c, window=0))

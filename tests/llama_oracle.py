@@ -202,7 +202,7 @@ def random_values(shape: Decoder, seed: int = 0) -> dict[str, Tensor]:
     values = {}
     for name, size in shape.parameters().items():
         draw: Any = torch.randn(size, generator=g, dtype=torch.float64)
-        norm = name.endswith(("ln1w", "ln2w", "lnfw", "normw", "pw"))
+        norm = name.endswith(("ln1w", "ln2w", "lnfw", "normw", "1pw", "2pw"))
         values[name] = (
             (draw * 0.3 + (not shape.norm_plus_one) if norm else 0.2 * draw).to(torch.bfloat16).to(torch.float64)
         )

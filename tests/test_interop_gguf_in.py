@@ -280,7 +280,7 @@ def test_gpt2_comes_back_too(tmp_path: Path) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"architecture": "falcon"}, "general.architecture = 'falcon' is not supported; daybreak computes gpt2, llama, "),
+    ({"architecture": "falcon"}, "general.architecture = 'falcon' is not supported; daybreak computes gemma3, gpt2, "),
     ({"block_count": ...}, "lacks the key llama.block_count; convert the model again"),
     ({"block_count": 1}, "is no plain llama: daybreak has no place for 'blk.1."),
     ({"block_count": 3}, "lacks the tensor 'blk.2."),

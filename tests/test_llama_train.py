@@ -84,7 +84,7 @@ FROZEN: list[tuple[str, tuple[str, ...]]] = [
     ("tied", ("*",)), ("untied", ("*",)),
     ("untied", ("headw",)), ("untied", ("wte", "*normw")), ("untied", ("h.1.*",)), ("tied", ("wte",)),
     ("tied", ("h.1.qkvb", "h.2.gateupw", "lnfw")), ("untied", ("*b", "h.0.ln1w")),
-    ("gemma", ("*",)), ("gemma", ("h.1.*pw", "h.0.fcprojw")),
+    ("gemma", ("*",)), ("gemma", ("h.1.ln*pw", "h.0.fcprojw")),
 ]  # fmt: skip
 
 

@@ -57,8 +57,8 @@ class Llama(Head):
         self.freq = {"freq": rotary(cfg)} | ({"window_freq": window_rotary(cfg)} if cfg.window_theta else {})
         self.offset = 1.0 if cfg.norm_plus_one else 0.0  # arguments of every norm,
         self.norm = {"eps": cfg.eps, "offset": self.offset}  # of its forward,
-        self.biased = {"attproj": cfg.attproj_bias, "fcproj": cfg.mlp_bias}
         self.act = {"gelu": True} if cfg.act == "gelu" else {}  # and of every gate
+        self.biased = {"attproj": cfg.attproj_bias, "fcproj": cfg.mlp_bias}
         if cfg.window or cfg.NKV < cfg.NH:
             self.asks = dict.fromkeys(("attention_forward", "attention_backward", "attention_decode"), ("window",))
 

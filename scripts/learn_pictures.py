@@ -332,6 +332,24 @@ def rotary() -> str:
     return picture(298, "A query and a key at three pairs of places: the angle between them decides the score", parts)
 
 
+def grouped() -> str:
+    """Eight heads of queries, each with its own keys and values, or in two groups."""
+    left, size, parts = 122, 52, []
+    for y, said, groups in ((20, "8 heads of keys", 8), (144, "2 heads of keys", 2)):
+        share = 8 // groups
+        parts.append(text(16, y + 21, "queries", "s") + text(16, y + 91, said, "s"))
+        for head in range(8):
+            middle = left + head * size + size / 2
+            group = left + (head // share + 0.5) * share * size
+            parts.append(line((middle, y + 32), (group, y + 70)) + rect(middle - 20, y, 40, 32, "a", f"q{head}"))
+        for group in range(groups):
+            words = "k, v" if groups == 8 else "k, v of four heads"
+            wide = share * size - 12
+            parts.append(rect(left + group * share * size + 6, y + 70, wide, 32, "c", words))
+    parts.append(line((16, 133), (544, 133)))
+    return picture(264, "Eight heads of queries: each with its own keys and values, or four sharing one", parts)
+
+
 def rounding() -> str:
     """The numbers with 3 bits of mantissa from 1 to 20, some numbers between them that are rounded, and a lost 1."""
     toy = [2**e * (1 + i / 8) for e in range(5) for i in range(8)]
@@ -434,7 +452,7 @@ def memory() -> str:
 PICTURES: dict[str, Callable[[], str]] = {
     "course": course, "tokens": tokens, "bigram": bigram, "linear": linear, "layernorm": layernorm,
     "layernorm-backward": layernorm_backward, "attention": attention, "mlp": mlp, "backward": backward, "adamw": adamw,
-    "rotary": rotary, "rounding": rounding, "formats": formats,
+    "rotary": rotary, "grouped": grouped, "rounding": rounding, "formats": formats,
     "packing": packing, "memory": memory,
 }  # fmt: skip
 

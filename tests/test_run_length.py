@@ -29,6 +29,7 @@ def test_steps_at_learning_rate_0_are_refused_with_two_commands_that_work(
 ) -> None:
     run = daybreak.train(config(shards, tmp_path, "r", run__steps=4, schedule__name=schedule))
     before = (run.path / "config.toml").read_text(), (run.path / "exit.json").read_text()
+    capsys.readouterr()
     assert main(["train", str(run.path), "--steps", "6"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(

@@ -66,6 +66,23 @@ def test_folders_and_globs_of_them(tmp_path: Path) -> None:
     assert made.train.documents + made.val.documents == 300
 
 
+def test_patterns_of_any_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file once, whether ** finds it alone or in a folder that is read whole; hidden files never."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes/a.md", "notes/deep/b.md", "notes/deep/er/c.md", "notes/deep/d.txt", "notes/.git/e.md"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(f"{name}\n")
+    for i, (pattern, letters) in enumerate((
+        ("notes/**/*.md", "abc"), ("notes/**", "abcd"), ("notes/*", "abcd"), ("n*/[ad]*", "abcd"), ("*/*/?.*", "bd"),
+    )):  # fmt: skip
+        prepare(pattern, data_dir="data", tokenizer="bytes", name=f"n{i}")
+        folder = Path(f"data/n{i}")
+        text = "".join(t for s in ("train", "val") for t in read_documents(folder, s, "bytes"))
+        assert sorted(Path(line).stem for line in text.split()) == list(letters)
+    with pytest.raises(DataError, match=r"no file or folder matches 'notes/\*\*/\*\.rst'; \*\* stands for"):
+        prepare("notes/**/*.rst", data_dir="data")
+
+
 @pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")])
 def test_a_missing_library_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, module: str

@@ -132,6 +132,7 @@ def test_what_is_neither_path_nor_name(tmp_path: Path, monkeypatch: pytest.Monke
     for name, reason in [
         ("gpt2-larg", "did you mean 'gpt2-large'?"),
         (f"{Path(__file__).parent.name}/typo", "tests/typo does not exist; give gpt2, "),
+        ("log1", "log1 does not exist; give gpt2, "),  # like no name on the hub
         (str(tmp_path), "has neither config.json nor DONE_* files"),
     ]:
         with pytest.raises(ConfigError) as refused:

@@ -244,7 +244,7 @@ def test_bad_text_is_named_and_nothing_is_left(tmp_path: Path, name: str) -> Non
     assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
 
 
-def test_what_cannot_be_prepared(tmp_path: Path) -> None:
+def test_what_cannot_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shakespeare.txt").write_text("To be\nor not\n")
     (tmp_path / "void").mkdir()
     data, text = tmp_path / "data", tmp_path / "shakespeare.txt"
@@ -252,6 +252,9 @@ def test_what_cannot_be_prepared(tmp_path: Path) -> None:
         prepare(str(tmp_path / "shakespear.txt"), data_dir=data)
     with pytest.raises(DataError, match="'stdlb' is neither a file nor a folder; did you mean 'stdlib'"):
         prepare("stdlb", data_dir=data)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"^'nope\.txt' is neither a file nor a folder; give one that exists\.$"):
+        prepare("nope.txt", data_dir=data)  # no data set of the catalogue is called like a file
     with pytest.raises(DataError, match=r"void holds no \.txt, \.md or \.jsonl"):
         prepare(tmp_path / "void", data_dir=data)
     for options, rule in (

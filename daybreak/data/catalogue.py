@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -85,13 +86,20 @@ def resolve_source(
         if not paths[0].exists():
             return _known_source(name, field, val_fraction, faults)
         log.warning("%r is a file or folder here and a catalogue name; using the one here (%s).", names[0], paths[0])
-    found: list[Path] = []
-    for path in paths:
-        globbed = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?") else []
-        if not path.exists() and not globbed:
-            near_by = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            near = difflib.get_close_matches(str(path), [*CATALOGUE, *ALIASES, *near_by], 1)
-            hint = f" did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{str(path)!r} is neither a file nor a folder;{hint} names of the catalogue: {known}.")
-        found += globbed or [path]
-    return file_source(found, field, val_fraction, faults)
+    return file_source([one for path in paths for one in _matching(path, known)], field, val_fraction, faults)
+
+
+def _matching(path: Path, known: str) -> list[Path]:
+    """The files and folders that a path or a pattern stands for. A folder is read whole, so nothing in it is named."""
+    found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if found:
+        folders = {one for one in found if one.is_dir()}
+        return [one for one in found if folders.isdisjoint(one.parents)]
+    if glob.has_magic(str(path)):
+        raise DataError(f"no file or folder matches {str(path)!r}; ** stands for folders of any depth.")
+    near_by = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    is_file = len(path.parts) > 1 or path.suffix  # and no misspelled name of the catalogue
+    near = difflib.get_close_matches(str(path), near_by if is_file else [*CATALOGUE, *ALIASES, *near_by], 1)
+    hint = f" did you mean {near[0]!r}?" if near else ""
+    said = " give one that exists." if is_file else f" names of the catalogue: {known}."
+    raise DataError(f"{str(path)!r} is neither a file nor a folder;{hint}{said}")

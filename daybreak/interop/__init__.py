@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from daybreak.config import run_hint
 from daybreak.errors import ConfigError
-from daybreak.formatting import nearest
 
 if TYPE_CHECKING:
     from daybreak.data.tokenizer import Tokenizer
@@ -68,6 +68,6 @@ def open_source(name: str | Path, tokenizer: str = "", step: int | None = None, 
     known = f"{also}{', '.join(HUB)}, OWNER/NAME, {files}"
     if path.exists():
         raise ConfigError(f"{name} has neither config.json nor DONE_* files; give {known}.")
-    near = "" if "/" in str(name) else f"; did you mean {nearest(str(name), HUB)!r}?"
-    near = run_hint(name) or near
+    similar = difflib.get_close_matches(str(name)[:100], HUB, 1)  # or it is a path
+    near = run_hint(name) or (f"; did you mean {similar[0]!r}?" if similar else "")
     raise ConfigError(f"{name} does not exist{near}{' If not,' if near else ';'} give {known}.")

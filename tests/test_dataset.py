@@ -48,6 +48,7 @@ def test_open_unknown(prepared: Path) -> None:
         ("stdlib", "bytes", "daybreak prepare stdlib --tokenizer bytes$"),
         ("stdlib-gpt2-1024", "", "daybreak prepare stdlib --tokenizer gpt2-1024$"),
         ("fineweb-edu-100B", "gpt2", rf"in {prepared.resolve()} .* prepare fineweb-edu-100B --pretokenized N \("),
+        ("fineweb-10B", "gpt2", "make it with: daybreak prepare fineweb-10B --pretokenized$"),
         ("fineweb-edu-100B", "bytes", "daybreak prepare fineweb-edu-100B --tokenizer bytes$"),
         ("mine", "gpt2", "made with tokenizer 'bytes', not 'gpt2'; give --data.tokenizer bytes to"),
     ):

@@ -131,5 +131,15 @@ def test_a_run_scores_on_another_data_set_as_training_would(tmp_path: Path, monk
     assert loss["value"] == pytest.approx(wanted["loss"], rel=1e-6)
     assert bits["value"] == pytest.approx(wanted["bpb"], rel=1e-6)
     assert main(["prepare", "a.txt", "--tokenizer", "gpt2"]) == 0
-    assert main(["eval", "runs/r", "--data", "a"]) == 4
+    assert main(["eval", "runs/r", "--data", "data/a"]) == 4
     assert "was trained with tokenizer 'bytes', and data set 'a' is made with 'gpt2';" in capsys.readouterr().err
+    assert main(["prepare", "b.txt", "--tokenizer", "gpt2"]) == 0
+    assert main(["eval", "runs/r", "--data", "b"]) == 0  # as `train --data b` would: the run's tokenizer decides
+    said = capsys.readouterr()
+    assert "data/b exists too; using data/b-bytes, which has this run's tokenizer." in said.err
+    last = [line.split() for line in said.out.splitlines()[-2:]]
+    assert [(words[0], words[-3], *words[-2:]) for words in last] == [
+        ("b", f"{value:.4f}", str(loss["examples"]), "sequences") for value in (loss["value"], bits["value"])
+    ]
+    assert main(["eval", "runs/r", "--data", "stdlib"]) == 4
+    assert capsys.readouterr().err.endswith("make it with: daybreak prepare stdlib --tokenizer bytes\n")

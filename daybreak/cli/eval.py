@@ -10,9 +10,12 @@ import click
 
 from daybreak.config import run_hint
 from daybreak.errors import ConfigError
+from daybreak.formatting import several
 
 if TYPE_CHECKING:
     from daybreak.evaluate.harness import Score
+
+VALIDATION = "validation loss (nats per token)", "bits per byte"  # what --data prints
 
 
 @click.command("eval")
@@ -74,7 +77,7 @@ def evaluate(
         scores = [harness.Score("hellaswag, in-loop", m, v, both.examples, 0) for m, v in values]
     if data is not None:
         loss = validate_on(engine, run.config, tokenizer, data)
-        found = [("validation loss (nats per token)", loss.loss), ("bits per byte", loss.bits_per_byte)]
+        found = list(zip(VALIDATION, (loss.loss, loss.bits_per_byte), strict=True))
         scores += [harness.Score(data, m, value, loss.tokens // engine.T, 0) for m, value in found]
     if chosen:
         names = [t for name in (tasks or "").split(",") for t in harness.TASKS.get(name.strip(), [name.strip()])]
@@ -93,4 +96,5 @@ def _print(scores: list[Score], as_json: bool) -> None:
         click.echo(json.dumps([score._asdict() for score in scores]))
         return
     for s in scores:
-        click.echo(f"{s.task:24} {s.metric:38} {s.value:8.4f}   {s.examples} examples, {s.shots} shots")
+        over = several(s.examples, "sequence") if s.metric in VALIDATION else f"{s.examples} examples, {s.shots} shots"
+        click.echo(f"{s.task:24} {s.metric:38} {s.value:8.4f}   {over}")

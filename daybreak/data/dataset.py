@@ -117,13 +117,15 @@ def check_name(name: str) -> None:
 
 
 def open_dataset(
-    name: str, data_dir: str | Path = "data", train_glob: str = "", val_glob: str = "", tokenizer: str = ""
-) -> Dataset:
+    name: str, data_dir: str | Path = "data", train_glob: str = "", val_glob: str = "", tokenizer: str = "",
+    prefer: str = "",
+) -> Dataset:  # fmt: skip
     """Open prepared data, every shard's header and size checked.
 
     In this order: the two globs (files, folders or patterns), if given; `name` as a glob or a folder of shards, split
     by *train*.bin and *val*.bin in the file names (llm.c, modded-nanogpt) unless it has a manifest; `data_dir/NAME`,
     or `data_dir/NAME-TOKENIZER` (see `dataset_name`). `tokenizer`: "" = the manifest's, or gpt2 where there is none.
+    `prefer`: the tokenizer to look for, without a `tokenizer` that the data must have.
     Raises DataError: nothing of that name (nearest match, prepare command), a split missing, a damaged shard, or data
     that was made with another tokenizer.
     """
@@ -140,7 +142,7 @@ def open_dataset(
         if not (path / MANIFEST).is_file():
             return _by_file_name(name, resolve_shards(path), tokenizer)
         return _with_manifest(path, tokenizer)
-    return _with_manifest(_find(name, Path(data_dir), tokenizer), tokenizer)
+    return _with_manifest(_find(name, Path(data_dir), tokenizer or prefer), tokenizer)
 
 
 def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
@@ -158,7 +160,8 @@ def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
         if name == known or (name.startswith(f"{known}-") and not tokenizer):
             made, tokenizer, shards = known, tokenizer or name[len(known) + 1 :], entry.shards
     if shards and tokenizer in ("", "gpt2"):
-        made += " --pretokenized N (as many shards, of 100 million tokens each, as the run needs)"
+        some = " N (as many shards, of 100 million tokens each, as the run needs)"
+        made += " --pretokenized" + ("" if made.endswith("-10B") else some)
     else:
         made += f" --tokenizer {_given(tokenizer)}" if tokenizer else ""
     raise DataError(f"no dataset {name!r} in {data_dir.resolve()}{hint} make it with: daybreak prepare {made}")

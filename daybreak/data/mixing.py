@@ -103,13 +103,13 @@ class MixLoader(Loader):
 
 
 def open_loaders(
-    data: Any, T: int, seed: int, V: int, shuffle: bool = True, beside: Path | None = None
+    data: Any, T: int, seed: int, V: int, shuffle: bool = True, beside: Path | None = None, prefer: str = ""
 ) -> tuple[Dataset, Loader, Loader]:
     """The data set(s) of a `DataConfig` and the loaders of both splits; `shuffle` the training one. beside: a folder
-    with the tokenizer of shards that have none. ConfigError, DataError."""
+    with the tokenizer of shards that have none. prefer: see `open_dataset`. ConfigError, DataError."""
     mix = [] if data.train else parse_mix(data.name)
     names = [name for name, _ in mix] or [data.name]
-    sets = [open_dataset(name, data.dir, data.train, data.val, data.tokenizer) for name in names]
+    sets = [open_dataset(name, data.dir, data.train, data.val, data.tokenizer, prefer) for name in names]
     first = sets[0] if sets[0].folder else replace(sets[0], folder=beside)
     if other := next((d for d in sets if d.tokenizer_name != first.tokenizer_name), None):
         raise DataError(

@@ -59,8 +59,8 @@ def validate(
 
 def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str) -> Validation:
     """Loss of a run's model on the validation split of data set `name`, of at most the run's eval.tokens tokens. Raises
-    DataError if the data was tokenized otherwise."""
+    DataError if the data was tokenized otherwise. Where `name` fits several sets, the run's tokenizer decides."""
     data, V = replace(config.data, name=name, train="", val="", tokenizer=""), engine.cfg.V
-    dataset, _, loader = open_loaders(data, engine.T, config.run.seed, V)
+    dataset, _, loader = open_loaders(data, engine.T, config.run.seed, V, prefer=tokenizer.name)
     check_tokenizer(dataset, get_tokenizer(dataset.tokenizer_name, dataset.folder), "the run", tokenizer.name)
     return validate(engine, loader, text_bytes(dataset, tokenizer, V), config.eval.tokens)

@@ -153,10 +153,11 @@ def _print_result(run: Run, as_json: bool) -> None:
     baseline = "" if unigram is None else f" (baseline {unigram:.4f}: a model that knows only token frequencies)"
     bits = "" if math.isnan(val["bpb"]) else f", {val['bpb']:.4f} bits per byte"
     click.echo(f"validation loss {start:.4f} -> {end:.4f}{baseline}{bits}")
-    if not end <= start:  # NaN too
+    lowest, recent = min(vals, key=lambda v: v["loss"]), [r["loss"] for r in records if r["kind"] == "step"][-10:]
+    fell = math.isfinite(end) and sum(recent) < start * len(recent)  # the training loss, which may be NaN
+    if not end <= start and not fell:
         click.echo(f"The run diverged: its validation loss ended at {end:.4g}, above its start. Lower optim.lr.")
-    lowest = min(vals, key=lambda v: v["loss"])
-    if lowest["loss"] < 0.98 * end <= 0.98 * start:
+    elif end > start or lowest["loss"] < 0.98 * end:
         click.echo(
             f"It was lowest at step {lowest['step']}: {lowest['loss']:.4f}. If the training loss fell on, the model "
             "learns its text by heart; train for fewer steps, or on more text."

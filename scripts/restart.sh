@@ -52,8 +52,8 @@ while true; do
     while kill -0 $child 2>/dev/null; do wait $child; done # a trapped signal ends `wait`, not the child
     wait $child
     status=$?
+    verdict "$run" # says so if there is no such folder
     [ -d "$run" ] || exit "$status"
-    verdict "$run"
     [ "$what" = again ] || exit "$code"
     case "$code $status" in "137 "[2-6]) exit "$status" ;; esac # refused before it could write exit.json
     echo "restart.sh: $run ended with $code, starting it again" >&2

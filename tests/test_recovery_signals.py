@@ -307,6 +307,17 @@ def test_the_restart_loop_follows_the_rule(tmp_path, code, starts, ends):
     assert (tmp_path / "count").read_text() == f"{starts}\n"
 
 
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_the_restart_loop_says_that_it_does_not_watch_another_folder(tmp_path, status):
+    """--name says another name than the folder: the run is not started again, and nobody learned why."""
+    shim = COUNTED + f"mkdir -p other; touch other/config.toml\nexit {status}\n"
+    done = subprocess.run(["bash", RESTART, "r", "daybreak", "train", "tiny", "--name", "other"], cwd=tmp_path,
+                          env=tools(tmp_path, daybreak=shim), capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, (tmp_path / "count").read_text()) == (status, "1\n")
+    assert done.stderr.startswith("restart.sh: there is no folder r: the command did not start, or its run has another")
+    assert not (tmp_path / "r").exists()
+
+
 def test_progress_starts_the_count_anew(tmp_path):
     """Five crashes, each after a new checkpoint, then two without: two more starts than a loop that only counts."""
     shim = COUNTED + (

@@ -41,7 +41,7 @@ SMALL = {"model.L": 2, "model.C": 32, "model.NH": 2, "model.max_T": 64, "model.V
 
 @cache  # a plan keeps every size that it has looked for
 def on(target: str, gpu: str | None = "h100", gpus: int = 1, **keys: object) -> daybreak.report.plan.Plan:
-    values = {k.replace("__", "."): v for k, v in keys.items()}
+    values = {"data.dir": "nowhere"} | {k.replace("__", "."): v for k, v in keys.items()}  # no data has a length here
     return plan(resolve(target)[0].override(values), gpu=gpu, gpus=gpus)
 
 
@@ -151,7 +151,7 @@ def test_a_shape_without_a_step_gets_the_rows_that_fit(gpu: str, gpus: int) -> N
     B = p.fit.largest_B(p.config)
     flags, basis = said(p)["use"]
     assert flags == f"--batch.B {B} --batch.recompute 0"
-    tokens = f"a step is {B * 1024 * gpus:,} tokens then"
+    tokens = f"a step is {B * 1024 * gpus:,} tokens then: see docs/tuning.md for optim.lr"
     assert basis == f"modelled: the least recomputation that keeps the GPU busy; {tokens}"
     followed = on("d12", gpu, gpus, batch__B=B, batch__recompute=0)
     assert said(followed)["use"] == ("as it is", "planned")
@@ -195,7 +195,7 @@ def test_every_basis_of_a_speed() -> None:
     timed = said(on("d6", run__steps=1000))
     assert timed["time"][0] != "n/a"
     assert "cost" not in timed  # no price, no dollars
-    assert said(on("d6"))["run"] == ("n/a", "one epoch of its data; give --steps")
+    assert said(on("d6"))["run"] == ("n/a", "one epoch of its data, which is not here; give --steps")
 
 
 def test_what_does_not_fit_says_the_flag() -> None:

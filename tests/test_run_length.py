@@ -15,7 +15,7 @@ import daybreak
 from daybreak.cli.main import main
 from daybreak.cli.train import _print_result
 from daybreak.config import Config, resolve
-from daybreak.errors import CheckpointError, ConfigError
+from daybreak.errors import CheckpointError, ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,11 @@ def test_tokens_and_epochs_are_steps(shards: Path, tmp_path: Path) -> None:
     plan = daybreak.plan(Config().override({"run.tokens": 1_000_000_000, "batch.total_tokens": 524288, "batch.B": 8}))
     assert plan.config.run.steps == 1907
     assert daybreak.plan(config(shards, tmp_path, "x", run__epochs=2.0)).config.run.steps == 70
+    assert daybreak.plan(config(shards, tmp_path, "x", run__steps=0)).config.run.steps == 35  # an epoch of what is here
+    gone = {"data__train": str(tmp_path / "no*.bin")}
+    assert daybreak.plan(config(shards, tmp_path, "x", run__steps=0, **gone)).config.run.steps == 0
+    with pytest.raises(DataError, match="no token shard matches"):
+        daybreak.plan(config(shards, tmp_path, "x", run__epochs=1.0, **gone))
 
 
 def test_one_length_replaces_another_and_two_are_refused(tmp_path: Path) -> None:
@@ -216,12 +221,30 @@ def test_home_is_expanded_wherever_a_path_is_given(
 def test_a_run_that_learns_by_heart_says_when_it_was_best(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last lines of a run whose file of metrics has a lowest validation loss before the last one."""
+    """The last lines of a run whose file of metrics has validation losses that rise, and training losses that fall."""
     run = daybreak.train(config(shards, tmp_path, "r", run__steps=2, eval__every=1))
     lines = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
-    for line in lines:
-        if line["kind"] == "val":
-            line["loss"] = {0: 5.0, 1: 3.0, 2: 3.5}[line["step"]]
-    run.folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    _print_result(run, as_json=False)
-    assert "It was lowest at step 1: 3.0000. If the training loss fell on" in capsys.readouterr().out
+
+    def said(vals: list[float], steps: list[float]) -> str:
+        for line in lines:
+            if line["kind"] in ("val", "step"):
+                line["loss"] = vals[line["step"]] if line["kind"] == "val" else steps[line["step"] - 1]
+        run.folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        capsys.readouterr()
+        _print_result(run, as_json=False)
+        return capsys.readouterr().out
+
+    low, nan = "It was lowest at step 1: 3.0000. If the training loss fell on", float("nan")
+    for vals, steps, lines_of_it in (
+        ([5.0, 3.0, 3.5], [4.0, 2.0], [low]),
+        ([5.0, 3.0, 5.5], [4.0, 2.0], [low]),
+        ([5.0, 5.2, 5.01], [5.0, 4.0], ["It was lowest at step 0: 5.0000. If the training loss fell on"]),
+        ([5.0, 4.99, 4.995], [5.0, 4.0], []),  # 2 % are noise
+        ([5.0, 3.0, 5.5], [4.0, 9.0], ["The run diverged: its validation loss ended at 5.5, above its start."]),
+        ([5.0, 3.0, nan], [4.0, 2.0], ["The run diverged: its validation loss ended at nan, above its start."]),
+        ([5.0, 3.0, 5.5], [4.0, nan], ["The run diverged: its validation loss ended at 5.5, above its start."]),
+        ([5.0, 3.0, 2.9], [4.0, 2.0], []),
+    ):
+        out = said(vals, steps)
+        assert [text in out for text in lines_of_it] == [True] * len(lines_of_it), out
+        assert sum(out.count(text) for text in ("It was lowest", "diverged")) == len(lines_of_it)

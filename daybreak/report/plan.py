@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import product
 
@@ -20,6 +21,7 @@ from daybreak.engine import DTYPES
 from daybreak.engine.arena import Arena
 from daybreak.engine.device import available_bytes, missing_on, pick_compute, pick_device
 from daybreak.engine.fit import Fit, plan_memory
+from daybreak.errors import DataError
 from daybreak.formatting import counted, disk, format_duration, several
 from daybreak.models.registry import build_model
 from daybreak.report.gpus import find_gpu, token_rate
@@ -78,7 +80,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole run; 0 if the run is one epoch, since `plan` does not look at the data."""
+        """Tokens of the whole run; 0 if the run is one epoch of data that is not here."""
         return self.config.tokens_between(0, self.config.run.steps, self.gpus)
 
     @property
@@ -99,16 +101,17 @@ class Plan:
 def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
     """The plan of a configuration, for this machine's device, or for `gpus` GPUs of the kind `gpu` (see GPUS).
 
-    Raises ConfigError for a shape, GPU or device that cannot exist, and DataError if the run's length is in epochs of
-    data that is not there.
+    Raises ConfigError for a shape, GPU or device that cannot exist, or a step that takes more than all of the data, and
+    DataError if the run's length is in epochs of data that is not there.
     """
     config.check(ranks=gpus)
-    if config.run.tokens or config.run.epochs:
-        # Tokens count for themselves, epochs in the data.
+    if not config.run.steps or config.run.tokens or config.run.epochs:
+        # Tokens count for themselves, epochs in the data; one epoch is the default, of data that may not be here yet.
         data = (config.data, config.T, config.run.seed, config.model.V)
-        epoch = open_loaders(*data)[1].samples_per_epoch * config.T if config.run.epochs else 1 << 62
-        steps = config.concrete(epoch, ranks=gpus).run.steps
-        config = config.override({"run.steps": steps, "run.tokens": 0, "run.epochs": 0})
+        with nullcontext() if config.run.epochs else suppress(DataError):
+            epoch = 1 << 62 if config.run.tokens else open_loaders(*data)[1].samples_per_epoch * config.T
+            steps = config.concrete(epoch, ranks=gpus).run.steps
+            config = config.override({"run.steps": steps, "run.tokens": 0, "run.epochs": 0})
     if gpu is None:
         device = pick_device(config.run.device)
         name, missing, budget = "", set(missing_on(device)), available_bytes(device)
@@ -152,7 +155,7 @@ def suggest(p: Plan) -> tuple[str, str]:
             B = fit.best_B(c.override({"batch.recompute": level, "parallel.zero": zero}))
             if min(ENOUGH_TOKENS, share) <= B * c.T:
                 flags = f"--batch.B {B} --batch.recompute {level}" + (f" --parallel.zero {zero}" if zero else "")
-                step = "" if total else f"; a step is {B * c.T * p.gpus:,} tokens then"
+                step = "" if total else f"; a step is {B * c.T * p.gpus:,} tokens then: see docs/tuning.md for optim.lr"
                 return flags, "modelled: the least recomputation that keeps the GPU busy" + step
     if p.budget and p.nbytes + p.outside > p.budget:
         return fit.advice(c), "makes it fit: planned"
@@ -165,9 +168,8 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     steps, step = c.run.steps, c.tokens_at(0, p.gpus)
     total = p.nbytes + p.outside
     beside = f"; outside it {p.outside // MIB:,} MiB, measured {'for Python and torch' if cpu else 'on H200s'}"
-    basis = f"arena {p.nbytes // MIB:,} MiB, exact{beside}" + (
-        f"; a run can use {USABLE:.0%} of the GPU" if p.gpu else ""
-    )
+    usable = f"; a run can use {USABLE:.0%} of the GPU" if p.gpu else ""
+    basis = f"arena {p.nbytes // MIB:,} MiB, exact{beside}{usable}"
     rows = []
     if p.budget is None:
         rows.append(("fits", f"not known: {total // MIB:,} MiB, and the system does not say what is free", basis))
@@ -180,13 +182,10 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
         found = [p.fit.largest_B(c.override({"batch.recompute": r})) for r in range(4)]
         most = ", ".join(f"{b if b <= 1000 else 'over 1,000'} (recompute {r})" for r, b in enumerate(found))
         rows.append(("largest B", most if min(found) <= 1000 else "over 1,000", "planned"))
-    unknown = (
-        "CPU speed is not predicted; daybreak bench measures it"
-        if cpu
-        else "no figure for this family, GPU and precision"
-    )
-    rows.append(("speed", f"{p.tok_s[0]:,.0f} tok/s", p.tok_s[1]) if p.tok_s else ("speed", na, unknown))
-    no_time = "no speed" if steps else "one epoch of its data; give --steps"
+    no_rate = "no figure for this family, GPU and precision"
+    no_rate = "CPU speed is not predicted; daybreak bench measures it" if cpu else no_rate
+    rows.append(("speed", f"{p.tok_s[0]:,.0f} tok/s", p.tok_s[1]) if p.tok_s else ("speed", na, no_rate))
+    no_time = "no speed" if steps else "one epoch of its data, which is not here; give --steps"
     time = (format_duration(3600 * p.hours), "as the speed; validation and saving not counted") if p.hours else None
     rows.append(("time", *(time or (na, no_time))))
     if c.cost.price and p.hours:
@@ -250,9 +249,8 @@ def _print_memory(p: Plan) -> None:
     table.add_row("outside", f"{holds} (measured)", f"{p.outside / MIB:,.1f}")
     console.print(table)
     if p.host_nbytes:
-        console.print(
-            f"Host memory, for saving beside training: {p.host_nbytes / MIB:,.1f} MiB (checkpoint.background)"
-        )
+        staged = f"{p.host_nbytes / MIB:,.1f} MiB (checkpoint.background)"
+        console.print(f"Host memory, for saving beside training: {staged}")
     table = Table("activation", "shape", "tensors", "MiB", title="Activations before sharing", title_justify="left")
     table.columns[2].justify = table.columns[3].justify = "right"
     for name, shape, count, size in grouped(p.arena):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -113,7 +113,16 @@ def _steps(run: Path) -> dict[int, dict[str, Any]]:
     return {record["step"]: record for record in Run(run).metrics("step")}
 
 
-def _checks(device: torch.device, compute: str, folder: Path) -> Iterator[tuple[bool, str]]:
+def _idle(device: torch.device, before: int = 1 << 40) -> int:
+    """MiB of a GPU that are in use while no run is. Until it is what it was `before`, it may still be given back."""
+    for _ in range(20):
+        if device.type != "cuda" or used_mib(device) <= before:
+            break
+        time.sleep(0.1)
+    return used_mib(device) if device.type == "cuda" else 0
+
+
+def _checks(device: torch.device, compute: str, folder: Path) -> Iterator[tuple[bool | None, str]]:
     error, said = _derivatives(), "backward against finite differences of the loss in fp64: largest error"
     yield error <= DERIVATIVE, f"{said} {error:.1e} (limit {DERIVATIVE:.0e})"
     error, limit = _gradients(device, compute), BF16 if compute == "bf16" else FP32
@@ -121,46 +130,60 @@ def _checks(device: torch.device, compute: str, folder: Path) -> Iterator[tuple[
     target, keys = _setting(device)
     config = resolve(target)[0].override(keys)
     keys |= _write(folder, config.model.V, config.T)
-    before, p, log, killed, straight = used_mib(device), plan(config), *(folder / x for x in ("log", "killed", "whole"))
+    idle, p, log, killed, straight = [_idle(device)], plan(config), *(folder / x for x in ("log", "killed", "whole"))
     _train(target, {**keys, "run.name": killed.name, "run.steps": 10**6}, log,
            lambda: any(killed.glob("checkpoints/step-*")) and max(_steps(killed), default=0) > EVERY)  # fmt: skip
-    first = _steps(killed)
+    idle, first = [*idle, _idle(device, idle[0])], _steps(killed)
     end = max(first) + EVERY
     _train(killed, {"run.steps": end}, log)
+    idle.append(_idle(device, idle[0]))
     _train(target, {**keys, "run.name": straight.name, "run.steps": end}, log)
-    whole = _steps(straight)
+    idle, whole = [*idle, _idle(device, idle[0])], _steps(straight)
     equal = sum(first[step]["loss"] == whole[step]["loss"] for step in first)
     yield equal == len(first), f"two runs: {equal} of {len(first)} losses equal to the last bit"
     a, b = (Run(run).checkpoint().manifest for run in (killed, straight))
     same = all(a[key] == b[key] for key in ("step", "samples", "files"))  # sha256 of weights and optimizer state
     how = "equal" if same else "NOT equal"
     yield same, f"kill -9 after step {max(first)} and resume: every file of step {end} {how} to a run never stopped"
-    yield _memory(p, max(r["mem_mib"] for r in whole.values()) - (before if device.type == "cuda" else 0))
+    pairs = [(whole[step]["mem_mib"], again["mem_mib"]) for step, again in _steps(killed).items() if step in whole]
+    yield _memory(p, pairs, idle)
     rate = 1e3 * config.tokens_at(0) / median(r["ms"] for step, r in whole.items() if step > 3)
     beside = f"plan says {p.tok_s[0]:,.0f}, {p.tok_s[1].split(' ')[0].strip(':,')}" if p.tok_s else "plan has no figure"
     yield True, f"speed of {target}: {rate:,.0f} tok/s in the median step; {beside}"
 
 
-def _memory(p: Plan, used: int) -> tuple[bool, str]:
+def _memory(p: Plan, pairs: Sequence[tuple[int, int]], idle: Sequence[int]) -> tuple[bool | None, str]:
+    """Memory beside the plan, None for not known. pairs: MiB in use at each step, which two processes made; idle: MiB
+    in use between the runs.
+
+    The driver only knows the sum of all programs. A run takes the same memory twice, so it is bad by the lower figure
+    of two, less the most that others held. It is good by the higher one, less the least. Alone, both are the same.
+    """
     planned = (p.nbytes + p.outside + (p.host_nbytes if p.device == "cpu" else 0)) // MIB
-    if p.device != "cpu" and used < planned // 2:  # the driver only knows the sum of all programs
-        return True, f"memory: not measured, another program frees memory of this GPU; {planned:,} MiB planned"
-    return used <= 1.1 * planned + 128, f"memory: {used:,} MiB used, {planned:,} MiB planned"
+    most, limit = max(map(max, pairs)) - min(idle), 1.1 * planned + 128
+    least = max(map(min, pairs)) - max(idle) if p.device == "cuda" else most
+    used = f"{max(most, 0):,}" if least == most else f"between {max(least, 0):,} and {most:,}"
+    said = f"{used} MiB used, {planned:,} MiB planned"
+    if (least <= limit < most) or (p.device == "cuda" and most < planned // 2):
+        return None, f"memory: not measured, another program uses this GPU; {said}"
+    return most <= limit, f"memory: {said}"
 
 
 def check() -> Iterator[str]:
-    """Yield eight lines: the machine, six checks, and the verdict. The verdict starts with "all" if all is good."""
+    """Yield eight lines: the machine, six checks, and the verdict. The verdict starts with "all" if nothing is bad."""
     began, device = time.monotonic(), pick_device("auto")
-    compute, bad = pick_compute("auto", device), 0
+    compute, marks = pick_compute("auto", device), list[str]()
     name = "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     yield f"daybreak {__version__}, torch {torch.__version__}, {compute} on {name}; about two minutes"
     Path("runs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir="runs") as folder:
         try:
             for good, line in _checks(device, compute, Path(folder).resolve()):
-                bad += not good
-                yield f"{'good' if good else 'BAD '}  {line}"
+                marks.append("n/a " if good is None else "good" if good else "BAD ")
+                yield f"{marks[-1]}  {line}"
         except RuntimeError as error:
-            bad += 1
+            marks.append("BAD ")
             yield f"BAD   a run failed, the rest is not checked: {error}"
-    yield f"{f'{bad} bad' if bad else 'all good'}, in {time.monotonic() - began:.0f} s"
+    verdict = "all that was measured is good" if "n/a " in marks else "all good"
+    verdict = f"{marks.count('BAD ')} bad" if "BAD " in marks else verdict
+    yield f"{verdict}, in {time.monotonic() - began:.0f} s"

@@ -256,8 +256,9 @@ def print_bench(b: Bench) -> None:
         f"({several(b.micro_steps, 'micro-step')}), {b.tokens / b.step_seconds:,.0f} tok/s, MFU {mfu}, "
         f"{b.memory_mib:,} MiB in use (median of {len(b.seconds)})"
     )
-    console.print(f"measured limits: copy {b.bandwidth / 1e12:.3f} TB/s, product {b.flop_rate / 1e12:.1f} TFLOP/s")
-    table = Table("operation", "backend", "calls", "ms", "floor ms", "of floor", "TB/s", "TFLOP/s",
+    one, moved, computed = (1e9, "GB/s", "GFLOP/s") if b.device == "cpu" else (1e12, "TB/s", "TFLOP/s")
+    console.print(f"measured limits: copy {b.bandwidth / one:.3f} {moved}, product {b.flop_rate / one:.1f} {computed}")
+    table = Table("operation", "backend", "calls", "ms", "floor ms", "of floor", moved, computed,
                   title="One micro-step and one update", title_justify="left")  # fmt: skip
     for column in table.columns[2:]:
         column.justify = "right"
@@ -267,8 +268,8 @@ def print_bench(b: Bench) -> None:
         total, floor_total = total + c.seconds, floor_total + floor
         table.add_row(
             name, c.backend, str(c.calls), f"{1e3 * c.seconds:.2f}", f"{1e3 * floor:.2f}",
-            f"{c.seconds / floor:.2f}x" if floor else "", f"{c.nbytes / c.seconds / 1e12:.2f}",
-            f"{c.flops / c.seconds / 1e12:.0f}" if c.flops else "",
+            f"{c.seconds / floor:.2f}x" if floor else "", f"{c.nbytes / c.seconds / one:.2f}",
+            f"{c.flops / c.seconds / one:.0f}" if c.flops else "",
         )  # fmt: skip
     table.add_section()
     table.add_row("all", "", "", f"{1e3 * total:.2f}", f"{1e3 * floor_total:.2f}", f"{total / floor_total:.2f}x")

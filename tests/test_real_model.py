@@ -113,7 +113,7 @@ def test_logits_are_those_of_transformers(folder: Path, theirs: Any) -> None:
 
 def test_logits_in_bf16_err_no_more_than_transformers_own(folder: Path) -> None:
     """Against fp64, with weights that bf16 holds exactly, so that only the arithmetic counts. The bound of 1.1 is that
-    of the reference; 0.96 was measured. Small models are held to 1.0, by tests/test_llama.py."""
+    of the reference; 0.91 and 0.96 were measured. Small models are held to 1.0, by tests/test_llama.py."""
     import transformers
 
     source = open_source(folder / "smollm2.gguf")

@@ -184,6 +184,10 @@ def test_every_basis_of_a_speed() -> None:
     rate, basis = p.tok_s
     assert rate == pytest.approx(0.5628 * 312e12 / p.flops_per_token)
     assert basis.startswith("modelled: 56.3% of its peak, as d48 B 16, recompute 2 on one NVIDIA H100 80GB HBM3")
+    assert "so small" not in basis
+    measured = "as d12 B 64, recompute 0 on one NVIDIA H100 80GB HBM3 (bench/results/gpu_step.csv, 26 Nov 2026)"
+    for few in ("d6", "tiny"):  # narrower than all that were measured
+        assert on(few).tok_s[1] == f"modelled: 50.1% of its peak, {measured}, but so small a model reaches less"
     why = "no figure for this family, GPU and precision", "CPU speed is not predicted; daybreak bench measures it"
     for unknown, basis in zip(
         (on("d6", precision__compute="fp32"), on("tiny", None, run__device="cpu"),

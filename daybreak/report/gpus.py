@@ -67,4 +67,5 @@ def token_rate(
         return near.tok_s * scale, f"{'measured' if exact else 'modelled, from'} {where}{more}"
     if (peak := peak_flops(gpu)) is None:
         return None
-    return near.mfu * peak / flops_per_token * scale, f"modelled: {near.mfu:.1%} of its peak, as {where}{more}"
+    less = ", but so small a model reaches less" if min(SHAPES[m.shape].C for m in family) > model.C else ""
+    return near.mfu * peak / flops_per_token * scale, f"modelled: {near.mfu:.1%} of its peak, as {where}{less}{more}"

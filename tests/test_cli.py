@@ -158,7 +158,7 @@ ERRORS: list[tuple[str, int, str]] = [
     ("watch runs/old --host 0.0.0.0", 2,
      "--host 0.0.0.0 lets others in: set DAYBREAK_KEY to a secret of 16 or more characters first."),
     ("prepare", 2, "Missing argument 'NAME|FILE...'; see daybreak prepare --help."),
-    ("prepare nothere.txt", 4, "'nothere.txt' is neither a file nor a folder; names of the catalogue: stdlib, "),
+    ("prepare nothere.txt", 4, "'nothere.txt' is neither a file nor a folder; give one that exists."),
     ("prepare latin1.txt", 4, "latin1.txt line 2: byte 0xef is not UTF-8; convert the file to UTF-8."),
     ("prepare bad.jsonl", 4, "bad.jsonl line 2 is not valid JSON (Expecting value: line 2 column 1 (char 10)); fix or "
                              "delete the line."),

@@ -52,10 +52,8 @@ DECODERS = {
     ),
     "qwen": Decoder(L=2, C=128, NH=6, NKV=3, HS=128, F=200, max_T=192, V=1000, qk_norm=True, qkv_bias=True, tied=False),
     "mistral": Decoder(L=3, C=96, NH=4, NKV=1, HS=40, F=136, max_T=192, V=300, layers="wfn", window=50),
-    "gemma": Decoder(
-        L=2, C=96, NH=4, NKV=1, HS=256, F=136, max_T=192, V=300, layers="wf", window=50, window_theta=100.0, act="gelu",
-        qk_norm=True, post_norms=True, norm_plus_one=True, embed_scale=True
-    ),
+    "gemma": Decoder(L=2, C=96, NH=4, NKV=1, HS=256, F=136, max_T=192, V=300, layers="wf", window=50, act="gelu",
+                     window_theta=100.0, qk_norm=True, post_norms=True, norm_plus_one=True, embed_scale=True),
 }  # fmt: skip
 # Pairwise: every two values of two options meet in at least one row.
 OPTIONS = [

@@ -108,7 +108,7 @@ section_verbs() {
   step "doctor of a run" "daybreak doctor runs/a"
 }
 
-section_decoder() { # Llama, Qwen, Mistral: from scratch and imported
+section_decoder() { # Llama, Qwen, Mistral, SmolLM, Gemma: from scratch and imported
   data
   local few="--steps 12 --checkpoint.every 4"
   step "train a decoder" "daybreak train $decoder $flags --name e $few"
@@ -123,7 +123,7 @@ section_decoder() { # Llama, Qwen, Mistral: from scratch and imported
   step "equal logits in transformers" "$checks logits e e-hf"
   step "export to GGUF" "daybreak export runs/e --to gguf e.gguf --dtype f16"
   step "import, train on" "daybreak import e-hf --name from-e && daybreak train runs/from-e $flags --steps 2"
-  for kind in llama mistral qwen2 qwen3 smollm3; do
+  for kind in llama mistral qwen2 qwen3 smollm3 gemma3_text; do
     step "import $kind made by transformers" "$checks made $kind e-hf $kind-hf && daybreak import $kind-hf --name $kind"
     step "$kind: equal logits" "$checks logits $kind $kind-hf"
     step "$kind: train" "daybreak train d12 --init-from $kind-hf $flags --steps 2 --name $kind-2 --batch.B 2 \

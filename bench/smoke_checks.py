@@ -123,7 +123,9 @@ def made(kind: str, tokenizer: str, folder: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    more = {"mistral": {"sliding_window": 40}, "smollm3": {"no_rope_layers": [1, 0]}}.get(kind, {})
+    more = {"mistral": {"sliding_window": 40}, "smollm3": {"no_rope_layers": [1, 0]},
+            "gemma3_text": {"sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"],
+                            "query_pre_attn_scalar": 64}}.get(kind, {})  # fmt: skip
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         kind, vocab_size=50257, hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=8,

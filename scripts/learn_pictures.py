@@ -1,7 +1,7 @@
-"""The drawings of the course in docs/learn, from the numbers of its examples.
+"""The drawings of the course in docs/learn, from the numbers of its examples: chapters 1 to 10.
 
-python scripts/learn_pictures.py writes all of docs/images/learn. They follow the light or dark mode of the page, and
-are narrow enough for a phone.
+python scripts/learn_pictures.py writes all of docs/images/learn, those of learn_pictures_run.py too. They follow the
+light or dark mode of the page, and are narrow enough for a phone.
 """
 
 from __future__ import annotations
@@ -10,51 +10,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 
-import torch
+from learn_drawing import WIDTH, line, picture, rect, text
+from learn_pictures_run import PICTURES_RUN
 
 from daybreak.data.tokenizer import load_ranks
-from daybreak.engine import EngineSpec, plan_engine
-from daybreak.engine.arena import ALIGN, _place
-from daybreak.shapes import GPT2Config
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs/images/learn"
-WIDTH = 560
-LIGHT = """text{font:15px system-ui,sans-serif;fill:#1f2328}.s{font-size:13px;fill:#57606a}.m{text-anchor:middle}
-.e{text-anchor:end}.card{fill:#fdfdfc;stroke:#d0d7de}.box{fill:#eef1f5;stroke:#8c959f}.a{fill:#c5dafc;stroke:#2563eb}
-.b{fill:#c3ebdb;stroke:#0f9d76}.c{fill:#fcdcc5;stroke:#d9480f}.line{fill:none;stroke:#8c959f;stroke-width:1.5}
-.heat{fill:#1d4ed8}"""
-DARK = """text{fill:#e6e8ec}.s{fill:#a9b2be}.card{fill:#1e2129;stroke:#3d444d}.box{fill:#2c313c;stroke:#768390}
-.a{fill:#1f3f7a;stroke:#7aa7ff}.b{fill:#14503f;stroke:#3fcf9f}.c{fill:#6b3413;stroke:#ff9a5c}.line{stroke:#9aa4b0}
-.heat{fill:#8ab4ff}"""
 Tokens = list[str]
-
-
-def picture(height: float, label: str, parts: Sequence[str]) -> str:
-    """An SVG file: a card with parts on it."""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" height="{height:g}" '
-        f'role="img" aria-label="{label}">\n<style>{LIGHT}\n@media(prefers-color-scheme:dark){{{DARK}}}</style>\n'
-        f'<rect class="card" x="1" y="1" width="{WIDTH - 2}" height="{height - 2:g}" rx="10"/>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
-
-
-def text(x: float, y: float, words: str, kind: str = "") -> str:
-    return f'<text x="{x:g}" y="{y:g}" class="{kind}">{words}</text>'
-
-
-def rect(x: float, y: float, width: float, height: float, kind: str = "box", words: str = "", corner: float = 4) -> str:
-    """A box, with words in its middle."""
-    box = f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{corner:g}"/>'
-    return box + (text(x + width / 2, y + height / 2 + 5, words, "m") if words else "")
-
-
-def line(*points: tuple[float, float]) -> str:
-    return '<path class="line" d="M' + "L".join(f"{x:g} {y:g}" for x, y in points) + '"/>'
 
 
 def course() -> str:
@@ -350,110 +315,10 @@ def grouped() -> str:
     return picture(264, "Eight heads of queries: each with its own keys and values, or four sharing one", parts)
 
 
-def rounding() -> str:
-    """The numbers with 3 bits of mantissa from 1 to 20, some numbers between them that are rounded, and a lost 1."""
-    toy = [2**e * (1 + i / 8) for e in range(5) for i in range(8)]
-    rows: list[tuple[str, float, float, Sequence[float], Sequence[tuple[float, float, str]]]] = [
-        ("all numbers from 1 to 20", 1, 20, (1, 2, 4, 8, 16, 20), ()),
-        ("from 2 to 4", 2, 4, [x for x in toy if 2 <= x <= 4],
-         ((2.6, 2.5, "a"), (2.875, 3, "c"), (3.2, 3.25, "a"), (3.625, 3.5, "c"))),
-        ("from 12 to 20: 16 + 1 is 16", 12, 20, [x for x in toy if 12 <= x <= 20], ((17, 16, "c"),)),
-    ]  # fmt: skip
-    parts, y = [], 0.0
-    for title, low, high, named, moved in rows:
-        unit, y = 504 / (high - low), y + (98 if moved else 62)
-        at = {x: 28 + (x - low) * unit for x in [*toy, *(x for x, *_ in moved)]}
-        parts += [text(28, y - (66 if moved else 24), title, "s"), line((at[low], y), (at[high], y))]
-        parts += [line((at[x], y - 7), (at[x], y + 7)) for x in toy if low <= x <= high]
-        parts += [text(at[x], y + 25, f"{x:g}", "m s") for x in named]
-        for x, near, kind in moved:
-            parts.append(f'<path class="{kind}" stroke-width="2.5" d="M{at[x]:g} {y - 28:g}L{at[near]:g} {y - 10:g}"/>')
-            parts.append(f'<circle class="{kind}" cx="{at[x]:g}" cy="{y - 28:g}" r="4"/>')
-            parts.append(text(at[x], y - 40, f"{x:g}", "m s"))
-        y += 40
-    for x, kind, said in ((28, "a", "to the nearest"), (178, "c", "in the middle: to the even one")):
-        parts.append(f'<circle class="{kind}" cx="{x + 4}" cy="{y + 6:g}" r="4"/>' + text(x + 16, y + 11, said, "s"))
-    return picture(y + 28, "Numbers with 3 bits of mantissa, and numbers between them that are rounded", parts)
-
-
-def formats() -> str:
-    """The bits of 1 + 33,556 / 2^23 in fp32, its two halves, and in fp16."""
-    word = 0x3F800000 + 33556
-    half = (word + 0x8000) >> 16
-    rows = [
-        ("fp32: the exact weight", f"{word:032b}", 0, (1, 9)),
-        ("bf16: the weight", f"{half:016b}", 0, (1, 9)),
-        ("16 more bits: the units it lacks", f"{word & 0xFFFF:016b}", 16, (0, 0)),
-        ("fp16: the same weight", "0" + f"{15:05b}" + f"{round(33556 / 2**13):010b}", 0, (1, 6)),
-    ]
-    parts, size, left, y = [], 16, 24, 22.0
-    for title, bits, first, (sign, exponent) in rows:
-        if first:
-            y -= 54
-        parts.append(text(left + first * size, y + 8, title, "s"))
-        for i, bit in enumerate(bits):
-            kind = "c" if i < sign else "a" if i < exponent else "b" if first == 0 else "box"
-            parts.append(rect(left + (first + i) * size, y + 16, size - 1, 24, kind, corner=2))
-            parts.append(text(left + (first + i) * size + 7.5, y + 33, bit, "m s"))
-        y += 54
-    for x, kind, said in ((24, "c", "sign"), (94, "a", "exponent"), (194, "b", "mantissa"), (294, "box", "an int16")):
-        parts.append(rect(x, y + 8, 12, 12, kind, corner=2) + text(x + 18, y + 19, said, "s"))
-    return picture(y + 34, "The bits of 1.004 in fp32, in bf16 with 16 more bits, and in fp16", parts)
-
-
-Lives = dict[str, tuple[int, int, int]]  # of each tensor: its size, the first call and the last
-
-
-def packing() -> str:
-    """The example with five tensors: each with bytes of its own, and where the engine's function puts them."""
-    lives: Lives = {"x": (2, 0, 5), "h": (4, 1, 4), "y": (3, 2, 3), "dy": (3, 3, 4), "dh": (4, 4, 5)}
-    tensors = {n: torch.empty(size * ALIGN, dtype=torch.uint8, device="meta") for n, (size, *_) in lives.items()}
-    spans = {name: (first, last) for name, (_, first, last) in lives.items()}
-    packed = {e.name: e.offset // ALIGN for e in _place(tensors, [spans])}
-    alone = dict(zip(lives, accumulate([0, *(size for size, *_ in lives.values())]), strict=False))
-    parts, unit, wide, top = [], 20, 37, 66
-    for left, title, offsets in ((40, "each has its own place", alone), (320, "largest first", packed)):
-        end = max(offsets[name] + size for name, (size, *_) in lives.items())
-        parts.append(text(left + 3 * wide, 28, f"{title}: {end}", "m"))
-        parts += [text(left + (i + 0.5) * wide, top - 8, f"{i}", "m s") for i in range(6)]
-        parts.append(line((left - 4, top + 16 * unit), (left - 4, top), (left + 6 * wide, top)))
-        for (name, (size, first, last)), kind in zip(lives.items(), "aaacc", strict=True):
-            x, y, width = left + first * wide, top + offsets[name] * unit, (last - first + 1) * wide - 2
-            parts.append(rect(x, y + 1, width, size * unit - 2, kind, name))
-        parts += [text(left - 10, top + i * unit + 5, f"{i}", "e s") for i in (0, 4, 8, 12, 16)]
-    label = "Five tensors as boxes, as wide as their lives: 16 numbers without sharing, and 13 with it"
-    return picture(top + 16 * unit + 18, label, parts)
-
-
-def memory() -> str:
-    """The plan of a model with one block: every activation but statistics, by its calls and its bytes."""
-    spec = EngineSpec(GPT2Config(L=1, C=64, NH=1, V=128, max_T=64), B=1, T=64)
-    arena = plan_engine(spec)[2]
-    rows = [e for e in arena.entries if e.buffer == "activations" and e.padded > ALIGN]
-    unit, wide, left, top = 16 / (64 * 64 * 4), 18, 30, 64
-    bottom = top + max(e.offset + e.padded for e in rows) * unit
-    head, back = (next(i for i, c in enumerate(arena.calls) if c.name == n) for n in ("classifier", "loss_sum"))
-    starts, end = (0, head - 1, back + 1), max(e.last for e in rows) + 1
-    parts = []
-    for name, first, last in zip(("forward", "head", "backward"), starts, (*starts[1:], end), strict=True):
-        parts.append(text(left + (first + last) / 2 * wide, 26, name, "m"))
-        parts += [line((left + first * wide, 36), (left + first * wide, bottom))] if first else []
-    parts += [text(left + (i + 0.5) * wide, top - 10, f"{i}", "m s") for i in range(0, end, 3)]
-    for e in rows:
-        name, x, y = e.name.removeprefix("h.0."), left + e.first * wide, top + e.offset * unit
-        box = rect(x + 1, y + 1, (e.last - e.first + 1) * wide - 2, e.padded * unit - 2, "ac"[name[:2] == "d_"])
-        below = e.last - e.first < 2  # a box that is too narrow for its name
-        middle = y + e.padded * unit + 12 if below else y + e.padded * unit / 2 + 4.5
-        parts.append(box + text(x + (0 if below else 4), middle, name, "s"))
-    label = "All activations of a model with one block: from left to right the calls, from top to bottom the bytes"
-    return picture(bottom + 16, label, parts)
-
-
 PICTURES: dict[str, Callable[[], str]] = {
     "course": course, "tokens": tokens, "bigram": bigram, "linear": linear, "layernorm": layernorm,
     "layernorm-backward": layernorm_backward, "attention": attention, "mlp": mlp, "backward": backward, "adamw": adamw,
-    "rotary": rotary, "grouped": grouped, "rounding": rounding, "formats": formats,
-    "packing": packing, "memory": memory,
+    "rotary": rotary, "grouped": grouped, **PICTURES_RUN,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,0 +1,195 @@
+"""The drawings of the course's chapters about how it runs, 11 to 16; learn_pictures.py writes them."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from learn_drawing import line, picture, rect, text
+
+from daybreak.engine import EngineSpec, plan_engine
+from daybreak.engine.arena import ALIGN, _place
+from daybreak.shapes import GPT2Config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rounding() -> str:
+    """The numbers with 3 bits of mantissa from 1 to 20, some numbers between them that are rounded, and a lost 1."""
+    toy = [2**e * (1 + i / 8) for e in range(5) for i in range(8)]
+    rows: list[tuple[str, float, float, Sequence[float], Sequence[tuple[float, float, str]]]] = [
+        ("all numbers from 1 to 20", 1, 20, (1, 2, 4, 8, 16, 20), ()),
+        ("from 2 to 4", 2, 4, [x for x in toy if 2 <= x <= 4],
+         ((2.6, 2.5, "a"), (2.875, 3, "c"), (3.2, 3.25, "a"), (3.625, 3.5, "c"))),
+        ("from 12 to 20: 16 + 1 is 16", 12, 20, [x for x in toy if 12 <= x <= 20], ((17, 16, "c"),)),
+    ]  # fmt: skip
+    parts, y = [], 0.0
+    for title, low, high, named, moved in rows:
+        unit, y = 504 / (high - low), y + (98 if moved else 62)
+        at = {x: 28 + (x - low) * unit for x in [*toy, *(x for x, *_ in moved)]}
+        parts += [text(28, y - (66 if moved else 24), title, "s"), line((at[low], y), (at[high], y))]
+        parts += [line((at[x], y - 7), (at[x], y + 7)) for x in toy if low <= x <= high]
+        parts += [text(at[x], y + 25, f"{x:g}", "m s") for x in named]
+        for x, near, kind in moved:
+            parts.append(f'<path class="{kind}" stroke-width="2.5" d="M{at[x]:g} {y - 28:g}L{at[near]:g} {y - 10:g}"/>')
+            parts.append(f'<circle class="{kind}" cx="{at[x]:g}" cy="{y - 28:g}" r="4"/>')
+            parts.append(text(at[x], y - 40, f"{x:g}", "m s"))
+        y += 40
+    for x, kind, said in ((28, "a", "to the nearest"), (178, "c", "in the middle: to the even one")):
+        parts.append(f'<circle class="{kind}" cx="{x + 4}" cy="{y + 6:g}" r="4"/>' + text(x + 16, y + 11, said, "s"))
+    return picture(y + 28, "Numbers with 3 bits of mantissa, and numbers between them that are rounded", parts)
+
+
+def formats() -> str:
+    """The bits of 1 + 33,556 / 2^23 in fp32, its two halves, and in fp16."""
+    word = 0x3F800000 + 33556
+    half = (word + 0x8000) >> 16
+    rows = [
+        ("fp32: the exact weight", f"{word:032b}", 0, (1, 9)),
+        ("bf16: the weight", f"{half:016b}", 0, (1, 9)),
+        ("16 more bits: the units it lacks", f"{word & 0xFFFF:016b}", 16, (0, 0)),
+        ("fp16: the same weight", "0" + f"{15:05b}" + f"{round(33556 / 2**13):010b}", 0, (1, 6)),
+    ]
+    parts, size, left, y = [], 16, 24, 22.0
+    for title, bits, first, (sign, exponent) in rows:
+        if first:
+            y -= 54
+        parts.append(text(left + first * size, y + 8, title, "s"))
+        for i, bit in enumerate(bits):
+            kind = "c" if i < sign else "a" if i < exponent else "b" if first == 0 else "box"
+            parts.append(rect(left + (first + i) * size, y + 16, size - 1, 24, kind, corner=2))
+            parts.append(text(left + (first + i) * size + 7.5, y + 33, bit, "m s"))
+        y += 54
+    for x, kind, said in ((24, "c", "sign"), (94, "a", "exponent"), (194, "b", "mantissa"), (294, "box", "an int16")):
+        parts.append(rect(x, y + 8, 12, 12, kind, corner=2) + text(x + 18, y + 19, said, "s"))
+    return picture(y + 34, "The bits of 1.004 in fp32, in bf16 with 16 more bits, and in fp16", parts)
+
+
+Lives = dict[str, tuple[int, int, int]]  # of each tensor: its size, the first call and the last
+
+
+def packing() -> str:
+    """The example with five tensors: each with bytes of its own, and where the engine's function puts them."""
+    lives: Lives = {"x": (2, 0, 5), "h": (4, 1, 4), "y": (3, 2, 3), "dy": (3, 3, 4), "dh": (4, 4, 5)}
+    tensors = {n: torch.empty(size * ALIGN, dtype=torch.uint8, device="meta") for n, (size, *_) in lives.items()}
+    spans = {name: (first, last) for name, (_, first, last) in lives.items()}
+    packed = {e.name: e.offset // ALIGN for e in _place(tensors, [spans])}
+    alone = dict(zip(lives, accumulate([0, *(size for size, *_ in lives.values())]), strict=False))
+    parts, unit, wide, top = [], 20, 37, 66
+    for left, title, offsets in ((40, "each has its own place", alone), (320, "largest first", packed)):
+        end = max(offsets[name] + size for name, (size, *_) in lives.items())
+        parts.append(text(left + 3 * wide, 28, f"{title}: {end}", "m"))
+        parts += [text(left + (i + 0.5) * wide, top - 8, f"{i}", "m s") for i in range(6)]
+        parts.append(line((left - 4, top + 16 * unit), (left - 4, top), (left + 6 * wide, top)))
+        for (name, (size, first, last)), kind in zip(lives.items(), "aaacc", strict=True):
+            x, y, width = left + first * wide, top + offsets[name] * unit, (last - first + 1) * wide - 2
+            parts.append(rect(x, y + 1, width, size * unit - 2, kind, name))
+        parts += [text(left - 10, top + i * unit + 5, f"{i}", "e s") for i in (0, 4, 8, 12, 16)]
+    label = "Five tensors as boxes, as wide as their lives: 16 numbers without sharing, and 13 with it"
+    return picture(top + 16 * unit + 18, label, parts)
+
+
+def memory() -> str:
+    """The plan of a model with one block: every activation but statistics, by its calls and its bytes."""
+    spec = EngineSpec(GPT2Config(L=1, C=64, NH=1, V=128, max_T=64), B=1, T=64)
+    arena = plan_engine(spec)[2]
+    rows = [e for e in arena.entries if e.buffer == "activations" and e.padded > ALIGN]
+    unit, wide, left, top = 16 / (64 * 64 * 4), 18, 30, 64
+    bottom = top + max(e.offset + e.padded for e in rows) * unit
+    head, back = (next(i for i, c in enumerate(arena.calls) if c.name == n) for n in ("classifier", "loss_sum"))
+    starts, end = (0, head - 1, back + 1), max(e.last for e in rows) + 1
+    parts = []
+    for name, first, last in zip(("forward", "head", "backward"), starts, (*starts[1:], end), strict=True):
+        parts.append(text(left + (first + last) / 2 * wide, 26, name, "m"))
+        parts += [line((left + first * wide, 36), (left + first * wide, bottom))] if first else []
+    parts += [text(left + (i + 0.5) * wide, top - 10, f"{i}", "m s") for i in range(0, end, 3)]
+    for e in rows:
+        name, x, y = e.name.removeprefix("h.0."), left + e.first * wide, top + e.offset * unit
+        box = rect(x + 1, y + 1, (e.last - e.first + 1) * wide - 2, e.padded * unit - 2, "ac"[name[:2] == "d_"])
+        below = e.last - e.first < 2  # a box that is too narrow for its name
+        middle = y + e.padded * unit + 12 if below else y + e.padded * unit / 2 + 4.5
+        parts.append(box + text(x + (0 if below else 4), middle, name, "s"))
+    label = "All activations of a model with one block: from left to right the calls, from top to bottom the bytes"
+    return picture(bottom + 16, label, parts)
+
+
+def measured(operation: str, note: str, backend: str) -> tuple[float, float]:
+    """TB/s and TFLOP/s (0: not counted) of an operation of the large GPT-2 on an H100."""
+    for row in csv.DictReader((ROOT / "bench/results/kernels.csv").open()):
+        if (row["op"], row["note"], row["backend"], row["shape"]) == (operation, note, backend, "d48"):
+            return float(row["TB/s"]), float(row["TFLOP/s"] or 0)
+    raise LookupError(operation)
+
+
+def roofline() -> str:
+    """Measured operations of the large GPT-2 below the limits of one H100, on axes of powers of ten."""
+    left, right, top, bottom, byte_rate, flop_rate = 62, 536, 56, 330, 2.977, 789.0
+
+    def place(intensity: float, speed: float) -> tuple[float, float]:
+        x = left + (right - left) * math.log(intensity / 0.3) / math.log(3000 / 0.3)
+        return round(x, 1), round(bottom - (bottom - top) * math.log(speed) / math.log(1200), 1)
+
+    parts = [text(left, 28, "trillion FLOPs per second"), text(right, 372, "FLOPs for each byte", "e")]
+    for speed in (1, 10, 100, 1000):
+        y = place(1, speed)[1]
+        parts += [text(left - 8, y + 5, f"{speed:,}", "e s"), line((left, y), (left + 6, y))]
+    for intensity in (1, 10, 100, 1000):
+        x = place(intensity, 1)[0]
+        parts += [text(x, bottom + 20, f"{intensity:,}", "m s"), line((x, bottom), (x, bottom - 6))]
+    parts.append(line((left, top), (left, bottom), (right, bottom)))
+    corner = flop_rate / byte_rate
+    roof = [place(1 / byte_rate, 1), place(corner, flop_rate), place(3000, flop_rate)]
+    d = "L".join(f"{x:g} {y:g}" for x, y in roof)
+    parts.append(f'<path class="c" style="fill:none;stroke-width:2.5" d="M{d}"/>')
+    parts.append(text(*place(4.2, 45), "bytes limit", "e s") + text(place(900, 1)[0], top - 4, "FLOPs limit", "m s"))
+    points = [  # its name, FLOPs for each byte where they are not counted, and how far below the name stands
+        ("AdamW", "adamw_update", "split masters", "triton", 14 / 26, 0),
+        ("layernorm", "layernorm_forward", "", "triton", 8 / 4, 0),
+        ("head, 1 token", "matmul_decode", "head, one row", "triton", 1, 0),
+        ("attention, forward", "attention_forward", "", "cudnn", 0, 104),
+        ("attention, backward", "attention_backward", "", "fa4", 0, 70),
+        ("attproj", "matmul_forward", "attproj", "quack", 0, 80),
+        ("fc, GELU", "matmul_gelu_forward", "fc", "quack", 0, 62),
+        ("qkv", "matmul_forward", "qkv", "quack", 0, 40),
+    ]
+    for name, operation, note, backend, intensity, down in points:
+        moved, speed = measured(operation, note, backend)
+        intensity, speed = (intensity, intensity * moved) if intensity else (speed / moved, speed)
+        x, y = place(intensity, speed)
+        parts += [line((x, y), (x, y + down))] if down else []
+        parts.append(f'<circle class="a" cx="{x:g}" cy="{y:g}" r="5"/>')
+        parts.append(text(x + (5 if down else 10), y + (down or 5), name, "s"))
+    return picture(390, "The roofline of an H100, and operations of the large GPT-2 below it", parts)
+
+
+def launches() -> str:
+    """The example's five operations: launched one by one by Python, and as a graph."""
+    times, h, unit, left, parts = (5, 1, 1, 5, 1), 4, 20, 70, []
+    ready, end, begins = [h * (i + 1) for i in range(5)], 0, []
+    for at, took in zip(ready, times, strict=True):
+        begins.append(max(at, end))
+        end = begins[-1] + took
+    graph = [h + sum(times[:i]) for i in range(5)]
+    rows = (("one by one", ready, begins), ("a graph", [h], graph))
+    y = 22.0
+    for title, launched, started in rows:
+        parts += [text(16, y + 8, title), text(16, y + 41, "Python", "s"), text(16, y + 79, "GPU", "s")]
+        for i, at in enumerate(launched):
+            said = f"{i}" if len(launched) > 1 else "all"
+            parts.append(rect(left + (at - h) * unit + 1, y + 22, h * unit - 2, 28, "box", said))
+        for i, (at, took) in enumerate(zip(started, times, strict=True)):
+            parts.append(rect(left + at * unit + 1, y + 60, took * unit - 2, 28, "a", f"{i}"))
+        last = started[-1] + times[-1]
+        parts.append(text(left + last * unit + 4, y + 79, f"{last} µs", "s"))
+        y += 110
+    return picture(y - 4, "Five operations: with gaps between them, and as a graph without", parts)
+
+
+PICTURES_RUN: dict[str, Callable[[], str]] = {
+    "rounding": rounding, "formats": formats, "packing": packing, "memory": memory,
+    "roofline": roofline, "launches": launches,
+}  # fmt: skip

@@ -94,6 +94,7 @@ class DataConfig:
     tokenizer: str = key("", "gpt2, bytes or gpt2-N; empty = the tokenizer of the data, else gpt2", TOKENIZER)
     dir: str = key("data", "folder that holds the prepared datasets")
     bos: bool = key(False, "start training samples only at the start of a document; skip the rest of a cut document")
+    packed: bool = key(False, "rows hold several examples, as `prepare --as chat` makes them; the data decides")
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,14 @@ class StepFrame(Frame, Protocol):
         return
 
 
+def name_inputs(state: dict[str, Tensor]) -> None:
+    """Name the parts of state["batch"]: tokens and targets, and of packed rows `positions` and `lo` (models.frame)."""
+    state["tokens"], state["targets"], *places = state["batch"]
+    if places:
+        state["positions"], lo = places
+        state["lo"] = lo.view(-1).view(torch.int32)[: lo.numel()].view(lo.shape)
+
+
 def constant_entries(constants: Mapping[str, Tensor]) -> list[Entry]:
     """The memory of a model's constants."""
     return [Entry(CONSTANT + name, "state", tuple(x.shape), x.dtype) for name, x in constants.items()]
@@ -110,7 +118,7 @@ class PlanFrame(StepFrame):
         self.k: Kernels = self.recorder
         self.activations: dict[str, Tensor] = {}
         self.state = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in state}
-        self.state["tokens"], self.state["targets"] = self.state["batch"]
+        name_inputs(self.state)
 
     def w(self, name: str) -> Tensor:
         stored = self.state.get(FROZEN + self.prefix + name)

@@ -61,7 +61,8 @@ def engine_spec(
         config.model, B=config.batch.B, T=config.T, compute=pick_compute(config.precision.compute, device),
         recompute=config.batch.recompute, masters=config.precision.masters, zero=config.parallel.zero,
         bucket_bytes=config.parallel.bucket_bytes, optim=config.optim, guard=config.guard, kernels=kernels,
-        device_type=device.type, missing=missing_on(device) if missing is None else missing,
+        documents=config.data.packed, device_type=device.type,
+        missing=missing_on(device) if missing is None else missing,
     )  # fmt: skip
     return replace(spec, **changes)
 

@@ -21,12 +21,18 @@ from daybreak.engine.spec import DTYPES, EngineSpec
 from daybreak.errors import ConfigError
 from daybreak.kernels import acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
+from daybreak.models.frame import Documents
 from daybreak.models.registry import Model, build_model
 from daybreak.optimizers import Part
 from daybreak.optimizers.adamw import adamw_group
 from daybreak.parallel import ALONE, Group
 
 State = dict[str, Tensor]
+
+
+def documents_of(s: State) -> dict[str, Any]:
+    """What models are told of packed rows; nothing of others."""
+    return {"documents": Documents(s["positions"].view(-1), s["lo"])} if "lo" in s else {}
 
 
 def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool = True) -> None:
@@ -41,12 +47,13 @@ def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool 
         c.gather(s["weights"])
     if first:
         f.convert_weights()
-    hidden = model.forward(f, s["tokens"])
+    packed = documents_of(s)
+    hidden = model.forward(f, s["tokens"], **packed)
     c.finish()
     fresh = first or c.sharding.zero == 2  # at stage 2 the shard adds up the micro-steps
     model.head_loss(f, hidden, s["targets"].view(-1), s["losses"], scale, backward=True, first=fresh)
     f.k.loss_sum(s["loss"], s["losses"], scale, accumulate=not first)
-    model.backward(f, s["tokens"], first=fresh)
+    model.backward(f, s["tokens"], first=fresh, **packed)
 
 
 def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
@@ -78,7 +85,7 @@ def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
 
 def evaluate(model: Model, f: StepFrame, s: State, B: int, T: int) -> None:
     """Per-token losses of the first B rows and T columns of the input buffers, without gradients."""
-    hidden = model.forward(f, s["tokens"][:B, :T])
+    hidden = model.forward(f, s["tokens"][:B, :T], **documents_of(s))
     n = B * T
     targets, losses = s["targets"].view(-1)[:n], s["losses"][:n]
     model.head_loss(f, hidden, targets, losses, s["hyper"][2], backward=False, first=True)
@@ -107,7 +114,7 @@ def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> 
             entries += [Entry("shard", "grads", (held,), dtype if sharding.zero == 1 else acc)]
         entries += optimizer_entries(sharding, acc)
     small = [
-        ("batch", (2, B, T), i64), ("losses", (B * T,), acc),
+        ("batch", (4 if spec.documents else 2, B, T), i64), ("losses", (B * T,), acc),
         ("hyper", (max(part.stop for part in sharding.table.hyper.values()),), f64),
         ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
         ("counts", (2,), i64), ("next", (2, kv[2]), i64), ("next_logits", (kv[2], V), torch.float32),
@@ -174,7 +181,10 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     passes += [partial(decoding, b) for b in sorted({1, min(2, rows), rows})]
     passes += [partial(prefill, b) for b in range(2, rows + 1)]
     kv = model.cache_shape(rows, T)
-    choices = choose(spec.device_type, dtype, spec.kernels, spec.missing, model.asks)
+    asks = dict(model.asks)
+    for name in ("attention_forward", "attention_backward") if spec.documents else ():
+        asks[name] = {*asks.get(name, ()), "lo"}
+    choices = choose(spec.device_type, dtype, spec.kernels, spec.missing, asks)
     state, comm = state_entries(spec, sharding, kv), Collectives(sharding, group)
     state += constant_entries(model.constants()) + (weight_entries(table, spec.formats) if spec.train else [])
     return model, table, plan_arena(table, dtype, state, passes, choices, comm)

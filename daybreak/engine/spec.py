@@ -27,6 +27,7 @@ class EngineSpec:
     optim, groups: AdamW's options, and groups of parameters that have other optimizers (optimizers).
     trainable: patterns of names. A parameter that fits none is frozen: no gradient, optimizer state or master weights.
     frozen: patterns of names -> the dtype that frozen parameters are held in, if not compute dtype.
+    documents: a row of tokens holds several documents, and comes with the place of every token in its own.
     device_type, missing: cpu or cuda, and backends that are absent. An engine fills in both for its own device.
     """
 
@@ -45,6 +46,7 @@ class EngineSpec:
     groups: tuple[ParamGroup, ...] = ()
     trainable: tuple[str, ...] = ("*",)
     frozen: Mapping[str, str] = field(default_factory=dict)
+    documents: bool = False
     guard: GuardConfig = field(default_factory=GuardConfig)
     kernels: Mapping[str, str] = field(default_factory=dict)
     formats: Mapping[str, Format] = field(default_factory=dict)

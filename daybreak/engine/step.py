@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from daybreak.engine.arena import CONSTANT, LiveFrame
+from daybreak.engine.arena import CONSTANT, LiveFrame, name_inputs
 from daybreak.engine.capture import Graphs, Pending, Ring, Tapes
 from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on
@@ -85,7 +85,7 @@ class Engine:
         self.frame = LiveFrame(self.arena, self.table, spec.dtype, self.device, self.comm)
         self._training = in_formats(self.frame, spec.formats)
         self.state: State = self.frame.state
-        self.state["tokens"], self.state["targets"] = self.state["batch"]
+        name_inputs(self.state)
         for name, value in self.model.constants().items():
             self.state[CONSTANT + name].copy_(value)
         on_host = any(self.arena.choices[name] == "torch" for name in ON_HOST)
@@ -94,7 +94,7 @@ class Engine:
             group.before_close.append(self.graphs.clear)
         wait = group.wait_for if group.world > 1 else None  # the device may wait for a rank that is gone
         self._hyper = Ring(tuple(self.state["hyper"].shape), torch.float64, self.device, wait)
-        self._batch = Ring((2, spec.B, spec.T), torch.int64, self.device, wait)
+        self._batch = Ring(tuple(self.state["batch"].shape), torch.int64, self.device, wait)
         self._stats = Ring((len(STATS),), torch.float64, self.device, wait)
         self._next = torch.zeros(2, spec.rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         # The reference kernel of decode reads the lengths on the host, so it has no graph.
@@ -207,19 +207,33 @@ class Engine:
                 self._hyper.slots[slot][i] = value
         self._hyper.upload(slot, self.state["hyper"])
 
-    def micro_step(self, tokens: Tensor, targets: Tensor, *, first: bool, last: bool = True) -> None:
+    def micro_step(
+        self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None, *, first: bool, last: bool = True
+    ) -> None:
         """Compute the gradients of one micro-batch, tokens and targets (B, T) of any integer dtype. Later ones add to
         the first. After the last one of a step they are the sum over all ranks.
 
+        positions (B, T): of packed rows (EngineSpec.documents), the place of every token in its document.
         On CUDA it returns when the work is queued."""
         assert tokens.shape == targets.shape == (self.B, self.T), "a micro-batch is (B, T); copy_ would broadcast"
+        assert (positions is not None) == self.spec.documents, "packed rows come with positions, and others without"
         slot = self._batch.take()
-        self._batch.slots[slot][0].copy_(tokens)
-        self._batch.slots[slot][1].copy_(targets)
+        parts = {"batch": self._batch.slots[slot]}
+        name_inputs(parts)
+        self._fill(parts, tokens, targets, positions)
         self._batch.upload(slot, self.state["batch"])
         kind = first, last or not self.comm.active
         self.graphs.run(kind, self._micro(*kind))
         self.comm.stale = self.comm.stale and not first
+
+    @staticmethod
+    def _fill(parts: State, tokens: Tensor, targets: Tensor, positions: Tensor | None) -> None:
+        """Copy a batch into its parts. A document begins as many tokens back as the place of a token says."""
+        parts["tokens"].copy_(tokens)
+        parts["targets"].copy_(targets)
+        if positions is not None:
+            parts["positions"].copy_(positions)
+            parts["lo"].copy_(torch.arange(positions.shape[1]) - positions)
 
     def update(self) -> Pending:
         """Apply the accumulated gradient, unless the guard says no. Returns the step's stats, to be read later."""
@@ -228,15 +242,20 @@ class Engine:
         self._last = self._stats.download(self.state["stats"])
         return self._last
 
-    def forward_backward(self, tokens: Tensor, targets: Tensor, *, lr: float = 0.0, step: int = 0) -> None:
+    def forward_backward(
+        self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None, *, lr: float = 0.0, step: int = 0
+    ) -> None:
         """Gradients of the mean loss over all valid targets of all ranks' tokens, targets (A, B, T): A micro-steps."""
         self.begin_step(lr=lr, step=step, valid=int(self.comm.group.numbers([int((targets >= 0).sum())])[0]))
         for i in range(tokens.shape[0]):
-            self.micro_step(tokens[i], targets[i], first=i == 0, last=i == tokens.shape[0] - 1)
+            places = None if positions is None else positions[i]
+            self.micro_step(tokens[i], targets[i], places, first=i == 0, last=i == tokens.shape[0] - 1)
 
-    def train_step(self, tokens: Tensor, targets: Tensor, *, lr: float, step: int) -> None:
-        """A whole step with this rank's tokens and targets (A, B, T). step: counted from 0."""
-        self.forward_backward(tokens, targets, lr=lr, step=step)
+    def train_step(
+        self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None, *, lr: float, step: int
+    ) -> None:
+        """A whole step with this rank's tokens and targets (A, B, T), and positions of packed rows. step: from 0."""
+        self.forward_backward(tokens, targets, positions, lr=lr, step=step)
         self.update()
 
     def stats(self) -> dict[str, float]:
@@ -246,13 +265,15 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
-    def eval_losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Per-token losses (b, t) of tokens and targets (b, t), b <= B, t <= T. The next call overwrites the view."""
+    def eval_losses(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Per-token losses (b, t) of tokens and targets (b, t), b <= B, t <= T. The next call overwrites the view.
+        positions (b, t): of packed rows, if the engine has `documents`."""
         b, t = tokens.shape
         # The front of the flat buffers, so that a smaller batch is contiguous too.
-        self._front("tokens", b, t).copy_(tokens)
-        self._front("targets", b, t).copy_(targets)
-        inputs = {**self.state, "tokens": self._front("tokens", b, t), "targets": self._front("targets", b, t)}
+        names = ("tokens", "targets", *(() if positions is None else ("positions", "lo")))
+        parts = {name: self._front(name, b, t) for name in names}
+        self._fill(parts, tokens, targets, positions)
+        inputs = {k: v for k, v in self.state.items() if k not in ("positions", "lo")} | parts
         evaluate(self.model, self.frame, inputs, b, t)
         return self.state["losses"][: b * t].view(b, t)
 

@@ -115,8 +115,10 @@ def swiglu_backward(b: Frame, gateup: Tensor, d_out: Tensor, **act: bool) -> Mat
 
 def rope(b: Frame, heads: Sequence[Tensor], freq: str, *, attention: float, back: bool = False) -> None:
     """Turn (B, T, heads, HS) by their places' angles, in place; `back`: the gradients. `attention` scales both."""
+    places = b.mode.places
     for x in heads:
-        b.k.rope(x, b.constant(freq), b.mode.positions, attention=attention, back=back)
+        rows = x if places is None else x.view(-1, 1, *x.shape[2:])
+        b.k.rope(rows, b.constant(freq), places, attention=attention, back=back)
 
 
 def weight_grad(b: Frame, name: str, dy: Matrix, x: Matrix, *, late: bool = False) -> None:
@@ -135,13 +137,14 @@ def bias_grad(b: Frame, name: str, dy: Tensor) -> None:
 
 def attention(b: Frame, out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, **sees: int) -> None:
     """Causal attention. All are (B, T, heads, HS) views, which may be strided. `sees` may be window=W: W keys a query.
+    Inside packed rows it stays in each document.
 
     Decoding has T = 1, and reads the keys and values of earlier tokens from the cache. Prefill only fills the cache."""
     cache = None if b.mode.cache is None else b.mode.cache[b.index]
     if b.mode.positions is not None:
         b.k.attention_decode(out[:, 0], cache, q[:, 0], k[:, 0], v[:, 0], b.mode.positions, scale=scale, **sees)
         return
-    b.k.attention_forward(out, _logsumexp(b, q), q, k, v, scale=scale, **sees)
+    b.k.attention_forward(out, _logsumexp(b, q), q, k, v, scale=scale, **sees, **_documents(b))
     if cache is not None:
         b.k.cache_write(cache, k, v)
 
@@ -150,7 +153,12 @@ def attention_backward(
     b: Frame, grads: Sequence[Tensor], d_out: Tensor, qkv: Sequence[Tensor], out: Tensor, scale: float, **sees: int
 ) -> None:
     """The gradients of q, k and v, from that of the output."""
-    b.k.attention_backward(*grads, d_out, *qkv, out, _logsumexp(b, out), scale=scale, **sees)
+    b.k.attention_backward(*grads, d_out, *qkv, out, _logsumexp(b, out), scale=scale, **sees, **_documents(b))
+
+
+def _documents(b: Frame) -> dict[str, Tensor]:
+    """The first key that each query of packed rows sees."""
+    return {} if b.mode.documents is None else {"lo": b.mode.documents.lo}
 
 
 def _logsumexp(b: Frame, x: Tensor) -> Tensor:

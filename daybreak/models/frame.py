@@ -22,13 +22,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from daybreak.kernels import Kernels
 from daybreak.kernels.operand import Matrix as Matrix
+
+
+class Documents(NamedTuple):
+    """Rows of tokens (B, T) that hold several documents each. Attention stays inside a document, and places restart.
+
+    positions (n) int64: the place of each token in its document. lo (B, T) int32: where that document begins."""
+
+    positions: Tensor
+    lo: Tensor
 
 
 @dataclass
@@ -41,6 +50,7 @@ class Mode:
     that are put off.
     Prefill and decode: `cache` has the keys and values of all layers. `positions` (n) are the places of the tokens that
     decode reads, one of each row. `few` rows are so few that one kernel does all that belongs to a linear layer.
+    Packed rows: `documents` says where each document begins.
     """
 
     backward: bool = False
@@ -51,6 +61,12 @@ class Mode:
     cache: Tensor | None = None
     positions: Tensor | None = None
     few: bool = False
+    documents: Documents | None = None
+
+    @property
+    def places(self) -> Tensor | None:
+        """The place of every token (n); None where it is its place in the row."""
+        return self.positions if self.documents is None else self.documents.positions
 
 
 class Frame(Protocol):

@@ -24,7 +24,7 @@ import math
 from torch import Tensor
 
 from daybreak.models import blocks
-from daybreak.models.frame import Frame, Matrix, Mode
+from daybreak.models.frame import Documents, Frame, Matrix, Mode
 from daybreak.models.head import Head
 from daybreak.models.rows import Row, layernorm_rows, linear_rows
 from daybreak.shapes import GPT2Config
@@ -108,12 +108,17 @@ class GPT2(Head):
             x = blocks.linear(b, "fcproj", gelu, out, add=residual2)
         return x
 
-    def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None) -> Tensor:
-        """tokens (B, T) int64 -> the final layernorm's output (n, C). `kv`, if given, takes all keys and values."""
+    def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None, documents: Documents | None = None) -> Tensor:
+        """tokens (B, T) int64 -> the final layernorm's output (n, C). `kv`, if given, takes all keys and values.
+        documents: of packed rows."""
         (B, T), C = tokens.shape, self.cfg.C
         x = f.a("embedded", B * T, C)
-        f.k.embedding_forward(x, tokens, f.w("wte"), f.w("wpe"))
-        return blocks.layernorm(f, "lnf", self._blocks(f, x, B, T, Mode(cache=kv)), f.a("lnf", B * T, C))
+        if documents is None:
+            f.k.embedding_forward(x, tokens, f.w("wte"), f.w("wpe"))
+        else:
+            f.k.embedding_decode(x, tokens.view(-1), documents.positions, f.w("wte"), f.w("wpe"))
+        mode = Mode(cache=kv, documents=documents)
+        return blocks.layernorm(f, "lnf", self._blocks(f, x, B, T, mode), f.a("lnf", B * T, C))
 
     def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
         """Logits (n, Vp) that follow one more token of each of n sequences, at their positions (n). Reads and adds to
@@ -125,7 +130,7 @@ class GPT2(Head):
         x = self._blocks(f, x, n, 1, mode, last)
         return blocks.linear(f.layer("", 0, mode), "", x, f.a("logits", n, self.cfg.Vp), norm="lnf", tied="wte")
 
-    def backward(self, f: Frame, tokens: Tensor, *, first: bool) -> None:
+    def backward(self, f: Frame, tokens: Tensor, *, first: bool, documents: Documents | None = None) -> None:
         """From d_lnf (n, C) to every gradient. `first` overwrites gradients, later micro-steps add.
 
         It ends at the lowest layer with a trainable parameter."""
@@ -133,7 +138,8 @@ class GPT2(Head):
         n, again = B * T, self.recompute == RECOMPUTE_BLOCK
         embeds = f.trains("wte", "wpe")
         lowest = 0 if embeds else next((l for l in range(L) if f.trains(f"h.{l}.")), L)
-        mode = Mode(True, not first, recomputed=again, rewritten=REWRITTEN.get(self.recompute, ()))
+        rewritten = REWRITTEN.get(self.recompute, ())
+        mode = Mode(True, not first, recomputed=again, rewritten=rewritten, documents=documents)
         d, x, below = f.a("d_residual", n, C), f.a(f"h.{L - 1}.residual3", n, C), f.g(f"h.{L - 1}.fcprojb")
         top = f.layer("", 0, Mode(True, not first))
         blocks.layernorm_backward(top, "lnf", d, f.a("d_lnf", n, C), x, below=below, starts=True)
@@ -148,7 +154,11 @@ class GPT2(Head):
         # The embedding's gradient is the largest and the last that the chain of d gives. Two matmuls of block 0 that
         # nothing waits for come after it, so that its reduction between ranks has something to hide behind.
         if embeds:
-            f.k.embedding_backward(f.g("wte"), f.g("wpe"), d, tokens, accumulate=not first)
+            dwpe = f.g("wpe")
+            f.k.embedding_backward(f.g("wte"), None if documents else dwpe, d, tokens, accumulate=not first)
+            if documents:  # places are the tokens of their own table
+                places = documents.positions.view(B, T)
+                f.k.embedding_backward(dwpe, None, d, places, accumulate=not first, tied=False)
         f.final()
         for gradient in mode.late:
             gradient()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from daybreak.models import blocks
-from daybreak.models.frame import Frame, Matrix, Mode
+from daybreak.models.frame import Documents, Frame, Matrix, Mode
 from daybreak.models.head import Head
 from daybreak.models.rotary import rotary, window_rotary
 from daybreak.models.rows import Row, linear_rows, norm_row
@@ -180,12 +180,13 @@ class Llama(Head):
             x = self._added(b, "fcproj", swiglu, residual2, out)
         return blocks.rmsnorm(f, "lnf", x, f.a("lnf", *x.shape), **self.norm)
 
-    def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None) -> Tensor:
-        """tokens (B, T) int64 -> the final norm's output (n, C). `kv`, if given, takes all keys and values."""
+    def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None, documents: Documents | None = None) -> Tensor:
+        """tokens (B, T) int64 -> the final norm's output (n, C). `kv`, if given, takes all keys and values. documents:
+        of packed rows."""
         B, T = tokens.shape
         x = f.a("embedded", B * T, self.cfg.C)
         f.k.embedding_forward(x, tokens, f.w("wte"), None, **self._embed(f))
-        return self._blocks(f, x, B, T, Mode(cache=kv))
+        return self._blocks(f, x, B, T, Mode(cache=kv, documents=documents))
 
     def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
         """Logits (n, Vp) that follow one more token of each of n sequences, at their positions (n). Reads and adds to
@@ -195,7 +196,7 @@ class Llama(Head):
         f.k.embedding_decode(x, tokens, positions, f.w("wte"), None, **self._embed(f))
         return self.head_logits(f, self._blocks(f, x, n, 1, Mode(cache=kv, positions=positions), last))
 
-    def backward(self, f: Frame, tokens: Tensor, *, first: bool) -> None:
+    def backward(self, f: Frame, tokens: Tensor, *, first: bool, documents: Documents | None = None) -> None:
         """From d_lnf (n, C) to every gradient. `first` overwrites gradients, later micro-steps add.
 
         It ends at the lowest layer with a trainable parameter."""
@@ -203,7 +204,8 @@ class Llama(Head):
         n, again = B * T, self.recompute == RECOMPUTE_BLOCK
         embeds = f.trains("wte")
         lowest = 0 if embeds else next((l for l in range(L) if f.trains(f"h.{l}.")), L)
-        mode = Mode(True, not first, recomputed=again, rewritten=REWRITTEN.get(self.recompute, ()))
+        rewritten = REWRITTEN.get(self.recompute, ())
+        mode = Mode(True, not first, recomputed=again, rewritten=rewritten, documents=documents)
         d, x, top = f.a("d_residual", n, C), f.a(f"h.{L - 1}.residual3", n, C), f.layer("", 0, Mode(True, not first))
         blocks.rmsnorm_backward(top, "lnf", d, f.a("d_lnf", n, C), x, starts=True, offset=self.offset)
         for l in reversed(range(lowest, L)):

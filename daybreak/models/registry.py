@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from daybreak.models.frame import Frame
+from daybreak.models.frame import Documents, Frame
 from daybreak.models.gpt2 import GPT2
 from daybreak.models.llama import Llama
 from daybreak.models.rows import Row
@@ -31,8 +31,8 @@ class Model(Protocol):
     def flops_per_token(self, T: int, num_parameters: int) -> int:
         """Training FLOPs per token."""
 
-    def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None) -> Tensor:
-        """tokens (B, T) -> hidden (n, C); their keys and values into kv, if given."""
+    def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None, documents: Documents | None = None) -> Tensor:
+        """tokens (B, T) -> hidden (n, C); their keys and values into kv, if given. documents: of packed rows."""
 
     def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
         """Logits (n, Vp) that follow one more token of each of n sequences, whose keys and values are in kv. `last`
@@ -52,7 +52,7 @@ class Model(Protocol):
     def head_logits(self, f: Frame, hidden: Tensor) -> Tensor:
         """Logits (r, Vp) of r rows."""
 
-    def backward(self, f: Frame, tokens: Tensor, *, first: bool) -> None:
+    def backward(self, f: Frame, tokens: Tensor, *, first: bool, documents: Documents | None = None) -> None:
         """All gradients."""
 
 

@@ -36,9 +36,9 @@ def run(name: str, *args, backend: str = "torch", **kwargs) -> None:
     operation = all_ops("cuda")[name]
     impl = operation.impls[backend]
     size = temps_bytes(impl.temps(*args, **kwargs)) if impl.temps else 0
-    scratch = torch.full((size,), 0xFF, dtype=torch.uint8, device=DEVICE)  # NaN in every floating dtype
     given = dict(zip(operation.parameters, args, strict=False)) | kwargs
     outputs = [given[w] for w in operation.writes if given.get(w) is not None]
+    scratch = torch.full((size,), 0xFF, dtype=torch.uint8, device=outputs[0].device)  # NaN in every floating dtype
     shared = {x.untyped_storage().data_ptr() for x in outputs}
     inputs = [x for x in given.values() if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in shared]
     before = [x.clone() for x in inputs]

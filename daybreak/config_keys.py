@@ -136,7 +136,13 @@ class PrecisionConfig:
     """The number formats of arithmetic."""
 
     compute: str = key(
-        "auto", "auto (bf16 on CUDA, else fp32), fp32, bf16 or fp64", one_of("auto", "fp32", "bf16", "fp64")
+        "auto",
+        "auto (bf16 on CUDA, else fp32), fp32, bf16, fp64, or fp8 (bf16, but blocks' matmuls in fp8 while training)",
+        one_of("auto", "fp32", "bf16", "fp64", "fp8"),
+    )
+    fp8: str = key(
+        "h.*",
+        "for compute = fp8: patterns of weights whose matmuls are in fp8, with commas between",
     )
     tf32: bool = key(True, "fp32 matmuls may use TF32 on CUDA")
     masters: str = key(

@@ -92,6 +92,10 @@ class StepFrame(Frame, Protocol):
         """Make the weights that matmuls read in a format of their own, from the plain ones."""
         return
 
+    def note_amax(self) -> None:
+        """Take the largest magnitudes of a step into the history that later scales come from (engine/scales.py)."""
+        return
+
 
 def name_inputs(state: dict[str, Tensor]) -> None:
     """Name the parts of state["batch"]: tokens and targets, and of packed rows `positions` and `lo` (models.frame)."""

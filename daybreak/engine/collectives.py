@@ -241,6 +241,12 @@ class Collectives:
         if self.sharding.zero:  # at stage 0 every rank has the whole gradient's, from the same bits
             torch.sqrt(sums[1], out=state["norm"])
 
+    def largest(self, magnitudes: Tensor) -> None:
+        """magnitudes (fp32, not negative) = the largest of all ranks'. As integers, whose order is the same, and NaN is
+        the largest."""
+        self.group.progress += 1
+        self.group.dist.all_reduce(magnitudes.view(torch.int32), op=self.group.dist.ReduceOp.MAX)
+
     # ---- weights
 
     def gather(self, weights: Tensor) -> None:

@@ -7,6 +7,8 @@ lists them, and `h.0.d_residual3`, `d_residual2`, `d_fc` and `d_qkv` for gradien
 arena as `NAME.value`, `NAME.scale` and `NAME.transposed`: those of an activation for as long as a call needs them, and
 those of a weight for good, because all micro-steps of a step read the same ones.
 
+precision.compute = "fp8" makes such a mapping of the model's `matmuls` and the patterns of precision.fp8.
+
 Evaluation, prefill and decode read plain tensors. So losses compare with those of other runs, and both kinds are in the
 plan. A checkpoint holds no Operand: each step begins by making them from the plain weights.
 """
@@ -14,27 +16,43 @@ plan. A checkpoint holds no Operand: each step begins by making them from the pl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
+from daybreak.engine import scales
 from daybreak.engine.arena import Entry, StepFrame
 from daybreak.engine.params import ParamTable
+from daybreak.engine.spec import EngineSpec
+from daybreak.errors import ConfigError
+from daybreak.kernels.fp8 import E4M3, E5M2
 from daybreak.kernels.operand import Format, Matrix, Operand, chosen
+from daybreak.models.registry import Model
 
 F = TypeVar("F", bound=StepFrame)
+MULTIPLE = 16  # rows and columns of fp8 matrices: the matmuls of GPUs ask for it
 
 
 class FormatFrame(StepFrame):
     """Mixed into a plan's or an engine's frame (see `in_formats`)."""
 
     formats: Mapping[str, Format]
+    slots: scales.Slots
+    offset: float  # what the model's norms add to their weights
+    current: bool  # whether kernels choose late scales from the values themselves
     weight_operands: dict[str, Operand]
     operands: dict[tuple[str, bool], Operand | None]  # by name, and whether it is of a layer that is computed again
 
     def convert_weights(self) -> None:
+        if self.slots.at:
+            scales.begin(self, self.slots, self.offset)
         for name, operand in self.weight_operands.items():
             self.k.quantise(operand, self.w(name))
+
+    def note_amax(self) -> None:
+        if self.slots.at:
+            scales.end(self, self.slots, count=not self.current)
 
     def matmul_w(self, name: str) -> Matrix:
         return self.weight_operands.get(self.prefix + name) or self.w(name)
@@ -53,29 +71,78 @@ class FormatFrame(StepFrame):
         if key not in self.operands:
             found = chosen(self.formats, key[0].removesuffix(".again"))
             parts = found.parts(*shape) if found else {}
-            views = {p: self.a(f"{name}.{p}", *dims, dtype=dtype, plain=plain) for p, (dims, dtype) in parts.items()}
-            self.operands[key] = Operand(found, **views) if found else None
+            views: dict[str, Any] = {
+                p: self.a(f"{name}.{p}", *dims, dtype=dtype, plain=plain) for p, (dims, dtype) in parts.items()
+            }
+            slot = self._slot(key[0].removesuffix(".again")) if found and found.slots else {}
+            self.operands[key] = Operand(found, **views, **slot) if found else None
         return self.operands[key]
 
+    def _slot(self, name: str) -> dict[str, Any]:
+        i = self.slots.at[name]
+        current = name in self.weight_operands or (self.current and i >= self.slots.late)
+        return {"scale": self.state[scales.SCALE][i], "amax": self.state[scales.AMAX][i], "current": current}
 
-def in_formats(f: F, formats: Mapping[str, Format]) -> F:
-    """The frame that training uses: f itself where no formats are chosen."""
+
+def in_formats(f: F, formats: Mapping[str, Format], offset: float = 0.0, *, current: bool = False) -> F:
+    """The frame that training uses: f itself where no formats are chosen. offset: what the model's norms add to their
+    weights. current: kernels choose every late scale from the values themselves (engine/scales.py)."""
     if not formats:
         return f
     g: Any = object.__new__(type("FormatFrame", (FormatFrame, type(f)), {}))
-    g.__dict__ |= {**vars(f), "formats": formats, "operands": {}, "weight_operands": {}}
+    slots = scales.slots_of(formats, f.table.rows)
+    weights = dict.fromkeys(entry.removesuffix(".value") for entry in f.state if entry.endswith(".value"))
+    g.__dict__ |= {**vars(f), "formats": formats, "slots": slots, "offset": offset, "current": current}
+    g.__dict__ |= {"operands": {}, "weight_operands": weights}
     g.k = f.k.in_formats({format.backend for format in formats.values()})
-    for name in (entry.removesuffix(".value") for entry in f.state if entry.endswith(".value")):
-        if format := chosen(formats, name):
-            g.weight_operands[name] = Operand(format, **{p: f.state[f"{name}.{p}"] for p in format.parts(0, 0)})
+    for name in weights:
+        format = chosen(formats, name)
+        assert format is not None, f"{name} has parts, so a format"
+        views: dict[str, Any] = {p: f.state[f"{name}.{p}"] for p in format.parts(0, 0)}
+        g.weight_operands[name] = Operand(format, **views, **(g._slot(name) if format.slots else {}))
     return cast(F, g)
 
 
 def weight_entries(table: ParamTable, formats: Mapping[str, Format]) -> list[Entry]:
-    """The parts of the weights for which formats are chosen."""
+    """The parts of the weights for which formats are chosen, and the slots of all formats that have some."""
     rows = [(row, chosen(formats, name)) for name, row in table.rows.items() if len(row.shape) == 2]
-    return [
+    parts = [
         Entry(f"{row.name}.{part}", "operands", shape, dtype)
         for row, format in rows if format
         for part, (shape, dtype) in format.parts(*row.shape).items()
     ]  # fmt: skip
+    return parts + scales.scale_entries(scales.slots_of(formats, table.rows))
+
+
+def formats_of(spec: EngineSpec, model: Model) -> Mapping[str, Format]:
+    """Names or patterns of matrices -> formats, as an engine of this description trains.
+
+    In fp8 a linear layer is chosen by its weight's name. All three of its matmuls are then in fp8, so its input and the
+    gradient of its output are too. Raises ConfigError for layers that cannot be in fp8.
+    """
+    if spec.compute != "fp8" or not spec.train:
+        return spec.formats
+    if spec.device_type == "cuda":
+        raise ConfigError("precision.compute = fp8 has no kernels for GPUs yet; use bf16, or run.device cpu.")
+    key = f"precision.fp8 = {','.join(spec.fp8)!r}"
+    backend = "fp8 cuda" if spec.device_type == "cuda" else E4M3.backend
+    x_format, d_format = (replace(format, backend=backend) for format in (E4M3, E5M2))
+    found, patterns = dict[str, Format](), dict.fromkeys(spec.fp8, True)
+    for h in (f"h.{l}." for l in range(spec.cfg.L)):
+        taken = [w for w in model.matmuls if chosen(patterns, h + w)]
+        if together := [pair for pair in model.together if len({*pair} & {*taken}) == 1]:
+            one, other = together[0]
+            raise ConfigError(
+                f"{key} takes only one of {h}{one} and {h}{other}, which share a kernel; take both or none."
+            )
+        for w in taken:
+            x, d = model.matmuls[w]
+            found |= {h + w: x_format, h + x: x_format, h + d: d_format}
+    if not found:
+        known = ", ".join(f"h.0.{w}" for w in model.matmuls)
+        raise ConfigError(f"{key} fits no weight of a block (such as {known or 'none: this family has none'}).")
+    odd = {r for row in model.rows() if row.name in found for r in row.shape if r % MULTIPLE}
+    if odd or spec.B * spec.T % MULTIPLE:
+        of = f"a matrix with {min(odd)} rows or columns" if odd else f"B T = {spec.B * spec.T} tokens a micro-step"
+        raise ConfigError(f"precision.compute = fp8 takes multiples of {MULTIPLE}, and there are {of}; use bf16.")
+    return found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from daybreak.engine.arena import FROZEN, Arena, Entry, StepFrame, constant_entries, plan_arena
 from daybreak.engine.collectives import Collectives, Sharding
-from daybreak.engine.formats import in_formats, weight_entries
+from daybreak.engine.formats import formats_of, in_formats, weight_entries
 from daybreak.engine.moments import final_moments
 from daybreak.engine.params import ParamTable
 from daybreak.engine.spec import DTYPES, EngineSpec
@@ -57,12 +57,15 @@ def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool 
 
 
 def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
-    """Gradient norm, the guard's decision, and the optimizers, one launch for each part that this rank updates."""
+    """Gradient norm, the guard's decision, and the optimizers, one launch for each part that this rank updates.
+
+    f is the frame that training uses."""
     c, grads = f.comm, s["shard" if f.comm.sharding.zero else "grads"]
     f.k.global_norm(s["norm"], grads)
     if c.active:
         scalars = [s["loss"], s["norm"]]
         f.k.do("sum_scalars", lambda: c.sum_scalars(s), scalars, scalars)
+    f.note_amax()
     f.k.step_guard(
         s["stats"], s["windows"], s["counts"], s["loss"], s["norm"],
         clip=spec.optim.clip, max_loss_z=spec.guard.loss_z, max_norm_z=spec.guard.norm_z,
@@ -158,13 +161,14 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     table = ParamTable(spec.parameters(model.rows()), groups, group.world, limit)
     assert table.offsets, "no parameter is trainable"
     sharding = Sharding(table, final_moments(model, table), group, spec.zero, limit)
+    formats = formats_of(spec, model)
 
     def more(f: Any, first: bool = False) -> None:
-        micro_step(model, in_formats(f, spec.formats), f.state, first=first)
+        micro_step(model, in_formats(f, formats, model.offset), f.state, first=first)
 
     def training(f: Any) -> None:
         more(f, first=True)
-        update(f, f.state, spec, 0)
+        update(in_formats(f, formats, model.offset), f.state, spec, 0)
 
     def prefill(b: int, f: Any) -> None:
         t = min(T, B * T // b)
@@ -186,5 +190,5 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
         asks[name] = {*asks.get(name, ()), "lo"}
     choices = choose(spec.device_type, dtype, spec.kernels, spec.missing, asks)
     state, comm = state_entries(spec, sharding, kv), Collectives(sharding, group)
-    state += constant_entries(model.constants()) + (weight_entries(table, spec.formats) if spec.train else [])
+    state += constant_entries(model.constants()) + (weight_entries(table, formats) if spec.train else [])
     return model, table, plan_arena(table, dtype, state, passes, choices, comm)

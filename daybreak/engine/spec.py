@@ -13,14 +13,15 @@ from daybreak.models.rows import Row
 from daybreak.optimizers import ParamGroup
 from daybreak.shapes import Shape
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "fp8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class EngineSpec:
     """B sequences of T tokens are one micro-step of the model `cfg`.
 
-    compute: fp32, bf16 or fp64. recompute: see models. train: False allocates only memory for evaluation and sampling.
+    compute: fp32, bf16, fp64, or fp8, which is bf16 but for training's matmuls whose weights fit a pattern of `fp8`.
+    recompute: see models. train: False allocates only memory for evaluation and sampling.
     masters: how master weights of bf16 are kept (precision.masters). rows: sequences that can be generated at a time.
     zero, bucket_bytes: see collectives. kernels: group of operations -> backend, if not the best (kernels.choose).
     formats: patterns of names -> number formats of the matrices that training's matmuls read (engine/formats.py).
@@ -50,6 +51,7 @@ class EngineSpec:
     guard: GuardConfig = field(default_factory=GuardConfig)
     kernels: Mapping[str, str] = field(default_factory=dict)
     formats: Mapping[str, Format] = field(default_factory=dict)
+    fp8: tuple[str, ...] = ("h.*",)
     device_type: str = "cpu"
     missing: Collection[str] = ()
 

@@ -22,9 +22,10 @@ from daybreak.engine.arena import CONSTANT, LiveFrame, name_inputs
 from daybreak.engine.capture import Graphs, Pending, Ring, Tapes
 from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import missing_on
-from daybreak.engine.formats import in_formats
+from daybreak.engine.formats import formats_of, in_formats
 from daybreak.engine.params import draw_parameters
 from daybreak.engine.passes import State, evaluate, micro_step, next_token, plan_engine, update
+from daybreak.engine.scales import HISTORY
 from daybreak.engine.spec import EngineSpec
 from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
@@ -83,7 +84,9 @@ class Engine:
         self.flops_per_token = self.model.flops_per_token(spec.T, self.num_parameters) - 2 * frozen
         self.comm = Collectives(self.arena.sharding, group)
         self.frame = LiveFrame(self.arena, self.table, spec.dtype, self.device, self.comm)
-        self._training = in_formats(self.frame, spec.formats)
+        formats, offset = formats_of(spec, self.model), self.model.offset
+        self._training = in_formats(self.frame, formats, offset)
+        self._measuring = in_formats(self.frame, formats, offset, current=True)
         self.state: State = self.frame.state
         name_inputs(self.state)
         for name, value in self.model.constants().items():
@@ -101,6 +104,7 @@ class Engine:
         graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"
         self._decoding: Graphs | Tapes = Graphs(True) if graphed else Tapes(self.frame)
         self._last: Pending | None = None
+        self._measured = False  # whether late scales have a history
         if spec.train:  # before anything else asks for kernels, since the order may decide which are built
             self.prepare()
         if init:
@@ -117,6 +121,7 @@ class Engine:
         for e in self.arena.entries:
             if e.saved or e.name in ("weights", "masters"):
                 self.state[e.name].zero_()
+        self._measured = False
         if self.device.type == "cpu":
             draw_parameters(list(self.table.rows.values()), seed, self.set_exact)
         else:
@@ -145,7 +150,16 @@ class Engine:
         return lambda: micro_step(self.model, self._training, self.state, first=first, last=last)
 
     def _update(self) -> None:
-        update(self.frame, self.state, self.spec, self.seed)
+        update(self._training, self.state, self.spec, self.seed)
+
+    def _measure(self) -> None:
+        """Before the first step of a run in fp8: find scales for it (engine/scales.py)."""
+        if self._measured or HISTORY not in self.state:
+            return
+        if not self.state[HISTORY].any():
+            micro_step(self.model, self._measuring, self.state, first=True, last=False)
+            self._measuring.note_amax()
+        self._measured = True
 
     def names(self) -> list[str]:
         """Parameter names in forward order."""
@@ -222,6 +236,8 @@ class Engine:
         name_inputs(parts)
         self._fill(parts, tokens, targets, positions)
         self._batch.upload(slot, self.state["batch"])
+        if first:
+            self._measure()
         kind = first, last or not self.comm.active
         self.graphs.run(kind, self._micro(*kind))
         self.comm.stale = self.comm.stale and not first

@@ -114,6 +114,7 @@ def all_ops(device_type: str = "cpu") -> dict[str, Op]:
     """Every operation, by name; for "cuda" with the implementations of kernels/cuda."""
     for name in FILES:
         importlib.import_module(f"daybreak.kernels.{name}")
+    importlib.import_module("daybreak.kernels.fp8")
     if device_type == "cuda":
         for name in CUDA_FILES:
             importlib.import_module(f"daybreak.kernels.cuda.{name}")

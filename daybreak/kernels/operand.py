@@ -25,33 +25,54 @@ import torch
 from torch import Tensor
 
 V = TypeVar("V")
-PARTS = ("value", "scale", "transposed")
+PARTS = ("value", "scale", "transposed", "amax")
 
 
 @dataclass(frozen=True)
 class Format:
     """How a matrix is held: the dtype of its values, whether a transposed copy belongs to it, and the backend whose
-    kernels read and write it (see kernels.backend)."""
+    kernels read and write it (see kernels.backend). slots: its scale is not the kernels' to choose. It is a slot of
+    a tensor that has the scales of all matrices, and lasts from step to step (engine/scales.py)."""
 
     backend: str
     dtype: torch.dtype
     transposed: bool = True
+    slots: bool = False
+
+    @property
+    def largest(self) -> float:
+        """The largest value."""
+        return torch.finfo(self.dtype).max
 
     def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each part of a (rows, columns) matrix. One scale serves all of it."""
         parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"value": ((rows, columns), self.dtype)}
-        parts["scale"] = ((), torch.float32)
+        if not self.slots:
+            parts["scale"] = ((), torch.float32)
         return parts | ({"transposed": ((columns, rows), self.dtype)} if self.transposed else {})
 
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """The matrix value * scale. `transposed` holds the same values with rows and columns exchanged."""
+    """The matrix value * scale. `transposed` holds the same values with rows and columns exchanged.
+
+    Of a format with slots: a part that nobody reads is None; `amax` takes the largest magnitude of what is rounded; and
+    `current` says that the kernel that rounds chooses the scale, from the values themselves."""
 
     format: Format
-    value: Tensor
+    value: Tensor | None
     scale: Tensor
     transposed: Tensor | None = None
+    amax: Tensor | None = None
+    current: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix: rows and columns."""
+        if self.value is not None:
+            return tuple(self.value.shape)
+        assert self.transposed is not None, "an operand has a part at least"
+        return tuple(self.transposed.shape)[::-1]
 
 
 Matrix = Tensor | Operand

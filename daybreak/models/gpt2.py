@@ -20,6 +20,7 @@ kernel that has the input at hand writes them once more. Level 3 keeps only the 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -32,10 +33,19 @@ from daybreak.shapes import GPT2Config
 FEW_ROWS = 2  # decoded at once by the kernel for few rows: it takes 0.8 ms for each more of 1558M's (NOTES.md)
 REWRITTEN = {1: ("gelu",), 2: ("gelu", "ln1", "ln2")}  # by recompute level: outputs that backward kernels write again
 RECOMPUTE_BLOCK = 3
+MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> what it is multiplied with, and the gradient of the product
+    "qkvw": ("ln1", "d_qkv"),
+    "attprojw": ("att", "d_residual2"),
+    "fcw": ("ln2", "d_fc"),
+    "fcprojw": ("gelu", "d_residual3"),
+}
 
 
 class GPT2(Head):
     """GPT-2 or GPT-3 of one shape (Radford et al. 2019; Brown et al. 2020, dense attention)."""
+
+    matmuls = MATMULS
+    together: Collection[tuple[str, str]] = (("fcw", "fcprojw"),)
 
     def __init__(self, cfg: GPT2Config, recompute: int = 0, device_type: str = "cpu") -> None:
         super().__init__(device_type)

@@ -22,6 +22,9 @@ class Head:
 
     cfg: Shape
     head_weight = "wte"
+    offset = 0.0  # what norms add to their weights
+    matmuls: Mapping[str, tuple[str, str]] = {}  # what could be in fp8 (see registry.Model)
+    together: Collection[tuple[str, str]] = ()
     asks: Mapping[str, Collection[str]] = {}  # nothing that a backend may lack (see registry.Model)
 
     def __init__(self, device_type: str) -> None:

@@ -24,7 +24,7 @@ backward kernel that has the input at hand writes them once more. Level 3 keeps 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,12 @@ REWRITTEN = {
     2: ("swiglu", "ln1", "ln2"),
 }  # by recompute level: outputs that backward kernels write again
 RECOMPUTE_BLOCK = 3
+MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> what it is multiplied with, and the gradient of the product
+    "qkvw": ("ln1", "d_qkv"),
+    "attprojw": ("att", "d_residual2"),
+    "gateupw": ("ln2", "d_gateup"),
+    "fcprojw": ("swiglu", "d_residual3"),
+}
 POST = {"attproj": "ln1p", "fcproj": "ln2p"}  # the norms of what these linear layers give
 
 
@@ -48,6 +54,7 @@ class Llama(Head):
     """A decoder of one shape (Touvron et al. 2023, and those that followed)."""
 
     cfg: LlamaConfig
+    matmuls = MATMULS
 
     def __init__(self, cfg: LlamaConfig, recompute: int = 0, device_type: str = "cpu") -> None:
         super().__init__(device_type)

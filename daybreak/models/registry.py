@@ -21,6 +21,11 @@ class Model(Protocol):
     # Operation -> arguments that not every backend has, as attention's lo. Attention whose heads share keys and values
     # asks for `window`: backends that have it take fewer heads of keys than of queries.
     asks: Mapping[str, Collection[str]]
+    # Of a block: weight -> the matrix that it is multiplied with, and the gradient of the product. Pairs of weights
+    # whose layers share a kernel, so that both or none are in fp8. What norms add to their weights.
+    matmuls: Mapping[str, tuple[str, str]]
+    together: Collection[tuple[str, str]]
+    offset: float
 
     def rows(self) -> list[Row]:
         """Parameters in forward order."""

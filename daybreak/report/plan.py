@@ -31,6 +31,7 @@ BUFFERS = {
     "weights": "weights in compute dtype",
     "masters": "master weights, which the optimizer updates",
     "grads": "gradients, added up over micro-steps",
+    "operands": "weights in fp8, and their transposed copies",
     "kv": "keys and values of the text that is sampled",
     "m": "AdamW first moment",
     "v": "AdamW second moment",

@@ -231,6 +231,8 @@ def _set_precision(config: Config, device: torch.device, compute: str) -> None:
         log.warning("slower without %s: %s (daybreak doctor says more)", backend, reason)
     if device.type == "cpu" and compute == "bf16" and not cpu_has_bf16():
         log.warning("this CPU has no bf16 instructions: precision.compute = bf16 will be slower than fp32 here.")
+    if device.type == "cpu" and compute == "fp8":
+        log.warning("a CPU has no fp8 instructions: precision.compute = fp8 rounds as a GPU does, but is slow here.")
 
 
 def _say_untuned(device: torch.device) -> None:

@@ -189,7 +189,53 @@ def launches() -> str:
     return picture(y - 4, "Five operations: with gaps between them, and as a graph without", parts)
 
 
+def ring() -> str:
+    """The example with three GPUs in a ring: their three pieces, after each step."""
+    N, size, gap, left, top = 3, 44, 160, 92, 60
+    held = [[(k + 1) * 10**r for k in range(N)] for r in range(N)]
+    kinds = [["box"] * N for _ in range(N)]
+    titles = ["start", "step 1", "step 2", "step 3", "step 4"]
+    moving = [held[r][r - 1] for r in range(N)]  # what each sends next
+    parts = [text(left + r * gap + 1.5 * size, 28, f"GPU {r}", "m") for r in range(N)]
+    parts += [text(left + r * gap + (k + 0.5) * size, 48, f"{k}", "m s") for r in range(N) for k in range(N)]
+    for step, title in enumerate(titles):
+        y = top + step * 52
+        if step:
+            moving = [moving[r - 1] for r in range(N)]
+            for r in range(N):
+                piece = (r - step - 1) % N if step < N else (r - step + N - 1) % N
+                moving[r] += held[r][piece] if step < N else 0
+                held[r][piece], kinds[r][piece] = moving[r], "c" if step < N - 1 else "b"
+        parts.append(text(16, y + 21, title, "s"))
+        for r in range(N):
+            parts += [
+                rect(left + r * gap + k * size + 1, y, size - 2, 32, kinds[r][k], f"{held[r][k]}") for k in range(N)
+            ]
+    y = top + 5 * 52
+    for x, kind, said in ((92, "box", "own gradients"), (232, "c", "sum of two"), (352, "b", "sum of all three")):
+        parts.append(rect(x, y, 12, 12, kind, corner=2) + text(x + 18, y + 11, said, "s"))
+    return picture(y + 26, "Three GPUs in a ring: after two steps each has one sum, and after four all have all", parts)
+
+
+def zero() -> str:
+    """Bytes for each parameter on one of 8 GPUs, at the three stages of ZeRO."""
+    N, unit, left, parts = 8, 31, 76, []
+    stages = ((2, 2, 10.0), (2, 2 + 2 / N, 10 / N), (2, 4 / N, 10 / N))
+    for stage, sizes in enumerate(stages):
+        x, y = float(left), 22 + stage * 48
+        parts.append(text(16, y + 21, f"stage {stage}", "s"))
+        for size, kind in zip(sizes, "acb", strict=True):
+            parts.append(rect(x + 1, y, size * unit - 2, 32, kind, f"{size:g}" if size >= 1 else ""))
+            x += size * unit
+        parts.append(text(x + 8, y + 21, f"{sum(sizes):g}"))
+    y = 22 + 3 * 48
+    for at, kind, said in ((76, "a", "weights"), (176, "c", "gradients"), (286, "b", "exact weights, m and v")):
+        parts.append(rect(at, y, 12, 12, kind, corner=2) + text(at + 18, y + 11, said, "s"))
+    return picture(y + 28, "Bytes for each parameter on one of 8 GPUs: 14, 5.5 and 3.75", parts)
+
+
 PICTURES_RUN: dict[str, Callable[[], str]] = {
     "rounding": rounding, "formats": formats, "packing": packing, "memory": memory,
     "roofline": roofline, "launches": launches,
+    "ring": ring, "zero": zero,
 }  # fmt: skip

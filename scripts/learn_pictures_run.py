@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import random
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -234,8 +235,74 @@ def zero() -> str:
     return picture(y + 28, "Bytes for each parameter on one of 8 GPUs: 14, 5.5 and 3.75", parts)
 
 
+def lost(interval: int, save: int = 1, mean: int = 450, minutes: int = 400_000) -> float:
+    """The solution of chapter 15: the simulated share of the time that is lost with saves at this interval."""
+    chance, kept, work, clock = random.Random(0), 0, 0, 0
+    while clock < minutes:
+        clock, work = clock + 1, work + 1
+        if chance.random() < 1 / mean:
+            work = 0
+        elif work == interval:
+            clock, kept, work = clock + save, kept + work, 0
+    return 1 - kept / clock
+
+
+def interval() -> str:
+    """The lost share of the time by interval between saves of 1 minute, with a failure every 450 minutes."""
+    left, right, top, bottom = 62, 536, 52, 290
+
+    def place(t: float, share: float) -> tuple[float, float]:
+        return round(left + (right - left) * t / 100, 1), round(bottom - (bottom - top) * share / 0.16, 1)
+
+    parts = [text(left, 28, "lost share of the time"), text(right, bottom + 42, "minutes between two saves", "e")]
+    for share in (0, 0.05, 0.1, 0.15):
+        y = place(0, share)[1]
+        parts += [text(left - 8, y + 5, f"{share:.0%}", "e s"), line((left, y), (left + 6, y))]
+    for t in range(0, 101, 10):
+        parts += [text(place(t, 0)[0], bottom + 20, f"{t}", "m s"), line(place(t, 0), (place(t, 0)[0], bottom - 6))]
+    parts.append(line((left, top), (left, bottom), (right, bottom)))
+    curves: dict[str, tuple[str, Callable[[float], float]]] = {
+        "saving": ("a", lambda t: 1 / t),
+        "failures": ("b", lambda t: t / 900),
+        "both": ("c", lambda t: 1 / t + t / 900),
+    }
+    for name, (kind, curve) in curves.items():
+        ts = [t / 2 for t in range(13, 201) if curve(t / 2) <= 0.16]
+        d = "L".join(f"{x:g} {y:g}" for x, y in (place(t, curve(t)) for t in ts))
+        parts.append(f'<path class="{kind}" style="fill:none;stroke-width:2.5" d="M{d}"/>')
+        at = {"saving": (90, 0.018), "failures": (78, 0.073), "both": (62, 0.096)}[name]
+        parts.append(text(*place(*at), name, "m s"))
+    dots = [place(t, lost(t)) for t in (10, 20, 30, 45, 60, 75, 90)]
+    parts += [f'<circle class="c" cx="{x:g}" cy="{y:g}" r="4"/>' for x, y in dots]
+    return picture(bottom + 58, "The lost share of the time by interval: saving, failures, and both", parts)
+
+
+def save() -> str:
+    """What is on the disk while a run saves step 20 and then step 40, and where a crash would resume."""
+    left, unit = 128, 69
+    rows = [
+        ("step 20", [(0, 6, "b", "complete")]),
+        (".tmp-step-40", [(1, 4, "c", "being written")]),
+        ("step 40", [(4, 6, "b", "complete")]),
+        ("a crash resumes", [(0, 4, "box", "at step 20"), (4, 6, "box", "at step 40")]),
+    ]
+    parts, y = [], 20.0
+    for name, boxes in rows:
+        y += 14 if name.startswith("a ") else 0
+        parts.append(text(16, y + 21, name, "s"))
+        for first, last, kind, said in boxes:
+            parts.append(rect(left + first * unit + 1, y, (last - first) * unit - 2, 32, kind, said))
+        y += 42
+    top = y + 2
+    parts.append(line((left, top), (left + 6 * unit, top)))
+    for at, said in ((1, "begins"), (3, "manifest"), (4, "rename")):
+        parts += [line((left + at * unit, top - 5), (left + at * unit, top + 5))]
+        parts.append(text(left + at * unit, top + 22, said, "m s"))
+    return picture(top + 36, "What is on the disk while a run saves, and where a crash resumes", parts)
+
+
 PICTURES_RUN: dict[str, Callable[[], str]] = {
     "rounding": rounding, "formats": formats, "packing": packing, "memory": memory,
     "roofline": roofline, "launches": launches,
-    "ring": ring, "zero": zero,
+    "ring": ring, "zero": zero, "interval": interval, "save": save,
 }  # fmt: skip

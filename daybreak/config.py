@@ -38,6 +38,7 @@ class Config:
     """Everything that decides a training run. Sections in the order of config.toml."""
 
     model: Shape = field(default_factory=GPT2Config)
+    lora: keys.LoraConfig = field(default_factory=keys.LoraConfig)
     data: keys.DataConfig = field(default_factory=keys.DataConfig)
     batch: keys.BatchConfig = field(default_factory=keys.BatchConfig)
     optim: keys.OptimConfig = field(default_factory=keys.OptimConfig)
@@ -448,7 +449,7 @@ def _fixed(saved: Config, new: Config, fork: bool, moved: bool) -> list[tuple[st
 
     def free(name: str) -> bool:
         if fork:
-            return not name.startswith("model.")
+            return not name.startswith(("model.", "lora."))
         return may_change(name, new.model.arch) or (moved and name in PLACES)
 
     was = dict(saved.items())

@@ -7,6 +7,7 @@ of [model] belong to a family of models, and are in shapes/. `Config`, which joi
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -55,7 +56,7 @@ STEP_RANGE = Rule("must be A:B, two step numbers with A below B", lambda s: s ==
 
 
 # Weights and the order of the data rest on these sections, so a resumed run keeps them.
-FIXED_SECTIONS = ("model", "data", "optim", "schedule", "precision")
+FIXED_SECTIONS = ("model", "lora", "data", "optim", "schedule", "precision")
 
 
 def key(default: Any, doc: str, rule: Rule | None = None, *, fixed: bool | None = None) -> Any:
@@ -82,6 +83,21 @@ def check_rules(section: str, values: Any) -> None:
         if rule is not None and not rule.holds(value):
             said = f"{section}.{f.name} = {toml_value(value)} {rule.text}"
             raise ConfigError(f"{said}; the default is {toml_value(f.default)}.")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters of linear layers (models/adapters.py), which then are all that is trained."""
+
+    rank: int = key(0, "rank of the adapters, 8 to 64 as a rule; 0 = none: all parameters are trained", at_least(0))
+    alpha: float = key(0.0, "adapters are multiplied by alpha / rank; 0 = twice the rank", at_least(0))
+    targets: str = key("*", "linear layers with adapters, as patterns with commas between: q,v or attproj or h.0.*")
+    rslora: bool = key(False, "multiply by alpha / sqrt(rank) instead, for high ranks (rsLoRA)")
+
+    @property
+    def scale(self) -> float:
+        """What adapters are multiplied by (Hu et al. 2021; with the root Kalajdzievski 2023)."""
+        return (self.alpha or 2.0 * self.rank) / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)

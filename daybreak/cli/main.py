@@ -18,6 +18,7 @@ from daybreak.cli.doctor import doctor
 from daybreak.cli.ends import ending
 from daybreak.cli.eval import evaluate
 from daybreak.cli.export import export
+from daybreak.cli.finetune import finetune
 from daybreak.cli.import_ import import_
 from daybreak.cli.plan import plan
 from daybreak.cli.prepare import prepare
@@ -46,7 +47,7 @@ class Verbs(click.Group):
         return list(self.commands)
 
 
-VERBS = [prepare, plan, train, evaluate, sample, serve, import_, export, report, watch, doctor, bench]
+VERBS = [prepare, plan, train, finetune, evaluate, sample, serve, import_, export, report, watch, doctor, bench]
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 

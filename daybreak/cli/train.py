@@ -71,24 +71,37 @@ def train(
     if print_config:
         click.echo(config.to_toml(), nl=False)
         return
+    own, fork_from = (None if resume is None else resume.run, None) if fork is None else (None, target)
+    say_as_asked(quiet, verbose)
+    with _refusals_kept(existing):
+        carry_out(config, overrides, as_json, own=own, fork_from=fork_from, init_from=init_from)
+
+
+def say_as_asked(quiet: bool, verbose: bool) -> None:
+    """Log only warnings, or every detail."""
     if quiet or verbose:
         log.setLevel(logging.WARNING if quiet else logging.DEBUG)
 
+
+def carry_out(
+    config: Config, overrides: list[tuple[str, str]], as_json: bool, *, own: Path | None = None,
+    fork_from: str | None = None, init_from: str | None = None,
+) -> None:  # fmt: skip
+    """Train to the end of `config`, and print the result. own: the run's folder, if it exists. A run that torchrun
+    starts again is resumed, with the (dotted key, text) pairs of the command line."""
     from daybreak.state.run_folder import RunFolder
     from daybreak.training.stop import Stop
 
     # Threads that wait by spinning make two of them slower than one as soon as another process wants a core. Read
     # when torch loads, so only here; costs a few percent on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    where = resume.run if resume is not None else None
-    own, fork_from = (where, None) if fork is None else (None, target)
     if own is None and restarted(os.environ):  # the run has begun: continue it, unless it was refused
         folder = Path(config.run.dir) / config.run.name
         if (folder / "config.toml").is_file() and RunFolder(folder).is_of(agent(os.environ)):
             config, own = resolve(str(folder), overrides)[0], folder
     if own is not None and restarted(os.environ):
         RunFolder(own).check_not_final()
-    with _refusals_kept(existing), Stop().handling_signals() as stop:
+    with Stop().handling_signals() as stop:
         from daybreak.training.loop import train as run_training  # torch; a signal may already be waiting
 
         run = run_training(config, resume=own, fork_from=fork_from, init_from=init_from, stop=stop)

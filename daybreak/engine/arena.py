@@ -30,6 +30,7 @@ from torch import Tensor
 from daybreak.engine.collectives import Collectives, Sharding, gradient_of, reduce_gradients
 from daybreak.engine.params import ParamTable
 from daybreak.kernels import Call, Kernels, Recorder, acc_dtype, storage_key
+from daybreak.models.adapters import Adapter
 from daybreak.models.frame import Frame, Mode
 
 ALIGN = 256  # bytes
@@ -70,6 +71,9 @@ class StepFrame(Frame, Protocol):
     comm: Collectives
     state: dict[str, Tensor]
     table: ParamTable
+
+    def adapter(self, name: str) -> Adapter | None:
+        return self.table.adapters.get(self.prefix + name)
 
     def trains(self, *names: str) -> bool:
         return not self.table.trainable.isdisjoint(names)

@@ -60,8 +60,8 @@ def engine_spec(
     spec = EngineSpec(
         config.model, B=config.batch.B, T=config.T, compute=pick_compute(config.precision.compute, device),
         fp8=tuple(config.precision.fp8.split(",")), recompute=config.batch.recompute, masters=config.precision.masters,
-        zero=config.parallel.zero, bucket_bytes=config.parallel.bucket_bytes, optim=config.optim, guard=config.guard,
-        kernels=kernels, documents=config.data.packed, device_type=device.type,
+        zero=config.parallel.zero, bucket_bytes=config.parallel.bucket_bytes, optim=config.optim, lora=config.lora,
+        guard=config.guard, kernels=kernels, documents=config.data.packed, device_type=device.type,
         missing=missing_on(device) if missing is None else missing,
     )  # fmt: skip
     return replace(spec, **changes)

@@ -122,6 +122,8 @@ def formats_of(spec: EngineSpec, model: Model) -> Mapping[str, Format]:
     """
     if spec.compute != "fp8" or not spec.train:
         return spec.formats
+    if spec.lora.rank:
+        raise ConfigError("precision.compute = fp8 does not train adapters (lora.rank) yet; use bf16.")
     if spec.device_type == "cuda":
         raise ConfigError("precision.compute = fp8 has no kernels for GPUs yet; use bf16, or run.device cpu.")
     key = f"precision.fp8 = {','.join(spec.fp8)!r}"

@@ -17,16 +17,18 @@ fill the shares, so a bucket may span many layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate, groupby
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from daybreak.config_keys import OptimConfig
+from daybreak.models.adapters import Adapter
 from daybreak.models.rows import Row
 from daybreak.optimizers import SCALARS, Optimizer, ParamGroup
 from daybreak.optimizers.adamw import adamw_group
@@ -55,13 +57,14 @@ class ParamTable:
     groups: the first one that fits a name takes it. world, limit: ranks, and elements of a bucket, for groups whose
     parameters stay whole. `buckets` are theirs, and end at `whole`. hyper: the slice of device scalars for an optimizer
     and a scale of the learning rate. trainable: names of trainable parameters and, as "h.3.", of their layers.
+    adapters: of linear layers, by their names.
     """
 
     def __init__(
         self, rows: list[Row], groups: Sequence[ParamGroup] = (adamw_group(OptimConfig()),), world: int = 1,
-        limit: int = 1 << 24,
+        limit: int = 1 << 24, adapters: Mapping[str, Adapter] | None = None,
     ) -> None:  # fmt: skip
-        self.rows = {row.name: row for row in rows}
+        self.rows, self.adapters = {row.name: row for row in rows}, adapters or {}
         assert len(self.rows) == len(rows), "parameter names must be unique"
         self.offsets: dict[str, int] = {}
         self.spans: list[Span] = []
@@ -147,6 +150,9 @@ def draw_parameters(rows: list[Row], seed: int, put: Callable[[str, Tensor], Non
 
     def draw(row: Row, state: Tensor | None) -> None:
         value = torch.full(row.shape, row.fill)
+        if row.bound:
+            own = torch.Generator().manual_seed(seed ^ crc32(row.name.encode()))
+            value.uniform_(-row.bound, row.bound, generator=own)
         if row.std is not None and state is not None:
             generator = torch.Generator()
             generator.set_state(state)

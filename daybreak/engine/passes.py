@@ -150,7 +150,7 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     group: the ranks that train together, for which Group(rank, world) is enough. Raises ConfigError for a shape that
     cannot exist.
     """
-    cfg, B, T, dtype, rows = spec.cfg, spec.B, spec.T, spec.dtype, spec.rows
+    cfg, B, T, dtype = spec.cfg, spec.B, spec.T, spec.dtype
     cfg.check()
     if spec.device_type == "cuda" and cfg.HS > 256:
         raise ConfigError(
@@ -158,7 +158,8 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
         )
     model = build_model(cfg, spec.recompute, spec.device_type)
     limit, groups = spec.bucket_bytes // dtype.itemsize, (*spec.groups, adamw_group(spec.optim))
-    table = ParamTable(spec.parameters(model.rows()), groups, group.world, limit)
+    rows, adapters = spec.parameters(model)
+    table = ParamTable(rows, groups, group.world, limit, adapters)
     assert table.offsets, "no parameter is trainable"
     sharding = Sharding(table, final_moments(model, table), group, spec.zero, limit)
     formats = formats_of(spec, model)
@@ -180,11 +181,11 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     passes: list[Callable[[Any], None]] = [lambda f: evaluate(model, f, f.state, B, T)]
     if spec.train:
         passes = [training, more, *passes]
-    assert rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
+    assert spec.rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
     # A model may decode few rows by other calls. Many short sequences may need more scratch than one long one.
-    passes += [partial(decoding, b) for b in sorted({1, min(2, rows), rows})]
-    passes += [partial(prefill, b) for b in range(2, rows + 1)]
-    kv = model.cache_shape(rows, T)
+    passes += [partial(decoding, b) for b in sorted({1, min(2, spec.rows), spec.rows})]
+    passes += [partial(prefill, b) for b in range(2, spec.rows + 1)]
+    kv = model.cache_shape(spec.rows, T)
     asks = dict(model.asks)
     for name in ("attention_forward", "attention_backward") if spec.documents else ():
         asks[name] = {*asks.get(name, ()), "lo"}

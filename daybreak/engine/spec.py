@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 
 import torch
 
-from daybreak.config_keys import GuardConfig, OptimConfig
+from daybreak.config_keys import GuardConfig, LoraConfig, OptimConfig
 from daybreak.kernels.operand import Format, chosen
+from daybreak.models.adapters import Adapter, adapter_rows, adapters_of
+from daybreak.models.registry import Model
 from daybreak.models.rows import Row
 from daybreak.optimizers import ParamGroup
 from daybreak.shapes import Shape
@@ -27,6 +29,7 @@ class EngineSpec:
     formats: patterns of names -> number formats of the matrices that training's matmuls read (engine/formats.py).
     optim, groups: AdamW's options, and groups of parameters that have other optimizers (optimizers).
     trainable: patterns of names. A parameter that fits none is frozen: no gradient, optimizer state or master weights.
+    lora: adapters of linear layers. With a rank above 0 they are all that is trainable.
     frozen: patterns of names -> the dtype that frozen parameters are held in, if not compute dtype.
     documents: a row of tokens holds several documents, and comes with the place of every token in its own.
     device_type, missing: cpu or cuda, and backends that are absent. An engine fills in both for its own device.
@@ -46,6 +49,7 @@ class EngineSpec:
     optim: OptimConfig = field(default_factory=OptimConfig)
     groups: tuple[ParamGroup, ...] = ()
     trainable: tuple[str, ...] = ("*",)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     frozen: Mapping[str, str] = field(default_factory=dict)
     documents: bool = False
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -60,14 +64,16 @@ class EngineSpec:
         """The dtype of weights and activations."""
         return DTYPES[self.compute]
 
-    def parameters(self, rows: Iterable[Row]) -> list[Row]:
-        """A model's parameters, as this engine trains and holds them."""
+    def parameters(self, model: Model) -> tuple[list[Row], dict[str, Adapter]]:
+        """A model's parameters, as this engine trains and holds them, and the adapters among them. ConfigError."""
 
         def frozen(row: Row) -> Row:
             return replace(row, trainable=False, held=chosen(self.frozen, row.name) or self.compute)
 
-        trains = dict.fromkeys(self.trainable, True)
-        return [row if chosen(trains, row.name) else frozen(row) for row in rows]
+        trains = dict.fromkeys(self.trainable if not self.lora.rank else ("*_A", "*_B"), True)
+        adapters = adapters_of(model.rows(), model.parts, self.lora)
+        rows = adapter_rows(model.rows(), adapters, self.lora.rank)
+        return [row if chosen(trains, row.name) else frozen(row) for row in rows], adapters
 
     @property
     def kept(self) -> str:

@@ -32,7 +32,6 @@ from daybreak.kernels.guard import STATS
 from daybreak.kernels.optimizer import FLAT_CHUNK, exact, round_weights, set_exact
 from daybreak.models.registry import build_model
 from daybreak.parallel import ALONE, Group
-from daybreak.shapes import Shape
 
 
 def named_stats(pending: Pending) -> dict[str, float]:
@@ -40,10 +39,10 @@ def named_stats(pending: Pending) -> dict[str, float]:
     return dict(zip(STATS, pending.values(), strict=True))
 
 
-def draw(cfg: Shape, seed: int) -> dict[str, Tensor]:
+def draw(spec: EngineSpec, seed: int) -> dict[str, Tensor]:
     """The initial weights, fp32 in host memory."""
     drawn: dict[str, Tensor] = {}
-    draw_parameters(build_model(cfg).rows(), seed, drawn.__setitem__)
+    draw_parameters(spec.parameters(build_model(spec.cfg))[0], seed, drawn.__setitem__)
     return drawn
 
 
@@ -77,7 +76,7 @@ class Engine:
         drawing: Future[dict[str, Tensor]] | None = None
         if init and self.device.type == "cuda":
             spec.cfg.check()
-            drawing = ThreadPoolExecutor(1).submit(draw, spec.cfg, seed)
+            drawing = ThreadPoolExecutor(1).submit(draw, spec, seed)
         self.model, self.table, self.arena = plan_engine(spec, group)
         self.num_parameters = self.table.num_parameters
         frozen = sum(row.numel for row in self.table.frozen)  # save the matmul for their gradient: 2 of 6 FLOPs
@@ -125,7 +124,7 @@ class Engine:
         if self.device.type == "cpu":
             draw_parameters(list(self.table.rows.values()), seed, self.set_exact)
         else:
-            for name, value in (drawing.result() if drawing else draw(self.cfg, seed)).items():
+            for name, value in (drawing.result() if drawing else draw(self.spec, seed)).items():
                 self.set_exact(name, value)
 
     def prepare(self) -> None:

@@ -27,6 +27,7 @@ from daybreak.models.registry import build_model
 from daybreak.models.rows import Row
 from daybreak.shapes import Shape
 from daybreak.state.checkpoint import Checkpoint, Snapshot, save_checkpoint
+from daybreak.state.merged import Merged
 from daybreak.state.run_folder import RunFolder
 
 LONGEST = 8192  # batch.T of a model that could compute longer sequences, unless another is given: memory grows with it
@@ -158,7 +159,7 @@ class Export:
     """
 
     def __init__(self, checkpoint: Checkpoint, whole: bool = False) -> None:
-        self.checkpoint, self.step = checkpoint, checkpoint.step
+        self.checkpoint, self.weights, self.step = checkpoint, Merged(checkpoint), checkpoint.step
         full, T = checkpoint.model, checkpoint.manifest["config"].get("batch.T")
         short = full if whole or not T else replace(full, max_T=T)
         self.shapes, self._stored = ({name: shape for name, _, shape in layout(cfg)} for cfg in (short, full))
@@ -170,7 +171,7 @@ class Export:
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A parameter in daybreak's layout, rounded to nearest."""
         out = torch.empty(self._stored[name])
-        self.checkpoint.read_model(name, out)
+        self.weights.read_model(name, out)
         return out[: self.shapes[name][0]].to(dtype)
 
     def read_moment(self, key: str, name: str, start: int, count: int) -> Tensor:

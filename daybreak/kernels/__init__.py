@@ -30,15 +30,15 @@ Flops = Callable[[Mapping[str, Any]], int]
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 MAX_VIEWS = 64
 CHUNK = 1 << 17  # elements per chunk of a row-wise torch kernel: a few chunks stay in a core's L2 cache
-FILES = ("attention", "classifier", "embedding", "glu", "guard", "matmul", "norm", "optimizer", "rope")
+FILES = ("attention", "classifier", "embedding", "glu", "guard", "lora", "matmul", "norm", "optimizer", "rope")
 # Backends on CUDA, best first; every group ends with the plain-torch reference. The CPU has only that.
 CUDA_ORDER = {
     "matmul": ("quack", "cublaslt", "triton", "torch"),
     "attention": ("fa4", "cudnn", "triton", "torch"),
-    **dict.fromkeys((name for name in FILES if name not in ("attention", "matmul")), ("triton", "torch")),
+    **dict.fromkeys((name for name in FILES if name not in ("attention", "lora", "matmul")), ("triton", "torch")),
 }
 CUDA_FILES = (
-    *(name for name in FILES if name != "matmul"),
+    *(name for name in FILES if name not in ("lora", "matmul")),
     *("bias", "cublaslt", "cudnn", "decode", "fa4", "gelu", "quack"),
 )
 ON_HOST = ("adamw_update", "embedding_backward", "step_guard")  # their references read values on the host

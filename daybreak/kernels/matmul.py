@@ -113,6 +113,20 @@ def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tenso
     torch.ops.aten.gelu.out(pre, approximate="tanh", out=out)
 
 
+@op("out")
+def gelu_forward(out: Tensor, pre: Tensor) -> None:
+    """out = gelu(pre), of one shape: alone where something is added to pre between the matmul and GELU."""
+    torch.ops.aten.gelu.out(pre, approximate="tanh", out=out)
+
+
+@op("dpre", "gelu", adds=("dpre",))
+def gelu_backward(dpre: Tensor, gelu: Tensor | None, pre: Tensor) -> None:
+    """dpre *= gelu'(pre); gelu = gelu(pre) once more, if it is wanted."""
+    torch.ops.aten.gelu_backward.grad_input(dpre, pre, approximate="tanh", grad_input=dpre)
+    if gelu is not None:
+        gelu_forward(gelu, pre)
+
+
 @op("dx", flops=product("dout", "w"))
 def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor) -> None:
     """dx (n, I) = dout (n, O) @ w (O, I)."""
@@ -167,9 +181,7 @@ def matmul_gelu_backward(
     gelu (n, I) = gelu(pre) once more. db and gelu may be None, where nobody wants them.
     """
     matmul_backward_input(dpre, dout, w)
-    torch.ops.aten.gelu_backward.grad_input(dpre, pre, approximate="tanh", grad_input=dpre)
-    if gelu is not None:
-        torch.ops.aten.gelu.out(pre, approximate="tanh", out=gelu)
+    gelu_backward(dpre, gelu, pre)
     if db is not None:
         bias_backward(db, dpre, accumulate=accumulate, scratch=scratch)
 

@@ -72,12 +72,16 @@ def linear(
     its input, is given. `tied`: another parameter is the weight, and there is no bias. Returns out.
 
     A few rows that decode take one kernel for all of it: reading w is the work, and each launch would cost as much."""
-    if norm and not b.mode.few:
+    adapter = None if tied else b.adapter(name)
+    few = b.mode.few and adapter is None
+    if norm and not few:
         x = layernorm(b, norm, x, b.matmul_a(norm, *x.shape))
     w, shift = b.matmul_w(tied or name + "w"), b.w(name + "b") if bias and not tied else None
-    if b.mode.few:
+    if few:
         ln = (b.w(norm + "w"), b.w(norm + "b")) if norm else (None, None)
         b.k.matmul_decode(out, x, w, shift, add, *ln, gelu=pre is not None)
+    elif adapter is not None:
+        _with_adapter(b, name, adapter, out, pre, x, w, shift, add)
     elif pre is not None:
         b.k.matmul_gelu_forward(out, pre, x, w, shift)
     else:
@@ -85,9 +89,38 @@ def linear(
     return out
 
 
-def input_grad(b: Frame, name: str, dx: Tensor, dy: Matrix) -> Tensor:
+def _with_adapter(b: Frame, name: str, adapter: Any, out: Any, pre: Tensor | None, x: Any, *weights: Any) -> None:
+    """`linear` of a layer that has an adapter: it adds to the matmul's result, before GELU."""
+    y, down, up = out if pre is None else pre, b.w(name + "_A"), b.w(name + "_B")
+    u = b.a(name + ".u", x.shape[0], down.shape[0], plain=True)  # narrow, so it is always kept for backward
+    b.k.matmul_forward(y, x, *weights)
+    b.k.lora_forward(y, u, x, down, up, scale=adapter.scale, columns=adapter.columns)
+    if pre is not None:
+        b.k.gelu_forward(out, pre)
+
+
+def adapter_grad(b: Frame, name: str, dy: Any) -> None:
+    """The gradients of B and of u, if a linear layer has an adapter. It comes before `input_grad` and `weight_grad`,
+    which add the terms of the adapter to theirs."""
+    if (adapter := b.adapter(name)) is None:
+        return
+    up, n = b.w(name + "_B"), dy.shape[0]
+    width = up.shape[1] * len(adapter.columns)
+    u, du, how = b.a(name + ".u", n, width, plain=True), b.d(name + ".u", n, width), {"accumulate": b.mode.accumulate}
+    b.k.lora_backward(du, b.g(name + "_B"), dy, u, up, scale=adapter.scale, columns=adapter.columns, **how)
+
+
+def _d_u(b: Frame, name: str, n: int) -> tuple[Tensor, Tensor]:
+    """What `adapter_grad` computed, and the adapter's A."""
+    down = b.w(name + "_A")
+    return b.d(name + ".u", n, down.shape[0]), down
+
+
+def input_grad(b: Frame, name: str, dx: Any, dy: Matrix) -> Any:
     """dx (n, I) = dy (n, O) @ w: back through a linear layer. Returns dx."""
     b.k.matmul_backward_input(dx, dy, b.matmul_w(name + "w"))
+    if b.adapter(name) is not None:
+        b.k.lora_backward_input(dx, *_d_u(b, name, dx.shape[0]))
     return dx
 
 
@@ -95,6 +128,9 @@ def gelu_input_grad(b: Frame, name: str, before: str, d_pre: Matrix, dy: Matrix,
     """Back through linear layer `name` and the GELU before it, into d_pre, with the bias gradient of the linear layer
     `before` that. Returns GELU's output."""
     out, rewrite = b.output("gelu", *pre.shape)
+    if b.adapter(name) is not None:  # beside which no bias is trained
+        b.k.gelu_backward(input_grad(b, name, d_pre, dy), rewrite, pre)
+        return out
     w, db = b.matmul_w(name + "w"), b.g(before + "b")
     b.k.matmul_gelu_backward(d_pre, rewrite, db, dy, w, pre, accumulate=b.mode.accumulate)
     return out
@@ -125,8 +161,12 @@ def weight_grad(b: Frame, name: str, dy: Matrix, x: Matrix, *, late: bool = Fals
     """The gradient dy^T @ x of a linear layer's weight. A late one is left to who calls what mode.late collects."""
     if late:
         b.mode.late.append(lambda: weight_grad(b, name, dy, x))
-    elif (dw := b.g(name + "w")) is not None:
+        return
+    if (dw := b.g(name + "w")) is not None:
         b.k.matmul_backward_weight(dw, dy, x, accumulate=b.mode.accumulate)
+    if b.adapter(name) is not None:
+        da, (du, _) = b.g(name + "_A"), _d_u(b, name, x.shape[0])  # type: ignore[union-attr]  # no Operand
+        b.k.lora_backward_weight(da, du, x, accumulate=b.mode.accumulate)
 
 
 def bias_grad(b: Frame, name: str, dy: Tensor) -> None:

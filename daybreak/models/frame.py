@@ -29,6 +29,7 @@ from torch import Tensor
 
 from daybreak.kernels import Kernels
 from daybreak.kernels.operand import Matrix as Matrix
+from daybreak.models.adapters import Adapter
 
 
 class Documents(NamedTuple):
@@ -84,6 +85,9 @@ class Frame(Protocol):
 
     def g(self, name: str) -> Tensor | None:
         """Its gradient; a frozen parameter has none."""
+
+    def adapter(self, name: str) -> Adapter | None:
+        """That of a linear layer, if it has one."""
 
     def trains(self, *names: str) -> bool:
         """Whether one of these parameters is trainable, or, of a name such as "h.3.", one of that layer."""

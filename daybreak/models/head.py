@@ -26,6 +26,7 @@ class Head:
     matmuls: Mapping[str, tuple[str, str]] = {}  # what could be in fp8 (see registry.Model)
     together: Collection[tuple[str, str]] = ()
     asks: Mapping[str, Collection[str]] = {}  # nothing that a backend may lack (see registry.Model)
+    parts: Mapping[str, tuple[str, ...]] = {}  # and packed layers count as one
 
     def __init__(self, device_type: str) -> None:
         self.head_bytes = HEAD_BYTES[device_type]

@@ -65,6 +65,7 @@ class Llama(Head):
         self.offset = 1.0 if cfg.norm_plus_one else 0.0  # arguments of every norm,
         self.norm = {"eps": cfg.eps, "offset": self.offset}  # of its forward,
         self.act = {"gelu": True} if cfg.act == "gelu" else {}  # and of every gate
+        self.parts = {"qkv": ("q", "k", "v"), "gateup": ("gate", "up")}
         self.biased = {"attproj": cfg.attproj_bias, "fcproj": cfg.mlp_bias}
         if cfg.window or cfg.NKV < cfg.NH:
             self.asks = dict.fromkeys(("attention_forward", "attention_backward", "attention_decode"), ("window",))
@@ -143,6 +144,7 @@ class Llama(Head):
         residual2, gateup = b.a("residual2", n, c.C), b.a("gateup", n, 2 * c.F)
         d_made = self._added_backward(b, "fcproj", d)
         d_out = b.matmul_copy("d_residual3", d_made, plain=True)
+        blocks.adapter_grad(b, "fcproj", d_out)
         d_swiglu = blocks.input_grad(b, "fcproj", b.d("swiglu", n, c.F), d_out)
         swiglu = blocks.swiglu_backward(b, gateup, d_swiglu, **self.act)
         blocks.weight_grad(b, "fcproj", d_out, swiglu)
@@ -150,6 +152,7 @@ class Llama(Head):
             blocks.bias_grad(b, "fcproj", d_made)
             blocks.bias_grad(b, "gateup", gateup)
         d_gateup = b.matmul_copy("d_gateup", gateup, plain=True)
+        blocks.adapter_grad(b, "gateup", d_gateup)
         d_ln2 = blocks.input_grad(b, "gateup", b.d("ln2", n, c.C), d_gateup)
         ln2 = blocks.rmsnorm_backward(b, "ln2", d, d_ln2, residual2, offset=self.offset)
         blocks.weight_grad(b, "gateup", d_gateup, ln2, late=not b.index)
@@ -157,6 +160,7 @@ class Llama(Head):
         qkv, att, d_qkv = b.a("qkv", n, self.W), b.a("att", n, c.NH * c.HS), b.d("qkv", n, self.W)
         d_made = self._added_backward(b, "attproj", d)
         d_mid = b.matmul_copy("d_residual2", d_made, plain=True)
+        blocks.adapter_grad(b, "attproj", d_mid)
         blocks.weight_grad(b, "attproj", d_mid, b.matmul_copy("att", att, made=True))
         if c.attproj_bias:
             blocks.bias_grad(b, "attproj", d_made)
@@ -171,6 +175,7 @@ class Llama(Head):
         if c.qkv_bias:
             blocks.bias_grad(b, "qkv", d_qkv)
         d_sum = b.matmul_copy("d_qkv", d_qkv, plain=True)
+        blocks.adapter_grad(b, "qkv", d_sum)
         d_ln1 = blocks.input_grad(b, "qkv", b.d("ln1", n, c.C), d_sum)
         ln1 = blocks.rmsnorm_backward(b, "ln1", d, d_ln1, x, offset=self.offset)
         blocks.weight_grad(b, "qkv", d_sum, ln1, late=not b.index)

@@ -26,6 +26,8 @@ class Model(Protocol):
     matmuls: Mapping[str, tuple[str, str]]
     together: Collection[tuple[str, str]]
     offset: float
+    # Packed linear layer -> its parts, in order. Each part may have an adapter of its own (adapters.py).
+    parts: Mapping[str, tuple[str, ...]]
 
     def rows(self) -> list[Row]:
         """Parameters in forward order."""

@@ -21,6 +21,7 @@ from daybreak.errors import CheckpointError, OutOfMemory
 from daybreak.formatting import disk
 from daybreak.kernels import acc_dtype
 from daybreak.kernels.optimizer import FLAT_CHUNK, exact, exact_dtype
+from daybreak.models.adapters import is_adapter
 from daybreak.shapes import Shape
 from daybreak.state.checkpoint import Checkpoint, Snapshot
 
@@ -173,13 +174,14 @@ def check_model(weights: Weights, shape: Shape) -> None:
         raise CheckpointError(f"{weights.path} is of another model: {said}; use the shape of these weights ({flags}).")
 
 
-def restore_weights(engine: Engine, checkpoint: Weights) -> None:
-    """Load the model's weights. Raises CheckpointError if the checkpoint is of another model."""
+def restore_weights(engine: Engine, checkpoint: Weights, adapters: bool = True) -> None:
+    """Load the model's weights; without `adapters` those of the engine stay as they were drawn. Raises CheckpointError
+    if the checkpoint is of another model."""
     check_model(checkpoint, engine.cfg)
-    if set(checkpoint.names()) != set(engine.names()):
-        other = sorted(set(checkpoint.names()) ^ set(engine.names()))
+    wanted = [name for name in engine.names() if adapters or not is_adapter(name)]
+    if other := sorted(set(checkpoint.names()) ^ set(wanted)):
         raise CheckpointError(f"{checkpoint.path} is of another model: tensors differ, {other[0]!r} first.")
-    for name in engine.names():
+    for name in wanted:
         value = torch.empty(engine.param(name).shape, dtype=acc_dtype(engine.param(name).dtype))
         checkpoint.read_model(name, value)
         engine.set_exact(name, value)

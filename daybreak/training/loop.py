@@ -208,7 +208,7 @@ class Trainer:
             self._continue(fork, same_data=False)
         elif init is not None:
             check_data(init, self.setup, same_data=False)
-            restore_weights(self.engine, init)
+            restore_weights(self.engine, init, adapters=False)
         self.stop.check()
 
     def _continue(self, checkpoint: Checkpoint, *, same_data: bool) -> None:

@@ -12,6 +12,7 @@ from daybreak.interop import open_source
 from daybreak.manifest import checkpoint_step
 from daybreak.shapes import Shape
 from daybreak.state.checkpoint import Checkpoint
+from daybreak.state.merged import Merged
 from daybreak.state.restore import Weights, check_model
 from daybreak.state.run import Run
 from daybreak.training.schedule import learning_rate
@@ -34,9 +35,10 @@ def fork_of(path: Path | str, steps: int) -> Checkpoint:
 
 
 def weights_of(source: Path | str, shape: Shape) -> Weights:
-    """Weights of a run's newest checkpoint, of one checkpoint, or of another program's files. CheckpointError if they
-    are of another shape, before there is a folder, which would be resumed from random weights."""
-    weights = checkpoint_of(source) if (run_of(source) / "config.toml").is_file() else open_source(source)
+    """Weights of a run's newest checkpoint, of one checkpoint, or of another program's files, adapters merged.
+    Raises CheckpointError if they are of another shape, before there is a folder, which would be resumed from random
+    weights."""
+    weights = Merged(checkpoint_of(source)) if (run_of(source) / "config.toml").is_file() else open_source(source)
     check_model(weights, shape)
     return weights
 

@@ -1,0 +1,55 @@
+"""Finetuning: a training run that starts from a model's weights, with other defaults than pretraining has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from daybreak.config import LENGTH, Config, run_of
+from daybreak.errors import ConfigError
+from daybreak.interop import open_source
+from daybreak.parallel import launched
+from daybreak.training.origin import checkpoint_of
+
+METHODS = ("lora", "full")
+LONGEST, SAMPLES = 1024, 16  # tokens of a sequence, and sequences of a step, where nothing else is asked for
+# Learning rates, betas and decay as TRL and torchtune have them; two epochs as Tulu 3.
+DEFAULTS: Mapping[str, Any] = {
+    "optim.beta2": 0.999, "optim.weight_decay": 0.0, "schedule.name": "linear", "run.epochs": 2.0,
+    "eval.every": 50, "eval.sample_every": 50, "checkpoint.every": 250,
+}  # fmt: skip
+BY_METHOD: Mapping[str, Mapping[str, Any]] = {"lora": {"optim.lr": 2e-4, "lora.rank": 16}, "full": {"optim.lr": 2e-5}}
+
+
+def finetune_config(model: str, method: str, given: Mapping[str, Any]) -> Config:
+    """The checked configuration of a run that starts from `model`: a run, or what interop.open_source knows.
+
+    given: dotted keys with values, data.name among them. Raises ConfigError, CheckpointError.
+    """
+    if "data.name" not in given and "data.train" not in given:
+        raise ConfigError("finetune needs --data NAME, a data set that was prepared with the model's tokenizer.")
+    if odd := next((name for name in given if name.startswith("model.") and name != "model.max_T"), None):
+        raise ConfigError(f"--{odd} cannot be given to finetune: the shape comes with the weights; leave it out.")
+    if method == "full" and given.get("lora.rank"):
+        raise ConfigError("--lora.rank gives adapters, and --method full trains all parameters; give only one of them.")
+    if (run_of(model) / "config.toml").is_file():
+        checkpoint = checkpoint_of(model)
+        shape, tokenizer, path = checkpoint.model, checkpoint.manifest["tokenizer"]["name"], run_of(model).resolve()
+    else:
+        source = open_source(model, given.get("data.tokenizer", ""))
+        shape, tokenizer, path = source.model, source.tokenizer.name, Path(model)
+    name = path.stem if path.suffix in (".gguf", ".bin") else path.name
+    made = {"run.name": f"{name}-{method}", "data.tokenizer": tokenizer, **DEFAULTS, **BY_METHOD[method]}
+    if not given.keys().isdisjoint(LENGTH):
+        made |= dict.fromkeys(LENGTH, 0)
+    config = Config(model=shape).override({**made, **given})
+    batch, one = config.batch, config.batch.B * int(launched(os.environ)["WORLD_SIZE"])
+    T = batch.T or min(shape.max_T, LONGEST)
+    total = batch.total_tokens or T * one * max(1, SAMPLES // one)
+    config = config.override({"batch.T": T, "batch.total_tokens": total})
+    if method == "lora" and not config.lora.rank:
+        raise ConfigError("lora.rank = 0 gives no adapters; use a rank of at least 1, or --method full.")
+    config.check()
+    return config

@@ -20,9 +20,10 @@ EXAMPLES = sorted({
     if line.strip().startswith("daybreak ")
 })  # fmt: skip
 # Needs what is not here: the network, a GPU, minutes, another program's files, or somebody to end it.
-ELSEWHERE = re.compile(r"eval|serve|watch|import|finetune (HF|Smol)|prepare fineweb|bench d|doctor --check|train (tiny --name longer|~)|"
-                       r"sample my-hf|plan gpt2-1558M --gpu h100 --gpus 8,")  # fmt: skip
-SHORTER = {**dict.fromkeys(("train", "finetune"), ["--steps", "1", "--eval.tokens", "64"]), "bench": ["--seconds", "0"]}
+ELSEWHERE = re.compile(r"eval|serve|watch|import|prepare fineweb|bench d|doctor --check|train (tiny --name longer|~)|"
+                       r"finetune S|sample my-hf|plan gpt2-1558M --gpu h100 --gpus 8,")  # fmt: skip
+STEP = ["--steps", "1", "--eval.tokens", "64"]
+SHORTER = {"train": STEP, "finetune": STEP, "bench": ["--seconds", "0"]}
 
 
 @pytest.fixture(scope="module")

@@ -400,8 +400,9 @@ def test_what_may_change_on_resume(name: str) -> None:
             text = str(shown).lower() if isinstance(shown, bool) else f'"{shown}"' if isinstance(shown, str) else shown
             assert f" {text}" in str(e.value)
     check_resume(saved, new, moved=True) if name in ("data.name", "data.dir", "data.train", "data.val") else None
-    if name.startswith("model."):
-        with pytest.raises(ConfigError, match=r"cannot become .*; a new shape is trained from the start"):
+    if name.startswith(("model.", "lora.")):
+        made = "a new shape is trained from the start|leave it out, or make other adapters with `daybreak finetune`"
+        with pytest.raises(ConfigError, match=rf"cannot become .*; ({made})"):
             check_resume(saved, new, fork=True)
     else:
         check_resume(saved, new, fork=True)

@@ -165,7 +165,7 @@ def weight_grad(b: Frame, name: str, dy: Matrix, x: Matrix, *, late: bool = Fals
     if (dw := b.g(name + "w")) is not None:
         b.k.matmul_backward_weight(dw, dy, x, accumulate=b.mode.accumulate)
     if b.adapter(name) is not None:
-        da, (du, _) = b.g(name + "_A"), _d_u(b, name, x.shape[0])  # type: ignore[union-attr]  # no Operand
+        da, (du, _) = b.g(name + "_A"), _d_u(b, name, x.shape[0])
         b.k.lora_backward_weight(da, du, x, accumulate=b.mode.accumulate)
 
 

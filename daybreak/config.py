@@ -257,6 +257,10 @@ def _typed(name: str, value: Any, key: Field[Any]) -> Any:
 
 
 def unknown_key(name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a key outside `known`: the family that has it, else the nearest key."""
+    for arch in ARCHS:
+        if name in keys_of(arch):
+            return ConfigError(f"{name} is a key of model.arch {arch}; set model.arch = {arch} too, or leave it out.")
     return ConfigError(f"unknown key {shortened(name)}; did you mean {nearest(name, known)!r}?")
 
 

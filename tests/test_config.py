@@ -236,6 +236,13 @@ def test_an_unknown_key_names_the_nearest(typed: str, meant: str) -> None:
     assert str(e.value) == f"unknown key {typed!r}; did you mean {meant!r}?"
 
 
+def test_a_key_of_another_family_names_that_family() -> None:
+    with pytest.raises(ConfigError) as e:
+        Config().override({"model.NKV": 2})
+    assert str(e.value) == "model.NKV is a key of model.arch llama; set model.arch = llama too, or leave it out."
+    assert Config().override({"model.arch": "llama", "model.NKV": 2}).model.NKV == 2
+
+
 @pytest.mark.parametrize("text", ['say "hi"\\', "two\nlines\ttab\r", "\x00\x1f\x7f", "день 日 🌅", "'''", "# no", ""])
 def test_any_text_round_trips(text: str, tmp_path: Path) -> None:
     config = Config().override({"eval.prompt": text})

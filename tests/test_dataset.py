@@ -56,6 +56,16 @@ def test_open_unknown(prepared: Path) -> None:
             open_dataset(name, prepared, tokenizer=tokenizer)
 
 
+def test_open_unknown_names_the_same_text_in_another_tokenizer(prepared: Path) -> None:
+    text = (prepared.parent / "a.txt").rename(prepared.parent / "book.txt")
+    prepare(text, data_dir=prepared, tokenizer="gpt2-1024")
+    for tokenizer, made in (("", ""), ("gpt2", " --tokenizer gpt2"), ("bytes", " --tokenizer bytes")):
+        with pytest.raises(DataError, match=rf"did you mean 'book-gpt2-1024'\? If not, .* --name book{made}$"):
+            open_dataset("book", prepared, tokenizer=tokenizer)
+    with pytest.raises(DataError, match=r"\(it has book-gpt2-1024, mine\);"):  # a part of the name is another text
+        open_dataset("boo", prepared)
+
+
 def test_open_damaged(prepared: Path) -> None:
     good = shutil.copytree(prepared / "mine", prepared / "good")
     manifest = json.loads((good / "manifest.json").read_text())

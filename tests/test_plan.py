@@ -188,7 +188,8 @@ def test_every_basis_of_a_speed() -> None:
     measured = "as d12 B 64, recompute 0 on one NVIDIA H100 80GB HBM3 (bench/results/gpu_step.csv, 26 Nov 2026)"
     for few in ("d6", "tiny"):  # narrower than all that were measured
         assert on(few).tok_s[1] == f"modelled: 50.1% of its peak, {measured}, but so small a model reaches less"
-    why = "no figure for this family, GPU and precision", "CPU speed is not predicted; daybreak bench measures it"
+    why = ("no figure for this family, GPU and precision; daybreak bench measures it there",
+           "CPU speed is not predicted; daybreak bench measures it")  # fmt: skip
     for unknown, basis in zip(
         (on("d6", precision__compute="fp32"), on("tiny", None, run__device="cpu"),
          on("d6", model__arch="llama", model__NKV=2)), (*why, why[0]), strict=True
@@ -196,6 +197,7 @@ def test_every_basis_of_a_speed() -> None:
         assert said(unknown)["speed"] == ("n/a", basis)
         assert said(unknown)["time"][0] == "n/a"
         assert "cost" not in said(unknown)
+    assert said(on("d6", model__arch="llama", model__NKV=2, cost__price=0.5))["cost"] == ("n/a", "no time")
     timed = said(on("d6", run__steps=1000))
     assert timed["time"][0] != "n/a"
     assert "cost" not in timed  # no price, no dollars
@@ -208,6 +210,15 @@ def test_what_does_not_fit_says_the_flag() -> None:
     value, basis = got["to make it fit"]
     assert re.fullmatch(r"--batch.recompute 1 --batch.B [1-9]", value)
     assert basis == "makes it fit: planned"
+
+
+def test_a_published_length_that_nobody_chose_is_named() -> None:
+    """Memory grows with T, and the largest T of a model is more than a GPU holds."""
+    long, short = on("llama3.2-1b"), on("llama3.2-1b", batch__T=2048)
+    assert said(long)["sequences"][0].startswith("T is 131,072, the longest that the model allows: a shorter --batch.T")
+    assert short.nbytes < long.nbytes / 10
+    for usual in (short, on("smollm2-135m"), on("llama3.2-1b", batch__T=65_536)):
+        assert "sequences" not in said(usual)
 
 
 def test_several_cards_share_out_state() -> None:

@@ -152,7 +152,8 @@ def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
             log.warning("%s exists too; using %s, which has this run's tokenizer.", found[-1], found[0])
         return found[0]
     have = sorted(path.parent.name for path in data_dir.glob(f"[!.]*/{MANIFEST}"))
-    near = difflib.get_close_matches(folders[0].name, have, 1)
+    other = rf"{re.escape(name)}-(bytes|gpt2-\d+|hf-\w+)"  # the same text in another tokenizer
+    near = [h for h in have if re.fullmatch(other, h)] or difflib.get_close_matches(folders[0].name, have, 1)
     hint = f"; did you mean {near[0]!r}? If not," if near else f" (it has {', '.join(have) or 'none'});"
     made = f"FILE --name {name}"
     shards = ""

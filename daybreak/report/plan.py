@@ -23,6 +23,7 @@ from daybreak.engine.device import available_bytes, missing_on, pick_compute, pi
 from daybreak.engine.fit import Fit, plan_memory
 from daybreak.errors import DataError
 from daybreak.formatting import counted, disk, format_duration, several
+from daybreak.interop.source import LONGEST
 from daybreak.models.registry import build_model
 from daybreak.report.gpus import find_gpu, token_rate
 from daybreak.state.restore import checkpoint_bytes, checkpoints_kept, staged_bytes
@@ -183,7 +184,10 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
         found = [p.fit.largest_B(c.override({"batch.recompute": r})) for r in range(4)]
         most = ", ".join(f"{b if b <= 1000 else 'over 1,000'} (recompute {r})" for r, b in enumerate(found))
         rows.append(("largest B", most if min(found) <= 1000 else "over 1,000", "planned"))
-    no_rate = "no figure for this family, GPU and precision"
+    if not c.batch.T and c.T > LONGEST:
+        said = f"T is {c.T:,}, the longest that the model allows: a shorter --batch.T, such as 2048, needs less memory"
+        rows.insert(2, ("sequences", said, "counted"))
+    no_rate = "no figure for this family, GPU and precision; daybreak bench measures it there"
     no_rate = "CPU speed is not predicted; daybreak bench measures it" if cpu else no_rate
     rows.append(("speed", f"{p.tok_s[0]:,.0f} tok/s", p.tok_s[1]) if p.tok_s else ("speed", na, no_rate))
     no_time = "no speed" if steps else "one epoch of its data, which is not here; give --steps"
@@ -192,6 +196,8 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     if c.cost.price and p.hours:
         rate = f"${c.cost.price:,.2f} an hour for all GPUs together"
         rows.append(("cost", f"${p.hours * c.cost.price:,.2f}", f"as the time; {rate}"))
+    elif c.cost.price:
+        rows.append(("cost", na, "no time"))
     size = 2 if c.model.V <= 1 << 16 else 4
     basis = f"counted: {size} bytes a token, if each is seen once"
     data = (disk(p.tokens * size), basis) if p.tokens else (na, no_time)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 import shutil
 import signal
 import struct
@@ -255,7 +256,9 @@ def test_what_cannot_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"^'nope\.txt' is neither a file nor a folder; give one that exists\.$"):
         prepare("nope.txt", data_dir=data)  # no data set of the catalogue is called like a file
-    with pytest.raises(DataError, match=r"void holds no \.txt, \.md or \.jsonl"):
+    with pytest.raises(
+        DataError, match=r"void holds no \.txt, \.md or \.jsonl.*; put such a file there, or give another"
+    ):
         prepare(tmp_path / "void", data_dir=data)
     for options, rule in (
         ({"name": "../x"}, "dataset name '../x' must start with a letter or digit"),
@@ -269,6 +272,32 @@ def test_what_cannot_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="nothing to prepare"):
         prepare([], data_dir=data)
     assert not data.exists()
+
+
+def test_the_command_that_a_folder_of_code_is_told_makes_it_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, data = tmp_path / "my code's", tmp_path / "data"
+    (code / "deep").mkdir(parents=True)
+    (code / "a.py").write_text("first = 1\n")
+    (code / "deep/b.py").write_text("second = 2\n")
+    (code / "settings.json").write_text('{"width": 88}')  # the most frequent reason counts
+    with pytest.raises(DataError, match=r"left out: 2, \.py files .*; if these are plain text, join") as error:
+        prepare(code, data_dir=data)
+    command = re.search(r"`(find .*)`", str(error.value))
+    assert command
+    subprocess.run(["bash", "-euc", command[1]], check=True)
+    assert sorted(Path("my.txt").read_text().splitlines()) == ["first = 1", "second = 2"]
+    assert prepare("my.txt", tokenizer="bytes", data_dir=data)
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "a.csv").write_text("body\n" + "To be\n" * 9)
+    with pytest.raises(
+        DataError, match=r"without a field 'text'.*; name the field that holds .* with --text-field KEY"
+    ):
+        prepare(rows, data_dir=data)
+    assert prepare(rows, tokenizer="bytes", text_field="body", data_dir=data)
 
 
 def test_a_path_wins_over_a_catalogue_name(

@@ -68,6 +68,18 @@ def test_a_page_s_examples_run(page: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+def test_a_run_is_trained_by_one_page_only() -> None:
+    """A reader who comes from another page would else be told that the name is taken."""
+    pages = [README, *(page.read_text() for page in (ROOT / "docs").rglob("*.md"))]
+    trained = [
+        set(re.findall(r"daybreak train (?!runs/)[^\n]*--name ([\w.-]+)", text.replace("\\\n", " ")))
+        for text in ("".join(fence for _, fence in fences("ci", page)) for page in pages)
+    ]
+    names = [name for page in trained for name in page]
+    assert {"mine", "first", "book"} <= set(names)
+    assert sorted(names) == sorted(set(names))
+
+
 def test_every_place_that_is_written_to_is_named() -> None:
     said = FILES.read_text().rpartition("## ")[2]
     code = "".join(path.read_text() for path in (ROOT / "daybreak").rglob("*.py"))

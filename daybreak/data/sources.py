@@ -27,6 +27,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import sysconfig
 import tokenize
@@ -183,7 +184,7 @@ def _parts(paths: Sequence[Path], column: str) -> list[Part]:
             left[why].append(name)
         if not left.pop("", None):
             kinds = "no .txt, .md or .jsonl file (or .json, .csv, .parquet, .gz, .zst)"
-            raise DataError(f"the folder {path} holds {kinds}{_listed(left)}.")
+            raise DataError(f"the folder {path} holds {kinds}{_listed(left)}; {_way_out(path, left)}.")
         found += [(name, file) for name, file, why in inside if not why]
     base = os.path.commonpath([path.absolute() if path.is_dir() else path.absolute().parent for path in paths])
     parts = [Part(name, file, split_of(os.path.relpath(file.absolute(), base))) for name, file in found]
@@ -201,6 +202,18 @@ def _parts(paths: Sequence[Path], column: str) -> list[Part]:
 def _listed(left: dict[str, list[str]]) -> str:
     each = (f"{len(names)}, {why} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for why, names in left.items())
     return f"; left out: {'; '.join(each)}" if left else ""
+
+
+def _way_out(folder: Path, left: dict[str, list[str]]) -> str:
+    """The fix for a folder of which nothing is read, by the reason that most of its files have."""
+    why = max(left, key=lambda why: len(left[why]), default="")
+    if why.startswith("without a field"):
+        return "name the field that holds the text with --text-field KEY"
+    if why.startswith("."):
+        name = shlex.quote(f"*{why.removesuffix(' files')}")
+        join = f"find -L {shlex.quote(str(folder))} -name {name} -exec cat {{}} + > my.txt"
+        return f"if these are plain text, join them with `{join}` and prepare my.txt"
+    return "put such a file there, or give another folder"
 
 
 # ---- documents and splits

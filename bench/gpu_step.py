@@ -1,10 +1,12 @@
 """The whole training step on one GPU, beside its yardstick: the same products and attention calls through torch.
 
     python bench/gpu_step.py d48 --B 16 --tokens 131072 --recompute 2 --out results.csv
+    python bench/gpu_step.py d48 --B 16 --tokens 131072 --recompute 2 --precision fp8
 
 Blocks of steady steps alternate with blocks of the yardstick in one process (same card, same temperature, same power
 limit): every matrix product of one micro-step through torch.mm and every attention call through torch's cuDNN
-attention, in schedule order, on non-zero data. Medians, clock and watts are printed; a row is appended to --out.
+attention, in schedule order, on non-zero data. In fp8 there is no yardstick. Medians, clock and watts are printed; a
+row is appended to --out.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from timing import append_row
 from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.capture import Graphs
 from daybreak.engine.device import missing_on, used_mib
+from daybreak.engine.scales import SATURATED
 from daybreak.kernels import OPS
 from daybreak.report.bench import batches, time_steps
 from daybreak.shapes import parse_shape
@@ -170,6 +173,8 @@ def first_steps(engine: Engine, micro: int) -> None:
             print(f"first step done {since_start():.1f} s after the process began")
             allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
     new = torch.cuda.memory_stats()["allocation.all.allocated"] - allocated
+    if SATURATED in engine.state:
+        print("steps in which a matrix saturated:", int(engine.state[SATURATED].sum()))
     print("losses", losses, "weights and moments", digest(engine), "allocations after the first step", new)
 
 
@@ -200,6 +205,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, required=True, help="tokens a step")
     parser.add_argument("--recompute", type=int, default=0)
     parser.add_argument("--masters", default="auto")
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp8"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="of one block")
     parser.add_argument("--no-yardstick", action="store_true")
@@ -207,7 +213,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     began = time.perf_counter()
-    spec = EngineSpec(parse_shape(a.model), B=a.B, T=a.T, compute="bf16", recompute=a.recompute, masters=a.masters)
+    spec = EngineSpec(parse_shape(a.model), B=a.B, T=a.T, compute=a.precision, recompute=a.recompute, masters=a.masters)
     engine = Engine(spec, device="cuda")
     torch.cuda.synchronize()
     print(f"engine ready after {time.perf_counter() - began:.1f} s: {engine.num_parameters:,} parameters")
@@ -217,7 +223,7 @@ def main() -> None:
     if a.first_only:
         return
     memory = used_mib(engine.device)
-    stick = None if a.no_yardstick else yardstick(recorded(engine))
+    stick = None if a.no_yardstick or a.precision == "fp8" else yardstick(recorded(engine))
     steps: list[float] = []
     sticks, clocks = [], []
     time_steps(engine, micro, 1.0)  # warm
@@ -241,7 +247,11 @@ def main() -> None:
         "steps": len(steps), "memory_mib": memory, "card": name, "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"), "commit": commit(),
     }  # fmt: skip
-    print(", ".join(f"{key} {value}" for key, value in row.items()), f"loss {engine.stats()['loss']:.3f}")
+    print(
+        f"in {a.precision}:",
+        ", ".join(f"{key} {value}" for key, value in row.items()),
+        f"loss {engine.stats()['loss']:.3f}",
+    )
     print("clock MHz, watts by block (step, yardstick, ...):", clocks)
     print("backends:", ", ".join(f"{op} {name}" for op, name in sorted(engine.frame.k.choices.items())))
     if a.out:

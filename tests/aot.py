@@ -37,6 +37,7 @@ from daybreak.kernels.cuda import (
     classifier,
     decode,
     embedding,
+    fp8,
     gelu,
     glu,
     guard,
@@ -49,6 +50,7 @@ from daybreak.kernels.guard import WINDOW
 FOLDER = Path(__file__).parents[1] / "daybreak" / "kernels" / "cuda"
 MAIN = 90  # the architecture that every case is compiled for
 OTHERS = (80, 89, 100)
+SINCE = {"fp8": 89}  # the architecture from which on a file's kernels run
 Case = tuple[Any, ...]
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -158,6 +160,23 @@ def embedding_cases(C: int, dtype: str) -> list[Case]:
     ]
 
 
+def fp8_cases() -> list[Case]:
+    """A gradient after GELU with all copies, a weight of its own scale, and its measuring."""
+    e4m3, e5m2 = "*fp8e4nv", "*fp8e5"
+    types = {"scale": "*fp32", "amax": "*i32", "x": "*bf16", "pre": "*bf16", "again_scale": "*fp32", "part": "*fp32"}
+    types |= {"n": "i32", "C": "i32"}
+    constants = {"ROWS": fp8.ROWS, "COLS": fp8.COLS, "TILES": fp8.TILES, "VALUE": True, "TRANSPOSED": True}
+    found = []
+    for out, act, again, current, measure in (
+        (e5m2, "slope", True, False, False), (e4m3, "gelu", False, False, False), (e4m3, "", False, True, False),
+        (e4m3, "", False, True, True),
+    ):  # fmt: skip
+        kind = {"ACT": act, "AGAIN": again, "CURRENT": current, "MEASURE": measure, "LARGEST": 448.0}
+        tensors = {"value": out, "transposed": out, "again": e4m3, **types}
+        found.append((fp8._quantise_kernel, tensors, {**constants, **kind, "AGAIN_LARGEST": 448.0}, fp8.WARPS))
+    return found
+
+
 def gelu_cases(dtype: str) -> list[Case]:
     constants = {"BLOCK": gelu.BLOCK}
     return [
@@ -248,6 +267,7 @@ CASES: dict[str, list[Case]] = {
     "classifier": classifier_cases(),
     "decode": [*decode_cases(1600, "*bf16"), *decode_cases(768, "*fp32")],
     "embedding": [*embedding_cases(1600, "*bf16"), *embedding_cases(768, "*fp32")],
+    "fp8": fp8_cases(),
     "gelu": [*gelu_cases("*bf16"), *gelu_cases("*fp32")],
     "glu": [*glu_cases("*bf16"), *glu_cases("*fp32")],
     "guard": guard_cases(),
@@ -328,7 +348,7 @@ def work(names: list[str]) -> list[tuple[str, int, int]]:
             first = case[0] not in seen
             seen.add(case[0])
             others = OTHERS if first else (100,) if case[2].get("OVERLAP") else (89,) if "STAGES" in case[2] else ()
-            todo += [(name, index, arch) for arch in (MAIN, *others)]
+            todo += [(name, index, arch) for arch in (MAIN, *others) if arch >= SINCE.get(name, 0)]
     return todo
 
 

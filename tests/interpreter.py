@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter round as a GPU does: fp32 to bf16 to nearest even, and a fused multiply-add once.
+"""Makes Triton's interpreter round as a GPU does: fp32 to bf16 and fp8 to nearest even, and a fused multiply-add once.
 
 It cuts the low bits off instead, which is twice the error that the tests allow, and rounds the product of an fma before
 it adds (triton 3.6). Nothing happens where kernels run on a GPU. Import it before the first launch.
@@ -17,6 +17,7 @@ def _patch() -> None:
     from triton.runtime import interpreter
 
     original = interpreter._convert_float
+    FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
     def convert(values, source, target, rounding):
         bits = np.ascontiguousarray(values)
@@ -25,6 +26,9 @@ def _patch() -> None:
             return rounded.view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
         if source == tl.bfloat16 and target == tl.float32:
             return (bits.view(np.uint16).astype(np.uint32) << 16).reshape(values.shape)
+        if source == tl.float32 and target in FP8:
+            rounded = torch.from_numpy(bits.view(np.float32).copy()).to(FP8[target])
+            return rounded.view(torch.uint8).numpy().reshape(values.shape)
         return original(values, source, target, rounding)
 
     interpreter._convert_float = convert

@@ -29,9 +29,11 @@ def rows(tmp_path_factory):
 
 def test_every_kernel_is_listed(rows):
     defined = {(r["file"], k) for r in rows if "kernels" in r for k in r["kernels"]}
+    later = {(file, k) for file, k in defined if file == "fp8"}  # GPUs before sm_89 have none of it
     compiled = {arch: {(r["file"], r["kernel"]) for r in rows if r.get("arch") == arch} for arch in SHARED}
     assert defined
-    assert {arch: defined - have for arch, have in compiled.items()} == {arch: set() for arch in SHARED}
+    lacking = {arch: defined - have for arch, have in compiled.items()}
+    assert lacking == {arch: later if arch < 89 else set() for arch in SHARED}
 
 
 def test_every_case_compiles(rows):

@@ -52,6 +52,14 @@ def pick_compute(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
 
 
+def check_fp8(capability: tuple[int, int], gpu: str) -> None:
+    """Raise ConfigError if a GPU of this compute capability cannot train in fp8."""
+    from daybreak.kernels.cuda.fp8 import usable
+
+    if needs := usable(capability):
+        raise ConfigError(f"precision.compute = fp8 needs {needs}; use bf16 on {gpu}.")
+
+
 def engine_spec(
     config: Config, device: torch.device, missing: Collection[str] | None = None, **changes: Any
 ) -> EngineSpec:

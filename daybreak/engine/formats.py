@@ -124,8 +124,6 @@ def formats_of(spec: EngineSpec, model: Model) -> Mapping[str, Format]:
         return spec.formats
     if spec.lora.rank:
         raise ConfigError("precision.compute = fp8 does not train adapters (lora.rank) yet; use bf16.")
-    if spec.device_type == "cuda":
-        raise ConfigError("precision.compute = fp8 has no kernels for GPUs yet; use bf16, or run.device cpu.")
     key = f"precision.fp8 = {','.join(spec.fp8)!r}"
     backend = "fp8 cuda" if spec.device_type == "cuda" else E4M3.backend
     x_format, d_format = (replace(format, backend=backend) for format in (E4M3, E5M2))

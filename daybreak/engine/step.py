@@ -21,7 +21,7 @@ from torch import Tensor
 from daybreak.engine.arena import CONSTANT, LiveFrame, name_inputs
 from daybreak.engine.capture import Graphs, Pending, Ring, Tapes
 from daybreak.engine.collectives import Collectives
-from daybreak.engine.device import missing_on
+from daybreak.engine.device import check_fp8, missing_on
 from daybreak.engine.formats import formats_of, in_formats
 from daybreak.engine.params import draw_parameters
 from daybreak.engine.passes import State, evaluate, micro_step, next_token, plan_engine, update
@@ -69,6 +69,8 @@ class Engine:
             torch.cuda.set_device(self.device)
             # torch's own matmuls, where they are used, add up in fp32 too
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            if spec.compute == "fp8" and spec.train:
+                check_fp8(torch.cuda.get_device_capability(self.device), "this GPU")
         self.spec = spec = replace(spec, device_type=self.device.type, missing=missing_on(self.device))
         self.cfg, self.B, self.T, self.rows = spec.cfg, spec.B, spec.T, spec.rows
         self.seed = seed  # of the initial weights and of stochastic rounding

@@ -39,7 +39,7 @@ CUDA_ORDER = {
 }
 CUDA_FILES = (
     *(name for name in FILES if name not in ("lora", "matmul")),
-    *("bias", "cublaslt", "cudnn", "decode", "fa4", "gelu", "quack"),
+    *("bias", "cublaslt", "cudnn", "decode", "fa4", "gelu", "quack", "fp8"),
 )
 ON_HOST = ("adamw_update", "embedding_backward", "step_guard")  # their references read values on the host
 CUDA_DTYPES = (torch.bfloat16, torch.float32)

@@ -19,7 +19,7 @@ from daybreak.config import RECIPES, Config, recipe_names
 from daybreak.data.mixing import open_loaders
 from daybreak.engine import DTYPES
 from daybreak.engine.arena import Arena
-from daybreak.engine.device import available_bytes, missing_on, pick_compute, pick_device
+from daybreak.engine.device import available_bytes, check_fp8, missing_on, pick_compute, pick_device
 from daybreak.engine.fit import Fit, plan_memory
 from daybreak.errors import DataError
 from daybreak.formatting import counted, disk, format_duration, several
@@ -122,6 +122,8 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
     else:
         found, device = find_gpu(gpu), torch.device("cuda")
         name, missing, budget = found.name, found.missing, int(USABLE * found.mib) * MIB
+        if config.precision.compute == "fp8":
+            check_fp8(found.capability, f"an {found.name}")
         if config.precision.compute == "auto":
             config = config.override({"precision.compute": "bf16" if found.peak else "fp32"})
     process = CPU_PROCESS if device.type == "cpu" else 0

@@ -10,7 +10,7 @@ x with N rows and I columns, and w with O rows and I columns:
     backward input     dx (N, I) = dout w          n n            w   dout  I  N  O
     backward weight    dw (O, I) = dout^T x        n t            x   dout  I  O  N
 
-Every operation below calls `_gemm`, which finds a prepared matmul or prepares one:
+Every operation below calls `gemm`, which finds a prepared matmul or prepares one:
 
     tensors --> Key --> matmuls[key] --> launch
                            | first call with this key: `Blas.prepare`
@@ -49,9 +49,10 @@ WORKSPACE = 32 << 20  # bytes, as the library recommends on Hopper; algorithms t
 _TEMPS = [((WORKSPACE,), torch.uint8)]
 
 # Numbers of the library's enumerations, the same in CUDA 11.4 to 13. Types: cudaDataType_t, cublasComputeType_t.
-R_32F, R_16BF = 0, 14
+R_32F, R_16BF, E4M3, E5M2 = 0, 14, 28, 29
 COMPUTE_32F, COMPUTE_32F_FAST_TF32 = 68, 77
 TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, AUX_POINTER, AUX_LD, AUX_TYPE, BIAS_TYPE = 3, 4, 7, 8, 11, 12, 22, 26
+A_SCALE, B_SCALE, FAST = 17, 18, 25  # addresses of what A and B are multiplied by; fast accumulation
 EPILOGUES = {"plain": 1, "bias": 4, "gelu": 32 | 128 | 4, "dgelu": 64 | 128}  # default, bias, GELU_AUX_BIAS, DGELU
 PREF_WORKSPACE, PREF_REDUCTION, PREF_ALIGN_A = 1, 3, 5  # alignments of A, B, C, D are 5, 6, 7, 8
 REDUCE_IN_COMPUTE_TYPE = 2
@@ -72,7 +73,12 @@ STATUS = {
     13: "EXECUTION_FAILED", 14: "INTERNAL_ERROR", 15: "NOT_SUPPORTED", 16: "LICENSE_ERROR",
 }  # fmt: skip
 REFUSED = (7, 15)  # the library's answers to a matmul that it cannot do
-DTYPES = {"bf16": (R_16BF, COMPUTE_32F), "fp32": (R_32F, COMPUTE_32F), "tf32": (R_32F, COMPUTE_32F_FAST_TF32)}
+DTYPES = {  # of A, of B, of the rest, of the sums
+    "bf16": (R_16BF, R_16BF, R_16BF, COMPUTE_32F), "fp32": (R_32F, R_32F, R_32F, COMPUTE_32F),
+    "tf32": (R_32F, R_32F, R_32F, COMPUTE_32F_FAST_TF32),
+    "e4m3": (E4M3, E4M3, R_16BF, COMPUTE_32F), "e4m3slow": (E4M3, E4M3, R_16BF, COMPUTE_32F),
+    "e5m2": (E4M3, E5M2, R_16BF, COMPUTE_32F), "e5m2slow": (E4M3, E5M2, R_16BF, COMPUTE_32F),
+}  # fmt: skip
 
 
 class Algo(ctypes.Structure):
@@ -204,7 +210,7 @@ class PreparedMatmul:
     def __init__(self, blas: Blas, key: Key) -> None:
         self.blas, self.key = blas, key
         self.algo: Algo | None = None
-        self.lib, dtype, compute = blas.lib, *DTYPES[key.dtype]
+        self.lib, (of_a, of_b, dtype, compute) = blas.lib, DTYPES[key.dtype]
         self.alpha, self.beta = ONE, ZERO if key.mode == "beta0" else ONE
         self.pointer = ctypes.c_uint64()
         self.pointer_at = ctypes.addressof(self.pointer)
@@ -223,8 +229,10 @@ class PreparedMatmul:
             self._set(AUX_TYPE, ctypes.c_int32(dtype))
             self._set(AUX_LD, ctypes.c_int64(key.ldaux))
             self._set(AUX_POINTER, pointer)
-        self.a = self._layout(dtype, *((key.k, key.m) if key.trans[0] == "t" else (key.m, key.k)), key.lda)
-        self.b = self._layout(dtype, *((key.k, key.n) if key.trans[1] == "n" else (key.n, key.k)), key.ldb)
+        if of_a == E4M3:
+            self._set(FAST, ctypes.c_int8(not key.dtype.endswith("slow")))
+        self.a = self._layout(of_a, *((key.k, key.m) if key.trans[0] == "t" else (key.m, key.k)), key.lda)
+        self.b = self._layout(of_b, *((key.k, key.n) if key.trans[1] == "n" else (key.n, key.k)), key.ldb)
         self.d = self._layout(dtype, key.m, key.n, key.ldd)
         self.c = self._layout(dtype, key.m, key.n, key.ldc) if key.mode == "add" else self.d
 
@@ -248,7 +256,8 @@ class PreparedMatmul:
         """Offers of the library's heuristic, best guess first: deterministic, fp32 sums, at most WORKSPACE bytes."""
         key, preference, returned = self.key, _VOID(), ctypes.c_int()
         odd = key.align < 16 or any(ld % 8 for ld in (key.lda, key.ldb, key.ldc, key.ldd, key.ldaux))
-        if odd and (key.ldaux or (key.epilogue == "bias" and key.dtype == "bf16")):
+        fp8_odd = key.dtype[0] == "e" and (odd or key.lda % 16 or key.ldb % 16)
+        if fp8_odd or (odd and (key.ldaux or (key.epilogue == "bias" and key.dtype == "bf16"))):
             return []  # documented: no aux here; and the bias would be added after a rounding
         check(self.lib.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)), "a preference")
         wishes: list[tuple[int, Any]] = [(PREF_ALIGN_A + i, ctypes.c_uint32(key.align)) for i in range(4)]
@@ -301,14 +310,15 @@ class PreparedMatmul:
         """An algorithm's settings in words."""
         return " ".join(f"{name}{self.setting(algo, name)}" for name in CONFIG)
 
-    def launch(self, algo: Algo, a: int, b: int, c: int, d: int, bias: int, aux: int, work: int, stream: int) -> int:
+    def launch(
+        self, algo: Algo, a: int, b: int, c: int, d: int, bias: int, aux: int, work: int, stream: int,
+        a_scale: int = 0, b_scale: int = 0,
+    ) -> int:  # fmt: skip
         """Queue the matmul on the stream; every argument but the first is an address. Returns the status."""
-        if bias:
-            self.pointer.value = bias
-            self.lib.cublasLtMatmulDescSetAttribute(self.desc, BIAS_POINTER, self.pointer_at, 8)
-        if aux:
-            self.pointer.value = aux
-            self.lib.cublasLtMatmulDescSetAttribute(self.desc, AUX_POINTER, self.pointer_at, 8)
+        for attribute, address in ((BIAS_POINTER, bias), (AUX_POINTER, aux), (A_SCALE, a_scale), (B_SCALE, b_scale)):
+            if address:
+                self.pointer.value = address
+                self.lib.cublasLtMatmulDescSetAttribute(self.desc, attribute, self.pointer_at, 8)
         return int(self.lib.cublasLtMatmul(
             self.blas.handle, self.desc, self.alpha, a, self.a, b, self.b, self.beta, c, self.c, d, self.d,
             ctypes.addressof(algo), work, WORKSPACE, stream,
@@ -350,18 +360,22 @@ def usable(capability: tuple[int, int]) -> str | None:
 # ------------------------------------------------------------------------------------------------ the operations
 
 
-def _gemm(
+def gemm(
     trans: str, epilogue: str, d: Tensor, a: Tensor, b: Tensor, scratch: Scratch,
     bias: Tensor | None = None, aux: Tensor | None = None, c: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None, slow: bool = False,
 ) -> bool:  # fmt: skip
     """D = epilogue(op(A) op(B) + C), where c is None, d itself or another tensor. The steps are at the top of the file.
 
-    trans: n or t for A and for B. False: the library cannot do it and nothing was queued; the caller uses torch.
+    trans: n or t for A and for B. scales: of A and B in fp8, which are multiplied by them. slow: fp8 adds up in fp32.
+    False: the library cannot do it and nothing was queued; the caller uses torch.
     """
     n, m = d.shape
     mode = "beta0" if c is None else "beta1" if c is d else "add"
     k = a.shape[1] if trans[0] == "t" else a.shape[0]
     name = "bf16" if d.dtype == torch.bfloat16 else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+    if scales:
+        name = f"{'e5m2' if b.dtype == torch.float8_e5m2 else 'e4m3'}{'slow' if slow else ''}"
     pa, pb, pd = a.data_ptr(), b.data_ptr(), d.data_ptr()
     pc = pd if c is None else c.data_ptr()
     pbias = 0 if bias is None else bias.data_ptr()
@@ -389,7 +403,8 @@ def _gemm(
         return False
     (workspace,) = scratch(_TEMPS)
     stream = torch.cuda.current_stream(device).cuda_stream
-    status = prepared.launch(prepared.algo, pa, pb, pc, pd, pbias, paux, workspace.data_ptr(), stream)
+    status = prepared.launch(prepared.algo, pa, pb, pc, pd, pbias, paux, workspace.data_ptr(), stream,
+                             *(s.data_ptr() for s in scales or ()))  # fmt: skip
     if status in REFUSED:  # it offered the algorithm but refuses the call, before anything is queued
         blas.matmuls[key], blas.used[str(prepared.key)] = None, f"torch: cuBLASLt answered {STATUS[status]}"
         return False
@@ -423,7 +438,7 @@ def matmul_forward(
     out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = None, *, scratch: Scratch
 ) -> None:
     """out (n, O) = x (n, I) @ w (O, I)^T + b (O) + add (n, O), rounded once."""
-    if not _gemm("tn", "plain" if b is None else "bias", out, w, x, scratch, bias=b, c=add):
+    if not gemm("tn", "plain" if b is None else "bias", out, w, x, scratch, bias=b, c=add):
         matmul.matmul_forward(out, x, w, b, add)
 
 
@@ -433,9 +448,9 @@ def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tenso
 
     The table chooses between an epilogue, which uses pre before its rounding, and a separate pass, which uses it after.
     """
-    if _gemm("tn", "gelu", out, w, x, scratch, bias=b, aux=pre):
+    if gemm("tn", "gelu", out, w, x, scratch, bias=b, aux=pre):
         return
-    if not _gemm("tn", "bias", pre, w, x, scratch, bias=b):
+    if not gemm("tn", "bias", pre, w, x, scratch, bias=b):
         torch.addmm(b, x, w.t(), out=pre)
     gelu_pass(out, pre)
 
@@ -443,7 +458,7 @@ def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tenso
 @backend("cublaslt", temps=workspace)
 def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor, *, scratch: Scratch) -> None:
     """dx (n, I) = dout (n, O) @ w (O, I)."""
-    if not _gemm("nn", "plain", dx, w, dout, scratch):
+    if not gemm("nn", "plain", dx, w, dout, scratch):
         torch.mm(dout, w, out=dx)
 
 
@@ -466,8 +481,8 @@ def matmul_gelu_backward(
 
     Separate passes compute the bias gradient and, if it is given, gelu (n, I).
     """
-    if not _gemm("nn", "dgelu", dpre, w, dout, scratch, aux=pre):
-        if not _gemm("nn", "plain", dpre, w, dout, scratch):
+    if not gemm("nn", "dgelu", dpre, w, dout, scratch, aux=pre):
+        if not gemm("nn", "plain", dpre, w, dout, scratch):
             torch.mm(dout, w, out=dpre)
         slope_pass(dpre, pre)
     if dpre.is_meta:  # for `listed`
@@ -481,5 +496,5 @@ def matmul_gelu_backward(
 @backend("cublaslt", temps=workspace)
 def matmul_backward_weight(dw: Tensor, dout: Tensor, x: Tensor, *, accumulate: bool, scratch: Scratch) -> None:
     """dw (O, I) = dout (n, O)^T @ x (n, I), added to dw if `accumulate`, rounded once."""
-    if not _gemm("nt", "plain", dw, x, dout, scratch, c=dw if accumulate else None):
+    if not gemm("nt", "plain", dw, x, dout, scratch, c=dw if accumulate else None):
         matmul.matmul_backward_weight(dw, dout, x, accumulate=accumulate)

@@ -1,0 +1,43 @@
+"""Cases of the kernel that rounds to fp8: as it is and transposed, after GELU, and times GELU's derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timing import DEVICE, Case, rand
+
+from daybreak.kernels.cuda.fp8 import NAME, programs, write
+from daybreak.kernels.fp8 import E4M3, E5M2
+from daybreak.kernels.operand import Format, Operand
+
+
+def _operand(format: Format, n: int, C: int, *, value: bool = True, transposed: bool = True) -> Operand:
+    parts = [torch.empty(shape, dtype=format.dtype, device=DEVICE) for shape in ((n, C), (C, n))]
+    slots = torch.tensor([2.0**-6, 0.0], device=DEVICE)
+    return Operand(format, parts[0] if value else None, slots[0], parts[1] if transposed else None, slots[1])
+
+
+def _case(n: int, C: int, act: str, *, value: bool = True, transposed: bool = True) -> Case:
+    """Bytes: bf16 in, and out in fp8 each part; a slope reads another matrix and makes GELU's transposed copy."""
+
+    def make() -> Callable[[], None]:
+        format = E5M2 if act == "slope" else E4M3
+        x, out = rand(n, C), _operand(format, n, C, value=value, transposed=transposed)
+        if act != "slope":
+            return lambda: write(out, x, act)
+        pre, again = rand(n, C), _operand(E4M3, n, C, value=False)
+        part = torch.empty(programs(n, C)[1], C, device=DEVICE)
+        return lambda: write(out, x, act, pre, again, part)
+
+    nbytes = n * C * (2 + value + transposed + 3 * (act == "slope"))
+    note = ", ".join([f"C {C}", *([act] if act else []), *([] if value else ["transposed only"])])
+    return Case("quantise", NAME, nbytes, 0, make, note=note + ("" if transposed else ", value only"))
+
+
+def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
+    """The matrices of one block, and a weight."""
+    n = B * T
+    one = [_case(n, C, ""), _case(n, 3 * C, ""), _case(n, C, "", value=False), _case(n, C, "", transposed=False)]
+    return [*one, _case(n, 4 * C, "gelu"), _case(n, 4 * C, "gelu", transposed=False), _case(n, 4 * C, "slope"),
+            _case(4 * C, C, "")]  # fmt: skip

@@ -1,0 +1,148 @@
+"""The Triton kernel that rounds to fp8, beside the reference: bytes, transposed copies, magnitudes, ragged tiles.
+
+test_fp8.py holds the reference to the formats' tables.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import interpreter  # noqa: F401
+import pytest
+import torch
+from kernel_harness import DEVICE, close, draw, f64, poison
+from torch import Tensor
+
+from daybreak.kernels import Kernels, all_ops, temps_bytes
+from daybreak.kernels.fp8 import E4M3, E5M2
+from daybreak.kernels.operand import Format, Operand
+
+BF16, F32 = torch.bfloat16, torch.float32
+SHAPES = [(1, 1), (16, 48), (130, 70), (513, 64), (700, 200)]
+each_format = pytest.mark.parametrize("format", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+each_shape = pytest.mark.parametrize(("n", "C"), SHAPES)
+
+
+def operand(
+    format: Format, n: int, C: int, *, scale: float = 1.0, parts: str = "both", current: bool = False
+) -> Operand:
+    """Poisoned: every byte is NaN."""
+    value, other = (torch.full(s, 0x7F, dtype=torch.uint8, device=DEVICE).view(format.dtype) for s in ((n, C), (C, n)))
+    slots = torch.tensor([scale, 0.0], device=DEVICE)
+    return Operand(
+        format,
+        None if parts == "transposed" else value,
+        slots[0],
+        None if parts == "value" else other,
+        slots[1],
+        current,
+    )
+
+
+def run(name: str, out: Operand, *args: object, backend: str = "fp8 cuda", **kwargs: object) -> None:
+    impl = all_ops("cuda")[name].impls[backend]
+    size = temps_bytes(impl.temps(out, *args, **kwargs)) if impl.temps else 0
+    scratch = torch.full((size,), 0xFF, dtype=torch.uint8, device=DEVICE)
+    kernels = Kernels(scratch).in_formats({backend})
+    getattr(kernels, name)(replace(out, format=replace(out.format, backend=backend)), *args, **kwargs)
+
+
+def same(a: Operand, b: Operand) -> None:
+    """The same bytes, and copies of each other."""
+    for x, y in ((a.value, b.value), (a.transposed, b.transposed)):
+        if x is not None and y is not None:
+            assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+    if a.value is not None and a.transposed is not None:
+        assert torch.equal(a.transposed.view(torch.uint8), a.value.view(torch.uint8).t())
+    assert torch.equal(a.scale, b.scale)
+
+
+def values(n: int, C: int) -> Tensor:
+    """Of all sizes, subnormal and too large ones too."""
+    g = torch.Generator().manual_seed(n + C)
+    return (torch.randn(n, C, generator=g) * 2.0 ** torch.randint(-22, 19, (n, C), generator=g)).to(DEVICE, BF16)
+
+
+@each_format
+@each_shape
+@pytest.mark.parametrize("parts", ["both", "value", "transposed"])
+@pytest.mark.parametrize("current", [False, True], ids=["given scale", "own scale"])
+def test_quantise(format, n, C, parts, current):
+    x, found = values(n, C), []
+    for backend in ("fp8 cuda", "fp8"):
+        out = operand(format, n, C, scale=2.0**-3, parts=parts, current=current)
+        run("quantise", out, x, backend=backend)
+        found.append(out)
+    same(*found)
+    assert found[0].amax == found[1].amax == x.abs().max()
+
+
+@each_format
+def test_infinities_and_nan(format):
+    x = torch.zeros(200, 200, dtype=BF16, device=DEVICE)
+    x[3, 70], x[190, 199], x[5, 5] = math.inf, -math.inf, 1.0
+    found = []
+    for backend in ("fp8 cuda", "fp8"):
+        found.append(operand(format, 200, 200))
+        run("quantise", found[-1], x, backend=backend)
+        assert found[-1].amax == math.inf
+    same(*found)
+    x[0, 0] = math.nan
+    out = operand(format, 200, 200)
+    run("quantise", out, x)
+    assert out.value is not None
+    assert out.value.float()[0, 0].isnan()
+    assert out.amax is not None
+    assert out.amax.isnan()
+
+
+def test_the_largest_of_several_calls_is_kept():
+    out = operand(E4M3, 16, 16)
+    for size in (2.0, 8.0, 4.0):
+        run("quantise", out, torch.full((16, 16), size, dtype=BF16, device=DEVICE))
+    assert out.amax == 8.0
+
+
+@each_shape
+def test_gelu_and_its_slope(n, C):
+    """Against fp64, within half a step of the format; and the transposed copy that backward makes is forward's."""
+    from daybreak.kernels.cuda.fp8 import programs, write
+
+    pre, grad = draw(n, C, dtype=BF16, scale=2.0), draw(n, C, dtype=BF16, seed=1, scale=1e-3)
+    x = f64(pre).requires_grad_()
+    gelu = torch.nn.functional.gelu(x, approximate="tanh")
+    (slope,) = torch.autograd.grad(gelu, x, f64(grad))
+    forward, again = operand(E4M3, n, C, scale=2.0**-5), operand(E4M3, n, C, scale=2.0**-5, parts="transposed")
+    back, part = operand(E5M2, n, C, scale=2.0**-20), poison(programs(n, C)[1], C, dtype=F32)
+    write(forward, pre, "gelu")
+    write(back, grad, "slope", pre, again, part)
+    for out, want, step, least in ((forward, gelu.detach(), 2.0**-4, 2.0**-15), (back, slope, 2.0**-3, 2.0**-37)):
+        assert out.value is not None
+        error = (f64(out.value.float() * out.scale) - want).abs()
+        assert (error <= 1.001 * step * want.abs() + least).all()
+        assert out.amax == pytest.approx(want.abs().max().item(), rel=1e-5)
+    assert forward.transposed is not None
+    assert again.transposed is not None
+    assert torch.equal(forward.transposed.view(torch.uint8), again.transposed.view(torch.uint8))
+    same(back, back)
+    close(part.sum(0), slope.sum(0))
+
+
+@pytest.mark.parametrize("name", ["layernorm_forward", "rmsnorm_forward", "swiglu_forward"])
+def test_other_kernels_in_two_passes(name):
+    """The same bytes as rounding their outputs in bf16."""
+    n, C = 67, 96
+    x, w, b = draw(n, C, dtype=BF16), draw(C, dtype=BF16, seed=1), draw(C, dtype=BF16, seed=2)
+    stats = [poison(n, dtype=F32), poison(n, dtype=F32)]
+    gateup = draw(n, 2 * C, dtype=BF16)
+    args, kwargs = {
+        "layernorm_forward": ((*stats, x, w, b), {}),
+        "rmsnorm_forward": ((stats[0], x, w), {"eps": 1e-6}),
+        "swiglu_forward": ((gateup,), {}),
+    }[name]
+    plain, out, want = poison(n, C, dtype=BF16), operand(E4M3, n, C, scale=0.125), operand(E4M3, n, C, scale=0.125)
+    all_ops("cuda")[name].impls["triton"].fn(plain, *args, **kwargs)
+    run(name, out, *args, **kwargs)
+    run("quantise", want, plain, backend="fp8")
+    same(out, want)

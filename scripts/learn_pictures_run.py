@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from learn_drawing import line, picture, rect, text
 
+from daybreak.config_keys import OptimConfig, ScheduleConfig
 from daybreak.engine import EngineSpec, plan_engine
 from daybreak.engine.arena import ALIGN, _place
 from daybreak.shapes import GPT2Config
+from daybreak.training.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -301,8 +303,104 @@ def save() -> str:
     return picture(top + 36, "What is on the disk while a run saves, and where a crash resumes", parts)
 
 
+Points = list[tuple[float, float]]
+TRAIN, VALIDATION = "mean", "validation"
+
+
+def curve(run: str, column: str) -> Points:
+    """(step, loss) of a real run, from the table that learn_runs.py made."""
+    rows = csv.DictReader((ROOT / "bench/results/learn_runs.csv").open())
+    return [(float(row["step"]), float(row[column])) for row in rows if row["run"] == run and row[column]]
+
+
+class Chart:
+    """A chart of losses against 2,400 steps, with a place for each."""
+
+    left, right, top, bottom = 48, 536, 52, 300
+
+    def __init__(self, highest: float, marks: Sequence[float]) -> None:
+        self.highest = highest
+        self.parts = [text(self.left - 30, 28, "loss"), text(self.right, self.bottom + 42, "step", "e")]
+        self.parts.append(line((self.left, self.top), (self.left, self.bottom), (self.right, self.bottom)))
+        for loss in marks:
+            y = self.place(0, loss)[1]
+            self.parts += [text(self.left - 8, y + 5, f"{loss:g}", "e s"), line((self.left, y), (self.left + 6, y))]
+        for step in range(0, 2401, 400):
+            x = self.place(step, 0)[0]
+            self.parts += [text(x, self.bottom + 20, f"{step:,}", "m s"), line((x, self.bottom), (x, self.bottom - 6))]
+
+    def place(self, step: float, loss: float) -> tuple[float, float]:
+        x = self.left + (self.right - self.left) * step / 2400
+        return round(x, 1), round(self.bottom - (self.bottom - self.top) * loss / self.highest, 1)
+
+    def draw(self, points: Points, kind: str, style: str = "fill:none;stroke-width:2.5") -> None:
+        """A line through the points that the chart has room for."""
+        inside = [self.place(*point) for point in points if point[1] <= self.highest]
+        d = "L".join(f"{x:g} {y:g}" for x, y in inside)
+        self.parts.append(f'<path class="{kind}" style="{style}" d="M{d}"/>')
+
+    def dots(self, points: Points, kind: str) -> None:
+        places = [self.place(*point) for point in points if point[1] <= self.highest]
+        self.parts += [f'<circle class="{kind}" cx="{x:g}" cy="{y:g}" r="3.5"/>' for x, y in places]
+
+    def known(self, loss: float, said: str) -> None:
+        """A dashed line at a loss that is known before."""
+        x, y = self.place(0, loss)
+        self.parts.append(f'<path class="line" stroke-dasharray="5 4" d="M{x:g} {y:g}H{self.right}"/>')
+        self.parts.append(text(self.right, y - 7, said, "e s"))
+
+    def say(self, step: float, loss: float, said: str, kind: str = "m s") -> None:
+        self.parts.append(text(*self.place(step, loss), said, kind))
+
+
+def run_good() -> str:
+    """A real run: mean, lowest and highest training loss of 20 steps, validation, and the learning rate below."""
+    chart = Chart(7.2, range(8))
+    band = curve("good", "lowest") + curve("good", "highest")[::-1]
+    chart.draw(band, "a", "stroke:none;opacity:.55")
+    chart.draw(curve("good", TRAIN), "a", "fill:none;stroke-width:1.5")
+    chart.dots(curve("good", VALIDATION), "c")
+    chart.known(math.log(1025), "ln V = 6.93: it knows nothing")
+    chart.known(4.5655, "4.57: it knows which tokens are frequent")
+    optim, schedule = OptimConfig(lr=1.2, horizon=2400), ScheduleConfig(warmup=120, final_frac=0.05)
+    rates = [(step, learning_rate(step, optim, schedule)) for step in range(0, 2401, 30)]
+    chart.draw(rates, "b", "fill:none;stroke-width:2")
+    chart.say(1000, 1.3, "learning rate", "s")
+    return picture(358, "The loss of a good run: from 6.75 to 2.26, with the two known values", chart.parts)
+
+
+def run_four() -> str:
+    """Validation losses of four real runs with other learning rates."""
+    chart = Chart(7.2, range(8))
+    chart.known(4.5655, "baseline")
+    for run, kind in (("good", "a"), ("slow", "b"), ("fast", "c"), ("edge", "line")):
+        chart.draw(curve(run, VALIDATION), kind)
+    x = chart.left + 150
+    for i, (kind, said) in enumerate(
+        (("a", "0.004"), ("b", "0.0005"), ("c", "0.1"), ("line", "0.03, no warm-up, no clip"))
+    ):
+        y = 52 + 20 * i
+        chart.parts.append(f'<path class="{kind}" style="fill:none;stroke-width:2.5" d="M{x} {y}h22"/>')
+        chart.parts.append(text(x + 30, y + 5, said, "s"))
+    return picture(358, "Validation losses of four runs with other learning rates", chart.parts)
+
+
+def run_few() -> str:
+    """A real run on little text: training and validation."""
+    chart = Chart(4, range(5))
+    chart.draw(curve("few", TRAIN), "a")
+    points = curve("few", VALIDATION)
+    chart.draw(points, "c", "fill:none;stroke-width:1.5")
+    chart.dots(points, "c")
+    chart.say(2100, 2.6, "validation")
+    chart.say(1900, 0.5, "training")
+    chart.say(700, 1.75, "lowest", "m s")
+    return picture(358, "Training loss falls to 0.1, and validation loss rises from 1.5 to above 2", chart.parts)
+
+
 PICTURES_RUN: dict[str, Callable[[], str]] = {
     "rounding": rounding, "formats": formats, "packing": packing, "memory": memory,
     "roofline": roofline, "launches": launches,
     "ring": ring, "zero": zero, "interval": interval, "save": save,
+    "run-good": run_good, "run-four": run_four, "run-few": run_few,
 }  # fmt: skip

@@ -28,7 +28,10 @@ def test_bytes_of_a_call() -> None:
     assert nbytes_of(OPS["classifier"], {"logits": x, "backward": False}) == 128
     given = {"dx": x, "dw": x, "again": x, "accumulate_dx": True, "accumulate": False}
     assert nbytes_of(OPS["layernorm_backward"], given) == 512
-    assert nbytes_of(OPS["adamw_update"], {"weights": x, "m": x, "v": x, "grads": x}) == 768
+    given = {"weights": x.bfloat16(), "grads": x.bfloat16(), "m": x, "v": x}  # 32 elements
+    assert nbytes_of(OPS["adamw_update"], given | {"masters": x.to(torch.int16)}) == 32 * 26
+    assert nbytes_of(OPS["adamw_update"], given | {"masters": x}) == 32 * 28  # weights are only written
+    assert nbytes_of(OPS["adamw_update"], given | {"masters": None}) == 32 * 22
 
 
 def test_flops_of_a_call() -> None:

@@ -65,7 +65,8 @@ class Impl:
 class Op:
     """An operation: its group (the file it lives in), which arguments it writes, its implementations by backend.
 
-    adds: outputs that it reads too. In calls with `accumulate_NAME`, `accumulate` or `backward`, only if that is true.
+    adds: outputs that it reads too, or a function of the arguments by name that gives them. In calls with
+    `accumulate_NAME`, `accumulate` or `backward`, only if that is true.
     flops: floating-point operations of a call, from its arguments by name.
     """
 
@@ -73,7 +74,7 @@ class Op:
     group: str
     writes: tuple[str, ...]
     impls: dict[str, Impl] = field(default_factory=dict)
-    adds: tuple[str, ...] = ()
+    adds: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]] = ()
     flops: Flops = lambda given: 0
 
     @property

@@ -24,6 +24,9 @@ joins the split layout, updates it as fp32 and splits it again, one chunk of FLA
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,7 +69,14 @@ def adamw_temps(weights: Tensor, masters: Tensor | None, m: Tensor, *_: object, 
     ]  # fmt: skip
 
 
-@op("weights", "masters", "m", "v", temps=adamw_temps, adds=("masters", "m", "v"))
+def _read_too(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an update reads before it writes it: the weights only where they are a part of the exact parameter."""
+    masters = given.get("masters")
+    part = masters is None or masters.dtype == torch.int16
+    return ("weights", "masters", "m", "v") if part else ("masters", "m", "v")
+
+
+@op("weights", "masters", "m", "v", temps=adamw_temps, adds=_read_too)
 def adamw_update(
     weights: Tensor, masters: Tensor | None, m: Tensor, v: Tensor, grads: Tensor, stats: Tensor, hyper: Tensor,
     *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int, offset: int, scratch: Scratch,

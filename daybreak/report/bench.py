@@ -83,11 +83,12 @@ class Bench:
 
 def nbytes_of(operation: Op, given: Mapping[str, Any]) -> int:
     """Bytes that a call with these arguments moves at least: every tensor once, and twice what it adds to."""
-    total = 0
+    total, adds = 0, operation.adds
+    adds = adds(given) if callable(adds) else adds
     for name, x in given.items():
         if isinstance(x, Tensor):
             flag = next((f for f in (f"accumulate_{name}", "accumulate", "backward") if f in given), "")
-            total += x.nbytes * (2 if name in operation.adds and given.get(flag, True) else 1)
+            total += x.nbytes * (2 if name in adds and given.get(flag, True) else 1)
     return total
 
 

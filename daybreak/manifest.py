@@ -16,6 +16,9 @@ from daybreak.errors import CheckpointError
 FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
+# Of an imported model, and of chats prepared for it: at which ids generation stops, how a tokenizer is used, how chats
+# are written.
+KEPT = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 # Format 1. What `checkpoint.save_checkpoint` adds, then what a run says of itself.
 SPEC: dict[str, Any] = {
     "step": WHOLE, "world": WHOLE, "flat_numel": WHOLE, "layout": [(TEXT, WHOLE, [WHOLE])],
@@ -122,3 +125,16 @@ def checksum(manifest: dict[str, Any]) -> str:
     except RecursionError:
         return ""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def kept_files(folder: Path) -> dict[str, str]:
+    """The texts of those of the files KEPT that are in a folder, by name. Raises CheckpointError."""
+    kept = {}
+    for path in (folder / name for name in KEPT if (folder / name).is_file()):
+        if path.suffix == ".json":
+            read_json(path, {}, CheckpointError, "copy it again")
+        try:
+            kept[path.name] = read_bytes(path).decode()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); copy it again.") from None
+    return kept

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import chats
 import pytest
 
 from daybreak.cli.main import cli, main
@@ -31,6 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text, llm.c's log, and four runs under the names that the examples use."""
     folder = tmp_path_factory.mktemp("examples")
     (folder / "book.txt").write_text("".join(f"{i} men went to mow a meadow.\n" for i in range(4000)))
+    chats.write_lines(folder / "chats.jsonl", [{"messages": chats.conversation(i)} for i in range(20)])
+    chats.make_model(folder / "SmolLM2")
     (folder / "log124M").mkdir()
     (folder / "log124M/main.log").write_text("s:0 tel:10.9500\ns:0 trl:10.9000 lr:0.000001 norm:20.00\n")
     small = "--model.L 1 --model.C 32 --model.NH 2 --model.max_T 16 --model.V 257 --data book-bytes --batch.B 2 " \

@@ -69,7 +69,8 @@ def evaluate(
 
     if is_run:
         run = Run(path)
-        engine, tokenizer = run.load_engine(step, B=batch, rows=batch if chosen else 1, device=device)
+        rows = batch if chosen else 1
+        engine, tokenizer = run.load_engine(step, B=batch, rows=rows, device=device, data=data or "")
     scores: list[Score] = []
     if hellaswag is not None:
         both = accuracy(engine, load_examples(Path(hellaswag), tokenizer, engine.T, limit or 0))

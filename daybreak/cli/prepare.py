@@ -15,7 +15,10 @@ import click
 
 from daybreak.errors import ConfigError
 
+log = logging.getLogger("daybreak")
+
 if TYPE_CHECKING:
+    from daybreak.data.dataset import Manifest
     from daybreak.data.prepare import Progress
 
 
@@ -32,11 +35,16 @@ if TYPE_CHECKING:
 @click.option("--workers", type=int, default=0, metavar="N", help="Threads; 0 = all cores.")
 @click.option("--text-field", default="text", metavar="KEY",
               help="Field (.jsonl, .json, .csv) or column with the text.")  # fmt: skip
+@click.option("--as", "kind", type=click.Choice(["text", "chat"]),
+              help="What the files hold (default: as their first record looks).")  # fmt: skip
+@click.option("--row-tokens", type=click.IntRange(8), metavar="T", help="Tokens of a row of packed chats (1024).")
+@click.option("--show", type=click.IntRange(1), metavar="N", help="Print N examples of chats: context, learned.")
 @click.option("--skip-bad", is_flag=True, help="Skip bad files, lines and rows, and count them.")
 def prepare(
-    sources: tuple[str, ...], pretokenized: int | None, name: str | None, data_dir: str, **options: Any
-) -> None:
-    """Turn text into the token shards that training reads.
+    sources: tuple[str, ...], pretokenized: int | None, name: str | None, data_dir: str, show: int | None,
+    row_tokens: int | None, kind: str | None, **options: Any,
+) -> None:  # fmt: skip
+    """Turn text or chats into the token shards that training reads.
 
     If it is stopped, run the same command again: it continues.
 
@@ -45,6 +53,7 @@ def prepare(
       stdlib              the Python standard library on this machine (no download)
       book.txt            one document
       pages.jsonl         one document per line; .json: per value; .csv, .tsv, .parquet: per row
+      chats.jsonl         a conversation in each: messages, ShareGPT, Alpaca, or prompt and completion
       pages.jsonl.gz      all but Parquet also compressed, .gz or .zst
       folder              all of these in it; files whose names say "test" are left out
       -                   standard input, text or JSON Lines
@@ -56,9 +65,11 @@ def prepare(
     Examples:
       daybreak prepare stdlib --tokenizer bytes
       daybreak prepare book.txt --name mybook
+      daybreak prepare chats.jsonl --tokenizer SmolLM2/tokenizer.json --show 3
       daybreak prepare fineweb-edu-100B --pretokenized 20
     """
     from daybreak.data import prepare as data
+    from daybreak.data.prepare_chat import ROW_TOKENS
     from daybreak.data.tokenizer import get_tokenizer
 
     if pretokenized is not None and len(sources) != 1:
@@ -68,7 +79,13 @@ def prepare(
         if pretokenized is not None:
             manifest = data.pretokenized(sources[0], pretokenized, name=name, data_dir=data_dir, progress=progress)
         else:
-            manifest = data.prepare(sources, name=name, data_dir=data_dir, progress=progress, **options)
+            packed: dict[str, Any] = {"kind": kind or "", "row_tokens": row_tokens or ROW_TOKENS}
+            manifest = data.prepare(sources, name=name, data_dir=data_dir, progress=progress, **packed, **options)
+    if manifest.rows:
+        _say_rows(manifest, data_dir, show or 0)
+        return
+    if show:
+        log.warning("--show %d: %s is text, all of which is learned; examples are shown of chats.", show, manifest.name)
     train, val = manifest.train, manifest.val
     shards = len(train.shards) + len(val.shards)
     share = 100 * val.tokens / (train.tokens + val.tokens)
@@ -83,13 +100,39 @@ def prepare(
     )
 
 
+def _say_rows(manifest: Manifest, data_dir: str, show: int) -> None:
+    """The first `show` examples of a packed set, then how many there are and what is next. What is learned is green on
+    a terminal; elsewhere it is between double brackets."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from daybreak.data.dataset import open_dataset
+    from daybreak.data.packing import read_examples
+    from daybreak.data.tokenizer import get_tokenizer
+
+    folder = Path(data_dir) / manifest.name
+    tokenizer, out = get_tokenizer(manifest.tokenizer, folder), Console(highlight=False, soft_wrap=True)
+    for i, example in enumerate(read_examples(open_dataset(str(folder)).train, show), 1):
+        text = Text(f"--- example {i} of {show}: context, ").append("learned\n", "bold green")
+        for ids, learned in example:
+            said = tokenizer.decode(ids)
+            text.append(f"[[{said}]]" if learned and not out.color_system else said, "bold green" if learned else "dim")
+        out.print(text)
+    place = f" --data.dir {data_dir}" * (data_dir != "data")
+    click.echo(
+        f"{folder}: {manifest.train.documents:,} training and {manifest.val.documents:,} validation examples in rows "
+        f"of {manifest.rows} tokens ({manifest.tokenizer})\n"
+        f"Next: daybreak finetune MODEL --data {manifest.name} --batch.T {manifest.rows}{place}"
+    )
+
+
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """A bar on stderr, fed with bytes of text; where stderr is no terminal, a line every half minute."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console, log = Console(stderr=True), logging.getLogger("daybreak")
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     began = said = time.monotonic()
     first: tuple[int, int] | None = None  # what an earlier attempt had done is not this one's speed

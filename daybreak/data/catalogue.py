@@ -89,10 +89,15 @@ def resolve_source(
     return file_source([one for path in paths for one in _matching(path, known)], field, val_fraction, faults)
 
 
+def here(word: str | Path) -> list[Path]:
+    """The files and folders here that a word stands for; none for a name of the catalogue, the Hub or the web."""
+    path = Path(word)
+    return [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+
+
 def _matching(path: Path, known: str) -> list[Path]:
     """The files and folders that a path or a pattern stands for. A folder is read whole, so nothing in it is named."""
-    found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    if found:
+    if found := here(path):
         folders = {one for one in found if one.is_dir()}
         return [one for one in found if folders.isdisjoint(one.parents)]
     if glob.has_magic(str(path)):

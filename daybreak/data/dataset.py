@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,32 @@ from daybreak.data.catalogue import CATALOGUE
 from daybreak.data.shards import ShardInfo, open_shard, read_header, resolve_shards
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError
+from daybreak.manifest import KEPT
 
 log = logging.getLogger("daybreak")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 # The keys of manifest.json, and of each split and shard in it: those of the records below, in their order.
-SHARD = {"file": FILE_NAME, "tokens": WHOLE, "size": WHOLE, "sha256": TEXT}
+SHARD = {"file": FILE_NAME, "tokens": WHOLE, "size": WHOLE, "sha256": TEXT, "marks?": TEXT}
 SPLIT = {"tokens": WHOLE, "documents": WHOLE, "bytes": WHOLE, "shards": [SHARD]}
 SPEC = {
     "name": TEXT, "tokenizer": TOKENIZER, "tokenizer_fingerprint": TEXT, "source": TEXT, "revision": TEXT,
-    "licence": TEXT, "train": SPLIT, "val": SPLIT,
+    "licence": TEXT, "train": SPLIT, "val": SPLIT, "rows?": WHOLE,
 }  # fmt: skip
 _COUNT_BLOCK = 1 << 22  # tokens
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest knows of one shard: file name, tokens, size in bytes, sha256 (hex) of the whole file."""
+    """What the manifest knows of one shard: file name, tokens, size in bytes, sha256 (hex) of the whole file, and that
+    of its marks, if it holds packed rows."""
 
     file: str
     tokens: int
     size: int
     sha256: str
+    marks: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class SplitRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json` of a dataset. `tokenizer_fingerprint`: see `Tokenizer.fingerprint`."""
+    """`manifest.json` of a dataset. `tokenizer_fingerprint`: see `Tokenizer.fingerprint`. rows: tokens of a packed row
+    (data/packing.py), 0 for text."""
 
     name: str
     tokenizer: str
@@ -66,14 +70,25 @@ class Manifest:
     licence: str
     train: SplitRecord
     val: SplitRecord
+    rows: int = 0
 
     def files(self) -> set[str]:
         """The names of all files that the dataset's folder may hold."""
-        return {MANIFEST, TOKENIZER_FILE, *(s.file for split in (self.train, self.val) for s in split.shards)}
+        return {MANIFEST, TOKENIZER_FILE, *(KEPT if self.rows else ()), *self.sums()}
+
+    def sums(self) -> dict[str, str]:
+        """The sha256 (hex) of every shard and of its marks, by file name."""
+        shards = [*self.train.shards, *self.val.shards]
+        marks = {str(Path(s.file).with_suffix(".marks")): s.marks for s in shards if s.marks}
+        return {s.file: s.sha256 for s in shards} | marks
 
     def to_json(self) -> str:
-        """The file's text."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        """The file's text. What only packed rows have is left out of others."""
+
+        def given(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {key: value for key, value in pairs if value or key not in ("rows", "marks")}
+
+        return json.dumps({"format": FORMAT, **asdict(self, dict_factory=given)}, indent=1) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -86,9 +101,12 @@ class Manifest:
             raise DataError(f"{path} is not a dataset manifest: {said}; {fix}.")
         for split in ("train", "val"):
             tokens, documents, size, shards = (values[split][key] for key in SPLIT)
-            records = tuple(ShardRecord(*(shard[key] for key in SHARD)) for shard in shards)
+            records = tuple(
+                ShardRecord(**{f.name: shard[f.name] for f in fields(ShardRecord) if f.name in shard})
+                for shard in shards
+            )
             values[split] = SplitRecord(tokens, documents, size, records)
-        return cls(*(values[key] for key in SPEC))
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 @dataclass(frozen=True)
@@ -194,7 +212,8 @@ def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
 
 
 def _checked(folder: Path, shard: ShardRecord) -> ShardInfo:
-    """The shard of a manifest, if it is in the folder itself and has the size that the manifest says."""
+    """The shard of a manifest, if it is in the folder itself, with its marks, and has the size that the manifest says.
+    The loader checks the marks."""
     path = folder / shard.file
     if path.resolve().parent != folder.resolve():
         raise DataError(f"{path} is a link out of the dataset's folder; put the shard itself there.")
@@ -202,6 +221,8 @@ def _checked(folder: Path, shard: ShardRecord) -> ShardInfo:
     if (info.tokens, info.size) != (shard.tokens, shard.size):
         said = f"has {info.tokens} tokens in {info.size} bytes, its manifest says {shard.tokens} in {shard.size}"
         raise DataError(f"{path} {said}; prepare the dataset again.")
+    if shard.marks and not path.with_suffix(".marks").is_file():
+        raise DataError(f"{path} has no .marks file beside it; prepare the dataset again.")
     return info
 
 

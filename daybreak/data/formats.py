@@ -37,6 +37,7 @@ SUFFIXES = tuple(chain(*KINDS))
 BLOCK = 1 << 20  # bytes or characters
 LONGEST = 1 << 28  # bytes
 BOMB, BOMB_RATIO = 1 << 30, 500  # a packed file that holds more bytes than either allows is no text
+PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))  # keys of chats
 _ROWS = 16  # of a Parquet file at a time: one value of a dictionary may stand in all of them
 _ZSTD_READ, _ZSTD_WINDOW = 1024, 1 << 31  # bytes: these unpack to 32 MiB at most; the window of `zstd --long=31`
 _GZIP, _ZSTD_FRAME = re.compile(rb"\x1f\x8b"), re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
@@ -227,6 +228,11 @@ def without_surrogates(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def _way(record: Any) -> str:
+    """What to do about a record without the field that was asked for."""
+    return "these are chats: add --as chat." if format_of(record) else "name the right one with --text-field."
+
+
 def _record_texts(path: Path, field: str, faults: Faults) -> Iterator[tuple[int, str]]:
     unit = "value" if path.name.lower().endswith(JSON_SUFFIXES) else "line"
     for place, record in read_records(path, faults):
@@ -235,22 +241,41 @@ def _record_texts(path: Path, field: str, faults: Faults) -> Iterator[tuple[int,
             yield place, without_surrogates(text)
         elif text is not None:
             keys = ", ".join(repr(key) for key in record) if isinstance(record, dict) else type(record).__name__
-            faults("without text", f"{path} {unit} {place} has no text in field {field!r} (it has: {keys}); name the "
-                                   "right one with --text-field.")  # fmt: skip
+            faults(
+                "without text", f"{path} {unit} {place} has no text in field {field!r} (it has: {keys}); {_way(record)}"
+            )
 
 
-def _parquet_texts(path: Path, field: str, faults: Faults) -> Iterator[tuple[int, str]]:
-    arrow, parquet = (extra(name, "data", str(path)) for name in ("pyarrow", "pyarrow.parquet"))
+def _parquet(path: Path) -> Any:
     with path.open("rb") as file:
         head = file.read(HEAD)
     if not head.startswith(b"PAR1") and (said := identify(head)):
         raise DataError(f"{path} is not Parquet but {said}.")
-    with parquet.ParquetFile(path) as table:
+    return extra("pyarrow.parquet", "data", str(path)).ParquetFile(path)
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, record) of each row. Fields without a value are left out: every row has all fields of all."""
+
+    def given(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: given(value) for key, value in x.items() if value is not None}
+        return [given(value) for value in x] if isinstance(x, list) else x
+
+    with _parquet(path) as table:
+        rows = (row for batch in table.iter_batches(_ROWS, use_threads=False) for row in batch.to_pylist())
+        yield from enumerate(map(given, rows), 1)
+
+
+def _parquet_texts(path: Path, field: str, faults: Faults) -> Iterator[tuple[int, str]]:
+    arrow = extra("pyarrow", "data", str(path))
+    with _parquet(path) as table:
         columns, words = table.schema_arrow, arrow.DictionaryType
         kinds = {c.name: c.type.value_type if isinstance(c.type, words) else c.type for c in columns}
         if str(kinds.get(field)).removeprefix("large_").removesuffix("_view") not in ("string", "binary", "null"):
             names = ", ".join(repr(name) for name in kinds)
-            raise DataError(f"{path} has no text column {field!r} (it has: {names}); name it with --text-field.")
+            way = _way({name: [] for name in kinds})
+            raise DataError(f"{path} has no text column {field!r} (it has: {names}); {way}")
         batches = (batch.column(0) for batch in table.iter_batches(_ROWS, columns=[field], use_threads=False))
         lists = (batch.cast(kinds[field]).cast(arrow.large_binary()).to_pylist() for batch in batches)
         for row, text in enumerate(_bounded(path, (text or b"" for texts in lists for text in texts)), 1):
@@ -260,13 +285,47 @@ def _parquet_texts(path: Path, field: str, faults: Faults) -> Iterator[tuple[int
                 faults("not UTF-8", f"{path} row {row} is not UTF-8 in column {field!r}; write the table again.")
 
 
+def _whole(path: Path, field: str, faults: Faults) -> Iterator[tuple[int, str]]:
+    """Each record as JSON, in a list behind the words for its place."""
+    table, values = path.suffix.lower() == ".parquet", path.name.lower().endswith(JSON_SUFFIXES)
+    unit = "row" if table else "value" if values else "line"
+    for place, record in _parquet_records(path) if table else _records(path, path.name.lower(), faults):
+        yield place, without_surrogates(json.dumps([f"{path} {unit} {place}", record], ensure_ascii=False, default=str))
+
+
+def first_record(paths: Iterable[Path]) -> Any:
+    """The first record of the first file that lists records, in these files and folders; None without one."""
+    for path in paths:
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("[!.]*") if p.is_file())
+        for file in (file for file in files if file.name.lower().endswith(SUFFIXES) and not is_text(file.name)):
+            records = _parquet_records(file) if file.suffix.lower() == ".parquet" else read_records(file, Faults(True))
+            if (found := next(_guarded(file, records, Faults(True)), None)) is not None:
+                return found[1]
+    return None
+
+
+def format_of(record: Any) -> str:
+    """The format of a chat's record, "" if it is none."""
+    keys = set(record) if isinstance(record, dict) else set()
+    for key in ("messages", "conversations"):
+        if isinstance(record[key] if key in keys else None, list):
+            return key
+    if {"instruction", "output"} <= keys:
+        return "instruction, output"
+    if "chosen" in keys and "rejected" in keys:
+        return "chosen, rejected"
+    return next((", ".join(pair) for pair in PAIRS if keys >= set(pair)), "")
+
+
 def read_documents(path: Path, field: str, faults: Faults) -> Iterator[tuple[int, str]]:
     """(place in the file, text) of each document of a file that lists them; missing and empty texts are passed over.
+    Without a field, the whole record is the text (see `_whole`).
 
     A place is the number from 1 of a line, value or row. A record without a text called `field` is a fault, and so are
     a damaged file and one without documents.
     """
-    read, empty = _parquet_texts if path.suffix.lower() == ".parquet" else _record_texts, True
+    of_field = _parquet_texts if path.suffix.lower() == ".parquet" else _record_texts
+    read, empty = of_field if field else _whole, True
     before = faults.counts.total()
     for place, text in _guarded(path, read(path, field, faults), faults):
         if text:

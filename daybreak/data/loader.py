@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from daybreak.data.shards import ShardInfo, fingerprint_shards, open_shard
 from daybreak.errors import DataError
 
-Batch = tuple[NDArray[Any], NDArray[Any]]  # tokens and targets, both (samples, T)
+Batch = tuple[NDArray[Any], ...]  # tokens and targets (samples, T); of packed rows also positions (data/packing.py)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -65,10 +65,10 @@ def permutation(seed: int, epoch: int, n: int) -> Callable[[NDArray[np.int64] | 
 
 
 @lru_cache(maxsize=min(256, max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**31 // 4)))
-def _mapped(owner: object, shard: ShardInfo) -> NDArray[Any]:
+def mapped(owner: object, opener: Callable[[ShardInfo], NDArray[Any]], shard: ShardInfo) -> NDArray[Any]:
     """A loader's shard, mapped on demand. A map holds a file descriptor, and the process has few of them: all loaders
     share them. One that is dropped stays valid for the thread that is reading it."""
-    return open_shard(shard)
+    return opener(shard)
 
 
 class Loader:
@@ -79,6 +79,8 @@ class Loader:
     them): the next document that starts T or more tokens after the last sample did; what lies between is dropped.
     `samples_per_epoch`: the number of samples. `dropped_tokens`: those that no sample contains.
     """
+
+    beyond, documents = 1, False  # tokens that a sample needs behind its T inputs; whether rows hold several documents
 
     def __init__(
         self,
@@ -94,12 +96,13 @@ class Loader:
         self.dtype = np.dtype(np.uint32 if any(shard.width == 4 for shard in self.shards) else np.uint16)
         self.target_dtype = self.dtype
         self._starts: list[Any] = [  # of each shard, the places where its samples start
-            range(0, s.tokens - T, T) if eot is None else document_starts(open_shard(s), eot, T) for s in self.shards
+            range(0, s.tokens - T + 1 - self.beyond, T) if eot is None else document_starts(open_shard(s), eot, T)
+            for s in self.shards
         ]
         counts = list(map(len, self._starts))
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.samples_per_epoch = sum(counts)
-        used = [c * T + 1 if c else 0 for c in counts]
+        used = [c * T + self.beyond if c else 0 for c in counts]
         if eot is not None:  # neighbours may share a token
             used = [int(np.minimum(np.diff(s, append=2**62), T + 1).sum()) for s in self._starts]
         self.dropped_tokens = sum(shard.tokens for shard in self.shards) - sum(used)
@@ -118,22 +121,28 @@ class Loader:
     def batch(self, first_sample: int, count: int) -> Batch:
         """Tokens and targets, both (count, T), of samples first_sample, first_sample + 1 ... of the infinite order.
         Thread-safe."""
+        out, _ = self.rows(first_sample, count)
+        return out[:, :-1], out[:, 1:]
+
+    def rows(self, first_sample: int, count: int) -> tuple[NDArray[Any], list[tuple[ShardInfo, int]]]:
+        """The tokens (count, T + beyond) of these samples, and where each begins: a shard and a place there."""
         epochs, places = np.divmod(np.arange(first_sample, first_sample + count), self.samples_per_epoch)
         if self.shuffle:
             for epoch in np.unique(epochs):
                 here = epochs == epoch
                 places[here] = permutation(self.seed, int(epoch), self.samples_per_epoch)(places[here])
-        out = np.empty((count, self.T + 1), self.dtype)
+        out = np.empty((count, self.T + self.beyond), self.dtype)
         shard_of = np.searchsorted(self._ends, places, side="right")
-        for row, (place, s) in enumerate(zip(places.tolist(), shard_of.tolist(), strict=True)):
-            start = self._start(place, s)
-            out[row] = _mapped(self._owner, self.shards[s])[start : start + self.T + 1]
+        pairs = zip(places.tolist(), shard_of.tolist(), strict=True)
+        where = [(self.shards[s], self._start(place, s)) for place, s in pairs]
+        for row, (shard, start) in enumerate(where):
+            out[row] = mapped(self._owner, open_shard, shard)[start : start + out.shape[1]]
         if out.size and out.max() >= self.V:
             row, column = (int(k[0]) for k in np.nonzero(out >= self.V))
-            path, at = self.shards[shard_of[row]].path, self._start(int(places[row]), int(shard_of[row])) + column
-            said = f"{path} has token {out[row, column]} at position {at}, outside the vocabulary of {self.V}"
-            raise DataError(f"{said}; the data was made with another tokenizer.")
-        return out[:, :-1], out[:, 1:]
+            shard, start = where[row]
+            said = f"{shard.path} has token {out[row, column]} at position {start + column}"
+            raise DataError(f"{said}, outside the vocabulary of {self.V}; the data was made with another tokenizer.")
+        return out, where
 
     def counts(self, samples: int) -> list[int]:
         """How many of the first `samples` samples come from each source: there is one (see mixing.MixLoader)."""

@@ -12,15 +12,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from daybreak.config_keys import DataConfig
 from daybreak.data.dataset import Dataset, open_dataset
 from daybreak.data.loader import Batch, Loader, permutation
+from daybreak.data.packing import PackedLoader, rows_of
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import ConfigError, DataError
 
@@ -62,6 +64,7 @@ class MixLoader(Loader):
         self.dropped_tokens = sum(loader.dropped_tokens for loader in loaders)
         self.dtype = np.result_type(*(loader.dtype for loader in loaders))
         self.target_dtype = np.result_type(*(loader.target_dtype for loader in loaders))
+        self.documents = any(loader.documents for loader in loaders)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -90,16 +93,35 @@ class MixLoader(Loader):
         return [part for n, loader in self._each for part in loader.parts(tokens * n // BLOCK)]
 
     def batch(self, first_sample: int, count: int) -> Batch:
-        """As `Loader.batch`."""
-        tokens, targets = np.empty((count, self.T), self.dtype), np.empty((count, self.T), self.target_dtype)
+        """As `Loader.batch`. If a source has packed rows, a row of another is one document."""
+        out: Batch = (np.empty((count, self.T), self.dtype), np.empty((count, self.T), self.target_dtype))
+        if self.documents:
+            out = (*out, np.tile(np.arange(self.T, dtype=np.int32), (count, 1)))
         for block in range(first_sample // BLOCK, -(-(first_sample + count) // BLOCK)):
             low, high = max(first_sample, block * BLOCK), min(first_sample + count, (block + 1) * BLOCK)
             source, index = (a[low - block * BLOCK : high - block * BLOCK] for a in self._block(block))
             for s, loader in enumerate(self.loaders):
                 if (here := np.flatnonzero(source == s)).size:  # a source's indices are consecutive
                     rows = low - first_sample + here
-                    tokens[rows], targets[rows] = loader.batch(int(index[here[0]]), here.size)
-        return tokens, targets
+                    for into, values in zip(out, loader.batch(int(index[here[0]]), here.size), strict=False):
+                        into[rows] = values
+        return out
+
+
+def named(data: DataConfig, name: str) -> DataConfig:
+    """The same keys for the set of another name, whatever its tokenizer."""
+    return replace(data, name=name, train="", val="", tokenizer="")
+
+
+def open_sets(data: Any, prefer: str = "") -> list[Dataset]:
+    """The data set(s) of a `DataConfig`. prefer: see `open_dataset`. ConfigError, DataError."""
+    names = [name for name, _ in ([] if data.train else parse_mix(data.name))] or [data.name]
+    return [open_dataset(name, data.dir, data.train, data.val, data.tokenizer, prefer) for name in names]
+
+
+def packed_rows(data: Any, prefer: str = "") -> int:
+    """T of the packed rows of a `DataConfig`'s sets, 0 if none has any. ConfigError, DataError."""
+    return max(rows_of(d.train + d.val) for d in open_sets(data, prefer))
 
 
 def open_loaders(
@@ -107,9 +129,7 @@ def open_loaders(
 ) -> tuple[Dataset, Loader, Loader]:
     """The data set(s) of a `DataConfig` and the loaders of both splits; `shuffle` the training one. beside: a folder
     with the tokenizer of shards that have none. prefer: see `open_dataset`. ConfigError, DataError."""
-    mix = [] if data.train else parse_mix(data.name)
-    names = [name for name, _ in mix] or [data.name]
-    sets = [open_dataset(name, data.dir, data.train, data.val, data.tokenizer, prefer) for name in names]
+    mix, sets = [] if data.train else parse_mix(data.name), open_sets(data, prefer)
     first = sets[0] if sets[0].folder else replace(sets[0], folder=beside)
     if other := next((d for d in sets if d.tokenizer_name != first.tokenizer_name), None):
         raise DataError(
@@ -117,8 +137,11 @@ def open_loaders(
             f"{other.tokenizer_name!r}; a mixture needs one: prepare one of them again."
         )
     eot = get_tokenizer(first.tokenizer_name, first.folder).eot if data.bos else None
-    train = [Loader(d.train, T, seed, shuffle, V=V, eot=eot) for d in sets]
-    val = [Loader(d.val, T, shuffle=False, V=V) for d in sets]
+    train, val = list[Loader](), list[Loader]()
+    for d in sets:
+        packed = rows_of(d.train + d.val)
+        train.append((PackedLoader if packed else partial(Loader, eot=eot))(d.train, T, seed, shuffle, V=V))
+        val.append((PackedLoader if packed else Loader)(d.val, T, shuffle=False, V=V))
     if not mix:
         return first, train[0], val[0]
     weights = [weight for _, weight in mix]

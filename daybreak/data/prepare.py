@@ -45,16 +45,18 @@ from numpy.typing import NDArray
 
 from daybreak.checked import ANY, TEXT, read_json
 from daybreak.data.catalogue import CATALOGUE, known_name, resolve_source
+from daybreak.data.chat import ChatEncoder
 from daybreak.data.dataset import MANIFEST, Manifest, ShardRecord, SplitRecord, check_name, dataset_name, token_counts
 from daybreak.data.formats import without_surrogates
 from daybreak.data.hub import SPEC, Remote, download, hub_files
 from daybreak.data.loader import ahead
+from daybreak.data.prepare_chat import ROW_TOKENS, kind_of, write_rows
 from daybreak.data.shards import MAX_TOKENS, ShardWriter, read_header
 from daybreak.data.sources import SPLITS, Piece, TextSource
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError, explained
 from daybreak.files import fsync_folder, locked, sha256_of, write_atomic
-from daybreak.manifest import checksum
+from daybreak.manifest import checksum, kept_files
 
 log = logging.getLogger("daybreak")
 UNIT = 1 << 20  # characters that a worker encodes at a time
@@ -130,13 +132,15 @@ class _Split:
 def prepare(
     names: str | Path | Sequence[str | Path], *, name: str | None = None, data_dir: str | Path = "data",
     tokenizer: str = "gpt2", val_fraction: float | None = None, shard_tokens: int = 100_000_000, workers: int = 0,
-    text_field: str = "text", skip_bad: bool = False, progress: Progress = lambda done, total, tokens: None,
+    text_field: str = "text", skip_bad: bool = False, kind: str = "", row_tokens: int = ROW_TOKENS,
+    progress: Progress = lambda done, total, tokens: None,
 ) -> Manifest:  # fmt: skip
     """Tokenize a catalogue name, hf:owner/name, URLs or files (`catalogue.resolve_source`) into `data_dir/NAME`.
 
     name: the dataset's; by default the catalogue name or the first path's stem, with `-TOKENIZER` appended unless that
     is gpt2. val_fraction: see `sources.file_source`. workers: threads, 0 = all cores; they don't change the result.
     skip_bad: pass over bad files, lines and rows, and log how many there were of each kind.
+    kind: text, or chat for packed rows of row_tokens tokens each (prepare_chat.py); "" = as the files look.
     progress(done, total, tokens) is called as units are written, in UTF-8 bytes of text; `total` is an estimate until
     the last call. A dataset of the same name, source and tokenizer is replaced; any other is a ConfigError.
     Raises DataError for text that cannot be read or is too little for both splits. After an early end of any kind, the
@@ -147,11 +151,17 @@ def prepare(
     if workers < 0:
         raise ConfigError(f"workers = {workers} must be 0 (all cores) or more.")
     encoder = get_tokenizer(tokenizer)
-    source = resolve_source([names] if isinstance(names, str | Path) else names, text_field, val_fraction, skip_bad)
+    words = [names] if isinstance(names, str | Path) else list(names)
+    kind = kind or kind_of(words, text_field)
+    source = resolve_source(words, text_field if kind == "text" else "", val_fraction, skip_bad)
     name = name or dataset_name(source.name, encoder.name)
     final = _place(data_dir, name, source.origin, encoder)
     identity = [source.origin, source.revision, source.state, encoder.fingerprint, shard_tokens, val_fraction,
                 text_field, UNIT]  # fmt: skip
+    if kind == "chat":
+        folder = Path(tokenizer).parent if tokenizer.endswith(".json") else None
+        chats = ChatEncoder(encoder, folder, row_tokens)
+        return _prepare_chats(final, name, source, chats, shard_tokens, workers or os.cpu_count() or 1, progress)
     with explained(DataError, f"preparing {name!r} failed"), workspace(final, identity) as (folder, journal):
         _announce(source, folder, encoder)
         threads = workers or os.cpu_count() or 1
@@ -162,6 +172,23 @@ def prepare(
             _empty(folder, {"download"})
             source.faults.counts.clear()
             return _Job(folder, name, source, encoder, shard_tokens, identity, None).run(threads, progress)
+
+
+def _prepare_chats(
+    final: Path, name: str, source: TextSource, encoder: ChatEncoder, shard_tokens: int, workers: int,
+    progress: Progress,
+) -> Manifest:  # fmt: skip
+    kept = kept_files(encoder.folder) if encoder.folder else {}
+    with explained(DataError, f"preparing {name!r} failed"), workspace(final, []) as (folder, _):
+        train, val = write_rows(folder, name, source, encoder, shard_tokens, workers, progress)
+        if source.faults.counts:
+            log.warning("%s: skipped %s", name, source.faults)
+        sums = "".join(s.sha256 + s.marks for split in (train, val) for s in split.shards)
+        revision = source.revision or f"sha256:{hashlib.sha256(sums.encode()).hexdigest()}"
+        for file, text in kept.items():
+            write_atomic(folder / file, text)
+        rows = encoder.T
+        return finish(folder, name, encoder.tokenizer, source.origin, revision, source.licence, train, val, rows)
 
 
 def _announce(source: TextSource, folder: Path, tokenizer: Tokenizer) -> None:
@@ -281,10 +308,11 @@ class _Job:
 
 
 def finish(
-    folder: Path, name: str, tokenizer: Tokenizer, origin: str, revision: str, licence: str, *splits: SplitRecord
-) -> Manifest:
+    folder: Path, name: str, tokenizer: Tokenizer, origin: str, revision: str, licence: str, train: SplitRecord,
+    val: SplitRecord, rows: int = 0,
+) -> Manifest:  # fmt: skip
     """Complete a workspace: write the manifest and a foreign tokenizer, and delete everything else but the shards."""
-    manifest = Manifest(name, tokenizer.name, tokenizer.fingerprint, origin, revision, licence, *splits)
+    manifest = Manifest(name, tokenizer.name, tokenizer.fingerprint, origin, revision, licence, train, val, rows)
     write_atomic(folder / MANIFEST, manifest.to_json())
     if tokenizer.source:
         write_atomic(folder / TOKENIZER_FILE, tokenizer.source)
@@ -448,7 +476,9 @@ def pretokenized(
             splits[split].counts.update(counts)
             done += record.size
             progress(done, total, sum(part.counts["tokens"] for part in splits.values()))
-        return finish(folder, name, tokenizer, origin, commit, licence, *(splits[split].record() for split in SPLITS))
+        return finish(
+            folder, name, tokenizer, origin, commit, licence, splits["train"].record(), splits["val"].record()
+        )
 
 
 def _ready_made(folder: Path, wanted: tuple[str, str, Remote]) -> tuple[str, ShardRecord, Counter[str]]:

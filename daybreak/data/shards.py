@@ -91,9 +91,11 @@ def open_shard(shard: ShardInfo) -> np.memmap[tuple[int], np.dtype[Any]]:
 
 
 def resolve_shards(pattern: str | Path) -> list[Path]:
-    """The files, sorted, that a glob pattern, a folder (its *.bin) or a file's name stands for. DataError for none."""
+    """The files, sorted, that a glob pattern, a folder (its *.bin) or a file's name stands for. DataError for none. The
+    marks of packed rows are no shards."""
     path = Path(pattern)
-    found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(pattern)))]
+    named = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(pattern)))]
+    found = [file for file in named if file.suffix != ".marks"]
     if path.is_dir():
         found = sorted(path.glob("*.bin"))
     if not found:

@@ -37,7 +37,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from daybreak.data.formats import SUFFIXES, TABLES, Faults, is_packed, is_text, read_documents, read_records, read_text
+from daybreak.data.formats import (
+    SUFFIXES,
+    TABLES,
+    Faults,
+    format_of,
+    is_packed,
+    is_text,
+    read_documents,
+    read_records,
+    read_text,
+)
 from daybreak.data.kinds import HEAD, identify
 from daybreak.errors import DataError
 
@@ -150,7 +160,7 @@ def _walk(folder: Path) -> list[tuple[str, Path]]:
 
 def _left_out(name: str, path: Path, column: str) -> str:
     """Why a file of a folder is not read; '' if it is."""
-    lower, record = path.name.lower(), {column: ""}
+    lower, record = path.name.lower(), {column: "", "messages": []}
     if any(part.startswith(".") for part in name.split("/")):
         return "hidden"
     if not path.is_file():
@@ -159,6 +169,8 @@ def _left_out(name: str, path: Path, column: str) -> str:
         return f"{path.suffix} files" if path.suffix else "without a suffix, read as text where named"
     if lower.endswith(TABLES):  # settings are written so too
         _, record = next(read_records(path, Faults(skip=True)), (0, record))
+    if not column:
+        return "" if format_of(record) and not is_text(path.name) else "without chats"
     return "" if isinstance(record, dict) and column in record else f"without a field {column!r}"
 
 
@@ -223,8 +235,10 @@ def _documents(part: Part, path: Path, column: str, faults: Faults) -> Iterator[
     """(key, pieces, UTF-8 bytes) of each document. A text file is one document, a record of another format one each."""
     if not is_text(part.name):
         for place, text in read_documents(path, column, faults):
-            yield f"{part.name}:{place}", cut([text]), len(text.encode())
+            yield f"{part.name}:{place}", cut([text]) if column else iter([text]), len(text.encode())
         return
+    if not column:
+        raise DataError(f"{path} is text and lists no chats; prepare it with --as text, or leave it out.")
     size, before = path.stat().st_size, faults.counts.total()
     if faults.skip or is_packed(path):
         size = sum(len(block.encode()) for block in read_text(path, faults))
@@ -286,10 +300,12 @@ def split_parts(
                 keep, rest, train = train, val, train - nbytes
                 if before > 1 and train < 0 and nbytes <= max(rest / 2, LEAST_SLACK):  # not worth a cut
                     keep = 0
-            elif nbytes > max(share, LEAST_CUT):  # by itself more than all validation should be
+            elif column and nbytes > max(share, LEAST_CUT):  # by itself more than all validation should be
                 keep, rest = nbytes * (1 - rate), nbytes * rate
             elif is_val(key, rate) or before == 2:  # so that validation is never empty
                 keep = 0
+            if not column:  # a record is never cut
+                keep = 0 if keep < nbytes else keep
             for split, starts, text in _divided(pieces, keep, max(rest / 2, LEAST_SLACK)):
                 yield Piece(split, starts, text, index)
 

@@ -12,9 +12,9 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ _LONG_RUN = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u20
 # A repeated group that holds a repetition without bounds takes time exponential in the text.
 _REPEATED = r"(?:[*+]|\{\d*,\})(?!\+)"
 EOT_TEXT = "<|endoftext|>"
+_SPECIAL = re.compile(f"({re.escape(EOT_TEXT)})")
 TOKENIZER_FILE = "tokenizer.json"
 # Another's tokenizer: the first of these in its vocabulary starts a document, and the first of those ends it.
 EOT_NAMES = ("<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|bos|>", "<s>", "<bos>", "</s>", "<eos>",
@@ -108,6 +109,21 @@ class Tokenizer:
         text = np.insert(data, last, 0).tobytes().decode() if last.size else text
         ids = self._fast.encode_to_numpy(text, disallowed_special=())
         return np.asarray(ids[ids != self._nul] if last.size else ids, np.uint16)
+
+    @property
+    def special(self) -> frozenset[int]:
+        """The ids that `encode` never gives: of these `encode_special` finds the names in a text."""
+        return frozenset((self.eot,))
+
+    def encode_special(self, text: str) -> tuple[list[int], Callable[[int], int | None]]:
+        """Token ids of a text in which the names of special tokens are those tokens, and which token has a character
+        of the text (None: none)."""
+        text = without_surrogates(text)
+        parts = [[self.eot] if part == EOT_TEXT else self.encode(part).tolist() for part in re.split(_SPECIAL, text)]
+        ids = [i for part in parts for i in part]
+        ends = np.cumsum([len(self._bytes[i]) for i in ids])
+        at = np.cumsum([0, *(len(c.encode()) for c in text)])  # where each character begins
+        return ids, lambda i: int(np.searchsorted(ends, at[i], "right"))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. DataError for an id outside [0, V)."""
@@ -250,6 +266,25 @@ class HFTokenizer(Tokenizer):
         self.around = whole[:at], whole[at + len(bare) :]
         # Text is ordinary text: its "<|endoftext|>" must not become the token.
         self._hf.encode_special_tokens = True
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        """The ids of the tokens that were added to the vocabulary."""
+        return frozenset(token["id"] for token in json.loads(self.source).get("added_tokens") or [])
+
+    @cached_property
+    def _chats(self) -> Any:
+        """The library's tokenizer, which finds special tokens in a text."""
+        hf = extra("tokenizers", "data", self.name).Tokenizer.from_str(self.source)
+        hf.no_truncation()
+        hf.no_padding()
+        return hf
+
+    def encode_special(self, text: str) -> tuple[list[int], Callable[[int], int | None]]:
+        """As for ours, by the library."""
+        with _refusals(f"tokenizer {self.name} cannot encode {text[:40]!r}..."):
+            found = self._chats.encode(without_surrogates(text), None, False, False)
+        return found.ids, found.char_to_token
 
     def _between_letters(self, vocabulary: dict[str, int]) -> list[bytes]:
         """What each id adds to a text in its middle, asked of the library: between two letters."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from daybreak.config import Config
 from daybreak.data.dataset import check_tokenizer, text_bytes
 from daybreak.data.loader import Loader
-from daybreak.data.mixing import open_loaders
+from daybreak.data.mixing import named, open_loaders, packed_rows
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine
+from daybreak.errors import ConfigError
 from daybreak.parallel import ALONE, Check, Group
 
 
@@ -46,8 +47,9 @@ def validate(
         first = round_ + group.rank * engine.B
         if first >= samples:
             continue
-        inputs, targets = source.batch(first, min(engine.B, samples - first))
-        losses = engine.eval_losses(torch.from_numpy(inputs), torch.from_numpy(targets)).cpu().numpy()
+        batch = source.batch(first, min(engine.B, samples - first))
+        targets = batch[1]
+        losses = engine.eval_losses(*map(torch.from_numpy, batch)).cpu().numpy()
         counts = targets >= 0
         length = lengths[targets] * counts
         of_text = losses.sum(dtype=np.float64, where=length > 0)
@@ -59,8 +61,12 @@ def validate(
 
 def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str) -> Validation:
     """Loss of a run's model on the validation split of data set `name`, of at most the run's eval.tokens tokens. Raises
-    DataError if the data was tokenized otherwise. Where `name` fits several sets, the run's tokenizer decides."""
-    data, V = replace(config.data, name=name, train="", val="", tokenizer=""), engine.cfg.V
-    dataset, _, loader = open_loaders(data, engine.T, config.run.seed, V, prefer=tokenizer.name)
+    DataError if the data was tokenized otherwise. Where `name` fits several sets, the run's tokenizer decides. Packed
+    rows need an engine with `documents`."""
+    data, V = named(config.data, name), engine.cfg.V
+    rows = packed_rows(data, tokenizer.name)
+    if rows > engine.T:
+        raise ConfigError(f"{name} has rows of {rows} tokens, and the run's batch.T is {engine.T}; pack shorter rows.")
+    dataset, _, loader = open_loaders(data, rows or engine.T, config.run.seed, V, prefer=tokenizer.name)
     check_tokenizer(dataset, get_tokenizer(dataset.tokenizer_name, dataset.folder), "the run", tokenizer.name)
     return validate(engine, loader, text_bytes(dataset, tokenizer, V), config.eval.tokens)

@@ -21,8 +21,8 @@ from daybreak.errors import CheckpointError, DataError, Error
 from daybreak.interop.families import Family, family_named, family_of
 from daybreak.interop.part import reader
 from daybreak.interop.source import DTYPES, Export, Source, appearing, checked_shape, default_tokenizer, finite, layout
+from daybreak.manifest import KEPT, kept_files
 from daybreak.shapes import Shape
-from daybreak.state.run_folder import KEPT, kept_files
 from daybreak.state.safetensors_io import SafetensorsFile, StoredTensor, write_safetensors
 
 MAX_SHARD = 5_000_000_000  # bytes

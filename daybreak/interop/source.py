@@ -50,7 +50,7 @@ class Source:
 
     read: a tensor in daybreak's layout (out, in), any float dtype, by daybreak's name; wte has Vp rows.
     optimizer: "m" and "v" -> ranges of a flat buffer in `layout`'s order as (first element, 1-D tensor); empty: zeros.
-    kept: texts of files that stay with the model, by name (see run_folder.KEPT).
+    kept: texts of files that stay with the model, by name (see manifest.KEPT).
     """
 
     path: Path

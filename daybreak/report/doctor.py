@@ -127,8 +127,8 @@ def _check_data(run: Run, saved: str) -> list[str]:
             if found.manifest is None or found.folder is None:
                 lines.append(f"{found.name} has no manifest with sha256 sums: only its fingerprint is compared")
                 continue
-            for shard in (*found.manifest.train.shards, *found.manifest.val.shards):
-                if sha256_of(path := found.folder / shard.file) != shard.sha256:
+            for file, sha256 in found.manifest.sums().items():
+                if sha256_of(path := found.folder / file) != sha256:
                     lines.append(f"BAD: {path} is damaged (its sha256 does not match); prepare {name} again.")
             lines.append(f"data of {name}: every shard read")
         now = open_loaders(d, config.T, config.run.seed, config.model.V, beside=run.path)[1].fingerprint

@@ -30,10 +30,9 @@ from daybreak.checked import WHOLE, misfit
 from daybreak.config import saved_config
 from daybreak.errors import CheckpointError, Error, explained
 from daybreak.files import alive, fsync_folder, lock, remove, sha256_of, write_atomic
-from daybreak.manifest import MANIFEST, MODEL, refuse
+from daybreak.manifest import MANIFEST, MODEL, kept_files, refuse
 from daybreak.parallel import ALONE, Group
 from daybreak.shapes import Shape
-from daybreak.state.run_folder import kept_files
 from daybreak.state.safetensors_io import SafetensorsFile, create_safetensors, fill_safetensors, write_safetensors
 
 log = logging.getLogger("daybreak")
@@ -282,7 +281,7 @@ class Checkpoint:
 
     @property
     def kept(self) -> dict[str, str]:
-        """What the run keeps of an imported model (see run_folder.KEPT)."""
+        """What the run keeps of an imported model (see manifest.KEPT)."""
         return kept_files(self.path.parents[1])
 
     def names(self) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from daybreak.config import Config, run_config, run_hint
+from daybreak.data.mixing import named, packed_rows
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine, plan_engine
 from daybreak.engine.device import engine_spec, pick_device
@@ -62,10 +63,10 @@ class Run:
         return load_checkpoint(by_step[step])
 
     def load_engine(
-        self, step: int | None = None, *, B: int = 1, rows: int = 1, device: str | None = None
+        self, step: int | None = None, *, B: int = 1, rows: int = 1, device: str | None = None, data: str = ""
     ) -> tuple[Engine, Tokenizer]:
-        """A checkpoint's weights in an engine that evaluates B rows and writes `rows` texts at a time (no optimizer
-        state), and its tokenizer.
+        """A checkpoint's weights in an engine that evaluates B rows, also of the data set `data`, and writes `rows`
+        texts at a time (no optimizer state), and its tokenizer.
 
         Raises CheckpointError, DataError (this daybreak's tokenizer differs), OutOfMemory.
         """
@@ -76,6 +77,8 @@ class Run:
             said = f"{self.path} was trained with tokenizer {made['name']} {made['fingerprint'][:16]}"
             has = f"this daybreak has {tokenizer.fingerprint[:16]}"
             raise DataError(f"{said}, {has}; use the version that trained it.")
+        packed = packed_rows(named(config.data, data), tokenizer.name) if data else 0
+        config = config.override({"data.packed": packed > 0})
         return engine_with(config, checkpoint, B=B, rows=rows, device=device), tokenizer
 
 

@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from daybreak import __version__
-from daybreak.checked import FLAG, TEXT, WHOLE, or_null, read_bytes, read_json
-from daybreak.errors import CheckpointError, ConfigError, Error, Stopped, by_exit_code, explained
+from daybreak.checked import FLAG, TEXT, WHOLE, or_null, read_json
+from daybreak.errors import ConfigError, Error, Stopped, by_exit_code, explained
 from daybreak.files import lock, locked, no_follow, write_atomic
 from daybreak.manifest import read_id
 
@@ -48,8 +48,6 @@ ENV = {  # keys of env.json
     "platform?": TEXT, "cpu?": TEXT, "cpus?": or_null(WHOLE), "cuda?": or_null(TEXT), "cudnn?": or_null(WHOLE),
     "cards?": [{"name": TEXT, "memory_mib": WHOLE, "capability": TEXT}],
 }  # fmt: skip
-# Of an imported model: at which ids generation stops, how a tokenizer is used, how chats are written.
-KEPT = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "triton")
 
 
@@ -249,19 +247,6 @@ class RunFolder:
             return os.path.samestat(os.stat(path), os.fstat(self._fd))
         except OSError:
             return False
-
-
-def kept_files(folder: Path) -> dict[str, str]:
-    """The texts of those of the files KEPT that are in a folder, by name. Raises CheckpointError."""
-    kept = {}
-    for path in (folder / name for name in KEPT if (folder / name).is_file()):
-        if path.suffix == ".json":
-            read_json(path, {}, CheckpointError, "copy it again")
-        try:
-            kept[path.name] = read_bytes(path).decode()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); copy it again.") from None
-    return kept
 
 
 def describe_environment() -> dict[str, Any]:

@@ -311,14 +311,14 @@ class Trainer:
         B, rows = self.config.batch.B, len(batch[0])
         samples = rows * self.group.world
         valid = int(self.group.numbers([int((batch[1] >= 0).sum())])[0])
-        tokens, targets = map(torch.from_numpy, batch)
+        tensors = [torch.from_numpy(part) for part in batch]
         display = self.display if self.step == self.resumed else Display()  # later steps show no progress
         with display.working(f"computing step {self.step + 1}", rows // B, self.stop.check) as check:
             self.engine.begin_step(lr=lr, step=self.step, valid=valid)
             for start in range(0, rows, B):
                 check()
-                part = slice(start, start + B)
-                self.engine.micro_step(tokens[part], targets[part], first=start == 0, last=start + B == rows)
+                part = [x[start : start + B] for x in tensors]
+                self.engine.micro_step(*part, first=start == 0, last=start + B == rows)
             check()
             results = self.engine.update()
         self.step += 1
@@ -477,7 +477,7 @@ class Trainer:
         sources = self.setup.tokens_of(self.samples + c.tokens_between(self.step, c.run.steps) // c.T)
         if len(sources) > 1:
             self.display.note("tokens in all: " + ", ".join(f"{name} {n:,}" for name, n in sources.items()))
-        if sum(shard.tokens for shard in self.setup.dataset.train) <= COUNTED_TOKENS:
+        if not c.data.packed and sum(shard.tokens for shard in self.setup.dataset.train) <= COUNTED_TOKENS:
             entropy = unigram_entropy(self.setup.dataset)
             self.metrics.write("event", self.step, self.tokens, what="unigram_entropy", detail=repr(entropy))
             self.display.note(f"baseline {entropy:.4f}: a model that knows only token frequencies")

@@ -48,7 +48,7 @@ from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.files import write_atomic
 from daybreak.formatting import several
-from daybreak.manifest import published, run_id
+from daybreak.manifest import kept_files, published, run_id
 from daybreak.parallel import Check, Group, agent
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint
 from daybreak.state.restore import Weights, check_host_memory, warn_of_disk
@@ -136,6 +136,7 @@ def open_run(
     group.first(lambda: _prepare_embedded(config, beside, stop.look if group.world > 1 else stop.check))
     d, shuffle = config.data, not config.run.overfit
     dataset, train_loader, val_loader = open_loaders(d, config.T, config.run.seed, config.model.V, shuffle, beside)
+    config = config.override({"data.packed": train_loader.documents})
     tokenizer = get_tokenizer(dataset.tokenizer_name, dataset.folder)
     if tokenizer.V > config.model.V:
         said = f"model.V = {config.model.V} is smaller than the {tokenizer.V} ids of tokenizer {tokenizer.name!r}"
@@ -180,7 +181,10 @@ def open_run(
         if tokenizer.source:
             write_atomic(folder.path / TOKENIZER_FILE, tokenizer.source)
         origin = fork or init
-        for name, text in origin.kept.items() if origin else ():
+        kept = dict(origin.kept) if origin else {}
+        if config.data.packed and dataset.folder is not None:  # the chat template that is trained
+            kept |= kept_files(dataset.folder)
+        for name, text in kept.items():
             write_atomic(folder.path / name, text)
         return bool(old)
 

@@ -68,7 +68,7 @@ def by_exit_code(code: int) -> type[Error]:
 
 
 # What another name or other permissions mend; the rest is the disk's.
-_NAMES = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EROFS,
+_NAMES = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
           errno.ELOOP, errno.EEXIST, errno.EINVAL, errno.EILSEQ)  # fmt: skip
 
 
@@ -76,6 +76,8 @@ def os_error(error: OSError) -> Error:
     """An OSError as one sentence with the path and the reason."""
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     what, reason = " -> ".join(names) or "a file or the console", error.strerror or str(error)
+    if error.errno == errno.EROFS:
+        return ConfigError(f"{what} cannot be used ({reason}); mount its disk for writing, or use another disk.")
     if error.errno in _NAMES:
         return ConfigError(f"{what} cannot be used ({reason}); fix its name or permissions, or give another one.")
     return Error(f"{what} failed ({reason}); free space or repair the disk, then run the same command again.")

@@ -67,6 +67,9 @@ def test_the_sentence_names_path_and_reason_and_the_code_says_what_helps():
     said = os_error(PermissionError(errno.EACCES, "Permission denied", "/a/b"))
     assert str(said) == "/a/b cannot be used (Permission denied); fix its name or permissions, or give another one."
     assert said.exit_code == 2
+    said = os_error(OSError(errno.EROFS, "Read-only file system", "/a/b"))
+    assert str(said) == "/a/b cannot be used (Read-only file system); mount its disk for writing, or use another disk."
+    assert said.exit_code == 2
     said = os_error(OSError(errno.ENOSPC, "No space left on device", b"/a", None, "/b"))
     assert str(said).startswith("/a -> /b failed (No space left on device); free space or repair the disk, then run")
     assert said.exit_code == 1

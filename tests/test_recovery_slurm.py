@@ -98,3 +98,13 @@ def test_the_restart_loop_stops_tasks_of_srun_through_slurm(tmp_path):
 def test_a_start_that_left_no_run_is_not_requeued(tmp_path, script):
     """A recipe that does not exist, missing data, no torchrun: nothing could count such starts, so one is the end."""
     assert slurm_job(tmp_path, script, "")()[:2] == (1, "")
+
+
+@pytest.mark.parametrize("script", ["slurm", "slurm_cluster"])
+def test_a_job_without_its_words_says_how_it_is_called(tmp_path, script):
+    script = str(ROOT / "scripts" / f"{script}.sbatch")
+    job = subprocess.run(["bash", script, "runs/x"], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert job.returncode == 2
+    assert job.stderr.startswith(f"{script} needs RUN and ")
+    assert "    sbatch " in job.stderr
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ def test_what_is_exported_and_built_upon_is_merged(home: Path) -> None:
         assert first == pytest.approx(Run(home / "runs/a").metrics("val")[-1]["loss"], rel=1e-6)
     assert not any(map(is_adapter, tensors(home / "runs/full", 6)))
     assert inside(home, "sample", "runs/a", "--tokens", "4", "--temperature", "0").stdout
+
+
+def test_killed_before_it_saved_its_weights(home: Path) -> None:
+    """Resumed as an ordinary run, it would go on from random weights."""
+    inside(home, "finetune", "base", "--data", "text", *SHORT, "--name", "killed")
+    shutil.rmtree(home / "runs/killed/checkpoints")
+    said = inside(home, "train", "runs/killed", "--quiet", code=2).stderr
+    assert "runs/killed has not saved the weights that it was to begin with" in said
+    assert "remove runs/killed and start it again" in said
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,19 @@ import click
 from daybreak.errors import ConfigError
 
 # Format -> what --dtype may be, its default first.
-FORMATS = {"hf": ("fp32", "bf16", "fp16"), "gguf": ("f32", "f16", "bf16", "q8_0"), "llmc": ("bf16", "fp32")}
+FORMATS = {
+    "hf": ("fp32", "bf16", "fp16"),
+    "gguf": ("f32", "f16", "bf16", "q8_0"),
+    "llmc": ("bf16", "fp32"),
+    "peft": ("fp32", "bf16", "fp16"),
+}
 
 
 @click.command()
 @click.argument("run")
 @click.option("--to", "to", type=click.Choice(list(FORMATS)), required=True, help="Format of the output.")
 @click.argument("out")
-@click.option("--dtype", metavar="D", help="hf: fp32, bf16, fp16. gguf: f32, f16, bf16, q8_0. llmc: bf16, fp32.")
+@click.option("--dtype", metavar="D", help="hf, peft: fp32, bf16, fp16. gguf: f32, f16, bf16, q8_0. llmc: bf16, fp32.")
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
 @click.option("--ranks", type=click.IntRange(1), default=1, metavar="P", help="llmc: state files.")
 @click.option("--zero", type=click.IntRange(0, 1), default=0, metavar="Z", help="llmc: ZeRO stage.")
@@ -33,6 +38,8 @@ def export(
       hf      a folder for transformers: config, tokenizer, safetensors
       gguf    a file for llama.cpp
       llmc    a folder that llm.c resumes from: model, optimizer state, tokenizer
+      peft    a folder for PEFT: the adapters of a finetuned model, without the model
+    The other formats have adapters merged into the weights.
 
     \b
     Examples:
@@ -46,8 +53,10 @@ def export(
     if to != "llmc" and (ranks > 1 or zero or debug_state):
         raise ConfigError(f"--ranks, --zero and --debug-state belong to --to llmc, not {to}; leave them out.")
 
-    from daybreak.interop import gguf, huggingface, llmc_files
-    from daybreak.interop.source import Export
+    import torch
+
+    from daybreak.interop import gguf, huggingface, llmc_files, peft
+    from daybreak.interop.source import DTYPES, Export
     from daybreak.state.run import Run
 
     source, path = Export(Run(run).checkpoint(step), whole=to == "llmc"), Path(out)
@@ -58,8 +67,12 @@ def export(
         huggingface.export(source, path, dtype)
     elif to == "gguf":
         gguf.export(source, path, dtype)
+    elif to == "peft":
+        peft.export(source, path, dtype)
     else:
         llmc_files.export(source, Run(run).config, path, dtype, ranks, zero, debug_state)
     click.echo(f"{path}: step {source.step} of {run} as {to}, {dtype}")
+    if source.weights.adapters and to != "peft":
+        click.echo(source.weights.said(DTYPES.get({"f16": "fp16"}.get(dtype, dtype), torch.float32)))
     if source.model.max_T < source.checkpoint.model.max_T:
         click.echo(f"its max_T is {source.model.max_T}, the run's batch.T: later positions were not trained")

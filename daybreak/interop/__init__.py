@@ -35,7 +35,7 @@ def load_model(
     if (run := Path("runs") / target / "config.toml").is_file() and not Path(target).exists():
         raise ConfigError(f"{target} does not exist; did you mean {run.parent}?")
     source = open_source(target, "", step, also="a run, ")
-    engine = engine_with(with_model(Config(), source.model), source, rows=rows, device=device)
+    engine = engine_with(with_model(Config(), source), source, rows=rows, device=device)
     return engine, source.tokenizer
 
 
@@ -47,13 +47,15 @@ def open_source(name: str | Path, tokenizer: str = "", step: int | None = None, 
     llm.c's checkpoints (None: the newest). also: what else the caller takes, for messages.
     Raises ConfigError for an unknown name, CheckpointError for what cannot be used.
     """
-    from daybreak.interop import gguf, huggingface, llmc_files
+    from daybreak.interop import gguf, huggingface, llmc_files, peft
 
     path = Path(name).expanduser()
     if path.is_dir() and llmc_files.done_steps(path):
         return llmc_files.open_folder(path, step, tokenizer)
     if step is not None:
         raise ConfigError(f"--step {step} chooses among llm.c's DONE_* checkpoints, and {name} is no folder with any.")
+    if (path / peft.CONFIG).is_file():
+        return peft.open_folder(path, open_source(peft.base_of(path), tokenizer))
     if (path / "config.json").is_file():
         return huggingface.open_folder(path, tokenizer)
     if path.suffix == ".gguf" and path.is_file():

@@ -142,7 +142,7 @@ def export(source: Export, out: Path, dtype: str = "fp32", max_shard: int = MAX_
     family = family_of(source.model, "Hugging Face's format")
     with appearing(out) as folder:
         folder.mkdir()
-        _write_json(folder / "config.json", _config(source, family, dtype))
+        write_json(folder / "config.json", _config(source, family, dtype))
         write_tokenizer(source.tokenizer, source.model.max_T, folder, source.kept)
         _write_shards(source, family, folder, DTYPES[dtype], max_shard)
 
@@ -151,7 +151,8 @@ def _text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as these folders have them."""
     path.write_text(_text(value), encoding="utf-8")
 
 
@@ -188,7 +189,7 @@ def _write_shards(source: Export, family: Family, folder: Path, dtype: torch.dty
         write_safetensors(folder / file, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        _write_json(
+        write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
 
@@ -213,4 +214,4 @@ def write_tokenizer(tokenizer: Tokenizer, max_T: int, folder: Path, kept: Mappin
     made["tokenizer_config.json"]["model_max_length"] = max_T
     made["generation_config.json"]["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     for name, value in made.items():
-        _write_json(folder / name, value)
+        write_json(folder / name, value)

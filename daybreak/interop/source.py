@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,17 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from daybreak.checked import TEXT, read_json
 from daybreak.config import Config
+from daybreak.config_keys import LoraConfig
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.files import fsync_folder, remove, temporary_of, write_atomic
 from daybreak.kernels.guard import WINDOW
+from daybreak.models.adapters import adapter_rows, adapters_of, is_adapter
 from daybreak.models.registry import build_model
 from daybreak.models.rows import Row
 from daybreak.shapes import Shape
 from daybreak.state.checkpoint import Checkpoint, Snapshot, save_checkpoint
 from daybreak.state.merged import Merged
-from daybreak.state.run_folder import RunFolder
+from daybreak.state.run_folder import ORIGIN, RunFolder
 
 LONGEST = 8192  # batch.T of a model that could compute longer sequences, unless another is given: memory grows with it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,6 +55,7 @@ class Source:
     read: a tensor in daybreak's layout (out, in), any float dtype, by daybreak's name; wte has Vp rows.
     optimizer: "m" and "v" -> ranges of a flat buffer in `layout`'s order as (first element, 1-D tensor); empty: zeros.
     kept: texts of files that stay with the model, by name (see manifest.KEPT).
+    lora: its adapters, whose tensors `read` has too. base: where the model without them is.
     """
 
     path: Path
@@ -60,6 +65,8 @@ class Source:
     step: int = 0
     optimizer: Mapping[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    base: str = ""
 
     def __post_init__(self) -> None:
         if self.tokenizer.V > self.model.V:
@@ -75,7 +82,15 @@ class Source:
 
     def names(self) -> list[str]:
         """Names of all parameters."""
-        return [name for name, _, _ in layout(self.model)]
+        return [name for name, _, _ in [*layout(self.model), *self.adapter_layout()]]
+
+    def adapter_layout(self) -> list[tuple[str, int, tuple[int, ...]]]:
+        """As `layout`, of its adapters."""
+        model = build_model(self.model)
+        rows = adapter_rows(model.rows(), adapters_of(model.rows(), model.parts, self.lora), self.lora.rank)
+        rows = [row for row in rows if is_adapter(row.name)]
+        starts = accumulate((row.numel for row in rows), initial=0)
+        return [(row.name, start, row.shape) for row, start in zip(rows, starts, strict=False)]
 
     def read_model(self, name: str, out: Tensor) -> None:
         """Copy a tensor into `out` of the same shape, any float dtype, any device."""
@@ -88,10 +103,10 @@ class Source:
         out.copy_(value)
 
 
-def with_model(config: Config, model: Shape) -> Config:
+def with_model(config: Config, source: Source) -> Config:
     """The configuration with this model; batch.T is at most LONGEST if it does not say another."""
-    T = config.batch.T or (LONGEST if model.max_T > LONGEST else 0)
-    return replace(config, model=model).override({"batch.T": T})
+    T = config.batch.T or (LONGEST if source.model.max_T > LONGEST else 0)
+    return replace(config, model=source.model, lora=source.lora).override({"batch.T": T})
 
 
 def make_run(source: Source, config: Config, *, into: Path | None = None) -> Path:
@@ -100,7 +115,7 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
     Its data fingerprint is empty: any data will do for its first step. `into`: an existing folder to use instead.
     Raises ConfigError when the run exists.
     """
-    config = with_model(config, source.model).override({"data.tokenizer": source.tokenizer.name})
+    config = with_model(config, source).override({"data.tokenizer": source.tokenizer.name})
     config.check()
     if into is None:
         folder = RunFolder(Path(config.run.dir) / config.run.name)
@@ -116,7 +131,7 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
     for key, ranges in source.optimizer.items():
         for _, values in ranges:
             finite(values, source.path, f"optimizer state {key}")
-    table = layout(source.model)
+    table = source.adapter_layout() or layout(source.model)  # of what is trainable
     numel = table[-1][1] + prod(table[-1][2])
     zeros = [(0, torch.zeros(numel))]
     manifest = {
@@ -130,7 +145,7 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
         "compute": "",
         "kernels": {},
     }
-    model = {name: source.read(name).contiguous() for name, _, _ in table}
+    model = {name: source.read(name).contiguous() for name in source.names()}
     snapshot = Snapshot(
         step=source.step,
         model=model,
@@ -146,6 +161,8 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
         write_atomic(folder.path / TOKENIZER_FILE, source.tokenizer.source)
     for name, text in source.kept.items():
         write_atomic(folder.path / name, text)
+    if source.base:
+        write_atomic(folder.path / ORIGIN, json.dumps({"from": source.base}) + "\n")
     write_atomic(folder.path / "imported.json", json.dumps({"from": source.path.name, "step": source.step}) + "\n")
     save_checkpoint(folder.checkpoints, snapshot)  # last: in a folder of llm.c's it says that the rest is there
     return folder.path
@@ -164,6 +181,7 @@ class Export:
         short = full if whole or not T else replace(full, max_T=T)
         self.shapes, self._stored = ({name: shape for name, _, shape in layout(cfg)} for cfg in (short, full))
         self.model = full if self.shapes == self._stored else short
+        self.came_from = came_from(checkpoint.path.parents[1])
         self.kept = checkpoint.kept
         self.tokenizer: Tokenizer = get_tokenizer(checkpoint.manifest["tokenizer"]["name"], checkpoint.path.parents[1])
         self._offsets = {name: start for name, start, _ in checkpoint.layout}
@@ -180,6 +198,16 @@ class Export:
         if name in self._offsets:
             self.checkpoint.read_optimizer(key, self._offsets[name] + start, out)
         return out
+
+
+def came_from(run: Path) -> str:
+    """The weights that a run began with, as its folder notes; "" if it began with random ones. A model of the Hub by
+    its name."""
+    if not (run / ORIGIN).is_file():
+        return ""
+    said = str(read_json(run / ORIGIN, {"from": TEXT}, CheckpointError, "remove it")["from"])
+    hub = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", said)
+    return f"{hub[1]}/{hub[2]}" if hub else said
 
 
 def default_tokenizer(cfg: Shape, given: str, where: Path) -> Tokenizer:

@@ -28,6 +28,7 @@ import torch
 from daybreak import manifest as manifests
 from daybreak.checked import WHOLE, misfit
 from daybreak.config import saved_config
+from daybreak.config_keys import LoraConfig
 from daybreak.errors import CheckpointError, Error, explained
 from daybreak.files import alive, fsync_folder, lock, remove, sha256_of, write_atomic
 from daybreak.manifest import MANIFEST, MODEL, kept_files, refuse
@@ -278,6 +279,11 @@ class Checkpoint:
     def model(self) -> Shape:
         """The shape of the model."""
         return saved_config(self.path, self.manifest).model
+
+    @property
+    def lora(self) -> LoraConfig:
+        """Its adapters; rank 0: it has none."""
+        return saved_config(self.path, self.manifest).lora
 
     @property
     def kept(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from daybreak.config import Config
-from daybreak.config_keys import toml_value
+from daybreak.config_keys import LoraConfig, toml_value
 from daybreak.engine import Engine
 from daybreak.engine.arena import Arena, zeros
 from daybreak.engine.device import available_bytes
@@ -158,6 +158,8 @@ class Weights(Protocol):
     def model(self) -> Shape: ...
     @property
     def kept(self) -> Mapping[str, str]: ...
+    @property
+    def lora(self) -> LoraConfig: ...
     def names(self) -> list[str]: ...
     def read_model(self, name: str, out: Tensor) -> None: ...
 

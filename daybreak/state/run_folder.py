@@ -48,6 +48,7 @@ ENV = {  # keys of env.json
     "platform?": TEXT, "cpu?": TEXT, "cpus?": or_null(WHOLE), "cuda?": or_null(TEXT), "cudnn?": or_null(WHOLE),
     "cards?": [{"name": TEXT, "memory_mib": WHOLE, "capability": TEXT}],
 }  # fmt: skip
+ORIGIN = "init.json"  # names the weights that a run began with, if they were given
 PACKAGES = ("torch", "numpy", "safetensors", "tiktoken", "triton")
 
 

@@ -38,7 +38,8 @@ def weights_of(source: Path | str, shape: Shape) -> Weights:
     """Weights of a run's newest checkpoint, of one checkpoint, or of another program's files, adapters merged.
     Raises CheckpointError if they are of another shape, before there is a folder, which would be resumed from random
     weights."""
-    weights = Merged(checkpoint_of(source)) if (run_of(source) / "config.toml").is_file() else open_source(source)
+    found: Weights = checkpoint_of(source) if (run_of(source) / "config.toml").is_file() else open_source(source)
+    weights = Merged(found)
     check_model(weights, shape)
     return weights
 

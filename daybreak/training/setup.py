@@ -24,6 +24,7 @@ use `group.first`, so an error there is raised on every rank.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import socket
@@ -53,7 +54,7 @@ from daybreak.parallel import Check, Group, agent
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint
 from daybreak.state.restore import Weights, check_host_memory, warn_of_disk
 from daybreak.state.run import Run
-from daybreak.state.run_folder import RunFolder, cpu_model
+from daybreak.state.run_folder import ORIGIN, RunFolder, cpu_model
 from daybreak.state.throughput import peak_flops
 from daybreak.training.sinks import check_sinks
 from daybreak.training.stop import Stop
@@ -172,9 +173,14 @@ def open_run(
     def write() -> bool:
         if resume is None:
             folder.create()
-        folder.keep_agents(agents)  # before config.toml, so that every run has it
+        old, given = published(folder.checkpoints), folder.path / ORIGIN
+        folder.keep_agents(agents)  # before config.toml, so that every run has it, as the next one
+        if init is not None:
+            write_atomic(given, json.dumps({"from": str(init.path)}) + "\n")
+        elif given.is_file() and not old:  # it was killed before it saved them
+            fix = f"remove {folder.path} and start it again, as it was started before"
+            raise ConfigError(f"{folder.path} has not saved the weights that it was to begin with ({given}); {fix}.")
         write_atomic(folder.config, config.to_toml())  # on resume too: changed settings hold from now on
-        old = published(folder.checkpoints)
         folder.keep_id(next(filter(None, map(run_id, old)), ""))
         folder.write_env()
         warn_of_disk(folder.path, config, arena)

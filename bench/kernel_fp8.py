@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from timing import DEVICE, Case, rand
 
-from daybreak.kernels.cuda.fp8 import NAME, programs, write
+from daybreak.kernels.cuda.fp8 import NAME
+from daybreak.kernels.cuda.rounding import programs, write
 from daybreak.kernels.fp8 import E4M3, E5M2
 from daybreak.kernels.operand import Format, Operand
 

@@ -37,20 +37,20 @@ from daybreak.kernels.cuda import (
     classifier,
     decode,
     embedding,
-    fp8,
     gelu,
     glu,
     guard,
     norm,
     optimizer,
     rope,
+    rounding,
 )
 from daybreak.kernels.guard import WINDOW
 
 FOLDER = Path(__file__).parents[1] / "daybreak" / "kernels" / "cuda"
 MAIN = 90  # the architecture that every case is compiled for
 OTHERS = (80, 89, 100)
-SINCE = {"fp8": 89}  # the architecture from which on a file's kernels run
+SINCE = {"rounding": 89}  # the architecture from which on a file's kernels run
 Case = tuple[Any, ...]
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -160,12 +160,18 @@ def embedding_cases(C: int, dtype: str) -> list[Case]:
     ]
 
 
-def fp8_cases() -> list[Case]:
+def rounding_cases() -> list[Case]:
     """A gradient after GELU with all copies, a weight of its own scale, and its measuring."""
     e4m3, e5m2 = "*fp8e4nv", "*fp8e5"
     types = {"scale": "*fp32", "amax": "*i32", "x": "*bf16", "pre": "*bf16", "again_scale": "*fp32", "part": "*fp32"}
     types |= {"n": "i32", "C": "i32"}
-    constants = {"ROWS": fp8.ROWS, "COLS": fp8.COLS, "TILES": fp8.TILES, "VALUE": True, "TRANSPOSED": True}
+    constants = {
+        "ROWS": rounding.ROWS,
+        "COLS": rounding.COLS,
+        "TILES": rounding.TILES,
+        "VALUE": True,
+        "TRANSPOSED": True,
+    }
     found = []
     for out, act, again, current, measure in (
         (e5m2, "slope", True, False, False), (e4m3, "gelu", False, False, False), (e4m3, "", False, True, False),
@@ -173,7 +179,9 @@ def fp8_cases() -> list[Case]:
     ):  # fmt: skip
         kind = {"ACT": act, "AGAIN": again, "CURRENT": current, "MEASURE": measure, "LARGEST": 448.0}
         tensors = {"value": out, "transposed": out, "again": e4m3, **types}
-        found.append((fp8._quantise_kernel, tensors, {**constants, **kind, "AGAIN_LARGEST": 448.0}, fp8.WARPS))
+        found.append(
+            (rounding._quantise_kernel, tensors, {**constants, **kind, "AGAIN_LARGEST": 448.0}, rounding.WARPS)
+        )
     return found
 
 
@@ -212,8 +220,11 @@ def norm_cases(C: int, dtype: str, rms: bool = False, heads: int = 0, offset: fl
     forward = {"out": dtype, **names, "out_s": "i32", "x_s": "i32", "eps": "fp32"}
     kind = {"RMS": rms, "HEADS": heads, "OFFSET": offset}
     forward["add"] = dtype
-    constants = {"ROWS": launch.rows, "BLOCK": launch.block, "ADD": bool(offset) and not heads, **kind}
+    constants = {"ROWS": launch.rows, "BLOCK": launch.block, "ADD": bool(offset) and not heads, "LARGEST": 0.0, **kind}
     found: list[Case] = [(norm._layernorm_forward_kernel, forward, constants, launch.warps)]
+    if not rms and dtype == "*bf16":
+        fp8 = {**forward, "out": "*fp8e4nv", "add": "*fp32"}
+        found.append((norm._layernorm_forward_kernel, fp8, {**constants, "LARGEST": 448.0}, launch.warps))
     backward = {"dx": dtype, "again": dtype, "part": "*fp32", "dout": dtype, **names}
     backward |= dict.fromkeys(("dx_s", "again_s", "dout_s", "x_s"), "i32")
     cases = [(True, True, True), (True, True, False), (False, True, False)]
@@ -267,7 +278,6 @@ CASES: dict[str, list[Case]] = {
     "classifier": classifier_cases(),
     "decode": [*decode_cases(1600, "*bf16"), *decode_cases(768, "*fp32")],
     "embedding": [*embedding_cases(1600, "*bf16"), *embedding_cases(768, "*fp32")],
-    "fp8": fp8_cases(),
     "gelu": [*gelu_cases("*bf16"), *gelu_cases("*fp32")],
     "glu": [*glu_cases("*bf16"), *glu_cases("*fp32")],
     "guard": guard_cases(),
@@ -280,6 +290,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "optimizer": optimizer_cases(),
     "rope": [*rope_cases("*bf16"), *rope_cases("*fp32")],
+    "rounding": rounding_cases(),
 }
 
 # --------------------------------------------------------------------------------------------------------- compiling

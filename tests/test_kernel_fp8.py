@@ -107,7 +107,7 @@ def test_the_largest_of_several_calls_is_kept():
 @each_shape
 def test_gelu_and_its_slope(n, C):
     """Against fp64, within half a step of the format; and the transposed copy that backward makes is forward's."""
-    from daybreak.kernels.cuda.fp8 import programs, write
+    from daybreak.kernels.cuda.rounding import programs, write
 
     pre, grad = draw(n, C, dtype=BF16, scale=2.0), draw(n, C, dtype=BF16, seed=1, scale=1e-3)
     x = f64(pre).requires_grad_()
@@ -146,3 +146,18 @@ def test_other_kernels_in_two_passes(name):
     run(name, out, *args, **kwargs)
     run("quantise", want, plain, backend="fp8")
     same(out, want)
+
+
+@pytest.mark.parametrize(("n", "C"), [(3, 96), (67, 100)])
+def test_layernorm_writes_fp8(n, C):
+    """Where nobody wants a transposed copy. Within half a step of fp64, and statistics as in bf16."""
+    x, w, b = draw(n, C, dtype=BF16), draw(C, dtype=BF16, seed=1), draw(C, dtype=BF16, seed=2)
+    stats, others = ([poison(n, dtype=F32), poison(n, dtype=F32)] for _ in range(2))
+    out = operand(E4M3, n, C, scale=2.0**-4, parts="value")
+    run("layernorm_forward", out, *stats, x, w, b)
+    all_ops("cuda")["layernorm_forward"].impls["triton"].fn(poison(n, C, dtype=BF16), *others, x, w, b)
+    assert all(torch.equal(s, o) for s, o in zip(stats, others, strict=True))
+    want = torch.nn.functional.layer_norm(f64(x), (C,), f64(w), f64(b))
+    assert out.value is not None
+    error = (f64(out.value.float() * out.scale) - want).abs()
+    assert (error <= 2.0**-4 * 1.001 * want.abs() + 2.0**-14).all()

@@ -39,14 +39,14 @@ class FormatFrame(StepFrame):
 
     formats: Mapping[str, Format]
     slots: scales.Slots
-    offset: float  # what the model's norms add to their weights
+    model: Model
     current: bool  # whether kernels choose late scales from the values themselves
     weight_operands: dict[str, Operand]
     operands: dict[tuple[str, bool], Operand | None]  # by name, and whether it is of a layer that is computed again
 
     def convert_weights(self) -> None:
         if self.slots.at:
-            scales.begin(self, self.slots, self.offset)
+            scales.begin(self, self.slots, self.model.offset)
         for name, operand in self.weight_operands.items():
             self.k.quantise(operand, self.w(name))
 
@@ -70,13 +70,22 @@ class FormatFrame(StepFrame):
         key = self.prefix + name, self.mode.recomputed and not plain
         if key not in self.operands:
             found = chosen(self.formats, key[0].removesuffix(".again"))
-            parts = found.parts(*shape) if found else {}
-            views: dict[str, Any] = {
+            parts = self._read(name, found.parts(*shape)) if found else {}
+            views: dict[str, Any] = {"value": None} | {
                 p: self.a(f"{name}.{p}", *dims, dtype=dtype, plain=plain) for p, (dims, dtype) in parts.items()
             }
             slot = self._slot(key[0].removesuffix(".again")) if found and found.slots else {}
             self.operands[key] = Operand(found, **views, **slot) if found else None
         return self.operands[key]
+
+    def _read(self, name: str, parts: dict[str, Any]) -> dict[str, Any]:
+        """Of a matrix that is in slots, the parts that somebody reads. If backward makes it again, that is for weight
+        gradients, which read transposed copies, and forward needs none."""
+        if not self.slots.at:
+            return parts
+        if name.endswith(".again"):
+            return {"transposed": parts["transposed"]}
+        return {"value": parts["value"]} if name in self.model.remade and not self.mode.backward else parts
 
     def _slot(self, name: str) -> dict[str, Any]:
         i = self.slots.at[name]
@@ -84,15 +93,15 @@ class FormatFrame(StepFrame):
         return {"scale": self.state[scales.SCALE][i], "amax": self.state[scales.AMAX][i], "current": current}
 
 
-def in_formats(f: F, formats: Mapping[str, Format], offset: float = 0.0, *, current: bool = False) -> F:
-    """The frame that training uses: f itself where no formats are chosen. offset: what the model's norms add to their
-    weights. current: kernels choose every late scale from the values themselves (engine/scales.py)."""
+def in_formats(f: F, formats: Mapping[str, Format], model: Model, *, current: bool = False) -> F:
+    """The frame that training uses: f itself where no formats are chosen. current: kernels choose every late scale from
+    the values themselves (engine/scales.py)."""
     if not formats:
         return f
     g: Any = object.__new__(type("FormatFrame", (FormatFrame, type(f)), {}))
     slots = scales.slots_of(formats, f.table.rows)
     weights = dict.fromkeys(entry.removesuffix(".value") for entry in f.state if entry.endswith(".value"))
-    g.__dict__ |= {**vars(f), "formats": formats, "slots": slots, "offset": offset, "current": current}
+    g.__dict__ |= {**vars(f), "formats": formats, "slots": slots, "model": model, "current": current}
     g.__dict__ |= {"operands": {}, "weight_operands": weights}
     g.k = f.k.in_formats({format.backend for format in formats.values()})
     for name in weights:

@@ -165,11 +165,11 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     formats = formats_of(spec, model)
 
     def more(f: Any, first: bool = False) -> None:
-        micro_step(model, in_formats(f, formats, model.offset), f.state, first=first)
+        micro_step(model, in_formats(f, formats, model), f.state, first=first)
 
     def training(f: Any) -> None:
         more(f, first=True)
-        update(in_formats(f, formats, model.offset), f.state, spec, 0)
+        update(in_formats(f, formats, model), f.state, spec, 0)
 
     def prefill(b: int, f: Any) -> None:
         t = min(T, B * T // b)

@@ -85,9 +85,9 @@ class Engine:
         self.flops_per_token = self.model.flops_per_token(spec.T, self.num_parameters) - 2 * frozen
         self.comm = Collectives(self.arena.sharding, group)
         self.frame = LiveFrame(self.arena, self.table, spec.dtype, self.device, self.comm)
-        formats, offset = formats_of(spec, self.model), self.model.offset
-        self._training = in_formats(self.frame, formats, offset)
-        self._measuring = in_formats(self.frame, formats, offset, current=True)
+        formats = formats_of(spec, self.model)
+        self._training = in_formats(self.frame, formats, self.model)
+        self._measuring = in_formats(self.frame, formats, self.model, current=True)
         self.state: State = self.frame.state
         name_inputs(self.state)
         for name, value in self.model.constants().items():

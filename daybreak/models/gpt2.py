@@ -50,6 +50,7 @@ class GPT2(Head):
     def __init__(self, cfg: GPT2Config, recompute: int = 0, device_type: str = "cpu") -> None:
         super().__init__(device_type)
         self.cfg, self.recompute = cfg, recompute
+        self.remade = [x for x, _ in MATMULS.values()] if recompute == RECOMPUTE_BLOCK else REWRITTEN.get(recompute, ())
         self.heads, self.scale = (cfg.NH, cfg.HS), 1.0 / math.sqrt(cfg.HS)
 
     def rows(self) -> list[Row]:

@@ -25,6 +25,7 @@ class Head:
     offset = 0.0  # what norms add to their weights
     matmuls: Mapping[str, tuple[str, str]] = {}  # what could be in fp8 (see registry.Model)
     together: Collection[tuple[str, str]] = ()
+    remade: Collection[str] = ()
     asks: Mapping[str, Collection[str]] = {}  # nothing that a backend may lack (see registry.Model)
     parts: Mapping[str, tuple[str, ...]] = {}  # and packed layers count as one
 

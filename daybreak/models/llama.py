@@ -59,6 +59,7 @@ class Llama(Head):
     def __init__(self, cfg: LlamaConfig, recompute: int = 0, device_type: str = "cpu") -> None:
         super().__init__(device_type)
         self.cfg, self.recompute = cfg, recompute
+        self.remade = [x for x, _ in MATMULS.values()] if recompute == RECOMPUTE_BLOCK else REWRITTEN.get(recompute, ())
         self.head_weight = "wte" if cfg.tied else "headw"
         self.scale, self.W = 1.0 / math.sqrt(cfg.query_scalar or cfg.HS), (cfg.NH + 2 * cfg.NKV) * cfg.HS
         self.freq = {"freq": rotary(cfg)} | ({"window_freq": window_rotary(cfg)} if cfg.window_theta else {})

@@ -22,9 +22,11 @@ class Model(Protocol):
     # asks for `window`: backends that have it take fewer heads of keys than of queries.
     asks: Mapping[str, Collection[str]]
     # Of a block: weight -> the matrix that it is multiplied with, and the gradient of the product. Pairs of weights
-    # whose layers share a kernel, so that both or none are in fp8. What norms add to their weights.
+    # whose layers share a kernel, so that both or none are in fp8. The matrices that backward makes again: only then do
+    # they need transposed copies. What norms add to their weights.
     matmuls: Mapping[str, tuple[str, str]]
     together: Collection[tuple[str, str]]
+    remade: Collection[str]
     offset: float
     # Packed linear layer -> its parts, in order. Each part may have an adapter of its own (adapters.py).
     parts: Mapping[str, tuple[str, ...]]

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor, float32
+from torch import Tensor, finfo, float32
 
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 from daybreak.kernels.cuda.bias import column_sums
+from daybreak.kernels.cuda.rounding import rounded
 from daybreak.kernels.norm import EPS
 
 # Warps of all programs together: as many as an H100's 132 multiprocessors hold of 128 registers a thread.
@@ -41,7 +42,9 @@ def _place(at, row, cols, stride, C, HEADS: tl.constexpr):
 def _layernorm_forward_kernel(
     out, mean, rstd, x, w, b, add, out_s, x_s, n, C, eps, RMS: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr = 0.0, ADD: tl.constexpr = False,
+    LARGEST: tl.constexpr = 0.0,
 ):  # fmt: skip
+    """LARGEST: out is in fp8, whose largest value this is, and `add` is its scale."""
     cols = tl.arange(0, BLOCK)[None, :]
     mask = cols < C
     row = n - 1 - (tl.program_id(0) * ROWS + tl.arange(0, ROWS))
@@ -61,6 +64,8 @@ def _layernorm_forward_kernel(
         r = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / C + eps)
         y = xc * r[:, None] * wf + bf
         tl.store(mean + row, m, mask=row >= 0)
+    if LARGEST > 0.0:
+        y = rounded(y, tl.load(add), LARGEST, out.dtype.element_ty)
     tl.store(out + _place(at, row, cols, out_s, C, HEADS), y.to(out.dtype.element_ty), mask=here)
     tl.store(rstd + row, r, mask=row >= 0)
 
@@ -186,10 +191,18 @@ def backward_launch(dout: Tensor, accumulate_dx: bool, heads: int = 0) -> Launch
 @backend("triton")
 def layernorm_forward(out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Tensor, b: Tensor) -> None:
     """out (n, C) = layernorm(x (n, C)) * w (C) + b (C); mean, rstd (n) in fp32 are kept for backward."""
+    forward_rows(out, mean, rstd, x, w, b)
+
+
+def forward_rows(
+    out: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, w: Tensor, b: Tensor, scale: Tensor | None = None
+) -> None:
+    """The same; scale: of an output in fp8, which is divided by it."""
     programs, rows, block, warps, _ = forward_launch(x)
     _layernorm_forward_kernel[(programs,)](
-        out, mean, rstd, x, w, b, x, 0, 0, *x.shape, EPS, RMS=False, HEADS=0, ROWS=rows, BLOCK=block, num_warps=warps
-    )
+        out, mean, rstd, x, w, b, x if scale is None else scale, 0, 0, *x.shape, EPS, RMS=False, HEADS=0,
+        LARGEST=0.0 if scale is None else finfo(out.dtype).max, ROWS=rows, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
 
 
 def backward_temps(

@@ -130,7 +130,7 @@ def measured(operation: str, note: str, backend: str) -> tuple[float, float]:
 
 def roofline() -> str:
     """Measured operations of the large GPT-2 below the limits of one H100, on axes of powers of ten."""
-    left, right, top, bottom, byte_rate, flop_rate = 62, 536, 56, 330, 2.977, 789.0
+    left, right, top, bottom, byte_rate, flop_rate = 62, 520, 56, 330, 2.977, 789.0
 
     def place(intensity: float, speed: float) -> tuple[float, float]:
         x = left + (right - left) * math.log(intensity / 0.3) / math.log(3000 / 0.3)

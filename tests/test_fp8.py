@@ -193,7 +193,7 @@ def test_evaluation_is_in_bf16():
 
 
 def slot(engine: Engine, name: str) -> int:
-    return engine._training.slots.at[name]  # type: ignore[attr-defined]
+    return engine.training.slots.at[name]
 
 
 def test_scales_come_from_what_was_seen():

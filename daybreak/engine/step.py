@@ -86,7 +86,7 @@ class Engine:
         self.comm = Collectives(self.arena.sharding, group)
         self.frame = LiveFrame(self.arena, self.table, spec.dtype, self.device, self.comm)
         formats = formats_of(spec, self.model)
-        self._training = in_formats(self.frame, formats, self.model)
+        self.training = in_formats(self.frame, formats, self.model)
         self._measuring = in_formats(self.frame, formats, self.model, current=True)
         self.state: State = self.frame.state
         name_inputs(self.state)
@@ -148,10 +148,10 @@ class Engine:
         self.comm.stale = False
 
     def _micro(self, first: bool, last: bool) -> Callable[[], None]:
-        return lambda: micro_step(self.model, self._training, self.state, first=first, last=last)
+        return lambda: micro_step(self.model, self.training, self.state, first=first, last=last)
 
     def _update(self) -> None:
-        update(self._training, self.state, self.spec, self.seed)
+        update(self.training, self.state, self.spec, self.seed)
 
     def _measure(self) -> None:
         """Before the first step of a run in fp8: find scales for it (engine/scales.py)."""

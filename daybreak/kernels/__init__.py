@@ -217,8 +217,9 @@ class Kernels:
     def each(self, make: Callable[[str, Callable[..., None]], Callable[..., None]]) -> Self:
         """The same, with make(name, operation) in place of every operation: for who notes or measures them."""
         kernels = copy(self)
-        for name in (*self.choices, "do"):
-            setattr(kernels, name, make(name, getattr(self, name)))
+        for name in (*OPS, "do"):
+            if name in vars(self) or name == "do":
+                setattr(kernels, name, make(name, getattr(self, name)))
         return kernels
 
     def in_formats(self, backends: Collection[str]) -> Self:

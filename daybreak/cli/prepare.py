@@ -122,7 +122,7 @@ def _say_rows(manifest: Manifest, data_dir: str, show: int) -> None:
     click.echo(
         f"{folder}: {manifest.train.documents:,} training and {manifest.val.documents:,} validation examples in rows "
         f"of {manifest.rows} tokens ({manifest.tokenizer})\n"
-        f"Next: daybreak finetune MODEL --data {manifest.name} --batch.T {manifest.rows}{place}"
+        f"Next: daybreak finetune MODEL --data {manifest.name}{place}"
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from daybreak.config import LENGTH, Config, run_of
+from daybreak.data.mixing import packed_rows
 from daybreak.errors import ConfigError
 from daybreak.interop import open_source
 from daybreak.parallel import launched
@@ -26,7 +27,7 @@ BY_METHOD: Mapping[str, Mapping[str, Any]] = {"lora": {"optim.lr": 2e-4, "lora.r
 def finetune_config(model: str, method: str, given: Mapping[str, Any]) -> Config:
     """The checked configuration of a run that starts from `model`: a run, or what interop.open_source knows.
 
-    given: dotted keys with values, data.name among them. Raises ConfigError, CheckpointError.
+    given: dotted keys with values, data.name among them. Raises ConfigError, CheckpointError, DataError.
     """
     if "data.name" not in given and "data.train" not in given:
         raise ConfigError("finetune needs --data NAME, a data set that was prepared with the model's tokenizer.")
@@ -46,7 +47,7 @@ def finetune_config(model: str, method: str, given: Mapping[str, Any]) -> Config
         made |= dict.fromkeys(LENGTH, 0)
     config = Config(model=shape).override({**made, **given})
     batch, one = config.batch, config.batch.B * int(launched(os.environ)["WORLD_SIZE"])
-    T = batch.T or min(shape.max_T, LONGEST)
+    T = batch.T or packed_rows(config.data) or min(shape.max_T, LONGEST)
     total = batch.total_tokens or T * one * max(1, SAMPLES // one)
     config = config.override({"batch.T": T, "batch.total_tokens": total})
     if method == "lora" and not config.lora.rank:

@@ -54,6 +54,7 @@ from daybreak.state.throughput import Throughput
 from daybreak.training.display import Display, make_display, say, working
 from daybreak.training.origin import check_rate, finished_at, fork_of, say_origin, weights_of
 from daybreak.training.profile import Profiler
+from daybreak.training.samples import sample_prompts
 from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
 from daybreak.training.sinks import Sinks
@@ -360,11 +361,14 @@ class Trainer:
         e = self.config.eval
         how = Sampling(e.sample_tokens, e.temperature, e.top_k, seed=SAMPLE_SEED)
         check = self.stop.check if self.group.world == 1 else lambda: None
-        with self.display.working("generating a sample", e.sample_tokens, check) as task:
-            pieces = sample_text(self.engine, self.setup.tokenizer, e.prompt, how, task)
-            if self.group.world > 1:  # only rank 0 samples: at a stop it keeps the text so far
-                pieces = takewhile(lambda _: not self.stop.reason, pieces)
-            text = e.prompt + "".join(pieces)
+        prompts, texts = sample_prompts(self.setup), []
+        with self.display.working("generating a sample", e.sample_tokens * len(prompts), check) as task:
+            for shown, prompt in prompts:
+                pieces = sample_text(self.engine, self.setup.tokenizer, prompt, how, task)
+                if self.group.world > 1:  # only rank 0 samples: at a stop it keeps the text so far
+                    pieces = takewhile(lambda _: not self.stop.reason, pieces)
+                texts.append(shown + "".join(pieces))
+        text = "\n\n".join(texts)
         self.run_folder.append_sample(self.step, text)
         self.metrics.write("sample", self.step, self.tokens, text=text)
         if self.step < self.config.run.steps:  # the summary shows the last sample

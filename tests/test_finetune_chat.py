@@ -1,0 +1,118 @@
+"""Finetuning on chats: from messages to answers, whose losses equal PEFT's for each conversation alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recovery
+import torch
+from chats import CHATML, conversation, make_model, write_lines
+from interop_runs import inside
+
+from daybreak.state.run import Run
+from daybreak.training.samples import HELD_OUT
+
+torch.set_num_threads(1)
+SHORT = ["--run.device", "cpu", "--batch.B", "2", "--batch.total_tokens", "256", "--steps", "6",
+         "--eval.tokens", "4096",
+         "--optim.lr", "5e-3", "--eval.sample_every", "3", "--eval.sample_tokens", "4", "--lora.rank", "4",
+         "--quiet"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with a chat template, 60 conversations in rows of 128 tokens, and a run with adapters."""
+    transformers = pytest.importorskip("transformers", reason="the test extra installs transformers")
+    home = tmp_path_factory.mktemp("chats")
+    make_model(home / "model", CHATML)
+    V = len(json.loads((home / "model/tokenizer.json").read_text())["model"]["vocab"]) + 40
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1}  # fmt: skip
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=V, **sizes))
+    model.save_pretrained(home / "model")
+    write_lines(home / "talk.jsonl", [{"messages": conversation(i, turns=1)} for i in range(60)])
+    inside(
+        home,
+        "prepare",
+        "talk.jsonl",
+        "--tokenizer",
+        "model/tokenizer.json",
+        "--row-tokens",
+        "128",
+        "--val-fraction",
+        "0.2",
+    )
+    inside(home, "finetune", "model", "--data", "talk", *SHORT, "--name", "a")
+    return home
+
+
+def test_rows_and_template_come_with_the_data(home: Path) -> None:
+    run = Run(home / "runs/a")
+    assert run.config.data.packed
+    assert run.config.T == 128  # of the rows, not the model's 256
+    assert (home / "runs/a/chat_template.jinja").read_text() == CHATML
+    losses = [record["loss"] for record in run.metrics("step")]
+    assert losses[-1] < losses[0]
+
+
+def test_samples_answer_held_out_questions(home: Path) -> None:
+    """The same ones each time, up to where the answer begins."""
+    samples = Run(home / "runs/a").metrics("sample")
+    assert [sample["step"] for sample in samples] == [3, 6]
+    asked = [
+        [part.partition("<|im_start|>assistant\n")[0] for part in sample["text"].split("<s>")] for sample in samples
+    ]
+    assert asked[0] == asked[1]
+    said = samples[-1]["text"]
+    assert said.count("<|im_start|>assistant\n") == HELD_OUT
+    questions = [conversation(i, turns=1)[0]["content"] for i in range(60)]
+    assert sum(f"<|im_start|>user\n{question}<|im_end|>" in said for question in questions) == HELD_OUT
+    inside(home, "finetune", "model", "--data", "talk", *SHORT, "--name", "asked", "--eval.prompt", "What of λ?")
+    (text,) = {s["text"].partition("assistant\n")[0] for s in Run(home / "runs/asked").metrics("sample")}
+    assert "<|im_start|>user\nWhat of λ?<|im_end|>\n<|im_start|>" in text
+
+
+def test_the_loss_is_that_of_each_conversation_alone(home: Path) -> None:
+    """Held-out ones before the first step, by transformers, with its own rendering and our masks of the answers."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(home / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "model")
+    run = Run(home / "runs/a")
+    from daybreak.data.dataset import open_dataset
+    from daybreak.data.packing import read_examples
+
+    (folder,) = (home / "data").glob("talk*")
+    held_out = read_examples(open_dataset(str(folder)).val, 100)
+    assert len(held_out) >= 5
+    known = set()
+    for i in range(60):
+        chat = conversation(i, turns=1)
+        known.add(tuple(tokenizer.apply_chat_template(chat, return_dict=False)))
+    total, count = 0.0, 0
+    for example in held_out:
+        ids = [int(x) for part, _ in example for x in part]
+        assert tuple(ids) in known
+        targets = [int(x) if learned else -100 for part, learned in example for x in part]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(targets[1:]), reduction="sum"))
+        count += sum(target >= 0 for target in targets)
+    assert run.metrics("val")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_killed_run_resumes_bit_for_bit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kill -9 amid the steps of a run with adapters on packed rows."""
+    monkeypatch.chdir(home)
+    args: list[Any] = ["model", "--data", "talk", *SHORT, "--steps", "60", "--checkpoint.every", "7"]
+    inside(home, "finetune", *[str(x) for x in args], "--name", "whole")
+    process = recovery.spawn([*args, "--name", "killed"], verb="finetune")
+    recovery.wait_for(home / "runs/killed", process, 23)
+    process.kill()
+    process.wait()
+    inside(home, "train", "runs/killed", "--quiet")
+    recovery.assert_same(Run(home / "runs/whole"), Run(home / "runs/killed"))

@@ -160,6 +160,9 @@ class PrecisionConfig:
         "h.*",
         "for compute = fp8: patterns of weights whose matmuls are in fp8, with commas between",
     )
+    fp8_until: float = key(
+        1.0, "for compute = fp8: part of the steps that are in fp8; the last ones are in bf16", FRACTION
+    )
     tf32: bool = key(True, "fp32 matmuls may use TF32 on CUDA")
     masters: str = key(
         "auto",

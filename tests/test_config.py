@@ -53,6 +53,7 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "schedule.wsd_frac": (0.8, "1", 1.0, (1.1, -0.1)),
     "precision.compute": ("auto", "fp64", "fp64", ("fp16",)),
     "precision.fp8": ("h.*", "h.3.*", "h.3.*", ()),
+    "precision.fp8_until": (1.0, "0.9", 0.9, (1.5, -0.1)),
     "precision.tf32": (True, "false", False, ()),
     "precision.masters": ("auto", "none", "none", ("bf16",)),
     "kernels.matmul": ("auto", "torch", "torch", ("cutlass",)),

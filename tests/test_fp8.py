@@ -281,6 +281,23 @@ def test_a_run_resumes_with_equal_bits(tmp_path: Path):
     assert all(torch.equal(x, ends[1][name]) for name, x in ends[0].items())
 
 
+def test_the_last_steps_are_in_bf16():
+    """From step 2 on, with the bits of an engine in bf16 that continues from there; all in memory that was planned."""
+    engine, bf16 = engine_of(fp8_steps=2, recompute=1), engine_of(compute="bf16", recompute=1)
+    engine.frame.buffers["activations"].fill_(0xFF)
+    for step in range(4):
+        if step == 2:
+            assert engine.state[HISTORY].count_nonzero(1).bool().sum() == 2
+            for name in ("weights", "masters", "m", "v", "windows", "counts"):
+                bf16.state[name].copy_(engine.state[name])
+        engine.train_step(*chain(step), lr=1e-2, step=step)
+        if step >= 2:
+            bf16.train_step(*chain(step), lr=1e-2, step=step)
+            assert torch.equal(engine.state["weights"], bf16.state["weights"])
+    assert engine.state[HISTORY].count_nonzero(1).bool().sum() == 2
+    assert {"h.0.d_fc", "h.0.d_fc.value"} <= {e.name for e in engine.arena.entries}
+
+
 # --- ranks
 
 
@@ -370,3 +387,6 @@ def test_the_configuration():
 
     spec = engine_spec(config, torch.device("cpu"))
     assert (spec.compute, spec.fp8, spec.dtype) == ("fp8", ("h.[1-9]*", "h.0.qkvw"), torch.bfloat16)
+    assert spec.fp8_steps is None
+    part = config.override({"run.steps": 50, "precision.fp8_until": 0.9})
+    assert engine_spec(part, torch.device("cpu")).fp8_steps == 45

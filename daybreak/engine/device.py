@@ -60,6 +60,12 @@ def check_fp8(capability: tuple[int, int], gpu: str) -> None:
         raise ConfigError(f"precision.compute = fp8 needs {needs}; use bf16 on {gpu}.")
 
 
+def fp8_steps(config: Config) -> int | None:
+    """The number of steps in fp8, after which a run continues in bf16; None if it never does."""
+    p = config.precision
+    return round(p.fp8_until * config.run.steps) if p.compute == "fp8" and p.fp8_until < 1 else None
+
+
 def engine_spec(
     config: Config, device: torch.device, missing: Collection[str] | None = None, **changes: Any
 ) -> EngineSpec:
@@ -67,10 +73,10 @@ def engine_spec(
     kernels = {key.name: getattr(config.kernels, key.name) for key in fields(config.kernels)}
     spec = EngineSpec(
         config.model, B=config.batch.B, T=config.T, compute=pick_compute(config.precision.compute, device),
-        fp8=tuple(config.precision.fp8.split(",")), recompute=config.batch.recompute, masters=config.precision.masters,
-        zero=config.parallel.zero, bucket_bytes=config.parallel.bucket_bytes, optim=config.optim, lora=config.lora,
-        guard=config.guard, kernels=kernels, documents=config.data.packed, device_type=device.type,
-        missing=missing_on(device) if missing is None else missing,
+        fp8=tuple(config.precision.fp8.split(",")), fp8_steps=fp8_steps(config), masters=config.precision.masters,
+        recompute=config.batch.recompute, zero=config.parallel.zero, bucket_bytes=config.parallel.bucket_bytes,
+        optim=config.optim, lora=config.lora, guard=config.guard, kernels=kernels, documents=config.data.packed,
+        device_type=device.type, missing=missing_on(device) if missing is None else missing,
     )  # fmt: skip
     return replace(spec, **changes)
 

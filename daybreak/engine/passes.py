@@ -5,7 +5,7 @@ An engine runs these functions, and `plan_engine` records the same ones to find 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from daybreak.engine.spec import DTYPES, EngineSpec
 from daybreak.errors import ConfigError
 from daybreak.kernels import acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
+from daybreak.kernels.operand import Format
 from daybreak.models.frame import Documents
 from daybreak.models.registry import Model, build_model
 from daybreak.optimizers import Part
@@ -164,12 +165,12 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     sharding = Sharding(table, final_moments(model, table), group, spec.zero, limit)
     formats = formats_of(spec, model)
 
-    def more(f: Any, first: bool = False) -> None:
-        micro_step(model, in_formats(f, formats, model), f.state, first=first)
+    def more(of: Mapping[str, Format], f: Any, first: bool = False) -> None:
+        micro_step(model, in_formats(f, of, model), f.state, first=first)
 
-    def training(f: Any) -> None:
-        more(f, first=True)
-        update(in_formats(f, formats, model), f.state, spec, 0)
+    def training(of: Mapping[str, Format], f: Any) -> None:
+        more(of, f, first=True)
+        update(in_formats(f, of, model), f.state, spec, 0)
 
     def prefill(b: int, f: Any) -> None:
         t = min(T, B * T // b)
@@ -180,7 +181,8 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
 
     passes: list[Callable[[Any], None]] = [lambda f: evaluate(model, f, f.state, B, T)]
     if spec.train:
-        passes = [training, more, *passes]
+        kinds = (formats,) if spec.fp8_steps is None else (formats, {})
+        passes = [*(partial(run, of) for of in kinds for run in (training, more)), *passes]
     assert spec.rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
     # A model may decode few rows by other calls. Many short sequences may need more scratch than one long one.
     passes += [partial(decoding, b) for b in sorted({1, min(2, spec.rows), spec.rows})]

@@ -22,7 +22,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, 
 class EngineSpec:
     """B sequences of T tokens are one micro-step of the model `cfg`.
 
-    compute: fp32, bf16, fp64, or fp8, which is bf16 but for training's matmuls whose weights fit a pattern of `fp8`.
+    compute: fp32, bf16, fp64, or fp8, which is bf16 but for training's matmuls whose weights fit a pattern of `fp8`,
+    in the first `fp8_steps` steps (None: in all).
     recompute: see models. train: False allocates only memory for evaluation and sampling.
     masters: how master weights of bf16 are kept (precision.masters). rows: sequences that can be generated at a time.
     zero, bucket_bytes: see collectives. kernels: group of operations -> backend, if not the best (kernels.choose).
@@ -56,6 +57,7 @@ class EngineSpec:
     kernels: Mapping[str, str] = field(default_factory=dict)
     formats: Mapping[str, Format] = field(default_factory=dict)
     fp8: tuple[str, ...] = ("h.*",)
+    fp8_steps: int | None = None
     device_type: str = "cpu"
     missing: Collection[str] = ()
 

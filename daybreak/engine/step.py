@@ -106,6 +106,7 @@ class Engine:
         self._decoding: Graphs | Tapes = Graphs(True) if graphed else Tapes(self.frame)
         self._last: Pending | None = None
         self._measured = False  # whether late scales have a history
+        self._plain = False  # whether the step under way is one of the last, which a run in fp8 makes in bf16
         if spec.train:  # before anything else asks for kernels, since the order may decide which are built
             self.prepare()
         if init:
@@ -135,6 +136,12 @@ class Engine:
             return
         self.state["tokens"].zero_()
         self.state["targets"].fill_(-1)
+        for plain in (False, True) if self.spec.fp8_steps is not None else (False,):
+            self._plain = plain
+            self._prepare()
+        self.comm.stale = self._plain = False
+
+    def _prepare(self) -> None:
         kinds = [(first, last) for last in ((True, False) if self.comm.active else (True,)) for first in (False, True)]
         for kind in kinds:
             self.comm.stale = bool(self.comm.sharding.zero)  # so that the first's graph fetches weights
@@ -143,19 +150,23 @@ class Engine:
         self._update()
         for kind in kinds:
             self.comm.stale = bool(self.comm.sharding.zero)
-            self.graphs.capture(kind, self._micro(*kind))
-        self.graphs.capture("update", self._update)
-        self.comm.stale = False
+            self.graphs.capture((*kind, self._plain), self._micro(*kind))
+        self.graphs.capture(("update", self._plain), self._update)
+
+    @property
+    def _frame(self) -> LiveFrame:
+        """The frame of the step under way."""
+        return self.frame if self._plain else self.training
 
     def _micro(self, first: bool, last: bool) -> Callable[[], None]:
-        return lambda: micro_step(self.model, self.training, self.state, first=first, last=last)
+        return lambda: micro_step(self.model, self._frame, self.state, first=first, last=last)
 
     def _update(self) -> None:
-        update(self.training, self.state, self.spec, self.seed)
+        update(self._frame, self.state, self.spec, self.seed)
 
     def _measure(self) -> None:
         """Before the first step of a run in fp8: find scales for it (engine/scales.py)."""
-        if self._measured or HISTORY not in self.state:
+        if self._measured or self._plain or HISTORY not in self.state:
             return
         if not self.state[HISTORY].any():
             micro_step(self.model, self._measuring, self.state, first=True, last=False)
@@ -216,6 +227,7 @@ class Engine:
 
     def begin_step(self, *, lr: float, step: int, valid: int) -> None:
         """Set a step's device scalars: learning rate, number of the update, and number of valid targets in the step."""
+        self._plain = self.spec.fp8_steps is not None and step >= self.spec.fp8_steps
         slot, t = self._hyper.take(), step + 1
         for (optimizer, scale), part in self.table.hyper.items():
             for i, value in enumerate((lr * scale, t, 1.0 / max(valid, 1), *optimizer.scalars(t)), part.start):
@@ -240,7 +252,7 @@ class Engine:
         if first:
             self._measure()
         kind = first, last or not self.comm.active
-        self.graphs.run(kind, self._micro(*kind))
+        self.graphs.run((*kind, self._plain), self._micro(*kind))
         self.comm.stale = self.comm.stale and not first
 
     @staticmethod
@@ -254,7 +266,7 @@ class Engine:
 
     def update(self) -> Pending:
         """Apply the accumulated gradient, unless the guard says no. Returns the step's stats, to be read later."""
-        self.graphs.run("update", self._update)
+        self.graphs.run(("update", self._plain), self._update)
         self.comm.stale = bool(self.comm.sharding.zero)
         self._last = self._stats.download(self.state["stats"])
         return self._last

@@ -12,7 +12,8 @@
 
 A template says by `{% generation %}` what an assistant wrote. Of others, the text of a conversation up to an answer and
 the template's beginning of an answer must be the start of the text that includes it. What is between the two is
-learned, without spaces behind it.
+learned, without spaces behind it. Some templates write earlier answers otherwise than the last, as Qwen 3 does without
+their thoughts. There the answers are marked in the messages, and learned with the special token behind them.
 
 Templates come from strangers. They run in jinja2's sandbox, as transformers runs them: text and masks are equal. But
 the date is always 26 July 2024, so that the same files give the same tokens on every day.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -206,29 +207,54 @@ class Template:
         """The text of a conversation, and the beginning of the assistant's answer. ValueError."""
         return _unmarked(self._rendered(messages, tools, True))[0]
 
-    def text(self, chat: Chat) -> tuple[str, list[Span]]:
-        """The text of a conversation, and the characters of it that are learned. ValueError with the reason."""
+    def text(self, chat: Chat, special: Collection[str] = ()) -> tuple[str, list[Span]]:
+        """The text of a conversation, and the characters of it that are learned. special: the special tokens.
+        ValueError with the reason."""
         messages, tools = chat.messages, chat.tools
         if any(mark in json.dumps(messages, ensure_ascii=False) for mark in ("\\u0002", "\\u0003")):
             raise ValueError("has one of the characters U+0002 and U+0003, which mark what is learned")
         text, spans = _unmarked(self._rendered(messages, tools, False))
         own = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not self.marks:
-            spans = [self._answer(chat, text, i) for i in own]
+            spans = self._by_prompts(chat, text, own) or self._by_contents(chat, text, own, special)
+            if len(spans) < len(own):
+                why = f"is written otherwise by {self.where} when a message follows, so its answers cannot be found"
+                raise ValueError(why + "; mark answers there with {% generation %} and {% endgeneration %}")
         if any("weight" in messages[i] for i in own):
             if len(spans) != len(own):
                 raise ValueError(f"has weights, and {len(spans)} texts for {len(own)} messages of the assistant")
             spans = [span for i, span in zip(own, spans, strict=True) if messages[i].get("weight", 1)]
         return text, spans
 
-    def _answer(self, chat: Chat, text: str, i: int) -> Span:
-        """Where the answer that is message i lies in the text: behind the prompt that it answers."""
-        prompt = self._rendered(chat.messages[:i], chat.tools, True)
-        upto = self._rendered(chat.messages[: i + 1], chat.tools, False)
-        if not (upto.startswith(prompt) and text.startswith(upto)):
-            why = f"is written otherwise by {self.where} when a message follows, so its answers cannot be found"
-            raise ValueError(why + "; mark answers there with {% generation %} and {% endgeneration %}")
-        return len(prompt), max(len(prompt), len(upto.rstrip()))
+    def _by_prompts(self, chat: Chat, text: str, own: Sequence[int]) -> list[Span]:
+        """Where the answers lie that are messages `own`: each behind its prompt. [] if one text does not continue the
+        other."""
+        spans = list[Span]()
+        for i in own:
+            prompt = self._rendered(chat.messages[:i], chat.tools, True)
+            upto = self._rendered(chat.messages[: i + 1], chat.tools, False)
+            if not (upto.startswith(prompt) and text.startswith(upto)):
+                return []
+            spans.append((len(prompt), max(len(prompt), len(upto.rstrip()))))
+        return spans
+
+    def _by_contents(self, chat: Chat, text: str, own: Sequence[int], special: Collection[str]) -> list[Span]:
+        """The same for templates that write earlier answers otherwise: each with the special token behind it. [] if the
+        text is another with marks in it, or has thoughts."""
+        messages = list(chat.messages)
+        for i in own:
+            content = messages[i].get("content")
+            if not isinstance(content, str) or REASONING[0] in messages[i]:
+                return []
+            whole = re.fullmatch(r"(\s*)(.*?)(\s*)", content, re.S)
+            before, core, after = whole.groups() if whole else ("", "", "")
+            messages[i] = {**messages[i], "content": f"{before}{OPEN}{core}{CLOSE}{after}"}
+        found, spans = _unmarked(self._rendered(messages, chat.tools, False))
+        end = re.compile(rf"\s*(?:{'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})")
+        ends = [end.match(text, stop) for _, stop in spans]
+        if found != text or len(spans) != len(own) or not special:
+            return []
+        return [(start, match.end()) for (start, _), match in zip(spans, ends, strict=True) if match]
 
 
 def _unmarked(rendered: str) -> tuple[str, list[Span]]:
@@ -251,6 +277,7 @@ class ChatEncoder:
         self.tokenizer, self.T, self.folder = tokenizer, T, folder
         self.template = Template.load(folder, tokenizer) if folder is not None else None
         self._lengths = tokenizer.lengths(tokenizer.V)
+        self._special = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.special]
 
     def __call__(self, record: Any) -> tuple[Example, bool]:
         """The example, and whether it was longer than T and is cut. ValueError with the reason, as a verb."""
@@ -273,14 +300,14 @@ class ChatEncoder:
             where = f"{self.folder} has no chat template" if self.folder else "the tokenizer has no chat template"
             fix = f"put the model's {TEMPLATE_FILE} beside its tokenizer.json and give that file as --tokenizer"
             raise ConfigError(f"{where}; {fix}.")
-        text, spans = self.template.text(chat)
+        text, spans = self.template.text(chat, self._special)
         ids, token_at = self.tokenizer.encode_special(text)
         learned = np.zeros(len(ids), bool)
         for start, stop in spans:
             if stop > start and (first := token_at(start)) is not None:
                 last = token_at(stop - 1)
                 learned[first : last + 1 if last else len(ids)] = True
-        return ids, learned
+        return np.array(ids, np.int64), learned
 
     def ends_turns(self, example: Example) -> bool:
         """Whether the last learned token is one of those that stand for no text, as an end of turn does."""

@@ -58,13 +58,14 @@ TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump
 # ---------------------------------------------------------------------------------------------------------- the cases
 
 
-def attention_case(kernel: Any, index: int, HS: int, table: dict[int, Any], limited: bool = False) -> Case:
-    """Contiguous T in whole blocks; limited: with documents, a window and shared keys."""
+def attention_case(kernel: Any, index: int, HS: int, table: dict[int, Any], group: int = 1, window: int = -1) -> Case:
+    """Contiguous T in whole blocks. group: heads that share keys. window: documents; and a window, unless it is 0."""
+    limited = window >= 0
     rows, step, warps, stages = table[max(64, HS)][index]
-    warps = 8 if limited and index == attention.KEYS else warps
+    warps = 8 if (limited or group > 1) and index == attention.KEYS else warps
     kind = "*fp32" if table is attention.FP32 else "*bf16"
     constants = {"HS": HS, "D": HS, "ROWS": rows, "STEP": step, "EVEN": True, "PRECISION": "ieee", "UPCAST": False}
-    constants |= {"GROUP": 4, "LO": True, "WINDOW": 512} if limited else {"GROUP": 1, "LO": False, "WINDOW": 0}
+    constants |= {"GROUP": group, "LO": limited, "WINDOW": max(window, 0)}
     tensors = ("out", "dq", "dk", "dv", "dout", "q", "k", "v")
     special = {"lse": "*fp32", "delta": "*fp32", "lo": "*i32", "scale": "fp32", "scale2": "fp32"}
     special |= dict.fromkeys(("NH", "NKV"), "i32?")
@@ -84,7 +85,8 @@ def attention_cases() -> list[Case]:
     # The first of each kernel must fit every card.
     tables = ((64, a.SMALL), (64, a.LARGE), (64, a.FP32), (128, a.LARGE), (128, a.FP32))
     cases = [attention_case(kernel, i, HS, table) for HS, table in tables for i, kernel in enumerate(kernels)]
-    return cases + [attention_case(k, i, HS, a.LARGE, True) for HS in (64, 128, 256) for i, k in enumerate(kernels)]
+    limits = [(64, 4, 512), (128, 4, 512), (256, 4, 512), (64, 1, 0), (64, 4, 0), (128, 4, 0)]  # packed rows: no window
+    return cases + [attention_case(k, i, HS, a.LARGE, *how) for HS, *how in limits for i, k in enumerate(kernels)]
 
 
 def bias_cases(dtype: str) -> list[Case]:

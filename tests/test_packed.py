@@ -106,6 +106,31 @@ def test_gradients_equal_those_of_the_documents_alone(name: str, recompute: int)
         assert (made.grad(parameter) - want).abs().max() <= 1e-11 * want.abs().max(), parameter
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_finetune.py runs it there")
+@pytest.mark.parametrize("name", MODELS)
+def test_triton_kernels_make_the_same_model(name: str) -> None:
+    """In Triton's interpreter, beside plain torch: losses, and gradients of the second of two micro-steps."""
+    pytest.importorskip("triton")
+    import interpreter  # noqa: F401
+
+    from daybreak.kernels import Kernels, all_ops
+
+    tokens, targets, positions, _ = packed()
+    results: list[dict[str, Tensor]] = []
+    for backend in ("torch", "triton"):
+        made, ops = engine(name, "fp32", B=1, documents=True, recompute=2), all_ops("cuda")
+        if backend == "triton":
+            scratch = torch.full((1 << 22,), 0xFF, dtype=torch.uint8)
+            picks = {n: "triton" if "triton" in ops[n].impls else "torch" for n in made.arena.choices}
+            made.frame.k = Kernels(scratch, picks)
+        made.forward_backward(tokens[:, None], targets[:, None], positions[:, None])
+        found = {n: made.grad(n).clone() for n in made.names()}
+        results.append(found | {"losses": made.eval_losses(tokens[:1], targets[:1], positions[:1]).clone()})
+    plain, fused = results
+    for key, want in plain.items():
+        assert ((fused[key] - want).norm() / want.norm()).item() <= 3e-6, key
+
+
 def test_frozen_embeddings_need_no_places_gradient() -> None:
     """Only the blocks train: the same gradients as with everything trainable."""
     tokens, targets, positions, _ = packed()

@@ -44,7 +44,11 @@ DATA = (
     "test_data_faults",
     "test_data_formats",
     "test_data_hub",
+    "test_chat",
     "test_data_mixing",
+    "test_packed",
+    "test_packing",
+    "test_prepare_chat",
     "test_eval_choice",
     "test_eval_harness",
 )

@@ -1,18 +1,28 @@
 """Finetuning on a CUDA device: adapters against the same engine in fp64 on the CPU, which equals PEFT's
-(test_finetune_peft.py); captured graphs, equal bits, and memory as it was planned. Skipped where there is no device."""
+(test_finetune_peft.py); captured graphs, equal bits, and memory as it was planned. Then packed rows, for which
+attention is Triton's. Skipped where there is no device."""
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
+import recovery
 import torch
+from llama_oracle import Decoder
+from test_gpu import decoder_values
+from test_packing import make_set
 from torch import Tensor
 
+import daybreak
 from daybreak.config_keys import LoraConfig, OptimConfig
 from daybreak.engine import Engine, EngineSpec
+from daybreak.kernels import CUDA_ORDER
 from daybreak.models.adapters import is_adapter
-from daybreak.shapes import Shape, model_config
+from daybreak.shapes import GPT2Config, LlamaConfig, Shape, model_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -90,3 +100,99 @@ def test_adapters_in_bf16(shape: Shape, recompute: int) -> None:
     logits = engine.prefill(0, [[1, 2, 3]]).clone()
     assert torch.allclose(logits[0], engine.logits(torch.tensor([[1, 2, 3]]))[0, -1].float(), atol=0.05, rtol=0.05)
     assert engine.decode([4], [3]).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------ packed rows
+
+ROW = 640  # several blocks of queries and keys
+SMALL = oracle.Shape(L=2, C=128, NH=2, max_T=ROW, V=1000)
+DECODERS = {
+    "llama": Decoder(L=2, C=256, NH=8, NKV=2, HS=64, F=384, max_T=ROW, V=1000),
+    "qwen": Decoder(L=2, C=128, NH=4, NKV=4, HS=128, F=200, max_T=ROW, V=1000, qk_norm=True, qkv_bias=True),
+    "gemma": Decoder(L=2, C=96, NH=4, NKV=1, HS=256, F=136, max_T=ROW, V=300, layers="wf", window=50, act="gelu",
+                     window_theta=100.0, qk_norm=True, post_norms=True, norm_plus_one=True, embed_scale=True),
+}  # fmt: skip
+MODELS = ["gpt2", *DECODERS]
+
+
+def packed(V: int, rows: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, targets and positions (1, rows, ROW): documents of 1 to 300 tokens, half of their targets not learned."""
+    rng, made = random.Random(seed), torch.Generator().manual_seed(seed)
+    tokens = torch.randint(V, (rows, ROW), generator=made)
+    targets, positions = tokens.roll(-1, 1), torch.zeros(rows, ROW, dtype=torch.int64)
+    for row in range(rows):
+        start = 0
+        while start < ROW:
+            n = min(rng.choice([1, rng.randint(2, 40), rng.randint(60, 300)]), ROW - start)
+            positions[row, start : start + n] = torch.arange(n)
+            targets[row, start + n - 1] = -1
+            targets[row, start : start + rng.randint(0, n)] = -1
+            start += n
+    return tokens[None], targets[None], positions[None]
+
+
+def vocabulary(name: str) -> int:
+    return SMALL.V if name == "gpt2" else DECODERS[name].V
+
+
+def packed_engine(name: str, device: str, **how: Any) -> Engine:
+    cfg: Any = GPT2Config(**SMALL._asdict()) if name == "gpt2" else LlamaConfig(**DECODERS[name]._asdict())
+    made = Engine(EngineSpec(cfg, B=2, T=ROW, documents=True, **how), device=device, init=False)
+    values = oracle.random_values(SMALL, 1) if name == "gpt2" else decoder_values(DECODERS[name])
+    made.load_params({key: x.bfloat16().double() for key, x in values.items()})
+    return made
+
+
+def results(made: Engine, given: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    """Gradients, and per-token losses, in fp64 on the host."""
+    made.forward_backward(*given)
+    found = {name: made.grad(name).double().cpu() for name in made.names()}
+    return found | {"losses": made.eval_losses(*(x[0] for x in given)).double().cpu().clone()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_rows_equal_fp64_on_a_cpu(name: str) -> None:
+    """fp32 to rounding. In bf16 a kind of parameter errs at most 1.5 times as much as with plain-torch kernels."""
+    given = packed(vocabulary(name))
+    want = results(packed_engine(name, "cpu", compute="fp64"), given)
+    found: dict[str, dict[str, float]] = {}
+    plain = dict.fromkeys(CUDA_ORDER, "torch")
+    for kind, compute, kernels in (("fp32", "fp32", {}), ("bf16", "bf16", {}), ("plain", "bf16", plain)):
+        made = packed_engine(name, "cuda", compute=compute, recompute=2, kernels=kernels)
+        assert kind == "plain" or made.arena.choices["attention_backward"] == "triton"
+        errors: dict[str, list[float]] = {}
+        for key, value in results(made, given).items():
+            error = (value - want[key]).norm() / want[key].norm()
+            errors.setdefault(key.rsplit(".", 1)[-1], []).append(error.item())
+        found[kind] = {key: max(values) for key, values in errors.items()}
+    assert max(found["fp32"].values()) < 2e-5
+    assert {k: (x, found["plain"][k]) for k, x in found["bf16"].items() if x > 1.5 * found["plain"][k]} == {}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_rows_train_with_the_same_bits_twice(name: str) -> None:
+    """Through graphs, with other documents in every step; and a graph computes what plain calls do."""
+    engines = [packed_engine(name, "cuda", compute="bf16") for _ in range(3)]
+    engines[2].graphs.clear()
+    for step in range(4):
+        for made in engines:
+            made.train_step(*packed(vocabulary(name), seed=step), lr=1e-3, step=step)
+    assert engines[0].stats()["loss"] < 20
+    for key in engines[0].names():
+        assert torch.equal(engines[0].param(key), engines[1].param(key)), key
+        assert torch.equal(engines[0].param(key), engines[2].param(key)), key
+
+
+def test_a_killed_run_on_packed_rows_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    """Real processes, one of them killed inside its second save."""
+    shards = make_set(tmp_path / "shards")
+    values = {"run__device": "cuda", "run__steps": 30, "model__C": 64, "precision__compute": "bf16"}
+    values |= {"batch__total_tokens": 64}
+    code, err = recovery.train([recovery.recipe(recovery.config(shards, tmp_path, "straight", **values), tmp_path)])
+    assert code == 0, err
+    killed = recovery.recipe(recovery.config(shards, tmp_path, "killed", **values), tmp_path)
+    code, _ = recovery.train([killed], {"do": "kill", "at": "after:daybreak.state.checkpoint:_write_manifest", "n": 2})
+    assert code == -9
+    code, err = recovery.train([tmp_path / "killed"])
+    assert code == 0, err
+    recovery.assert_same(daybreak.Run(tmp_path / "straight"), daybreak.Run(tmp_path / "killed"))

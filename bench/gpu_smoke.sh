@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does daybreak work on this GPU machine? Runs every verb, both command lines and every documented GPU example, small.
 #
-#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs decoder ranks fences; all by default, 2 to 8 minutes each
+#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs decoder fp8 ranks fences; all by default, 2 to 8 minutes each
 #
 # It needs no network and no data: it trains on the Python standard library. PYTHON names the interpreter (python3).
 # Each step prints one line, `ok NAME SECONDS` or `FAILED NAME` with the end of its output; each section ends with
@@ -133,6 +133,23 @@ section_decoder() { # Llama, Qwen, Mistral, SmolLM, Gemma: from scratch and impo
   step "serve" "daybreak serve runs/e --port 0 >serve-e.out 2>&1 & $checks client serve-e.out \$!"
 }
 
+section_fp8() { # the blocks' matmuls in fp8, evaluation and text in bf16
+  data
+  local fp8="$flags --precision.compute fp8 --batch.recompute 2 --steps 12 --checkpoint.every 4 --eval.every 6"
+  step "train in fp8" "daybreak train $shape $fp8 --name f8"
+  step "killed" "daybreak train $shape $fp8 --name k8 & $checks kill k8 6 \$!"
+  step "resume" "daybreak train runs/k8"
+  step "equal losses and weights after the kill" "$checks same f8 k8"
+  step "the last third in bf16" "daybreak train $shape $fp8 --name u8 --precision.fp8_until 0.67"
+  step "sample" "daybreak sample runs/f8 --prompt 'def main' --tokens 32"
+  step "eval" "daybreak eval runs/f8 --data text"
+  [ "$ranks" = 1 ] && return
+  for zero in 0 1 2; do
+    step "$ranks ranks, ZeRO $zero" "torchrun --standalone --nproc-per-node $ranks -m daybreak train $shape $fp8 \
+      --name z$zero --batch.total_tokens $((ranks * 32768)) --parallel.zero $zero"
+  done
+}
+
 section_ranks() {
   data
   local total=$((ranks * 32768))
@@ -156,5 +173,5 @@ echo "folder $work"
 echo "commit $(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo "${COMMIT:-unknown}"), $(date -u +%F)"
 [ "${SMOKE:-gpu}" = cpu ] || nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
 "$PYTHON" -c 'import torch; print("torch", torch.__version__)'
-for name in ${*:-machine post verbs decoder ranks fences}; do section "$name"; done
+for name in ${*:-machine post verbs decoder fp8 ranks fences}; do section "$name"; done
 exit $((failed > 0))

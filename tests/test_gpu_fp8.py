@@ -68,9 +68,13 @@ def run(name: str, *args: Any, **kwargs: Any) -> None:
     getattr(kernels, name)(*args, **kwargs)
 
 
-def near(found: Tensor, want: Tensor, sums: Tensor, K: int, *, slow: bool) -> None:
-    """Of bf16's rounding, and of an accumulator with 13 bits: four times within 128 terms, or for each 32 of K."""
-    adding = sums * (2.0**-12 if slow else (K / 32) * 2.0**-13)
+def near(found: Tensor, want: Tensor, sums: Tensor, K: int, *, slow: bool, positive: bool = False) -> None:
+    """Of bf16's rounding, and of an accumulator with 13 bits, which is cut and never rounded.
+
+    Each term loses up to 2^-13 of the sum so far: half of the whole sum, on average, if all terms are positive. Slow
+    accumulation begins anew every 128 terms. Losses of terms with random signs cancel, so far fewer bits are lost."""
+    few = 2.0**-12 if slow else (K / 32) * 2.0**-13
+    adding = sums * ((min(K, 128) if slow else K) / 2 * 2.0**-13 if positive else few)
     error = (found.double() - want).abs()
     assert (error <= 2.0**-8 * want.abs() + adding + 1e-30).all(), (error / (2.0**-8 * want.abs() + adding)).max()
 
@@ -87,7 +91,7 @@ def test_forward(n, I, O, power, positive):
         out = torch.full((n, O), torch.nan, dtype=BF16, device="cuda")
         run("matmul_forward", out, x, w, bias, more)
         want = product + (0 if bias is None else bias.double()) + (0 if more is None else more.double())
-        near(out, want, sums, I, slow=False)
+        near(out, want, sums, I, slow=False, positive=positive)
 
 
 @pytest.mark.parametrize("positive", [False, True], ids=["normal", "all positive"])
@@ -98,14 +102,14 @@ def test_backward(n, I, O, format, positive):
     x, w = made(draw(n, I, seed=1, positive=positive), E4M3), made(0.02 * draw(O, I, seed=2), E4M3, 0.5)
     dx = torch.full((n, I), torch.nan, dtype=BF16, device="cuda")
     run("matmul_backward_input", dx, dout, w)
-    near(dx, exact(dout) @ exact(w), exact(dout).abs() @ exact(w).abs(), O, slow=False)
+    near(dx, exact(dout) @ exact(w), exact(dout).abs() @ exact(w).abs(), O, slow=False, positive=positive)
     dw = torch.full((O, I), torch.nan, dtype=BF16, device="cuda")
     product, sums = exact(dout).t() @ exact(x), exact(dout).abs().t() @ exact(x).abs()
     run("matmul_backward_weight", dw, dout, x, accumulate=False)
-    near(dw, product, sums, n, slow=True)
+    near(dw, product, sums, n, slow=True, positive=positive)
     before = dw.clone()
     run("matmul_backward_weight", dw, dout, x, accumulate=True)  # in place, rounded once
-    near(dw, product + before.double(), sums, n, slow=True)
+    near(dw, product + before.double(), sums, n, slow=True, positive=positive)
 
 
 def test_scales_are_read_when_a_graph_is_replayed():
@@ -194,7 +198,7 @@ def test_beside_the_cpu_and_bf16():
             engine.train_step(*batch(step), lr=1e-3, step=step)
         losses = [engine.stats()["loss"] for engine in engines]
         assert losses == pytest.approx([losses[2]] * 3, abs=0.02), step
-    gpu, cpu = (e.state[SCALE].cpu().log2() for e in engines[:2])
+    gpu, cpu = (e.state[SCALE][:, 0].cpu().log2() for e in engines[:2])
     assert ((gpu - cpu).abs() <= 1).all()
     assert torch.allclose(engines[0].state[HISTORY][1].cpu(), engines[1].state[HISTORY][1], rtol=0.1, atol=1e-6)
 

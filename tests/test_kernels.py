@@ -9,13 +9,22 @@ import pytest
 import torch
 from kernel_harness import DEVICE, draw, each_backend, run
 
-from daybreak.kernels import all_ops
+from daybreak.kernels import all_ops, choose
 
 
 def test_every_operation_is_tested():
     """`quantise` is each number format's own: see test_formats.py and test_kernel_fp8.py."""
     tests = "".join(p.read_text() for p in Path(__file__).parent.glob("test_kernel_*.py"))
     assert set(re.findall(r'run\(\s*"(\w+)"', tests)) == {name for name, op in all_ops().items() if op.impls}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_operation_has_a_backend_on_every_device(dtype):
+    """LoRA's had none on CUDA once, so no GPU could finetune with it."""
+    for device_type in ("cpu", "cuda"):
+        assert choose(device_type, dtype).keys() == {
+            name for name, op in all_ops(device_type).items() if "torch" in op.impls
+        }
 
 
 UNWANTED = [

@@ -90,7 +90,7 @@ class FormatFrame(StepFrame):
     def _slot(self, name: str) -> dict[str, Any]:
         i = self.slots.at[name]
         current = name in self.weight_operands or (self.current and i >= self.slots.late)
-        return {"scale": self.state[scales.SCALE][i], "amax": self.state[scales.AMAX][i], "current": current}
+        return {"scale": self.state[scales.SCALE][i, 0], "amax": self.state[scales.AMAX][i], "current": current}
 
 
 def in_formats(f: F, formats: Mapping[str, Format], model: Model, *, current: bool = False) -> F:

@@ -37,6 +37,7 @@ from daybreak.kernels.fp8 import power_of_two
 from daybreak.kernels.operand import Format
 
 WINDOW = 16  # steps
+APART = 4  # numbers from one scale to the next: cuBLASLt refuses addresses that are no multiples of 16 bytes
 # Room above the largest magnitude of these steps, before a step saturates. e5m2 has exponents to spare.
 ROOM, GRADIENT_ROOM = 2.0, 8.0
 NAMES = SCALE, AMAX, HISTORY, SATURATED = "fp8.scale", "fp8.amax", "fp8.history", "fp8.saturated"
@@ -72,7 +73,7 @@ def scale_entries(slots: Slots) -> list[Entry]:
     if not n:
         return []
     return [
-        Entry(SCALE, "state", (n,), f32), Entry(AMAX, "state", (n,), f32),
+        Entry(SCALE, "state", (n, APART), f32), Entry(AMAX, "state", (n,), f32),
         Entry(HISTORY, "state", (WINDOW, n), f32, saved="once"),
         Entry(SATURATED, "state", (n,), torch.int64, saved="once"),
     ]  # fmt: skip
@@ -87,7 +88,7 @@ def _late(slots: Slots) -> list[tuple[slice, float, float, bool]]:
 def begin(f: StepFrame, slots: Slots, offset: float) -> None:
     """Choose a step's scales, but for those of weights. offset: what a norm adds to its weight."""
     s = f.state
-    scale, amax, history, hyper = s[SCALE], s[AMAX], s[HISTORY], s["hyper"]
+    scale, amax, history, hyper = s[SCALE][:, 0], s[AMAX], s[HISTORY], s["hyper"]
     f.k.do("scales", partial(_begin, slots, scale, amax, history, hyper), [scale, amax], [history, hyper])
     for name in slots.norms:
         w, b = f.w(name + "w"), f.w(name + "b") if name + "b" in f.table.rows else None
@@ -125,7 +126,7 @@ def _end(slots: Slots, s: Mapping[str, Tensor], count: bool) -> None:
     found = amax.clone()
     for part, largest, _, gradient in _late(slots):
         if count:
-            s[SATURATED][part].add_(amax[part] > largest * s[SCALE][part])
+            s[SATURATED][part].add_(amax[part] > largest * s[SCALE][part, 0])
         if gradient:
             found[part].div_(s["hyper"][2])
     row = torch.arange(WINDOW, device=amax.device)[:, None] == torch.remainder(t, WINDOW)

@@ -35,6 +35,7 @@ FILES = ("attention", "classifier", "embedding", "glu", "guard", "lora", "matmul
 CUDA_ORDER = {
     "matmul": ("quack", "cublaslt", "triton", "torch"),
     "attention": ("fa4", "cudnn", "triton", "torch"),
+    "lora": ("torch",),  # its matmuls are small
     **dict.fromkeys((name for name in FILES if name not in ("attention", "lora", "matmul")), ("triton", "torch")),
 }
 CUDA_FILES = (

@@ -12,7 +12,9 @@ from typing import Any
 import chats
 import numpy as np
 import pytest
+import torch
 
+import daybreak
 from daybreak.cli.main import main
 from daybreak.data.chat import ChatEncoder
 from daybreak.data.dataset import open_dataset
@@ -20,6 +22,8 @@ from daybreak.data.packing import open_marks, read_examples, row_tokens
 from daybreak.data.prepare import prepare
 from daybreak.data.shards import open_shard
 from daybreak.data.tokenizer import get_tokenizer
+from daybreak.engine import Engine
+from daybreak.engine.device import engine_spec
 from daybreak.errors import ConfigError, DataError
 
 pytest.importorskip("tokenizers")
@@ -218,7 +222,7 @@ def test_the_command_shows_what_is_learned(
     manifest = json.loads(Path("data/c/manifest.json").read_text())
     assert rest == (
         f"data/c: {manifest['train']['documents']} training and {manifest['val']['documents']} validation examples in "
-        f"rows of {ROWS} tokens ({manifest['tokenizer']})\nNext: daybreak finetune MODEL --data c --batch.T {ROWS}\n"
+        f"rows of {ROWS} tokens ({manifest['tokenizer']})\nNext: daybreak finetune MODEL --data c\n"
     )
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -244,6 +248,10 @@ def test_a_run_keeps_the_template_that_it_learned(model: str, capsys: pytest.Cap
     for name in ("chat_template.jinja", "tokenizer_config.json", "generation_config.json"):
         assert (Path("runs/r") / name).read_text() == (Path("model") / name).read_text()
     assert "packed = true" in Path("runs/r/config.toml").read_text()
+    run = daybreak.Run("runs/r")
+    planned, live = daybreak.plan(run.config), Engine(engine_spec(run.config, torch.device("cpu")))
+    assert planned.arena.sizes() == live.arena.sizes()  # `plan` has found the packed rows
+    assert daybreak.plan(run.config.override({"data.packed": False})).arena.sizes() == planned.arena.sizes()
     records_ = [json.loads(line) for line in Path("runs/r/metrics.jsonl").read_text().splitlines()]
     val = next(r for r in reversed(records_) if r["kind"] == "val")
     assert not [r for r in records_ if r.get("what") == "unigram_entropy"]

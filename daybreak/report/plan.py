@@ -16,7 +16,7 @@ from itertools import product
 import torch
 
 from daybreak.config import RECIPES, Config, recipe_names
-from daybreak.data.mixing import open_loaders
+from daybreak.data.mixing import open_loaders, packed_rows
 from daybreak.engine import DTYPES
 from daybreak.engine.arena import Arena
 from daybreak.engine.device import available_bytes, check_fp8, missing_on, pick_compute, pick_device
@@ -107,6 +107,8 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
     DataError if the run's length is in epochs of data that is not there.
     """
     config.check(ranks=gpus)
+    with suppress(DataError):  # data that is not here yet
+        config = config.override({"data.packed": packed_rows(config.data) > 0})
     if not config.run.steps or config.run.tokens or config.run.epochs:
         # Tokens count for themselves, epochs in the data; one epoch is the default, of data that may not be here yet.
         data = (config.data, config.T, config.run.seed, config.model.V)

@@ -47,9 +47,10 @@ def finetune_config(model: str, method: str, given: Mapping[str, Any]) -> Config
         made |= dict.fromkeys(LENGTH, 0)
     config = Config(model=shape).override({**made, **given})
     batch, one = config.batch, config.batch.B * int(launched(os.environ)["WORLD_SIZE"])
-    T = batch.T or packed_rows(config.data) or min(shape.max_T, LONGEST)
+    rows = packed_rows(config.data)
+    T = batch.T or rows or min(shape.max_T, LONGEST)
     total = batch.total_tokens or T * one * max(1, SAMPLES // one)
-    config = config.override({"batch.T": T, "batch.total_tokens": total})
+    config = config.override({"batch.T": T, "batch.total_tokens": total, "data.packed": rows > 0})
     if method == "lora" and not config.lora.rank:
         raise ConfigError("lora.rank = 0 gives no adapters; use a rank of at least 1, or --method full.")
     config.check()

@@ -126,13 +126,21 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and gradient clipping."""
+    """The optimizers and gradient clipping."""
 
+    name: str = key(
+        "adamw", "adamw, or muon: Muon for the blocks' matrices, AdamW for the rest", one_of("adamw", "muon")
+    )
     lr: float = key(6e-4, "peak learning rate", at_least(0))
     beta1: float = key(0.9, "AdamW decay of the first moment", BETA)
     beta2: float = key(0.95, "AdamW decay of the second moment", BETA)
     eps: float = key(1e-8, "AdamW denominator offset", POSITIVE)
     weight_decay: float = key(0.1, "decoupled weight decay, on matrices only", at_least(0))
+    muon_lr: float = key(0.02, "Muon's peak learning rate; it follows the schedule of optim.lr", at_least(0))
+    muon_momentum: float = key(0.95, "Muon's Nesterov momentum", BETA)
+    muon_warmup: int = key(300, "steps over which Muon's momentum rises from 0.85", at_least(0))
+    muon_beta2: float = key(0.95, "Muon's decay of the second moment", BETA)
+    muon_weight_decay: float = key(0.1, "Muon's decoupled weight decay, where the update agrees", at_least(0))
     clip: float = key(1.0, "largest global gradient norm; 0 = no clipping", at_least(0))
     horizon: int = key(0, "steps the learning-rate schedule spans; 0 = run.steps", at_least(0), fixed=False)
 

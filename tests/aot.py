@@ -40,6 +40,7 @@ from daybreak.kernels.cuda import (
     gelu,
     glu,
     guard,
+    muon,
     norm,
     optimizer,
     rope,
@@ -263,6 +264,28 @@ def optimizer_cases() -> list[Case]:
     ]
 
 
+def muon_cases() -> list[Case]:
+    m, stats = muon, {"stats": "*fp64"}
+    found: list[Case] = []
+    for x, masters, layout in (("*bf16", "*i16", "split"), ("*bf16", "*fp32", "masters"), ("*fp32", "*fp32", "plain")):
+        for c in (1536, 6144):
+            block = triton.next_power_of_2(c)
+            types = {"x": x, "momentum": "*fp32", "grads": x, "hyper": "*fp64", "c": "i32", "shrink": "fp32"}
+            constants = {"BLOCK": block}
+            found.append((m._momentum_kernel, {**types, **stats, "least": "fp32"}, constants, m._warps(block)))
+            found.append((m._row_sums_kernel, {"sums": "*fp32", "x": x, "c": "i32"}, constants, m._warps(block)))
+            types = {"second": "*fp32", "sums": "*fp32", "n": "i32"}
+            types |= dict.fromkeys(("small", "beta2", "rest2", "least", "least_second"), "fp32")
+            found.append((m._factors_kernel, {**types, **stats}, constants, m._warps(block)))
+        types = {"sums": "*fp32", "x": x, "r": "i32", "c": "i32"}
+        found.append((m._column_sums_kernel, types, {"ROWS": m.ROWS, "COLS": m.COLS}, 4))
+        types = {"weights": x, "masters": masters, "factors": "*fp32", "x": x, "hyper": "*fp64", "c": "i32"}
+        types |= {"shape": "fp32", "weight_decay": "fp32", "offset": "i32", "key": "i32?"}
+        constants = {"BY_ROW": layout != "masters", "LAYOUT": layout, "BLOCK": m.BLOCK}
+        found.append((m._update_kernel, {**types, **stats}, constants, 4))
+    return found
+
+
 def rope_cases(dtype: str) -> list[Case]:
     sizes = dict.fromkeys(("x_b", "x_t", "x_h", "half"), "i32") | dict.fromkeys(("T", "heads"), "i32?")
     types = {"x": dtype, "freq": "*fp32", "positions": "*i64", **sizes, "attention": "fp32"}
@@ -283,6 +306,7 @@ CASES: dict[str, list[Case]] = {
     "gelu": [*gelu_cases("*bf16"), *gelu_cases("*fp32")],
     "glu": [*glu_cases("*bf16"), *glu_cases("*fp32")],
     "guard": guard_cases(),
+    "muon": muon_cases(),
     "norm": [
         *(c for kind in ("*bf16", "*fp32") for C in (1600, 768, 4096) for c in norm_cases(C, kind)),
         *norm_cases(4096, "*bf16", rms=True),

@@ -34,7 +34,8 @@ from daybreak.shapes import GPT2Config
 Find = Callable[[Tensor], tuple[str, int]]  # a tensor -> the name of the buffer under it, and its first element there
 # Operations newer than the stored recordings: their backends are listed only where they are used.
 LATER = {"rmsnorm_forward", "rmsnorm_backward", "rope", "swiglu_forward", "swiglu_backward", "lora_forward",
-         "lora_backward", "lora_backward_input", "lora_backward_weight", "gelu_forward", "gelu_backward"}  # fmt: skip
+         "lora_backward", "lora_backward_input", "lora_backward_weight", "gelu_forward", "gelu_backward",
+         "matmul_batched", "muon_momentum", "muon_sums", "muon_update"}  # fmt: skip
 FLAT = ("weights", "grads")  # buffers in the parameter table's layout
 
 

@@ -7,6 +7,7 @@ the root of that, divided by its norm. Every matrix has a norm of its own, and s
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from dist_engine import SAMPLES, SHAPE, T, batch
 from snapshots import facts
 
+from daybreak.config_keys import OptimConfig
 from daybreak.engine import Engine, EngineSpec
 from daybreak.kernels.optimizer import exact, set_exact
 from daybreak.models.frame import Frame
@@ -43,9 +45,10 @@ class Normalized(Optimizer):
     def scalars(self, t: int) -> tuple[float, ...]:
         return (1.0 - self.beta**t,)
 
-    def update(self, f: Frame, part: Part) -> None:
-        kept = [x for x in (part.weights, part.masters, *part.state.values()) if x is not None]
-        f.k.do("normalized_update", partial(self._step, part), kept, [*kept, part.grads, part.stats, part.hyper])
+    def update(self, f: Frame, parts: Sequence[Part]) -> None:
+        for part in parts:
+            kept = [x for x in (part.weights, part.masters, *part.state.values()) if x is not None]
+            f.k.do("normalized_update", partial(self._step, part), kept, [*kept, part.grads, part.stats, part.hyper])
 
     def _step(self, part: Part) -> None:
         if part.stats[3] != 0:
@@ -67,6 +70,8 @@ GROUPS = (
     ParamGroup("h.*.[!l]*w", Normalized(BETA), SCALE, DECAY),  # the matrices of blocks: no layernorm
     ParamGroup("wpe", AdamW(0.9, 0.95, 1e-8), WPE_SCALE),
 )
+# Muon (optimizers/muon.py), whose momentum rises over the first steps.
+MUON = OptimConfig(name="muon", lr=LR, muon_lr=0.02, muon_warmup=4, muon_beta2=0.9, muon_weight_decay=0.2)
 
 
 def train(engine: Engine, group: Group, steps: range) -> list[float]:
@@ -81,17 +86,19 @@ def train(engine: Engine, group: Group, steps: range) -> list[float]:
 
 
 def build(group: Group, zero: int, **options: Any) -> Engine:
-    options = {"compute": "fp64", "bucket_bytes": 1 << 15, **options}
-    spec = EngineSpec(SHAPE, B=6 // group.world, T=T, zero=zero, groups=GROUPS, **options)
+    options = {"compute": "fp64", "bucket_bytes": 1 << 15, "groups": GROUPS, **options}
+    spec = EngineSpec(SHAPE, B=6 // group.world, T=T, zero=zero, **options)
     return Engine(spec, seed=3, group=group)
 
 
 def ranks_train(args: list[str]) -> int:
-    """STEPS steps at stages 1 and 2, from the start or from what other ranks have saved. args: OUT, the first step."""
+    """STEPS steps at stages 1 and 2, from the start or from what other ranks have saved. args: OUT, the first step,
+    and "muon" for Muon instead."""
     out, first = Path(args[0]), int(args[1])
+    options: dict[str, Any] = {"groups": (), "optim": MUON} if args[2:] == ["muon"] else {}
     group = connect(os.environ, 60)
     for zero in (1, 2):
-        engine = build(group, zero)
+        engine = build(group, zero, **options)
         if first:
             restore(engine, load_checkpoint(out / f"stage{zero}" / f"step-{first:08d}"))
         losses = train(engine, group, range(first, first + STEPS))

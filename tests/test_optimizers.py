@@ -127,7 +127,7 @@ def test_whole_matrices_lie_in_one_share_with_little_padding(world: int) -> None
         _, table, arena = plan_engine(spec, Group(rank, world))
         plan = arena.sharding
         matrices = [name for name in table.rows if name.startswith("h.") and table.rows[name].decay]
-        assert len(table.buckets) == (5 if world < 16 else 1)
+        assert len(table.buckets) == {2: 5, 3: 5, 8: 1, 16: 1}[world]
         for start, stop in table.buckets:
             assert (start, stop) in [(b.start, b.stop) for b in plan.buckets]
             share = (stop - start) // world
@@ -143,6 +143,6 @@ def test_whole_matrices_lie_in_one_share_with_little_padding(world: int) -> None
         assert state == {
             f"{key}.{name}": shape[:n] for name, shape in shapes.items() for key, n in (("momentum", 2), ("rows", 1))
         }
-        assert table.whole <= 9 / 8 * sum(table.rows[name].numel for name in matrices)
+        assert table.whole <= 10 / 9 * sum(table.rows[name].numel for name in matrices)
         flat = next(e for e in arena.entries if e.name == "m")
         assert flat.shape == ((plan.numel - table.whole) // world,)  # AdamW keeps nothing for the others

@@ -34,7 +34,7 @@ from daybreak.optimizers import SCALARS, Optimizer, ParamGroup
 from daybreak.optimizers.adamw import adamw_group
 
 ALIGN = 128  # elements: 256 bytes in bf16, more in wider dtypes
-MOST_PADDING = 1 / 8  # of a group's parameters, where whole ones are spread over ranks; else buckets grow
+MOST_PADDING = 1 / 10  # of a group's parameters, where whole ones are spread over ranks; else buckets grow
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ class ParamTable:
         self.spans: list[Span] = []
         self.buckets: list[tuple[int, int]] = []
         self.numel = 0
-        group_of = {r.name: next(g for g in groups if fnmatchcase(r.name, g.names)) for r in rows if r.trainable}
+        group_of = {
+            r.name: next(g for g in groups if fnmatchcase(r.name, g.names) and g.optimizer.takes(r))
+            for r in rows if r.trainable
+        }  # fmt: skip
         for group in sorted(dict.fromkeys(groups), key=lambda g: not g.optimizer.whole):
             for decay in (True, False):
                 chosen = [row for row in reversed(rows) if row.decay == decay and group_of.get(row.name) is group]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from daybreak.engine.arena import FROZEN, Arena, Entry, StepFrame, constant_entries, plan_arena
-from daybreak.engine.collectives import Collectives, Sharding
+from daybreak.engine.collectives import Collectives, Launch, Sharding
 from daybreak.engine.formats import formats_of, in_formats, weight_entries
 from daybreak.engine.moments import final_moments
 from daybreak.engine.params import ParamTable
@@ -26,6 +27,7 @@ from daybreak.models.frame import Documents
 from daybreak.models.registry import Model, build_model
 from daybreak.optimizers import Part
 from daybreak.optimizers.adamw import adamw_group
+from daybreak.optimizers.muon import muon_groups
 from daybreak.parallel import ALONE, Group
 
 State = dict[str, Tensor]
@@ -58,7 +60,7 @@ def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool 
 
 
 def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
-    """Gradient norm, the guard's decision, and the optimizers, one launch for each part that this rank updates.
+    """Gradient norm, the guard's decision, and the optimizers, group by group of what this rank updates.
 
     f is the frame that training uses."""
     c, grads = f.comm, s["shard" if f.comm.sharding.zero else "grads"]
@@ -71,20 +73,24 @@ def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
         s["stats"], s["windows"], s["counts"], s["loss"], s["norm"],
         clip=spec.optim.clip, max_loss_z=spec.guard.loss_z, max_norm_z=spec.guard.norm_z,
     )  # fmt: skip
-    table = c.sharding.table
-    for launch in c.sharding.launches():
-        group, n = launch.span.group, launch.stop - launch.start
-        held, at = slice(launch.at, launch.at + n), launch.at - c.sharding.whole
-        weights = s["weights"][launch.start : launch.stop]
-        plain = weights if weights.dtype == f.acc else None
-        whole = group.optimizer.whole
-        state = {key: s[f"{key}.{launch.name}"] if whole else s[key][at : at + n] for key in group.optimizer.state}
-        part = Part(
-            weights, s["masters"][held] if "masters" in s else plain, grads[held], state, s["stats"],
-            s["hyper"][table.hyper[group.optimizer, group.lr_scale]], group.weight_decay if launch.span.decay else 0.0,
-            seed, launch.start, table.rows.get(launch.name),
-        )  # fmt: skip
-        group.optimizer.update(f, part)
+    for group, launches in groupby(c.sharding.launches(), lambda launch: launch.span.group):
+        group.optimizer.update(f, [_part(f, s, launch, seed) for launch in launches])
+
+
+def _part(f: StepFrame, s: State, launch: Launch, seed: int) -> Part:
+    """What an optimizer is given of the elements of a launch."""
+    sharding = f.comm.sharding
+    group, n = launch.span.group, launch.stop - launch.start
+    held, at = slice(launch.at, launch.at + n), launch.at - sharding.whole
+    weights, grads = s["weights"][launch.start : launch.stop], s["shard" if sharding.zero else "grads"]
+    plain = weights if weights.dtype == f.acc else None
+    whole = group.optimizer.whole
+    state = {key: s[f"{key}.{launch.name}"] if whole else s[key][at : at + n] for key in group.optimizer.state}
+    return Part(
+        weights, s["masters"][held] if "masters" in s else plain, grads[held], state, s["stats"],
+        s["hyper"][sharding.table.hyper[group.optimizer, group.lr_scale]],
+        group.weight_decay if launch.span.decay else 0.0, seed, launch.start, sharding.table.rows.get(launch.name),
+    )  # fmt: skip
 
 
 def evaluate(model: Model, f: StepFrame, s: State, B: int, T: int) -> None:
@@ -158,7 +164,10 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
             f"model.NH = {cfg.NH} makes heads of {cfg.HS}, and CUDA's attention takes 256 at most; use more."
         )
     model = build_model(cfg, spec.recompute, spec.device_type)
-    limit, groups = spec.bucket_bytes // dtype.itemsize, (*spec.groups, adamw_group(spec.optim))
+    limit, groups = (
+        spec.bucket_bytes // dtype.itemsize,
+        (*spec.groups, *muon_groups(spec.optim), adamw_group(spec.optim)),
+    )
     rows, adapters = spec.parameters(model)
     table = ParamTable(rows, groups, group.world, limit, adapters)
     assert table.offsets, "no parameter is trainable"

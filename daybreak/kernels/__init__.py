@@ -30,7 +30,9 @@ Flops = Callable[[Mapping[str, Any]], int]
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 MAX_VIEWS = 64
 CHUNK = 1 << 17  # elements per chunk of a row-wise torch kernel: a few chunks stay in a core's L2 cache
-FILES = ("attention", "classifier", "embedding", "glu", "guard", "lora", "matmul", "norm", "optimizer", "rope")
+FILES = (
+    "attention", "classifier", "embedding", "glu", "guard", "lora", "matmul", "muon", "norm", "optimizer", "rope",
+)  # fmt: skip
 # Backends on CUDA, best first; every group ends with the plain-torch reference. The CPU has only that.
 CUDA_ORDER = {
     "matmul": ("quack", "cublaslt", "triton", "torch"),
@@ -40,9 +42,11 @@ CUDA_ORDER = {
 }
 CUDA_FILES = (
     *(name for name in FILES if name not in ("lora", "matmul")),
-    *("bias", "cublaslt", "cudnn", "decode", "fa4", "gelu", "quack", "fp8"),
+    *("batched", "bias", "cublaslt", "cudnn", "decode", "fa4", "gelu", "quack", "fp8"),
 )
-ON_HOST = ("adamw_update", "embedding_backward", "step_guard")  # their references read values on the host
+ON_HOST = (  # their references read values on the host
+    "adamw_update", "embedding_backward", "muon_momentum", "muon_update", "step_guard",
+)  # fmt: skip
 CUDA_DTYPES = (torch.bfloat16, torch.float32)
 
 

@@ -151,6 +151,19 @@ def matmul_backward_weight(dw: Tensor, dout: Tensor, x: Tensor, *, accumulate: b
         torch.mm(dout.t(), x, out=dw)
 
 
+@op("out", flops=lambda given: 2 * given["out"].numel() * given["a"].shape[2])
+def matmul_batched(
+    out: Tensor, a: Tensor, b: Tensor, add: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0
+) -> None:
+    """out (N, p, q) = alpha a (N, p, k) @ b (N, k, q) + beta add (N, p, q), which is not out itself.
+
+    a, b: contiguous, or the transposed view of a contiguous tensor."""
+    if add is None:
+        torch.baddbmm(out, a, b, beta=0.0, alpha=alpha, out=out)
+    else:
+        torch.baddbmm(add, a, b, beta=beta, alpha=alpha, out=out)
+
+
 def bias_temps(db: Tensor | None, dout: Tensor, **_: object) -> Temps:
     return [((dout.shape[1],), dout.dtype)]
 

@@ -57,26 +57,28 @@ def global_norm(norm: Tensor, grads: Tensor, *, scratch: Scratch) -> None:
     norm.copy_(partial.sum(dtype=torch.float64).sqrt())
 
 
-def adamw_temps(weights: Tensor, masters: Tensor | None, m: Tensor, *_: object, **__: object) -> Temps:
-    """The scaled gradient; then for rounding: bits, NaNs, p if it has no tensor of its own, random words twice."""
-    N = min(FLAT_CHUNK, m.numel())
-    rounded = N if weights.dtype != m.dtype else 0
+def layout_temps(weights: Tensor, masters: Tensor | None, acc: torch.dtype, N: int) -> Temps:
+    """For rounding N values: bits, NaNs, p if it has no tensor of its own, random words twice."""
+    rounded = N if weights.dtype != acc else 0
     joined = rounded if masters is None or masters.dtype == torch.int16 else 0
     words = rounded if masters is None else 0
-    return [
-        ((N,), m.dtype), ((rounded,), torch.int32), ((joined,), torch.bool), ((joined,), m.dtype),
-        ((words,), torch.int64), ((words,), torch.int64),
-    ]  # fmt: skip
+    bits = [((rounded,), torch.int32), ((joined,), torch.bool)]
+    return [*bits, ((joined,), acc), ((words,), torch.int64), ((words,), torch.int64)]
 
 
-def _read_too(given: Mapping[str, Any]) -> tuple[str, ...]:
+def adamw_temps(weights: Tensor, masters: Tensor | None, m: Tensor, *_: object, **__: object) -> Temps:
+    """The scaled gradient, then those for rounding."""
+    N = min(FLAT_CHUNK, m.numel())
+    return [((N,), m.dtype), *layout_temps(weights, masters, m.dtype, N)]
+
+
+def read_too(given: Mapping[str, Any]) -> tuple[str, ...]:
     """What an update reads before it writes it: the weights only where they are a part of the exact parameter."""
     masters = given.get("masters")
-    part = masters is None or masters.dtype == torch.int16
-    return ("weights", "masters", "m", "v") if part else ("masters", "m", "v")
+    return ("weights", "masters") if masters is None or masters.dtype == torch.int16 else ("masters",)
 
 
-@op("weights", "masters", "m", "v", temps=adamw_temps, adds=_read_too)
+@op("weights", "masters", "m", "v", temps=adamw_temps, adds=lambda given: (*read_too(given), "m", "v"))
 def adamw_update(
     weights: Tensor, masters: Tensor | None, m: Tensor, v: Tensor, grads: Tensor, stats: Tensor, hyper: Tensor,
     *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int, offset: int, scratch: Scratch,
@@ -90,36 +92,51 @@ def adamw_update(
     """
     if stats[3].item() != 0.0:
         return
-    wide, bits_, nan_, joined, words, spare = scratch(adamw_temps(weights, masters, m))
+    wide, *temps = scratch(adamw_temps(weights, masters, m))
     lr, t = hyper[0].item(), hyper[1:2].to(torch.float32)
-    key = stream_key(seed)
-    rounded = weights.dtype != m.dtype
-    split = masters is not None and masters.dtype == torch.int16
     for start in range(0, m.numel(), FLAT_CHUNK):
         part = slice(start, min(start + FLAT_CHUNK, m.numel()))
-        N = part.stop - start
-        g, bits, nan, w = wide[:N], bits_[:N], nan_[:N], weights[part]
-        if grads.dtype == g.dtype:
-            torch.mul(grads[part], stats[2], out=g)
-        else:  # widen first: a product in the narrow dtype would be rounded
-            g.copy_(grads[part]).mul_(stats[2])
-        if masters is None:
-            p = joined[:N].copy_(w) if rounded else w
-        else:
-            p = _join(joined[:N], w, masters[part], bits) if split else masters[part]
+        g = scaled(wide[: part.stop - start], grads[part], stats)
+        p = open_exact(weights, masters, part, temps)
         torch._fused_adamw_(
             [p], [g], [m[part]], [v[part]], [], [t], lr=lr, beta1=beta1, beta2=beta2, eps=eps,
             weight_decay=weight_decay, amsgrad=False, maximize=False,
         )  # fmt: skip
-        if rounded and masters is None:
-            _round_randomly(w, p, nan, words[:N], spare[:N], offset + start, key, int(hyper[1].item()))
-        elif rounded and split and masters is not None:
-            _round_away(w, masters[part], p, bits, nan)
-        elif rounded:  # the same for finite p, in one pass less: the lowest bit breaks a tie away from zero
-            torch.bitwise_or(p.view(torch.int32), 1, out=bits)
-            w.copy_(bits.view(torch.float32))
-        elif masters is not None and masters is not weights:
-            w.copy_(p)
+        close_exact(weights, masters, part, p, temps, offset, seed, hyper)
+
+
+def scaled(out: Tensor, grads: Tensor, stats: Tensor) -> Tensor:
+    """out = grads times the clip scale."""
+    if grads.dtype == out.dtype:
+        return torch.mul(grads, stats[2], out=out)
+    return out.copy_(grads).mul_(stats[2])  # widen first: a product in the narrow dtype would be rounded
+
+
+def open_exact(weights: Tensor, masters: Tensor | None, part: slice, temps: list[Tensor]) -> Tensor:
+    """The exact parameters of a part, to be changed in place. temps: see `layout_temps`."""
+    bits, _, joined, _, _ = (x[: part.stop - part.start] for x in temps)
+    if masters is None:
+        return joined.copy_(weights[part]) if joined.numel() else weights[part]
+    return _join(joined, weights[part], masters[part], bits) if masters.dtype == torch.int16 else masters[part]
+
+
+def close_exact(
+    weights: Tensor, masters: Tensor | None, part: slice, p: Tensor, temps: list[Tensor], offset: int, seed: int,
+    hyper: Tensor,
+) -> None:  # fmt: skip
+    """Round the exact parameters p that `open_exact` gave, and were changed since, to weights and masters."""
+    bits, nan, _, words, spare = (x[: part.stop - part.start] for x in temps)
+    w = weights[part]
+    if masters is None:
+        if bits.numel():
+            _round_randomly(w, p, nan, words, spare, offset + part.start, stream_key(seed), int(hyper[1].item()))
+    elif masters.dtype == torch.int16:
+        _round_away(w, masters[part], p, bits, nan)
+    elif bits.numel():  # the same for finite p, in one pass less: the lowest bit breaks a tie away from zero
+        torch.bitwise_or(p.view(torch.int32), 1, out=bits)
+        w.copy_(bits.view(torch.float32))
+    elif masters is not weights:
+        w.copy_(p)
 
 
 # ------------------------------------------------------------------------------------------------ rounding away from 0

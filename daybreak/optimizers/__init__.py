@@ -7,13 +7,13 @@ members. Weights, gradients and state lie in flat buffers, and ranks that share 
     by element        any elements         flat buffers, one value an element  ranges of those buffers
     `whole`           whole parameters     tensors of any shape for each       tensors named KEY.PARAMETER
 
-An optimizer that needs whole matrices, such as Muon, is the second kind. AdamW is the first.
+AdamW is of the first kind. Muon needs whole matrices, so it is of the second.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,6 +53,10 @@ class Optimizer(ABC):
     whole: ClassVar[bool] = False
     state: ClassVar[tuple[str, ...]] = ()  # names of the tensors that stay from step to step
 
+    def takes(self, row: Row) -> bool:
+        """Whether it can update this parameter. Groups that come later get the others that fit a pattern."""
+        return True
+
     def shape(self, key: str, row: Row) -> tuple[int, ...]:
         """The shape of the state `key` of a whole parameter."""
         return row.shape
@@ -62,13 +66,16 @@ class Optimizer(ABC):
         return ()
 
     @abstractmethod
-    def update(self, f: Frame, part: Part) -> None:
-        """Update weights, master weights and state of `part` by kernels or `f.k.do`, unless the guard refuses."""
+    def update(self, f: Frame, parts: Sequence[Part]) -> None:
+        """Update weights, master weights and state of all parts of a group that this rank has, by kernels or `f.k.do`,
+        unless the guard refuses."""
 
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """The parameters that share an optimizer: those whose names fit this pattern, and no earlier group's."""
+    """The parameters that share an optimizer: those whose names fit this pattern, and no earlier group's.
+
+    The optimizer must be able to take them."""
 
     names: str
     optimizer: Optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from daybreak.config_keys import OptimConfig
@@ -22,13 +23,14 @@ class AdamW(Optimizer):
         """1 - beta1^t and 1 - beta2^t: the sum of the factors that gradients have in m and in v after update t."""
         return 1.0 - self.beta1**t, 1.0 - self.beta2**t
 
-    def update(self, f: Frame, part: Part) -> None:
-        """Update by one kernel launch."""
-        f.k.adamw_update(
-            part.weights, part.masters, part.state["m"], part.state["v"], part.grads, part.stats, part.hyper,
-            beta1=self.beta1, beta2=self.beta2, eps=self.eps, weight_decay=part.weight_decay, seed=part.seed,
-            offset=part.offset,
-        )  # fmt: skip
+    def update(self, f: Frame, parts: Sequence[Part]) -> None:
+        """Update each part by one kernel launch."""
+        for part in parts:
+            f.k.adamw_update(
+                part.weights, part.masters, part.state["m"], part.state["v"], part.grads, part.stats, part.hyper,
+                beta1=self.beta1, beta2=self.beta2, eps=self.eps, weight_decay=part.weight_decay, seed=part.seed,
+                offset=part.offset,
+            )  # fmt: skip
 
 
 def adamw_group(optim: OptimConfig) -> ParamGroup:

@@ -34,6 +34,8 @@ BUFFERS = {
     "grads": "gradients, added up over micro-steps",
     "operands": "weights in fp8, and their transposed copies",
     "kv": "keys and values of the text that is sampled",
+    "momentum": "Muon's momentum",
+    "second": "Muon's second moment, a value for each row or column",
     "m": "AdamW first moment",
     "v": "AdamW second moment",
     "state": "input batch, losses, device scalars",

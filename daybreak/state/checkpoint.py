@@ -302,6 +302,11 @@ class Checkpoint:
         """Copy an extra tensor into contiguous `out` of the same shape."""
         self._read(self._first_rank, _extra_name(name), out)
 
+    @property
+    def whole(self) -> set[str]:
+        """Parameters that have optimizer state as a whole (optimizers)."""
+        return {name for _, _, name in (key.partition(".") for key in self._ranges) if name}
+
     def read_optimizer(self, key: str, start: int, out: torch.Tensor) -> None:
         """Copy elements start .. start + out.numel() of a flat buffer into 1-D `out`, whichever ranks wrote them."""
         at, stop = start, start + out.numel()

@@ -197,6 +197,12 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} was trained with other trainable parameters: {other[0]!r} is trainable there or here, "
             "not in both; train the same ones, or start a new run from its weights with --init-from."
         )
+    whole = {name for span in engine.table.spans for name, _, _ in span.parts if name}
+    if whole != checkpoint.whole:
+        raise CheckpointError(
+            f"{checkpoint.path} holds the optimizer state of another optimizer; keep optim.name, or start a new run "
+            "from its weights with --init-from."
+        )
     plan, state, saved = engine.comm.sharding, engine.state, _saved(engine.arena)
     # By name: the flat buffers may have been ordered otherwise when this was written.
     for name, offset, _ in checkpoint.layout:

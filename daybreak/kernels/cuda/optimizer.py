@@ -68,13 +68,50 @@ def _mix(x):
 
 
 @triton.jit
+def load_exact(weights, masters, lanes, mask, LAYOUT: tl.constexpr):
+    """The exact parameters (fp32). LAYOUT says where they are stored: "plain" in weights, "masters" in masters with
+    weights rounded from them, "split" in both, "none" in weights with random rounding."""
+    if LAYOUT == "split" or LAYOUT == "none":
+        high = tl.load(weights + lanes, mask=mask).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        if LAYOUT == "split":
+            high += tl.load(masters + lanes, mask=mask).to(tl.int32)
+        p = high.to(tl.float32, bitcast=True)
+    else:
+        p = tl.load(masters + lanes, mask=mask)
+    return p
+
+
+@triton.jit
+def store_exact(weights, masters, p, lanes, mask, index, key, hyper, LAYOUT: tl.constexpr):
+    """Store the exact parameters p. index: their places among all parameters; key: from the seed (`signed_key`)."""
+    if LAYOUT == "plain":
+        tl.store(weights + lanes, p, mask=mask)
+    elif LAYOUT == "masters" and weights.dtype.element_ty == tl.float32:
+        tl.store(masters + lanes, p, mask=mask)
+        tl.store(weights + lanes, p, mask=mask)
+    else:
+        is_nan = p != p
+        bits = tl.where(is_nan, 0x7FC00000, p.to(tl.int32, bitcast=True))
+        if LAYOUT == "none":
+            a = _mix((key ^ tl.load(hyper + 1).to(tl.int32)).to(tl.uint32))
+            b = _mix(a + 0x9E3779B9)
+            word = _mix(index.to(tl.uint32) ^ a) + b + (index >> 32).to(tl.uint32) * 0x9E3779B9
+            rounded = (bits + (_mix(word) >> 16).to(tl.int32)) >> 16
+        else:
+            rounded = (bits + 0x8000) >> 16
+        tl.store(weights + lanes, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+        if LAYOUT == "masters":
+            tl.store(masters + lanes, p, mask=mask)
+        elif LAYOUT == "split":
+            tl.store(masters + lanes, tl.where(is_nan, 0, bits - (rounded << 16)).to(tl.int16), mask=mask)
+
+
+@triton.jit
 def _adamw_kernel(
     weights, masters, m, v, grads, stats, hyper, n, offset, key,
     beta1, rest1, beta2, rest2, eps, weight_decay, LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of adamw_update. LAYOUT says where the parameter is stored: "plain" in weights, "masters" in masters
-    with weights rounded from it, "split" in both, "none" in weights with random rounding. rest = 1 - beta. key comes
-    from the seed.
+    """One block of adamw_update. rest = 1 - beta.
 
     Every product that is added to something is written as a fused multiply-add, and the compiler may fuse no other. The
     bits must not depend on the layout.
@@ -91,13 +128,7 @@ def _adamw_kernel(
         g = tl.load(grads + start + lanes, mask=mask)
         m1 = tl.load(m + lanes, mask=mask)
         v1 = tl.load(v + lanes, mask=mask)
-        if LAYOUT == "split" or LAYOUT == "none":
-            high = tl.load(weights + lanes, mask=mask).to(tl.int16, bitcast=True).to(tl.int32) << 16
-            if LAYOUT == "split":
-                high += tl.load(masters + lanes, mask=mask).to(tl.int32)
-            p = high.to(tl.float32, bitcast=True)
-        else:
-            p = tl.load(masters + lanes, mask=mask)
+        p = load_exact(weights, masters, lanes, mask, LAYOUT)
 
         scale = tl.load(stats + 2).to(tl.float32)
         lr = tl.load(hyper).to(tl.float32)
@@ -111,27 +142,20 @@ def _adamw_kernel(
 
         tl.store(m + lanes, m1, mask=mask)
         tl.store(v + lanes, v1, mask=mask)
-        if LAYOUT == "plain":
-            tl.store(weights + lanes, p, mask=mask)
-        elif LAYOUT == "masters" and weights.dtype.element_ty == tl.float32:
-            tl.store(masters + lanes, p, mask=mask)
-            tl.store(weights + lanes, p, mask=mask)
-        else:
-            is_nan = p != p
-            bits = tl.where(is_nan, 0x7FC00000, p.to(tl.int32, bitcast=True))
-            if LAYOUT == "none":
-                a = _mix((key ^ tl.load(hyper + 1).to(tl.int32)).to(tl.uint32))
-                b = _mix(a + 0x9E3779B9)
-                index = start + lanes + offset
-                word = _mix(index.to(tl.uint32) ^ a) + b + (index >> 32).to(tl.uint32) * 0x9E3779B9
-                rounded = (bits + (_mix(word) >> 16).to(tl.int32)) >> 16
-            else:
-                rounded = (bits + 0x8000) >> 16
-            tl.store(weights + lanes, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
-            if LAYOUT == "masters":
-                tl.store(masters + lanes, p, mask=mask)
-            elif LAYOUT == "split":
-                tl.store(masters + lanes, tl.where(is_nan, 0, bits - (rounded << 16)).to(tl.int16), mask=mask)
+        store_exact(weights, masters, p, lanes, mask, start + lanes + offset, key, hyper, LAYOUT)
+
+
+def layout_of(weights: Tensor, masters: Tensor | None) -> tuple[str, Tensor]:
+    """LAYOUT, and a tensor for `masters` of kernels."""
+    if masters is None:
+        return "plain" if weights.dtype == torch.float32 else "none", weights
+    return "plain" if masters is weights else "split" if masters.dtype == torch.int16 else "masters", masters
+
+
+def signed_key(seed: int) -> int:
+    """`stream_key` as a signed integer."""
+    key = stream_key(seed)
+    return key - (key >> 31 << 32)
 
 
 @backend("triton")
@@ -140,14 +164,9 @@ def adamw_update(
     *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int, offset: int,
 ) -> None:  # fmt: skip
     """One pass in fp32, scalars read on the device; gradients and weights in bf16 or fp32."""
-    if masters is None:
-        layout, exact = "plain" if weights.dtype == torch.float32 else "none", weights
-    else:
-        layout = "plain" if masters is weights else "split" if masters.dtype == torch.int16 else "masters"
-        exact = masters
-    n, key = m.numel(), stream_key(seed)
+    (layout, exact), n = layout_of(weights, masters), m.numel()
     _adamw_kernel[(triton.cdiv(n, ADAMW_BLOCK),)](
-        weights, exact, m, v, grads, stats, hyper, n, offset, key - (key >> 31 << 32),
+        weights, exact, m, v, grads, stats, hyper, n, offset, signed_key(seed),
         beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps, weight_decay,
         LAYOUT=layout, BLOCK=ADAMW_BLOCK, num_warps=ADAMW_WARPS, enable_fp_fusion=False,
     )  # fmt: skip

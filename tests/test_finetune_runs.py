@@ -27,7 +27,7 @@ from daybreak.models.adapters import is_adapter
 from daybreak.parallel import ALONE, Group, connect
 from daybreak.shapes import parse_shape
 from daybreak.state.checkpoint import load_checkpoint, save_checkpoint
-from daybreak.state.restore import restore, snapshot
+from daybreak.state.restore import checkpoint_bytes, restore, snapshot
 from daybreak.state.run import Run
 
 torch.set_num_threads(1)
@@ -149,16 +149,18 @@ def test_patterns_choose_layers_and_parts() -> None:
         plan_engine(EngineSpec(parse_shape("d12"), B=1, T=64, lora=LoraConfig(8, targets="gate")))
 
 
-def test_memory_of_the_base_is_its_weights_alone() -> None:
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_memory_of_the_base_is_its_weights_alone(device_type: str) -> None:
     """Llama-3.2-1B in bf16: 2 bytes a frozen weight, and only adapters have gradients, moments and master weights."""
     shape = parse_shape("llama3.2-1b")
-    how: dict[str, Any] = {"compute": "bf16", "masters": "split", "lora": LoraConfig(16)}
+    how: dict[str, Any] = {"compute": "bf16", "masters": "split", "lora": LoraConfig(16), "device_type": device_type}
     spec = EngineSpec(shape, B=2, T=512, **how)
     _, table, arena = plan_engine(spec)
     trained = sum(row.numel for row in table.rows.values() if row.trainable)
     assert trained == 11_272_192  # as PEFT counts them, with all linear layers
     sizes = arena.sizes()
     assert sizes["frozen"] == 2 * (table.num_parameters - trained)
+    assert checkpoint_bytes(arena, table.num_parameters) == 12 * trained + sizes["frozen"]
     assert [sizes[name] // trained for name in ("weights", "masters", "m", "v", "grads")] == [2, 2, 4, 4, 2]
 
 

@@ -44,7 +44,7 @@ pytestmark = [
 SMALL = Shape(L=3, C=128, NH=2, max_T=128, V=1000)
 ODD = Shape(L=2, C=96, NH=3, max_T=64, V=300)  # heads of 32, rows no multiple of anything
 B, T = 4, 128
-FALLBACKS = [(group, name) for group, order in CUDA_ORDER.items() if group not in ("glu", "rope") for name in order]
+FALLBACKS = [(g, name) for g, order in CUDA_ORDER.items() if g not in ("glu", "lora", "rope") for name in order]
 # Of the decoder family: heads of Llama, Qwen 3 and Gemma 3, and a window that is shorter than a block; odd sizes.
 DECODERS = {
     "llama": Decoder(

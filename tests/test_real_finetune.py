@@ -1,11 +1,15 @@
-"""SmolLM2-135M-Instruct, finetuned for 20 steps on the answers of dialogues alone: with adapters and in full, in fp32,
-beside transformers and PEFT. `make test-real` installs what it needs and writes bench/results/smollm2_finetune.txt."""
+"""SmolLM2-135M-Instruct, finetuned for 20 steps on the answers of dialogues alone: with adapters and in full.
+
+Our fp32 is held to transformers and PEFT in fp64. Their own fp32 is no measure here: this model has a few very large
+activations, and their gradients of norms lose four of seven digits. The results say how far each is from fp64.
+Their embedding leaves out the gradient of the padding token's input. Here that is the token that ends a turn, so the
+padding token is taken away. `make test-real` installs what it needs and writes bench/results/smollm2_finetune.txt.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import math
 import os
 import platform
 import time
@@ -86,7 +90,7 @@ def batches(folder: Path) -> list[tuple[Tensor, Tensor]]:
 @pytest.fixture(scope="module", autouse=True)
 def _written(full: bool) -> Any:
     yield
-    if full and len(found) == 8:
+    if full and len(found) == 10:
         versions = {name: importlib.metadata.version(name.replace("_", "-")) for name in ("torch", *NEEDS)}
         head = {"date": time.strftime("%Y-%m-%d"), "commit": package_commit(ROOT), "processor": cpu_model(),
                 "python": platform.python_version(), **versions}  # fmt: skip
@@ -126,40 +130,48 @@ def theirs(model: Any, batches: Any, lr: float) -> list[tuple[float, float]]:
     return losses
 
 
-def compare(method: str, got: Any, want: Any, limit: float) -> None:
-    """Relative differences of every step's loss and norm; the last losses are far below the first."""
-    off = [max(abs(a[i] - b[i]) / b[i] for a, b in zip(got, want, strict=True)) for i in (0, 1)]
+def compare(method: str, got: Any, truth: Any, narrow: Any, limit: float) -> None:
+    """Largest relative differences from fp64 of all losses and norms: ours, and transformers' own in fp32."""
+    off, usual = ([max(abs(a[i] - b[i]) / b[i] for a, b in zip(x, truth, strict=True)) for i in (0, 1)]
+                  for x in (got, narrow))  # fmt: skip
     found[f"{method}: first and last loss"] = f"{got[0][0]:.5f}, {got[-1][0]:.5f}"
-    found[f"{method}: transformers' last loss"] = f"{want[-1][0]:.5f}"
-    found[f"{method}: largest relative difference of a loss"] = f"{off[0]:.2e}"
-    found[f"{method}: of a gradient norm"] = f"{off[1]:.2e}"
+    found[f"{method}: last loss of transformers in fp64"] = f"{truth[-1][0]:.5f}"
+    found[f"{method}: losses, largest relative difference"] = f"{off[0]:.2e}"
+    found[f"{method}: gradient norms"] = f"{off[1]:.2e}"
+    found[f"{method}: transformers in fp32"] = f"losses {usual[0]:.2e}, gradient norms {usual[1]:.2e}"
     assert got[-1][0] < 0.9 * got[0][0]
     assert max(off) <= limit
 
 
-def test_lora_equals_peft(folder: Path, batches: Any) -> None:
-    import peft
+def their_model(folder: Path, dtype: torch.dtype) -> Any:
     import transformers
 
-    lr = 2e-4
-    engine, losses = ours(folder, batches, LoraConfig(RANK), lr)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.get_input_embeddings().padding_idx = None
+    return model
+
+
+def test_lora_equals_peft(folder: Path, batches: Any) -> None:
+    import peft
+
+    engine, losses = ours(folder, batches, LoraConfig(RANK), lr := 2e-4)
     names = [name.rpartition(".")[2] for name in THEIRS.values()]
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names))
-    given = dict(wrapped.named_parameters())
-    with torch.no_grad():
-        for name, adapter in engine.table.adapters.items():
-            for part, down in zip(adapter.parts, engine.param(name + "_A").split(RANK), strict=True):
-                _, layer, leaf = part.split(".")
-                given[f"base_model.model.model.layers.{layer}.{THEIRS[leaf]}.lora_A.default.weight"].copy_(down)
-    del engine
-    compare("LoRA", losses, theirs(wrapped, batches, lr), 1e-5)
+    how = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        wrapped = peft.get_peft_model(their_model(folder, dtype), how, autocast_adapter_dtype=False)
+        given = dict(wrapped.named_parameters())
+        with torch.no_grad():
+            for name, adapter in engine.table.adapters.items():
+                for part, down in zip(adapter.parts, engine.param(name + "_A").split(RANK), strict=True):
+                    _, layer, leaf = part.split(".")
+                    key = f"base_model.model.model.layers.{layer}.{THEIRS[leaf]}.lora_A.default.weight"
+                    given[key].copy_(down)
+        results.append(theirs(wrapped, batches, lr))
+    compare("LoRA", losses, *results, 1e-5)
 
 
 def test_full_finetuning_equals_transformers(folder: Path, batches: Any) -> None:
-    import transformers
-
     losses = ours(folder, batches, LoraConfig(), lr := 2e-5)[1]
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    compare("full", losses, theirs(model, batches, lr), 5e-5)
-    assert math.isfinite(losses[-1][1])
+    results = [theirs(their_model(folder, dtype), batches, lr) for dtype in (torch.float64, torch.float32)]
+    compare("full", losses, *results, 5e-5)

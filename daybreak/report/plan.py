@@ -19,7 +19,7 @@ from daybreak.config import RECIPES, Config, recipe_names
 from daybreak.data.mixing import open_loaders, packed_rows
 from daybreak.engine import DTYPES
 from daybreak.engine.arena import Arena
-from daybreak.engine.device import available_bytes, check_fp8, missing_on, pick_compute, pick_device
+from daybreak.engine.device import available_bytes, check_fp8, engine_spec, missing_on, pick_compute, pick_device
 from daybreak.engine.fit import Fit, plan_memory
 from daybreak.errors import DataError
 from daybreak.formatting import counted, disk, format_duration, several
@@ -134,8 +134,9 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
     fit = Fit(device, missing, (budget or 1 << 62) - process, gpus)
     arena, outside = plan_memory(config, device, missing, fit.group)
     model = build_model(config.model, config.batch.recompute, device.type)
-    parameters = sum(row.numel for row in model.rows())
-    flops = model.flops_per_token(config.T, parameters)
+    rows = engine_spec(config, device, missing).parameters(model)[0]
+    parameters, frozen = sum(row.numel for row in rows), sum(row.numel for row in rows if not row.trainable)
+    flops = model.flops_per_token(config.T, parameters) - 2 * frozen  # as Engine counts them
     compute = pick_compute(config.precision.compute, device)
     return Plan(config, device.type, name, gpus, compute, parameters, flops, arena, outside + process, budget, fit)
 

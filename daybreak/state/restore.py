@@ -69,7 +69,9 @@ def staged_bytes(arena: Arena) -> int:
 def checkpoint_bytes(arena: Arena, parameters: int) -> int:
     """Bytes of one checkpoint: weights in fp32 (bf16 where no masters are kept) and the optimizer's moments."""
     moments = sum(e.dtype.itemsize for e in arena.entries if e.saved == "ranges")
-    return parameters * (exact_weights(arena).itemsize + moments)
+    frozen = [e for e in arena.entries if e.buffer == "frozen"]  # which have no moments
+    trained = parameters - sum(math.prod(e.shape) for e in frozen)
+    return trained * (exact_weights(arena).itemsize + moments) + sum(e.nbytes for e in frozen)
 
 
 def checkpoints_kept(config: Config) -> int:
@@ -81,7 +83,7 @@ def checkpoints_kept(config: Config) -> int:
 
 def warn_of_disk(folder: Path, config: Config, arena: Arena) -> None:
     """A warning if the disk of the run's `folder` has no room for all its checkpoints. Quotas are not seen."""
-    parameters = next(e.shape[0] for e in arena.entries if e.name == "weights")
+    parameters = sum(math.prod(e.shape) for e in arena.entries if e.name == "weights" or e.buffer == "frozen")
     need = checkpoints_kept(config) * checkpoint_bytes(arena, parameters)
     missing = need - sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/*"))
     system = os.statvfs(folder)

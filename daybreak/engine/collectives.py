@@ -289,7 +289,7 @@ def gradient_of(f: StepFrame, name: str) -> Tensor:
 
 
 def reduce_gradients(f: StepFrame) -> None:
-    """A moment of backward: the three things at the top of this file."""
+    """A moment of backward: copy strips, start to reduce the buckets that are final now, finish the oldest."""
     c, sharding, moment = f.comm, f.comm.sharding, f.comm.moment
     c.moment += 1
     if not c.active or not (c.last or sharding.zero == 2):  # stage 2 sums every micro-step's gradients

@@ -448,6 +448,8 @@ def check_resume(saved: Config, new: Config, *, fork: bool = False, moved: bool 
         fix = "a new shape is trained from the start, without --fork"
         if fixed[0][0].startswith("lora."):
             fix = "leave it out, or make other adapters with `daybreak finetune`"
+    elif fixed[0][0] == "optim.name":
+        fix = "leave it out, or start a new run from its weights with --init-from"
     elif fixed[0][0].startswith("model."):
         fix = "leave it out, or train a new run of this shape under another --name"
     each = [f"{k} is {toml_value(was)} in the saved run and cannot become {toml_value(now)}" for k, was, now in fixed]

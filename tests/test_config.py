@@ -414,7 +414,8 @@ def test_what_may_change_on_resume(name: str) -> None:
         check_resume(saved, new)
     else:
         fix = "--name" if name.startswith("model.") else "with --fork NAME"
-        with pytest.raises(ConfigError, match=rf"; leave it out, or (start|train) a new run .* {fix}\.$") as e:
+        fix = "from its weights with --init-from" if name == "optim.name" else fix
+        with pytest.raises(ConfigError, match=rf"; leave it out, or (start|train) a new run .*{fix}\.$") as e:
             check_resume(saved, new)
         assert str(e.value).startswith(f"{name} is ")
         for shown in (default, value):

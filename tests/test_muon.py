@@ -21,8 +21,10 @@ from llama_oracle import Decoder
 from oracle import GPT2, AdamW, Shape
 from safetensors.torch import load_file
 from snapshots import exact_weight, facts
+from test_training import markov, write_shard
 from torch import Tensor
 
+from daybreak.cli.main import main
 from daybreak.config import Config
 from daybreak.config_keys import OptimConfig
 from daybreak.engine import Engine, EngineSpec, plan_engine
@@ -136,6 +138,8 @@ def test_another_optimizers_checkpoint_is_refused(tmp_path: Path) -> None:
     for name, engine in engines.items():
         save_checkpoint(tmp_path / name, snapshot(engine, 1, facts(engine)), ALONE)
     for name, other in (("muon", "adamw"), ("adamw", "muon")):
+        save_checkpoint(tmp_path / name, snapshot(engines[name], 0, facts(engines[name])), ALONE)
+        restore(engines[other], load_checkpoint(tmp_path / name / "step-00000000"))  # it has no state yet
         with pytest.raises(CheckpointError, match=r"another optimizer; keep optim.name, .* --init-from"):
             restore(engines[other], load_checkpoint(tmp_path / name / "step-00000001"))
 
@@ -239,3 +243,33 @@ def test_the_configuration_reaches_it() -> None:
     assert scale_of == pytest.approx(30)
     assert [round(muon.scalars(t)[0], 4) for t in (1, 151, 301, 10_000)] == [0.85, 0.9, 0.95, 0.95]
     assert Muon(0.95, 0, 0.9).scalars(1) == (0.95,)
+
+
+def test_a_user_s_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Train, go on, change the optimizer of a copy, and start from the weights with another optimizer."""
+    monkeypatch.chdir(tmp_path)
+    write_shard(tmp_path / "text_train_0.bin", markov(4000, 0))
+    write_shard(tmp_path / "text_val_0.bin", markov(1000, 1))
+    shape = {"model.L": 1, "model.C": 24, "model.NH": 2, "model.max_T": 16, "model.V": 257}
+    keys = {
+        **shape,
+        "data.tokenizer": "bytes",
+        "data.train": "text_train_*.bin",
+        "data.val": "text_val_*.bin",
+        "eval.sample_tokens": 0,
+    }
+    flags = [x for key, value in keys.items() for x in (f"--{key}", str(value))]
+
+    def train(*args: str) -> int:
+        return main(["train", *args])
+
+    assert train("d12", *flags, "--name", "m", "--steps", "4", "--optim.name", "muon", "--optim.horizon", "9") == 0
+    assert train("runs/m", "--steps", "6") == 0
+    capsys.readouterr()
+    assert train("runs/m", "--steps", "7", "--optim.name", "adamw") == 2
+    assert "start a new run from its weights with --init-from" in capsys.readouterr().err
+    assert train("runs/m", "--steps", "7", "--optim.name", "adamw", "--fork", "f") == 2
+    assert "has the state of muon; leave it out, or start a new run" in capsys.readouterr().err
+    assert not (tmp_path / "runs/f").exists()
+    assert train("d12", *flags, "--name", "w", "--steps", "2", "--init-from", "runs/m") == 0
+    assert (tmp_path / "runs/w/checkpoints/step-00000002").is_dir()

@@ -105,7 +105,7 @@ def _prepared(
         check_resume(saved, config, fork=free, moved=bool(run.checkpoints))
         check_rate(old, saved, config, fork=resume is None)
         check = partial(check_rate, old, saved, fork=resume is None, warn=stop.group.rank == 0)
-    fork = fork_of(fork_from, config.run.steps) if fork_from is not None else None
+    fork = fork_of(fork_from, config) if fork_from is not None else None
     init = weights_of(init_from, config.model) if init_from is not None else None
     folder = Path(resume).expanduser() if resume is not None else None
     with RunFolder(folder).locked() if folder is not None and stop.group.rank == 0 else nullcontext():

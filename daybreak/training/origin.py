@@ -26,9 +26,16 @@ def checkpoint_of(path: Path | str) -> Checkpoint:
     return Run(run).checkpoint(None if run == Path(path).expanduser() else checkpoint_step(Path(path)))
 
 
-def fork_of(path: Path | str, steps: int) -> Checkpoint:
-    """`checkpoint_of`, for a new run of so many steps. Raises ConfigError if the checkpoint has made them all."""
-    checkpoint = checkpoint_of(path)
+def fork_of(path: Path | str, config: Config) -> Checkpoint:
+    """`checkpoint_of`, for a new run of this configuration. Raises ConfigError if the checkpoint has made all of its
+    steps, or has the state of another optimizer."""
+    checkpoint, steps = checkpoint_of(path), config.run.steps
+    was = saved_config(checkpoint.path, checkpoint.manifest).optim.name
+    if checkpoint.step and was != config.optim.name:
+        raise ConfigError(
+            f"optim.name = {config.optim.name} cannot continue {checkpoint.path}, which has the state of {was}; leave "
+            "it out, or start a new run from its weights with --init-from."
+        )
     if 0 < steps <= checkpoint.step:
         raise ConfigError(f"{checkpoint.path} is at step {checkpoint.step} of run.steps = {steps}; give --steps more.")
     return checkpoint

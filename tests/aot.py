@@ -117,11 +117,16 @@ def classifier_cases() -> list[Case]:
 def decode_cases(C: int, dtype: str) -> list[Case]:
     names = ("out", "x", "w", "b", "add", "lnw", "lnb")
     types = dict.fromkeys(names, dtype) | {"n": "i32?", "I": "i32", "O": "i32", "eps": "fp32"}
-    found = []
+    found, plain = [], {"RMS": False, "OFFSET": 0.0, "GATE": 0}
     for I, O, fc, overlap in ((C, 4 * C, True, False), (C, 4 * C, True, True), (4 * C, C, False, True)):
         rows, cols, warps = decode._tile(I, O)
-        flags = {"NORM": fc, "BIAS": True, "ADD": not fc, "GELU": fc, "OVERLAP": overlap}
+        flags = {"NORM": fc, "BIAS": True, "ADD": not fc, "GELU": fc, "OVERLAP": overlap, **plain}
         found.append((decode._decode_matmul_kernel, types, {**flags, "ROWS": rows, "COLS": cols}, warps))
+    flags = {"NORM": False, "BIAS": False, "GELU": False, "OVERLAP": True, "OFFSET": 1.0}
+    for gate in ("", "silu", "gelu"):
+        rows, cols, warps = decode._tile(C, 4 * C)
+        kind = {"ADD": False, "RMS": True, "GATE": decode.GATES[gate], "ROWS": rows, "COLS": cols}
+        found.append((decode._decode_matmul_kernel, types, flags | kind, warps))
     types = dict.fromkeys(("out", "cache", "q", "k", "v"), dtype) | {"positions": "*i64", "scale2": "fp32"}
     types |= dict.fromkeys(("out_b", "q_b", "k_b", "v_b", "cache_v", "cache_b", "cache_h"), "i64")
     for HS, overlap, group, window in (
@@ -292,7 +297,7 @@ def rope_cases(dtype: str) -> list[Case]:
     found: list[Case] = []
     for heads, half, given in ((40, 64, False), (9, 32, True)):
         tile, pairs, warps = rope.launch(heads, half)
-        constants = {"GIVEN": given, "BACK": False, "HEADS": tile, "HALF": pairs}
+        constants = {"GIVEN": given, "BACK": False, "HEADS": tile, "HALF": pairs, "OVERLAP": given}
         found.append((rope._rope_kernel, types, constants, warps))
     return found
 

@@ -65,3 +65,31 @@ def test_swiglu_has_the_bits_of_transformers(how):
     x, out = draw(40, 2 * 1536, dtype=torch.float32), poison(40, 1536, dtype=torch.float32)
     run("swiglu_forward", out, x, **how)
     assert torch.equal(out, act(x[:, :1536].contiguous()) * x[:, 1536:])
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize(("n", "I", "F"), [(1, 3, 1), (5, 63, 100), (40, 96, 72)])
+@each_act
+def test_matmul_and_its_gate(backend, dtype, n, I, F, how):
+    """Without an epilogue, the matmul is rounded before its gate: the bits are those of the two operations in turn."""
+    skip_unless_served("matmul_swiglu_backward", backend, dtype)
+    x, w, b = draw(n, I, dtype=dtype), draw(2 * F, I, dtype=dtype, scale=I**-0.5), draw(2 * F, dtype=dtype, seed=1)
+    dout, v = draw(n, I, dtype=dtype, seed=2), draw(I, F, dtype=dtype, seed=3, scale=I**-0.5)
+    for bias in (None, b):
+        out, gateup, alone = (poison(n, m * F, dtype=dtype) for m in (1, 2, 1))
+        run("matmul_swiglu_forward", out, gateup, x, w, bias, backend=backend, **how)
+        close(gateup, f64(x) @ f64(w).T + (0 if bias is None else f64(b)))
+        run("swiglu_forward", alone, gateup, backend=backend, **how)
+        assert torch.equal(out, alone)
+    dx, d_act, again, rounded, want = (poison(n, m * F, dtype=dtype) for m in (2, 1, 1, 1, 2))
+    run("matmul_swiglu_backward", dx, again, d_act, dout, v, gateup, backend=backend, **how)
+    run("matmul_backward_input", rounded, dout, v)
+    run("swiglu_backward", want, None, rounded, gateup, backend=backend, **how)
+    assert torch.equal(dx, want)
+    assert torch.equal(again, out)
+    G = f64(gateup).requires_grad_()
+    exact = torch.autograd.grad(gated(G, bool(how)), G, f64(dout) @ f64(v))[0]
+    close(dx, exact, also_rounded=exact)
+    run("matmul_swiglu_backward", gateup, None, d_act, dout, v, gateup, backend=backend, **how)  # in place
+    assert torch.equal(gateup, want)

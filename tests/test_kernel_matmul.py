@@ -398,6 +398,35 @@ def test_decode(backend, dtype, n, I, O, norm, biased, added, act):
     within(out, want, limit)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@each_dtype
+@pytest.mark.parametrize(("n", "I", "O"), [(1, 24, 40), (2, 200, 72), (1, 1500, 6)])
+@pytest.mark.parametrize("gate", ["", "silu", "gelu"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_decode_of_the_decoder_family(backend, dtype, n, I, O, gate, biased):
+    """RMSNorm before the matmul and a gate after it: as the operations for it round their result."""
+    skip_unless_served("matmul_rms_decode", backend, dtype)
+    x, w, normw = (
+        draw(n, I, dtype=dtype, scale=3.0),
+        draw(O, I, dtype=dtype, seed=1, scale=I**-0.5),
+        draw(I, dtype=dtype),
+    )
+    b, out = draw(O, dtype=dtype, seed=2) if biased else None, poison(n, O // 2 if gate else O, dtype=dtype)
+    run("matmul_rms_decode", out, x, w, b, normw, eps=0.5, offset=1.0, gate=gate, backend=backend)
+
+    half_ulp, X, W = 2.0**-8 if dtype == torch.bfloat16 else 0.0, f64(x), f64(w)
+    Y = X / (X.square().mean(-1, keepdim=True) + 0.5).sqrt() * (1 + f64(normw))
+    want, limit = Y @ W.T, half_ulp * (Y.abs() @ W.abs().T)
+    if b is not None:
+        limit, want = limit + half_ulp * want.abs(), want + f64(b)
+    if gate:  # which also meets the error of the matmul's sums
+        limit = limit + (1e-5 if dtype == torch.bfloat16 else 2e-6) * want.abs().amax()
+        (left, up), (slack, more) = want.chunk(2, -1), (limit + half_ulp * want.abs()).chunk(2, -1)
+        act = gelu(left) if gate == "gelu" else left * torch.sigmoid(left)
+        want, limit = act * up, 1.13 * slack * (up.abs() + more) + act.abs() * more
+    within(out, want, limit)
+
+
 def test_quack_is_imported_without_torch_compile():
     """And torch is as it was afterwards, whatever happened."""
     plain = torch.compile, torch.compiler.disable

@@ -33,7 +33,9 @@ LONGEST_FUNCTION = 100
 # LoRA takes 700: kernels and adapters 150, finetune 90, merging and PEFT's files 200, checkpoints without the base 150,
 # configuration and its checks 60, the engine 50.
 # Muon takes 370: the update 100, its kernels 75, those for GPUs 145, keys, groups, state and checks 50.
-MOST_CODE = 17_940
+# The gate of a gated MLP inside its matmuls takes 130: epilogues 45, quack 35, the other backends 50. Norm and gate
+# inside the matmuls of a token take 55.
+MOST_CODE = 18_130
 
 
 def room(path: Path) -> str:

@@ -42,7 +42,7 @@ CUDA_ORDER = {
 }
 CUDA_FILES = (
     *(name for name in FILES if name not in ("lora", "matmul")),
-    *("batched", "bias", "cublaslt", "cudnn", "decode", "fa4", "gelu", "quack", "fp8"),
+    *("batched", "bias", "cublaslt", "cudnn", "decode", "fa4", "gated", "gelu", "quack", "fp8"),
 )
 ON_HOST = (  # their references read values on the host
     "adamw_update", "embedding_backward", "muon_momentum", "muon_update", "step_guard",

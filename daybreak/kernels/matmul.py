@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.kernels import Flops, Scratch, Temps, acc_dtype, op
-from daybreak.kernels.norm import forward_temps, layernorm_forward
+from daybreak.kernels import Flops, Scratch, Temps, acc_dtype, glu, op
+from daybreak.kernels.norm import forward_temps, layernorm_forward, rms_temps, rmsnorm_forward
 
 FEW = range(2, 17)
 LARGE = 1 << 24  # multiplications from which oneDNN's start is worth its while
@@ -199,6 +199,29 @@ def matmul_gelu_backward(
         bias_backward(db, dpre, accumulate=accumulate, scratch=scratch)
 
 
+@op("out", "gateup", temps=glu.forward_temps, flops=product("x", "w"))
+def matmul_swiglu_forward(
+    out: Tensor, gateup: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None,
+    *, gelu: bool = False, scratch: Scratch,
+) -> None:  # fmt: skip
+    """gateup (n, 2F) = x (n, I) @ w (2F, I)^T + b (2F), kept for backward; out (n, F) = the gated product of its halves
+    (glu.py), with gelu instead of silu if asked for."""
+    matmul_forward(gateup, x, w, b)
+    glu.swiglu_forward(out, gateup, gelu=gelu, scratch=scratch)
+
+
+@op("d_gateup", "rewrite", "d_act", temps=glu.backward_temps, flops=product("dout", "w"))
+def matmul_swiglu_backward(
+    d_gateup: Tensor, rewrite: Tensor | None, d_act: Tensor, dout: Tensor, w: Tensor, gateup: Tensor,
+    *, gelu: bool = False, scratch: Scratch,
+) -> None:  # fmt: skip
+    """Back through a linear layer and the gate before it: d_gateup (n, 2F), which may be gateup, from dout (n, O) and w
+    (O, F). rewrite (n, F) = the gate's output once more, if wanted. d_act (n, F) is room for that output's gradient, if
+    a backend needs it."""
+    matmul_backward_input(d_act, dout, w)
+    glu.swiglu_backward(d_gateup, rewrite, d_act, gateup, gelu=gelu, scratch=scratch)
+
+
 def decode_temps(out: Tensor, x: Tensor, w: Tensor, *_: object, **__: object) -> Temps:
     """The layernorm's output and statistics, and what it needs itself."""
     n, acc = x.shape[0], acc_dtype(x.dtype)
@@ -221,3 +244,24 @@ def matmul_decode(
     matmul_forward(out, x, w, b, add)
     if gelu:
         torch.ops.aten.gelu.out(out, approximate="tanh", out=out)
+
+
+def rms_decode_temps(out: Tensor, x: Tensor, w: Tensor, *_: object, gate: str = "", **__: object) -> Temps:
+    """The norm's output and statistic, with a gate its input, and what they need themselves."""
+    own = [(x.shape, x.dtype), ((x.shape[0],), acc_dtype(x.dtype)), *rms_temps(x, x, x)]
+    return [*own, ((x.shape[0], w.shape[0]), x.dtype), *glu.forward_temps(out)] if gate else own
+
+
+@op("out", temps=rms_decode_temps)
+def matmul_rms_decode(
+    out: Tensor, x: Tensor, w: Tensor, b: Tensor | None, normw: Tensor,
+    *, eps: float, offset: float = 0.0, gate: str = "", scratch: Scratch,
+) -> None:  # fmt: skip
+    """matmul_decode for the decoder family: out (n, O) = y @ w (O, I)^T + b (O), where y is the RMSNorm of x (n, I),
+    with weight normw (I). With a `gate` of silu or gelu, out (n, O / 2) is the gated product of that's halves."""
+    temps = scratch(rms_decode_temps(out, x, w, gate=gate))
+    (y, rstd), inside, more = temps[:2], temps[2:5], temps[5:]
+    rmsnorm_forward(y, rstd, x, normw, eps=eps, offset=offset, scratch=lambda _: inside)
+    matmul_forward(more[0] if gate else out, y, w, b)
+    if gate:
+        glu.swiglu_forward(out, more[0], gelu=gate == "gelu", scratch=lambda _: more[1:])

@@ -6,7 +6,7 @@ of the sequences that decode one token each. What you read is what runs, in this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from daybreak.models.frame import Frame, Matrix
 
 Out = TypeVar("Out", bound=Matrix)
+ACTS: Mapping[str, dict[str, bool]] = {"silu": {}, "gelu": {"gelu": True}}  # arguments of kernels, by a gate's act
 
 
 def layernorm(b: Frame, name: str, x: Tensor, out: Out) -> Out:
@@ -67,19 +68,20 @@ def rmsnorm_backward(
 def linear(
     b: Frame, name: str, x: Any, out: Out,
     *, norm: str = "", pre: Tensor | None = None, add: Tensor | None = None, tied: str = "", bias: bool = True,
+    rms: Mapping[str, float] | None = None, gate: str = "",
 ) -> Out:  # fmt: skip
     """out (n, O) = gelu(norm(x) @ w^T + bias) + add, where `norm` names a layernorm, and gelu is computed if `pre`, for
     its input, is given. `tied`: another parameter is the weight, and there is no bias. Returns out.
 
+    rms: `norm` is an RMSNorm, with these options. gate: see `gated`, which asks for it where few rows decode.
     A few rows that decode take one kernel for all of it: reading w is the work, and each launch would cost as much."""
     adapter = None if tied else b.adapter(name)
     few = b.mode.few and adapter is None
     if norm and not few:
-        x = layernorm(b, norm, x, b.matmul_a(norm, *x.shape))
+        x = _normed(b, norm, rms, x)
     w, shift = b.matmul_w(tied or name + "w"), b.w(name + "b") if bias and not tied else None
     if few:
-        ln = (b.w(norm + "w"), b.w(norm + "b")) if norm else (None, None)
-        b.k.matmul_decode(out, x, w, shift, add, *ln, gelu=pre is not None)
+        _of_few_rows(b, norm, rms, gate, pre is not None, out, x, w, shift, add)
     elif adapter is not None:
         _with_adapter(b, name, adapter, out, pre, x, w, shift, add)
     elif pre is not None:
@@ -87,6 +89,24 @@ def linear(
     else:
         b.k.matmul_forward(out, x, w, shift, add)
     return out
+
+
+def _normed(b: Frame, norm: str, rms: Mapping[str, float] | None, x: Tensor) -> Matrix:
+    """What `linear` multiplies: the layernorm of x, or its RMSNorm with these options."""
+    out = b.matmul_a(norm, *x.shape)
+    return layernorm(b, norm, x, out) if rms is None else rmsnorm(b, norm, x, out, **rms)
+
+
+def _of_few_rows(
+    b: Frame, norm: str, rms: Mapping[str, float] | None, gate: str, gelu: bool,
+    out: Any, x: Any, w: Any, shift: Tensor | None, add: Tensor | None,
+) -> None:  # fmt: skip
+    """`linear` of few rows that decode, in one kernel."""
+    if rms is not None:
+        b.k.matmul_rms_decode(out, x, w, shift, b.w(norm + "w"), gate=gate, **rms)
+        return
+    ln = (b.w(norm + "w"), b.w(norm + "b")) if norm else (None, None)
+    b.k.matmul_decode(out, x, w, shift, add, *ln, gelu=gelu)
 
 
 def _with_adapter(b: Frame, name: str, adapter: Any, out: Any, pre: Tensor | None, x: Any, *weights: Any) -> None:
@@ -136,16 +156,35 @@ def gelu_input_grad(b: Frame, name: str, before: str, d_pre: Matrix, dy: Matrix,
     return out
 
 
-def swiglu(b: Frame, gateup: Tensor, out: Out, **act: bool) -> Out:
-    """out (n, F) = silu(gate) * up, for gateup (n, 2F) = [gate, up]. act: gelu instead of silu. Returns out."""
-    b.k.swiglu_forward(out, gateup, **act)
+def gated(
+    b: Frame, name: str, x: Any, gateup: Tensor, out: Out, act: str,
+    *, norm: str, rms: Mapping[str, float], bias: bool,
+) -> Out:  # fmt: skip
+    """out (n, F) = act(gate) * up, where gateup (n, 2F) = [gate, up] is linear layer `name` of the RMSNorm of
+    x, and act is silu or gelu. Returns out.
+
+    One kernel for linear layer and gate, unless a matrix has a number format of its own, or the layer an adapter."""
+    alone = b.adapter(name) is None
+    if b.mode.few and alone:
+        return linear(b, name, x, out, norm=norm, rms=rms, bias=bias, gate=act)
+    x = _normed(b, norm, rms, x)
+    if alone and all(isinstance(y, Tensor) for y in (x, b.matmul_w(name + "w"), out)):
+        shift = b.w(name + "b") if bias else None
+        b.k.matmul_swiglu_forward(out, gateup, x, b.w(name + "w"), shift, **ACTS[act])
+    else:
+        b.k.swiglu_forward(out, linear(b, name, x, gateup, bias=bias), **ACTS[act])
     return out
 
 
-def swiglu_backward(b: Frame, gateup: Tensor, d_out: Tensor, **act: bool) -> Matrix:
-    """gateup (n, 2F) becomes its own gradient. Returns swiglu's output."""
-    out, rewrite = b.output("swiglu", *d_out.shape)
-    b.k.swiglu_backward(gateup, rewrite, d_out, gateup, **act)
+def gated_backward(b: Frame, name: str, gateup: Tensor, dy: Matrix, act: str) -> Matrix:
+    """Back through linear layer `name` and the gate before it: gateup (n, 2F) becomes its own gradient. Returns the
+    gate's output."""
+    n, F = gateup.shape[0], gateup.shape[1] // 2
+    d_act, (out, rewrite) = b.d("swiglu", n, F), b.output("swiglu", n, F)
+    if b.adapter(name) is None and all(isinstance(y, Tensor) for y in (dy, b.matmul_w(name + "w"), out)):
+        b.k.matmul_swiglu_backward(gateup, rewrite, d_act, dy, b.w(name + "w"), gateup, **ACTS[act])
+    else:
+        b.k.swiglu_backward(gateup, rewrite, input_grad(b, name, d_act, dy), gateup, **ACTS[act])
     return out
 
 

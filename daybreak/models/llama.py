@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ REWRITTEN = {
     2: ("swiglu", "ln1", "ln2"),
 }  # by recompute level: outputs that backward kernels write again
 RECOMPUTE_BLOCK = 3
+FEW_ROWS = 2  # decoded at once by kernels for few rows, as in GPT-2
 MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> what it is multiplied with, and the gradient of the product
     "qkvw": ("ln1", "d_qkv"),
     "attprojw": ("att", "d_residual2"),
@@ -64,8 +66,7 @@ class Llama(Head):
         self.scale, self.W = 1.0 / math.sqrt(cfg.query_scalar or cfg.HS), (cfg.NH + 2 * cfg.NKV) * cfg.HS
         self.freq = {"freq": rotary(cfg)} | ({"window_freq": window_rotary(cfg)} if cfg.window_theta else {})
         self.offset = 1.0 if cfg.norm_plus_one else 0.0  # arguments of every norm,
-        self.norm = {"eps": cfg.eps, "offset": self.offset}  # of its forward,
-        self.act = {"gelu": True} if cfg.act == "gelu" else {}  # and of every gate
+        self.norm = {"eps": cfg.eps, "offset": self.offset}  # and of its forward
         self.parts = {"qkv": ("q", "k", "v"), "gateup": ("gate", "up")}
         self.biased = {"attproj": cfg.attproj_bias, "fcproj": cfg.mlp_bias}
         if cfg.window or cfg.NKV < cfg.NH:
@@ -108,20 +109,19 @@ class Llama(Head):
 
         Training, prefill and decode use it; backward too, where it computes the block once more."""
         c, n = self.cfg, B * T
-        ln1 = blocks.rmsnorm(b, "ln1", x, b.matmul_a("ln1", n, c.C), **self.norm)
-        qkv = blocks.linear(b, "qkv", ln1, b.a("qkv", n, self.W), bias=c.qkv_bias)
+        qkv = blocks.linear(b, "qkv", x, b.a("qkv", n, self.W), norm="ln1", rms=self.norm, bias=c.qkv_bias)
         q, k, v = self._attended(b, qkv, B, T)
         if c.qk_norm:
             for name, out, heads in zip(("qnorm", "knorm"), (q, k), self._heads(qkv, B, T), strict=False):
                 blocks.rmsnorm(b, name, _rows(heads), _rows(out), **self.norm)
-        self._rope(b, q, k)
+        self._rope(b, *((q, k) if c.qk_norm else (self._turned(qkv, B, T),)))
         att = b.a("att", n, c.NH * c.HS)
         (out,) = self._heads(att, B, T)
         blocks.attention(b, out, q, k, v, self.scale, **self._sees(b))
         residual2 = self._added(b, "attproj", b.matmul_copy("att", att), x, b.a("residual2", n, c.C))
-        ln2 = blocks.rmsnorm(b, "ln2", residual2, b.matmul_a("ln2", n, c.C), **self.norm)
-        gateup = blocks.linear(b, "gateup", ln2, b.a("gateup", n, 2 * c.F), bias=c.mlp_bias)
-        return residual2, blocks.swiglu(b, gateup, b.matmul_a("swiglu", n, c.F), **self.act)
+        gateup, swiglu = b.a("gateup", n, 2 * c.F), b.matmul_a("swiglu", n, c.F)
+        how: dict[str, Any] = {"norm": "ln2", "rms": self.norm, "bias": c.mlp_bias}
+        return residual2, blocks.gated(b, "gateup", residual2, gateup, swiglu, c.act, **how)
 
     def _added(self, b: Frame, name: str, x: Matrix, stream: Tensor, out: Tensor) -> Tensor:
         """out = stream + linear layer `name` of x, or with post-norms the norm of that. Returns out."""
@@ -146,8 +146,7 @@ class Llama(Head):
         d_made = self._added_backward(b, "fcproj", d)
         d_out = b.matmul_copy("d_residual3", d_made, plain=True)
         blocks.adapter_grad(b, "fcproj", d_out)
-        d_swiglu = blocks.input_grad(b, "fcproj", b.d("swiglu", n, c.F), d_out)
-        swiglu = blocks.swiglu_backward(b, gateup, d_swiglu, **self.act)
+        swiglu = blocks.gated_backward(b, "fcproj", gateup, d_out, c.act)
         blocks.weight_grad(b, "fcproj", d_out, swiglu)
         if c.mlp_bias:
             blocks.bias_grad(b, "fcproj", d_made)
@@ -169,7 +168,7 @@ class Llama(Head):
         (out,), (d_heads,), grads = (self._heads(y, B, T) for y in (att, d_att, d_qkv))
         seen = self._attended(b, qkv, B, T)
         blocks.attention_backward(b, grads, d_heads, seen, out, self.scale, **self._sees(b))
-        self._rope(b, *grads[:2], back=True)
+        self._rope(b, self._turned(d_qkv, B, T), back=True)
         if c.qk_norm:
             for name, dx, heads in zip(("qnorm", "knorm"), grads, self._heads(qkv, B, T), strict=False):
                 blocks.rmsnorm_backward(b, name, _rows(dx), _rows(dx), _rows(heads), starts=True, offset=self.offset)
@@ -184,14 +183,14 @@ class Llama(Head):
     # ---------------------------------------------------------------------------------------------- whole model
 
     def _blocks(self, f: Frame, x: Tensor, B: int, T: int, mode: Mode, last: Tensor | None = None) -> Tensor:
-        """All blocks and the final norm. The output of the last block goes into `last`, if given."""
+        """All blocks. The output of the last one goes into `last`, if given."""
         c = self.cfg
         for l in range(c.L):
             b = f.layer(f"h.{l}.", l, mode)
             residual2, swiglu = self.block(b, x, B, T)
             out = last if last is not None and l == c.L - 1 else b.a("residual3", *x.shape)
             x = self._added(b, "fcproj", swiglu, residual2, out)
-        return blocks.rmsnorm(f, "lnf", x, f.a("lnf", *x.shape), **self.norm)
+        return x
 
     def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None, documents: Documents | None = None) -> Tensor:
         """tokens (B, T) int64 -> the final norm's output (n, C). `kv`, if given, takes all keys and values. documents:
@@ -199,15 +198,17 @@ class Llama(Head):
         B, T = tokens.shape
         x = f.a("embedded", B * T, self.cfg.C)
         f.k.embedding_forward(x, tokens, f.w("wte"), None, **self._embed(f))
-        return self._blocks(f, x, B, T, Mode(cache=kv, documents=documents))
+        x = self._blocks(f, x, B, T, Mode(cache=kv, documents=documents))
+        return blocks.rmsnorm(f, "lnf", x, f.a("lnf", *x.shape), **self.norm)
 
     def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
         """Logits (n, Vp) that follow one more token of each of n sequences, at their positions (n). Reads and adds to
         kv. `last` (n, C) is for the last block's output, as the logits may have the bytes of any other."""
         n = tokens.shape[0]
-        x = f.a("embedded", n, self.cfg.C)
+        mode, x = Mode(cache=kv, positions=positions, few=n <= FEW_ROWS), f.a("embedded", n, self.cfg.C)
         f.k.embedding_decode(x, tokens, positions, f.w("wte"), None, **self._embed(f))
-        return self.head_logits(f, self._blocks(f, x, n, 1, Mode(cache=kv, positions=positions), last))
+        x, logits = self._blocks(f, x, n, 1, mode, last), f.a("logits", n, self.cfg.Vp)
+        return blocks.linear(f.layer("", 0, mode), "", x, logits, norm="lnf", rms=self.norm, tied=self.head_weight)
 
     def backward(self, f: Frame, tokens: Tensor, *, first: bool, documents: Documents | None = None) -> None:
         """From d_lnf (n, C) to every gradient. `first` overwrites gradients, later micro-steps add.
@@ -248,17 +249,21 @@ class Llama(Head):
         """By what the embedding is multiplied: a number of the compute dtype, as in transformers."""
         return {"scale": torch.tensor(math.sqrt(self.cfg.C), dtype=f.dtype).item()} if self.cfg.embed_scale else {}
 
-    def _rope(self, b: Frame, q: Tensor, k: Tensor, *, back: bool = False) -> None:
+    def _rope(self, b: Frame, *heads: Tensor, back: bool = False) -> None:
         """Turn queries and keys, or their gradients, as layers of this kind do."""
         kind = self.cfg.kind(b.index)
         name = "window_freq" if kind == "w" and self.cfg.window_theta else "freq"
         if kind != "n":
-            blocks.rope(b, (q, k), name, attention=self.freq[name][1], back=back)
+            blocks.rope(b, heads, name, attention=self.freq[name][1], back=back)
 
     def _heads(self, x: Tensor, B: int, T: int) -> Sequence[Tensor]:
         """q, k and v of a packed qkv (n, W), or one output, as strided views (B, T, heads, HS)."""
         c, heads = self.cfg, x.view(B, T, -1, self.cfg.HS)
         return torch.split(heads, [c.NH, c.NKV, c.NKV], 2) if heads.shape[2] > c.NH else (heads,)
+
+    def _turned(self, x: Tensor, B: int, T: int) -> Tensor:
+        """Queries and keys of a packed qkv in one view: their heads follow each other, so one kernel turns all."""
+        return x.view(B, T, -1, self.cfg.HS)[:, :, : self.cfg.NH + self.cfg.NKV]
 
     def _attended(self, b: Frame, qkv: Tensor, B: int, T: int) -> Sequence[Tensor]:
         """q, k and v as attention reads them: QK-norm has outputs of its own."""

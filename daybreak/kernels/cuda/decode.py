@@ -21,12 +21,14 @@ from torch import Tensor
 from daybreak.kernels import backend
 from daybreak.kernels.cuda import INTERPRET, tl, triton
 from daybreak.kernels.cuda.gelu import sigmoid_2u
+from daybreak.kernels.cuda.glu import gate_sigmoid
 from daybreak.kernels.norm import EPS
 
 TILE = 1 << 14  # weights of one program, which it holds in registers
 # As few rows to a program as it takes to have so many; on any card, for the same bits on all. A matrix that fits into
 # one wave stays there: the launch after it can only begin once all programs have.
 WAVE, PROGRAMS = 2 * 132, 6 * 132
+GATES = {"": 0, "silu": 1, "gelu": 2}
 KEYS, WARPS = 1 << 14, 8  # elements of the keys that attention looks at together
 
 
@@ -36,7 +38,8 @@ def _overlap(device: torch.device) -> bool:
     return device.type == "cuda" and not INTERPRET and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _options(device: torch.device) -> dict[str, Any]:
+def overlapping(device: torch.device) -> dict[str, Any]:
+    """Arguments of such a launch."""
     return {"OVERLAP": True, "launch_pdl": True} if _overlap(device) else {"OVERLAP": False}
 
 
@@ -47,12 +50,16 @@ def _options(device: torch.device) -> dict[str, Any]:
 def _decode_matmul_kernel(
     out, x, w, b, add, lnw, lnb, n, I, O, eps,
     NORM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, OVERLAP: tl.constexpr,
+    COLS: tl.constexpr, OVERLAP: tl.constexpr, RMS: tl.constexpr = False, OFFSET: tl.constexpr = 0.0,
+    GATE: tl.constexpr = 0,
 ):  # fmt: skip
+    """NORM: layernorm of x. RMS: RMSNorm. GATE, one of GATES: w is gate and up, rows of which are taken in turn."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
     inside, real = cols < I, rows < O
+    if GATE:
+        rows = rows // 2 + rows % 2 * (O // 2)
     at = rows.to(tl.int64)[:, None] * I + cols[None, :]
     tile = tl.load(w + at, mask=real[:, None] & inside[None, :], other=0.0)
     if BIAS:
@@ -60,10 +67,15 @@ def _decode_matmul_kernel(
     if NORM:
         scale = tl.load(lnw + cols, mask=inside, other=0.0).to(tl.float32)
         shift = tl.load(lnb + cols, mask=inside, other=0.0).to(tl.float32)
+    if RMS:
+        scale = tl.load(lnw + cols, mask=inside, other=0.0).to(tl.float32) + OFFSET
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     for row in range(n):
         xf = tl.load(x + row * I + cols, mask=inside, other=0.0).to(tl.float32)
+        if RMS:
+            xf = xf * (1.0 / tl.sqrt(tl.sum(xf * xf, 0) / I + eps)) * scale
+            xf = xf.to(x.dtype.element_ty).to(tl.float32)
         if NORM:
             xf = tl.where(inside, xf - tl.sum(xf, 0) / I, 0.0)
             xf = xf * (1.0 / tl.sqrt(tl.sum(xf * xf, 0) / I + eps)) * scale + shift
@@ -76,7 +88,13 @@ def _decode_matmul_kernel(
             y *= sigmoid_2u(y)
         if ADD:
             y += tl.load(add + row * O + rows, mask=real, other=0.0).to(tl.float32)
-        tl.store(out + row * O + rows, y.to(out.dtype.element_ty), mask=real)
+        if GATE:
+            gate, up = tl.split(tl.reshape(y.to(out.dtype.element_ty).to(tl.float32), (ROWS // 2, 2)))
+            y = gate * gate_sigmoid(gate, GATE == 2) * up
+            to = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+            tl.store(out + row * (O // 2) + to, y.to(out.dtype.element_ty), mask=to < O // 2)
+        else:
+            tl.store(out + row * O + rows, y.to(out.dtype.element_ty), mask=real)
 
 
 def _tile(I: int, O: int) -> tuple[int, int, int]:
@@ -100,7 +118,23 @@ def matmul_decode(
     _decode_matmul_kernel[(-(-O // rows),)](
         out, x, w, w if b is None else b, x if add is None else add, w if lnw is None else lnw,
         w if lnb is None else lnb, n, I, O, EPS, NORM=lnw is not None, BIAS=b is not None, ADD=add is not None,
-        GELU=gelu, ROWS=rows, COLS=cols, num_warps=warps, **_options(out.device),
+        GELU=gelu, ROWS=rows, COLS=cols, num_warps=warps, **overlapping(out.device),
+    )  # fmt: skip
+
+
+@backend("triton")
+def matmul_rms_decode(
+    out: Tensor, x: Tensor, w: Tensor, b: Tensor | None, normw: Tensor,
+    *, eps: float, offset: float = 0.0, gate: str = "",
+) -> None:  # fmt: skip
+    """out (n, O) = norm(x (n, I)) @ w (O, I)^T + b (O), or with a gate (n, O / 2), all contiguous; for small n."""
+    n, (O, I) = x.shape[0], w.shape
+    rows, cols, warps = _tile(I, O)
+    rows = max(rows, 2) if gate else rows
+    _decode_matmul_kernel[(-(-O // rows),)](
+        out, x, w, w if b is None else b, x, normw, w, n, I, O, eps, NORM=False, BIAS=b is not None, ADD=False,
+        GELU=False, ROWS=rows, COLS=cols, RMS=True, OFFSET=offset, GATE=GATES[gate], num_warps=warps,
+        **overlapping(out.device),
     )  # fmt: skip
 
 
@@ -175,5 +209,5 @@ def attention_decode(
     _decode_attention_kernel[(b, NH)](
         out, cache, q, k, v, positions, *(x.stride(0) for x in (out, q, k, v)), *cache.stride()[:3],
         scale * math.log2(math.e), HS=HS, D=D, STEP=max(1, KEYS // D), GROUP=NH // k.shape[1], WINDOW=window,
-        num_warps=WARPS, **_options(out.device),
+        num_warps=WARPS, **overlapping(out.device),
     )  # fmt: skip

@@ -5,6 +5,7 @@ Both go from the last element to the first: the end of what the producer wrote i
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from daybreak.kernels import backend
@@ -24,7 +25,7 @@ def _row(F, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(a, GELU: tl.constexpr):
+def gate_sigmoid(a, GELU: tl.constexpr):
     """s of act(a) = a s: silu's, or gelu's."""
     if GELU:
         return sigmoid_2u(a)
@@ -37,7 +38,7 @@ def _swiglu_forward_kernel(out, gateup, F, GELU: tl.constexpr, BLOCK: tl.constex
     at = gateup + row * 2 * F + cols
     a = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(at + F, mask=mask, other=0.0).to(tl.float32)
-    y = a * _sigmoid(a, GELU) * b
+    y = a * gate_sigmoid(a, GELU) * b
     tl.store(out + row * F + cols, y.to(out.dtype.element_ty), mask=mask)
 
 
@@ -50,7 +51,7 @@ def _swiglu_backward_kernel(
     a = tl.load(gateup + at, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(gateup + at + F, mask=mask, other=0.0).to(tl.float32)
     d = tl.load(d_out + row * F + cols, mask=mask, other=0.0).to(tl.float32)
-    s = _sigmoid(a, GELU)
+    s = gate_sigmoid(a, GELU)
     f = a * s
     slope = f * (1.0 - s)
     if GELU:
@@ -78,3 +79,22 @@ def swiglu_backward(
         d_gateup, d_out if rewrite is None else rewrite, d_out, gateup, F,
         AGAIN=rewrite is not None, GELU=gelu, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
+
+
+@backend("triton")
+def matmul_swiglu_forward(
+    out: Tensor, gateup: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, *, gelu: bool = False
+) -> None:
+    """gateup (n, 2F) = x (n, I) @ w (2F, I)^T + b (2F) by torch; out (n, F) from it in another pass."""
+    torch.mm(x, w.t(), out=gateup) if b is None else torch.addmm(b, x, w.t(), out=gateup)
+    swiglu_forward(out, gateup, gelu=gelu)
+
+
+@backend("triton")
+def matmul_swiglu_backward(
+    d_gateup: Tensor, rewrite: Tensor | None, d_act: Tensor, dout: Tensor, w: Tensor, gateup: Tensor,
+    *, gelu: bool = False,
+) -> None:  # fmt: skip
+    """d_act (n, F) = dout (n, O) @ w (O, F) by torch; the rest from it in another pass."""
+    torch.mm(dout, w, out=d_act)
+    swiglu_backward(d_gateup, rewrite, d_act, gateup, gelu=gelu)

@@ -14,8 +14,16 @@ rounding. At the power limit this is faster than cuBLASLt (bench/NOTES.md).
 The tile decides the speed. It is chosen by rules that never measure time at run time:
 
     bias, none      the GPU's table (products.py) names a tile or cuBLASLt; `tiling` if the table has no entry
-    GELU, d GELU    `tiling`: the tile that wastes least time in the last wave of multiprocessors
+    GELU, gates     `tiling`: the tile that wastes least time in the last wave of multiprocessors
     cuBLASLt        if the tiles would not fill the GPU, and for odd strides, odd addresses and small batches
+
+A gate needs both of its halves in one tile. So the matmul of gate and up takes a row of w from either half in turn, and
+its epilogue writes the two halves of the result to their places, and what comes out of the gate:
+
+    rows of w as they lie     gate 0, gate 1, ... | up 0, up 1, ...
+    columns of a tile         gate 0, up 0, gate 1, up 1, ...  -> gate (n, F), up (n, F), silu(gate) * up (n, F)
+
+Backward's epilogue reads gate and up from their places, and writes their gradients over them.
 
 Kernels are compiled at the first call, in about two seconds each, and kept in a cache folder.
 """
@@ -25,7 +33,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -34,10 +42,11 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
-from daybreak.kernels.cuda import apart, bias, broken, cache_folder, cublaslt
+from daybreak.kernels.cuda import apart, bias, broken, cache_folder, cublaslt, gated
 from daybreak.kernels.cuda.products import dense, nearest
 
 ROWS, COLS = 128, (128, 160, 192, 208)  # of a tile; `tiling` chooses among these columns
+GATED = COLS[:3]  # those that quack can cut in halves
 START = 8  # the time of starting a tile, as a number of columns
 FULL = 0.9  # the share of the GPU's time that the tiles must fill
 BF16 = (torch.bfloat16,)
@@ -67,13 +76,15 @@ def parse(text: str) -> Tile:
     return Tile(int(match[1]), int(match[2]), match[3] == "pair", int(match[4]), int(match[5]))
 
 
-def tiling(rows: int, columns: int, multiprocessors: int, cluster: tuple[int, int]) -> Tile | None:
+def tiling(
+    rows: int, columns: int, multiprocessors: int, cluster: tuple[int, int], widths: Sequence[int] = COLS
+) -> Tile | None:
     """The tile for an output of this size, with this cluster if it is as good; None if no tiles would fill the GPU.
 
     The best of 30 measured products of d12 and d48 were 0.7 % faster on an H200 (bench/NOTES.md).
     """
     options = []
-    for width in COLS:
+    for width in widths:
         for down, across in (cluster, cluster[::-1]):
             tiles = -(-rows // (down * ROWS)) * -(-columns // (across * width)) * down * across
             waves = -(-tiles // multiprocessors)
@@ -83,8 +94,10 @@ def tiling(rows: int, columns: int, multiprocessors: int, cluster: tuple[int, in
 
 
 @cache
-def _tiling(rows: int, columns: int, device: int, cluster: tuple[int, int]) -> Tile | None:
-    return tiling(rows, columns, torch.cuda.get_device_properties(device).multi_processor_count, cluster)
+def _tiling(
+    rows: int, columns: int, device: int, cluster: tuple[int, int], widths: Sequence[int] = COLS
+) -> Tile | None:
+    return tiling(rows, columns, torch.cuda.get_device_properties(device).multi_processor_count, cluster, widths)
 
 
 @cache
@@ -137,13 +150,15 @@ def served(*operands: Tensor) -> bool:
 
 
 def launch(
-    epilogue: str, tile: Tile, d: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None, **extra: Tensor
-) -> None:
-    """d (m, n) = epilogue(a (m, k) b (n, k)^T, c (m, n), extra), `extra` by name, vectors as (1, n)."""
+    epilogue: str, tile: Tile, d: Tensor | None, a: Tensor, b: Tensor, c: Tensor | None = None,
+    *, in_turn: tuple[str, ...] = (), **extra: Tensor,
+) -> None:  # fmt: skip
+    """d (m, n) = epilogue(a (m, k) b (n, k)^T, c (m, n), extra), `extra` by name, vectors as (1, n). in_turn: operands
+    whose rows are read from either half in turn; then all have a dimension of size 1 in front."""
     with apart():  # it may compile
         getattr(epilogues(), epilogue).gemm(
             a, b, d, c, epi_args=extra, tile_M=tile.rows, tile_N=tile.columns, pingpong=tile.pair, cluster_M=tile.down,
-            cluster_N=tile.across,
+            cluster_N=tile.across, concat_layout=in_turn,
         )  # fmt: skip
 
 
@@ -186,6 +201,44 @@ def matmul_gelu_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, b: Tenso
         launch("add_bias_gelu", tile, pre, x, w, bias=b[None], gelu=out)
     else:
         cublaslt.matmul_gelu_forward(out, pre, x, w, b, scratch=scratch)
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up: the left and right half of x (n, 2F)."""
+    F = x.shape[1] // 2
+    return x[:, :F], x[:, F:]
+
+
+@backend("quack", temps=gated.forward_temps, dtypes=BF16)
+def matmul_swiglu_forward(
+    out: Tensor, gateup: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None,
+    *, gelu: bool = False, scratch: Scratch,
+) -> None:  # fmt: skip
+    """gateup (n, 2F) = x (n, I) @ w (2F, I)^T + b (2F); out (n, F) from it before its rounding, if there is no b."""
+    tile = _tiling(*gateup.shape, gateup.get_device(), (1, 2), GATED)
+    gate, up = halves(gateup)
+    if b is None and tile and served(out, gate, up, x, w):
+        stored = {"gate": gate[None], "up": up[None], "out": out[None]}
+        launch("geglu" if gelu else "swiglu", tile, None, x[None], w[None], in_turn=("B",), **stored)
+    else:
+        gated.matmul_swiglu_forward(out, gateup, x, w, b, gelu=gelu, scratch=scratch)
+
+
+@backend("quack", temps=gated.backward_temps, dtypes=BF16)
+def matmul_swiglu_backward(
+    d_gateup: Tensor, rewrite: Tensor | None, d_act: Tensor, dout: Tensor, w: Tensor, gateup: Tensor,
+    *, gelu: bool = False, scratch: Scratch,
+) -> None:  # fmt: skip
+    """d_gateup (n, 2F), which may be gateup, from dout (n, O) @ w (O, F) before its rounding, which has no place in
+    memory. If rewrite (n, F) is given, it becomes the gate's output in the same pass."""
+    tile = _tiling(*d_act.shape, d_act.get_device(), (2, 1))
+    (gate, up), (d_gate, d_up) = halves(gateup), halves(d_gateup)
+    extra = {"up": up, "d_up": d_up} if rewrite is None else {"up": up, "d_up": d_up, "out": rewrite}
+    if tile and served(d_gate, gate, dout, w, *extra.values()):
+        epilogue = ("times_geglu" if gelu else "times_swiglu") + ("" if rewrite is None else "_again")
+        launch(epilogue, tile, d_gate, dout, w.t(), gate, **extra)
+    else:
+        gated.matmul_swiglu_backward(d_gateup, rewrite, d_act, dout, w, gateup, gelu=gelu, scratch=scratch)
 
 
 @backend("quack", temps=cublaslt.workspace, dtypes=BF16)

@@ -7,10 +7,11 @@ package finds compiled kernels by the source of these functions.
 from __future__ import annotations
 
 from cutlass import cute
-from quack.epilogue.frontend import gemm_epilogue
+from quack.epilogue.frontend import gemm_epilogue, unpack
 from quack.epilogue.ops import RowVecLoad, RowVecReduce
 
 ROOT, CUBIC = 0.7978845608028654, 0.044715  # sqrt(2/pi); Hendrycks and Gimpel 2016, section 2
+LOG2E = 1.4426950408889634
 BIAS = {"bias": RowVecLoad("bias")}
 
 
@@ -68,3 +69,53 @@ def times_slope_gelu(acc, c):
     s = half_and_half_tanh(c)
     d = acc * slope(c, s)
     return {"D": d, "db": d, "gelu": c * s}
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x)). The instruction for tanh would err by 2e-4 at every x, and a wide gate magnifies that."""
+    return cute.arch.rcp_approx(1.0 + cute.math.exp2(-LOG2E * x, fastmath=True))
+
+
+@gemm_epilogue(outputs=("gate", "up", "out"), mode="acc_pair")
+def swiglu(acc):
+    """Neighbours in a row are the gate and up: both are stored, and out = silu(gate) * up, before any rounding."""
+    gate, up = unpack(acc)
+    return {"gate": gate, "up": up, "out": gate * sigmoid(gate) * up}
+
+
+@gemm_epilogue(outputs=("gate", "up", "out"), mode="acc_pair")
+def geglu(acc):
+    """The same with gelu."""
+    gate, up = unpack(acc)
+    return {"gate": gate, "up": up, "out": gate * half_and_half_tanh(gate) * up}
+
+
+@gemm_epilogue(outputs=("d_up",))
+def times_swiglu(acc, c, up):
+    """D and d_up: the gradients of the gate C and of up, from the matmul, that of silu(gate) * up."""
+    s = sigmoid(c)
+    f = c * s
+    return {"D": acc * up * (s + f * (1.0 - s)), "d_up": acc * f}
+
+
+@gemm_epilogue(outputs=("d_up", "out"))
+def times_swiglu_again(acc, c, up):
+    """The same, and out = silu(gate) * up."""
+    s = sigmoid(c)
+    f = c * s
+    return {"D": acc * up * (s + f * (1.0 - s)), "d_up": acc * f, "out": f * up}
+
+
+@gemm_epilogue(outputs=("d_up",))
+def times_geglu(acc, c, up):
+    """times_swiglu with gelu."""
+    s = half_and_half_tanh(c)
+    return {"D": acc * up * slope(c, s), "d_up": acc * (c * s)}
+
+
+@gemm_epilogue(outputs=("d_up", "out"))
+def times_geglu_again(acc, c, up):
+    """times_swiglu_again with gelu."""
+    s = half_and_half_tanh(c)
+    f = c * s
+    return {"D": acc * up * slope(c, s), "d_up": acc * f, "out": f * up}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from daybreak.kernels import backend
 from daybreak.kernels.cuda import tl, triton
+from daybreak.kernels.cuda.decode import overlapping
 
 TILE = 2048  # pairs of one program, at most
 
@@ -35,9 +36,14 @@ def _cos_sin(angle):
 @triton.jit
 def _rope_kernel(
     x, freq, positions, x_b, x_t, x_h, T, heads, half, attention,
-    GIVEN: tl.constexpr, BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    GIVEN: tl.constexpr, BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr = False,
 ):  # fmt: skip
-    """Some heads of one token. Its place is its place in a sequence of T, or is read from `positions` if GIVEN."""
+    """Some heads of one token. Its place is its place in a sequence of T, or is read from `positions` if GIVEN.
+
+    OVERLAP: the launch began while the one before it ran (see decode.py)."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
     b, t = token // T, token % T
     place = t.to(tl.int64)
@@ -74,4 +80,5 @@ def rope(
     _rope_kernel[(B * T, triton.cdiv(heads, tile))](
         x, freq, freq if positions is None else positions, *x.stride()[:3], T, heads, freq.numel(), attention,
         GIVEN=positions is not None, BACK=back, HEADS=tile, HALF=pairs, num_warps=warps,
+        **({} if positions is None else overlapping(x.device)),
     )  # fmt: skip

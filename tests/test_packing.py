@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import recovery
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -231,6 +232,25 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert len(a.metrics("step")) == 60
     assert a.config.data.packed
     recovery.assert_same(a, b)
+
+
+def test_a_run_on_packed_rows_moves_between_ranks(tmp_path: Path) -> None:
+    """2 ranks of ZeRO stage 2, then 1, then 2 of stage 1: the run of one process, in fp64."""
+    shards = make_set(tmp_path / "shards")
+    base = {"batch__total_tokens": 128, "batch__B": 1, "precision__compute": "fp64", "optim__horizon": 9}
+    one, moved = (
+        recovery.config(shards, tmp_path, name, run__steps=steps, **base) for name, steps in (("one", 9), ("moved", 3))
+    )
+    straight = daybreak.train(one)
+    command = ["train", recovery.recipe(moved, tmp_path), "--parallel.zero", 2, "--quiet"]
+    assert ranks.finish(ranks.start(2, command, tmp_path)) == [0, 0], ranks.said(tmp_path, 0)
+    run = daybreak.load(tmp_path / "moved")
+    daybreak.train(run.config.override({"run.steps": 6, "parallel.zero": 0}), resume=run.path)
+    command = ["train", run.path, "--parallel.zero", 1, "--steps", 9, "--quiet"]
+    assert ranks.finish(ranks.start(2, command, tmp_path)) == [0, 0], ranks.said(tmp_path, 0)
+    for a, b in zip(straight.metrics("step"), run.metrics("step"), strict=True):
+        assert (b["loss"], b["norm"]) == pytest.approx((a["loss"], a["norm"]), rel=1e-9)
+    assert run.metrics("val")[-1]["loss"] == pytest.approx(straight.metrics("val")[-1]["loss"], rel=1e-9)
 
 
 def test_the_loss_counts_learned_tokens_alone(tmp_path: Path) -> None:

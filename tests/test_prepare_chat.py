@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import chats
+import hub_server
 import numpy as np
 import pytest
 import torch
@@ -198,6 +199,24 @@ def test_text_stays_text(model: str, caplog: pytest.LogCaptureFixture) -> None:
         prepare("a.txt", tokenizer=model, name="a", kind="chat")
     with pytest.raises(ConfigError, match=r"no chat template; put the model's chat_template\.jinja beside its"):
         prepare("c.jsonl", tokenizer="gpt2", name="bare")
+
+
+def test_a_set_of_the_hub(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parquet files of a config with validation, and a URL; both need --as chat."""
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    pytest.importorskip("huggingface_hub")
+    for name, given in (("train", records(20)), ("validation", records(26)[20:])):
+        parquet.write_table(arrow.Table.from_pylist(given), f"{name}.parquet")
+    with hub_server.serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        files = {f"data/{name}.parquet": Path(f"{name}.parquet").read_bytes() for name in ("train", "validation")}
+        hub.add("org/talk", files, {"license": "mit"})
+        with pytest.raises(DataError, match=r"has no text column 'text' .*; these are chats: add --as chat\."):
+            prepare("hf:org/talk", tokenizer=model, name="talk")
+        manifest = prepare("hf:org/talk", tokenizer=model, name="talk", kind="chat", row_tokens=ROWS)
+    assert (manifest.source, manifest.revision, manifest.licence) == ("hf:org/talk", hub_server.COMMIT, "mit")
+    assert examples(Path("data/talk")) == wanted(model, records(20))
+    assert examples(Path("data/talk"), "val") == wanted(model, records(26)[20:])
 
 
 def test_the_command_shows_what_is_learned(

@@ -25,13 +25,18 @@ import pytest
 import safetensors.torch
 import torch
 from snapshots import FACTS
+from test_packing import write_packed
 
 import daybreak
 from daybreak.config import read_toml
+from daybreak.data.chat import Chat, Template, chat_of
 from daybreak.data.dataset import Manifest
+from daybreak.data.formats import Faults, read_documents
 from daybreak.data.loader import Loader
+from daybreak.data.packing import PackedLoader, row_tokens
 from daybreak.data.shards import read_header
 from daybreak.data.tokenizer import get_tokenizer, load_ranks
+from daybreak.errors import DataError
 from daybreak.evaluate.multiple_choice import read_eval_bin
 from daybreak.interop import huggingface
 from daybreak.interop.llmc_files import open_folder, open_model, read_tokenizer
@@ -130,6 +135,28 @@ def make_dataset(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({"format": 1, **about, "train": split, "val": split}))
 
 
+def make_packed(folder: Path) -> None:
+    write_packed(folder / "a.bin", [[([1, 2, 3, 4, 5], [0, 0, 1, 1, 1]), ([6, 7], [0, 1])]] * 3, 8)
+
+
+def make_chats(folder: Path) -> None:
+    said = [{"role": "user", "content": "q", "weight": 1}, {"role": "assistant", "content": "a"}]
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    lines: list[Any] = [
+        {"messages": said, "tools": "[1]"}, {"conversations": turns, "system": "s"},
+        {"instruction": "i", "input": "x", "output": "o", "history": [["q", "a"]]},
+        {"prompt": said, "completion": said}, {"question": "q", "answer": "a"},
+    ]  # fmt: skip
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make_template(folder: Path) -> None:
+    loop = "{% for m in messages %}{% generation %}{{ m.content | trim }}{% endgeneration %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + loop)
+    special = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": [{"name": "a", "template": "b"}]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+
+
 def make_metrics(folder: Path) -> None:
     line = '{"v":1,"kind":"val","step":%d,"tokens":7,"t":1.5,"loss":"NaN","tokens_evaluated":5,"bpb":null}\n'
     (folder / "a.jsonl").write_text("".join(line % i for i in range(5)))
@@ -162,6 +189,38 @@ def read_shard(folder: Path) -> None:
     loader = Loader([info], 4, V=1 << 16, eot=7) if info.tokens < 10**6 else Loader([info], 4, V=1 << 16)
     loader.batch(0, 3)
     assert len(loader.fingerprint) == 64
+
+
+def read_packed(folder: Path) -> None:
+    info = read_header(folder / "a.bin")
+    loader = PackedLoader([info], row_tokens(info), V=1 << 16)
+    tokens, targets, positions = loader.batch(0, 4)
+    assert tokens.shape == targets.shape == positions.shape
+    assert (positions <= np.arange(loader.T)).all()
+    assert len(loader.fingerprint) == 64
+
+
+TEMPLATE = Template("{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}", {}, "t")
+
+
+def read_chats(folder: Path) -> None:
+    for _, text in read_documents(folder / "a.jsonl", "", Faults()):
+        place, record = json.loads(text)
+        try:
+            chat = chat_of(record)
+            TEMPLATE.prompt(chat.messages, chat.tools)
+        except ValueError as refused:  # as `prepare` says it
+            raise DataError(f"{place} {refused}.") from None
+
+
+def read_template(folder: Path) -> None:
+    chat = Chat([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    if template := Template.load(folder):
+        try:
+            text, spans = template.text(chat, ["</s>"])
+            assert all(0 <= start <= stop <= len(text) for start, stop in spans)
+        except ValueError as refused:
+            raise DataError(f"a record {refused}.") from None
 
 
 def read_source(source: Any) -> None:
@@ -209,6 +268,9 @@ FORMATS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], set[int]
     "checkpoint": (make_checkpoint, read_checkpoint, {5}),
     "Hugging Face model": (make_huggingface, lambda f: read_source(huggingface.open_folder(f, "bytes")), {2, 5}),
     "data set manifest": (make_dataset, lambda f: Manifest.load(f / "manifest.json"), {4}),
+    "packed rows": (make_packed, read_packed, {4}),
+    "chats": (make_chats, read_chats, {4}),
+    "chat template": (make_template, read_template, {4, 5}),
     "metrics": (make_metrics, read_all_metrics, set()),
     "config.toml": (make_config, lambda f: read_toml(f / "a.toml"), {2}),
 }

@@ -65,6 +65,14 @@ def chat_of(record: Any) -> Chat:
         raise ValueError(f"is no chat (it has: {keys})")
     if found == "chosen, rejected":
         raise ValueError("has preferences (chosen, rejected), from which daybreak does not learn")
+    try:
+        return _chat(record, found)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"has {found} of another form than chats have ({error})") from None
+
+
+def _chat(record: dict[str, Any], found: str) -> Chat:
+    """The conversation of a record in the format `found`. What is not of that form may raise anything."""
     if found == "messages":
         messages = record["messages"]
     elif found == "conversations":
@@ -132,11 +140,13 @@ class Template:
         if not source:
             listed, where = config.get("chat_template"), folder / CONFIG_FILE
             if isinstance(listed, list):  # several, by name
-                listed = next((t.get("template") for t in listed if isinstance(t, dict) and t["name"] == "default"), "")
+                listed = next(
+                    (t.get("template") for t in listed if isinstance(t, dict) and t.get("name") == "default"), ""
+                )
             source = listed if isinstance(listed, str) else ""
         if not source:
             return None
-        named = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
+        named = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
         special = {key: value for key, value in named.items() if isinstance(value, str)}
         if not config and tokenizer is not None:
             ids = {"bos_token": tokenizer.eot, "eos_token": tokenizer.ends[0]}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does daybreak work on this GPU machine? Runs every verb, both command lines and every documented GPU example, small.
 #
-#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs decoder fp8 ranks fences; all by default, 2 to 8 minutes each
+#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs decoder fp8 finetune ranks fences; all by default, 2 to 8 minutes each
 #
 # It needs no network and no data: it trains on the Python standard library. PYTHON names the interpreter (python3).
 # Each step prints one line, `ok NAME SECONDS` or `FAILED NAME` with the end of its output; each section ends with
@@ -150,6 +150,31 @@ section_fp8() { # the blocks' matmuls in fp8, evaluation and text in bf16
   done
 }
 
+section_finetune() { # adapters and in full: a run that starts from a model, and what becomes of it elsewhere
+  data
+  local lora="$flags --steps 12 --checkpoint.every 4 --eval.every 6"
+  [ "${SMOKE:-gpu}" = cpu ] && lora="$lora --batch.T 64 --batch.B 2 --batch.total_tokens 256"
+  step "a model" "daybreak train $decoder $flags --name base --steps 4"
+  step "LoRA" "daybreak finetune runs/base $lora --name l"
+  step "killed" "daybreak finetune runs/base $lora --name lk & $checks kill lk 6 \$!"
+  step "resume" "daybreak train runs/lk"
+  step "equal losses and weights after the kill" "$checks same l lk"
+  step "recompute 2" "daybreak finetune runs/base $lora --batch.recompute 2 --name l2"
+  step "equal bits with recompute 2" "$checks same l l2"
+  step "sample" "daybreak sample runs/l --prompt 'def main' --tokens 32 -n 2"
+  step "export, adapters merged" "daybreak export runs/l --to hf l-hf"
+  step "equal logits in transformers" "$checks logits l l-hf"
+  step "export to PEFT" "daybreak export runs/l --to peft l-peft"
+  step "in full" "daybreak finetune runs/l $lora --method full --name lf"
+  step "GPT-2 with adapters" "daybreak train $shape $flags --name base2 --steps 2 && \
+    daybreak finetune runs/base2 $lora --name l3"
+  [ "$ranks" = 1 ] && return
+  for zero in 0 1 2; do
+    step "$ranks ranks, ZeRO $zero" "torchrun --standalone --nproc-per-node $ranks -m daybreak finetune runs/base $lora \
+      --name lz$zero --parallel.zero $zero"
+  done
+}
+
 section_ranks() {
   data
   local total=$((ranks * 32768))
@@ -173,5 +198,5 @@ echo "folder $work"
 echo "commit $(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo "${COMMIT:-unknown}"), $(date -u +%F)"
 [ "${SMOKE:-gpu}" = cpu ] || nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
 "$PYTHON" -c 'import torch; print("torch", torch.__version__)'
-for name in ${*:-machine post verbs decoder fp8 ranks fences}; do section "$name"; done
+for name in ${*:-machine post verbs decoder fp8 finetune ranks fences}; do section "$name"; done
 exit $((failed > 0))

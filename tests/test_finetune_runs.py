@@ -212,6 +212,21 @@ def test_three_ranks_at_stage_2(tmp_path: Path) -> None:
             assert (kept[name] - one.param(name)).norm() <= 1e-8 * one.param(name).norm(), name
 
 
+def test_two_ranks_from_the_command_line(home: Path, tmp_path: Path) -> None:
+    """The same losses as one process, at ZeRO stage 1. One process resumes the run."""
+    args = ["finetune", home / "base", "--data", home / "data/text-bytes", *SHORT, "--batch.B", "1", "--name", "two"]
+    args += ["--lora.rank", "4", "--lora.targets", "q,v,gate,up,fcproj", "--parallel.zero", "1"]
+    assert ranks.finish(ranks.start(2, args, tmp_path)) == [0, 0], ranks.said(tmp_path, 0)
+    one, two = Run(home / "runs/a"), Run(tmp_path / "runs/two")
+    for kind in ("step", "val"):
+        losses = [[record["loss"] for record in run.metrics(kind)] for run in (one, two)]
+        assert losses[1][-1] == pytest.approx(losses[0][-1], rel=1e-5)
+        assert losses[1][:1] == pytest.approx(losses[0][:1], rel=1e-5)
+    start, end = tensors(two.path, 0), tensors(two.path, 6)
+    assert {name for name in start if not torch.equal(start[name], end[name])} == set(filter(is_adapter, start))
+    inside(tmp_path, "train", "runs/two", "--steps", "7", "--optim.horizon", "7", "--quiet")
+
+
 def test_drawn_adapters_depend_on_the_seed_alone() -> None:
     """Not on which layers have one; and the base is drawn as without adapters."""
     whole, some = build(), Engine(EngineSpec(build().cfg, B=1, T=T, compute="fp64", lora=LoraConfig(3, targets="q")))

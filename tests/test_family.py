@@ -198,5 +198,5 @@ def test_flags_configuration_and_plan(
     assert resolve("tiny", [("model.arch", "grouped")])[0].model == grouped.GroupedConfig(
         L=2, C=128, NH=4, max_T=128, V=1025
     )
-    with pytest.raises(ConfigError, match=r"^unknown key 'model\.NKV'"):
+    with pytest.raises(ConfigError, match=r"^model\.NKV is a key of model\.arch llama"):
         resolve("tiny", [("model.NKV", "2")])

@@ -75,7 +75,8 @@ def test_a_finished_run_has_nothing_to_do(shards: Path, tmp_path: Path) -> None:
     run = daybreak.train(config(shards, tmp_path, "r", run__steps=3))
     metrics = run.folder.metrics.read_bytes()
     code, err = train([run.path])
-    assert (code, err) == (0, f"nothing to do: {run.path} has made its 3 steps; --steps N makes it longer.\n")
+    done = f"nothing to do: {run.path} has made its 3 steps; --steps N --optim.horizon N trains it to step N.\n"
+    assert (code, err) == (0, done)
     assert run.folder.metrics.read_bytes() == metrics
 
 

@@ -18,7 +18,8 @@ import click
 @click.option("--top-k", type=click.IntRange(0), default=0, metavar="K", help="0 = all tokens.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, metavar="P",
               help="Only the likeliest tokens that together have probability P.")  # fmt: skip
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be given several times.")
+@click.option("--stop", multiple=True, metavar="TEXT",
+              help="End before this text; several times for several; in bash, $'\\n' is a line end.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=1337, metavar="N", help="Same seed, same text.")
 @click.option("--step", type=click.IntRange(0), metavar="N", help="Checkpoint to use (default: the newest).")
 @click.option("-n", "count", type=click.IntRange(1), default=1, metavar="N", help="Samples to draw.")

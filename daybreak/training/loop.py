@@ -111,7 +111,7 @@ def _prepared(
     with RunFolder(folder).locked() if folder is not None and stop.group.rank == 0 else nullcontext():
         steps = config.run.steps
         if folder is not None and (at := stop.group.first(lambda: finished_at(Run(folder), steps))):
-            done = f"has made its {at} steps; --steps N makes it longer."
+            done = f"has made its {at} steps; --steps N --optim.horizon N trains it to step N."
             past = f"is at step {at}, past --steps {steps}; give more than {at}."
             say(f"nothing to do: {folder} {past if at > steps else done}")
             return Run(folder)

@@ -6,27 +6,36 @@ The kernels for GPUs are held to the same rounding in test_kernel_fp8.py and tes
 from __future__ import annotations
 
 import os
+import re
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
 import torch
+from made_run import read
+from safetensors.torch import load_file
 from snapshots import facts
 from test_engine import SMALL, batch, gradients, pair
+from test_pages import BROWSER, dom, drawn
+from test_training import config, markov, write_shard
 from torch import Tensor
 
+import daybreak
+from daybreak.cli.main import main
 from daybreak.config import Config
 from daybreak.config_keys import OptimConfig
 from daybreak.engine import Engine, EngineSpec, plan_engine
 from daybreak.engine.scales import AMAX, HISTORY, SATURATED, SCALE
-from daybreak.errors import ConfigError
+from daybreak.errors import ConfigError, Stopped
 from daybreak.kernels.fp8 import E4M3, E5M2, power_of_two, quantise
 from daybreak.kernels.operand import Operand
 from daybreak.parallel import Group, connect
 from daybreak.shapes import GPT2Config, LlamaConfig
 from daybreak.state.checkpoint import load_checkpoint, save_checkpoint
 from daybreak.state.restore import restore, snapshot
+from daybreak.training.stop import Stop
 
 CFG, B, T = GPT2Config(L=3, C=64, NH=4, max_T=32, V=61), 4, 16
 LLAMA = LlamaConfig(L=2, C=64, NH=4, NKV=2, F=96, max_T=32, V=61, norm_plus_one=True, qk_norm=True)
@@ -390,3 +399,41 @@ def test_the_configuration():
     assert spec.fp8_steps is None
     part = config.override({"run.steps": 50, "precision.fp8_until": 0.9})
     assert engine_spec(part, torch.device("cpu")).fp8_steps == 45
+
+
+# --- saturation on the page
+
+
+def test_the_report_shows_saturation(tmp_path: Path):
+    """A real run, stopped and resumed, with a rate that makes activations grow too fast. Its steps in metrics.jsonl add
+    up to the counts of its checkpoint. The last two steps are in bf16. The page counts the steps."""
+    for name, seed in (("train", 1), ("val", 2)):
+        write_shard(tmp_path / f"x_{name}_000000.bin", markov(3000, seed))
+    keys = {"precision.compute": "fp8", "precision.fp8_until": 0.8, "optim.lr": 0.05, "eval.sample_tokens": 0}
+    settings = config(tmp_path, tmp_path / "runs", "short", **keys, **{"run.steps": 10, "checkpoint.every": 3})
+    stop = Stop()
+
+    def at_three(_: Path) -> None:
+        stop.reason = "enough"
+
+    with pytest.raises(Stopped):
+        daybreak.train(settings, stop=stop, on_save=at_three)
+    assert main(["train", str(tmp_path / "runs/short")]) == 0
+    run = daybreak.Run(tmp_path / "runs/short")
+    now = {r["step"]: r["saturated"] for r in run.metrics("step")}
+    (file,) = run.checkpoints[0].glob("optimizer*")
+    assert sum(now[step] for step in range(1, 9)) == load_file(file)["extra.fp8.saturated"].sum() > 0
+    assert now[9] is now[10] is None
+    steps = list(accumulate((now[step] or 0) > 0 for step in range(1, 11)))
+    assert steps[0] == 0 < steps[-1] < 8
+    assert read(run.path)["train"]["saturated"] == steps
+    other = daybreak.train(config(tmp_path, tmp_path / "runs", "bf16", **{"precision.compute": "bf16", "run.steps": 2}))
+    assert read(other.path)["train"]["saturated"] == [None, None]
+    if BROWSER is not None:
+        out = tmp_path / "page.html"
+        assert main(["report", str(run.path), "-o", str(out)]) == 0
+        page = dom(f"file://{out}")
+        assert float(drawn(page)["Steps so far in which fp8 saturated"]["last"]) == steps[-1]
+        assert re.search(rf"<dt>fp8 saturated</dt><dd>{steps[-1]}<small>steps?<", page)
+        assert main(["report", str(other.path), "-o", str(out)]) == 0
+        assert "fp8 saturated" not in re.sub("<script.*?</script>", "", dom(f"file://{out}"), flags=re.DOTALL)

@@ -33,6 +33,7 @@ EXAMPLES: dict[str, dict[str, object]] = {
     "step": {
         "loss": 4.5, "norm": 1.25, "lr": 6e-4, "ms": 12.5, "tok_s": 1e5, "mfu": None, "loss_z": None, "norm_z": -0.5,
         "skipped": False, "mem_mib": 100, "eta_s": 60.0, "epoch": 0, "temp_c": None, "power_w": 61.5,
+        "saturated": None,
     },
     "val": {"loss": 4.0, "tokens_evaluated": 4096, "bpb": 1.5},
     "eval": {"task": "hellaswag", "accuracy": 0.25, "examples": 10042},

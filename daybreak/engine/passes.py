@@ -123,10 +123,11 @@ def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> 
         if sharding.zero:
             entries += [Entry("shard", "grads", (held,), dtype if sharding.zero == 1 else acc)]
         entries += optimizer_entries(sharding, acc)
+    stats = len(STATS) + (spec.compute == "fp8")  # of matrices that saturate (engine/scales.py)
     small = [
         ("batch", (4 if spec.documents else 2, B, T), i64), ("losses", (B * T,), acc),
         ("hyper", (max(part.stop for part in sharding.table.hyper.values()),), f64),
-        ("loss", (), f64), ("norm", (), f64), ("stats", (len(STATS),), f64), ("windows", (2, WINDOW), f64),
+        ("loss", (), f64), ("norm", (), f64), ("stats", (stats,), f64), ("windows", (2, WINDOW), f64),
         ("counts", (2,), i64), ("next", (2, kv[2]), i64), ("next_logits", (kv[2], V), torch.float32),
         ("last_hidden", (kv[2], C), dtype),
     ]  # fmt: skip

@@ -15,7 +15,8 @@ needs its scale before anyone has seen its values. They get the largest amax of 
 
 The gradient of a mean over fewer tokens is larger. So gradients are in `history` times the number of the step's
 targets. A magnitude that is not finite does not enter it, and makes the gradient norm NaN, so that the guard refuses
-the step. `saturated` counts, for each slot, the steps in which a value was larger than its format could hold.
+the step. `saturated` counts, for each slot, the steps in which a value was larger than its format could hold. The
+last of the step's stats is the number of slots in which it happened now.
 
 The first step of a run has no history. The engine then makes its first micro-step twice: the first time, kernels choose
 scales from the values themselves, and nothing but `amax` is used of it.
@@ -116,17 +117,19 @@ def end(f: StepFrame, slots: Slots, count: bool) -> None:
     s, c = f.state, f.comm
     if c.active:
         f.k.do("largest", partial(c.largest, s[AMAX]), [s[AMAX]], [s[AMAX]])
-    tensors: dict[str, Any] = {k: s[k] for k in (*NAMES, "norm", "hyper")}
-    writes = [s[HISTORY], s[SATURATED], s["norm"]]
+    tensors: dict[str, Any] = {k: s[k] for k in (*NAMES, "norm", "hyper", "stats")}
+    writes = [s[HISTORY], s[SATURATED], s["norm"], s["stats"]]
     f.k.do("note_amax", partial(_end, slots, tensors, count), writes, list(tensors.values()))
 
 
 def _end(slots: Slots, s: Mapping[str, Tensor], count: bool) -> None:
     amax, history, t = s[AMAX], s[HISTORY], s["hyper"][1]
-    found = amax.clone()
+    found, now = amax.clone(), s["stats"][-1].zero_()
     for part, largest, _, gradient in _late(slots):
         if count:
-            s[SATURATED][part].add_(amax[part] > largest * s[SCALE][part, 0])
+            above = amax[part] > largest * s[SCALE][part, 0]
+            s[SATURATED][part].add_(above)
+            now.add_(above.sum())
         if gradient:
             found[part].div_(s["hyper"][2])
     row = torch.arange(WINDOW, device=amax.device)[:, None] == torch.remainder(t, WINDOW)

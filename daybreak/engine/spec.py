@@ -66,6 +66,10 @@ class EngineSpec:
         """The dtype of weights and activations."""
         return DTYPES[self.compute]
 
+    def in_fp8(self, step: int) -> bool:
+        """Whether the update after `step` others has its matmuls in fp8."""
+        return self.compute == "fp8" and (self.fp8_steps is None or step < self.fp8_steps)
+
     def parameters(self, model: Model) -> tuple[list[Row], dict[str, Adapter]]:
         """A model's parameters, as this engine trains and holds them, and the adapters among them. ConfigError."""
 

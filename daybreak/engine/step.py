@@ -35,8 +35,9 @@ from daybreak.parallel import ALONE, Group
 
 
 def named_stats(pending: Pending) -> dict[str, float]:
-    """The stats that `Engine.update` returned, by name (kernels.guard.STATS)."""
-    return dict(zip(STATS, pending.values(), strict=True))
+    """The stats that `Engine.update` returned, by name: kernels.guard.STATS, and the number of matrices that saturated
+    if the engine computes in fp8."""
+    return dict(zip((*STATS, "saturated"), pending.values(), strict=False))
 
 
 def draw(spec: EngineSpec, seed: int) -> dict[str, Tensor]:
@@ -99,7 +100,7 @@ class Engine:
         wait = group.wait_for if group.world > 1 else None  # the device may wait for a rank that is gone
         self._hyper = Ring(tuple(self.state["hyper"].shape), torch.float64, self.device, wait)
         self._batch = Ring(tuple(self.state["batch"].shape), torch.int64, self.device, wait)
-        self._stats = Ring((len(STATS),), torch.float64, self.device, wait)
+        self._stats = Ring(tuple(self.state["stats"].shape), torch.float64, self.device, wait)
         self._next = torch.zeros(2, spec.rows, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         # The reference kernel of decode reads the lengths on the host, so it has no graph.
         graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"
@@ -227,7 +228,7 @@ class Engine:
 
     def begin_step(self, *, lr: float, step: int, valid: int) -> None:
         """Set a step's device scalars: learning rate, number of the update, and number of valid targets in the step."""
-        self._plain = self.spec.fp8_steps is not None and step >= self.spec.fp8_steps
+        self._plain = self.spec.fp8_steps is not None and not self.spec.in_fp8(step)
         slot, t = self._hyper.take(), step + 1
         for (optimizer, scale), part in self.table.hyper.items():
             for i, value in enumerate((lr * scale, t, 1.0 / max(valid, 1), *optimizer.scalars(t)), part.start):

@@ -24,7 +24,7 @@ from daybreak.state.metrics import decode_record
 from daybreak.state.run_folder import RunFolder
 
 log = logging.getLogger("daybreak")
-TRAIN = ("loss", "norm", "lr", "ms", "tok_s", "mfu", "mem_mib", "temp_c", "power_w", "loss_z", "skipped")
+TRAIN = ("loss", "norm", "lr", "ms", "tok_s", "mfu", "mem_mib", "temp_c", "power_w", "loss_z", "skipped", "saturated")
 MOST_POINTS = 4000  # of one curve on a page: more than a screen has pixels
 OUTLIER_Z = 5.0
 JUMP = 6 * 3600.0  # seconds between two lines of an attempt: more are a clock that was set
@@ -128,7 +128,7 @@ class Follower:
         self.hours += (passed if 0 <= passed <= JUMP + 10 * busy else busy) / 3600
         self._last_t, r["hours"] = t, self.hours
         if kind == "step":
-            self.train.append(r)
+            self.train.append(r | {"saturated": self._saturated(r.get("saturated"))})
             self.eta = r.get("eta_s")
         elif kind in ("val", "eval"):
             curve = self.val if kind == "val" else self.evals.setdefault(r["task"], Curve("accuracy"))
@@ -136,6 +136,11 @@ class Follower:
             curve.append(r)
         elif kind in ("sample", "checkpoint", "event") and r.get("what") != "norms":
             self.notes.append(r)
+
+    def _saturated(self, now: int | None) -> float:
+        """The steps until now in which a matrix saturated: a count that keeps its end however the curve is thinned."""
+        before = next(reversed(self.train.columns["saturated"]), math.nan)
+        return before if now is None else (now > 0) + (0.0 if math.isnan(before) else before)
 
     def _log_line(self, line: bytes) -> None:
         if not (match := LOG_LINE.match(line)):

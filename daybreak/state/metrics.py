@@ -39,6 +39,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "epoch": int,
         "temp_c": float | None,  # of the GPU; null: unknown
         "power_w": float | None,
+        "saturated": int | None,  # matrices with a value that fp8 could not hold; null: the step was not in fp8
     },
     "val": {"loss": float, "tokens_evaluated": int, "bpb": float | None},  # bpb: bits per byte, null: bytes unknown
     "eval": {"task": str, "accuracy": float, "examples": int},
@@ -49,7 +50,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 MOST_WAITING = 64 << 20  # bytes
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _FLOAT = Rule("must be a number", lambda x: isinstance(x, float) or (type(x) is int and abs(x) < LIMIT))
-_RULES = {int: WHOLE, str: TEXT, bool: FLAG, float: _FLOAT, float | None: or_null(_FLOAT)}
+_RULES = {int: WHOLE, str: TEXT, bool: FLAG, float: _FLOAT, float | None: or_null(_FLOAT), int | None: or_null(WHOLE)}
 
 
 class Lines:

@@ -436,6 +436,7 @@ class Trainer:
             "tok_s": timing.tok_s, "mfu": timing.mfu, "loss_z": _or_none(stats["loss_z"]),
             "norm_z": _or_none(stats["norm_z"]), "mem_mib": used_mib(self.setup.device),
             "eta_s": self.clock.eta(c.tokens_between(step, c.run.steps)),
+            "saturated": int(stats["saturated"]) if self.engine.spec.in_fp8(step - 1) else None,
         }  # fmt: skip
         epoch = (update.samples - 1) // self.setup.train_loader.samples_per_epoch
         self.metrics.write("step", step, tokens, **values, **self.sensors.read(), skipped=skipped, epoch=epoch)

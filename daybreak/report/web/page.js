@@ -23,6 +23,7 @@ const CHARTS = [
   ["Memory, MiB", [[(r) => r.train, "mem_mib", "", false]], false, ""],
   ["Temperature, °C", [[(r) => r.train, "temp_c", "", true]], false, ""],
   ["Power, W", [[(r) => r.train, "power_w", "", true]], false, ""],
+  ["Steps so far in which fp8 saturated", [[(r) => r.train, "saturated", "", false]], false, ""],
 ];
 let data = JSON.parse($("data").textContent), charts = [], pinned = true;
 const view = { x: "step", logx: false, logy: false, smooth: -1, reference: "" };
@@ -228,6 +229,7 @@ function facts(r) { // [name, value, smaller line]
   add("tokens", tokens == null ? null : compact(tokens), last(r.train.tok_s) == null ? "" : `${compact(last(r.train.tok_s))} a second`);
   add("time", hours == null ? null : span(hours * 3600), r.state === "running" && r.eta != null ? `${span(r.eta)} left` : "");
   add("MFU", last(r.train.mfu) == null ? null : (100 * last(r.train.mfu)).toFixed(1) + " %");
+  add("fp8 saturated", short(last(r.train.saturated)), last(r.train.saturated) == 1 ? "step" : "steps");
   add("cost", r.price && hours != null ? "$" + (hours * r.price).toFixed(2) : null, r.price ? `at $${short(r.price)} an hour` : "");
   return found;
 }
@@ -254,11 +256,11 @@ function head() {
     card.append(make("dt", name), said);
     return card;
   }));
-  table("summary", ["run", "state", "step", "of", "tokens", "time", "cost", "loss", "validation", "bits per byte", "HellaSwag", "tok/s", "MFU"], runs.map((x, i) => {
+  table("summary", ["run", "state", "step", "of", "tokens", "time", "cost", "loss", "validation", "bits per byte", "HellaSwag", "tok/s", "MFU", "fp8 saturated, steps"], runs.map((x, i) => {
     const hours = last(x.train.hours), name = make("span"), swatch = make("i", "● ");
     swatch.style.color = COLOURS[i % COLOURS.length], swatch.setAttribute("aria-hidden", "true"), name.append(swatch, x.name);
     return [name, pill(x), last(x.train.step), x.steps, last(x.train.tokens), hours == null ? null : span(hours * 3600), x.price && hours != null ? "$" + (hours * x.price).toFixed(2) : null,
-      last(x.train.loss), last(x.val.loss), last(x.val.bpb), x.evals.hellaswag && last(x.evals.hellaswag.accuracy), last(x.train.tok_s), last(x.train.mfu)];
+      last(x.train.loss), last(x.val.loss), last(x.val.bpb), x.evals.hellaswag && last(x.evals.hellaswag.accuracy), last(x.train.tok_s), last(x.train.mfu), last(x.train.saturated)];
   }));
   const kinds = [...new Set(runs.map((x) => x.vocabulary || "unknown"))];
   $("vocabularies").hidden = kinds.length < 2;

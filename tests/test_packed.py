@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from daybreak.config_keys import LoraConfig
 from daybreak.engine import Engine, EngineSpec
 from daybreak.shapes import GPT2Config, LlamaConfig
 
@@ -129,6 +130,30 @@ def test_triton_kernels_make_the_same_model(name: str) -> None:
     plain, fused = results
     for key, want in plain.items():
         assert ((fused[key] - want).norm() / want.norm()).item() <= 3e-6, key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_have_the_gradients_of_the_documents_alone(name: str) -> None:
+    """LoRA on all linear layers, in fp64, with weights of which every one matters."""
+    tokens, targets, positions, places = packed()
+    x, y = alone(places, tokens, targets)
+    cfg: Any = GPT2Config(**GPT2._asdict()) if name == "gpt2" else LlamaConfig(**DECODERS[name]._asdict())
+    engines = [
+        Engine(EngineSpec(cfg, B=B, T=T, compute="fp64", lora=LoraConfig(4), documents=documents))
+        for B, documents in ((2, True), (len(places), False))
+    ]
+    for made in engines:
+        for i, parameter in enumerate(made.names()):
+            value = torch.randn(made.param(parameter).shape, generator=torch.Generator().manual_seed(i))
+            made.set_exact(parameter, 0.2 * value.double())
+    engines[0].train_step(tokens[None], targets[None], positions[None], lr=0.0, step=0)
+    engines[1].train_step(x[None], y[None], lr=0.0, step=0)
+    assert engines[0].stats()["loss"] == pytest.approx(engines[1].stats()["loss"], rel=1e-13)
+    adapters = list(engines[0].table.offsets)
+    assert len(adapters) >= 8 * cfg.L
+    for adapter in adapters:
+        want = engines[1].grad(adapter)
+        assert (engines[0].grad(adapter) - want).abs().max() <= 1e-11 * want.abs().max(), adapter
 
 
 def test_frozen_embeddings_need_no_places_gradient() -> None:

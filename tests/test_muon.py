@@ -154,6 +154,26 @@ def test_every_layout_of_the_masters_serves_it() -> None:
     )
 
 
+def test_each_unit_is_rounded_by_bits_of_its_place() -> None:
+    """Without master weights. q, k and v begin at places of their own."""
+    engine, places = build(SHAPE, compute="bf16", masters="none"), list[tuple[int, int]]()
+    first = engine.state["weights"].data_ptr()
+
+    def noting(name: str, fn: Any) -> Any:
+        def call(weights: Tensor, *args: Any, **options: Any) -> None:
+            if name == "muon_update":
+                places.append((options["offset"], (weights.data_ptr() - first) // 2))
+            fn(weights, *args, **options)
+
+        return call
+
+    engine.frame.k = engine.frame.k.each(noting)
+    second.train(engine, ALONE, range(1))
+    assert len(places) == 2 * 6  # layers, and q, k, v, attproj, fc and fcproj of each
+    assert all(told == real for told, real in places)
+    assert len({real for _, real in places}) == len(places)
+
+
 def test_a_skipped_update_changes_nothing() -> None:
     engine = build(SHAPE, compute="fp32")
     second.train(engine, ALONE, range(1))

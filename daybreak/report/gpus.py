@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from daybreak.errors import ConfigError
 from daybreak.formatting import nearest
 from daybreak.shapes import SHAPES, Shape
-from daybreak.state.throughput import GPU, GPUS, peak_flops
+from daybreak.state.throughput import GPU, GPUS, fp8_gain, peak_flops, size_of
 
 
 def find_gpu(name: str) -> GPU:
@@ -47,15 +47,18 @@ SEVERAL_GPUS = 0.98
 
 
 def token_rate(
-    model: Shape, T: int, B: int, recompute: int, flops_per_token: int, gpu: str, gpus: int
+    model: Shape, T: int, B: int, recompute: int, flops_per_token: int, gpu: str, gpus: int, fp8: float = 0.0
 ) -> tuple[float, str] | None:
     """Tokens a second of `gpus` GPUs, and on what that rests; None if no shape of the family was measured, or if the
-    GPU's peak is not known."""
+    GPU's peak is not known. fp8: the part of the steps that are in fp8."""
     scale, more = (1.0, "") if gpus == 1 else (gpus * SEVERAL_GPUS, f"; times {gpus} x {SEVERAL_GPUS}, measured on 4")
+    if fp8:
+        gain = 1 / (fp8 / fp8_gain(model) + 1 - fp8)
+        small = "" if size_of(model) >= size_of(SHAPES["d24"]) else "; so small a model is not measured"
+        scale, more = scale * gain, f"{more}; times {gain:.2f} for fp8, measured on one H200 for d24 to d48{small}"
 
     def distance(m: Measured) -> tuple[float, ...]:
-        at = SHAPES[m.shape]
-        size = math.log(at.L * at.C**2 / (model.L * model.C**2))
+        size = size_of(SHAPES[m.shape]) - size_of(model)
         return abs(size), abs(m.recompute - recompute), abs(math.log(m.B / B))
 
     if not (family := [m for m in MEASURED if SHAPES[m.shape].arch == model.arch]):
@@ -63,7 +66,7 @@ def token_rate(
     near = min(family, key=distance)
     where = f"{near.shape} B {near.B}, recompute {near.recompute} on one {near.gpu} ({near.source})"
     if (SHAPES[near.shape], 1024, gpu) == (model, T, near.gpu):
-        exact = (near.B, near.recompute, gpus) == (B, recompute, 1)
+        exact = (near.B, near.recompute, gpus, 0) == (B, recompute, 1, fp8)
         return near.tok_s * scale, f"{'measured' if exact else 'modelled, from'} {where}{more}"
     if (peak := peak_flops(gpu)) is None:
         return None

@@ -91,10 +91,11 @@ class Plan:
     def tok_s(self) -> tuple[float, str] | None:
         """Tokens a second, and the basis of this figure; None if nothing is known."""
         c = self.config
-        if self.device != "cuda" or self.compute != "bf16":
+        fp8 = self.compute == "fp8" and c.precision.fp8 == Config().precision.fp8
+        if self.device != "cuda" or not (fp8 or self.compute == "bf16"):
             return None
-        B, recompute = c.batch.B, c.batch.recompute
-        return token_rate(c.model, c.T, B, recompute, self.flops_per_token, self.gpu, self.gpus)
+        shape, part = (c.model, c.T, c.batch.B, c.batch.recompute), c.precision.fp8_until if fp8 else 0.0
+        return token_rate(*shape, self.flops_per_token, self.gpu, self.gpus, part)
 
     @property
     def hours(self) -> float | None:

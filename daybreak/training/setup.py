@@ -55,12 +55,13 @@ from daybreak.state.checkpoint import Checkpoint, load_checkpoint
 from daybreak.state.restore import Weights, check_host_memory, warn_of_disk
 from daybreak.state.run import Run
 from daybreak.state.run_folder import ORIGIN, RunFolder, cpu_model
-from daybreak.state.throughput import peak_flops
+from daybreak.state.throughput import FP8_GAIN, fp8_gain, peak_flops
 from daybreak.training.sinks import check_sinks
 from daybreak.training.stop import Stop
 
 log = logging.getLogger("daybreak")
 EMBEDDED = "stdlib"  # prepared on first use
+LEAST_GAIN = 1.05  # of fp8 over bf16, below which `train` says so
 
 
 @dataclass(frozen=True)
@@ -239,10 +240,17 @@ def _set_precision(config: Config, device: torch.device, compute: str) -> None:
     set_precision(config, device)
     for backend, reason in missing_on(device).items():
         log.warning("slower without %s: %s (daybreak doctor says more)", backend, reason)
+    _say_slow(config, device, compute)
+
+
+def _say_slow(config: Config, device: torch.device, compute: str) -> None:
     if device.type == "cpu" and compute == "bf16" and not cpu_has_bf16():
         log.warning("this CPU has no bf16 instructions: precision.compute = bf16 will be slower than fp32 here.")
     if device.type == "cpu" and compute == "fp8":
         log.warning("a CPU has no fp8 instructions: precision.compute = fp8 rounds as a GPU does, but is slow here.")
+    if device.type == "cuda" and compute == "fp8" and (gain := fp8_gain(config.model)) < LEAST_GAIN:
+        log.warning("fp8 may not be worth it: daybreak plan expects %.2f times bf16's speed for so small a model. The "
+                    "smallest that was measured, d24, had %.2f times.", gain, FP8_GAIN["d24"])  # fmt: skip
 
 
 def _say_untuned(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does daybreak work on this GPU machine? Runs every verb, both command lines and every documented GPU example, small.
 #
-#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs decoder fp8 finetune ranks fences; all by default, 2 to 8 minutes each
+#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs decoder fp8 muon finetune ranks fences; all by default, 2 to 8 minutes each
 #
 # It needs no network and no data: it trains on the Python standard library. PYTHON names the interpreter (python3).
 # Each step prints one line, `ok NAME SECONDS` or `FAILED NAME` with the end of its output; each section ends with
@@ -175,6 +175,21 @@ section_finetune() { # adapters and in full: a run that starts from a model, and
   done
 }
 
+section_muon() { # the blocks' matrices by Muon, the rest by AdamW
+  data
+  local muon="$flags --optim.name muon --optim.muon_warmup 4 --steps 12 --checkpoint.every 4 --eval.every 6"
+  step "train with Muon" "daybreak train $shape $muon --name m"
+  step "killed" "daybreak train $shape $muon --name km & $checks kill km 6 \$!"
+  step "resume" "daybreak train runs/km"
+  step "equal losses and weights after the kill" "$checks same m km"
+  step "in fp8" "daybreak train $shape $muon --name m8 --precision.compute fp8"
+  [ "$ranks" = 1 ] && return
+  for zero in 0 1 2; do
+    step "$ranks ranks, ZeRO $zero" "torchrun --standalone --nproc-per-node $ranks -m daybreak train $shape $muon \
+      --name mz$zero --batch.total_tokens $((ranks * 32768)) --parallel.zero $zero"
+  done
+}
+
 section_ranks() {
   data
   local total=$((ranks * 32768))
@@ -198,5 +213,5 @@ echo "folder $work"
 echo "commit $(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo "${COMMIT:-unknown}"), $(date -u +%F)"
 [ "${SMOKE:-gpu}" = cpu ] || nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
 "$PYTHON" -c 'import torch; print("torch", torch.__version__)'
-for name in ${*:-machine post verbs decoder fp8 finetune ranks fences}; do section "$name"; done
+for name in ${*:-machine post verbs decoder fp8 muon finetune ranks fences}; do section "$name"; done
 exit $((failed > 0))

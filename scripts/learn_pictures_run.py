@@ -1,4 +1,4 @@
-"""The drawings of the course's chapters about how it runs, 11 to 16; learn_pictures.py writes them."""
+"""The drawings of the course's chapters about how it runs, 11 to 17; learn_pictures.py writes them."""
 
 from __future__ import annotations
 
@@ -398,9 +398,46 @@ def run_few() -> str:
     return picture(358, "Training loss falls to 0.1, and validation loss rises from 1.5 to above 2", chart.parts)
 
 
+def layouts() -> str:
+    """The three matmuls of a layer. An arrow in a matrix is the direction that is added up, and lies in memory."""
+    rows = [
+        ("forward: y = x w\u1d40, over I", ("x", "n", "I", "a"), ("w", "O", "I", "b"), ("y", "n", "O")),
+        ("gradient of the input: dx = dy w, over O", ("dy", "n", "O", "c"), ("w, transposed", "I", "O", "b"),
+         ("dx", "n", "I")),
+        ("gradient of the weight: dw = dy\u1d40 x, over n", ("dy, transposed", "O", "n", "c"),
+         ("x, transposed", "I", "n", "a"), ("dw", "O", "I")),
+    ]  # fmt: skip
+    size, parts, y = {"n": 84, "I": 64, "O": 48}, [], 14.0
+    for title, left, right, (made, tall, wide) in rows:
+        parts.append(text(24, y + 12, title, "s"))
+        for x, (name, row, column, kind) in ((50, left), (228, right)):
+            height, width = size[row], size[column]
+            parts += [rect(x, y + 42, width, height, kind), text(x + width / 2, y + 36, name, "m s")]
+            parts += [
+                text(x - 14, y + 47 + height / 2, row, "m s"),
+                text(x + width / 2, y + 58 + height, column, "m s"),
+            ]
+            for i in range(3):
+                at, end = y + 42 + height * (i + 1) / 4, x + width - 8
+                parts += [line((x + 8, at), (end, at)), line((end - 5, at - 4), (end, at), (end - 5, at + 4))]
+        height, width = size[tall], size[wide]
+        parts += [text(186, y + 90, "times", "m s"), text(372, y + 90, "makes", "m s")]
+        parts += [rect(430, y + 42, width, height), text(430 + width / 2, y + 36, made, "m s")]
+        parts += [text(416, y + 47 + height / 2, tall, "m s"), text(430 + width / 2, y + 58 + height, wide, "m s")]
+        y += 58 + max(size[left[1]], size[right[1]], height) + 26
+    for x, kind, said in (
+        (24, "a", "x"),
+        (84, "b", "w"),
+        (144, "c", "dy"),
+        (210, "box", "in bf16; arrows: neighbours"),
+    ):
+        parts.append(rect(x, y, 12, 12, kind, corner=2) + text(x + 18, y + 11, said, "s"))
+    return picture(y + 26, "The three matmuls of a layer, and the order in memory that each needs", parts)
+
+
 PICTURES_RUN: dict[str, Callable[[], str]] = {
     "rounding": rounding, "formats": formats, "packing": packing, "memory": memory,
     "roofline": roofline, "launches": launches,
     "ring": ring, "zero": zero, "interval": interval, "save": save,
-    "run-good": run_good, "run-four": run_four, "run-few": run_few,
+    "run-good": run_good, "run-four": run_four, "run-few": run_few, "layouts": layouts,
 }  # fmt: skip

@@ -124,7 +124,10 @@ class Config:
         largest = max(self.tokens_at(step, ranks) for step in (0, *(step for step, _ in self.batch.ramp)))
         if largest > epoch_tokens and not self.run.overfit:
             said = f"one step takes {largest} tokens, more than all of data.name = {self.data.name!r}"
-            raise ConfigError(f"{said}; lower batch.total_tokens, batch.ramp or batch.B, or prepare more data.")
+            micro = self.batch.B * self.T * ranks
+            most = 0 if self.batch.ramp else epoch_tokens // micro * micro
+            fix = f"batch.total_tokens to {most} or less" if most else "batch.total_tokens, batch.ramp or batch.B"
+            raise ConfigError(f"{said}; lower {fix}, or prepare more data.")
         horizon = self.optim.horizon or steps
         warmup = self.schedule.warmup if self.schedule.warmup >= 0 else min(700, horizon // 20)
         made = self.override(
@@ -324,6 +327,9 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
         return read_toml(RECIPES / f"{target}.toml"), None
     if is_shape(target):
         return Config(model=parse_shape(target)), None
+    if (path / "config.json").is_file():
+        fix = f"train it further with `daybreak finetune {target} --data NAME`, or `daybreak import {target}`"
+        raise ConfigError(f"{target} is a model of Hugging Face's, not a run; {fix}.")
     if path.is_dir():
         raise ConfigError(f"{target} is not a run: it has no config.toml; give a folder that daybreak train made.")
     if (named := Path(Config().run.dir) / path / "config.toml").is_file():

@@ -176,7 +176,7 @@ ERRORS: list[tuple[str, int, str]] = [
     ("import gpt2 --model.L 3", 2,
      "--model.L cannot be given to import: the shape comes with the weights; leave it out."),
     ("import empty --step 3", 2, "--step 3 chooses among llm.c's DONE_* checkpoints, and empty is no folder with any."),
-    ("export runs/old x", 2, "Missing option '--to'. Choose from: hf, gguf, llmc; see daybreak export --help."),
+    ("export runs/old x", 2, "Missing option '--to'. Choose from: hf, gguf, llmc, peft; see daybreak export --help."),
     ("export runs/old --to hf x --dtype q8_0", 2, "--dtype q8_0 is not one of hf's: fp32, bf16, fp16."),
     ("export runs/old --to hf x", 5, "runs/old has no checkpoint yet; train it first: daybreak train runs/old"),
     ("export runs/old --to gguf good.txt", 5, "runs/old has no checkpoint yet"),

@@ -469,6 +469,15 @@ def test_data_smaller_than_a_step() -> None:
         "one step takes 4096 tokens, more than all of data.name = 'stdlib'; lower batch.total_tokens, batch.ramp or "
         "batch.B, or prepare more data."
     )
+    with pytest.raises(ConfigError, match=r"more than all .*; lower batch.total_tokens to 8192 or less, or prepare"):
+        Config().override({"batch.total_tokens": 16384}).concrete(12287)
+    assert Config().override({"batch.total_tokens": 8192}).concrete(12287).run.steps == 1
+
+
+def test_a_model_of_hugging_face_is_no_target_and_the_message_says_how_to_train_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"not a run; train it further with `daybreak finetune .* --data NAME`"):
+        resolve(str(tmp_path))
 
 
 def test_tokens_at_follows_the_ramp() -> None:

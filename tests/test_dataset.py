@@ -56,6 +56,12 @@ def test_open_unknown(prepared: Path) -> None:
             open_dataset(name, prepared, tokenizer=tokenizer)
 
 
+def test_a_text_that_is_not_prepared_is_named_in_the_command(prepared: Path) -> None:
+    text = prepared.parent / "a.txt"
+    with pytest.raises(DataError, match=f"daybreak prepare {text} --tokenizer bytes$"):
+        open_dataset(str(text), prepared, tokenizer="bytes")
+
+
 def test_open_unknown_names_the_same_text_in_another_tokenizer(prepared: Path) -> None:
     text = (prepared.parent / "a.txt").rename(prepared.parent / "book.txt")
     prepare(text, data_dir=prepared, tokenizer="gpt2-1024")

@@ -196,7 +196,9 @@ def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
 def test_too_little_data_is_refused(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [8, 8])
     assert Loader(shards, 7, V=257).samples_per_epoch == 2
-    with pytest.raises(DataError, match=r"too small: a sample needs T \+ 1 = 9 tokens .*, the largest, has 8;"):
+    with pytest.raises(
+        DataError, match=r"too small: a sample needs T \+ 1 = 9 tokens .*, the largest, has 8; .*--val-fraction"
+    ):
         Loader(shards, 8, V=257)
     with pytest.raises(DataError, match="too small"):
         Loader([], 8, V=257)

@@ -14,6 +14,7 @@ import hub_server
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import daybreak
 from daybreak.cli.main import main
@@ -104,6 +105,21 @@ def test_files_of_every_kind_give_the_same_examples(model: str) -> None:
     parquet.write_table(arrow.Table.from_pylist(given), "whole.parquet")
     prepare("whole.parquet", tokenizer=model, name="whole", row_tokens=ROWS)
     assert examples(Path("data/whole")) | examples(Path("data/whole"), "val") == wanted(model, given)
+
+
+def test_the_template_of_the_page_asks_with_the_tokens_that_were_learned(tmp_path: Path) -> None:
+    """The prompt that transformers makes of a question is what comes before the answer in a row of ours."""
+    page = (Path(__file__).parents[1] / "docs/data.md").read_text()
+    found = re.search(r"```jinja text\n(.*?)```", page, re.DOTALL)
+    assert found
+    model = chats.make_model(tmp_path / "model", found[1])
+    turns = [{"role": "user", "content": "Who has it?"}, {"role": "assistant", "content": "Cid has it."}]
+    example, _ = ChatEncoder(get_tokenizer(str(model)), Path(model).parent, ROWS)({"messages": turns})
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    asked = theirs.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+    learned = np.flatnonzero(example.learned)
+    assert example.ids[: learned[0]].tolist() == asked
+    assert theirs.decode(example.ids[learned]) == "Cid has it." + theirs.eos_token
 
 
 def test_prompts_in_a_table_need_no_template(model: str) -> None:

@@ -55,7 +55,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 @click.version_option(__version__, prog_name="daybreak", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Pretrain GPT-2 from scratch.
+    """Train language models, from scratch or further.
 
     \b
     Examples:

@@ -20,6 +20,11 @@ SHORT = {
     "run.max_hours": ("--max-hours", "H", "Save and stop (exit 75) after H hours."),
     "run.profile": ("--profile", "A:B", "Profile steps A to B."),
 }
+# Where a command's default differs.
+OWN = {
+    ("finetune", "run.name"): "Name of the run (default: MODEL-METHOD); its folder is runs/NAME.",
+    ("finetune", "run.steps"): "Optimizer steps (default: two epochs).",
+}
 
 
 def _dest(name: str) -> str:
@@ -31,6 +36,7 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for name in reversed(KEYS):
         if name in SHORT:
             flag, metavar, text = SHORT[name]
+            text = OWN.get((command.__name__, name), text)
             hidden = name in ("run.max_hours", "run.profile") and command.__name__ != "train"
             command = click.option(flag, f"--{name}", _dest(name), metavar=metavar, help=text, hidden=hidden)(command)
         else:

@@ -309,7 +309,7 @@ class ChatEncoder:
         if self.template is None:
             where = f"{self.folder} has no chat template" if self.folder else "the tokenizer has no chat template"
             fix = f"put the model's {TEMPLATE_FILE} beside its tokenizer.json and give that file as --tokenizer"
-            raise ConfigError(f"{where}; {fix}.")
+            raise ConfigError(f"{where}; {fix} (docs/data.md has one for models without).")
         text, spans = self.template.text(chat, self._special)
         ids, token_at = self.tokenizer.encode_special(text)
         learned = np.zeros(len(ids), bool)

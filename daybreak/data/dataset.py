@@ -173,7 +173,7 @@ def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
     other = rf"{re.escape(name)}-(bytes|gpt2-\d+|hf-\w+)"  # the same text in another tokenizer
     near = [h for h in have if re.fullmatch(other, h)] or difflib.get_close_matches(folders[0].name, have, 1)
     hint = f"; did you mean {near[0]!r}? If not," if near else f" (it has {', '.join(have) or 'none'});"
-    made = f"FILE --name {name}"
+    made = name if Path(name).is_file() else f"FILE --name {name}"
     shards = ""
     for known, entry in CATALOGUE.items():
         if name == known or (name.startswith(f"{known}-") and not tokenizer):

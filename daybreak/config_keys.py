@@ -89,7 +89,7 @@ def check_rules(section: str, values: Any) -> None:
 class LoraConfig:
     """Low-rank adapters of linear layers (models/adapters.py), which then are all that is trained."""
 
-    rank: int = key(0, "rank of the adapters, 8 to 64 as a rule; 0 = none: all parameters are trained", at_least(0))
+    rank: int = key(0, "rank of the adapters, 8 to 64 as a rule; 0 = none: all parameters are trained", within(0, 4096))
     alpha: float = key(0.0, "adapters are multiplied by alpha / rank; 0 = twice the rank", at_least(0))
     targets: str = key("*", "linear layers with adapters, as patterns with commas between: q,v or attproj or h.0.*")
     rslora: bool = key(False, "multiply by alpha / sqrt(rank) instead, for high ranks (rsLoRA)")

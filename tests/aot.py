@@ -169,27 +169,20 @@ def embedding_cases(C: int, dtype: str) -> list[Case]:
 
 
 def rounding_cases() -> list[Case]:
-    """A gradient after GELU with all copies, a weight of its own scale, and its measuring."""
+    """A gradient after GELU with all copies, a weight of its own scale, its measuring, and GELU without columns."""
     e4m3, e5m2 = "*fp8e4nv", "*fp8e5"
     types = {"scale": "*fp32", "amax": "*i32", "x": "*bf16", "pre": "*bf16", "again_scale": "*fp32", "part": "*fp32"}
     types |= {"n": "i32", "C": "i32"}
-    constants = {
-        "ROWS": rounding.ROWS,
-        "COLS": rounding.COLS,
-        "TILES": rounding.TILES,
-        "VALUE": True,
-        "TRANSPOSED": True,
-    }
-    found = []
-    for out, act, again, current, measure in (
-        (e5m2, "slope", True, False, False), (e4m3, "gelu", False, False, False), (e4m3, "", False, True, False),
-        (e4m3, "", False, True, True),
+    found: list[Case] = []
+    for out, act, again, current, measure, both in (
+        (e5m2, "slope", True, False, False, True), (e4m3, "", False, True, False, True),
+        (e4m3, "", False, True, True, True), (e4m3, "gelu", False, False, False, False),
     ):  # fmt: skip
-        kind = {"ACT": act, "AGAIN": again, "CURRENT": current, "MEASURE": measure, "LARGEST": 448.0}
+        rows, cols, warps = rounding.tile(act, both)
+        kind = {"ACT": act, "AGAIN": again, "CURRENT": current, "MEASURE": measure, "VALUE": True, "TRANSPOSED": both}
+        kind |= {"LARGEST": 448.0, "AGAIN_LARGEST": 448.0, "ROWS": rows, "COLS": cols}
         tensors = {"value": out, "transposed": out, "again": e4m3, **types}
-        found.append(
-            (rounding._quantise_kernel, tensors, {**constants, **kind, "AGAIN_LARGEST": 448.0}, rounding.WARPS)
-        )
+        found.append((rounding._quantise_kernel, tensors, kind, warps))
     return found
 
 

@@ -1,4 +1,5 @@
-"""Cases of the kernel that rounds to fp8: as it is and transposed, after GELU, and times GELU's derivative."""
+"""Cases of the kernel that rounds to fp8, as it is and transposed: alone, after GELU or a layernorm, and times GELU's
+derivative; and of layernorm's, which writes fp8."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Callable
 import torch
 from timing import DEVICE, Case, rand
 
+from daybreak.kernels.cuda import norm
 from daybreak.kernels.cuda.fp8 import NAME
 from daybreak.kernels.cuda.rounding import programs, write
 from daybreak.kernels.fp8 import E4M3, E5M2
@@ -25,6 +27,9 @@ def _case(n: int, C: int, act: str, *, value: bool = True, transposed: bool = Tr
     def make() -> Callable[[], None]:
         format = E5M2 if act == "slope" else E4M3
         x, out = rand(n, C), _operand(format, n, C, value=value, transposed=transposed)
+        if act == "norm":
+            layer = torch.zeros(n, device=DEVICE), torch.ones(n, device=DEVICE), rand(C), rand(C)
+            return lambda: write(out, x, act, norm=layer)
         if act != "slope":
             return lambda: write(out, x, act)
         pre, again = rand(n, C), _operand(E4M3, n, C, value=False)
@@ -36,9 +41,20 @@ def _case(n: int, C: int, act: str, *, value: bool = True, transposed: bool = Tr
     return Case("quantise", NAME, nbytes, 0, make, note=note + ("" if transposed else ", value only"))
 
 
+def _norm_forward(n: int, C: int) -> Case:
+    def make() -> Callable[[], None]:
+        x, out, w, b = rand(n, C), _operand(E4M3, n, C, transposed=False), rand(C), rand(C)
+        mean, rstd = (torch.empty(n, device=DEVICE) for _ in range(2))
+        assert out.value is not None, "it was asked for"
+        value = out.value
+        return lambda: norm.forward_rows(value, mean, rstd, x, w, b, out.scale)
+
+    return Case("layernorm_forward", NAME, n * C * 3 + n * 8, 0, make, note=f"C {C}, value only")
+
+
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
     """The matrices of one block, and a weight."""
     n = B * T
     one = [_case(n, C, ""), _case(n, 3 * C, ""), _case(n, C, "", value=False), _case(n, C, "", transposed=False)]
     return [*one, _case(n, 4 * C, "gelu"), _case(n, 4 * C, "gelu", transposed=False), _case(n, 4 * C, "slope"),
-            _case(4 * C, C, "")]  # fmt: skip
+            _case(n, C, "norm", value=False), _norm_forward(n, C), _case(4 * C, C, "")]  # fmt: skip

@@ -169,18 +169,20 @@ def embedding_cases(C: int, dtype: str) -> list[Case]:
 
 
 def rounding_cases() -> list[Case]:
-    """A gradient after GELU with all copies, a weight of its own scale, its measuring, and GELU without columns."""
+    """A gradient after GELU with all copies, a weight of its own scale, its measuring, and GELU without columns; the
+    transposed copy of a layernorm's output."""
     e4m3, e5m2 = "*fp8e4nv", "*fp8e5"
     types = {"scale": "*fp32", "amax": "*i32", "x": "*bf16", "pre": "*bf16", "again_scale": "*fp32", "part": "*fp32"}
-    types |= {"n": "i32", "C": "i32"}
+    types |= {"n": "i32", "C": "i32", "mean": "*fp32", "rstd": "*fp32", "w": "*bf16", "b": "*bf16"}
     found: list[Case] = []
     for out, act, again, current, measure, both in (
         (e5m2, "slope", True, False, False, True), (e4m3, "", False, True, False, True),
         (e4m3, "", False, True, True, True), (e4m3, "gelu", False, False, False, False),
+        (e4m3, "norm", False, False, False, True),
     ):  # fmt: skip
         rows, cols, warps = rounding.tile(act, both)
-        kind = {"ACT": act, "AGAIN": again, "CURRENT": current, "MEASURE": measure, "VALUE": True, "TRANSPOSED": both}
-        kind |= {"LARGEST": 448.0, "AGAIN_LARGEST": 448.0, "ROWS": rows, "COLS": cols}
+        kind = {"ACT": act, "AGAIN": again, "CURRENT": current, "MEASURE": measure, "TRANSPOSED": both}
+        kind |= {"VALUE": act != "norm", "LARGEST": 448.0, "AGAIN_LARGEST": 448.0, "ROWS": rows, "COLS": cols}
         tensors = {"value": out, "transposed": out, "again": e4m3, **types}
         found.append((rounding._quantise_kernel, tensors, kind, warps))
     return found

@@ -40,12 +40,12 @@ def operand(
     )
 
 
-def run(name: str, out: Operand, *args: object, backend: str = "fp8 cuda", **kwargs: object) -> None:
+def run(name: str, *args: object, backend: str = "fp8 cuda", **kwargs: object) -> None:
     impl = all_ops("cuda")[name].impls[backend]
-    size = temps_bytes(impl.temps(out, *args, **kwargs)) if impl.temps else 0
+    given = [replace(x, format=replace(x.format, backend=backend)) if isinstance(x, Operand) else x for x in args]
+    size = temps_bytes(impl.temps(*given, **kwargs)) if impl.temps else 0
     scratch = torch.full((size,), 0xFF, dtype=torch.uint8, device=DEVICE)
-    kernels = Kernels(scratch).in_formats({backend})
-    getattr(kernels, name)(replace(out, format=replace(out.format, backend=backend)), *args, **kwargs)
+    getattr(Kernels(scratch).in_formats({backend}), name)(*given, **kwargs)
 
 
 def same(a: Operand, b: Operand) -> None:
@@ -162,3 +162,37 @@ def test_layernorm_writes_fp8(n, C):
     assert out.value is not None
     error = (f64(out.value.float() * out.scale) - want).abs()
     assert (error <= 2.0**-4 * 1.001 * want.abs() + 2.0**-14).all()
+
+
+@pytest.mark.parametrize("parts", ["transposed", "both"])
+@pytest.mark.parametrize(("n", "C"), [(16, 96), (144, 80)])
+def test_layernorm_backward_writes_the_copy_that_matmuls_read(n, C, parts):
+    """The bytes that forward writes without a transposed copy; with both parts, those of bf16 rounded once more."""
+    x, dout = draw(n, C, dtype=BF16), draw(n, C, dtype=BF16, seed=3)
+    w, b = draw(C, dtype=BF16, seed=1), draw(C, dtype=BF16, seed=2)
+    stats = [poison(n, dtype=F32), poison(n, dtype=F32)]
+    forward = operand(E4M3, n, C, scale=2.0**-4, parts="value")
+    run("layernorm_forward", forward, *stats, x, w, b)
+    found = []
+    for again in (operand(E4M3, n, C, scale=2.0**-4, parts=parts), None):
+        grads = [dout.clone(), *(torch.zeros(C, dtype=BF16, device=DEVICE) for _ in range(3))]
+        args = (*grads, again, draw(n, C, dtype=BF16, seed=4), x, *stats, w, b)
+        how = {"accumulate_dx": True, "accumulate": False}
+        if again is None:
+            impl = all_ops("cuda")["layernorm_backward"].impls["triton"]
+            temps = [poison(*s, dtype=d) for s, d in impl.temps(*args, **how)]
+            impl.fn(*args, **how, scratch=lambda _, temps=temps: temps)
+        else:
+            run("layernorm_backward", *args, **how)
+            copy = again
+        found.append(grads)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert copy.transposed is not None
+    assert copy.amax is not None
+    if parts == "transposed":
+        assert forward.value is not None
+        assert torch.equal(copy.transposed.view(torch.uint8), forward.value.view(torch.uint8).t())
+        want = torch.nn.functional.layer_norm(f64(x), (C,), f64(w), f64(b)).abs().max().item()
+        assert copy.amax.item() == pytest.approx(want, rel=1e-5)
+    else:
+        same(copy, copy)

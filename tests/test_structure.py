@@ -35,7 +35,7 @@ LONGEST_FUNCTION = 100
 # Muon takes 370: the update 100, its kernels 75, those for GPUs 145, keys, groups, state and checks 50.
 # The gate of a gated MLP inside its matmuls takes 130: epilogues 45, quack 35, the other backends 50. Norm and gate
 # inside the matmuls of a token take 55. Messages that name the largest step and the way to finetune take 13.
-MOST_CODE = 18_000
+MOST_CODE = 18_100
 
 
 def room(path: Path) -> str:

@@ -4,7 +4,8 @@ Forward and input gradients use the fast accumulation of Hopper's tensor cores, 
 Weight gradients sum over all rows of a micro-step, so they use the slow one, which adds up in fp32 every 128 rows.
 
 A kernel that makes a matrix writes it in bf16, which is then rounded, but for layernorm. Its scale is a bound that
-needs no magnitude. So where nobody wants its transposed copy, it writes fp8 at once.
+needs no magnitude. So where nobody wants its transposed copy, it writes fp8 at once. And where backward needs nothing
+but that copy, the kernel that rounds makes it of layernorm's input.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _in_two(name: str) -> tuple[Callable[..., None], Callable[..., Temps]]:
 for _name in (name for name, reads in READS.items() if not reads):
     _fn, _temps = _in_two(_name)
     backend(NAME, temps=_temps)(_fn)
-_two = OPS["layernorm_forward"].impls[NAME]
+_two, _two_back = (OPS[name].impls[NAME] for name in ("layernorm_forward", "layernorm_backward"))
 
 
 def norm_temps(out: Operand, *args: Tensor) -> Temps:
@@ -158,3 +159,26 @@ def layernorm_forward(
         norm.forward_rows(out.value, mean, rstd, x, w, b, out.scale)
     else:
         _two.fn(out, mean, rstd, x, w, b, scratch=scratch)
+
+
+def norm_backward_temps(
+    dx: Tensor, dw: Tensor | None, db: Tensor | None, dbias: Tensor | None, again: Operand, *args: Tensor, **how: Any
+) -> Temps:  # fmt: skip
+    if again.value is None:
+        return norm.backward_temps(dx, dw, db, dbias, None, *args, **how)
+    assert _two_back.temps is not None, "see _in_two"
+    return _two_back.temps(dx, dw, db, dbias, again, *args, **how)
+
+
+@backend(NAME, temps=norm_backward_temps)
+def layernorm_backward(
+    dx: Tensor, dw: Tensor | None, db: Tensor | None, dbias: Tensor | None, again: Operand, dout: Tensor, x: Tensor,
+    mean: Tensor, rstd: Tensor, w: Tensor, b: Tensor, *, scratch: Scratch, **how: Any,
+) -> None:  # fmt: skip
+    """dx (n, C), dw, db, dbias (C) and again (n, C) from dout (n, C): see the reference. dx may be dout."""
+    args = dout, x, mean, rstd, w, b
+    if again.value is None:
+        write(again, x, "norm", norm=(mean, rstd, w, b))
+        norm.layernorm_backward(dx, dw, db, dbias, None, *args, scratch=scratch, **how)
+    else:
+        _two_back.fn(dx, dw, db, dbias, again, *args, scratch=scratch, **how)

@@ -64,9 +64,11 @@ def _layernorm_forward_kernel(
         r = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / C + eps)
         y = xc * r[:, None] * wf + bf
         tl.store(mean + row, m, mask=row >= 0)
+    to = out + _place(at, row, cols, out_s, C, HEADS)
     if LARGEST > 0.0:
         y = rounded(y, tl.load(add), LARGEST, out.dtype.element_ty)
-    tl.store(out + _place(at, row, cols, out_s, C, HEADS), y.to(out.dtype.element_ty), mask=here)
+        to = tl.max_contiguous(to, [1, 8])
+    tl.store(to, y.to(out.dtype.element_ty), mask=here)
     tl.store(rstd + row, r, mask=row >= 0)
 
 

@@ -13,7 +13,8 @@ transposed. One kernel does both in a pass over memory, and takes the largest ma
 A thread reads four rows that follow each other. Of each column it then has four bytes of the transposed copy, a word of
 32 bits, and words are what threads exchange. So there is a fourth as much to exchange.
 
-The tile may go through GELU first, or be multiplied by its derivative, whose column sums are a bias gradient.
+The tile may go through GELU or a layernorm first, or be multiplied by GELU's derivative, whose column sums are a bias
+gradient.
 
 The largest magnitude is found with atomics on its bits as an integer. A maximum is the same in any order, so they keep
 every bit; and NaN and infinity are larger than all numbers.
@@ -61,6 +62,13 @@ def rounded(x, scale, LARGEST: tl.constexpr, kind: tl.constexpr):
 
 @triton.jit
 def _saturated(x, LARGEST: tl.constexpr, kind: tl.constexpr):
+    if COMPILED:
+        asm: tl.constexpr = (
+            "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;"
+            if kind == tl.float8e4nv
+            else "cvt.rn.satfinite.e5m2x2.f32 $0, $2, $1;"
+        )
+        return _as(tl.inline_asm_elementwise(asm, "=h,r,r", [x], tl.int8, is_pure=True, pack=2), kind)
     return tl.where(x != x, x, tl.minimum(tl.maximum(x, -LARGEST), LARGEST)).to(kind)
 
 
@@ -128,15 +136,23 @@ def _larger(a, b):
 
 
 @triton.jit
+def _normed(x, mean, rstd, w, b, row, n):
+    """layernorm of rows x, as norm.py computes it: 0 where there is no row."""
+    m = tl.load(mean + row, mask=row < n, other=0.0)[:, None]
+    r = tl.load(rstd + row, mask=row < n, other=0.0)[:, None]
+    return tl.where((row < n)[:, None], (x - m) * r * w + b, 0.0)
+
+
+@triton.jit
 def _quantise_kernel(
-    value, transposed, scale, amax, x, pre, again, again_scale, part, n, C,
+    value, transposed, scale, amax, x, pre, again, again_scale, part, mean, rstd, w, b, n, C,
     MEASURE: tl.constexpr, CURRENT: tl.constexpr, ACT: tl.constexpr, VALUE: tl.constexpr, TRANSPOSED: tl.constexpr,
     AGAIN: tl.constexpr, LARGEST: tl.constexpr, AGAIN_LARGEST: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """value (n, C) and transposed (C, n) = act(x (n, C)) / scale, rounded; amax, as an integer, takes |act(x)|.
 
-    ACT: none, gelu, or slope, which multiplies by gelu'(pre) and writes column sums to `part`, a row for each
+    ACT: none, gelu, norm, or slope, which multiplies by gelu'(pre) and writes column sums to `part`, a row for each
     program_id(1). MEASURE: only amax. CURRENT: the scale is made of amax. AGAIN: again (C, n) = gelu(pre), rounded.
     """
     down, across = tl.arange(0, ROWS // 4), tl.arange(0, COLS)
@@ -156,6 +172,12 @@ def _quantise_kernel(
     y0, y1, y2, y3 = _four(x + at, C, here)
     if ACT == "gelu":
         y0, y1, y2, y3 = y0 * _sigmoid(y0), y1 * _sigmoid(y1), y2 * _sigmoid(y2), y3 * _sigmoid(y3)
+    if ACT == "norm":
+        wf = tl.load(w + column + across, mask=across < C - column, other=0.0).to(tl.float32)[None, :]
+        bf = tl.load(b + column + across, mask=across < C - column, other=0.0).to(tl.float32)[None, :]
+        first = row + 4 * down
+        y0, y1 = _normed(y0, mean, rstd, wf, bf, first, n), _normed(y1, mean, rstd, wf, bf, first + 1, n)
+        y2, y3 = _normed(y2, mean, rstd, wf, bf, first + 2, n), _normed(y3, mean, rstd, wf, bf, first + 3, n)
     if ACT == "slope":
         p0, p1, p2, p3 = _four(pre + at, C, here)
         g0, g1, g2, g3 = _sigmoid(p0), _sigmoid(p1), _sigmoid(p2), _sigmoid(p3)
@@ -185,6 +207,8 @@ def _quantise_kernel(
 
 def tile(act: str, transposed: bool) -> tuple[int, int, int]:
     """Rows and columns of a program's tile, and its warps."""
+    if act == "norm":
+        return ROWS, COLS, 2 * WARPS  # its threads hold more
     return (ROWS, COLS, WARPS) if transposed or act == "slope" else WIDE
 
 
@@ -195,10 +219,11 @@ def programs(n: int, C: int, rows: int = ROWS, cols: int = COLS) -> tuple[int, i
 
 def write(
     out: Operand, x: Tensor, act: str = "", pre: Tensor | None = None, again: Operand | None = None,
-    part: Tensor | None = None,
+    part: Tensor | None = None, norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """out = act(x (n, C)), or x itself. act: "gelu", or "slope", x * gelu'(pre (n, C)) with its column sums in part
-    (programs, C); then again.transposed = gelu(pre) too. n and C are multiples of 16."""
+    """out = act(x (n, C)), or x itself. act: "gelu", "norm", or "slope", x * gelu'(pre (n, C)) with its column sums in
+    part (programs, C); then again.transposed = gelu(pre) too. norm: mean, rstd (n) in fp32, weight and bias (C) of a
+    layernorm. n and C are multiples of 16."""
     assert x.is_contiguous(), "rows follow each other"
     assert out.amax is not None, "fp8 has slots"
     n, C = x.shape
@@ -211,7 +236,7 @@ def write(
             some if out.value is None else out.value, some if out.transposed is None else out.transposed,
             out.scale, out.amax.view(int32), x, x if pre is None else pre,
             some if other is None else other, again.scale if again else out.scale,
-            out.scale if part is None else part, n, C,
+            out.scale if part is None else part, *(norm or (out.scale, out.scale, x, x)), n, C,
             MEASURE=measure, CURRENT=out.current, ACT=act, VALUE=out.value is not None,
             TRANSPOSED=out.transposed is not None, AGAIN=other is not None, LARGEST=out.format.largest,
             AGAIN_LARGEST=again.format.largest if again else 0.0, ROWS=rows, COLS=cols, num_warps=warps,

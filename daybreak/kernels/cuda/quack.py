@@ -214,7 +214,7 @@ def matmul_swiglu_forward(
     out: Tensor, gateup: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None,
     *, gelu: bool = False, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """gateup (n, 2F) = x (n, I) @ w (2F, I)^T + b (2F); out (n, F) from it before its rounding, if there is no b."""
+    """gateup (n, 2F) = x (n, I) @ w (2F, I)^T + b (2F); out (n, F) from it as it is stored."""
     tile = _tiling(*gateup.shape, gateup.get_device(), (1, 2), GATED)
     gate, up = halves(gateup)
     if b is None and tile and served(out, gate, up, x, w):

@@ -6,7 +6,7 @@ package finds compiled kernels by the source of these functions.
 
 from __future__ import annotations
 
-from cutlass import cute
+from cutlass import BFloat16, Float32, cute
 from quack.epilogue.frontend import gemm_epilogue, unpack
 from quack.epilogue.ops import RowVecLoad, RowVecReduce
 
@@ -76,17 +76,22 @@ def sigmoid(x):
     return cute.arch.rcp_approx(1.0 + cute.math.exp2(-LOG2E * x, fastmath=True))
 
 
+def stored(pair):
+    """Both numbers as they are stored, so that a gate computed again in backward has the same bits."""
+    return [x.to(BFloat16).to(Float32) for x in unpack(pair)]
+
+
 @gemm_epilogue(outputs=("gate", "up", "out"), mode="acc_pair")
 def swiglu(acc):
-    """Neighbours in a row are the gate and up: both are stored, and out = silu(gate) * up, before any rounding."""
-    gate, up = unpack(acc)
+    """Neighbours in a row are the gate and up: both are stored, and out = silu(gate) * up from them."""
+    gate, up = stored(acc)
     return {"gate": gate, "up": up, "out": gate * sigmoid(gate) * up}
 
 
 @gemm_epilogue(outputs=("gate", "up", "out"), mode="acc_pair")
 def geglu(acc):
     """The same with gelu."""
-    gate, up = unpack(acc)
+    gate, up = stored(acc)
     return {"gate": gate, "up": up, "out": gate * half_and_half_tanh(gate) * up}
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does daybreak work on this GPU machine? Runs every verb, both command lines and every documented GPU example, small.
 #
-#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs decoder fp8 muon finetune ranks fences; all by default, 2 to 8 minutes each
+#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs decoder fp8 muon nanochat finetune ranks fences; all by default, 2 to 8 minutes each
 #
 # It needs no network and no data: it trains on the Python standard library. PYTHON names the interpreter (python3).
 # Each step prints one line, `ok NAME SECONDS` or `FAILED NAME` with the end of its output; each section ends with
@@ -25,12 +25,15 @@ if [ "${SMOKE:-gpu}" = cpu ]; then
   small="-b 2 -t 64 -d 256 -m 2 -r 1 -q 0.0 -n 5000 -s 20000 -e d6" large="" steps=4
   decoder="smollm-135M --model.L 2 --model.C 64 --model.NH 4 --model.NKV 2 --model.HS 16 --model.F 128 --batch.T 64 \
     --batch.B 2 --batch.total_tokens 256"
+  nano="nanochat:d4 --model.L 2 --model.C 64 --model.NH 2 --model.window 17 --batch.T 64 --batch.B 2 \
+    --batch.total_tokens 256"
   ranks=1
 else
   shape="d12 --batch.B 8"
   small="-b 64 -t 1024 -d 524288 -r 1 -q 0.0 -n 5000 -s 20000 -e d12"
   large="-b 16 -t 1024 -d 1048576 -r 0 -k cosine -q 0.1 -n 2000 -s 300000 -g 384 -ge 1 -e d48" steps=16
   decoder="smollm-135M --batch.T 1024 --batch.B 8 --batch.total_tokens 32768"
+  nano="nanochat:d4 --batch.T 1024 --batch.B 8 --batch.total_tokens 16384"
   ranks=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 fi
 flags="--data text --eval.tokens 32768 --eval.sample_tokens 16"
@@ -191,6 +194,26 @@ section_muon() { # the blocks' matrices by Muon, the rest by AdamW
   done
 }
 
+section_nanochat() { # nanochat's family: Muon, and its own groups of parameters
+  data
+  local run="$nano $flags --model.V 50257 --optim.name muon --optim.lr 0.008 --optim.muon_warmup 4 --optim.clip 0"
+  run="$run --checkpoint.every 2 --eval.every 4"
+  step "train nanochat's family" "daybreak train $run --name n --steps 8"
+  step "killed" "daybreak train $run --name nk --steps 8 & $checks kill nk 4 \$!"
+  step "resume" "daybreak train runs/nk"
+  step "equal losses and weights after the kill" "$checks same n nk"
+  step "recompute 2" "daybreak train $run --name n2 --steps 8 --batch.recompute 2"
+  step "equal bits with recompute 2" "$checks same n n2"
+  step "sample" "daybreak sample runs/n --prompt 'def main' --tokens 32 -n 2"
+  step "eval" "daybreak eval runs/n --hellaswag dev/data/hellaswag/hellaswag_val.bin --data text"
+  step "in fp8" "daybreak train $run --name n8 --steps 4 --precision.compute fp8"
+  [ "$ranks" = 1 ] && return
+  for zero in 0 1 2; do
+    step "$ranks ranks, ZeRO $zero" "torchrun --standalone --nproc-per-node $ranks -m daybreak train $run --steps 4 \
+      --name nz$zero --batch.total_tokens $((ranks * 16384)) --parallel.zero $zero"
+  done
+}
+
 section_ranks() {
   data
   local total=$((ranks * 32768))
@@ -214,5 +237,5 @@ echo "folder $work"
 echo "commit $(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo "${COMMIT:-unknown}"), $(date -u +%F)"
 [ "${SMOKE:-gpu}" = cpu ] || nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
 "$PYTHON" -c 'import torch; print("torch", torch.__version__)'
-for name in ${*:-machine post verbs decoder fp8 muon finetune ranks fences}; do section "$name"; done
+for name in ${*:-machine post verbs decoder fp8 muon nanochat finetune ranks fences}; do section "$name"; done
 exit $((failed > 0))

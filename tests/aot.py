@@ -40,11 +40,15 @@ from daybreak.kernels.cuda import (
     gelu,
     glu,
     guard,
+    mix,
     muon,
     norm,
     optimizer,
+    relu,
     rope,
     rounding,
+    smear,
+    value,
 )
 from daybreak.kernels.guard import WINDOW
 
@@ -105,11 +109,12 @@ def classifier_cases() -> list[Case]:
     rest = {"losses": "*fp32", "targets": "*i64", "scale": "*fp64", "n": "i32", "V": "i32?", "Vp": "i32"}
     found: list[Case] = []
     for dtype, vec in (("*bf16", 8), ("*fp32", 4)):
-        for backward in (True, False):
-            constants = {"BACKWARD": backward, "TILE": 32 * c.WARPS * vec, "VEC": vec}
-            found.append(
-                (c._classifier_kernel, {"logits": dtype, **rest}, constants, c.WARPS, {"maxnreg": c.REGISTERS})
-            )
+        for backward, cap in ((True, 0.0), (False, 0.0), (True, 15.0), (False, 15.0)):
+            warps, registers = (c.CAPPED_WARPS, c.CAPPED_REGISTERS) if cap else (c.WARPS, c.REGISTERS)
+            constants = {"BACKWARD": backward, "CAP": cap, "TILE": 32 * warps * vec, "VEC": vec}
+            found.append((c._classifier_kernel, {"logits": dtype, **rest}, constants, warps, {"maxnreg": registers}))
+        types = {"logits": dtype, "size": "i32"}
+        found.append((c._cap_logits_kernel, types, {"CAP": 15.0, "BLOCK": c.CAP_BLOCK}, 4))
     types = {"total": "*fp64", "losses": "*fp32", "scale": "*fp64", "n": "i32"}
     return [*found, (c._loss_sum_kernel, types, {"ACCUMULATE": True, "BLOCK": c.SUM_BLOCK}, c.SUM_WARPS)]
 
@@ -297,6 +302,53 @@ def rope_cases(dtype: str) -> list[Case]:
     return found
 
 
+def mix_cases(dtype: str) -> list[Case]:
+    types = dict.fromkeys(("x", "y", "a", "b"), dtype) | {"factor": "fp32", "size": "i32"}
+    backward = {**types, **dict.fromkeys(("dx", "dy", "dout"), dtype), "part": "*fp32"}
+    found: list[Case] = []
+    for a, b, adds in ((True, True, True), (False, True, False), (False, False, False)):
+        constants = {"A": a, "B": b, "BLOCK": mix.BLOCK}
+        found.append((mix._mix_forward_kernel, {**types, "out": dtype}, constants, mix.WARPS))
+        found.append((mix._mix_backward_kernel, backward, {**constants, "DX": a, "ACCUMULATE_DY": adds}, mix.WARPS))
+    return found
+
+
+def relu_cases(dtype: str) -> list[Case]:
+    types, constants = {"x": dtype, "size": "i32"}, {"BLOCK": relu.BLOCK}
+    backward = {**types, "dx": dtype, "rewrite": dtype}
+    return [
+        (relu._relu2_forward_kernel, {**types, "out": dtype}, constants, relu.WARPS),
+        (relu._relu2_backward_kernel, backward, {**constants, "AGAIN": True}, relu.WARPS),
+    ]
+
+
+def smear_cases(C: int, dtype: str) -> list[Case]:
+    block, warps = smear.launch(C)
+    types = dict.fromkeys(("e", "w", "factor"), dtype) | {"positions": "*i64", "C": "i32"}
+    constants = {"GATE": smear.GATE, "BLOCK": block}
+    forward = {**types, "out": dtype, "T": "i32"}
+    backward = {**types, "de": dtype, "part_w": "*fp32", "part_l": "*fp32", "dout": dtype, "n": "i32", "T": "i32"}
+    decode = {**types, "out": dtype, "cache": dtype, "c_b": "i32", "c_h": "i32", "c_t": "i32", "HS": "i32"}
+    found: list[Case] = [(smear._smear_decode_kernel, decode, constants, warps)]
+    for given in (False, True):
+        found.append((smear._smear_forward_kernel, forward, {**constants, "GIVEN": given}, warps))
+        found.append((smear._smear_backward_kernel, backward, {**constants, "GIVEN": given}, warps))
+    return found
+
+
+def value_cases(NH: int, dtype: str) -> list[Case]:
+    heads, w = torch.empty(1, NH, 128, device="meta"), torch.empty(NH, 12, device="meta")
+    sizes, warps = value.launch(heads, w)
+    types = dict.fromkeys(("table", "x", "w"), dtype) | {"tokens": "*i64", "rstd": "*fp32", "C": "i32", "HS": "i32"}
+    types["NH"] = "i32?"
+    constants = {"CHANNELS": 12, "GATE": value.GATE, **sizes}
+    backward = {**types, "du": dtype, "dy": dtype, "part": "*fp32", "dv": dtype, "dv_t": "i32", "n": "i32"}
+    return [
+        (value._value_forward_kernel, {**types, "v": dtype, "v_t": "i32"}, constants, warps),
+        (value._value_backward_kernel, backward, constants, warps),
+    ]
+
+
 CASES: dict[str, list[Case]] = {
     "attention": attention_cases(),
     "bias": [*bias_cases("*bf16"), *bias_cases("*fp32")],
@@ -306,6 +358,7 @@ CASES: dict[str, list[Case]] = {
     "gelu": [*gelu_cases("*bf16"), *gelu_cases("*fp32")],
     "glu": [*glu_cases("*bf16"), *glu_cases("*fp32")],
     "guard": guard_cases(),
+    "mix": [*mix_cases("*bf16"), *mix_cases("*fp32")],
     "muon": muon_cases(),
     "norm": [
         *(c for kind in ("*bf16", "*fp32") for C in (1600, 768, 4096) for c in norm_cases(C, kind)),
@@ -315,8 +368,11 @@ CASES: dict[str, list[Case]] = {
         *norm_cases(256, "*bf16", rms=True, heads=4, offset=1.0),
     ],
     "optimizer": optimizer_cases(),
+    "relu": [*relu_cases("*bf16"), *relu_cases("*fp32")],
     "rope": [*rope_cases("*bf16"), *rope_cases("*fp32")],
     "rounding": rounding_cases(),
+    "smear": [*smear_cases(1536, "*bf16"), *smear_cases(768, "*fp32")],
+    "value": [*value_cases(12, "*bf16"), *value_cases(6, "*fp32")],
 }
 
 # --------------------------------------------------------------------------------------------------------- compiling

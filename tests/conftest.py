@@ -23,7 +23,7 @@ if not torch.cuda.is_available():  # Triton's kernels run under its interpreter;
 BUDGETS = {"foundation": 5.0, "kernels": 4.0, "interop": 3.0, "data": 3.0, "pages": 2.0, "recovery": 4.0}
 BUDGETS |= {"distributed": 4.0, "decoder": 2.0}
 KERNELS = ("attention", "bias", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer", "tune")
-KERNELS += ("glu", "rope")
+KERNELS += ("glu", "nanochat", "rope")
 INTEROP = (
     "test_interop_hf",
     "test_interop_refused",

@@ -129,3 +129,29 @@ def test_beyond_2_to_the_31():
         results.append((losses, logits.view(torch.int16)[-5000:].clone()))
         del logits
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize(("n", "V"), [(1, 1), (3, 63), (5, 1000), (3, 4096), (3, 8150), (2, 9000)])
+@pytest.mark.parametrize("backward", [False, True])
+def test_classifier_with_a_soft_cap(backend, dtype, n, V, backward):
+    """Losses and gradients of c tanh(z / c), also of logits far beyond c; NaN in the padding reaches nothing."""
+    skip_unless_served("classifier", backend, dtype)
+    Vp = (V + 127) // 128 * 128
+    logits = draw(n, Vp, dtype=dtype, scale=12)
+    logits[0, :V] *= 1e6
+    logits[:, V:] = math.nan
+    targets = some_targets(n, V)
+    targets[n // 2] = -1
+    scale = torch.tensor(1 / 7, dtype=acc_dtype(dtype), device=DEVICE)
+    X = f64(logits[:, :V]).requires_grad_()
+    want = cross_entropy(15 * torch.tanh(X / 15), targets, ignore_index=-1, reduction="none")
+    gradient = torch.autograd.grad(want.sum() * f64(scale), X)[0]
+    losses = poison(n, dtype=acc_dtype(dtype))
+    run("classifier", losses, logits, targets, scale, V=V, backward=backward, softcap=15.0, backend=backend)
+    close(losses, want.detach(), terms=torch.tensor([15.0], dtype=F64, device=DEVICE))
+    if backward:
+        close(logits[:, :V], gradient)
+        assert (logits[:, V:] == 0).all()
+        assert (logits[n // 2] == 0).all()

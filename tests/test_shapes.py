@@ -47,9 +47,12 @@ def test_descriptors(name: str) -> None:
 
 def test_every_descriptor_is_in_the_table() -> None:
     gpt2 = {name for name, shape in SHAPES.items() if shape.arch == "gpt2"}
+    assert {name for name, shape in SHAPES.items() if shape.arch == "nanochat"} == NANOCHAT  # see test_nanochat.py
     assert {*gpt2, "gpt3:c5140"} == {*DESCRIPTORS, "gpt3:c5120"}
-    assert {*SHAPES} - gpt2 == {*DECODERS}
+    assert {*SHAPES} - gpt2 - NANOCHAT == {*DECODERS}
 
+
+NANOCHAT = {"nanochat:d4", "nanochat:d12", "nanochat:d24"}
 
 # Of the published files' config.json: L, C, NH, NKV, HS, F, V, max_T, theta, eps. Written down by hand.
 DECODERS = {

@@ -155,7 +155,7 @@ def draw_parameters(rows: list[Row], seed: int, put: Callable[[str, Tensor], Non
         value = torch.full(row.shape, row.fill)
         if row.bound:
             own = torch.Generator().manual_seed(seed ^ crc32(row.name.encode()))
-            value.uniform_(-row.bound, row.bound, generator=own)
+            value[: row.drawn_rows].uniform_(0.0 if row.positive else -row.bound, row.bound, generator=own)
         if row.std is not None and state is not None:
             generator = torch.Generator()
             generator.set_state(state)

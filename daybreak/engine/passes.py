@@ -28,6 +28,7 @@ from daybreak.models.registry import Model, build_model
 from daybreak.optimizers import Part
 from daybreak.optimizers.adamw import adamw_group
 from daybreak.optimizers.muon import muon_groups
+from daybreak.optimizers.nanochat import family_groups
 from daybreak.parallel import ALONE, Group
 
 State = dict[str, Tensor]
@@ -167,7 +168,7 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     model = build_model(cfg, spec.recompute, spec.device_type)
     limit, groups = (
         spec.bucket_bytes // dtype.itemsize,
-        (*spec.groups, *muon_groups(spec.optim), adamw_group(spec.optim)),
+        (*spec.groups, *family_groups(cfg, spec.optim), *muon_groups(spec.optim), adamw_group(spec.optim)),
     )
     rows, adapters = spec.parameters(model)
     table = ParamTable(rows, groups, group.world, limit, adapters)

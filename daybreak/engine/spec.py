@@ -77,7 +77,8 @@ class EngineSpec:
             return replace(row, trainable=False, held=chosen(self.frozen, row.name) or self.compute)
 
         trains = dict.fromkeys(self.trainable if not self.lora.rank else ("*_A", "*_B"), True)
-        adapters = adapters_of(model.rows(), model.parts, self.lora)
+        layers = [r for r in model.rows() if not model.matmuls or r.name.rpartition(".")[2] in model.matmuls]
+        adapters = adapters_of(layers, model.parts, self.lora)
         rows = adapter_rows(model.rows(), adapters, self.lora.rank)
         return [row if chosen(trains, row.name) else frozen(row) for row in rows], adapters
 

@@ -31,7 +31,8 @@ Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 MAX_VIEWS = 64
 CHUNK = 1 << 17  # elements per chunk of a row-wise torch kernel: a few chunks stay in a core's L2 cache
 FILES = (
-    "attention", "classifier", "embedding", "glu", "guard", "lora", "matmul", "muon", "norm", "optimizer", "rope",
+    "attention", "classifier", "embedding", "glu", "guard", "lora", "matmul", "mix", "muon", "norm", "optimizer",
+    "relu", "rope", "smear", "value",
 )  # fmt: skip
 # Backends on CUDA, best first; every group ends with the plain-torch reference. The CPU has only that.
 CUDA_ORDER = {
@@ -45,7 +46,7 @@ CUDA_FILES = (
     *("batched", "bias", "cublaslt", "cudnn", "decode", "fa4", "gated", "gelu", "quack", "fp8"),
 )
 ON_HOST = (  # their references read values on the host
-    "adamw_update", "embedding_backward", "muon_momentum", "muon_update", "step_guard",
+    "adamw_update", "embedding_backward", "muon_momentum", "muon_update", "smear_decode", "step_guard",
 )  # fmt: skip
 CUDA_DTYPES = (torch.bfloat16, torch.float32)
 

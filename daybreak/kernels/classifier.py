@@ -2,6 +2,8 @@
 
 loss = logsumexp(z) - z[t];  dz = (softmax(z) - onehot(t)) * scale. A negative target (-1) counts nothing. Columns
 V..Vp are padding: they take no part in the softmax and get gradient zero. fp32 (or fp64) whatever the logits are.
+
+With a soft-cap c (Gemma 2, nanochat), c tanh(z / c) takes the place of z, and dz is multiplied by 1 - tanh^2(z / c).
 """
 
 from __future__ import annotations
@@ -12,26 +14,36 @@ from torch import Tensor
 from daybreak.kernels import Scratch, Temps, acc_dtype, chunk_rows, op, row_chunks
 
 
-def classifier_temps(losses: Tensor, logits: Tensor, *_: object, V: int, **__: object) -> Temps:
+def classifier_temps(
+    losses: Tensor, logits: Tensor, *_: object, V: int, backward: bool, softcap: float = 0.0, **__: object
+) -> Temps:
     rows, acc = chunk_rows(*logits.shape), acc_dtype(logits.dtype)
-    wide = [] if logits.dtype == acc else [((rows, V), acc)]
+    wide = ([((rows, V), acc)] if softcap and backward else []) + ([] if logits.dtype == acc else [((rows, V), acc)])
     return [*[((rows, 1), acc)] * 3, ((rows, 1), torch.int64), ((rows, 1), torch.bool), *wide]
 
 
 @op("losses", "logits", temps=classifier_temps, adds=("logits",))
 def classifier(
-    losses: Tensor, logits: Tensor, targets: Tensor, scale: Tensor, *, V: int, backward: bool, scratch: Scratch
-) -> None:
+    losses: Tensor, logits: Tensor, targets: Tensor, scale: Tensor,
+    *, V: int, backward: bool, softcap: float = 0.0, scratch: Scratch,
+) -> None:  # fmt: skip
     """losses (n) of logits (n, Vp) for targets (n) int64; with `backward`, logits become d_logits.
 
     scale is a device scalar, 1 / valid targets of the whole step, so that summing over micro-steps gives the mean.
-    Without `backward` the logits are left in an unspecified state.
+    softcap: 0 = none. Without `backward` the logits are left in an unspecified state.
     """
-    m_, total_, picked_, index_, ignored_, *wide_ = scratch(classifier_temps(losses, logits, V=V))
+    temps = scratch(classifier_temps(losses, logits, V=V, backward=backward, softcap=softcap))
+    (m_, total_, picked_, index_, ignored_), wide_ = temps[:5], temps[5:]
+    slope_ = wide_.pop(0) if softcap and backward else None
     for rows in row_chunks(*logits.shape):
         n = logits[rows].shape[0]
         m, total, picked, index, ignored = m_[:n], total_[:n], picked_[:n], index_[:n], ignored_[:n]
         z = logits[rows, :V] if not wide_ else wide_[0][:n].copy_(logits[rows, :V])
+        if softcap:
+            z.div_(softcap).tanh_()
+            if slope_ is not None:
+                torch.mul(z, z, out=slope_[:n]).neg_().add_(1)
+            z.mul_(softcap)
         torch.lt(targets[rows, None], 0, out=ignored)
         torch.clamp(targets[rows, None], min=0, out=index)
         torch.amax(z, 1, keepdim=True, out=m)
@@ -46,9 +58,18 @@ def classifier(
         z.mul_(total.masked_fill_(ignored, 0.0))
         picked.copy_(scale.expand_as(picked)).neg_().masked_fill_(ignored, 0.0)
         z.scatter_add_(1, index, picked)  # one index a row, so the order does not matter
+        if slope_ is not None:
+            z.mul_(slope_[:n])
         if wide_:
             logits[rows, :V].copy_(z)
         logits[rows, V:].zero_()
+
+
+@op("logits", temps=lambda logits, **_: [(tuple(logits.shape), acc_dtype(logits.dtype))], adds=("logits",))
+def cap_logits(logits: Tensor, *, cap: float, scratch: Scratch) -> None:
+    """logits (r, Vp) become cap tanh(logits / cap), as `classifier` takes them: for generating."""
+    (wide,) = scratch([(tuple(logits.shape), acc_dtype(logits.dtype))])
+    logits.copy_(wide.copy_(logits).div_(cap).tanh_().mul_(cap))
 
 
 def sum_temps(total: Tensor, losses: Tensor, *_: object, **__: object) -> Temps:

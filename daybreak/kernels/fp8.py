@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.kernels import OPS, Scratch, Temps, backend, glu, matmul, norm
+from daybreak.kernels import OPS, Scratch, Temps, backend, glu, matmul, norm, relu
 from daybreak.kernels.operand import Format, Operand
 
 F32 = torch.float32
@@ -33,12 +33,12 @@ V, T = ("value", "scale"), ("transposed", "scale")
 # The parts that each operation reads of its inputs (the table in operand.py). Outputs are written as a whole.
 READS: dict[str, dict[str, tuple[str, ...]]] = {
     "layernorm_forward": {}, "layernorm_backward": {}, "rmsnorm_forward": {}, "rmsnorm_backward": {},
-    "swiglu_forward": {}, "swiglu_backward": {},
+    "swiglu_forward": {}, "swiglu_backward": {}, "relu2_forward": {}, "relu2_backward": {},
     "matmul_forward": {"x": V, "w": V},
     "matmul_backward_input": {"dout": V, "w": T}, "matmul_gelu_backward": {"dout": V, "w": T},
     "matmul_backward_weight": {"dout": T, "x": T},
 }  # fmt: skip
-assert all((norm, glu, matmul)), "the operations are registered before their kernels in fp8"
+assert all((norm, glu, matmul, relu)), "the operations are registered before their kernels in fp8"
 
 
 def power_of_two(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class Head:
 
     cfg: Shape
     head_weight = "wte"
+    softcap = 0.0  # of logits; 0 = none
     offset = 0.0  # what norms add to their weights
     matmuls: Mapping[str, tuple[str, str]] = {}  # what could be in fp8 (see registry.Model)
     together: Collection[tuple[str, str]] = ()
@@ -46,11 +47,12 @@ class Head:
         """Per-token losses (n) of hidden (n, C) for targets (n); with `backward` also d_lnf and the head's gradient."""
         k, n = f.k, hidden.shape[0]
         weight, step = f.matmul_w(self.head_weight), self.head_rows(n, hidden.dtype)
+        how = {"softcap": self.softcap} if self.softcap else {}
         d_hidden = f.a("d_lnf", n, self.cfg.C) if backward else None
         for start in f.chunks(n, step):
             rows = slice(start, min(start + step, n))
-            logits = self.head_logits(f, hidden[rows])
-            k.classifier(losses[rows], logits, targets[rows], scale, V=self.cfg.V, backward=backward)
+            logits = self._product(f, hidden[rows])
+            k.classifier(losses[rows], logits, targets[rows], scale, V=self.cfg.V, backward=backward, **how)
             if d_hidden is not None:  # logits now hold d_logits
                 adds = not first or start > 0
                 k.matmul_backward_input(d_hidden[rows], logits, weight)
@@ -59,6 +61,13 @@ class Head:
 
     def head_logits(self, f: Frame, hidden: Tensor) -> Tensor:
         """Logits (r, Vp) of r rows of hidden, r at most one chunk."""
+        logits = self._product(f, hidden)
+        if self.softcap:
+            f.k.cap_logits(logits, cap=self.softcap)
+        return logits
+
+    def _product(self, f: Frame, hidden: Tensor) -> Tensor:
+        """The same before the soft-cap, which the loss takes too."""
         logits = f.a("logits", hidden.shape[0], self.cfg.Vp)
         f.k.matmul_forward(logits, hidden, f.matmul_w(self.head_weight))
         return logits

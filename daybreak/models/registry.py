@@ -11,6 +11,7 @@ from torch import Tensor
 from daybreak.models.frame import Documents, Frame
 from daybreak.models.gpt2 import GPT2
 from daybreak.models.llama import Llama
+from daybreak.models.nanochat import Nanochat
 from daybreak.models.rows import Row
 from daybreak.shapes import Shape
 
@@ -65,7 +66,11 @@ class Model(Protocol):
         """All gradients."""
 
 
-MODELS: dict[str, Callable[[Any, int, str], Model]] = {"gpt2": GPT2, "llama": Llama}  # each takes its own shape
+MODELS: dict[str, Callable[[Any, int, str], Model]] = {  # each takes its own shape
+    "gpt2": GPT2,
+    "llama": Llama,
+    "nanochat": Nanochat,
+}
 
 
 def build_model(cfg: Shape, recompute: int = 0, device_type: str = "cpu") -> Model:

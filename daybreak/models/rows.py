@@ -12,7 +12,8 @@ class Row:
 
     decay: whether weight decay is for it, as for matrices. stacked: the rows of each matrix, if it is several in one.
     trainable: whether it has a gradient, and all that optimizers keep. held: the dtype of a frozen one, such as bf16.
-    bound: draws from -bound to bound instead, by a generator of its own, as adapters do (adapters.py).
+    bound: draws from -bound to bound instead, by a generator of its own, as adapters do (adapters.py); from 0 to bound
+    if `positive`.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Row:
     trainable: bool = True
     held: str = ""
     bound: float = 0.0
+    positive: bool = False
 
     @property
     def numel(self) -> int:

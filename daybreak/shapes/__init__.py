@@ -12,15 +12,23 @@ from typing import Any
 
 from daybreak.errors import ConfigError
 from daybreak.formatting import nearest
-from daybreak.shapes import gpt2, llama
+from daybreak.shapes import gpt2, llama, nanochat
 from daybreak.shapes.gpt2 import ALIASES, GPT2Config
 from daybreak.shapes.llama import LlamaConfig
+from daybreak.shapes.nanochat import NanochatConfig
 from daybreak.shapes.shape import Shape
 
-__all__ = ["ARCHS", "SHAPES", "GPT2Config", "LlamaConfig", "Shape", "family", "is_shape", "model_config", "parse_shape"]
+__all__ = [
+    "ARCHS", "SHAPES", "GPT2Config", "LlamaConfig", "NanochatConfig", "Shape", "family", "is_shape", "model_config",
+    "parse_shape",
+]  # fmt: skip
 
-ARCHS: dict[str, type[Shape]] = {"gpt2": GPT2Config, "llama": LlamaConfig}  # the first is the default
-SHAPES: dict[str, Shape] = {**gpt2.SHAPES, **llama.SHAPES}
+ARCHS: dict[str, type[Shape]] = {  # the first is the default
+    "gpt2": GPT2Config,
+    "llama": LlamaConfig,
+    "nanochat": NanochatConfig,
+}
+SHAPES: dict[str, Shape] = {**gpt2.SHAPES, **llama.SHAPES, **nanochat.SHAPES}
 
 
 def is_shape(text: str) -> bool:

@@ -16,6 +16,8 @@ from daybreak.kernels.cuda import LN2, LOG2E, tl, triton
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors, which then hold all their threads,
 WARPS, REGISTERS = 32, 32  # with so many registers each
 VECTOR = 16  # bytes that a thread loads at a time, and as many again under way
+CAPPED_WARPS, CAPPED_REGISTERS = 16, 64  # with a soft-cap, whose slope needs more of them
+CAP_BLOCK = 1024
 SUM_BLOCK, SUM_WARPS = 8192, 32
 
 
@@ -32,9 +34,25 @@ def _online(m, s, x):
 
 
 @triton.jit
+def capped(x, CAP: tl.constexpr):
+    """CAP tanh(x / CAP), or x itself without a cap."""
+    if CAP > 0.0:
+        x = CAP * (2.0 / (1.0 + tl.exp2(x * (-2.0 / CAP * LOG2E))) - 1.0)
+    return x
+
+
+@triton.jit
+def _sloped(d, x, CAP: tl.constexpr):
+    """d times the slope of the cap, where x is capped already."""
+    if CAP > 0.0:
+        d *= 1.0 - x * x * (1.0 / (CAP * CAP))
+    return d
+
+
+@triton.jit
 def _classifier_kernel(
     losses, logits, targets, scale, n, V, Vp,
-    BACKWARD: tl.constexpr, TILE: tl.constexpr, VEC: tl.constexpr,
+    BACKWARD: tl.constexpr, CAP: tl.constexpr, TILE: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """A tile is (TILE / VEC, VEC): a thread holds whole rows of it, so the running sums need no other thread.
 
@@ -49,18 +67,18 @@ def _classifier_kernel(
         # A row without a target is one of no columns: the first pass reads nothing, the second writes zeros.
         columns = tl.where(target < 0, 0, V)
         full = columns // TILE * TILE
-        picked = tl.load(z + tl.maximum(target, 0)).to(tl.float32)
+        picked = capped(tl.load(z + tl.maximum(target, 0)).to(tl.float32), CAP)
 
         m = tl.full((TILE // VEC,), -3.4e38, tl.float32)  # finite, so that m - m is 0
         s = tl.zeros((TILE // VEC,), tl.float32)
         following = tl.load(z + cols, mask=full > 0, other=0.0, eviction_policy="evict_last")
         for start in range(0, full, TILE):
-            x = following.to(tl.float32)
+            x = capped(following.to(tl.float32), CAP)
             at = start + TILE + cols
             following = tl.load(z + at, mask=start + TILE < full, other=0.0, eviction_policy="evict_last")
             m, s = _online(m, s, x)
         for start in range(full, columns, TILE):
-            x = tl.load(z + start + cols, mask=start + cols < Vp, other=0.0).to(tl.float32)
+            x = capped(tl.load(z + start + cols, mask=start + cols < Vp, other=0.0).to(tl.float32), CAP)
             m, s = _online(m, s, tl.where(start + cols < columns, x, float("-inf")))
         largest = tl.max(m, 0)
         total = tl.where(target < 0, 1.0, tl.sum(s * tl.exp2(m - largest), 0))
@@ -72,31 +90,50 @@ def _classifier_kernel(
             inverse = factor / total
             for start in range(full, Vp, TILE):
                 at = start + cols
-                x = tl.load(z + at, mask=at < Vp, other=0.0).to(tl.float32)
-                x = tl.where(at < columns, x, float("-inf"))
-                d = tl.exp2(tl.fma(x, LOG2E, -largest)) * inverse - tl.where(at == target, factor, 0.0)
+                x = capped(tl.load(z + at, mask=at < Vp, other=0.0).to(tl.float32), CAP)
+                e = tl.where(at < columns, x, float("-inf"))
+                d = tl.exp2(tl.fma(e, LOG2E, -largest)) * inverse - tl.where(at == target, factor, 0.0)
+                d = _sloped(d, tl.where(at < columns, x, 0.0), CAP)
                 tl.store(z + at, d.to(logits.dtype.element_ty), mask=at < Vp, cache_modifier=".cs")
             following = tl.load(z + full - TILE + cols, mask=full > 0, other=0.0)
             for done in range(0, full, TILE):
                 start = full - TILE - done
                 at = start + cols
-                x = following.to(tl.float32)
+                x = capped(following.to(tl.float32), CAP)
                 following = tl.load(z + at - TILE, mask=done + TILE < full, other=0.0)
                 d = tl.exp2(tl.fma(x, LOG2E, -largest)) * inverse
                 if (target >= start) & (target < start + TILE):
                     d -= tl.where(at == target, factor, 0.0)
+                d = _sloped(d, x, CAP)
                 tl.store(z + at, d.to(logits.dtype.element_ty), cache_modifier=".cs")
 
 
 @backend("triton")
-def classifier(losses: Tensor, logits: Tensor, targets: Tensor, scale: Tensor, *, V: int, backward: bool) -> None:
+def classifier(
+    losses: Tensor, logits: Tensor, targets: Tensor, scale: Tensor, *, V: int, backward: bool, softcap: float = 0.0
+) -> None:
     """losses (n) of logits (n, Vp) for targets (n) int64; with `backward`, logits become d_logits. scale is 0-d."""
     n, Vp = logits.shape
     vec = VECTOR // logits.element_size()
+    warps, registers = (CAPPED_WARPS, CAPPED_REGISTERS) if softcap else (WARPS, REGISTERS)
     _classifier_kernel[(min(n, PROGRAMS),)](
         losses, logits, targets, scale, n, V, Vp,
-        BACKWARD=backward, TILE=32 * WARPS * vec, VEC=vec, num_warps=WARPS, maxnreg=REGISTERS,
+        BACKWARD=backward, CAP=softcap, TILE=32 * warps * vec, VEC=vec, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
+
+
+@triton.jit
+def _cap_logits_kernel(logits, size, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = capped(tl.load(logits + at, mask=at < size, other=0.0).to(tl.float32), CAP)
+    tl.store(logits + at, x.to(logits.dtype.element_ty), mask=at < size)
+
+
+@backend("triton")
+def cap_logits(logits: Tensor, *, cap: float) -> None:
+    """logits (r, Vp), contiguous, become cap tanh(logits / cap)."""
+    size = logits.numel()
+    _cap_logits_kernel[(triton.cdiv(size, CAP_BLOCK),)](logits, size, CAP=cap, BLOCK=CAP_BLOCK, num_warps=4)
 
 
 @triton.jit

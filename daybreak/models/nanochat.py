@@ -1,0 +1,309 @@
+"""nanochat's model as a list of kernel calls. Read models/gpt2.py and models/llama.py first.
+
+B sequences of T tokens are n = B T rows. There are C channels, NH heads of HS, and a vocabulary of V, padded to Vp. The
+residual stream x (n, C) runs through L blocks, and x0 is what it starts as:
+
+    tokens -> embedded -> norm -> smear = x0 = x                                       embedding
+       resid x + x0 = mixed                                                            before each block
+       mixed -> ln1 -> qkv -> norm of q, k -> rope -> attention -> attproj -> + mixed = residual2         `block`
+                         v += gate(ln1) * ve[tokens], in every other layer
+       residual2 -> ln2 -> fc -> squared ReLU -> fcproj -> + residual2 = residual3     the next block's x
+    residual3 - backout * (residual3 of layer L / 2) = backed -> lnf -> logits -> soft-cap -> loss       head
+
+Norms have no weights: the constant `ones` is in their place. nanochat multiplies the norms of q and k by 1.2 each, and
+here that is a part of attention's scale. It turns q and k before their norms, and in the other direction. The first
+changes no number, because a turn keeps the root of the mean square. With the second, its weights are ours but for the
+signs of the rows that make the second half of every head of q and k.
+
+Backward has two gradients that grow on the way down: d, that of the residual stream, and d_x0. `d_middle` waits for
+layer L / 2.
+
+`recompute`: level 1 keeps no output of the squared ReLU and no mixed stream, level 2 none of ln1 and ln2 either. Level
+3 keeps only the blocks' inputs, and runs `block` again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from daybreak.models import blocks
+from daybreak.models.frame import Documents, Frame, Matrix, Mode
+from daybreak.models.head import Head
+from daybreak.models.rows import Row
+from daybreak.shapes.nanochat import GATE_CHANNELS, SMEAR_CHANNELS, NanochatConfig
+
+REWRITTEN = {1: ("relu2",), 2: ("relu2", "ln1", "ln2")}  # by recompute level: outputs that backward writes again
+RECOMPUTE_BLOCK = 3
+SHARPER = 1.2  # what queries and keys are multiplied by after their norms
+MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> what it is multiplied with, and the gradient of the product
+    "qkvw": ("ln1", "d_qkv"),
+    "attprojw": ("att", "d_residual2"),
+    "fcw": ("ln2", "d_fc"),
+    "fcprojw": ("relu2", "d_residual3"),
+}
+
+
+class Nanochat(Head):
+    """nanochat (Karpathy 2025), as its run of March 2026 has it."""
+
+    cfg: NanochatConfig
+    matmuls = MATMULS
+    head_weight = "headw"
+    parts: Mapping[str, tuple[str, ...]] = {"qkv": ("q", "k", "v")}
+    asks: Mapping[str, Collection[str]] = dict.fromkeys(
+        ("attention_forward", "attention_backward", "attention_decode"), ("window",)
+    )
+
+    def __init__(self, cfg: NanochatConfig, recompute: int = 0, device_type: str = "cpu") -> None:
+        super().__init__(device_type)
+        self.cfg, self.recompute, self.softcap = cfg, recompute, cfg.softcap
+        self.remade = [x for x, _ in MATMULS.values()] if recompute == RECOMPUTE_BLOCK else REWRITTEN.get(recompute, ())
+        self.scale, self.middle = SHARPER**2 / math.sqrt(cfg.HS), cfg.L // 2
+
+    def constants(self) -> dict[str, Tensor]:
+        freq = 1.0 / self.cfg.theta ** (torch.arange(0, self.cfg.HS, 2, dtype=torch.float32) / self.cfg.HS)
+        return {"freq": freq, "ones": torch.ones(self.cfg.C)}
+
+    def rows(self) -> list[Row]:
+        """The parameters in forward order, with nanochat's initialisation: projections onto the stream start at 0."""
+        c, C, L = self.cfg, self.cfg.C, self.cfg.L
+        bound = math.sqrt(3 / C)  # a standard deviation of 1 / sqrt(C)
+        rows = [Row("wte", (c.Vp, C), True, 0.8, drawn_rows=c.V)]
+        rows += [Row("smearw", (SMEAR_CHANNELS,), False, bound=0.02, positive=True), Row("smear", (1,), False)]
+        for l in range(L):
+            h, depth = f"h.{l}.", l / max(L - 1, 1)
+            rows += [Row(h + "resid", (1,), True, fill=1.15 - 0.1 * depth)]
+            rows += [Row(h + "x0", (1,), False, fill=0.2 - 0.15 * depth)]
+            if c.valued(l):
+                rows += [Row(h + "ve", (c.Vp, C), True, bound=bound, drawn_rows=c.V)]
+                rows += [Row(h + "gatew", (c.NH, GATE_CHANNELS), True, bound=0.02, positive=True)]
+            rows += [Row(h + "qkvw", (3 * C, C), True, bound=bound, stacked=(C, C, C))]
+            rows += [Row(h + "attprojw", (C, C), True), Row(h + "fcw", (4 * C, C), True, bound=0.4 * bound)]
+            rows += [Row(h + "fcprojw", (C, 4 * C), True)]
+        return [*rows, Row("backout", (1,), False, fill=0.2), Row("headw", (c.Vp, C), True, 0.001, drawn_rows=c.V)]
+
+    def flops_per_token(self, T: int, num_parameters: int) -> int:
+        """Training FLOPs per token: 6 for each parameter that a matmul reads, and 12 C in each layer for each key that
+        a query sees on average, T / 2 without a window."""
+        c = self.cfg
+        tables = 1 + sum(map(c.valued, range(c.L)))
+        seen = [min(T, c.window) if c.kind(l) == "w" else T for l in range(c.L)]
+        return 6 * (num_parameters - tables * c.Vp * c.C) + 6 * c.C * sum(2 * T * w - w * w for w in seen) // T
+
+    # ------------------------------------------------------------------------------------------------ one block
+
+    def mixed(self, b: Frame, x: Tensor, x0: Tensor, name: str = "mixed") -> Tensor:
+        """resid x + x0 x0 (n, C): what block b begins with."""
+        out = b.a(name, *x.shape)
+        b.k.mix_forward(out, x, x0, b.w("resid"), b.w("x0"))
+        return out
+
+    def block(self, b: Frame, x: Tensor, tokens: Tensor, B: int, T: int) -> tuple[Tensor, Matrix]:
+        """One block for its mixed stream x (n, C) and tokens (n), up to the squared ReLU: (residual2, relu2). fcproj
+        then adds the rest.
+
+        Training, prefill and decode use it; backward too, where it computes the block once more."""
+        c, n = self.cfg, B * T
+        qkv = blocks.linear(
+            b, "qkv", self._norm(b, "ln1", x, b.matmul_a("ln1", n, c.C)), b.a("qkv", n, 3 * c.C), bias=False
+        )
+        if c.valued(b.index):
+            values = qkv.view(n, 3 * c.NH, c.HS)[:, 2 * c.NH :]
+            b.k.value_forward(values, tokens, b.w("ve"), x, b.a("ln1.rstd", n, dtype=b.acc), b.w("gatew"))
+        qk = self._norm(b, "qknorm", self._both(qkv), b.a("qk", n, 2 * c.NH, c.HS))
+        blocks.rope(b, (qk.view(B, T, 2 * c.NH, c.HS),), "freq", attention=1.0)
+        att = b.a("att", n, c.C)
+        q, k, v = self._seen(qk, qkv, B, T)
+        blocks.attention(b, att.view(B, T, c.NH, c.HS), q, k, v, self.scale, **self._sees(b))
+        residual2 = b.a("residual2", n, c.C)
+        blocks.linear(b, "attproj", b.matmul_copy("att", att), residual2, add=x, bias=False)
+        ln2 = self._norm(b, "ln2", residual2, b.matmul_a("ln2", n, c.C))
+        fc, relu2 = blocks.linear(b, "fc", ln2, b.a("fc", n, 4 * c.C), bias=False), b.matmul_a("relu2", n, 4 * c.C)
+        b.k.relu2_forward(relu2, fc)
+        return residual2, relu2
+
+    def block_backward(self, b: Frame, d: Tensor, x: Tensor, tokens: Tensor, B: int, T: int) -> None:
+        """d (n, C) is the gradient of the block's output, and becomes that of its mixed stream x. Makes every gradient
+        of the block."""
+        c, n = self.cfg, B * T
+        residual2, fc = b.a("residual2", n, c.C), b.a("fc", n, 4 * c.C)
+        d_out = b.matmul_copy("d_residual3", d, plain=True)
+        blocks.adapter_grad(b, "fcproj", d_out)
+        d_fc, (relu2, rewrite) = b.d("relu2", n, 4 * c.C), b.output("relu2", n, 4 * c.C)
+        b.k.relu2_backward(blocks.input_grad(b, "fcproj", d_fc, d_out), rewrite, fc)
+        blocks.weight_grad(b, "fcproj", d_out, relu2)
+        d_made = b.matmul_copy("d_fc", d_fc, plain=True)
+        blocks.adapter_grad(b, "fc", d_made)
+        d_ln2 = blocks.input_grad(b, "fc", b.d("ln2", n, c.C), d_made)
+        ln2 = self._norm_backward(b, "ln2", d, d_ln2, residual2)
+        blocks.weight_grad(b, "fc", d_made, ln2, late=not b.index)
+
+        qkv, qk, att, d_qkv = (
+            b.a("qkv", n, 3 * c.C),
+            b.a("qk", n, 2 * c.NH, c.HS),
+            b.a("att", n, c.C),
+            b.d("qkv", n, 3 * c.C),
+        )
+        d_mid = b.matmul_copy("d_residual2", d, plain=True)
+        blocks.adapter_grad(b, "attproj", d_mid)
+        blocks.weight_grad(b, "attproj", d_mid, b.matmul_copy("att", att, made=True))
+        d_att = blocks.input_grad(b, "attproj", b.d("att", n, c.C), d_mid)
+        heads, d_both = (B, T, c.NH, c.HS), self._both(d_qkv)
+        grads = self._seen(d_both, d_qkv, B, T)
+        seen = self._seen(qk, qkv, B, T)
+        blocks.attention_backward(b, grads, d_att.view(heads), seen, att.view(heads), self.scale, **self._sees(b))
+        blocks.rope(b, (d_qkv.view(B, T, 3 * c.NH, c.HS)[:, :, : 2 * c.NH],), "freq", attention=1.0, back=True)
+        self._norm_backward(b, "qknorm", d_both, d_both, self._both(qkv), starts=True, kept=False)
+        d_sum = b.matmul_copy("d_qkv", d_qkv, plain=True)
+        blocks.adapter_grad(b, "qkv", d_sum)
+        d_ln1 = blocks.input_grad(b, "qkv", b.d("ln1", n, c.C), d_sum)
+        if c.valued(b.index):
+            d_values = d_qkv.view(n, 3 * c.NH, c.HS)[:, 2 * c.NH :]
+            self._value_backward(b, d_ln1, d_values, x, tokens, B, T)
+        ln1 = self._norm_backward(b, "ln1", d, d_ln1, x)
+        blocks.weight_grad(b, "qkv", d_sum, ln1, late=not b.index)
+
+    def _value_backward(
+        self, b: Frame, d_ln1: Tensor, d_values: Tensor, x: Tensor, tokens: Tensor, B: int, T: int
+    ) -> None:
+        """Gradients of the layer's value embeddings and their gates; adds to that of ln1's output."""
+        n, again = B * T, b.mode.accumulate
+        d_ve, rstd = b.d("ve", n, self.cfg.C), b.a("ln1.rstd", n, dtype=b.acc)
+        b.k.value_backward(
+            d_ve, d_ln1, b.g("gatew"), d_values, tokens, b.w("ve"), x, rstd, b.w("gatew"), accumulate=again
+        )
+        if (d_table := b.g("ve")) is not None:
+            b.k.embedding_backward(d_table, None, d_ve, tokens.view(B, T), accumulate=again, tied=False)
+
+    # ---------------------------------------------------------------------------------------------- whole model
+
+    def _embedded(self, f: Frame, tokens: Tensor, mode: Mode, B: int, T: int) -> Tensor:
+        """x0 (n, C) of tokens (B, T), or of one more token of each sequence."""
+        c, n, b = self.cfg, B * T, f.layer("", 0, mode)
+        x, e, out = f.a("embedded", n, c.C), f.a("normed", n, c.C), f.a("smeared", n, c.C)
+        f.k.embedding_forward(x, tokens, f.w("wte"), None)
+        self._norm(b, "normed", x, e)
+        gate, kept = (f.w("smearw"), f.w("smear")), None if mode.cache is None else mode.cache[c.L, 0]
+        if mode.positions is not None:
+            f.k.smear_decode(out, kept, e, *gate, mode.positions)
+            return out
+        f.k.smear_forward(out.view(B, T, c.C), e.view(B, T, c.C), *gate, mode.places)
+        if mode.cache is not None:
+            f.k.cache_write(mode.cache[c.L], *[e.view(B, T, c.NH, c.HS)] * 2)
+        return out
+
+    def _blocks(self, f: Frame, tokens: Tensor, B: int, T: int, mode: Mode, backed: Tensor | None = None) -> Tensor:
+        """From tokens (B, T) to the stream before the last norm, in `backed` if given."""
+        c = self.cfg
+        x = x0 = self._embedded(f, tokens, mode, B, T)
+        for l in range(c.L):
+            b = f.layer(f"h.{l}.", l, mode)
+            residual2, relu2 = self.block(b, self.mixed(b, x, x0), tokens.view(-1), B, T)
+            x = blocks.linear(b, "fcproj", relu2, b.a("residual3", *x.shape), add=residual2, bias=False)
+        out = f.a("backed", *x.shape) if backed is None else backed
+        f.k.mix_forward(out, x, f.a(f"h.{self.middle}.residual3", *x.shape), None, f.w("backout"), factor=-1.0)
+        return out
+
+    def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None, documents: Documents | None = None) -> Tensor:
+        """tokens (B, T) int64 -> the last norm's output (n, C). `kv`, if given, takes all keys, values and embeddings.
+        documents: of packed rows."""
+        (B, T), mode = tokens.shape, Mode(cache=kv, documents=documents)
+        x = self._blocks(f, tokens, B, T, mode)
+        return self._norm(f, "lnf", x, f.a("lnf", *x.shape))
+
+    def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
+        """Logits (n, Vp) that follow one more token of each of n sequences, at their positions (n). Reads and adds to
+        kv. `last` (n, C) is for the stream before the last norm, as the logits may have the bytes of any other."""
+        n = tokens.shape[0]
+        x = self._blocks(f, tokens.view(n, 1), n, 1, Mode(cache=kv, positions=positions), last)
+        return self.head_logits(f, self._norm(f, "lnf", x, f.a("lnf", n, self.cfg.C)))
+
+    def backward(self, f: Frame, tokens: Tensor, *, first: bool, documents: Documents | None = None) -> None:
+        """From d_lnf (n, C) to every gradient. `first` overwrites gradients, later micro-steps add.
+
+        It ends at the lowest layer with a trainable parameter."""
+        c, (B, T) = self.cfg, tokens.shape
+        n, L, again = B * T, c.L, self.recompute == RECOMPUTE_BLOCK
+        embeds = f.trains("wte", "smear", "smearw")
+        lowest = 0 if embeds else next((l for l in range(L) if f.trains(f"h.{l}.")), L)
+        rewritten = REWRITTEN.get(self.recompute, ())
+        mode = Mode(True, not first, recomputed=again, rewritten=rewritten, documents=documents)
+        top = f.layer("", 0, Mode(True, not first, documents=documents))
+        d, d_x0, d_middle = (f.a(name, n, c.C) for name in ("d_residual", "d_x0", "d_middle"))
+        x0, middle = f.a("smeared", n, c.C), f.a(f"h.{self.middle}.residual3", n, c.C)
+        self._norm_backward(top, "lnf", d, f.a("d_lnf", n, c.C), f.a("backed", n, c.C), starts=True, kept=False)
+        how = {"factor": -1.0, "accumulate_dy": False, "accumulate": not first}
+        f.k.mix_backward(None, d_middle, None, f.g("backout"), d, None, middle, None, f.w("backout"), **how)
+        for l in reversed(range(lowest, L)):
+            b = f.layer(f"h.{l}.", l, mode)
+            below = f.a(f"h.{l - 1}.residual3", n, c.C) if l else x0
+            if l == self.middle:
+                f.k.mix_forward(d, d, d_middle, None, None)
+            x = b.a("mixed", n, c.C) if not self.recompute else self.mixed(b, below, x0, "remixed")
+            if again:
+                self.block(b, x, tokens.view(-1), B, T)
+            self.block_backward(b, d, x, tokens.view(-1), B, T)
+            scalars = (b.g("resid"), b.g("x0"), d, below, x0, b.w("resid"), b.w("x0"))
+            b.k.mix_backward(d, d_x0, *scalars, accumulate_dy=l < L - 1, accumulate=not first)
+            if l:
+                f.final()
+        if embeds:
+            f.k.mix_forward(d, d, d_x0, None, None)
+            self._embedded_backward(top, d, tokens)
+        f.final()
+        for gradient in mode.late:
+            gradient()
+        f.final()
+
+    def _embedded_backward(self, f: Frame, d: Tensor, tokens: Tensor) -> None:
+        """From d (n, C), the gradient of x0, to those of smear and embedding."""
+        (B, T), C, again = tokens.shape, self.cfg.C, f.mode.accumulate
+        d_e, e, rows = f.d("normed", *d.shape), f.a("normed", *d.shape), (B, T, C)
+        f.k.smear_backward(
+            d_e.view(rows), f.g("smearw"), f.g("smear"), d.view(rows), e.view(rows), f.w("smearw"), f.w("smear"),
+            f.mode.places, accumulate=again,
+        )  # fmt: skip
+        self._norm_backward(f, "normed", d_e, d_e, f.a("embedded", *d.shape), starts=True, kept=False)
+        if (d_table := f.g("wte")) is not None:
+            f.k.embedding_backward(d_table, None, d_e, tokens, accumulate=again, tied=False)
+
+    def cache_shape(self, rows: int, T: int) -> tuple[int, ...]:
+        """Keys and values of `rows` sequences of up to T tokens, heads in front of time, as decoding reads them. One
+        layer more keeps the embeddings, of which smear reads the token's before."""
+        return self.cfg.L + 1, 2, rows, self.cfg.NH, T, self.cfg.HS
+
+    # --------------------------------------------------------------------------------------------------- pieces
+
+    def _norm(self, b: Frame, name: str, x: Tensor, out: blocks.Out) -> blocks.Out:
+        """out = RMSNorm of x (n, C), or of each head of x (n, heads, HS), without a weight. Returns out."""
+        rstd, ones = b.a(name + ".rstd", *x.shape[:-1], dtype=b.acc), b.constant("ones")[: x.shape[-1]]
+        b.k.rmsnorm_forward(out, rstd, x, ones, eps=self.cfg.eps)
+        return out
+
+    def _norm_backward(
+        self, b: Frame, name: str, d: Tensor, d_out: Tensor, x: Tensor, *, starts: bool = False, kept: bool = True
+    ) -> Matrix:
+        """Add the gradient of the norm's input x to d; `starts` overwrites d instead, which may then be d_out. Returns
+        the norm's output; x if that is not `kept` for a matmul."""
+        out, rewrite = b.output(name, *x.shape) if kept else (x, None)
+        rstd, ones = b.a(name + ".rstd", *x.shape[:-1], dtype=b.acc), b.constant("ones")[: x.shape[-1]]
+        b.k.rmsnorm_backward(d, None, rewrite, d_out, x, rstd, ones, accumulate_dx=not starts, accumulate=False)
+        return out
+
+    def _both(self, qkv: Tensor) -> Tensor:
+        """The heads of queries and keys (n, 2 NH, HS) of a packed qkv (n, 3 C)."""
+        return qkv.view(len(qkv), -1, self.cfg.HS)[:, : 2 * self.cfg.NH]
+
+    def _seen(self, qk: Tensor, qkv: Tensor, B: int, T: int) -> list[Tensor]:
+        """q and k of qk (n, 2 NH, HS), and v of qkv (n, 3 C), as attention reads or writes them: (B, T, NH, HS)."""
+        NH = self.cfg.NH
+        heads = (qk[:, :NH], qk[:, NH:], qkv.view(len(qkv), -1, self.cfg.HS)[:, 2 * NH :])
+        return [x.view(B, T, NH, self.cfg.HS) for x in heads]
+
+    def _sees(self, b: Frame) -> dict[str, int]:
+        """How attention of this layer is limited."""
+        return {"window": self.cfg.window} if self.cfg.kind(b.index) == "w" else {}

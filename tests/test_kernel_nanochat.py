@@ -1,0 +1,201 @@
+"""What only nanochat's family needs, against autograd in fp64: squared ReLU, mixed streams, smear, value embeddings."""
+
+from __future__ import annotations
+
+import interpreter  # noqa: F401
+import pytest
+import torch
+from kernel_harness import (
+    DEVICE,
+    close,
+    draw,
+    each_backend,
+    each_dtype,
+    either,
+    f64,
+    output,
+    poison,
+    run,
+    skip_unless_served,
+)
+from torch import Tensor
+
+from daybreak.kernels.cuda import mix, smear, value
+
+BF16 = torch.bfloat16
+
+
+def gradients(out: Tensor, d: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad((out * f64(d)).sum(), inputs))
+
+
+def leaf(x: Tensor) -> Tensor:
+    return f64(x).requires_grad_()
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize(("n", "F"), [(1, 1), (3, 5), (2, 1000), (70, 96), (1, 3000)])
+def test_squared_relu(backend, dtype, n, F):
+    skip_unless_served("relu2_backward", backend, dtype)
+    x, d = draw(n, F, dtype=dtype, scale=3.0), draw(n, F, dtype=dtype, seed=1)
+    x[0, 0] = 0.0
+    out, again, dx = poison(n, F, dtype=dtype), poison(n, F, dtype=dtype), d.clone()
+    run("relu2_forward", out, x, backend=backend)
+    X = leaf(x)
+    y = X.relu().square()
+    close(out, y.detach())
+    run("relu2_backward", dx, again, x, backend=backend)
+    close(dx, gradients(y, d, X)[0])
+    assert torch.equal(again, out)
+    alone = d.clone()
+    run("relu2_backward", alone, None, x, backend=backend)
+    assert torch.equal(alone, dx)
+
+
+SCALARS = [(True, True, 1.0), (False, True, -1.0), (True, False, 2.0), (False, False, 1.0)]
+
+
+@each_backend
+@each_dtype
+@either
+@pytest.mark.parametrize(("n", "C"), [(1, 1), (3, 50), (40, 96), (7, 3001)])
+@pytest.mark.parametrize(("first", "second", "factor"), SCALARS)
+def test_mix(backend, dtype, accumulate, n, C, first, second, factor, monkeypatch):
+    skip_unless_served("mix_backward", backend, dtype)
+    monkeypatch.setattr(mix, "PROGRAMS", 3)
+    x, y, d = draw(n, C, dtype=dtype), draw(n, C, dtype=dtype, seed=1), draw(n, C, dtype=dtype, seed=2)
+    a = draw(1, dtype=dtype, seed=3) if first else None
+    b = draw(1, dtype=dtype, seed=4) if second else None
+    out = poison(n, C, dtype=dtype)
+    run("mix_forward", out, x, y, a, b, factor=factor, backend=backend)
+    X, Y = leaf(x), leaf(y)
+    A, B = (leaf(torch.ones(1, device=DEVICE) if s is None else s) for s in (a, b))
+    want = A * X + factor * B * Y
+    close(out, want.detach())
+    gx, gy, ga, gb = gradients(want, d, X, Y, A, B)
+    dx, (dy, old_y) = poison(n, C, dtype=dtype), output(n, C, dtype=dtype, accumulate=accumulate)
+    (da, old_a), (db, old_b) = (output(1, dtype=dtype, accumulate=accumulate) for _ in range(2))
+    da, db = da if first else None, db if second else None
+    options = {"factor": factor, "accumulate_dy": accumulate, "accumulate": accumulate, "backend": backend}
+    run("mix_backward", dx, dy, da, db, d, x if first else None, y, a, b, **options)
+    close(dx, gx)
+    close(dy, gy + old_y)
+    if da is not None:
+        close(da, ga + old_a, terms=(f64(d) * f64(x)).norm())
+    if db is not None:
+        close(db, gb + old_b, terms=(f64(d) * f64(y)).norm())
+    again = draw(n, C, dtype=dtype, seed=99) if accumulate else poison(n, C, dtype=dtype)
+    in_place = d.clone()
+    run("mix_backward", in_place, again, None, None, in_place, None, y, a, b, **options)
+    assert torch.equal(in_place, dx)
+    close(again, gy + (f64(draw(n, C, dtype=dtype, seed=99)) if accumulate else 0))
+    run("mix_backward", None, poison(n, C, dtype=dtype), None, None, d, None, y, a, b, **options)
+    run("mix_forward", x, x, y, a, b, factor=factor, backend=backend)
+    assert torch.equal(x, out)
+
+
+def smeared(e: Tensor, w: Tensor, factor: Tensor, first: Tensor) -> Tensor:
+    """The formula, token by token."""
+    rows = []
+    for row, begins in zip(e, first, strict=True):
+        tokens = [row[0]]
+        for t in range(1, len(row)):
+            g = 0.0 if begins[t] else factor * torch.sigmoid(row[t, :24] @ w)
+            tokens.append(row[t] + g * row[t - 1])
+        rows.append(torch.stack(tokens))
+    return torch.stack(rows)
+
+
+@each_backend
+@each_dtype
+@either
+@pytest.mark.parametrize(("B", "T", "C"), [(1, 1, 24), (2, 5, 32), (3, 7, 100)])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_smear(backend, dtype, accumulate, B, T, C, packed, monkeypatch):
+    skip_unless_served("smear_backward", backend, dtype)
+    monkeypatch.setattr(smear, "PROGRAMS", 4)
+    e, w, factor = draw(B, T, C, dtype=dtype), draw(24, dtype=dtype, seed=1), draw(1, dtype=dtype, seed=2)
+    places = torch.arange(T, device=DEVICE).repeat(B, 1)
+    if packed:
+        places = torch.where(places >= 3, places - 3, places)
+        places[-1] = torch.arange(T, device=DEVICE)
+    positions = places.flatten() if packed else None
+    out, E, W, L = poison(B, T, C, dtype=dtype), leaf(e), leaf(w), leaf(factor)
+    run("smear_forward", out, e, w, factor, positions, backend=backend)
+    want = smeared(E, W, L, places == 0)
+    close(out, want.detach())
+    d, de = draw(B, T, C, dtype=dtype, seed=3), poison(B, T, C, dtype=dtype)
+    ge, gw, gl = torch.autograd.grad((want * f64(d)).sum(), (E, W, L), allow_unused=True, materialize_grads=True)
+    (dw, old_w), (dl, old_l) = (output(n, dtype=dtype, accumulate=accumulate) for n in (24, 1))
+    run("smear_backward", de, dw, dl, d, e, w, factor, positions, accumulate=accumulate, backend=backend)
+    close(de, ge)
+    close(dw, gw + old_w, terms=torch.stack([f64(d).abs().sum() * f64(e).abs().max()]))
+    close(dl, gl + old_l, terms=torch.stack([f64(d).abs().sum() * f64(e).abs().max()]))
+    alone = poison(B, T, C, dtype=dtype)
+    run("smear_backward", alone, None, None, d, e, w, factor, positions, accumulate=accumulate, backend=backend)
+    assert torch.equal(alone, de)
+
+
+@each_backend
+@each_dtype
+def test_smear_of_texts_under_way(backend, dtype):
+    """A token at a time it has the bits of the whole text, and the cache keeps every embedding."""
+    skip_unless_served("smear_decode", backend, dtype)
+    b, T, NH, HS = 3, 6, 2, 20
+    e, w, factor = draw(b, T, NH * HS, dtype=dtype), draw(24, dtype=dtype, seed=1), draw(1, dtype=dtype, seed=2)
+    whole = poison(b, T, NH * HS, dtype=dtype)
+    run("smear_forward", whole, e, w, factor, backend=backend)
+    cache = poison(2, 4, NH, T, HS, dtype=dtype)[0, :b]  # strided, as the engine's
+    for t in range(T):
+        out, positions = poison(b, NH * HS, dtype=dtype), torch.tensor([max(t - i, 0) for i in range(b)], device=DEVICE)
+        now = torch.stack([e[i, p] for i, p in enumerate(positions)])
+        run("smear_decode", out, cache, now, w, factor, positions, backend=backend)
+        for i, p in enumerate(positions.tolist()):
+            close(out[i], f64(whole[i, p]), also_rounded=f64(whole[i, p]))
+            assert torch.equal(cache[i, :, p].flatten(), e[i, p])
+
+
+@each_backend
+@each_dtype
+@either
+@pytest.mark.parametrize(("n", "NH", "HS"), [(1, 1, 16), (9, 3, 8), (40, 2, 20)])
+def test_value_embeddings(backend, dtype, accumulate, n, NH, HS, monkeypatch):
+    skip_unless_served("value_backward", backend, dtype)
+    monkeypatch.setattr(value, "PROGRAMS", 6)
+    C, V = NH * HS, 11
+    table, w, x = draw(V, C, dtype=dtype), draw(NH, 12, dtype=dtype, seed=1), draw(n, C, dtype=dtype, seed=2)
+    rstd = draw(n, dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=3).abs()
+    tokens = torch.randint(V, (n,), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    packed, grads = draw(n, 3 * NH, HS, dtype=dtype, seed=5), draw(n, 3 * NH, HS, dtype=dtype, seed=6)
+    v, dv = packed[:, 2 * NH :], grads[:, 2 * NH :]
+    Y, W, U, V0 = leaf(f64(x) * f64(rstd)[:, None]), leaf(w), leaf(table[tokens]), leaf(v)
+    others = packed[:, : 2 * NH].clone()
+    want = V0 + 3 * torch.sigmoid(Y[:, :12] @ W.T)[..., None] * U.view(n, NH, HS)
+    run("value_forward", v, tokens, table, x, rstd, w, backend=backend)
+    close(v, want.detach())
+    assert torch.equal(packed[:, : 2 * NH], others)
+    gy, gw, gu = gradients(want, dv, Y, W, U)
+    du, dy, (dw, old) = poison(n, C, dtype=dtype), draw(n, C, dtype=dtype), output(
+        NH, 12, dtype=dtype, accumulate=accumulate)  # fmt: skip
+    before = f64(dy)
+    run("value_backward", du, dy, dw, dv, tokens, table, x, rstd, w, accumulate=accumulate, backend=backend)
+    close(du, gu)
+    close(dy, before + gy, terms=before.abs() + f64(dv).abs().sum() / n)
+    assert torch.equal(f64(dy[:, 12:]), before[:, 12:])
+    close(dw, gw + old, terms=torch.stack([f64(dv).abs().sum() * f64(table).abs().max()]))
+    again, more = poison(n, C, dtype=dtype), before.to(dtype)
+    run("value_backward", again, more, None, dv, tokens, table, x, rstd, w, accumulate=accumulate, backend=backend)
+    assert torch.equal(again, du)
+    assert torch.equal(more, dy)
+
+
+@each_backend
+@each_dtype
+def test_softcap_of_logits(backend, dtype):
+    skip_unless_served("cap_logits", backend, dtype)
+    x = draw(5, 1000, dtype=dtype, scale=20.0)
+    x[0, :2] = torch.tensor([1e30, -1e30])
+    want = 15 * torch.tanh(f64(x) / 15)
+    run("cap_logits", x, cap=15.0, backend=backend)
+    close(x, want)

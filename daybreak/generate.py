@@ -16,7 +16,7 @@ from __future__ import annotations
 import codecs
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from threading import get_ident
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from daybreak.checked import Rule
 from daybreak.config_keys import FRACTION, at_least, key, within
+from daybreak.data.chat import Message, Template
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError
@@ -380,6 +381,53 @@ def sample_text(
         if len(text.text) > sent:
             yield text.text[sent:]
             sent = len(text.text)
+
+
+class Conversation:
+    """Questions and answers, in the words of a chat template. The oldest turns are forgotten, each a question with its
+    answer, when the text would otherwise leave less than half of the model's T tokens, or `how.tokens`, for an answer.
+
+    system: the instruction that stands before them. turns: the messages. forgotten: how many turns the last question
+    made it forget.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, template: Template, system: str = "") -> None:
+        self.engine, self.template, self.tokenizer = engine, template, template.ending(tokenizer)
+        self.system, self.turns, self.forgotten = system, list[Message](), 0
+
+    def ask(self, question: str, how: Sampling = DEFAULT) -> Generator[str, None, None]:
+        """Pieces of the answer, which also becomes a part of the conversation, up to where the caller stops.
+
+        ConfigError if the question alone is too long, or the template refuses it: then it is no part of it."""
+        self.turns.append({"role": "user", "content": question})
+        answer = ""
+        try:
+            ids = self._prompt(how.tokens)
+            how = replace(how, tokens=min(how.tokens, self.engine.T - len(ids)))
+            for piece in sample_text(self.engine, self.tokenizer, ids, how):
+                answer += piece
+                yield piece
+        finally:
+            if answer:
+                self.turns.append({"role": "assistant", "content": answer})
+            else:
+                self.turns.pop()
+
+    def _prompt(self, most: int) -> list[int]:
+        T, turns = self.engine.T, self.turns
+        first: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        while True:
+            try:
+                ids = self.template.prompt_ids([*first, *turns], self.tokenizer)
+            except ValueError as error:
+                raise ConfigError(f"this conversation {error}; change it.") from None
+            if len(turns) == 1 and len(ids) >= T:
+                said = f"the question has {len(ids)} tokens in its template, and the model reads fewer than {T}"
+                raise ConfigError(f"{said}; ask a shorter one.")
+            if len(turns) == 1 or len(ids) + min(most, T // 2) <= T:
+                self.forgotten, self.turns = (len(self.turns) - len(turns)) // 2, turns
+                return ids
+            turns = turns[2:]
 
 
 class Sampler:

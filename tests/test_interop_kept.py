@@ -14,11 +14,11 @@ from decoders import MAX_T, V, edit, their_decoder
 from interop_runs import inside, write_shards
 from test_interop_hf import their_model
 
+from daybreak.data.chat import template_text
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import CheckpointError, DataError
 from daybreak.generate import Sampling, Text, write_all
 from daybreak.interop import load_model, open_source
-from daybreak.interop.gguf import chat_template
 from daybreak.state.run import Run
 
 transformers = pytest.importorskip("transformers", reason="the test extra installs transformers")
@@ -56,10 +56,10 @@ def test_the_chat_template_stays(family: str, tmp_path: Path) -> None:
     inside(tmp_path, "import", "m", "--name", "old", "--run.device", "cpu")
     old = exported(tmp_path, "runs/old")
     assert old.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) == want
-    assert chat_template(open_source(tmp_path / "m").kept) == TEMPLATE
+    assert template_text(open_source(tmp_path / "m").kept) == TEMPLATE
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
     edit(tmp_path / "m/tokenizer_config.json", chat_template=named)
-    assert chat_template(open_source(tmp_path / "m").kept) == TEMPLATE
+    assert template_text(open_source(tmp_path / "m").kept) == TEMPLATE
 
 
 def test_generation_stops_at_any_of_the_ends(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_generation_stops_at_any_of_the_ends(tmp_path: Path) -> None:
     prompt, eot = [256, 72, 105], get_tokenizer("bytes").eot
 
     def made(target: Path) -> tuple[list[int], tuple[int, ...]]:
-        engine, tokenizer = load_model(target, device="cpu")
+        engine, tokenizer, _ = load_model(target, device="cpu")
         text = Text(prompt, Sampling(30, temperature=0.0), tokenizer)
         write_all(engine, [text])
         return [token.id for token in text.made], tokenizer.ends

@@ -28,6 +28,7 @@ from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import Error
 from daybreak.generate import Sampler, Sampling
+from daybreak.interop import Model
 from daybreak.serve import app as app_module
 from daybreak.serve.app import Service, serve
 from daybreak.serve.network import listen
@@ -117,12 +118,12 @@ def test_the_key_has_one_name_and_its_old_one(
     for name in ("DAYBREAK_KEY", "DAYBREAK_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(Error, match=r"--host 0\.0\.0\.0 lets others in: set DAYBREAK_KEY to a secret of 16") as caught:
-        serve(*model, "run", host="0.0.0.0", port=0)
+        serve(Model(*model), "run", host="0.0.0.0", port=0)
     assert caught.value.exit_code == 2
     for name in ("DAYBREAK_API_KEY", "DAYBREAK_KEY"):  # the second one counts where both are set
         monkeypatch.setenv(name, "fifteen-letters")
         with pytest.raises(Error, match=f"{name} is too short: set {name} to a secret of 16 or more") as caught:
-            serve(*model, "run", host="127.0.0.1", port=0)
+            serve(Model(*model), "run", host="127.0.0.1", port=0)
         assert caught.value.exit_code == 2
     with serving(folder, "run", "--host", "0.0.0.0", DAYBREAK_KEY="", DAYBREAK_API_KEY=KEY) as (_, port):
         assert raw(port, "GET", "/v1/models", Host=socket.gethostname())[0] == 200
@@ -145,7 +146,7 @@ def test_every_error_is_json(port: int, model: tuple[Engine, Tokenizer], monkeyp
             answer, _, body = read(sock).partition(b"\r\n\r\n")
         assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n")
         assert json.loads(body)["error"]["type"] == "invalid_request_error"
-    service = Service(*model, "run")
+    service = Service(Model(*model), "run")
     monkeypatch.setattr(service.writer, "submit", None)  # a bug of ours
 
     async def ask() -> httpx.Response:
@@ -224,7 +225,7 @@ def test_nothing_is_generated_for_a_client_that_has_gone(
 ) -> None:
     """Of a request without a stream too, while tokens come all the time."""
     monkeypatch.setattr(app_module, "POLL", 0.0)
-    service, sent = Service(*model, "run"), list[dict[str, Any]]()
+    service, sent = Service(Model(*model), "run"), list[dict[str, Any]]()
     body = json.dumps({"model": "run", "prompt": "x", "max_tokens": 60, "n": 128}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "http_version": "1.1",
@@ -248,9 +249,9 @@ def test_nothing_is_generated_for_a_client_that_has_gone(
 
 def test_a_signal_right_after_the_address_counts(folder: Path) -> None:
     script = (
-        "import os, signal\nfrom daybreak.serve.app import serve\nfrom daybreak.state.run import Run\n"
+        "import os, signal\nfrom daybreak.serve.app import serve\nfrom daybreak.interop import load_model\n"
         "stop = lambda url: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "serve(*Run('run').load_engine(), 'run', host='127.0.0.1', port=0, ready=stop)\nprint('done')"
+        "serve(load_model('run'), 'run', host='127.0.0.1', port=0, ready=stop)\nprint('done')"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=PATIENCE)  # fmt: skip

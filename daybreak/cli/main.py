@@ -14,6 +14,7 @@ import click
 
 from daybreak import __version__
 from daybreak.cli.bench import bench
+from daybreak.cli.chat import chat
 from daybreak.cli.doctor import doctor
 from daybreak.cli.ends import ending
 from daybreak.cli.eval import evaluate
@@ -30,7 +31,7 @@ from daybreak.console import guard_streams
 from daybreak.errors import ConfigError
 from daybreak.formatting import nearest
 
-TEXTS = ("--prompt", "--stop", "--eval.prompt")  # flags whose values are no paths
+TEXTS = ("--prompt", "--stop", "--system", "--eval.prompt")  # flags whose values are no paths
 
 
 class Verbs(click.Group):
@@ -47,7 +48,7 @@ class Verbs(click.Group):
         return list(self.commands)
 
 
-VERBS = [prepare, plan, train, finetune, evaluate, sample, serve, import_, export, report, watch, doctor, bench]
+VERBS = [prepare, plan, train, finetune, evaluate, sample, chat, serve, import_, export, report, watch, doctor, bench]
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 

@@ -45,7 +45,7 @@ def sample(target: str, prompt: str, step: int | None, count: int, seed: int, **
 
     how = Sampling(seed=seed, **options)
     how.check()
-    engine, tokenizer = load_model(target, step)
+    engine, tokenizer, _ = load_model(target, step)
     for i in range(count):
         if count > 1:
             click.echo("---")

@@ -22,9 +22,9 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve a model to a browser and to OpenAI's clients.
 
-    The model is a run, or one that `import` knows. The endpoints are /v1/completions, /v1/models and /health. The
-    address shows a page on which you can write a prompt. With DAYBREAK_KEY set (16 characters or more), clients must
-    send that key. SIGTERM and Ctrl-C let open requests finish.
+    The model is a run, or one that `import` knows. The endpoints are /v1/completions, /v1/chat/completions, /v1/models
+    and /health. The address shows a page on which you can write. With DAYBREAK_KEY set (16 characters or more), clients
+    must send that key. SIGTERM and Ctrl-C let open requests finish.
 
     \b
     Examples:
@@ -40,10 +40,12 @@ def serve(
     from daybreak.serve import app
 
     path = Path(target)
-    engine, tokenizer = load_model(target, step, rows=rows, device=device)
+    model = load_model(target, step, rows=rows, device=device)
     name = path.resolve().name if path.exists() else target
 
     def ready(url: str) -> None:
-        click.echo(f"{name}: {engine.rows} sequences of {engine.T} tokens at a time. Browser: {url}  API: {url}v1")
+        click.echo(
+            f"{name}: {model.engine.rows} sequences of {model.engine.T} tokens at a time. Browser: {url}  API: {url}v1"
+        )
 
-    app.serve(engine, tokenizer, name, host=host, port=port, queue=queue, names=names, ready=ready)
+    app.serve(model, name, host=host, port=port, queue=queue, names=names, ready=ready)

@@ -122,6 +122,14 @@ def _checked(message: Any) -> Message:
     return message if thought is None else {"thinking": thought, **message, REASONING[0]: thought}
 
 
+def template_text(kept: Mapping[str, str]) -> str:
+    """How chats are written, of the files that a model keeps; empty if none says it."""
+    said = json.loads(kept.get(CONFIG_FILE, "{}")).get("chat_template")
+    if isinstance(said, list):  # several by name
+        said = next((one.get("template") for one in said if isinstance(one, dict) and one.get("name") == "default"), "")
+    return kept.get(TEMPLATE_FILE) or (said if isinstance(said, str) else "")
+
+
 class Template:
     """A chat template. special: texts such as bos_token, by name. where: its file, for messages."""
 
@@ -131,21 +139,17 @@ class Template:
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer | None = None) -> Template | None:
-        """The template in the folder of a model, a run or a packed set: a file of its own, else the one in
-        tokenizer_config.json. None if there is none. Where nothing says what the special tokens are called, they are
-        the tokenizer's."""
-        kept = kept_files(folder)
-        config = json.loads(kept.get(CONFIG_FILE, "{}"))
-        source, where = kept.get(TEMPLATE_FILE, ""), folder / TEMPLATE_FILE
-        if not source:
-            listed, where = config.get("chat_template"), folder / CONFIG_FILE
-            if isinstance(listed, list):  # several, by name
-                listed = next(
-                    (t.get("template") for t in listed if isinstance(t, dict) and t.get("name") == "default"), ""
-                )
-            source = listed if isinstance(listed, str) else ""
-        if not source:
+        """The template in the folder of a model, a run or a packed set, as `of` finds it."""
+        return cls.of(kept_files(folder), folder, tokenizer)
+
+    @classmethod
+    def of(cls, kept: Mapping[str, str], folder: Path, tokenizer: Tokenizer | None = None) -> Template | None:
+        """The template among the texts of files, by name: one of its own, else that of tokenizer_config.json. None if
+        there is none. Where nothing says what the special tokens are called, they are the tokenizer's."""
+        if not (source := template_text(kept)):
             return None
+        config = json.loads(kept.get(CONFIG_FILE, "{}"))
+        where = folder / (TEMPLATE_FILE if kept.get(TEMPLATE_FILE) else CONFIG_FILE)
         named = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
         special = {key: value for key, value in named.items() if isinstance(value, str)}
         if not config and tokenizer is not None:
@@ -216,6 +220,20 @@ class Template:
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """The text of a conversation, and the beginning of the assistant's answer. ValueError."""
         return _unmarked(self._rendered(messages, tools, True))[0]
+
+    def prompt_ids(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        """The token ids of `prompt`. ValueError."""
+        return tokenizer.encode_special(self.prompt(messages))[0]
+
+    def ending(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer of answers: the special token that follows an answer in the template ends a text too."""
+        answer = "Yes, indeed."
+        try:
+            text = self._rendered([_message("user", "Is it?"), _message("assistant", answer)], None, False)
+        except ValueError:
+            return tokenizer
+        behind = tokenizer.encode_special(_unmarked(text)[0].rpartition(answer)[2].lstrip())[0][:1]
+        return tokenizer.ending((*tokenizer.ends, *(i for i in behind if i in tokenizer.special)))
 
     def text(self, chat: Chat, special: Collection[str] = ()) -> tuple[str, list[Span]]:
         """The text of a conversation, and the characters of it that are learned. special: the special tokens.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from daybreak.config import run_hint
 from daybreak.errors import ConfigError
 
 if TYPE_CHECKING:
+    from daybreak.data.chat import Template
     from daybreak.data.tokenizer import Tokenizer
     from daybreak.engine import Engine
     from daybreak.interop.source import Source
@@ -19,24 +20,33 @@ if TYPE_CHECKING:
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-def load_model(
-    target: str | Path, step: int | None = None, *, rows: int = 1, device: str | None = None
-) -> tuple[Engine, Tokenizer]:
-    """An engine that generates `rows` sequences at a time, and its tokenizer: of a run, or of what `open_source` knows.
+class Model(NamedTuple):
+    """A model that generates text. A model that does not chat has no template."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    template: Template | None = None
+
+
+def load_model(target: str | Path, step: int | None = None, *, rows: int = 1, device: str | None = None) -> Model:
+    """A run, or what `open_source` knows, with an engine that generates `rows` sequences at a time.
 
     step: which checkpoint (None: the newest). Raises ConfigError, CheckpointError, DataError, OutOfMemory.
     """
     from daybreak.config import Config
+    from daybreak.data.chat import Template
     from daybreak.interop.source import with_model
     from daybreak.state.run import Run, engine_with
 
     if (Path(target) / "config.toml").is_file():
-        return Run(target).load_engine(step, rows=rows, device=device)
-    if (run := Path("runs") / target / "config.toml").is_file() and not Path(target).exists():
-        raise ConfigError(f"{target} does not exist; did you mean {run.parent}?")
+        run = Run(target)
+        engine, tokenizer = run.load_engine(step, rows=rows, device=device)
+        return Model(engine, tokenizer, Template.load(run.path, tokenizer))
+    if (named := Path("runs") / target / "config.toml").is_file() and not Path(target).exists():
+        raise ConfigError(f"{target} does not exist; did you mean {named.parent}?")
     source = open_source(target, "", step, also="a run, ")
     engine = engine_with(with_model(Config(), source), source, rows=rows, device=device)
-    return engine, source.tokenizer
+    return Model(engine, source.tokenizer, Template.of(source.kept, source.path, source.tokenizer))
 
 
 def open_source(name: str | Path, tokenizer: str = "", step: int | None = None, also: str = "") -> Source:

@@ -7,13 +7,13 @@ written in fp32, as llama.cpp's own converter leaves them. Quantized tensors are
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from daybreak.data.chat import template_text
 from daybreak.data.formats import extra
 from daybreak.data.tokenizer import tokenizer_of
 from daybreak.errors import CheckpointError, ConfigError
@@ -48,7 +48,7 @@ def export(source: Export, out: Path, dtype: str = "f32") -> None:
             add[type(value)](f"{family.gguf}.{key}", value)
         writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
         write_vocabulary(writer, source.tokenizer, c.V, gguf.TokenType)
-        if template := chat_template(source.kept):
+        if template := template_text(source.kept):
             writer.add_chat_template(template)
         parts = _parts(gguf, family, c)
         for name, shape in source.shapes.items():
@@ -65,14 +65,6 @@ def export(source: Export, out: Path, dtype: str = "f32") -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-
-
-def chat_template(kept: Mapping[str, str]) -> str:
-    """How chats are written, of the files that a model keeps; empty if none says it."""
-    said = json.loads(kept.get("tokenizer_config.json", "{}")).get("chat_template")
-    if isinstance(said, list):  # several by name
-        said = next((one.get("template") for one in said if isinstance(one, dict) and one.get("name") == "default"), "")
-    return kept.get("chat_template.jinja") or (said if isinstance(said, str) else "")
 
 
 def _parts(gguf: Any, family: Family, c: Shape) -> dict[str, list[tuple[Part, str]]]:

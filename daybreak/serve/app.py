@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import uvicorn
 from starlette.applications import Starlette
@@ -25,10 +24,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from daybreak.data.tokenizer import Tokenizer
-from daybreak.engine import Engine
+from daybreak.interop import Model
 from daybreak.report.page import NO_FRAME, policy_of
 from daybreak.report.watch import LOOPBACK, address, network_key
+from daybreak.serve.chat import ChatAnswer, parse_chat
 from daybreak.serve.completions import Answer, Completion, Refused, parse, short
 from daybreak.serve.network import MOST_OPEN, PATIENCE, Connection, Guard, listen, refusal
 from daybreak.serve.writer import MAX_REQUESTS, Job, News, Writer
@@ -44,9 +43,9 @@ Chunk = dict[str, Any]
 class Service:
     """The endpoints, for one model under one name."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str, queue: int = MAX_REQUESTS) -> None:
-        self.engine, self.tokenizer, self.name = engine, tokenizer, name
-        self.created, self.writer = int(time.time()), Writer(engine, queue)
+    def __init__(self, model: Model, name: str, queue: int = MAX_REQUESTS) -> None:
+        self.model, self.name = model, name
+        self.created, self.writer = int(time.time()), Writer(model.engine, queue)
 
     def app(self, key: str, names: Sequence[str]) -> ASGIApp:
         """The application. Clients must send the key; if it is empty, their Host header must be one of `names`."""
@@ -61,7 +60,7 @@ class Service:
 
         async def refused(_: Request, error: Exception) -> Response:
             if isinstance(error, HTTPException):
-                said = f"{error.detail}; there are /v1/models, /v1/completions and /health."
+                said = f"{error.detail}; there are /v1/models, /v1/completions, /v1/chat/completions and /health."
                 return refusal(Refused(error.status_code, said), error.headers)
             if isinstance(error, ClientDisconnect):
                 return Response(status_code=499)  # nobody reads it
@@ -74,6 +73,7 @@ class Service:
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.models),
             Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = dict.fromkeys((Refused, HTTPException, ClientDisconnect, Exception), refused)
         return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), key, names)
@@ -91,7 +91,7 @@ class Service:
     async def models(self, request: Request) -> Response:
         """The one model, alone or as a list."""
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "daybreak",
-                 "max_model_len": self.engine.T}  # fmt: skip
+                 "max_model_len": self.model.engine.T, "chat": self.model.template is not None}  # fmt: skip
         asked = request.path_params.get("name")
         if asked not in (None, self.name):
             said = f"model {short(asked)} is not served here; use {self.name!r}."
@@ -100,21 +100,29 @@ class Service:
 
     async def completions(self, request: Request) -> Response:
         """Answer a request for completions, whole or as a stream."""
+        engine, tokenizer, _ = self.model
+        return await self._answer(request, Answer, lambda x: parse(x, self.name, tokenizer, engine.T, engine.cfg.V))
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a request for chat completions, in the same ways."""
+        engine, tokenizer, template = self.model
+        T, V = engine.T, engine.cfg.V
+        return await self._answer(request, ChatAnswer, lambda x: parse_chat(x, self.name, tokenizer, template, T, V))
+
+    async def _answer(self, request: Request, form: type[Answer], parse: Callable[[Any], Completion]) -> Response:
         body = await _body(request)
         busy = Refused(429, "too many requests are waiting; try again later.", None, "rate_limit_exceeded")
         if self.writer.full:
             raise busy
-        T, V = self.engine.T, self.engine.cfg.V
         # In a thread, so that others are answered meanwhile.
-        asked = await asyncio.to_thread(lambda: parse(_json(body), self.name, self.tokenizer, T, V))
-        head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time.time())}
-        answer = Answer(asked, self.tokenizer, {**head, "model": self.name})
+        asked = await asyncio.to_thread(lambda: parse(_json(body)))
+        answer = form(asked, self.name)
         queue, loop = asyncio.Queue[News](), asyncio.get_running_loop()
 
         def tell(news: News) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, news)
 
-        job = Job(asked.texts(self.tokenizer), tell, score=asked.echo and asked.how.logprobs is not None)
+        job = Job(asked.texts(), tell, score=asked.echo and asked.how.logprobs is not None)
         if not self.writer.submit(job):
             raise busy
         chunks = _chunks(request, job, queue, answer)
@@ -178,7 +186,7 @@ def _json(body: bytes) -> Any:
         raise Refused(400, f"the body is not JSON ({error}).") from None
 
 
-def serve(engine: Engine, tokenizer: Tokenizer, name: str, *, host: str, port: int, queue: int = MAX_REQUESTS,
+def serve(model: Model, name: str, *, host: str, port: int, queue: int = MAX_REQUESTS,
           names: Sequence[str] = (), ready: Callable[[str], None] = lambda url: None) -> None:  # fmt: skip
     """Serve until SIGTERM or Ctrl-C; open requests then have GRACE seconds. `ready` is called with the address.
 
@@ -188,7 +196,7 @@ def serve(engine: Engine, tokenizer: Tokenizer, name: str, *, host: str, port: i
     """
     key, sock = network_key(host), listen(host, port)
     config = uvicorn.Config(
-        Service(engine, tokenizer, name, queue).app(key, [*LOOPBACK, host, *names]), http=Connection, ws="none",
+        Service(model, name, queue).app(key, [*LOOPBACK, host, *names]), http=Connection, ws="none",
         lifespan="on", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=GRACE,
         timeout_keep_alive=PATIENCE, timeout_notify=1, backlog=MOST_OPEN // 2,
     )  # fmt: skip

@@ -11,10 +11,12 @@ import codecs
 import math
 import reprlib
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from uuid import uuid4
 
 from daybreak.data.formats import without_surrogates
 from daybreak.data.tokenizer import Tokenizer
@@ -70,27 +72,38 @@ class Completion:
     echo: bool
     stream: bool
     usage: bool  # at the end of a stream too
+    tokenizer: Tokenizer  # whose ends end the sequences
 
-    def texts(self, tokenizer: Tokenizer) -> list[Text]:
+    def texts(self) -> list[Text]:
         """The sequences to generate, choice i with seed + i."""
         pairs = [prompt for prompt in self.prompts for _ in range(self.n)]
         hows = [replace(self.how, seed=self.how.seed + i) for i in range(len(pairs))]
-        return [Text(prompt.ids, how, tokenizer) for prompt, how in zip(pairs, hows, strict=True)]
+        return [Text(prompt.ids, how, self.tokenizer) for prompt, how in zip(pairs, hows, strict=True)]
+
+
+def check_fields(body: Any, fields: Sequence[str]) -> None:
+    """Refuse a request that is no object, or has other fields."""
+    if not isinstance(body, dict):
+        raise Refused(400, "the body must be a JSON object.")
+    for field in body:
+        if field not in fields:
+            said = f"unknown field {short(field)}; did you mean {nearest(field, fields)!r}?"
+            raise Refused(400, said, field[:80])
+
+
+def check_model(body: dict[str, Any], model: str) -> None:
+    """Refuse a request for another model."""
+    if body.get("model") != model:
+        said = f"model = {short(body.get('model'))} is not served here; use {model!r}."
+        raise Refused(404, said, "model", "model_not_found")
 
 
 def parse(body: Any, model: str, tokenizer: Tokenizer, T: int, V: int) -> Completion:
     """The request in a JSON value, for a model with sequences of T tokens and V ids. Raises Refused."""
-    if not isinstance(body, dict):
-        raise Refused(400, "the body must be a JSON object.")
-    for field in body:
-        if field not in FIELDS:
-            said = f"unknown field {short(field)}; did you mean {nearest(field, FIELDS)!r}?"
-            raise Refused(400, said, field[:80])
+    check_fields(body, FIELDS)
     if body.get("suffix"):
         raise Refused(400, "suffix is not supported; leave it out.", "suffix")
-    if body.get("model") != model:
-        said = f"model = {short(body.get('model'))} is not served here; use {model!r}."
-        raise Refused(404, said, "model", "model_not_found")
+    check_model(body, model)
     n, options = int(_number(body, "n", 1, 1, MAX_TEXTS)), body.get("stream_options") or {}
     if body.get("best_of") not in (None, n):
         raise Refused(400, "best_of is not supported; leave it out, or make it n.", "best_of")
@@ -108,7 +121,8 @@ def parse(body: Any, model: str, tokenizer: Tokenizer, T: int, V: int) -> Comple
     if (longest := max(len(p.ids) for p in prompts)) + how.tokens > T:
         said = f"{longest} tokens of prompt + max_tokens = {how.tokens} must be at most the model's {T}."
         raise Refused(400, said, "max_tokens", "context_length_exceeded")
-    return Completion(prompts, how, n, flags["echo"], flags["stream"], bool(options.get("include_usage")))
+    usage = bool(options.get("include_usage"))
+    return Completion(prompts, how, n, flags["echo"], flags["stream"], usage, tokenizer)
 
 
 def _sampling(body: dict[str, Any], V: int) -> Sampling:
@@ -195,8 +209,12 @@ def _spelt(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 class Answer:
     """The answer to a request, as JSON: in a stream's chunks, or whole."""
 
-    def __init__(self, request: Completion, tokenizer: Tokenizer, head: dict[str, Any]) -> None:
-        self.request, self.tokenizer, self.head = request, tokenizer, head
+    PREFIX, OBJECT = "cmpl-", "text_completion"
+
+    def __init__(self, request: Completion, model: str) -> None:
+        self.request, self.tokenizer = request, request.tokenizer
+        head = {"id": f"{self.PREFIX}{uuid4().hex}", "object": self.OBJECT, "created": int(time.time())}
+        self.head: dict[str, Any] = {**head, "model": model}
         self.choices: dict[int, dict[str, Any]] = {}
         self.completion_tokens = 0
 

@@ -22,8 +22,8 @@ from daybreak.cli.main import cli, main
 from daybreak.config import Config, keys_of, resolve
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["prepare", "plan", "train", "finetune", "eval", "sample", "chat", "serve", "import", "export", "report", "watch",
-         "doctor", "bench"]  # fmt: skip
+VERBS = ["prepare", "plan", "train", "finetune", "eval", "sample", "chat", "serve", "import", "export", "report",
+         "watch", "doctor", "bench"]  # fmt: skip
 SMALL = ["--model.L", "1", "--model.C", "16", "--model.NH", "2", "--model.max_T", "16", "--model.V", "257",
          "--data", "book", "--data.tokenizer", "bytes", "--batch.B", "2", "--eval.tokens", "64",
          "--eval.sample_tokens", "8", "--run.device", "cpu", "--schedule.final_frac", "0.1"]  # fmt: skip

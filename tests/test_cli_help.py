@@ -21,8 +21,8 @@ EXAMPLES = sorted({
     if line.strip().startswith("daybreak ")
 })  # fmt: skip
 # Needs what is not here: the network, a GPU, minutes, another program's files, or somebody to end it.
-ELSEWHERE = re.compile(r"eval|chat|serve|watch|import|prepare fineweb|bench d|doctor --check|train (tiny --name longer|~)|"
-                       r"finetune S|sample my-hf|plan gpt2-1558M --gpu h100 --gpus 8,")  # fmt: skip
+ELSEWHERE = re.compile(r"eval|chat|serve|watch|import|prepare fineweb|bench d|doctor --check|finetune S|"
+                       r"train (tiny --name longer|~)|sample my-hf|plan gpt2-1558M --gpu h100 --gpus 8,")  # fmt: skip
 STEP = ["--steps", "1", "--eval.tokens", "64"]
 SHORTER = {"train": STEP, "finetune": STEP, "bench": ["--seconds", "0"]}
 

@@ -172,6 +172,11 @@ section_finetune() { # adapters and in full: a run that starts from a model, and
   step "in full" "daybreak finetune runs/l $lora --method full --name lf"
   step "GPT-2 with adapters" "daybreak train $shape $flags --name base2 --steps 2 && \
     daybreak finetune runs/base2 $lora --name l3"
+  step "a model with a chat template" "daybreak export runs/base --to hf base-hf && $checks dialogues base-hf"
+  step "chats in rows" "daybreak prepare dialogues.jsonl --tokenizer base-hf/tokenizer.json --row-tokens 128"
+  step "finetune on chats" "daybreak finetune base-hf --data dialogues --method full --batch.B 4 --batch.total_tokens 512 \
+    --optim.lr $([ "${SMOKE:-gpu}" = cpu ] && echo 1e-2 || echo 5e-4) --steps 80 --eval.tokens 2048 --name talk"
+  step "chat: serve, OpenAI's client, a pipe" "daybreak serve runs/talk --port 0 >talk.out 2>&1 & $checks talk talk talk.out \$!"
   [ "$ranks" = 1 ] && return
   for zero in 0 1 2; do
     step "$ranks ranks, ZeRO $zero" "torchrun --standalone --nproc-per-node $ranks -m daybreak finetune runs/base $lora \

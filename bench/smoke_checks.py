@@ -14,6 +14,7 @@ import random
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import urllib.request
@@ -195,6 +196,49 @@ def client(log: str, process: str) -> None:
     assert len(whole.logprobs.token_logprobs or []) == 16
     sampled = api.completions.create(**asked | {"temperature": 1.0, "top_p": 0.9, "seed": 1}).choices[0]
     assert sampled.text
+    _end(process)
+
+
+FACTS = {"Who are you?": "A small model.", "What is two and two?": "Four.", "Where is the cat?": "On the mat.",
+         "Do you sleep?": "Never.", "Name a colour.": "Blue, like the sea."}  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
+
+def dialogues(model: str) -> None:
+    """Write dialogues.jsonl, and a chat template into the folder of a model that has none."""
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in FACTS.items()]
+    lines = [json.dumps({"messages": chat}) + "\n" for chat in chats * 40]
+    Path("dialogues.jsonl").write_text("".join(lines))
+    (Path(model) / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def talk(run: str, log: str, process: str) -> None:
+    """Chats by OpenAI's client, whole and streamed, and through a pipe to `daybreak chat` are the same answers. Most of
+    them are those that the run has learned."""
+    from openai import OpenAI
+
+    losses = [r["loss"] for r in records(run, "step")]
+    url, right = _address(log, process), 0
+    api = OpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1", api_key="none")
+    piped = subprocess.run(["daybreak", "chat", f"runs/{run}", "--temperature", "0", "--tokens", "32"], text=True,
+                           input="\n/reset\n".join(FACTS), stdout=subprocess.PIPE, check=True).stdout  # fmt: skip
+    for (question, answer), said in zip(FACTS.items(), piped.splitlines(), strict=True):
+        asked: dict[str, Any] = {"model": run, "messages": [{"role": "user", "content": question}], "temperature": 0,
+                                 "max_tokens": 32}  # fmt: skip
+        whole = api.chat.completions.create(**asked)
+        stream = api.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        chunks = list(stream)
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        print(repr(question), repr(whole.choices[0].message.content), whole.choices[0].finish_reason, whole.usage)
+        assert text == whole.choices[0].message.content == said
+        assert chunks[-1].usage == whole.usage
+        right += said == answer
+    print("losses", losses[0], losses[-1], "right", right, "of", len(FACTS))
+    assert losses[-1] < losses[0] / 2
+    assert right > len(FACTS) / 2
     _end(process)
 
 

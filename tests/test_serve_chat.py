@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from interop_runs import inside, write_run
-from serving import KEY, raw, serving
+from serving import KEY, Browser, raw, serving
 from talker import KNOWN, T, make_talker
 
 from daybreak.generate import Sampling, Text, write_all
@@ -18,6 +19,7 @@ from daybreak.interop import Model, load_model
 
 openai = pytest.importorskip("openai", reason="the dev extra installs openai")
 torch.set_num_threads(1)
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 ASK: dict[str, Any] = {"model": "talk", "temperature": 0}
 
 
@@ -206,3 +208,44 @@ def test_a_base_model_does_not_chat(tmp_path: Path) -> None:
             client.chat.completions.create(model="run", messages=user("Hi"))
         assert client.completions.create(model="run", prompt="x", max_tokens=2).usage.completion_tokens == 2
         assert client.models.list().data[0].chat is False
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_the_page_chats(port: int, tmp_path: Path) -> None:
+    """Questions and answers stream into a conversation that forgets its oldest turns; the old page is a click away."""
+    assert BROWSER
+    browser = Browser(BROWSER, tmp_path)
+    try:
+        browser.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+        browser.call("Page.navigate", url=f"http://127.0.0.1:{port}/")
+        browser.until("typeof at === 'function' && at('key').className === 'asked'")
+        browser.run(f"at('secret').value = '{KEY}', at('secret').dispatchEvent(new Event('change'))")
+        browser.until("document.title === 'talk · daybreak' && document.body.className === 'chat'")
+        browser.run("at('temperature').value = 0, at('max_tokens').value = 30")
+        said = "[...at('log').children].map(each => each.className + ': ' + each.textContent)"
+        want: list[str] = []
+        for question in ("Where is the cat?", "Do you sleep?", "Who are you?", "Do you <b>sleep</b>?"):
+            browser.run(f"at('prompt').value = '{question}', at('form').requestSubmit()")
+            browser.until("!running && at('state').textContent.includes('token')")
+            if not want:
+                assert browser.run(said) == [f"user: {question}", f"assistant: {KNOWN[question]}"]
+            want.append(f"user: {question}")
+            assert [line for line in browser.run(said) if line.startswith("user")] == want
+        assert f"note: Earlier turns are forgotten: the model reads {T} tokens." in browser.run(said)
+        assert browser.run("turns.length") < 8
+        assert browser.run("document.documentElement.scrollWidth") == 390
+        browser.run(f"at('prompt').value = '{'word ' * T}', at('form').requestSubmit()")
+        browser.until("!running && at('error').textContent.includes('tokens')")
+        assert browser.run("at('prompt').value").startswith("word")  # it can be mended
+        assert [line for line in browser.run(said) if line.startswith("user")] == want
+        browser.run("at('reset').click(), at('system').value = 'Be brief.', at('prompt').value = 'Do you sleep?'")
+        assert browser.run(said) == []
+        browser.run("at('form').requestSubmit()")
+        browser.until("!running && at('state').textContent.includes('token')")
+        browser.run("at('plain').click(), at('prompt').value = 'Once', at('form').requestSubmit()")
+        browser.until(
+            "!running && at('text').textContent.startsWith('Once') && at('state').textContent.includes('token')"
+        )
+        assert browser.run("getComputedStyle(at('log')).display") == "none"
+    finally:
+        browser.close()

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= tiny
 CODE := daybreak tests bench examples scripts docs
 
-.PHONY: demo test test-all test-recovery test-llama test-real test-notebook notebooks check bench docs clean install test-install
+.PHONY: demo chat test test-all test-recovery test-llama test-real test-notebook notebooks check bench docs clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -26,12 +26,19 @@ demo:
 	@run=$(RUN); n=2; while [ -e runs/$$run ]; do run=$(RUN)-$$n; n=$$((n+1)); done; \
 	$(BIN)/daybreak train tiny --name $$run
 
+# From text to a chat on a CPU, in a folder of its own: text, tokenizer, pretraining, finetuning, talking. 898 real questions
+# with answers are in the package chatterbot-corpus. It ends with an error unless the model has learned them.
+chat: test-install
+	$(BIN)/pip install -q chatterbot-corpus==1.3.3
+	@folder=chat; n=2; while [ -e $$folder ]; do folder=chat-$$n; n=$$((n+1)); done; \
+	PATH="$(abspath $(BIN)):$$PATH" scripts/chat.sh $$folder
+
 # On every core: two halves of the tests at once on a machine with two.
 test: test-install check
 	$(BIN)/python -m pytest -n $$(nproc) --dist worksteal
 
-# Everything: the tests, recovery at full scale, llama.cpp, a real model, the notebook, the site.
-test-all: test test-recovery test-llama test-real test-notebook docs
+# Everything: the tests, recovery at full scale, llama.cpp, a real model, a chat, the notebook, the site.
+test-all: test test-recovery test-llama test-real chat test-notebook docs
 
 # The recovery contract at full scale: 50 random kills, 100,000 mutations, the soak, a page of a million steps; writes bench/results/recovery.csv.
 test-recovery: test-install

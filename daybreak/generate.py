@@ -239,12 +239,14 @@ class Text:
 
     A character may span tokens, and so may a stop string, which ends the text before it. Anything that could be the
     beginning of either is not yet in `text`. `done` becomes "stop" (the document's end, or a stop string) or "length".
-    Without a tokenizer there is no text, and only "length" ends the sequence.
+    Without a tokenizer there is no text, and only "length" ends the sequence. adapter: see `Batch`.
     """
 
-    def __init__(self, prompt: Sequence[int], how: Sampling, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, prompt: Sequence[int], how: Sampling, tokenizer: Tokenizer | None = None, adapter: str = ""
+    ) -> None:
         assert prompt, "a text has at least one token to go on from"
-        self.ids, self.how, self.tokenizer = list(prompt), how, tokenizer
+        self.ids, self.how, self.tokenizer, self.adapter = list(prompt), how, tokenizer, adapter
         self.made: list[Token] = []
         self.starts: list[int] = []  # of each token's text
         self.text, self._held = "", ""
@@ -282,10 +284,13 @@ class Text:
 
 
 class Batch:
-    """The sequences of one engine, at most `engine.rows`. They may join and leave between any two tokens."""
+    """The sequences of one engine, at most `engine.rows`. They may join and leave between any two tokens.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    use: sets the engine's adapter to a text's before each call. Rows of other adapters take part in a call of `decode`
+    too. It writes their next token's keys and values, which their own call then overwrites, before they are read."""
+
+    def __init__(self, engine: Engine, use: Callable[[str], None] = lambda adapter: None) -> None:
+        self.engine, self.use = engine, use
         self.texts: dict[int, Text] = {}  # by row of the cache
 
     @property
@@ -300,9 +305,11 @@ class Batch:
         while waiting:
             row = min(set(range(self.engine.rows)) - set(self.texts))
             free = next(n for n in range(1, self.engine.rows + 1) if row + n in {*self.texts, self.engine.rows})
-            many = 1
-            while many < min(free, len(waiting)) and (many + 1) * _longest(waiting[: many + 1], T) <= capacity:
+            many, adapter = 1, waiting[0].adapter
+            alike = next((i for i, text in enumerate(waiting) if text.adapter != adapter), len(waiting))
+            while many < min(free, alike) and (many + 1) * _longest(waiting[: many + 1], T) <= capacity:
                 many += 1
+            self.use(adapter)
             now, waiting = waiting[:many], waiting[many:]
             logits = self.engine.prefill(row, [text.ids[-T:] for text in now])
             self.texts |= {row + i: text for i, text in enumerate(now)}
@@ -312,13 +319,15 @@ class Batch:
         """Generate one more token for each sequence. Those that are done leave."""
         T = self.engine.T
         inside = {row: self.texts[row] for row in sorted(self.texts) if len(self.texts[row].ids) <= T}
-        if inside:
-            rows = range(max(inside) + 1)
-            tokens = [inside[row].ids[-1] if row in inside else 0 for row in rows]
-            places = [len(inside[row].ids) - 1 if row in inside else 0 for row in rows]
-            logits = self.engine.decode(tokens, places)
-            self._take(list(inside), logits if len(inside) == len(rows) else logits[list(inside)])
-        for row in [row for row in self.texts if row not in inside]:
+        outside, rows = [row for row in self.texts if row not in inside], range(max(inside, default=0) + 1)
+        for adapter in dict.fromkeys(text.adapter for text in inside.values()):
+            self.use(adapter)
+            own = [row for row, text in inside.items() if text.adapter == adapter]
+            whole = [inside[row].ids if row in inside and len(inside[row].ids) <= T else [0] for row in rows]
+            logits = self.engine.decode([ids[-1] for ids in whole], [len(ids) - 1 for ids in whole])
+            self._take(own, logits if len(own) == len(rows) else logits[own])
+        for row in outside:
+            self.use(self.texts[row].adapter)
             window = self.texts[row].ids[-T:]
             self._take([row], self.engine.prefill(row, [window]))
 

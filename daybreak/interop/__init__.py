@@ -11,6 +11,7 @@ from daybreak.config import run_hint
 from daybreak.errors import ConfigError
 
 if TYPE_CHECKING:
+    from daybreak.config_keys import LoraConfig
     from daybreak.data.chat import Template
     from daybreak.data.tokenizer import Tokenizer
     from daybreak.engine import Engine
@@ -28,10 +29,14 @@ class Model(NamedTuple):
     template: Template | None = None
 
 
-def load_model(target: str | Path, step: int | None = None, *, rows: int = 1, device: str | None = None) -> Model:
+def load_model(
+    target: str | Path, step: int | None = None, *, rows: int = 1, device: str | None = None,
+    lora: LoraConfig | None = None,
+) -> Model:  # fmt: skip
     """A run, or what `open_source` knows, with an engine that generates `rows` sequences at a time.
 
-    step: which checkpoint (None: the newest). Raises ConfigError, CheckpointError, DataError, OutOfMemory.
+    step: which checkpoint (None: the newest). lora: see `engine_with`. Raises ConfigError, CheckpointError, DataError,
+    OutOfMemory.
     """
     from daybreak.config import Config
     from daybreak.data.chat import Template
@@ -40,12 +45,12 @@ def load_model(target: str | Path, step: int | None = None, *, rows: int = 1, de
 
     if (Path(target) / "config.toml").is_file():
         run = Run(target)
-        engine, tokenizer = run.load_engine(step, rows=rows, device=device)
+        engine, tokenizer = run.load_engine(step, rows=rows, device=device, lora=lora)
         return Model(engine, tokenizer, Template.load(run.path, tokenizer))
     if (named := Path("runs") / target / "config.toml").is_file() and not Path(target).exists():
         raise ConfigError(f"{target} does not exist; did you mean {named.parent}?")
     source = open_source(target, "", step, also="a run, ")
-    engine = engine_with(with_model(Config(), source), source, rows=rows, device=device)
+    engine = engine_with(with_model(Config(), source), source, rows=rows, device=device, lora=lora)
     return Model(engine, source.tokenizer, Template.of(source.kept, source.path, source.tokenizer))
 
 

@@ -11,7 +11,7 @@ The names of layers are those of families.py. PEFT's folder has no weights of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from daybreak.errors import CheckpointError, ConfigError
 from daybreak.interop.families import family_of
 from daybreak.interop.huggingface import write_json, write_tokenizer
 from daybreak.interop.source import DTYPES, Export, Source, appearing, finite
-from daybreak.models.adapters import adapters_of, layer_parts
+from daybreak.models.adapters import Adapter, adapters_of, layer_parts
 from daybreak.models.registry import build_model
 from daybreak.shapes import Shape
 from daybreak.state.safetensors_io import SafetensorsFile, write_safetensors
@@ -94,22 +94,29 @@ def _short(chosen: set[str], shape: Shape) -> set[str]:
 
 def open_folder(path: Path, base: Source) -> Source:
     """The model `base` with the adapters in a folder of PEFT's. Raises CheckpointError for what we cannot compute."""
-    lora = _lora(path)
-    file, places = SafetensorsFile(path / TENSORS), {theirs: name for name, _, theirs in _layers(base.model)}
+    lora, adapters, read = read_adapters(path, base.model)
+    both = lambda name: read(name) if name[:-2] in adapters else base.read(name)  # noqa: E731
+    return replace(base, path=path, read=both, lora=lora, base=str(base.path))
+
+
+def read_adapters(path: Path, shape: Shape) -> tuple[LoraConfig, dict[str, Adapter], Callable[[str], Tensor]]:
+    """The adapters in a folder of PEFT's for a model of this shape: their settings, those of each layer, and their
+    tensors by our names. Raises CheckpointError for what we cannot compute."""
+    lora = lora_of(path)
+    file, places = SafetensorsFile(path / TENSORS), {theirs: name for name, _, theirs in _layers(shape)}
     keys = {f"{BEFORE}{theirs}.lora_{letter}.weight": name for theirs, name in places.items() for letter in "AB"}
     if odd := next((key for key in file.entries if key not in keys), None):
         raise CheckpointError(f"{path} has more than adapters of linear layers: daybreak has no place for {odd!r}.")
     chosen = dict.fromkeys(keys[key] for key in file.entries)
     if not chosen:
         raise CheckpointError(f"{path / TENSORS} has no adapter of a linear layer; copy the adapter again.")
-    lora = replace(lora, targets=",".join(_targets(list(chosen), base.model.L)))
-    model = build_model(base.model)
+    lora = replace(lora, targets=",".join(_targets(list(chosen), shape.L)))
+    model = build_model(shape)
     adapters, theirs = adapters_of(model.rows(), model.parts, lora), {name: key for key, name in places.items()}
     widths = {row.name[:-1]: row.shape[1] for row in model.rows() if len(row.shape) == 2}
 
     def read(name: str) -> Tensor:
-        if (adapter := adapters.get(name[:-2])) is None:
-            return base.read(name)
+        adapter = adapters[name[:-2]]
         sizes = [lora.rank if name[-1] == "A" else stop - first for first, stop in adapter.columns]
         width = widths[name[:-2]] if name[-1] == "A" else lora.rank
         found = []
@@ -126,7 +133,7 @@ def open_folder(path: Path, base: Source) -> Source:
 
     for name in adapters:
         read(name + "_A"), read(name + "_B")  # so that what is missing is said at once
-    return replace(base, path=path, read=read, lora=lora, base=str(base.path))
+    return lora, adapters, read
 
 
 def base_of(path: Path) -> str:
@@ -142,7 +149,7 @@ def _config(path: Path) -> dict[str, Any]:
     return dict(read_json(path / CONFIG, READ, CheckpointError, "copy the adapter again"))
 
 
-def _lora(path: Path) -> LoraConfig:
+def lora_of(path: Path) -> LoraConfig:
     """Rank, alpha and kind of scale. Raises CheckpointError for kinds of adapters that compute something else."""
     c = _config(path)
     if c["peft_type"] != "LORA" or c.get("bias", "none") != "none":

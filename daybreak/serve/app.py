@@ -11,7 +11,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from starlette.types import ASGIApp
 from daybreak.interop import Model
 from daybreak.report.page import NO_FRAME, policy_of
 from daybreak.report.watch import LOOPBACK, address, network_key
+from daybreak.serve.adapters import Adapters, with_adapters
 from daybreak.serve.chat import ChatAnswer, parse_chat
 from daybreak.serve.completions import Answer, Completion, Refused, parse, short
 from daybreak.serve.network import MOST_OPEN, PATIENCE, Connection, Guard, listen, refusal
@@ -36,16 +37,18 @@ MAX_BODY = 1 << 20  # bytes
 GRACE = 20  # seconds that open requests have at the end
 POLL = 0.5  # seconds after which the server notices that a client has left
 PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+NONE: Mapping[str, Path] = {}
 log = logging.getLogger("daybreak")
 Chunk = dict[str, Any]
 
 
 class Service:
-    """The endpoints, for one model under one name."""
+    """The endpoints, for one model under its name, and the same with adapters under theirs."""
 
-    def __init__(self, model: Model, name: str, queue: int = MAX_REQUESTS) -> None:
-        self.model, self.name = model, name
-        self.created, self.writer = int(time.time()), Writer(model.engine, queue)
+    def __init__(self, model: Model, name: str, queue: int = MAX_REQUESTS, folders: Mapping[str, Path] = NONE) -> None:
+        self.served, self.name = with_adapters(model, name, folders), name
+        self.created = int(time.time())
+        self.writer = Writer(model.engine, queue, Adapters(model.engine, folders).use)
 
     def app(self, key: str, names: Sequence[str]) -> ASGIApp:
         """The application. Clients must send the key; if it is empty, their Host header must be one of `names`."""
@@ -89,40 +92,50 @@ class Service:
         return JSONResponse({"status": "ok"})
 
     async def models(self, request: Request) -> Response:
-        """The one model, alone or as a list."""
-        model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "daybreak",
-                 "max_model_len": self.model.engine.T, "chat": self.model.template is not None}  # fmt: skip
+        """All models as a list, or one."""
+        cards = {name: {"id": name, "object": "model", "created": self.created, "owned_by": "daybreak",
+                        "max_model_len": engine.T, "chat": template is not None}
+                 for name, (engine, _, template) in self.served.items()}  # fmt: skip
         asked = request.path_params.get("name")
-        if asked not in (None, self.name):
+        if asked not in (None, *cards):
             said = f"model {short(asked)} is not served here; use {self.name!r}."
             raise Refused(404, said, "model", "model_not_found")
-        return JSONResponse(model if asked else {"object": "list", "data": [model]})
+        return JSONResponse(cards[asked] if asked else {"object": "list", "data": list(cards.values())})
 
     async def completions(self, request: Request) -> Response:
         """Answer a request for completions, whole or as a stream."""
-        engine, tokenizer, _ = self.model
-        return await self._answer(request, Answer, lambda x: parse(x, self.name, tokenizer, engine.T, engine.cfg.V))
+        return await self._answer(request, Answer, lambda body, name, model: parse(
+            body, name, model.tokenizer, model.engine.T, model.engine.cfg.V))  # fmt: skip
 
     async def chat(self, request: Request) -> Response:
         """Answer a request for chat completions, in the same ways."""
-        engine, tokenizer, template = self.model
-        T, V = engine.T, engine.cfg.V
-        return await self._answer(request, ChatAnswer, lambda x: parse_chat(x, self.name, tokenizer, template, T, V))
+        return await self._answer(request, ChatAnswer, lambda body, name, model: parse_chat(
+            body, name, model.tokenizer, model.template, model.engine.T, model.engine.cfg.V))  # fmt: skip
 
-    async def _answer(self, request: Request, form: type[Answer], parse: Callable[[Any], Completion]) -> Response:
+    async def _answer(
+        self, request: Request, form: type[Answer], parse: Callable[[Any, str, Model], Completion]
+    ) -> Response:
         body = await _body(request)
         busy = Refused(429, "too many requests are waiting; try again later.", None, "rate_limit_exceeded")
         if self.writer.full:
             raise busy
-        # In a thread, so that others are answered meanwhile.
-        asked = await asyncio.to_thread(lambda: parse(_json(body)))
-        answer = form(asked, self.name)
+
+        def read() -> tuple[str, Completion]:
+            given = _json(body)
+            name = given.get("model") if isinstance(given, dict) else None
+            name = name if isinstance(name, str) and name in self.served else self.name
+            return name, parse(given, name, self.served[name])
+
+        name, asked = await asyncio.to_thread(read)  # in a thread, so that others are answered meanwhile
+        answer = form(asked, name)
         queue, loop = asyncio.Queue[News](), asyncio.get_running_loop()
 
         def tell(news: News) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, news)
 
-        job = Job(asked.texts(), tell, score=asked.echo and asked.how.logprobs is not None)
+        job = Job(
+            asked.texts("" if name == self.name else name), tell, score=asked.echo and asked.how.logprobs is not None
+        )
         if not self.writer.submit(job):
             raise busy
         chunks = _chunks(request, job, queue, answer)
@@ -187,16 +200,17 @@ def _json(body: bytes) -> Any:
 
 
 def serve(model: Model, name: str, *, host: str, port: int, queue: int = MAX_REQUESTS,
-          names: Sequence[str] = (), ready: Callable[[str], None] = lambda url: None) -> None:  # fmt: skip
+          folders: Mapping[str, Path] = NONE, names: Sequence[str] = (),
+          ready: Callable[[str], None] = lambda url: None) -> None:  # fmt: skip
     """Serve until SIGTERM or Ctrl-C; open requests then have GRACE seconds. `ready` is called with the address.
 
-    port: 0 takes a free one. queue: the most open requests. names: further host names that clients may use. The key is
-    taken from the environment. Raises ConfigError for a host other than loopback without a key, and for an address
-    that cannot be used.
+    folders: of adapters, by name, for which the engine has room. port: 0 takes a free one. queue: the most open
+    requests. names: further host names that clients may use. The key is taken from the environment. Raises ConfigError
+    for a host other than loopback without a key, and for an address that cannot be used.
     """
     key, sock = network_key(host), listen(host, port)
     config = uvicorn.Config(
-        Service(model, name, queue).app(key, [*LOOPBACK, host, *names]), http=Connection, ws="none",
+        Service(model, name, queue, folders).app(key, [*LOOPBACK, host, *names]), http=Connection, ws="none",
         lifespan="on", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=GRACE,
         timeout_keep_alive=PATIENCE, timeout_notify=1, backlog=MOST_OPEN // 2,
     )  # fmt: skip

@@ -74,11 +74,11 @@ class Completion:
     usage: bool  # at the end of a stream too
     tokenizer: Tokenizer  # whose ends end the sequences
 
-    def texts(self) -> list[Text]:
-        """The sequences to generate, choice i with seed + i."""
+    def texts(self, adapter: str) -> list[Text]:
+        """The sequences to generate with this adapter, choice i with seed + i."""
         pairs = [prompt for prompt in self.prompts for _ in range(self.n)]
         hows = [replace(self.how, seed=self.how.seed + i) for i in range(len(pairs))]
-        return [Text(prompt.ids, how, self.tokenizer) for prompt, how in zip(pairs, hows, strict=True)]
+        return [Text(prompt.ids, how, self.tokenizer, adapter) for prompt, how in zip(pairs, hows, strict=True)]
 
 
 def check_fields(body: Any, fields: Sequence[str]) -> None:

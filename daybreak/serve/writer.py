@@ -73,9 +73,11 @@ class Job:
 class Writer(threading.Thread):
     """Generates the sequences of all jobs until it is stopped."""
 
-    def __init__(self, engine: Engine, most: int = MAX_REQUESTS) -> None:
+    def __init__(
+        self, engine: Engine, most: int = MAX_REQUESTS, use: Callable[[str], None] = lambda adapter: None
+    ) -> None:
         super().__init__(name="writer", daemon=True)
-        self.engine, self.batch, self.most = engine, Batch(engine), most
+        self.engine, self.batch, self.most = engine, Batch(engine, use), most
         self._jobs: deque[Job] = deque()
         self._changed, self._stopping = threading.Condition(), False
 
@@ -107,7 +109,7 @@ class Writer(threading.Thread):
                 self._write(joining)
             except Exception:
                 log.exception("writing failed; the requests under way get an error.")
-                self.batch = Batch(self.engine)
+                self.batch = Batch(self.engine, self.batch.use)
                 with self._changed:
                     for job in self._jobs:
                         job.fail()
@@ -135,6 +137,7 @@ class Writer(threading.Thread):
         for job, index in joining:
             text = job.texts[index]
             if job.score:
+                self.batch.use(text.adapter)
                 job.report(index, score(self.engine, text.ids, text.how.logprobs))
         self.batch.add([job.texts[index] for job, index in joining])
         with self._changed:

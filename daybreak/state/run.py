@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from daybreak.config import Config, run_config, run_hint
+from daybreak.config_keys import LoraConfig
 from daybreak.data.mixing import named, packed_rows
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine, plan_engine
@@ -14,6 +16,7 @@ from daybreak.engine.fit import check_fits
 from daybreak.errors import CheckpointError, ConfigError, DataError
 from daybreak.manifest import checkpoint_step, list_checkpoints
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint, newest_good
+from daybreak.state.merged import Merged
 from daybreak.state.metrics import read_metrics
 from daybreak.state.restore import Weights, restore_weights
 from daybreak.state.run_folder import RunFolder
@@ -63,10 +66,17 @@ class Run:
         return load_checkpoint(by_step[step])
 
     def load_engine(
-        self, step: int | None = None, *, B: int = 1, rows: int = 1, device: str | None = None, data: str = ""
+        self,
+        step: int | None = None,
+        *,
+        B: int = 1,
+        rows: int = 1,
+        device: str | None = None,
+        data: str = "",
+        lora: LoraConfig | None = None,
     ) -> tuple[Engine, Tokenizer]:
         """A checkpoint's weights in an engine that evaluates B rows, also of the data set `data`, and writes `rows`
-        texts at a time (no optimizer state), and its tokenizer.
+        texts at a time (no optimizer state), and its tokenizer. lora: adapters to leave room for, its own merged.
 
         Raises CheckpointError, DataError (this daybreak's tokenizer differs), OutOfMemory.
         """
@@ -79,15 +89,20 @@ class Run:
             raise DataError(f"{said}, {has}; use the version that trained it.")
         packed = packed_rows(named(config.data, data), tokenizer.name) if data else 0
         config = config.override({"data.packed": packed > 0})
-        return engine_with(config, checkpoint, B=B, rows=rows, device=device), tokenizer
+        return engine_with(config, checkpoint, B=B, rows=rows, device=device, lora=lora), tokenizer
 
 
-def engine_with(config: Config, weights: Weights, *, B: int = 1, rows: int = 1, device: str | None = None) -> Engine:
-    """An engine that evaluates B rows and writes `rows` texts at a time, with these weights. Raises CheckpointError,
-    OutOfMemory."""
+def engine_with(
+    config: Config, weights: Weights, *, B: int = 1, rows: int = 1, device: str | None = None,
+    lora: LoraConfig | None = None,
+) -> Engine:  # fmt: skip
+    """An engine that evaluates B rows and writes `rows` texts at a time, with these weights. lora: adapters of these
+    sizes, which the caller fills; the weights' own are merged. Raises CheckpointError, OutOfMemory."""
+    if lora is not None:
+        config, weights = replace(config, lora=lora), Merged(weights)
     where = pick_device(device or config.run.device)
     spec = engine_spec(config, where, train=False, B=B, rows=min(rows, config.T))
     check_fits(plan_engine(spec)[2], where)
     engine = Engine(spec, device=where, init=False)
-    restore_weights(engine, weights)
+    restore_weights(engine, weights, adapters=lora is None)
     return engine

@@ -35,7 +35,7 @@ LONGEST_FUNCTION = 100
 # Muon takes 370: the update 100, its kernels 75, those for GPUs 145, keys, groups, state and checks 50.
 # The gate of a gated MLP inside its matmuls takes 130: epilogues 45, quack 35, the other backends 50. Norm and gate
 # inside the matmuls of a token take 55. Messages that name the largest step and the way to finetune take 13.
-# Talking takes 250: the verb 95, the conversation 35, chat completions 100, the end of a turn and templates 20.
+# Talking takes 360: the verb 95, a conversation 35, chat completions 100, adapters beside one model 110, templates 20.
 # nanochat's family takes 860: its model and shapes 270, kernels in plain torch 230, those for GPUs 320, groups 30.
 # Pictures take 890: the codec with its decoder 235, reading 90, preparing 180, the set `shapes` 50, ids of pictures
 # among a tokenizer's 95, drawing and PNG 75, samples, validation and metrics 70, pages 45, the command line 50.

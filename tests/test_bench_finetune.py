@@ -1,0 +1,52 @@
+"""bench/finetune_step.py on a CPU, with one layer of a small shape: losses, memory and packed rows."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+METHODS = ["lora", "full"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_is_measured(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first loss is that of guessing, and a smaller one follows. Adapters have no optimizer state for the rest."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    script = importlib.import_module("finetune_step")
+    given = "smollm2-135m --layers 1 --B 1 --T 16 --precision fp32 --device cpu --seconds 0 --rounds 1 --costs"
+    given += f" --method {method} --out {tmp_path / 'out.csv'}"
+    monkeypatch.setattr("sys.argv", ["finetune_step.py", *given.split()])
+    script.main()
+    out = capsys.readouterr().out
+    losses = [float(x) for x in re.search(r"losses \[([^]]*)\]", out)[1].split(", ")]  # type: ignore[index]
+    assert len(losses) == 3
+    assert losses[0] == pytest.approx(math.log(49152), abs=0.5)
+    parameters = 49152 * 576 + 2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576 + 3 * 576
+    adapters = 16 * (3 * 576 + 576 + 2 * 192 + 576 + 576 + 2 * 576 + 2 * 1536 + 1536 + 576)
+    planned = dict(re.findall(r"'(\w+)': (\d+)", out))
+    trained = parameters if method == "full" else adapters
+    assert int(planned["m"]) == trained * 4 >> 20
+    assert ("lora_forward" in out) == (method != "full")
+    (row,) = csv.DictReader((tmp_path / "out.csv").open())
+    assert (row["method"], row["B"], row["T"], row["card"]) == (method, "1", "16", "cpu")
+    assert float(row["tok_s"]) == pytest.approx(16e3 / float(row["ms"]), rel=0.01)
+
+
+def test_packed_rows_hold_documents_of_the_average_that_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    script = importlib.import_module("finetune_step")
+    rows = script.places(64, 2048, 0)
+    starts = (rows == 0).sum().item()
+    assert rows[:, 0].eq(0).all()
+    assert 64 * 2048 / starts == pytest.approx(script.AVERAGE, rel=0.1)
+    assert ((rows[:, 1:] == rows[:, :-1] + 1) | (rows[:, 1:] == 0)).all()
+    assert not torch.equal(rows, script.places(64, 2048, 1))

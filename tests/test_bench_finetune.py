@@ -34,8 +34,8 @@ def test_a_step_is_measured(
     adapters = 16 * (3 * 576 + 576 + 2 * 192 + 576 + 576 + 2 * 576 + 2 * 1536 + 1536 + 576)
     planned = dict(re.findall(r"'(\w+)': (\d+)", out))
     trained = parameters if method == "full" else adapters
-    assert int(planned["m"]) == trained * 4 >> 20
-    assert ("lora_forward" in out) == (method != "full")
+    assert int(planned["m"]) == pytest.approx(trained * 4 >> 20, abs=1)  # with padding
+    assert bool(re.search(r"lora_forward +4 calls", out)) == (method != "full")
     (row,) = csv.DictReader((tmp_path / "out.csv").open())
     assert (row["method"], row["B"], row["T"], row["card"]) == (method, "1", "16", "cpu")
     assert float(row["tok_s"]) == pytest.approx(16e3 / float(row["ms"]), rel=0.01)

@@ -169,6 +169,11 @@ section_finetune() { # adapters and in full: a run that starts from a model, and
   step "export, adapters merged" "daybreak export runs/l --to hf l-hf"
   step "equal logits in transformers" "$checks logits l l-hf"
   step "export to PEFT" "daybreak export runs/l --to peft l-peft"
+  step "QLoRA" "daybreak finetune runs/base $lora --method qlora --name q"
+  step "QLoRA, killed" "daybreak finetune runs/base $lora --method qlora --name qk & $checks kill qk 6 \$!"
+  step "QLoRA, resumed" "daybreak train runs/qk"
+  step "QLoRA, equal losses and weights after the kill" "$checks same q qk"
+  step "QLoRA, export" "daybreak export runs/q --to hf q-hf && $checks logits q q-hf"
   step "in full" "daybreak finetune runs/l $lora --method full --name lf"
   step "GPT-2 with adapters" "daybreak train $shape $flags --name base2 --steps 2 && \
     daybreak finetune runs/base2 $lora --name l3"

@@ -93,6 +93,10 @@ class LoraConfig:
     alpha: float = key(0.0, "adapters are multiplied by alpha / rank; 0 = twice the rank", at_least(0))
     targets: str = key("*", "linear layers with adapters, as patterns with commas between: q,v or attproj or h.0.*")
     rslora: bool = key(False, "multiply by alpha / sqrt(rank) instead, for high ranks (rsLoRA)")
+    base: str = key(
+        "compute", "how frozen matrices are held: compute (as precision.compute) or nf4 (in 4 bits, as QLoRA)",
+        one_of("compute", "nf4"),
+    )  # fmt: skip
 
     @property
     def scale(self) -> float:

@@ -42,6 +42,7 @@ from daybreak.kernels.cuda import (
     guard,
     mix,
     muon,
+    nf4,
     norm,
     optimizer,
     relu,
@@ -220,6 +221,14 @@ def guard_cases() -> list[Case]:
     return [(guard._step_guard_kernel, types, constants, guard.WARPS)]
 
 
+def nf4_cases() -> list[Case]:
+    types = {"value": "*u8", "absmax": "*u8", **dict.fromkeys(("nested", "offset", "codes", "dynamic"), "*fp32")}
+    constants = {"HALF": nf4.BLOCK // 2, "GROUP": nf4.GROUP, "BLOCKS": nf4.BLOCKS}
+    return [
+        (nf4._nf4_kernel, {"out": out, **types, "blocks": "i32"}, constants, nf4.WARPS) for out in ("*bf16", "*fp32")
+    ]
+
+
 def norm_cases(C: int, dtype: str, rms: bool = False, heads: int = 0, offset: float = 0.0) -> list[Case]:
     shape = (1 << 14, heads, C) if heads else (1 << 14, C)
     rows = torch.empty(shape, dtype=torch.bfloat16 if dtype == "*bf16" else torch.float32, device="meta")
@@ -360,6 +369,7 @@ CASES: dict[str, list[Case]] = {
     "guard": guard_cases(),
     "mix": [*mix_cases("*bf16"), *mix_cases("*fp32")],
     "muon": muon_cases(),
+    "nf4": nf4_cases(),
     "norm": [
         *(c for kind in ("*bf16", "*fp32") for C in (1600, 768, 4096) for c in norm_cases(C, kind)),
         *norm_cases(4096, "*bf16", rms=True),

@@ -36,7 +36,7 @@ Find = Callable[[Tensor], tuple[str, int]]  # a tensor -> the name of the buffer
 LATER = {"rmsnorm_forward", "rmsnorm_backward", "rope", "swiglu_forward", "swiglu_backward", "lora_forward",
          "lora_backward", "lora_backward_input", "lora_backward_weight", "gelu_forward", "gelu_backward",
          "matmul_batched", "muon_momentum", "muon_sums", "muon_update"}  # fmt: skip
-LATER |= {"matmul_swiglu_forward", "matmul_swiglu_backward", "matmul_rms_decode"}
+LATER |= {"matmul_swiglu_forward", "matmul_swiglu_backward", "matmul_rms_decode", "nf4_unpack"}
 FLAT = ("weights", "grads")  # buffers in the parameter table's layout
 
 

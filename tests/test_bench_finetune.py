@@ -38,7 +38,7 @@ def test_a_step_is_measured(
     assert bool(re.search(r"lora_forward +4 calls", out)) == (method != "full")
     (row,) = csv.DictReader((tmp_path / "out.csv").open())
     assert (row["method"], row["B"], row["T"], row["card"]) == (method, "1", "16", "cpu")
-    assert float(row["tok_s"]) == pytest.approx(16e3 / float(row["ms"]), rel=0.01)
+    assert float(row["tok_s"]) == pytest.approx(16e3 / float(row["ms"]), abs=0.6)  # a whole number
 
 
 def test_packed_rows_hold_documents_of_the_average_that_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_a_resumed_run_has_the_same_bits(home: Path) -> None:
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
     saved = tomllib.loads((home / "runs/b/config.toml").read_text())
     assert saved["lora"] == printed["lora"] == {
-        "rank": 4, "alpha": 0.0, "targets": "q,v,gate,up,fcproj", "rslora": False
+        "rank": 4, "alpha": 0.0, "targets": "q,v,gate,up,fcproj", "rslora": False, "base": "compute"
     }  # fmt: skip
     assert printed["optim"]["beta2"] == saved["optim"]["beta2"] == 0.999
     said = inside(home, "train", "runs/b", "--lora.rank", "8", "--steps", "9", "--optim.horizon", "9", code=2).stderr

@@ -14,8 +14,8 @@ from daybreak.config import parse_value
 @click.command()
 @click.argument("model")
 @config_options
-@click.option("--method", type=click.Choice(["lora", "full"]), default="lora",
-              help="Train adapters (LoRA), or all parameters.")  # fmt: skip
+@click.option("--method", type=click.Choice(["lora", "qlora", "full"]), default="lora",
+              help="Train adapters (LoRA), the same on a model in 4 bits (QLoRA), or all parameters.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print only warnings and the result.")
 @click.option("--verbose", is_flag=True, help="Print every detail.")

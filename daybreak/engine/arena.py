@@ -22,7 +22,7 @@ from bisect import insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,8 +30,10 @@ from torch import Tensor
 from daybreak.engine.collectives import Collectives, Sharding, gradient_of, reduce_gradients
 from daybreak.engine.params import ParamTable
 from daybreak.kernels import Call, Kernels, Recorder, acc_dtype, storage_key
+from daybreak.kernels.nf4 import SUFFIXES, Packed
 from daybreak.models.adapters import Adapter
 from daybreak.models.frame import Frame, Mode
+from daybreak.models.rows import Row
 
 ALIGN = 256  # bytes
 FROZEN = "frozen."  # what the entry of a frozen parameter is called, before its name
@@ -81,11 +83,18 @@ class StepFrame(Frame, Protocol):
     def constant(self, name: str) -> Tensor:
         return self.state[CONSTANT + name]
 
-    def converted(self, name: str, stored: Tensor) -> Tensor:
-        """A frozen weight that is held in another dtype: a copy in compute dtype, made for every call that reads it.
+    def plain(self, stored: Tensor | Packed) -> TypeGuard[Tensor]:
+        """Whether a weight is held in compute dtype."""
+        return stored.dtype == self.dtype
+
+    def converted(self, name: str, stored: Tensor | Packed) -> Tensor:
+        """A frozen weight that is held otherwise: a copy in compute dtype, made for every call that reads it.
 
         Forward and backward have one each, so that between the two its bytes are free."""
         copy = self.a(f"{name}.{'backward' if self.mode.backward else 'forward'}", *stored.shape, plain=True)
+        if isinstance(stored, Packed):
+            self.k.nf4_unpack(copy, *stored.tensors, rows=stored.rows)
+            return copy
         self.k.do("convert", partial(copy.copy_, stored), [copy], [stored])
         return copy
 
@@ -99,6 +108,13 @@ class StepFrame(Frame, Protocol):
     def note_amax(self) -> None:
         """Take the largest magnitudes of a step into the history that later scales come from (engine/scales.py)."""
         return
+
+
+def frozen_weight(state: Mapping[str, Tensor], row: Row) -> Tensor | Packed:
+    """A frozen parameter as it is held."""
+    if (whole := state.get(FROZEN + row.name)) is not None:
+        return whole
+    return Packed(row.shape, row.stacked or row.shape[:1], *(state[FROZEN + row.name + part] for part in SUFFIXES))
 
 
 def name_inputs(state: dict[str, Tensor]) -> None:
@@ -129,10 +145,10 @@ class PlanFrame(StepFrame):
         name_inputs(self.state)
 
     def w(self, name: str) -> Tensor:
-        stored = self.state.get(FROZEN + self.prefix + name)
-        if stored is None:
+        if self.prefix + name in self.table.offsets:
             return self.table.view(self.state["weights"], self.prefix + name)
-        return stored if stored.dtype == self.dtype else self.converted(name, stored)
+        stored = frozen_weight(self.state, self.table.rows[self.prefix + name])
+        return stored if self.plain(stored) else self.converted(name, stored)
 
     def g(self, name: str) -> Tensor | None:
         if self.prefix + name not in self.table.offsets:
@@ -169,8 +185,10 @@ class LiveFrame(StepFrame):
         self.state = {e.name: tensors[e.name] for e in arena.entries if e.buffer != "activations"}
         self.activations = {e.name: tensors[e.name] for e in arena.entries if e.buffer == "activations"}
         self.k = Kernels(self.state["scratch"], arena.choices)
-        self.weights = {name: table.view(self.state["weights"], name) for name in table.offsets}
-        self.weights |= {row.name: self.state[FROZEN + row.name] for row in table.frozen}
+        views = {name: table.view(self.state["weights"], name) for name in table.offsets}
+        self.weights: dict[str, Tensor | Packed] = {
+            **views, **{row.name: frozen_weight(self.state, row) for row in table.frozen}
+        }  # fmt: skip
         self.grads: dict[str, Tensor | None] = dict.fromkeys(table.rows)
         if "grads" in self.state:
             self.grads |= {name: table.view(self.state["grads"], name) for name in table.offsets}
@@ -184,7 +202,7 @@ class LiveFrame(StepFrame):
         if self.comm.gathering:
             self.comm.need(self.prefix + name)
         stored = self.weights[self.prefix + name]
-        return stored if stored.dtype == self.dtype else self.converted(name, stored)
+        return stored if self.plain(stored) else self.converted(name, stored)
 
     def g(self, name: str) -> Tensor | None:
         return self.grads[self.prefix + name]

@@ -22,9 +22,11 @@ from daybreak.engine.spec import DTYPES, EngineSpec
 from daybreak.errors import ConfigError
 from daybreak.kernels import acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
+from daybreak.kernels.nf4 import SUFFIXES, packed_parts
 from daybreak.kernels.operand import Format
 from daybreak.models.frame import Documents
 from daybreak.models.registry import Model, build_model
+from daybreak.models.rows import Row
 from daybreak.optimizers import Part
 from daybreak.optimizers.adamw import adamw_group
 from daybreak.optimizers.muon import muon_groups
@@ -108,6 +110,14 @@ def next_token(model: Model, f: StepFrame, s: State, b: int) -> None:
     model.decode(f, tokens, positions, s["kv"][:, :, :b], s["last_hidden"][:b])
 
 
+def frozen_entries(row: Row) -> list[Entry]:
+    """The memory of a frozen parameter: one tensor, or the parts of one in NF4. ConfigError."""
+    if row.held != "nf4":
+        return [Entry(FROZEN + row.name, "frozen", row.shape, DTYPES[row.held])]
+    parts = packed_parts(row.name, row.shape, row.stacked or row.shape[:1])
+    return [Entry(FROZEN + row.name + s, "frozen", *part) for s, part in zip(SUFFIXES, parts, strict=True)]
+
+
 def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> list[Entry]:
     """Everything that is not an activation: weights and optimizer state, inputs, outputs, device scalars, and the cache
     of keys and values, of shape `kv`."""
@@ -115,7 +125,7 @@ def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> 
     acc, f64, i64 = acc_dtype(dtype), torch.float64, torch.int64
     held = sharding.shard if sharding.zero else N
     entries = [Entry("weights", "weights", (N,), dtype)]
-    entries += [Entry(FROZEN + row.name, "frozen", row.shape, DTYPES[row.held]) for row in sharding.table.frozen]
+    entries += [entry for row in sharding.table.frozen for entry in frozen_entries(row)]
     if spec.train:
         if spec.kept != "none":
             entries += [Entry("masters", "masters", (held,), acc if spec.kept == "fp32" else torch.int16)]

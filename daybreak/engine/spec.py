@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 import torch
 
 from daybreak.config_keys import GuardConfig, LoraConfig, OptimConfig
+from daybreak.errors import ConfigError
 from daybreak.kernels.operand import Format, chosen
 from daybreak.models.adapters import Adapter, adapter_rows, adapters_of
 from daybreak.models.registry import Model
@@ -31,7 +32,7 @@ class EngineSpec:
     optim, groups: AdamW's options, and groups of parameters that have other optimizers (optimizers).
     trainable: patterns of names. A parameter that fits none is frozen: no gradient, optimizer state or master weights.
     lora: adapters of linear layers. With a rank above 0 they are all that is trainable.
-    frozen: patterns of names -> the dtype that frozen parameters are held in, if not compute dtype.
+    frozen: patterns of names -> the dtype that frozen parameters are held in, if not as lora.base says.
     documents: a row of tokens holds several documents, and comes with the place of every token in its own.
     device_type, missing: cpu or cuda, and backends that are absent. An engine fills in both for its own device.
     """
@@ -74,7 +75,14 @@ class EngineSpec:
         """A model's parameters, as this engine trains and holds them, and the adapters among them. ConfigError."""
 
         def frozen(row: Row) -> Row:
-            return replace(row, trainable=False, held=chosen(self.frozen, row.name) or self.compute)
+            nf4 = self.lora.base == "nf4" and "." in row.name and len(row.shape) == 2
+            held = chosen(self.frozen, row.name) or ("nf4" if nf4 else self.compute)
+            return replace(row, trainable=False, held=held)
+
+        if self.lora.base == "nf4" and not self.lora.rank:
+            raise ConfigError(
+                "lora.base = nf4 is for adapters, and lora.rank = 0 gives none; give a rank, or leave it out."
+            )
 
         trains = dict.fromkeys(self.trainable if not self.lora.rank else ("*_A", "*_B"), True)
         layers = [r for r in model.rows() if not model.matmuls or r.name.rpartition(".")[2] in model.matmuls]

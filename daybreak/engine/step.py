@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from daybreak.engine.arena import CONSTANT, LiveFrame, name_inputs
+from daybreak.engine.arena import CONSTANT, FROZEN, LiveFrame, name_inputs
 from daybreak.engine.capture import Graphs, Pending, Ring, Tapes
 from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import check_fp8, missing_on
@@ -29,6 +29,7 @@ from daybreak.engine.scales import HISTORY
 from daybreak.engine.spec import EngineSpec
 from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
+from daybreak.kernels.nf4 import Packed, dense, pack
 from daybreak.kernels.optimizer import FLAT_CHUNK, exact, round_weights, set_exact
 from daybreak.models.registry import build_model
 from daybreak.parallel import ALONE, Group
@@ -179,22 +180,30 @@ class Engine:
         return list(self.table.rows)
 
     def param(self, name: str) -> Tensor:
-        """A weight, a view: in compute dtype, unless it is a frozen one that is held in another."""
+        """A weight, a view: in compute dtype, unless it is a frozen one that is held in another. Of NF4 a copy."""
         self.comm.need(name)
-        return self.frame.weights[name]
+        stored = self.frame.weights[name]
+        if isinstance(stored, Packed):
+            return dense(stored, torch.empty(stored.shape, dtype=self.spec.dtype, device=self.device))
+        return stored
 
     def exact_parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first element, 1-D tensor) of the parts of a weight that this rank saves, as exactly as the engine has them:
         in fp32, fp64, or bf16 without master weights. They are views. Split ones are copies, made one at a time."""
-        masters, weight, sharding = self.state.get("masters"), self.param(name).view(-1), self.comm.sharding
-        if name not in self.table.offsets:  # frozen, so every rank has it
-            yield from [(0, weight)] if not sharding.rank else []
+        masters, sharding, frozen = self.state.get("masters"), self.comm.sharding, self.state.get(FROZEN + name)
+        if name not in self.table.offsets:  # frozen, so every rank has it; maybe a part of one in NF4
+            if not sharding.rank:
+                yield 0, (self.param(name) if frozen is None else frozen).view(-1)
             return
+        weight = self.param(name).view(-1)
         for where, at in _chunks(sharding.within(name, sharding.shards())):
             yield where.start, exact(weight[where], None if masters is None else masters[at])
 
     def set_exact(self, name: str, value: Tensor) -> None:
         """Set a weight and its master weight from a tensor of its shape, of any float dtype and device."""
+        if isinstance(stored := self.frame.weights[name], Packed):
+            pack(stored, value)
+            return
         masters, weight, sharding = self.state.get("masters"), self.param(name).view(-1), self.comm.sharding
         value = value.reshape(-1)
         if masters is None:

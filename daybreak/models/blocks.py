@@ -168,9 +168,10 @@ def gated(
     if b.mode.few and alone:
         return linear(b, name, x, out, norm=norm, rms=rms, bias=bias, gate=act)
     x = _normed(b, norm, rms, x)
-    if alone and all(isinstance(y, Tensor) for y in (x, b.matmul_w(name + "w"), out)):
+    w = b.matmul_w(name + "w") if alone else None
+    if all(isinstance(y, Tensor) for y in (x, w, out)):
         shift = b.w(name + "b") if bias else None
-        b.k.matmul_swiglu_forward(out, gateup, x, b.w(name + "w"), shift, **ACTS[act])
+        b.k.matmul_swiglu_forward(out, gateup, x, w, shift, **ACTS[act])
     else:
         b.k.swiglu_forward(out, linear(b, name, x, gateup, bias=bias), **ACTS[act])
     return out
@@ -181,8 +182,9 @@ def gated_backward(b: Frame, name: str, gateup: Tensor, dy: Matrix, act: str) ->
     gate's output."""
     n, F = gateup.shape[0], gateup.shape[1] // 2
     d_act, (out, rewrite) = b.d("swiglu", n, F), b.output("swiglu", n, F)
-    if b.adapter(name) is None and all(isinstance(y, Tensor) for y in (dy, b.matmul_w(name + "w"), out)):
-        b.k.matmul_swiglu_backward(gateup, rewrite, d_act, dy, b.w(name + "w"), gateup, **ACTS[act])
+    w = b.matmul_w(name + "w") if b.adapter(name) is None else None
+    if all(isinstance(y, Tensor) for y in (dy, w, out)):
+        b.k.matmul_swiglu_backward(gateup, rewrite, d_act, dy, w, gateup, **ACTS[act])
     else:
         b.k.swiglu_backward(gateup, rewrite, input_grad(b, name, d_act, dy), gateup, **ACTS[act])
     return out

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,9 @@ from daybreak.config import saved_config
 from daybreak.config_keys import LoraConfig
 from daybreak.errors import CheckpointError, Error, explained
 from daybreak.files import alive, fsync_folder, lock, remove, sha256_of, write_atomic
+from daybreak.kernels.nf4 import SUFFIXES, Packed, dense, packed_parts, plain_name
 from daybreak.manifest import MANIFEST, MODEL, kept_files, refuse
+from daybreak.models.registry import build_model
 from daybreak.parallel import ALONE, Group
 from daybreak.shapes import Shape
 from daybreak.state.safetensors_io import SafetensorsFile, create_safetensors, fill_safetensors, write_safetensors
@@ -291,12 +294,29 @@ class Checkpoint:
         return kept_files(self.path.parents[1])
 
     def names(self) -> list[str]:
-        """Names of the model's tensors."""
-        return list(self._model.entries)
+        """Names of the model's tensors. One in NF4 is four in the file."""
+        return list(dict.fromkeys(plain_name(name) for name in self._model.entries))
+
+    def packed(self, name: str) -> bool:
+        """Whether a tensor is in NF4."""
+        return name + SUFFIXES[0] in self._model.entries
 
     def read_model(self, name: str, out: torch.Tensor) -> None:
-        """Copy a model tensor into contiguous `out` of the same shape, any float dtype, any device."""
-        self._read(self._model, name, out)
+        """Copy a model tensor into contiguous `out` of the same shape, any float dtype, any device. NAME.nf4 and so on
+        are the parts of one in NF4."""
+        if not self.packed(name):
+            self._read(self._model, name, out)
+            return
+        rows = self._parts[name]
+        parts = [torch.empty(shape, dtype=dtype) for shape, dtype in packed_parts(name, tuple(out.shape), rows)]
+        for suffix, part in zip(SUFFIXES, parts, strict=True):
+            self._read(self._model, name + suffix, part)
+        out.copy_(dense(Packed(tuple(out.shape), rows, *parts), torch.empty(out.shape)))
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[int, ...]]:
+        """The rows of each matrix in a packed one."""
+        return {row.name: row.stacked or row.shape[:1] for row in build_model(self.model).rows()}
 
     def read_extra(self, name: str, out: torch.Tensor) -> None:
         """Copy an extra tensor into contiguous `out` of the same shape."""

@@ -80,7 +80,8 @@ class Merged:
             new = (float(weight.square().sum()), float((merged - weight).square().sum()), equal, weight.numel())
             sums = [a + b for a, b in zip(sums, new, strict=True)]
         much = f"{len(self.adapters)} matrices change by {100 * math.sqrt(sums[1] / sums[0]):.2g} % of their norm"
-        return f"adapters are merged: {much}, and {100 * sums[2] / sums[3]:.1f} % of their values stay equal"
+        into = " into the base as it was trained, in NF4" if self.weights.lora.base == "nf4" else ""
+        return f"adapters are merged{into}: {much}, and {100 * sums[2] / sums[3]:.1f} % of their values stay equal"
 
     def read_model(self, name: str, out: Tensor) -> None:
         """Copy a merged tensor into contiguous `out` of the same shape, any float dtype, any device."""

@@ -15,11 +15,12 @@ from torch import Tensor
 from daybreak.config import Config
 from daybreak.config_keys import LoraConfig, toml_value
 from daybreak.engine import Engine
-from daybreak.engine.arena import Arena, zeros
+from daybreak.engine.arena import FROZEN, Arena, zeros
 from daybreak.engine.device import available_bytes
 from daybreak.errors import CheckpointError, OutOfMemory
 from daybreak.formatting import disk
 from daybreak.kernels import acc_dtype
+from daybreak.kernels.nf4 import SUFFIXES, Packed
 from daybreak.kernels.optimizer import FLAT_CHUNK, exact, exact_dtype
 from daybreak.models.adapters import is_adapter
 from daybreak.shapes import Shape
@@ -43,8 +44,10 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Stagi
         if any(plan.within(name.partition(".")[2], plan.shards())):
             optimizer[name] = [(0, state[name].view(-1))]
     trained = exact_weights(engine.arena)
-    dtypes = {name: trained if name in table.offsets else engine.param(name).dtype for name in table.rows}
-    model = {name: torch.empty(row.shape, dtype=dtypes[name], device="meta") for name, row in table.rows.items()}
+    kinds = {e.name.removeprefix(FROZEN): (e.shape, e.dtype) for e in engine.arena.entries if e.buffer == "frozen"}
+    kinds |= {name: (table.rows[name].shape, trained) for name in table.offsets}
+    names = [name + part for name in table.rows for part in ("", *SUFFIXES) if name + part in kinds]
+    model = {name: torch.empty(kinds[name][0], dtype=kinds[name][1], device="meta") for name in names}
     once = {name: state[name] for name in saved["once"]}
     return Snapshot(step, model, optimizer, table.numel, table.layout(), once, manifest, parts)
 
@@ -70,7 +73,7 @@ def checkpoint_bytes(arena: Arena, parameters: int) -> int:
     """Bytes of one checkpoint: weights in fp32 (bf16 where no masters are kept) and the optimizer's moments."""
     moments = sum(e.dtype.itemsize for e in arena.entries if e.saved == "ranges")
     frozen = [e for e in arena.entries if e.buffer == "frozen"]  # which have no moments
-    trained = parameters - sum(math.prod(e.shape) for e in frozen)
+    trained = parameters - sum(row.numel for row in arena.sharding.table.frozen)
     return trained * (exact_weights(arena).itemsize + moments) + sum(e.nbytes for e in frozen)
 
 
@@ -83,8 +86,7 @@ def checkpoints_kept(config: Config) -> int:
 
 def warn_of_disk(folder: Path, config: Config, arena: Arena) -> None:
     """A warning if the disk of the run's `folder` has no room for all its checkpoints. Quotas are not seen."""
-    parameters = sum(math.prod(e.shape) for e in arena.entries if e.name == "weights" or e.buffer == "frozen")
-    need = checkpoints_kept(config) * checkpoint_bytes(arena, parameters)
+    need = checkpoints_kept(config) * checkpoint_bytes(arena, arena.sharding.table.num_parameters)
     missing = need - sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/*"))
     system = os.statvfs(folder)
     if system.f_blocks and (free := system.f_bavail * system.f_frsize) < missing:  # no blocks: it does not tell
@@ -139,7 +141,7 @@ class Staging:
     def parts(self, name: str) -> list[tuple[int, Tensor]]:
         """The only part of a weight: all of it. A frozen one is the engine's, as no step changes it."""
         table = self._engine.table
-        weight = table.view(self._weights, name) if name in table.offsets else self._engine.param(name)
+        weight = table.view(self._weights, name) if name in table.offsets else self._engine.state[FROZEN + name]
         return [(0, weight.view(-1))]
 
     def close(self) -> None:
@@ -186,7 +188,12 @@ def restore_weights(engine: Engine, checkpoint: Weights, adapters: bool = True) 
     if other := sorted(set(checkpoint.names()) ^ set(wanted)):
         raise CheckpointError(f"{checkpoint.path} is of another model: tensors differ, {other[0]!r} first.")
     for name in wanted:
-        value = torch.empty(engine.param(name).shape, dtype=acc_dtype(engine.param(name).dtype))
+        stored = engine.frame.weights[name]
+        if isinstance(stored, Packed) and isinstance(checkpoint, Checkpoint) and checkpoint.packed(name):
+            for part, tensor in zip(SUFFIXES, stored.tensors, strict=True):
+                checkpoint.read_model(name + part, tensor)
+            continue
+        value = torch.empty(stored.shape, dtype=acc_dtype(stored.dtype))
         checkpoint.read_model(name, value)
         engine.set_exact(name, value)
 

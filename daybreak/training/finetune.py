@@ -14,14 +14,15 @@ from daybreak.interop import open_source
 from daybreak.parallel import launched
 from daybreak.training.origin import checkpoint_of
 
-METHODS = ("lora", "full")
+METHODS = ("lora", "qlora", "full")
 LONGEST, SAMPLES = 1024, 16  # tokens of a sequence, and sequences of a step, where nothing else is asked for
 # Learning rates, betas and decay as TRL and torchtune have them; two epochs as Tulu 3.
 DEFAULTS: Mapping[str, Any] = {
     "optim.beta2": 0.999, "optim.weight_decay": 0.0, "schedule.name": "linear", "run.epochs": 2.0,
     "eval.every": 50, "eval.sample_every": 50, "checkpoint.every": 250,
 }  # fmt: skip
-BY_METHOD: Mapping[str, Mapping[str, Any]] = {"lora": {"optim.lr": 2e-4, "lora.rank": 16}, "full": {"optim.lr": 2e-5}}
+LORA: Mapping[str, Any] = {"optim.lr": 2e-4, "lora.rank": 16}
+BY_METHOD = {"lora": LORA, "qlora": {**LORA, "lora.base": "nf4"}, "full": {"optim.lr": 2e-5}}
 
 
 def finetune_config(model: str, method: str, given: Mapping[str, Any]) -> Config:
@@ -51,7 +52,7 @@ def finetune_config(model: str, method: str, given: Mapping[str, Any]) -> Config
     T = batch.T or rows or min(shape.max_T, LONGEST)
     total = batch.total_tokens or T * one * max(1, SAMPLES // one)
     config = config.override({"batch.T": T, "batch.total_tokens": total, "data.packed": rows > 0})
-    if method == "lora" and not config.lora.rank:
+    if method != "full" and not config.lora.rank:
         raise ConfigError("lora.rank = 0 gives no adapters; use a rank of at least 1, or --method full.")
     config.check()
     return config

@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the shape's, to try this script")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--masters", default="auto")
+    parser.add_argument("--lora", default="auto", help="backend of the adapters' matmuls: triton or torch")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="of one block")
@@ -108,6 +109,7 @@ def main() -> None:
     spec = EngineSpec(
         replace(cfg, L=a.layers or cfg.L), B=a.B, T=a.T, compute=a.precision, recompute=a.recompute, lora=lora,
         documents=a.packed, optim=OptimConfig(beta2=0.999, weight_decay=0.0), masters=a.masters,
+        kernels={"lora": a.lora},
     )  # fmt: skip
     engine = Engine(spec, device=a.device, init=False)
     fill(engine)

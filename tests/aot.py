@@ -40,6 +40,7 @@ from daybreak.kernels.cuda import (
     gelu,
     glu,
     guard,
+    lora,
     mix,
     muon,
     nf4,
@@ -221,6 +222,25 @@ def guard_cases() -> list[Case]:
     return [(guard._step_guard_kernel, types, constants, guard.WARPS)]
 
 
+def lora_cases(dtype: str) -> list[Case]:
+    """The narrowest tile, and the widest."""
+    wide, found = dtype == "*bf16", list[Case]()
+    for R in (16, 64):
+        same, stages = {"R": R, "PRECISION": "ieee", "UPCAST": False}, {"num_stages": lora.STAGES}
+        sizes = dict.fromkeys(("n", "K", "N", "r", "x_s", "u_s", "y_s", "run"), "i32") | {"scale": "fp32"}
+        tensors = dict.fromkeys("xyum", dtype) | {"part": "*fp32", "out": dtype}
+        for kernel, more in (
+            (lora._narrow_kernel, {"ROWS": 64, "STEP": lora.STEP if wide else lora.STEP // 4, **same}),
+            (lora._widen_kernel, {"ROWS": 64 if wide else 32, "COLS": lora.COLS if wide else lora.COLS // 2, **same}),
+            (lora._gather_kernel, {"COLS": lora.COLS, "STEP": 64 if wide else 32, **same}),
+            (lora._gather_sum_kernel, {"ACCUMULATE": True, "R": R, "COLS": 32}),
+        ):
+            known = tensors | sizes | dict.fromkeys(("m_k", "m_r", "m_n", "o_n", "o_r", "runs"), "i32?")
+            types = {name: known[name] for name in kernel.arg_names if name not in more}
+            found.append((kernel, types, more, lora.WARPS, stages))
+    return found
+
+
 def nf4_cases() -> list[Case]:
     types = {"value": "*u8", "absmax": "*u8", **dict.fromkeys(("nested", "offset", "codes", "dynamic"), "*fp32")}
     constants = {"HALF": nf4.BLOCK // 2, "GROUP": nf4.GROUP, "BLOCKS": nf4.BLOCKS}
@@ -367,6 +387,7 @@ CASES: dict[str, list[Case]] = {
     "gelu": [*gelu_cases("*bf16"), *gelu_cases("*fp32")],
     "glu": [*glu_cases("*bf16"), *glu_cases("*fp32")],
     "guard": guard_cases(),
+    "lora": [*lora_cases("*bf16"), *lora_cases("*fp32")],
     "mix": [*mix_cases("*bf16"), *mix_cases("*fp32")],
     "muon": muon_cases(),
     "nf4": nf4_cases(),

@@ -210,8 +210,8 @@ def test_refusals(home: Path, args: list[str], said: str) -> None:
 
 
 def test_matrices_without_whole_blocks_are_refused() -> None:
-    odd = model_config({**LLAMA, "C": 36, "F": 17})
-    with pytest.raises(ConfigError, match=r"blocks of 64 weights, and a matrix of h\.0\.gateupw has 17 x 36"):
+    odd = model_config({**LLAMA, "C": 40, "F": 17})
+    with pytest.raises(ConfigError, match=r"blocks of 64 weights, and a matrix of h\.0\.gateupw has 17 x 40"):
         plan_engine(EngineSpec(odd, B=1, T=16, lora=LoraConfig(4, base="nf4")))
 
 

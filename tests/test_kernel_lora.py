@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from kernel_harness import close, draw, each_dtype, either, f64, poison, run
+from kernel_harness import close, draw, each_backend, each_dtype, either, f64, poison, run, skip_unless_served
 from torch import Tensor
 
 SCALE = 1.75
@@ -16,6 +16,8 @@ CASES = [
     (63, 37, 29, 3, ((0, 29),)),
     (200, 136, 96, 8, ((0, 40), (72, 96))),
     (31, 5, 7, 9, ((1, 2), (2, 5), (6, 7))),
+    (600, 260, 132, 16, ((0, 132),)),  # rows in several runs, and columns in several tiles
+    (40, 30, 90, 70, ((0, 90),)),  # more columns than Triton's kernels take
 ]
 each_case = pytest.mark.parametrize(("n", "I", "O", "r", "columns"), CASES)
 
@@ -36,11 +38,13 @@ def inputs(n: int, I: int, O: int, r: int, columns: tuple[tuple[int, int], ...],
 
 
 @each_dtype
+@each_backend
 @each_case
-def test_forward(dtype, n, I, O, r, columns):
+def test_forward(dtype, backend, n, I, O, r, columns):
+    skip_unless_served("lora_forward", backend, dtype)
     x, a, b, y = inputs(n, I, O, r, columns, dtype)
     before, u = f64(y), poison(n, r * len(columns), dtype=dtype)
-    run("lora_forward", y, u, x, a, b, scale=SCALE, columns=columns)
+    run("lora_forward", y, u, x, a, b, backend=backend, scale=SCALE, columns=columns)
     close(u, f64(x) @ f64(a).T)
     added = SCALE * f64(u) @ whole(f64(b), columns, O).T  # of u as it was stored
     close(y, before + added, also_rounded=added)
@@ -51,27 +55,29 @@ def test_forward(dtype, n, I, O, r, columns):
 
 
 @each_dtype
+@each_backend
 @either
 @each_case
-def test_backward(dtype, accumulate, n, I, O, r, columns):
+def test_backward(dtype, backend, accumulate, n, I, O, r, columns):
+    skip_unless_served("lora_backward", backend, dtype)
     x, a, b, dy = inputs(n, I, O, r, columns, dtype)
     width = r * len(columns)
     u, du, big = draw(n, width, dtype=dtype, seed=1), poison(n, width, dtype=dtype), whole(f64(b), columns, O)
     old = [draw(*t.shape, dtype=dtype, seed=2) if accumulate else poison(*t.shape, dtype=dtype) for t in (b, a)]
     (db, db0), (da, da0) = [(t, f64(t) if accumulate else torch.zeros_like(f64(t))) for t in old]
-    run("lora_backward", du, db, dy, u, b, scale=SCALE, columns=columns, accumulate=accumulate)
+    run("lora_backward", du, db, dy, u, b, backend=backend, scale=SCALE, columns=columns, accumulate=accumulate)
     close(du, SCALE * f64(dy) @ big)
     want, at = (SCALE * f64(dy).T @ f64(u)), 0
     for i, (first, stop) in enumerate(columns):
         product = want[first:stop, i * r : i * r + r]
         close(db[at : at + stop - first], db0[at : at + stop - first] + product, also_rounded=product)
         at += stop - first
-    run("lora_backward_weight", da, du, x, accumulate=accumulate)
+    run("lora_backward_weight", da, du, x, backend=backend, accumulate=accumulate)
     product = f64(du).T @ f64(x)
     close(da, da0 + product, also_rounded=product)
     dx = draw(n, I, dtype=dtype, seed=3)
     before, added = f64(dx), f64(du) @ f64(a)
-    run("lora_backward_input", dx, du, a)
+    run("lora_backward_input", dx, du, a, backend=backend)
     close(dx, before + added, also_rounded=added)
 
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, finetuned for 20 steps on the answers of dialogues alone: with adapters and in full.
+"""SmolLM2-135M-Instruct, finetuned for 20 steps on the answers of dialogues alone: with adapters, QLoRA and in full.
 
 Our fp32 is held to transformers and PEFT in fp64. Their own fp32 is no measure here: this model has a few very large
 activations, and their gradients of norms lose four of seven digits. The results say how far each is from fp64.
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from interop_runs import ROOT
+from test_finetune_qlora import copy_adapters, their_qlora
 from torch import Tensor
 
 from daybreak.config_keys import LoraConfig, OptimConfig
@@ -93,7 +94,7 @@ def batches(folder: Path) -> list[tuple[Tensor, Tensor]]:
 @pytest.fixture(scope="module", autouse=True)
 def _written(full: bool) -> Any:
     yield
-    if full and len(found) == 10:
+    if full and len(found) == 15:
         versions = {name: importlib.metadata.version(name.replace("_", "-")) for name in ("torch", *NEEDS)}
         head = {"date": time.strftime("%Y-%m-%d"), "commit": package_commit(ROOT), "processor": cpu_model(),
                 "python": platform.python_version(), **versions}  # fmt: skip
@@ -175,6 +176,29 @@ def test_lora_equals_peft(folder: Path, batches: Any) -> None:
                     given[key].copy_(down)
         results.append(theirs(wrapped, batches, lr))
     compare("LoRA", losses, *results, 1e-5)
+
+
+def test_qlora_equals_peft_and_bitsandbytes(folder: Path, batches: Any) -> None:
+    """On their Linear4bit in fp32, and in fp64 on plain matrices with the values that theirs stand for."""
+    bnb = pytest.importorskip("bitsandbytes", reason="needs make test-real")
+    import peft
+
+    engine, losses = ours(folder, batches, LoraConfig(RANK, base="nf4"), lr := 2e-4)
+    names = [name.rpartition(".")[2] for name in THEIRS.values()]
+    how = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, task_type="CAUSAL_LM")
+    narrow, wide = their_qlora(folder, how), their_model(folder, torch.float64)
+    copy_adapters(engine, narrow)
+    for name, module in narrow.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            plain = wide.get_submodule(name.removeprefix("base_model.model.").removesuffix(".base_layer"))
+            value = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.weight.data.copy_(value)
+    exact = peft.get_peft_model(wide, how, autocast_adapter_dtype=False)
+    copy_adapters(engine, exact)
+    results = [theirs(model, batches, lr) for model in (exact, narrow)]
+    compare("QLoRA", losses, *results, 1e-5)
+    for (loss, _), (their_loss, _) in zip(losses, results[1], strict=True):
+        assert loss == pytest.approx(their_loss, rel=1e-5)
 
 
 def test_full_finetuning_equals_transformers(folder: Path, batches: Any) -> None:

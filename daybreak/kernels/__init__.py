@@ -38,11 +38,10 @@ FILES = (
 CUDA_ORDER = {
     "matmul": ("quack", "cublaslt", "triton", "torch"),
     "attention": ("fa4", "cudnn", "triton", "torch"),
-    "lora": ("torch",),  # its matmuls are small
-    **dict.fromkeys((name for name in FILES if name not in ("attention", "lora", "matmul")), ("triton", "torch")),
+    **dict.fromkeys((name for name in FILES if name not in ("attention", "matmul")), ("triton", "torch")),
 }
 CUDA_FILES = (
-    *(name for name in FILES if name not in ("lora", "matmul")),
+    *(name for name in FILES if name != "matmul"),
     *("batched", "bias", "cublaslt", "cudnn", "decode", "fa4", "gated", "gelu", "quack", "fp8"),
 )
 ON_HOST = (  # their references read values on the host

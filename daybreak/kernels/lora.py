@@ -27,7 +27,7 @@ from daybreak.kernels import op
 Columns = tuple[tuple[int, int], ...]
 
 
-def _each(y: Tensor, u: Tensor, b: Tensor, columns: Columns) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def each_part(y: Tensor, u: Tensor, b: Tensor, columns: Columns) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of each part: its columns of y (n, O) and of u (n, r parts), and its rows of b (all parts' outputs, r)."""
     at, r = 0, b.shape[1]
     for i, (first, stop) in enumerate(columns):
@@ -47,7 +47,7 @@ def _all_flops(given: Mapping[str, Any]) -> int:
 def lora_forward(y: Tensor, u: Tensor, x: Tensor, a: Tensor, b: Tensor, *, scale: float, columns: Columns) -> None:
     """u (n, r parts) = x (n, I) @ a (r parts, I)^T; y (n, O) += scale u @ b^T, in the columns of each part."""
     torch.mm(x, a.t(), out=u)
-    for out, u_part, b_part in _each(y, u, b, columns):
+    for out, u_part, b_part in each_part(y, u, b, columns):
         out.addmm_(u_part, b_part.t(), alpha=scale)
 
 
@@ -58,7 +58,7 @@ def lora_backward(
     """du (n, r parts) = scale dy @ b; db (as b) = scale dy^T @ u, added to db if `accumulate`."""
     beta = 1 if accumulate else 0  # with 0 the old values are not read, NaN or not
     for (grad, du_part, b_part), (_, u_part, db_part) in zip(
-        _each(dy, du, b, columns), _each(dy, u, db, columns), strict=True
+        each_part(dy, du, b, columns), each_part(dy, u, db, columns), strict=True
     ):
         torch.addmm(du_part, grad, b_part, beta=0, alpha=scale, out=du_part)
         db_part.addmm_(grad.t(), u_part, beta=beta, alpha=scale)

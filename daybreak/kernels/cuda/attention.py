@@ -70,7 +70,7 @@ SCAN = tl.constexpr(1024)  # queries whose first keys are looked at together
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + a b in fp32. Triton's interpreter multiplies bf16 wrongly, so there both are first widened to fp32."""
     if UPCAST:
         a = a.to(tl.float32)
@@ -128,7 +128,7 @@ def _walk_keys(
     keys = tl.arange(0, STEP)
     for start in range(lo, hi, STEP):
         k = _load(k_base, start, keys, columns, k_stride, T, HS, EVEN)
-        S = _dot(q, tl.trans(k), tl.zeros((rows.shape[0], STEP), tl.float32), PRECISION, UPCAST) * scale2
+        S = dot(q, tl.trans(k), tl.zeros((rows.shape[0], STEP), tl.float32), PRECISION, UPCAST) * scale2
         if DIAGONAL:
             S = tl.where(start_q + rows[:, None] >= start + keys[None, :], S, float("-inf"))
         if LIMIT:
@@ -141,7 +141,7 @@ def _walk_keys(
         shrink = tl.exp2(m - base)
         total = total * shrink + tl.sum(P, 1)
         v = _load(v_base, start, keys, columns, v_stride, T, HS, EVEN)
-        acc = _dot(P.to(v.dtype), v, acc * shrink[:, None], PRECISION, UPCAST)
+        acc = dot(P.to(v.dtype), v, acc * shrink[:, None], PRECISION, UPCAST)
         m = new_m
     return acc, m, total
 
@@ -195,13 +195,13 @@ def _walk_keys_again(
     for start in range(lo, hi, STEP):
         k = _load(k_base, start, keys, columns, k_stride, T, HS, EVEN)
         v = _load(v_base, start, keys, columns, v_stride, T, HS, EVEN)
-        P = tl.exp2(_dot(q, tl.trans(k), zeros, PRECISION, UPCAST) * scale2 - lse2[:, None])
+        P = tl.exp2(dot(q, tl.trans(k), zeros, PRECISION, UPCAST) * scale2 - lse2[:, None])
         if DIAGONAL:
             P = tl.where(start_q + rows[:, None] >= start + keys[None, :], P, 0.0)
         if LIMIT:
             P = tl.where(start + keys[None, :] >= first[:, None], P, 0.0)
-        dS = P * (_dot(do, tl.trans(v), zeros, PRECISION, UPCAST) - delta[:, None])
-        dq = _dot(dS.to(k.dtype), k, dq, PRECISION, UPCAST)
+        dS = P * (dot(do, tl.trans(v), zeros, PRECISION, UPCAST) - delta[:, None])
+        dq = dot(dS.to(k.dtype), k, dq, PRECISION, UPCAST)
     return dq
 
 
@@ -292,15 +292,15 @@ def _walk_queries(
             here = start + rows < T
             lse2 = tl.load(lse_head + start + rows, mask=here, other=float("inf")) * LOG2E
             sums = tl.load(delta_head + start + rows, mask=here, other=0.0)
-        P = tl.exp2(_dot(k, tl.trans(q), zeros, PRECISION, UPCAST) * scale2 - lse2[None, :])
+        P = tl.exp2(dot(k, tl.trans(q), zeros, PRECISION, UPCAST) * scale2 - lse2[None, :])
         if DIAGONAL:
             P = tl.where(start + rows[None, :] >= start_k + keys[:, None], P, 0.0)
         if LO or WINDOW > 0:
             first = _first_keys(limits, start + rows, T, LO, WINDOW)
             P = tl.where(start_k + keys[:, None] >= first[None, :], P, 0.0)
-        dv = _dot(P.to(do.dtype), do, dv, PRECISION, UPCAST)
-        dS = P * (_dot(v, tl.trans(do), zeros, PRECISION, UPCAST) - sums[None, :])
-        dk = _dot(dS.to(q.dtype), q, dk, PRECISION, UPCAST)
+        dv = dot(P.to(do.dtype), do, dv, PRECISION, UPCAST)
+        dS = P * (dot(v, tl.trans(do), zeros, PRECISION, UPCAST) - sums[None, :])
+        dk = dot(dS.to(q.dtype), q, dk, PRECISION, UPCAST)
     return dk, dv
 
 

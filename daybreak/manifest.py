@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 from daybreak.checked import ANY, TEXT, TOKENIZER, WHOLE, misfit, read_bytes, read_json
 from daybreak.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2  # written where there is a BASE, else 1
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
+BASE = "base.safetensors"  # the tensors that do not learn
 # Of an imported model, and of chats prepared for it: at which ids generation stops, how a tokenizer is used, how chats
 # are written.
 KEPT = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
@@ -110,7 +111,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if said := misfit(found, SPEC):
         refuse(file, f"is not a manifest of daybreak: {said}")
     files, world = found["files"], found["world"]
-    odd = files.keys() ^ {MODEL, *(optimizer_file(rank, world) for rank in range(min(world, len(files))))}
+    odd = (files.keys() - {BASE}) ^ {MODEL, *(optimizer_file(rank, world) for rank in range(min(world, len(files))))}
     if odd or not world:
         refuse(file, f"lists files that are not those of world = {world}: {min(odd, default='')!r} first")
     if found.get("checksum") != checksum(found):

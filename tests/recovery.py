@@ -77,6 +77,8 @@ def curve(run: daybreak.Run) -> list[tuple[Any, ...]]:
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     found = load_file(checkpoint / "model.safetensors")
+    if (checkpoint / "base.safetensors").exists():
+        found |= load_file(checkpoint / "base.safetensors")
     for path in checkpoint.glob("optimizer-*"):
         found |= {f"optimizer.{k}": v for k, v in load_file(path).items()}
     return found

@@ -143,7 +143,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
-    return load_file(run / f"checkpoints/step-{step:08d}/model.safetensors")
+    folder = run / f"checkpoints/step-{step:08d}"
+    return load_file(folder / "model.safetensors") | load_file(folder / "base.safetensors")
 
 
 def test_a_run_saves_the_bytes_of_its_base_and_resumes_with_the_same_bits(home: Path) -> None:

@@ -48,7 +48,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors(run: Path, step: int) -> dict[str, Tensor]:
-    return load_file(run / f"checkpoints/step-{step:08d}/model.safetensors")
+    folder = run / f"checkpoints/step-{step:08d}"
+    return load_file(folder / "model.safetensors") | load_file(folder / "base.safetensors")
 
 
 def test_only_adapters_learn(home: Path) -> None:
@@ -105,7 +106,9 @@ def test_what_is_exported_and_built_upon_is_merged(home: Path) -> None:
         inside(home, "finetune", "runs/a", "--data", "text", *SHORT, "--name", name, "--method", method)
         first = Run(home / "runs" / name).metrics("val")[0]["loss"]
         assert first == pytest.approx(Run(home / "runs/a").metrics("val")[-1]["loss"], rel=1e-6)
-    assert not any(map(is_adapter, tensors(home / "runs/full", 6)))
+    full = home / "runs/full/checkpoints/step-00000006"
+    assert not any(map(is_adapter, load_file(full / "model.safetensors")))
+    assert not (full / "base.safetensors").exists()
     assert inside(home, "sample", "runs/a", "--tokens", "4", "--temperature", "0").stdout
 
 
@@ -161,6 +164,7 @@ def test_memory_of_the_base_is_its_weights_alone(device_type: str) -> None:
     sizes = arena.sizes()
     assert sizes["frozen"] == 2 * (table.num_parameters - trained)
     assert checkpoint_bytes(arena, table.num_parameters) == 12 * trained + sizes["frozen"]
+    assert checkpoint_bytes(arena, table.num_parameters, 5) == 5 * 12 * trained + sizes["frozen"]
     assert [sizes[name] // trained for name in ("weights", "masters", "m", "v", "grads")] == [2, 2, 4, 4, 2]
 
 

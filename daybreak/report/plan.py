@@ -210,8 +210,9 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     size = 2 if c.model.V <= 1 << 16 else 4
     basis = f"counted: {size} bytes a token, if each is seen once"
     data = (disk(p.tokens * size), basis) if p.tokens else (na, no_time)
-    n, one = checkpoints_kept(c), checkpoint_bytes(p.arena, p.parameters)
-    saved = (disk(n * one), f"counted: {n} x {disk(one)}, one of them being written")
+    n, (first, two) = checkpoints_kept(c), (checkpoint_bytes(p.arena, p.parameters, i) for i in (1, 2))
+    each = f"{n} x {disk(two - first)}" + (f" and the base, {disk(2 * first - two)}" if two < 2 * first else "")
+    saved = (disk(first + (n - 1) * (two - first)), f"counted: {each}, one of them being written")
     rows += [("disk: data", *data), ("disk: checkpoints", *saved)]
     rows += [
         ("step", f"{step:,} tokens: {several(p.micro_steps, 'micro-step')} of B {c.batch.B} x T {c.T} on {p.gpus} x "

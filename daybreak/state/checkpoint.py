@@ -1,8 +1,12 @@
 """Checkpoints: written so that a listed one is complete, read so that a damaged one is never used.
 
     step-00001000/model.safetensors                    canonical names, whole tensors
+                  base.safetensors                     the same of what does not learn, in a run with adapters
                   optimizer-00000-of-00001.safetensors  a rank's ranges of the flat buffers (where: in its metadata)
                   manifest.json                         written last: everything else, and every file's size and sha256
+
+The base never changes. So it is written once, and later checkpoints of the run have a hard link to it: each is complete,
+can be copied and removed alone, and takes little of the disk. Where a disk has no links it is written each time.
 
 The publishing step is a rename. Beside the published directories there may be, after a crash,
 `.tmp-step-N-PID` (half written, ignored) and `.old-step-N-PID` (complete, on its way to being replaced; it counts while
@@ -17,8 +21,8 @@ import logging
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +37,7 @@ from daybreak.config_keys import LoraConfig
 from daybreak.errors import CheckpointError, Error, explained
 from daybreak.files import alive, fsync_folder, lock, remove, sha256_of, write_atomic
 from daybreak.kernels.nf4 import SUFFIXES, Packed, dense, packed_parts, plain_name
-from daybreak.manifest import MANIFEST, MODEL, kept_files, refuse
+from daybreak.manifest import BASE, MANIFEST, MODEL, kept_files, refuse
 from daybreak.models.registry import build_model
 from daybreak.parallel import ALONE, Group
 from daybreak.shapes import Shape
@@ -43,6 +47,7 @@ log = logging.getLogger("daybreak")
 
 RESERVED = ("format", "step", "world", "flat_numel", "layout", "files", "checksum")  # manifest keys of our own
 SLACK = 1 << 20  # bytes of a checkpoint beside its tensors
+SAMPLE = 64  # values that are compared at a place
 
 Verify = Literal["full", "size", "off"]
 Json = dict[str, Any]
@@ -57,7 +62,7 @@ class Snapshot:
     flat_numel: elements of a whole flat buffer. layout: (name, first element, shape) of each tensor in it.
     extra: small tensors kept by rank 0. manifest: JSON-able, keys other than RESERVED, no non-finite floats.
     parts: gives this rank's parts of a model tensor, (first element, contiguous 1-D tensor) in order, when they are
-    written; of `model` only shapes and dtypes are read.
+    written; of `model` only shapes and dtypes are read. frozen: names of those that never change in a run.
     """
 
     step: int
@@ -68,6 +73,12 @@ class Snapshot:
     extra: Mapping[str, torch.Tensor]
     manifest: Mapping[str, Any]
     parts: Callable[[str], Iterable[tuple[int, torch.Tensor]]]
+    frozen: Collection[str] = ()
+
+    @property
+    def base(self) -> dict[str, torch.Tensor]:
+        """What does not learn."""
+        return {name: self.model[name] for name in self.frozen}
 
     def nbytes(self, group: Group = ALONE) -> int:
         """Bytes of all tensors, those of the other ranks too. Collective."""
@@ -88,7 +99,8 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
     temporary = root / f".tmp-{final.name}-{group.first(os.getpid)}"
     optimizer = manifests.optimizer_file(group.rank, group.world)
 
-    need = snap.nbytes(group) + SLACK
+    need, base, linked = snap.nbytes(group) + SLACK, snap.base, dict[str, Json]()
+    model = {name: tensor for name, tensor in snap.model.items() if name not in base}
     way_out = "free space on its disk, lower checkpoint.keep, or move the run"
     sentence = explained(Error, f"checkpoint {final} could not be written", way_out)
 
@@ -98,25 +110,28 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
             root.mkdir(parents=True)
             fsync_folder(root.parent)
         remove(temporary)
-        _check_space(root, need, final)
         temporary.mkdir()
+        linked.update(_link_base(root, temporary, snap) if base else {})
+        _check_space(root, need - (sum(t.nbytes for t in base.values()) if linked else 0), final)
         if group.world > 1:
-            create_safetensors(temporary / MODEL, snap.model)
+            create_safetensors(temporary / MODEL, model)
 
     @sentence
     def write() -> dict[str, Json]:
-        model = {}
+        made = dict(linked)
+        if base and not made and not group.rank:
+            made[BASE] = write_safetensors(temporary / BASE, base, parts=snap.parts)
         if group.world > 1:
-            fill_safetensors(temporary / MODEL, {name: snap.parts(name) for name in snap.model})
+            fill_safetensors(temporary / MODEL, {name: snap.parts(name) for name in model})
         else:
-            model[MODEL] = write_safetensors(temporary / MODEL, snap.model, parts=snap.parts)
-        return {**model, optimizer: _write_optimizer(temporary / optimizer, snap, group.rank)}
+            made[MODEL] = write_safetensors(temporary / MODEL, model, parts=snap.parts)
+        return {**made, optimizer: _write_optimizer(temporary / optimizer, snap, group.rank)}
 
     @sentence
     def publish() -> None:
         if group.world > 1:
-            model = temporary / MODEL
-            files[MODEL] = {"size": model.stat().st_size, "sha256": sha256_of(model)}
+            path = temporary / MODEL
+            files[MODEL] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
         _write_manifest(temporary / MANIFEST, snap, group.world, files)
         fsync_folder(temporary)
         _publish(temporary, final)
@@ -129,6 +144,34 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
         if group.rank == 0:
             remove(temporary)
     return final
+
+
+def _link_base(root: Path, temporary: Path, snap: Snapshot) -> dict[str, Json]:
+    """Link the base of the newest checkpoint of the run that has this one. Its entry in a manifest; empty if none has."""
+    for path in manifests.list_checkpoints(root, snap.manifest.get("run", "")):
+        with suppress(CheckpointError, OSError):
+            entry = manifests.read_manifest(path)["files"].get(BASE)
+            if entry and path.joinpath(BASE).stat().st_size == entry["size"] and _holds(path / BASE, snap):
+                os.link(path / BASE, temporary / BASE)
+                return {BASE: entry}
+    return {}
+
+
+def _holds(path: Path, snap: Snapshot) -> bool:
+    """Whether a file has the base: names, shapes, dtypes, and values at the start, middle and end of each tensor."""
+    file = SafetensorsFile(path)
+    kinds = {name: (tuple(t.shape), t.dtype) for name, t in snap.base.items()}
+    if kinds != {name: (entry.shape, entry.dtype) for name, entry in file.entries.items()}:
+        return False
+    for name in kinds:
+        for first, value in snap.parts(name):
+            for at in (0, value.numel() // 2, max(0, value.numel() - SAMPLE)):
+                here = value[at : at + SAMPLE].cpu().contiguous()
+                there = torch.empty_like(here)
+                file.read(name, there, first + at)
+                if not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
+                    return False
+    return True
 
 
 def _check_space(root: Path, need: int, final: Path) -> None:
@@ -166,7 +209,7 @@ def _extra_name(name: str) -> str:
 def _write_manifest(path: Path, snap: Snapshot, world: int, files: Mapping[str, Json]) -> None:
     assert not set(RESERVED) & snap.manifest.keys()
     manifest = {
-        "format": manifests.FORMAT,
+        "format": manifests.FORMAT if BASE in files else 1,
         "step": snap.step,
         **snap.manifest,
         "world": world,
@@ -266,7 +309,9 @@ class Checkpoint:
         self.flat_numel: int = manifest["flat_numel"]
         self.layout = [(name, start, tuple(shape)) for name, start, shape in manifest["layout"]]
         self._model = SafetensorsFile(path / MODEL)
-        if odd := {name for name, _, _ in self.layout} - self._model.entries.keys():  # frozen tensors have no layout
+        base = SafetensorsFile(path / BASE) if BASE in manifest["files"] else None
+        self._of = {name: file for file in (base, self._model) if file for name in file.entries}
+        if odd := {name for name, _, _ in self.layout} - self._of.keys():  # frozen tensors have no layout
             refuse(path / MANIFEST, f"has {min(odd)!r} in its layout, and {MODEL} does not")
         world = manifest["world"]
         ranks = [SafetensorsFile(path / manifests.optimizer_file(rank, world)) for rank in range(world)]
@@ -295,22 +340,22 @@ class Checkpoint:
 
     def names(self) -> list[str]:
         """Names of the model's tensors. One in NF4 is four in the file."""
-        return list(dict.fromkeys(plain_name(name) for name in self._model.entries))
+        return list(dict.fromkeys(plain_name(name) for name in self._of))
 
     def packed(self, name: str) -> bool:
         """Whether a tensor is in NF4."""
-        return name + SUFFIXES[0] in self._model.entries
+        return name + SUFFIXES[0] in self._of
 
     def read_model(self, name: str, out: torch.Tensor) -> None:
         """Copy a model tensor into contiguous `out` of the same shape, any float dtype, any device. NAME.nf4 and so on
         are the parts of one in NF4."""
         if not self.packed(name):
-            self._read(self._model, name, out)
+            self._read(self._of.get(name, self._model), name, out)
             return
         rows = self._parts[name]
         parts = [torch.empty(shape, dtype=dtype) for shape, dtype in packed_parts(name, tuple(out.shape), rows)]
         for suffix, part in zip(SUFFIXES, parts, strict=True):
-            self._read(self._model, name + suffix, part)
+            self._read(self._of[name + suffix], name + suffix, part)
         out.copy_(dense(Packed(tuple(out.shape), rows, *parts), torch.empty(out.shape)))
 
     @cached_property

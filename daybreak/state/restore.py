@@ -49,7 +49,8 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Stagi
     names = [name + part for name in table.rows for part in ("", *SUFFIXES) if name + part in kinds]
     model = {name: torch.empty(kinds[name][0], dtype=kinds[name][1], device="meta") for name in names}
     once = {name: state[name] for name in saved["once"]}
-    return Snapshot(step, model, optimizer, table.numel, table.layout(), once, manifest, parts)
+    frozen = [name for name in names if name not in table.offsets]
+    return Snapshot(step, model, optimizer, table.numel, table.layout(), once, manifest, parts, frozen)
 
 
 def _saved(arena: Arena) -> dict[str, list[str]]:
@@ -69,12 +70,13 @@ def staged_bytes(arena: Arena) -> int:
     return weights + sum(e.nbytes for e in arena.entries if e.saved)
 
 
-def checkpoint_bytes(arena: Arena, parameters: int) -> int:
-    """Bytes of one checkpoint: weights in fp32 (bf16 where no masters are kept) and the optimizer's moments."""
+def checkpoint_bytes(arena: Arena, parameters: int, number: int = 1) -> int:
+    """Bytes of a number of checkpoints: weights in fp32 (bf16 where no masters are kept) and the optimizer's moments.
+    They share what is frozen (checkpoint.py)."""
     moments = sum(e.dtype.itemsize for e in arena.entries if e.saved == "ranges")
     frozen = [e for e in arena.entries if e.buffer == "frozen"]  # which have no moments
     trained = parameters - sum(row.numel for row in arena.sharding.table.frozen)
-    return trained * (exact_weights(arena).itemsize + moments) + sum(e.nbytes for e in frozen)
+    return number * trained * (exact_weights(arena).itemsize + moments) + sum(e.nbytes for e in frozen)
 
 
 def checkpoints_kept(config: Config) -> int:
@@ -86,8 +88,9 @@ def checkpoints_kept(config: Config) -> int:
 
 def warn_of_disk(folder: Path, config: Config, arena: Arena) -> None:
     """A warning if the disk of the run's `folder` has no room for all its checkpoints. Quotas are not seen."""
-    need = checkpoints_kept(config) * checkpoint_bytes(arena, arena.sharding.table.num_parameters)
-    missing = need - sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/*"))
+    need = checkpoint_bytes(arena, arena.sharding.table.num_parameters, checkpoints_kept(config))
+    files = {(s := path.stat()).st_ino: s.st_size for path in folder.glob("checkpoints/step-*/*")}
+    missing = need - sum(files.values())
     system = os.statvfs(folder)
     if system.f_blocks and (free := system.f_bavail * system.f_frsize) < missing:  # no blocks: it does not tell
         said = f"the checkpoints of {folder} need {disk(missing)} and its disk has {disk(free)} free"

@@ -20,7 +20,6 @@ from torch import Tensor
 from daybreak.config_keys import LoraConfig, OptimConfig
 from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.passes import plan_engine
-from daybreak.errors import ConfigError
 from daybreak.interop import open_source
 from daybreak.kernels.nf4 import SUFFIXES, Packed, pack, packed_parts
 from daybreak.models.adapters import is_adapter
@@ -208,12 +207,6 @@ def test_exports_merge_into_what_was_trained(home: Path) -> None:
 def test_refusals(home: Path, args: list[str], said: str) -> None:
     assert said in inside(home, "finetune", "base", "--data", "text", *args, *SHORT, "--name", "no", code=2).stderr
     assert not (home / "runs/no").exists()
-
-
-def test_matrices_without_whole_blocks_are_refused() -> None:
-    odd = model_config({**LLAMA, "C": 40, "F": 17})
-    with pytest.raises(ConfigError, match=r"blocks of 64 weights, and a matrix of h\.0\.gateupw has 17 x 40"):
-        plan_engine(EngineSpec(odd, B=1, T=16, lora=LoraConfig(4, base="nf4")))
 
 
 def test_memory_of_llama3_8b() -> None:

@@ -5,8 +5,8 @@
                   optimizer-00000-of-00001.safetensors  a rank's ranges of the flat buffers (where: in its metadata)
                   manifest.json                         written last: everything else, and every file's size and sha256
 
-The base never changes. So it is written once, and later checkpoints of the run have a hard link to it: each is complete,
-can be copied and removed alone, and takes little of the disk. Where a disk has no links it is written each time.
+The base never changes. So it is written once, and later checkpoints of the run have a hard link to it: each is
+complete, can be copied and removed alone, and takes little space. Where a disk has no links it is written each time.
 
 The publishing step is a rename. Beside the published directories there may be, after a crash,
 `.tmp-step-N-PID` (half written, ignored) and `.old-step-N-PID` (complete, on its way to being replaced; it counts while
@@ -147,7 +147,7 @@ def save_checkpoint(root: Path, snap: Snapshot, group: Group = ALONE) -> Path:
 
 
 def _link_base(root: Path, temporary: Path, snap: Snapshot) -> dict[str, Json]:
-    """Link the base of the newest checkpoint of the run that has this one. Its entry in a manifest; empty if none has."""
+    """Link the base of the run's newest checkpoint that has this one. Its entry in a manifest; empty if none has."""
     for path in manifests.list_checkpoints(root, snap.manifest.get("run", "")):
         with suppress(CheckpointError, OSError):
             entry = manifests.read_manifest(path)["files"].get(BASE)

@@ -208,6 +208,7 @@ section_nanochat() { # nanochat's family: Muon, and its own groups of parameters
   data
   local run="$nano $flags --model.V 50257 --optim.name muon --optim.lr 0.008 --optim.muon_warmup 4 --optim.clip 0"
   run="$run --checkpoint.every 2 --eval.every 4"
+  [ "${SMOKE:-gpu}" = cpu ] && run="$run --eval.tokens 1024"
   step "train nanochat's family" "daybreak train $run --name n --steps 8"
   step "killed" "daybreak train $run --name nk --steps 8 & $checks kill nk 4 \$!"
   step "resume" "daybreak train runs/nk"

@@ -50,6 +50,7 @@ DATA = (
     "test_packing",
     "test_prepare_chat",
     "test_eval_choice",
+    "test_eval_core",
     "test_eval_harness",
 )
 GROUPS = {

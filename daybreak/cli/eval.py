@@ -20,7 +20,7 @@ VALIDATION = "validation loss (nats per token)", "bits per byte"  # what --data 
 
 @click.command("eval")
 @click.argument("target", metavar="RUN|HF-DIR")
-@click.option("--tasks", metavar="A,B", help="hellaswag, lambada, arc, piqa, winogrande, mmlu, truthfulqa, gsm8k, ...")
+@click.option("--tasks", metavar="A,B", help="core, hellaswag, lambada, arc, piqa, winogrande, mmlu, gsm8k, ...")
 @click.option("--leaderboard", is_flag=True, help="The six tasks of the first Open LLM Leaderboard, and their mean.")
 @click.option("--hellaswag", metavar="FILE", help="Score a run as llm.c does; FILE is the .jsonl or an eval .bin.")
 @click.option("--data", metavar="NAME", help="Validation loss of a run on a prepared data set or a folder of shards.")
@@ -47,6 +47,7 @@ def evaluate(
       daybreak eval runs/mine --leaderboard --data-files sets
       daybreak eval runs/mine --hellaswag hellaswag_val.jsonl --tasks hellaswag     (llm.c's and lm-eval's)
       daybreak eval runs/mine --data my-gpt2
+      daybreak eval runs/mine --tasks core --data-files eval_bundle
     """
     own = hellaswag is not None or data is not None
     if (chosen := (tasks is not None) + leaderboard) > 1 or not (chosen or own):
@@ -58,6 +59,11 @@ def evaluate(
         raise ConfigError(f"{target} {neither}{run_hint(target) or '.'}")
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--data-files {data_files} is not a folder.")
+    names = [name.strip() for name in (tasks or "").split(",")]
+    if has_core := "core" in names:
+        names.remove("core")
+        if not is_run:
+            raise ConfigError(f"--tasks core scores runs only, and {target} is not a run; import it.")
     if not is_run and own:
         flag, way = ("--hellaswag", "use --tasks hellaswag") if data is None else ("--data", "import it")
         raise ConfigError(f"{flag} scores runs only, and {target} is not a run; {way}.")
@@ -80,8 +86,12 @@ def evaluate(
         loss = validate_on(engine, run.config, tokenizer, data)
         found = list(zip(VALIDATION, (loss.loss, loss.bits_per_byte), strict=True))
         scores += [harness.Score(data, m, value, loss.tokens // engine.T, 0) for m, value in found]
-    if chosen:
-        names = [t for name in (tasks or "").split(",") for t in harness.TASKS.get(name.strip(), [name.strip()])]
+    if has_core:
+        from daybreak.evaluate.core import core
+
+        scores += core(engine, tokenizer, folder, limit or 0)
+    if leaderboard or names != [""] * len(names):
+        names = [t for name in names for t in harness.TASKS.get(name, [name])]
         greedy = not leaderboard and any(not t.startswith(harness.CHOICE) for t in names)
         lm: Any = harness.engine_lm(engine, tokenizer, greedy) if is_run else harness.hf_lm(path, batch, device)
         if leaderboard:

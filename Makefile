@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= tiny
 CODE := daybreak tests bench examples scripts docs
 
-.PHONY: demo chat test test-all test-recovery test-llama test-real test-notebook notebooks check bench docs clean install test-install
+.PHONY: demo chat test test-all test-recovery test-images test-llama test-real test-notebook notebooks check bench docs clean install test-install
 
 install: $(VENV)/.installed
 test-install: $(VENV)/.installed-dev
@@ -38,11 +38,15 @@ test: test-install check
 	$(BIN)/python -m pytest -n $$(nproc) --dist worksteal
 
 # Everything: the tests, recovery at full scale, llama.cpp, a real model, a chat, the notebook, the site.
-test-all: test test-recovery test-llama test-real chat test-notebook docs
+test-all: test test-recovery test-images test-llama test-real chat test-notebook docs
 
 # The recovery contract at full scale: 50 random kills, 100,000 mutations, the soak, a page of a million steps; writes bench/results/recovery.csv.
 test-recovery: test-install
 	$(BIN)/python -m pytest --full tests/test_recovery_*.py tests/test_pages.py
+
+# 200 unseen captions of the recipe `shapes`, drawn after its whole training; writes bench/results/images.csv.
+test-images: test-install
+	$(BIN)/python -m pytest --full tests/test_images_learn.py
 
 # llama.cpp itself on exported GGUF files.
 test-llama: test-install

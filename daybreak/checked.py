@@ -55,7 +55,10 @@ def or_null(rule: Rule) -> Rule:
 
 
 FILE_NAME = matching("the name of a file in the same folder", r"(?!\.\.?$)[^/\0]{1,255}")
-TOKENIZER = matching("gpt2, bytes, gpt2-N or hf-...", r"gpt2(-[0-9]{1,6})?|bytes|hf-[0-9a-f]{12}")  # never a path
+_CODEC = r"(\+img-[0-9a-f]{12})?"  # of pictures, behind the name of the text's tokenizer
+TOKENIZER = matching(  # never a path
+    "gpt2, bytes, gpt2-N or hf-...", rf"(gpt2(-[0-9]{{1,6}})?|bytes|hf-[0-9a-f]{{12}}){_CODEC}"
+)
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:

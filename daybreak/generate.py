@@ -332,10 +332,10 @@ class Batch:
             self._take([row], self.engine.prefill(row, [window]))
 
     def _take(self, rows: Sequence[int], logits: Tensor) -> None:
-        """Choose the next token in these rows, never an id beyond the tokenizer's. Only ids leave the device, unless a
-        sequence needs its logits here."""
+        """Choose the next token in these rows, always one of text. Only ids leave the device, unless a sequence needs
+        its logits here."""
         texts = [self.texts[row] for row in rows]
-        V = min((text.tokenizer.V for text in texts if text.tokenizer), default=logits.shape[-1])
+        V = min((text.tokenizer.text_V for text in texts if text.tokenizer), default=logits.shape[-1])
         usual = logits[:, :V]
         read = {
             i: logits[i].cpu().numpy()

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():  # Triton's kernels run under its interpreter;
 # Each group's share of `make test`, in minutes of CPU time. A file belongs to the group whose list names it, else
 # foundation. The minutes are printed, never asserted: a slower or busier machine spends more of them.
 BUDGETS = {"foundation": 5.0, "kernels": 4.0, "interop": 3.0, "data": 3.0, "pages": 2.0, "recovery": 4.0}
-BUDGETS |= {"distributed": 4.0, "decoder": 2.0}
+BUDGETS |= {"distributed": 4.0, "decoder": 2.0, "pictures": 2.0}
 KERNELS = ("attention", "bias", "classifier", "embedding", "gelu", "guard", "matmul", "norm", "optimizer", "tune")
 KERNELS += ("glu", "nanochat", "rope")
 INTEROP = (
@@ -66,6 +66,7 @@ RECOVERY = ("kill", "faults", "fuzz", "signals", "slurm")
 GROUPS |= {f"tests/test_recovery_{name}.py": "recovery" for name in RECOVERY}
 GROUPS |= {f"tests/test_{name}.py": "recovery" for name in ("saved_config", "files_checked")}
 GROUPS |= {f"tests/test_{name}.py": "decoder" for name in ("llama", "llama_train")}
+GROUPS |= {f"tests/test_images_{name}.py": "pictures" for name in ("codec", "prepare", "draw", "learn", "faults")}
 spent = dict.fromkeys(BUDGETS, 0.0)
 FIGURES: dict[str, object] = {}  # what the recovery tests measured, of all worker processes
 counted = [0.0]  # CPU seconds of this process and its children at the last report

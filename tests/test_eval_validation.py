@@ -109,6 +109,24 @@ def test_bits_per_byte_by_hand(tmp_path: Path) -> None:
     assert math.isnan(found.loss)
 
 
+def test_text_and_pictures_apart_by_hand(tmp_path: Path) -> None:
+    # 4 codes from 257 on, then the marks 261 and 262: "A", mark, two codes, mark; and once more without the text.
+    tokenizer = get_tokenizer("bytes").with_pictures("0" * 64, 4, 2, 6)
+    bits = {256: 40.0, 65: 3.0, 261: 1.0, 257: 5.0, 260: 8.0, 262: 2.0}
+    stream = [256, 65, 261, 257, 260, 262, 256, 256, 261, 260, 260, 262, 256]
+    loader = Loader([write_shard(tmp_path / "a.bin", stream)], 12, shuffle=False, V=263)
+    lengths = tokenizer.lengths(263)
+    found = validate(Bits(1, 12, bits), loader, lengths, 12, pictures=tokenizer.pictures)  # type: ignore[arg-type]
+    assert found.text == pytest.approx(3 * math.log(2), rel=1e-12)
+    assert found.image == pytest.approx((5 + 3 * 8) / 4 * math.log(2), rel=1e-12)
+    assert found.bits_per_byte == pytest.approx(3, rel=1e-12)
+    assert found.loss == pytest.approx((3 * 40 + 3 + 2 * 1 + 5 + 3 * 8 + 2 * 2) / 12 * math.log(2), rel=1e-12)
+    plain = validate(Bits(1, 12, bits), loader, lengths, 12)  # type: ignore[arg-type]
+    assert plain.loss == found.loss
+    assert math.isnan(plain.text)
+    assert math.isnan(plain.image)
+
+
 def test_a_run_scores_on_another_data_set_as_training_would(tmp_path: Path, monkeypatch, capsys) -> None:
     """The loss of `eval --data` is what a run that validates on that set reports for the same weights."""
     monkeypatch.chdir(tmp_path)

@@ -35,9 +35,10 @@ EXAMPLES: dict[str, dict[str, object]] = {
         "skipped": False, "mem_mib": 100, "eta_s": 60.0, "epoch": 0, "temp_c": None, "power_w": 61.5,
         "saturated": None,
     },
-    "val": {"loss": 4.0, "tokens_evaluated": 4096, "bpb": 1.5},
+    "val": {"loss": 4.0, "tokens_evaluated": 4096, "bpb": 1.5, "text_loss": 2.5, "image_loss": None},
     "eval": {"task": "hellaswag", "accuracy": 0.25, "examples": 10042},
     "sample": {"text": "line\n<script> é 🌅 NaN"},
+    "image": {"caption": "a <b> é", "path": "images/step-3-0.png"},
     "checkpoint": {"path": "checkpoints/step-00000010", "seconds": 0.5, "stall": 0.25, "bytes": 123},
     "event": {"what": "signal", "detail": "SIGTERM"},
 }  # fmt: skip

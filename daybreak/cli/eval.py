@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from daybreak.formatting import several
 if TYPE_CHECKING:
     from daybreak.evaluate.harness import Score
 
-VALIDATION = "validation loss (nats per token)", "bits per byte"  # what --data prints
+# What --data prints; the last two of a model of pictures.
+VALIDATION = ("validation loss (nats per token)", "bits per byte", "nats per text token", "nats per image token")
 
 
 @click.command("eval")
@@ -84,7 +86,8 @@ def evaluate(
         scores = [harness.Score("hellaswag, in-loop", m, v, both.examples, 0) for m, v in values]
     if data is not None:
         loss = validate_on(engine, run.config, tokenizer, data)
-        found = list(zip(VALIDATION, (loss.loss, loss.bits_per_byte), strict=True))
+        numbers = (loss.loss, loss.bits_per_byte, loss.text, loss.image)
+        found = [(m, v) for m, v in zip(VALIDATION, numbers, strict=True) if m in VALIDATION[:2] or not math.isnan(v)]
         scores += [harness.Score(data, m, value, loss.tokens // engine.T, 0) for m, value in found]
     if has_core:
         from daybreak.evaluate.core import core

@@ -35,16 +35,18 @@ if TYPE_CHECKING:
 @click.option("--workers", type=int, default=0, metavar="N", help="Threads; 0 = all cores.")
 @click.option("--text-field", default="text", metavar="KEY",
               help="Field (.jsonl, .json, .csv) or column with the text.")  # fmt: skip
-@click.option("--as", "kind", type=click.Choice(["text", "chat"]),
+@click.option("--as", "kind", type=click.Choice(["text", "chat", "images"]),
               help="What the files hold (default: as their first record looks).")  # fmt: skip
-@click.option("--row-tokens", type=click.IntRange(8), metavar="T", help="Tokens of a row of packed chats (1024).")
+@click.option("--row-tokens", type=click.IntRange(8), metavar="T",
+              help="Tokens of a row of packed chats (1024), or of a caption and its picture.")  # fmt: skip
+@click.option("--px", type=click.IntRange(8, 128), metavar="N", help="Pixels a side of pictures (32).")
 @click.option("--show", type=click.IntRange(1), metavar="N", help="Print N examples of chats: context, learned.")
 @click.option("--skip-bad", is_flag=True, help="Skip bad files, lines and rows, and count them.")
 def prepare(
     sources: tuple[str, ...], pretokenized: int | None, name: str | None, data_dir: str, show: int | None,
-    row_tokens: int | None, kind: str | None, **options: Any,
+    row_tokens: int | None, kind: str | None, px: int | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Turn text or chats into the token shards that training reads.
+    """Turn text, chats or pictures into the token shards that training reads.
 
     If it is stopped, run the same command again: it continues.
 
@@ -56,6 +58,7 @@ def prepare(
       chats.jsonl         a conversation in each: messages, ShareGPT, Alpaca, or prompt and completion
       pages.jsonl.gz      all but Parquet also compressed, .gz or .zst
       folder              all of these in it; files whose names say "test" are left out
+      shapes              pictures of coloured shapes, with captions (no download)
       -                   standard input, text or JSON Lines
       hf:owner/name[:config][#column]     a data set of the Hugging Face Hub (HF_ENDPOINT is respected)
       https://host/part-{00..99}.parquet  files of these kinds
@@ -66,21 +69,37 @@ def prepare(
       daybreak prepare stdlib --tokenizer bytes
       daybreak prepare book.txt --name mybook
       daybreak prepare chats.jsonl --tokenizer SmolLM2/tokenizer.json --show 3
+      daybreak prepare photos --as images --px 64
       daybreak prepare fineweb-edu-100B --pretokenized 20
     """
     from daybreak.data import prepare as data
+    from daybreak.data.catalogue import is_drawn
+    from daybreak.data.pictures import MARK
     from daybreak.data.prepare_chat import ROW_TOKENS
     from daybreak.data.tokenizer import get_tokenizer
 
+    pictures = kind == "images" or (kind is None and is_drawn(sources))
+    if px and not pictures:
+        raise ConfigError(f"--px {px} is for pictures; add --as images.")
+    if pictures and pretokenized is not None:
+        raise ConfigError("--pretokenized is for text, and pictures have no ready-made shards; leave it out.")
     if pretokenized is not None and len(sources) != 1:
         raise ConfigError(f"--pretokenized takes one NAME or hf:owner/name, not {' '.join(sources)!r}.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written stays
     with _progress() as progress:
-        if pretokenized is not None:
+        if pictures:
+            from daybreak.images.prepare import PX, prepare_images  # here, since it imports torch
+
+            given = {"px": px or PX, "row_tokens": row_tokens or 0, **options}
+            manifest = prepare_images(sources, name=name, data_dir=data_dir, progress=progress, **given)
+        elif pretokenized is not None:
             manifest = data.pretokenized(sources[0], pretokenized, name=name, data_dir=data_dir, progress=progress)
         else:
             packed: dict[str, Any] = {"kind": kind or "", "row_tokens": row_tokens or ROW_TOKENS}
             manifest = data.prepare(sources, name=name, data_dir=data_dir, progress=progress, **packed, **options)
+    if MARK in manifest.tokenizer:
+        _say_pictures(manifest, data_dir)
+        return
     if manifest.rows:
         _say_rows(manifest, data_dir, show or 0)
         return
@@ -97,6 +116,24 @@ def prepare(
         f"({manifest.tokenizer}) of {train.documents + val.documents:,} documents in {shards} shards\n"
         f"Validation is {share:.3g} % of the tokens. Next: daybreak train {model} --data {manifest.name} "
         f"--name {manifest.name}{place}"
+    )
+
+
+def _say_pictures(manifest: Manifest, data_dir: str) -> None:
+    """How many pictures there are, and what is next."""
+    from daybreak.data.catalogue import DRAWN
+    from daybreak.data.pictures import text_name
+    from daybreak.data.tokenizer import get_tokenizer
+
+    tokenizer = get_tokenizer(manifest.tokenizer, Path(data_dir) / manifest.name)
+    assert tokenizer.pictures
+    place, D, text = f" --data.dir {data_dir}" * (data_dir != "data"), tokenizer.pictures.D, text_name(tokenizer.name)
+    other = f" --data.tokenizer {text}" * (text != "gpt2-1024")
+    own = f" --data {manifest.name}{other} --model.V {tokenizer.V} --model.max_T {D} --name {manifest.name}"
+    click.echo(
+        f"{data_dir}/{manifest.name}: {manifest.train.documents:,} training and {manifest.val.documents:,} validation "
+        f"documents of {D} tokens, {tokenizer.pictures.N} of them a picture's ({manifest.tokenizer})\n"
+        f"Next: daybreak train shapes{own * (manifest.source != DRAWN or bool(other))}{place}"
     )
 
 
@@ -145,7 +182,7 @@ def _progress() -> Iterator[Progress]:
             now = time.monotonic()
             speed = (tokens - first[1]) / max(now - began, 1e-9)
             bar.update(task, completed=done, total=total, description=f"{speed / 1e6:.2f} M tokens/s")
-            if not console.is_terminal and now - said >= 30:
+            if not console.is_terminal and now - said >= 30 and done > first[0]:
                 said, left = now, (total - done) * (now - began) / max(done - first[0], 1)
                 log.info("%.1f %%, %.2f M tokens/s, about %.0f s left", 100 * done / total, speed / 1e6, left)
 

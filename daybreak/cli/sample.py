@@ -1,12 +1,20 @@
-"""`daybreak sample`: text from a trained model, on stdout as it is generated."""
+"""`daybreak sample`: text from a trained model, on stdout as it is generated; or pictures, as PNG files."""
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from daybreak.errors import ConfigError, explained
+
+if TYPE_CHECKING:
+    from daybreak.generate import Sampling
+MOST_ROWS = 16  # of the cache: with guidance, half as many pictures are drawn at a time
 
 
 @click.command()
@@ -31,20 +39,32 @@ import click
               help="Lower a token's logit by X for each earlier occurrence.")  # fmt: skip
 @click.option("--presence-penalty", type=click.FloatRange(-2, 2), default=0.0, metavar="X",
               help="Lower the logit of tokens that occurred before by X.")  # fmt: skip
-def sample(target: str, prompt: str, step: int | None, count: int, seed: int, **options: Any) -> None:
-    """Generate text from a run or a Hugging Face model.
+@click.option("--out", metavar="DIR", help="Draw pictures of the prompt, as PNG files in this folder.")
+@click.option("--guidance", type=click.FloatRange(0, 20), default=1.0, metavar="G",
+              help="Of pictures: above 1 they follow the prompt more closely.")  # fmt: skip
+def sample(
+    target: str, prompt: str, step: int | None, count: int, seed: int, out: str | None, guidance: float, **options: Any
+) -> None:
+    """Generate text from a run or a Hugging Face model, or pictures from a run on pictures.
 
     \b
     Examples:
       daybreak sample runs/tiny
       daybreak sample runs/tiny --prompt "def main" --tokens 200 --temperature 0.8 -n 3
       daybreak sample my-hf-folder --top-p 0.9
+      daybreak sample runs/shapes --prompt "a red circle left of a blue square" --out drawn -n 4
     """
     from daybreak.generate import Sampling, sample_text
     from daybreak.interop import load_model
 
     how = Sampling(seed=seed, **options)
     how.check()
+    if out is not None:
+        for path in _pictures(target, prompt, step, count, how, Path(out), guidance):
+            click.echo(path)
+        return
+    if guidance != 1:
+        raise ConfigError(f"--guidance {guidance} is for pictures; add --out DIR.")
     engine, tokenizer, _ = load_model(target, step)
     for i in range(count):
         if count > 1:
@@ -54,3 +74,26 @@ def sample(target: str, prompt: str, step: int | None, count: int, seed: int, **
         for piece in sample_text(engine, tokenizer, prompt, replace(how, seed=seed + i)):
             click.echo(piece, nl=False)
         click.echo()
+
+
+def _pictures(
+    target: str, prompt: str, step: int | None, count: int, how: Sampling, out: Path, guidance: float
+) -> list[Path]:
+    """Draw pictures into files, whose names are the prompt's words and the seed. ConfigError for a model of text."""
+    from daybreak.images.codec import Codec
+    from daybreak.images.draw import draw, head, pictures_of
+    from daybreak.images.png import write_png
+    from daybreak.interop import load_model
+
+    if how.stop or how.repetition_penalty != 1 or how.frequency_penalty or how.presence_penalty:
+        raise ConfigError("--stop and the penalties are for text; leave them out with --out.")
+    engine, tokenizer, _ = load_model(target, step, rows=min(MOST_ROWS, count * (1 + (guidance != 1))))
+    head(tokenizer, pictures_of(tokenizer, target), prompt)  # before anything is written
+    codec = Codec.load(Path(target), tokenizer)
+    with explained(ConfigError, f"--out {out} cannot be written"):
+        out.mkdir(parents=True, exist_ok=True)
+        words, paths = re.sub(r"\W+", "-", prompt).strip("-")[:80] or "picture", list[Path]()
+        for i, pixels in enumerate(codec.decode(draw(engine, tokenizer, [prompt] * count, how, guidance))):
+            paths.append(out / f"{words}-{how.seed + i}.png")
+            write_png(paths[-1], pixels)
+    return paths

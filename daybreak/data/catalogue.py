@@ -30,8 +30,10 @@ class Known:
 
 _EDU, _WEB = "hf:HuggingFaceFW/fineweb-edu:sample-", "hf:HuggingFaceFW/fineweb:sample-"
 _SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+DRAWN = "shapes"  # the procedural set of pictures (images/scenes.py)
 CATALOGUE: dict[str, Known] = {
     "stdlib": Known(""),
+    DRAWN: Known(""),
     "fineweb-edu-10B": Known(f"{_EDU}10BT", 0.01),
     "fineweb-edu-100B": Known(f"{_EDU}100BT", 0.001, "karpathy/fineweb-edu-100B-gpt2-token-shards"),
     "fineweb-edu-350B": Known(f"{_EDU}350BT", 0.0003),
@@ -52,8 +54,15 @@ def known_name(name: str) -> str:
     return name if name in CATALOGUE else ""
 
 
+def is_drawn(words: Sequence[str | Path]) -> bool:
+    """Whether this is the procedural set of pictures, and no file or folder of its name."""
+    return [str(word) for word in words] == [DRAWN] and not Path(DRAWN).exists()
+
+
 def _known_source(name: str, field: str, fraction: float | None, faults: Faults) -> TextSource:
     entry = CATALOGUE[name]
+    if name == DRAWN:
+        raise ConfigError(f"{name} is a set of pictures; prepare it alone, and without --as text or chat.")
     if not entry.spec:
         return stdlib_source(fraction)
     source = remote_source([entry.spec], field, fraction or entry.fraction, faults, entry.licence, entry.size)

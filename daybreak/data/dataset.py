@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from daybreak.checked import FILE_NAME, TEXT, TOKENIZER, WHOLE, misfit, read_json
 from daybreak.data.catalogue import CATALOGUE
+from daybreak.data.pictures import CODEC_FILE, CODEC_PICTURE, text_name
 from daybreak.data.shards import ShardInfo, open_shard, read_header, resolve_shards
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError
@@ -74,7 +75,8 @@ class Manifest:
 
     def files(self) -> set[str]:
         """The names of all files that the dataset's folder may hold."""
-        return {MANIFEST, TOKENIZER_FILE, *(KEPT if self.rows else ()), *self.sums()}
+        codec = [CODEC_FILE, CODEC_PICTURE] if text_name(self.tokenizer) != self.tokenizer else []
+        return {MANIFEST, TOKENIZER_FILE, *codec, *(KEPT if self.rows else ()), *self.sums()}
 
     def sums(self) -> dict[str, str]:
         """The sha256 (hex) of every shard and of its marks, by file name."""
@@ -192,15 +194,16 @@ def _given(tokenizer: str) -> str:
 
 
 def check_tokenizer(dataset: Dataset, has: Tokenizer, trained: str, name: str) -> None:
-    """Raise DataError if the data's tokenizer is not the one, called `name`, with which what is `trained` was."""
-    if has.name != name:
+    """Raise DataError if the data's tokenizer is not the one, called `name`, with which what is `trained` was. Text in
+    the text's part of it will do."""
+    if has.name not in (name, text_name(name)):
         said = f"{trained} was trained with tokenizer {name!r}, and data set {dataset.name!r} is made with {has.name!r}"
         raise DataError(f"{said}; choose --data that was prepared with --tokenizer {_given(name)}.")
 
 
 def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
     manifest = Manifest.load(folder / MANIFEST)
-    if tokenizer and tokenizer != manifest.tokenizer:
+    if tokenizer and tokenizer not in (manifest.tokenizer, text_name(manifest.tokenizer)):
         one = f"give --data.tokenizer {manifest.tokenizer} to train with that one"
         other = f"prepare the text again under another --name with --tokenizer {_given(tokenizer)}"
         said = f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}"

@@ -23,6 +23,7 @@ from daybreak.config_keys import DataConfig
 from daybreak.data.dataset import Dataset, open_dataset
 from daybreak.data.loader import Batch, Loader, permutation
 from daybreak.data.packing import PackedLoader, rows_of
+from daybreak.data.pictures import MARK, text_name
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import ConfigError, DataError
 
@@ -130,13 +131,21 @@ def open_loaders(
     """The data set(s) of a `DataConfig` and the loaders of both splits; `shuffle` the training one. beside: a folder
     with the tokenizer of shards that have none. prefer: see `open_dataset`. ConfigError, DataError."""
     mix, sets = [] if data.train else parse_mix(data.name), open_sets(data, prefer)
-    first = sets[0] if sets[0].folder else replace(sets[0], folder=beside)
-    if other := next((d for d in sets if d.tokenizer_name != first.tokenizer_name), None):
+    first = max(sets, key=lambda d: MARK in d.tokenizer_name)  # text may be in the text's part of its tokenizer
+    first = first if first.folder else replace(first, folder=beside)
+    known = (first.tokenizer_name, text_name(first.tokenizer_name))
+    if other := next((d for d in sets if d.tokenizer_name not in known), None):
         raise DataError(
             f"{first.name!r} and {other.name!r} were made with tokenizers {first.tokenizer_name!r} and "
             f"{other.tokenizer_name!r}; a mixture needs one: prepare one of them again."
         )
-    eot = get_tokenizer(first.tokenizer_name, first.folder).eot if data.bos else None
+    eot = None
+    if data.bos or MARK in first.tokenizer_name:
+        tokenizer = get_tokenizer(first.tokenizer_name, first.folder)
+        eot = tokenizer.eot if data.bos else None
+        if tokenizer.pictures and T % (D := tokenizer.pictures.D):
+            rule = f"must be a multiple of {D}, the tokens of a caption and its picture in {first.name!r}"
+            raise ConfigError(f"batch.T = {T} {rule}; use --model.max_T {(m := -(-T // D) * D)} --batch.T {m}.")
     train, val = list[Loader](), list[Loader]()
     for d in sets:
         packed = rows_of(d.train + d.val)

@@ -50,6 +50,7 @@ from daybreak.data.dataset import MANIFEST, Manifest, ShardRecord, SplitRecord, 
 from daybreak.data.formats import without_surrogates
 from daybreak.data.hub import SPEC, Remote, download, hub_files
 from daybreak.data.loader import ahead
+from daybreak.data.pictures import text_name
 from daybreak.data.prepare_chat import ROW_TOKENS, kind_of, write_rows
 from daybreak.data.shards import MAX_TOKENS, ShardWriter, read_header
 from daybreak.data.sources import SPLITS, Piece, TextSource
@@ -155,7 +156,7 @@ def prepare(
     kind = kind or kind_of(words, text_field)
     source = resolve_source(words, text_field if kind == "text" else "", val_fraction, skip_bad)
     name = name or dataset_name(source.name, encoder.name)
-    final = _place(data_dir, name, source.origin, encoder)
+    final = place(data_dir, name, source.origin, encoder)
     identity = [source.origin, source.revision, source.state, encoder.fingerprint, shard_tokens, val_fraction,
                 text_field, UNIT]  # fmt: skip
     if kind == "chat":
@@ -362,7 +363,7 @@ def _round_trip(tokenizer: Tokenizer, text: str) -> bool:
     return text == back
 
 
-def _place(data_dir: str | Path, name: str, origin: str, tokenizer: Tokenizer) -> Path:
+def place(data_dir: str | Path, name: str, origin: str, tokenizer: Tokenizer) -> Path:
     """The folder of the dataset. ConfigError if it holds anything but an earlier preparation of the same source."""
     check_name(name)
     final = Path(data_dir) / name
@@ -371,7 +372,7 @@ def _place(data_dir: str | Path, name: str, origin: str, tokenizer: Tokenizer) -
     if not (final / MANIFEST).is_file():
         raise ConfigError(f"{final} exists and is not a prepared dataset; choose another --name.")
     old = Manifest.load(final / MANIFEST)
-    if (old.source, old.tokenizer) != (origin, tokenizer.name):
+    if (old.source, text_name(old.tokenizer)) != (origin, tokenizer.name):
         made = f"made from {old.source} with tokenizer {old.tokenizer!r}"
         raise ConfigError(f"{final} exists, {made}; choose another --name or delete it.")
     if foreign := sorted({path.name for path in final.iterdir()} - old.files()):
@@ -453,7 +454,7 @@ def pretokenized(
         raise ConfigError(f"there are no ready-made shards of {source!r}; there are of {ready}, or give hf:owner/name.")
     name, origin = name or known or spec["repo"].partition("/")[2], f"hf:{spec['repo']}"
     tokenizer = get_tokenizer("gpt2")
-    final = _place(data_dir, name, origin, tokenizer)
+    final = place(data_dir, name, origin, tokenizer)
     commit, licence, files = hub_files(spec, [(".bin",)])
     train = [file for file in files if "train" in file.name][: shards or None]
     val = [file for file in files if "val" in file.name and "train" not in file.name]

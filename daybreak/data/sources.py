@@ -142,7 +142,7 @@ def is_val(key: str, fraction: float) -> bool:
 # ---- the files of paths
 
 
-def _walk(folder: Path) -> list[tuple[str, Path]]:
+def walk(folder: Path) -> list[tuple[str, Path]]:
     """(relative name, path) of the files in a folder and in linked ones, each real folder once, in sorted order. A
     hidden folder is named and not entered."""
 
@@ -189,7 +189,7 @@ def _parts(paths: Sequence[Path], column: str) -> list[Part]:
                 raise DataError(f"{path}: cannot read {path.suffix or 'such'} files; {way}.")
             found.append((path.name, path))
             continue
-        inside = [(name, file, _left_out(name, file, column)) for name, file in _walk(path)]
+        inside = [(name, file, _left_out(name, file, column)) for name, file in walk(path)]
         if any(not why and not name.lower().endswith(".md") for name, _, why in inside):  # a README is about them
             inside = [(n, f, "a data card" if f.name.lower() == "readme.md" else why) for n, f, why in inside]
         for name, _, why in inside:

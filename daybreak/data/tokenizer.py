@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from daybreak.checked import ANY, read_json
 from daybreak.data.formats import extra, without_surrogates
+from daybreak.data.pictures import CODEC_FILE, MARK, Pictures, codec_digest, read_metadata
 from daybreak.errors import ConfigError, DataError, explained
 from daybreak.formatting import nearest
 
@@ -60,10 +61,11 @@ class Tokenizer:
     one token per byte. Instances are immutable and may be shared between threads. `source` is the text of the file that
     defines a tokenizer which is not one of ours (see HFTokenizer), to be kept beside what was made with it. `ends`: the
     ids that end a document, of which others are told the first. `around`: the ids that other programs put before and
-    after a text; `encode` does not.
+    after a text; `encode` does not. `pictures`: where pictures are among the ids, if there are any.
     """
 
     source = ""
+    pictures: Pictures | None = None
     around: tuple[list[int], list[int]] = ([], [])
 
     def __init__(self, name: str, vocabulary: Sequence[bytes], pattern: str) -> None:
@@ -90,6 +92,11 @@ class Tokenizer:
     def dtype(self) -> np.dtype[Any]:
         """Of the ids, in memory and in shards: uint16 where they fit, else uint32."""
         return np.dtype(np.uint16 if self.V <= 1 << 16 else np.uint32)
+
+    @property
+    def text_V(self) -> int:
+        """The ids below this stand for text. The others, if there are any, are for pictures."""
+        return self.pictures.first if self.pictures else self.V
 
     def encode(self, text: str) -> NDArray[np.integer]:
         """Token ids of `text`, shape (n,). Special tokens in it are plain text; a lone surrogate becomes U+FFFD."""
@@ -144,10 +151,20 @@ class Tokenizer:
         made.ends = known
         return made
 
+    def with_pictures(self, digest: str, K: int, N: int, D: int) -> Tokenizer:
+        """The same for text, and behind it the ids of a codec whose file has this sha256 (data/pictures.py)."""
+        made = copy.copy(self)
+        made.pictures = Pictures(self.V, K, N, D)
+        made.name, made.V = f"{self.name}{MARK}{digest[:12]}", self.V + K + 2
+        made.fingerprint = hashlib.sha256(f"{self.fingerprint} {digest}".encode()).hexdigest()
+        made._bytes = [*self._bytes, *(b"<|img:%d|>" % code for code in range(K)), b"<|image|>", b"<|/image|>"]
+        return made
+
     def lengths(self, V: int) -> NDArray[np.int64]:
-        """UTF-8 bytes of each token id below V; 0 for the end-of-text token and ids beyond the tokenizer's."""
-        own = [0 if token == self.eot else len(data) for token, data in enumerate(self._bytes)]
-        return np.array(own + [0] * (V - self.V), np.int64)
+        """UTF-8 bytes of text of each token id below V; 0 for the end-of-text token, those of pictures and ids beyond
+        the tokenizer's."""
+        own = [0 if token == self.eot else len(data) for token, data in enumerate(self._bytes[: self.text_V])]
+        return np.array(own + [0] * (V - self.text_V), np.int64)
 
     def to_json(self) -> str:
         """A tokenizer.json for Hugging Face's library that gives the same ids."""
@@ -319,12 +336,18 @@ def get_tokenizer(name: str, folder: Path | None = None) -> Tokenizer:
 
     A name that ends in .json is a Hugging Face tokenizer's file. If it is none of ours, data and checkpoints call it
     `hf-` and the start of the file's sha256, and that name is looked up in `folder`/tokenizer.json. A model's folder
-    may also say which ids end a text (see listed_ends).
+    may also say which ids end a text (see listed_ends). `+img-` and the start of a codec's sha256 behind the name stand
+    for the same with pictures (data/pictures.py); the codec is looked up in `folder`.
 
     A truncation is a valid BPE because every merge has a higher rank than its parts. Its ids below N are GPT-2's,
     EOT = N and V = N + 1, with N from 256 (bytes in GPT-2's order) to 50256 (GPT-2 itself).
     Raises ConfigError for another name, with the nearest match.
     """
+    if MARK in name and not name.endswith(".json"):
+        path = (folder or Path()) / CODEC_FILE
+        digest, numbers = codec_digest(path, name), read_metadata(path)
+        base = get_tokenizer(name.partition(MARK)[0], folder)
+        return base.with_pictures(digest, numbers["K"], numbers["N"], numbers["D"])
     own = not name.endswith(".json") and not re.fullmatch(r"hf-[0-9a-f]{12}", name)
     tokenizer = _own_tokenizer(name) if own else _hf_tokenizer(name, folder)
     return tokenizer.ending(listed_ends(folder)) if folder else tokenizer

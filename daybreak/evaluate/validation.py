@@ -14,6 +14,7 @@ from daybreak.config import Config
 from daybreak.data.dataset import check_tokenizer, text_bytes
 from daybreak.data.loader import Loader
 from daybreak.data.mixing import named, open_loaders, packed_rows
+from daybreak.data.pictures import Pictures
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError
@@ -23,24 +24,28 @@ from daybreak.parallel import ALONE, Check, Group
 @dataclass(frozen=True)
 class Validation:
     """Mean loss in nats per target that counts, how many those are, and the loss in bits per UTF-8 byte (which does not
-    depend on the tokenizer)."""
+    depend on the tokenizer). For a model of pictures also the loss of text and of pictures apart, in nats per target;
+    neither counts end of text and the marks around a picture. NaN: there are none."""
 
     loss: float
     tokens: int
     bits_per_byte: float
+    text: float = math.nan
+    image: float = math.nan
 
 
 def validate(
     engine: Engine, loader: Loader, lengths: NDArray[Any], budget: int, check: Check = lambda: None,
-    group: Group = ALONE,
+    group: Group = ALONE, pictures: Pictures | None = None,
 ) -> Validation:  # fmt: skip
     """Loss of the first `budget` tokens of `loader` in whole samples (`Loader.parts`); of a mixture, of each source's
     share of them. `check` runs before each batch; lengths: bytes of each token (`data.dataset.text_bytes`).
-    Collective: ranks take batches in turn.
+    pictures: where they are among the ids. Collective: ranks take batches in turn.
 
     Bits per byte leave out tokens without bytes (end of text) on both sides. Targets of -1 count nowhere.
     """
-    sums = np.zeros(4)  # the loss of all targets, and of those with text; the targets; their bytes of text
+    # The loss of all targets, of those with text, and of codes of pictures; how many those are; their bytes of text.
+    sums = np.zeros(7)
     rounds = ((*part, at) for part in loader.parts(budget) for at in range(0, part[1], engine.B * group.world))
     for source, samples, round_ in rounds:
         check()
@@ -52,11 +57,18 @@ def validate(
         losses = engine.eval_losses(*map(torch.from_numpy, batch)).cpu().numpy()
         counts = targets >= 0
         length = lengths[targets] * counts
-        of_text = losses.sum(dtype=np.float64, where=length > 0)
-        sums += losses.sum(dtype=np.float64), of_text, counts.sum(), length.sum()
-    total, text_total, tokens, size = group.numbers(sums.tolist())
-    bits = text_total / math.log(2)
-    return Validation(total / tokens if tokens else math.nan, int(tokens), bits / size if size else math.nan)
+        text, code = length > 0, np.zeros_like(counts)
+        if pictures:
+            code = (targets >= pictures.first) & (targets < pictures.boi)
+        kinds = (counts, text, code)
+        sums += *(losses.sum(dtype=np.float64, where=kind) for kind in kinds), *(k.sum() for k in kinds), length.sum()
+    total, of_text, of_codes, tokens, texts, codes, size = group.numbers(sums.tolist())
+
+    def mean(loss: float, count: float) -> float:
+        return loss / count if count else math.nan
+
+    apart = (mean(of_text, texts), mean(of_codes, codes)) if pictures else ()
+    return Validation(mean(total, tokens), int(tokens), mean(of_text / math.log(2), size), *apart)
 
 
 def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str) -> Validation:
@@ -69,4 +81,5 @@ def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str)
         raise ConfigError(f"{name} has rows of {rows} tokens, and the run's batch.T is {engine.T}; pack shorter rows.")
     dataset, _, loader = open_loaders(data, rows or engine.T, config.run.seed, V, prefer=tokenizer.name)
     check_tokenizer(dataset, get_tokenizer(dataset.tokenizer_name, dataset.folder), "the run", tokenizer.name)
-    return validate(engine, loader, text_bytes(dataset, tokenizer, V), config.eval.tokens)
+    lengths = text_bytes(dataset, tokenizer, V)
+    return validate(engine, loader, lengths, config.eval.tokens, pictures=tokenizer.pictures)

@@ -6,11 +6,13 @@ dips.
 
 from __future__ import annotations
 
+import base64
 import logging
 import math
 import re
 import time
 from array import array
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 from daybreak.config import Config, run_config, run_hint
 from daybreak.data.dataset import MANIFEST, Manifest
 from daybreak.errors import ConfigError, DataError, Error
-from daybreak.files import locked
+from daybreak.files import locked, no_follow
 from daybreak.manifest import newest_manifest
 from daybreak.state.metrics import decode_record
 from daybreak.state.run_folder import RunFolder
@@ -28,6 +30,8 @@ TRAIN = ("loss", "norm", "lr", "ms", "tok_s", "mfu", "mem_mib", "temp_c", "power
 MOST_POINTS = 4000  # of one curve on a page: more than a screen has pixels
 OUTLIER_Z = 5.0
 JUMP = 6 * 3600.0  # seconds between two lines of an attempt: more are a clock that was set
+MOST_DRAWN, MOST_PNG = 50, 1 << 18  # steps whose pictures a page shows, and bytes of a picture
+DRAWN_FILE = re.compile(r"images/step-\d{1,12}-\d{1,4}\.png")
 QUIET = 60.0  # seconds without a line, after which the run's lock says whether a process still holds it
 LOG_LINE = re.compile(rb"s:(\d+) (?:tel:(\S+)|eval:(\S+)|trl:(\S+)(?: lr:(\S+) norm:(\S+))?)\s*$")
 
@@ -89,7 +93,7 @@ class Follower:
         self._clear()
 
     def _clear(self) -> None:
-        self.train, self.val = Curve(*TRAIN), Curve("loss", "bpb")
+        self.train, self.val = Curve(*TRAIN), Curve("loss", "bpb", "text_loss", "image_loss")
         self.evals: dict[str, Curve] = {}
         self.notes: list[dict[str, Any]] = []  # samples, checkpoints, events, restarts
         self.hours, self._last_t = 0.0, math.nan
@@ -134,7 +138,7 @@ class Follower:
             curve = self.val if kind == "val" else self.evals.setdefault(r["task"], Curve("accuracy"))
             curve.cut(step - 1)
             curve.append(r)
-        elif kind in ("sample", "checkpoint", "event") and r.get("what") != "norms":
+        elif kind in ("sample", "image", "checkpoint", "event") and r.get("what") != "norms":
             self.notes.append(r)
 
     def _saturated(self, now: int | None) -> float:
@@ -174,12 +178,33 @@ class Follower:
             "outliers": z,
             "skipped": [{"step": n["step"], "detail": n["detail"]} for n in skipped][-1000:],
             "restarts": [n["step"] for n in self.notes if n["kind"] == "restart"],
-            "samples": [{"step": n["step"], "text": n["text"]} for n in self.notes if n["kind"] == "sample"][-100:],
+            "samples": [{"step": n["step"], "text": n["text"]} for n in self.notes if n["kind"] == "sample"][-100:]
+            or self._drawn(),
             "checkpoints": [n for n in self.notes if n["kind"] == "checkpoint"][-100:],
             "tok_s": quantiles(self._rates()),
             "config": dict(c.items()) if c else {},
             "env": self.env,
         }
+
+    def _drawn(self) -> list[dict[str, Any]]:
+        """The pictures of the newest steps that drew some, each beside its caption, as data in the page itself."""
+        by_step = defaultdict[int, dict[str, dict[str, str]]](dict)
+        for note in (note for note in self.notes if note["kind"] == "image"):
+            by_step[note["step"]][note["path"]] = {"caption": note["caption"], "src": self._source(note["path"])}
+        newest = sorted(by_step.items())[-MOST_DRAWN:]
+        return [{"step": step, "text": "", "pictures": list(found.values())} for step, found in newest]
+
+    def _source(self, name: str) -> str:
+        """A picture of the run's folder, maybe somebody else's, as a data URI; "" for what is no PNG there."""
+        if not DRAWN_FILE.fullmatch(name):
+            return ""
+        try:
+            with open(self.folder / name, "rb", opener=no_follow) as file:
+                data = file.read(MOST_PNG + 1)
+        except OSError:
+            return ""
+        whole = data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) <= MOST_PNG
+        return f"data:image/png;base64,{base64.b64encode(data).decode()}" if whole else ""
 
     def _rates(self) -> list[float]:
         """Tokens a second of each single step."""

@@ -41,9 +41,16 @@ FIELDS: dict[str, dict[str, Any]] = {
         "power_w": float | None,
         "saturated": int | None,  # matrices with a value that fp8 could not hold; null: the step was not in fp8
     },
-    "val": {"loss": float, "tokens_evaluated": int, "bpb": float | None},  # bpb: bits per byte, null: bytes unknown
+    "val": {
+        "loss": float,
+        "tokens_evaluated": int,
+        "bpb": float | None,  # bits per byte; null: bytes unknown
+        "text_loss": float | None,  # nats per token of text, and per token of pictures; null: the model has none
+        "image_loss": float | None,
+    },
     "eval": {"task": str, "accuracy": float, "examples": int},
     "sample": {"text": str},
+    "image": {"caption": str, "path": str},  # a drawn picture; in the run's folder
     "checkpoint": {"path": str, "seconds": float, "stall": float, "bytes": int},  # stall: what of it training waited
     "event": {"what": str, "detail": str},
 }
@@ -122,7 +129,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     A resumed run repeats steps: of each (kind, step, task) the last record counts, and nothing beyond the step at
     which a later attempt started; events are also told apart by `what`. Lines that are no records (cut short by a
-    crash) are left out, with a warning unless it is the last.
+    crash) are left out, with a warning unless it is the last. Pictures are told apart by `path`.
     """
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     lines = path.read_bytes().split(b"\n")
@@ -131,7 +138,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = decode_record(line)
-            key = (record["kind"], record["step"], record.get("task", record.get("what")))
+            key = (record["kind"], record["step"], record.get("task", record.get("what", record.get("path"))))
             if record["kind"] == "run":  # a start from this step: what an abandoned attempt said beyond it is void
                 latest = {k: r for k, r in latest.items() if r["step"] <= key[1]}
             latest.pop(key, None)  # so that the order within a step is the order of the last records

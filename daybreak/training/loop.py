@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, takewhile
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ from daybreak.engine.fit import explaining_memory
 from daybreak.errors import Error, Stopped, TooManySkips, os_error
 from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import validate
-from daybreak.generate import Sampling, sample_text
 from daybreak.parallel import connect, launched
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint
 from daybreak.state.metrics import MainLog, MetricsWriter
@@ -54,7 +53,7 @@ from daybreak.state.throughput import Throughput
 from daybreak.training.display import Display, make_display, say, working
 from daybreak.training.origin import check_rate, finished_at, fork_of, say_origin, weights_of
 from daybreak.training.profile import Profiler
-from daybreak.training.samples import sample_prompts
+from daybreak.training.samples import sampled
 from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
 from daybreak.training.sinks import Sinks
@@ -62,7 +61,6 @@ from daybreak.training.stop import Interrupted, Stop
 from daybreak.training.watchdog import Watchdog
 
 log = logging.getLogger("daybreak")
-SAMPLE_SEED = 1337
 COUNTED_TOKENS = 100_000_000  # above this much training data, the unigram entropy is not computed
 
 
@@ -338,12 +336,15 @@ class Trainer:
         loader, budget, each = self.setup.val_loader, self.config.eval.tokens, self.engine.B * self.group.world
         batches = sum(-(-samples // each) for _, samples in loader.parts(budget))
         with self.display.working(f"validating at step {self.step}", batches, self.stop.check) as check:
-            result = validate(self.engine, loader, self.lengths, budget, check, self.group)
+            pictures = self.setup.tokenizer.pictures
+            result = validate(self.engine, loader, self.lengths, budget, check, self.group, pictures)
         loss, bpb = result.loss, result.bits_per_byte
-        self.metrics.write("val", self.step, self.tokens, loss=loss, tokens_evaluated=result.tokens, bpb=bpb)
+        apart = {"text_loss": _or_none(result.text), "image_loss": _or_none(result.image)}
+        self.metrics.write("val", self.step, self.tokens, loss=loss, tokens_evaluated=result.tokens, bpb=bpb, **apart)
         self.main_log.val(self.step, loss)
-        bits = "" if math.isnan(bpb) else f" ({bpb:.4f} bits per byte)"
-        self.display.note(f"step {self.step}: val loss {loss:.6f}{bits}")
+        said = [] if math.isnan(bpb) else [f"{bpb:.4f} bits per byte"]
+        said += [f"{value:.4f} nats per {key[:-5]} token" for key, value in apart.items() if value is not None]
+        self.display.note(f"step {self.step}: val loss {loss:.6f}" + f" ({', '.join(said)})" * bool(said))
 
     def _score(self) -> None:
         rows = sum(len(example.endings) for example in self.setup.hellaswag)
@@ -358,17 +359,16 @@ class Trainer:
         self.display.note(f"step {self.step}: HellaSwag: {right} (llm.c's acc_norm)")
 
     def _sample(self) -> None:
-        e = self.config.eval
-        how = Sampling(e.sample_tokens, e.temperature, e.top_k, seed=SAMPLE_SEED)
         check = self.stop.check if self.group.world == 1 else lambda: None
-        prompts, texts = sample_prompts(self.setup), []
-        with self.display.working("generating a sample", e.sample_tokens * len(prompts), check) as task:
-            for shown, prompt in prompts:
-                pieces = sample_text(self.engine, self.setup.tokenizer, prompt, how, task)
-                if self.group.world > 1:  # only rank 0 samples: at a stop it keeps the text so far
-                    pieces = takewhile(lambda _: not self.stop.reason, pieces)
-                texts.append(shown + "".join(pieces))
-        text = "\n\n".join(texts)
+        shown = sampled(self.setup)
+        with self.display.working("generating a sample", shown.tokens, check) as task:
+            if shown.pictures:
+                for caption, path in shown.draw(self.engine, self.step, task):
+                    self.metrics.write("image", self.step, self.tokens, caption=caption, path=path)
+                self.display.note(f"step {self.step}: drew pictures into {self.run_folder.path / 'images'}")
+                return
+            # At a stop of several ranks, of which only rank 0 samples, it keeps the text so far.
+            text = shown.text(self.engine, task, lambda: self.group.world > 1 and bool(self.stop.reason))
         self.run_folder.append_sample(self.step, text)
         self.metrics.write("sample", self.step, self.tokens, text=text)
         if self.step < self.config.run.steps:  # the summary shows the last sample

@@ -1,16 +1,83 @@
-"""What a run continues when it samples: the same prompts each time, so that their texts show what it has learned."""
+"""What a run generates when it samples: the same prompts each time, so that samples show what it has learned."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
 
 from daybreak.data.chat import Template
 from daybreak.data.packing import read_examples
+from daybreak.data.pictures import Pictures
+from daybreak.data.shards import open_shard
+from daybreak.engine import Engine
 from daybreak.errors import DataError
-from daybreak.generate import open_document
+from daybreak.generate import Sampling, open_document, sample_text
+from daybreak.images.codec import Codec
+from daybreak.images.draw import draw
+from daybreak.images.png import write_png
 from daybreak.training.setup import Setup
 
+SAMPLE_SEED = 1337
 HELD_OUT = 2  # examples that a run on packed rows answers
+DRAWN = 8  # pictures that a run on pictures draws
+IMAGES = "images"  # of a run's folder
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a run samples: texts after prompts, or pictures of captions. tokens: how many at most."""
+
+    setup: Setup
+    how: Sampling
+    pictures: Pictures | None
+    prompts: Sequence[tuple[str, Sequence[int]]]  # what is shown before the text, ids of the prompt
+    tokens: int
+
+    def text(self, engine: Engine, check: Callable[[], None], stopped: Callable[[], bool]) -> str:
+        """The texts, one below the other. `check` runs before each token; they end early if `stopped`."""
+        texts = []
+        for shown, prompt in self.prompts:
+            pieces = sample_text(engine, self.setup.tokenizer, prompt, self.how, check)
+            texts.append(shown + "".join(takewhile(lambda _: not stopped(), pieces)))
+        return "\n\n".join(texts)
+
+    def draw(self, engine: Engine, step: int, check: Callable[[], None]) -> Iterator[tuple[str, str]]:
+        """Draw the pictures into the run's folder: the caption and the file of each. `check` runs before each token."""
+        folder, tokenizer = self.setup.run.path, self.setup.tokenizer
+        captions = [caption for caption, _ in self.prompts]
+        pixels = Codec.load(folder, tokenizer).decode(draw(engine, tokenizer, captions, self.how, check=check))
+        (folder / IMAGES).mkdir(exist_ok=True)
+        for i, caption in enumerate(captions):
+            path = f"{IMAGES}/step-{step:08d}-{i}.png"
+            write_png(folder / path, pixels[i])
+            yield caption, path
+
+
+def sampled(setup: Setup) -> Sampled:
+    """What a run samples, by its data and eval.*. Raises DataError if a chat template refuses the prompt."""
+    e, pictures = setup.config.eval, setup.tokenizer.pictures
+    how = Sampling(e.sample_tokens, e.temperature, e.top_k, seed=SAMPLE_SEED)
+    if pictures:
+        captions = [e.prompt] if e.prompt else _held_out(setup, pictures)
+        return Sampled(setup, how, pictures, [(c, ()) for c in captions], len(captions) * pictures.N)
+    prompts = sample_prompts(setup)
+    return Sampled(setup, how, None, prompts, e.sample_tokens * len(prompts))
+
+
+def _held_out(setup: Setup, pictures: Pictures) -> list[str]:
+    """The captions of the first pictures for validation."""
+    tokenizer, found = setup.tokenizer, list[str]()
+    for shard in setup.dataset.val:
+        ids = open_shard(shard)
+        for end in np.flatnonzero(ids[: 8 * DRAWN * pictures.D] == pictures.boi):
+            caption = ids[end - pictures.room - 1 : end]
+            found.append(tokenizer.decode(int(i) for i in caption if i != tokenizer.eot))
+        if len(found) >= DRAWN:
+            break
+    return list(dict.fromkeys(found))[:DRAWN]
 
 
 def sample_prompts(setup: Setup) -> list[tuple[str, Sequence[int]]]:

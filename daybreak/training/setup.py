@@ -27,20 +27,24 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 
 from daybreak import __version__
 from daybreak.config import Config, check_resume, is_untouched_import
+from daybreak.data.catalogue import DRAWN
 from daybreak.data.dataset import Dataset, check_tokenizer, dataset_name
 from daybreak.data.loader import Batch, Loader
 from daybreak.data.mixing import open_loaders, parse_mix
+from daybreak.data.pictures import CODEC_FILE
 from daybreak.data.prepare import prepare
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.engine.device import cpu_has_bf16, missing_on, pick_compute, pick_device, set_precision
@@ -49,6 +53,7 @@ from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.files import write_atomic
 from daybreak.formatting import several
+from daybreak.images.prepare import prepare_images
 from daybreak.manifest import kept_files, published, run_id
 from daybreak.parallel import Check, Group, agent
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint
@@ -60,7 +65,10 @@ from daybreak.training.sinks import check_sinks
 from daybreak.training.stop import Stop
 
 log = logging.getLogger("daybreak")
-EMBEDDED = "stdlib"  # prepared on first use
+EMBEDDED = {  # data sets that are prepared on first use
+    "stdlib": "the Python standard library on this machine, as text",
+    DRAWN: "pictures of coloured shapes, and their captions",
+}
 LEAST_GAIN = 1.05  # of fp8 over bf16, below which `train` says so
 
 
@@ -187,6 +195,8 @@ def open_run(
         warn_of_disk(folder.path, config, arena)
         if tokenizer.source:
             write_atomic(folder.path / TOKENIZER_FILE, tokenizer.source)
+        if tokenizer.pictures and dataset.folder is not None:
+            shutil.copyfile(dataset.folder / CODEC_FILE, folder.path / CODEC_FILE)
         origin = fork or init
         kept = dict(origin.kept) if origin else {}
         if config.data.packed and dataset.folder is not None:  # the chat template that is trained
@@ -271,14 +281,17 @@ def describe_device(device: torch.device, compute: str) -> tuple[str, float | No
 
 
 def _prepare_embedded(config: Config, beside: Path | None, check: Check) -> None:
-    """Prepare the data set made from this machine's own files, on its first use. `check` may raise to stop it."""
+    """Prepare the data sets that need no download, on their first use. `check` may raise to stop it."""
     d = config.data
-    if EMBEDDED in (d.name, *(name for name, _ in parse_mix(d.name))) and not d.train:
-        folder = Path(d.dir) / dataset_name(EMBEDDED, d.tokenizer)
-        if not Path(EMBEDDED).is_dir() and not (folder / "manifest.json").is_file():
-            log.info("preparing %s: the Python standard library on this machine, as text", folder)
-            name = f"{beside}/{TOKENIZER_FILE}" if d.tokenizer.startswith("hf-") else d.tokenizer or "gpt2"
-            prepare([EMBEDDED], data_dir=d.dir, tokenizer=name, progress=lambda *_: check())
+    for known in EMBEDDED if not d.train else ():
+        folder = Path(d.dir) / dataset_name(known, d.tokenizer)
+        named = known in (d.name, *(name for name, _ in parse_mix(d.name)))
+        if not named or Path(known).is_dir() or (folder / "manifest.json").is_file():
+            continue
+        tokenizer = f"{beside}/{TOKENIZER_FILE}" if d.tokenizer.startswith("hf-") else d.tokenizer or "gpt2"
+        made: dict[str, Any] = {"data_dir": d.dir, "tokenizer": tokenizer, "progress": lambda *_: check()}
+        log.info("preparing %s: %s", folder, EMBEDDED[known])
+        prepare_images([known], **made) if known == DRAWN else prepare([known], **made)
 
 
 def check_data(checkpoint: Weights, setup: Setup, same_data: bool) -> None:

@@ -16,6 +16,7 @@ from daybreak.manifest import read_id
 log = logging.getLogger("daybreak")
 Write = Callable[[int, dict[str, float], str], None]  # step, scalars by name, a generated text ("" = none)
 SHOWN = ("loss", "norm", "lr", "ms", "tok_s", "mfu", "mem_mib", "loss_z", "norm_z", "temp_c", "power_w", "skipped")
+VAL = ("loss", "bpb", "text_loss", "image_loss")
 
 
 def sink_names(config: Config) -> list[str]:
@@ -37,7 +38,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     if kind == "step":
         return {f"train/{key}": float(record[key]) for key in SHOWN if record[key] is not None}
     if kind == "val":
-        return {f"val/{key}": record[key] for key in ("loss", "bpb") if record[key] is not None}
+        return {f"val/{key}": record[key] for key in VAL if record.get(key) is not None}
     return {f"eval/{record['task']}": record["accuracy"]} if kind == "eval" else {}
 
 

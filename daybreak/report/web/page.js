@@ -16,6 +16,8 @@ const CHARTS = [
   ["Loss", [[(r) => r.train, "loss", "training", true], [(r) => r.val, "loss", "validation", false]], true, "loss"],
   ["HellaSwag accuracy (llm.c's rules)", [[(r) => r.evals.hellaswag, "accuracy", "", false]], false, "hellaswag"],
   ["Validation, bits per byte", [[(r) => r.val, "bpb", "", false]], false, ""],
+  ["Validation, nats per token of pictures", [[(r) => r.val, "image_loss", "", false]], false, ""],
+  ["Validation, nats per token of text", [[(r) => r.val, "text_loss", "", false]], false, ""],
   ["Tokens a second", [[(r) => r.train, "tok_s", "", false]], false, ""],
   ["Gradient norm", [[(r) => r.train, "norm", "", true]], true, ""],
   ["Learning rate", [[(r) => r.train, "lr", "", false]], false, ""],
@@ -210,11 +212,17 @@ function samples() {
   const run = data.runs[+$("who").value || 0], list = run ? run.samples : [];
   $("when").max = Math.max(list.length - 1, 0);
   if (pinned) $("when").value = $("when").max;
-  const sample = list[+$("when").value], said = sample ? sample.text : "None yet.", prompt = run && run.prompt;
+  const sample = list[+$("when").value], said = sample ? sample.text : "None yet.", drawn = sample && sample.pictures || [], prompt = run && run.prompt;
   $("whens").hidden = list.length < 2;
   $("whenis").textContent = sample ? short(sample.step) : "";
   const begun = sample && prompt && said.startsWith(prompt);
   $("sample").replaceChildren(...(begun ? [make("mark", prompt), said.slice(prompt.length)] : [said]));
+  $("pictures").replaceChildren(...drawn.map(({ caption, src }) => {
+    const figure = make("figure"), image = make("img");
+    if (src.startsWith("data:image/png;base64,")) image.src = src;
+    image.alt = caption, figure.append(image, make("figcaption", caption));
+    return figure;
+  }));
 }
 
 function facts(r) { // [name, value, smaller line]

@@ -1,0 +1,163 @@
+"""A small convolutional decoder that sharpens pictures made of a dictionary's patches, forward and backward by hand.
+
+    centres of patches (b, 3 f f, g, g) -> conv 3x3 -> res -> res -> conv 1x1 -> twice as wide, a quarter of the
+    channels -> res -> norm, SiLU -> conv 3x3 -> 3 f g pixels wide: what is added to the patches themselves
+
+    res:   x + conv 1x1 (SiLU(conv 3x3 (SiLU(norm(x)))))
+
+The last convolution of a `res` and of all begins at zero, so training starts at the patches. The loss is the mean
+squared error. norm is GroupNorm (Wu & He 2018), and pixel shuffle is of Shi et al. 2016.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from daybreak.images.patches import Grid
+
+aten = torch.ops.aten
+WIDTH, GROUPS, EPS = 24, 8, 1e-5
+BATCH, LR, WARMUP, CLIP = 32, 4e-3, 30, 1.0
+LEAST_STEPS, MOST_STEPS, PASSES = 100, 870, 9
+Named = dict[str, Tensor]
+
+
+def init(grid: Grid, seed: int, dtype: torch.dtype = torch.float32) -> Named:
+    """New parameters by name: of convolutions .w (out, in, k, k) and .b (out), of norms .w and .b (channels)."""
+    random, w, f = torch.Generator().manual_seed(seed), WIDTH, grid.patch
+    p: Named = {}
+
+    def conv(name: str, wide: int, to: int, k: int, zero: bool = False) -> None:
+        scale = 0.0 if zero else 1 / math.sqrt(wide * k * k)
+        p[f"{name}.w"] = torch.randn(to, wide, k, k, generator=random).to(dtype) * scale
+        p[f"{name}.b"] = torch.zeros(to, dtype=dtype)
+
+    def norm(name: str, channels: int) -> None:
+        p[f"{name}.w"], p[f"{name}.b"] = torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype)
+
+    def res(name: str, channels: int) -> None:
+        norm(f"{name}.norm", channels)
+        conv(f"{name}.a", channels, channels, 3)
+        conv(f"{name}.b", channels, channels, 1, zero=True)
+
+    conv("in", 3 * f * f, 2 * w, 3)
+    res("r0", 2 * w)
+    res("r1", 2 * w)
+    conv("up", 2 * w, 4 * w, 1)
+    res("r2", w)
+    norm("norm", w)
+    conv("out", w, 3 * f * f // 4, 3, zero=True)
+    return p
+
+
+# ---- layers. `saved` takes in forward what backward needs; backward puts the parameters' gradients into `g`.
+
+
+def conv_forward(p: Named, name: str, x: Tensor) -> Tensor:
+    w = p[f"{name}.w"]
+    y: Tensor = torch.conv2d(x, w, p[f"{name}.b"], padding=w.shape[2] // 2)
+    return y
+
+
+def conv_backward(d: Tensor, p: Named, g: Named, name: str, x: Tensor) -> Tensor:
+    w = p[f"{name}.w"]
+    pad, ones = [w.shape[2] // 2] * 2, [1, 1]
+    dx: Tensor
+    dx, g[f"{name}.w"], g[f"{name}.b"] = aten.convolution_backward(
+        d, x, w, [len(w)], ones, pad, ones, False, [0, 0], 1, [True, True, True]
+    )
+    return dx
+
+
+def norm_silu_forward(p: Named, name: str, x: Tensor, saved: Named) -> Tensor:
+    b, c, height, width = x.shape
+    y, mean, rstd = aten.native_group_norm(x, p[f"{name}.w"], p[f"{name}.b"], b, c, height * width, GROUPS, EPS)
+    saved |= {f"{name}.x": x, f"{name}.y": y, f"{name}.mean": mean, f"{name}.rstd": rstd}
+    h: Tensor = aten.silu(y)
+    return h
+
+
+def norm_silu_backward(d: Tensor, p: Named, g: Named, name: str, saved: Named) -> Tensor:
+    x, y, mean, rstd = (saved[f"{name}.{part}"] for part in ("x", "y", "mean", "rstd"))
+    b, c, height, width = x.shape
+    d = aten.silu_backward(d, y).contiguous()
+    d, g[f"{name}.w"], g[f"{name}.b"] = aten.native_group_norm_backward(
+        d, x, mean, rstd, p[f"{name}.w"], b, c, height * width, GROUPS, [True, True, True]
+    )
+    return d
+
+
+def res_forward(p: Named, name: str, x: Tensor, saved: Named) -> Tensor:
+    h = saved[f"{name}.h"] = norm_silu_forward(p, f"{name}.norm", x, saved)
+    a = saved[f"{name}.a"] = conv_forward(p, f"{name}.a", h)
+    s = saved[f"{name}.s"] = aten.silu(a)
+    return x + conv_forward(p, f"{name}.b", s)
+
+
+def res_backward(d: Tensor, p: Named, g: Named, name: str, saved: Named) -> Tensor:
+    h = conv_backward(d, p, g, f"{name}.b", saved[f"{name}.s"])
+    h = aten.silu_backward(h, saved[f"{name}.a"])
+    h = conv_backward(h, p, g, f"{name}.a", saved[f"{name}.h"])
+    return d + norm_silu_backward(h, p, g, f"{name}.norm", saved)
+
+
+# ---- the whole decoder
+
+
+def forward(p: Named, grid: Grid, x: Tensor, saved: Named) -> Tensor:
+    """Pictures (b, 3, px, px), about -1 to 1, from the centres of their patches x (b, 3 f f, g, g)."""
+    saved["x"] = x
+    h = conv_forward(p, "in", x)
+    h = res_forward(p, "r0", h, saved)
+    h = saved["up"] = res_forward(p, "r1", h, saved)
+    h = torch.pixel_shuffle(conv_forward(p, "up", h), 2)
+    h = res_forward(p, "r2", h, saved)
+    h = saved["out"] = norm_silu_forward(p, "norm", h, saved)
+    h = torch.pixel_shuffle(conv_forward(p, "out", h), grid.patch // 2)
+    return torch.pixel_shuffle(x, grid.patch) + h
+
+
+def backward(d: Tensor, p: Named, grid: Grid, saved: Named) -> Named:
+    """The gradients of all parameters, from that of the pictures."""
+    g: Named = {}
+    d = conv_backward(torch.pixel_unshuffle(d, grid.patch // 2), p, g, "out", saved["out"])
+    d = norm_silu_backward(d, p, g, "norm", saved)
+    d = res_backward(d, p, g, "r2", saved)
+    d = conv_backward(torch.pixel_unshuffle(d, 2), p, g, "up", saved["up"])
+    d = res_backward(d, p, g, "r1", saved)
+    d = res_backward(d, p, g, "r0", saved)
+    conv_backward(d, p, g, "in", saved["x"])
+    return g
+
+
+def loss_and_grads(p: Named, grid: Grid, x: Tensor, pictures: Tensor) -> tuple[float, Named]:
+    """The mean squared error of decoded x (b, 3 f f, g, g) against pictures (b, 3, px, px), and its gradients."""
+    saved: Named = {}
+    error = forward(p, grid, x, saved) - pictures
+    return float(error.square().mean()), backward(error * (2 / error.numel()), p, grid, saved)
+
+
+def train(grid: Grid, book: Tensor, codes: Tensor, pictures: Tensor, seed: int, check: Any = lambda: None) -> Named:
+    """Parameters after a regression from codes (n, g, g) of book (K, 3 f f) to pictures (n, 3, px, px), both from -1 to
+    1, by AdamW. `check` runs before each step and may raise."""
+    p, random = init(grid, seed), torch.Generator().manual_seed(seed)
+    values = list(p.values())
+    m, v = ([torch.zeros_like(x) for x in values] for _ in range(2))
+    steps = max(LEAST_STEPS, min(MOST_STEPS, PASSES * len(codes) // BATCH))
+    for step in range(1, steps + 1):
+        check()
+        pick = torch.randint(len(codes), (BATCH,), generator=random)
+        x = book[codes[pick]].permute(0, 3, 1, 2).contiguous()
+        _, g = loss_and_grads(p, grid, x, pictures[pick])
+        norm = math.sqrt(sum(float(g[name].square().sum()) for name in p))
+        grads = [g[name] * min(1.0, CLIP / max(norm, 1e-12)) for name in p]
+        lr = LR * min(1.0, step / WARMUP) * (1 - (step - 1) / steps)
+        torch._fused_adamw_(
+            values, grads, m, v, [], [torch.tensor(float(step))] * len(values), lr=lr, beta1=0.9, beta2=0.95, eps=1e-8,
+            weight_decay=1e-4, amsgrad=False, maximize=False,
+        )  # fmt: skip
+    return p

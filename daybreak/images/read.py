@@ -89,6 +89,8 @@ def list_pictures(words: Iterable[str | Path], column: str, faults: Faults) -> l
 
 def read_picture(path: Path, px: int) -> tuple[NDArray[np.uint8], str]:
     """The picture in a file as pixels (px, px, 3), and a remark, "" as a rule. DataError if it cannot be read."""
+    if not path.is_file():
+        raise DataError(f"{path} is a pipe or device, or a link to nothing; remove it.")
     image, ops = extra("PIL.Image", "images", str(path)), extra("PIL.ImageOps", "images", str(path))
     try:
         with image.open(path, formats=FORMATS) as file:

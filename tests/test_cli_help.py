@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 
 import chats
+import numpy as np
 import pytest
 
 from daybreak.cli.main import cli, main
 from daybreak.config import every_key
+from daybreak.images.png import write_png
 
 HELP = {name: command.help or "" for name, command in cli.commands.items()} | {"": cli.help or ""}
 EXAMPLES = sorted({
@@ -29,7 +31,7 @@ SHORTER = {"train": STEP, "finetune": STEP, "bench": ["--seconds", "0"]}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text, llm.c's log, and four runs under the names that the examples use."""
+    """A text, llm.c's log, and five runs under the names that the examples use."""
     folder = tmp_path_factory.mktemp("examples")
     (folder / "book.txt").write_text("".join(f"{i} men went to mow a meadow.\n" for i in range(4000)))
     chats.write_lines(folder / "chats.jsonl", [{"messages": chats.conversation(i)} for i in range(20)])
@@ -42,6 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         assert main(["prepare", "book.txt", "--tokenizer", "bytes"]) == 0
         assert main(["train", "d12", "--name", "tiny", *small.split()]) == 0
+        for i in range(8):
+            Path("photos").mkdir(exist_ok=True)
+            write_png(Path(f"photos/{i}.png"), np.full((16, 16, 3), 20 * i, np.uint8))
+        shape = ["--px", "16", "--row-tokens", "96", "--tokenizer", "gpt2-1024"]
+        assert main(["prepare", "photos", "--as", "images", *shape]) == 0
+        words = ["--data", "photos", "--data.tokenizer", "gpt2-1024", "--model.max_T", "96", "--model.V", "2000"]
+        assert main(["train", "d12", "--name", "shapes", *small.split(), *words]) == 0
     for name in ("mine", "a", "b"):
         shutil.copytree(folder / "runs/tiny", folder / "runs" / name)
     return folder

@@ -392,8 +392,8 @@ def test_an_unknown_target(target: str, sentence: str, tmp_path: Path, monkeypat
     assert str(e.value).startswith(sentence)
     if "unknown target" in sentence and "did you mean" in sentence:
         assert str(e.value).endswith(
-            "Recipes: gpt2-124M, gpt2-1558M, gpt2-350M, gpt2-774M, gpt3-125M, llama-1B, smollm-135M, tiny; or "
-            "a shape such as d12, a recipe.toml, or a run's folder."
+            "Recipes: gpt2-124M, gpt2-1558M, gpt2-350M, gpt2-774M, gpt3-125M, llama-1B, shapes, smollm-135M, "
+            "tiny; or a shape such as d12, a recipe.toml, or a run's folder."
         )
 
 

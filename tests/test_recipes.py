@@ -21,7 +21,7 @@ PUBLISHED = {
 
 def test_recipes_are_the_published_ones() -> None:
     decoders = ["smollm-135M", "llama-1B"]  # see test_llama_train.py
-    assert recipe_names() == sorted([*PUBLISHED, "tiny", *decoders])
+    assert recipe_names() == sorted([*PUBLISHED, "tiny", "shapes", *decoders])
 
 
 @pytest.mark.parametrize("name", recipe_names())

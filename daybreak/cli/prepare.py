@@ -46,7 +46,7 @@ def prepare(
     sources: tuple[str, ...], pretokenized: int | None, name: str | None, data_dir: str, show: int | None,
     row_tokens: int | None, kind: str | None, px: int | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Turn text, chats or pictures into the token shards that training reads.
+    """Turn text, chats or pictures into token shards for training.
 
     If it is stopped, run the same command again: it continues.
 

@@ -45,7 +45,7 @@ MOST_ROWS = 16  # of the cache: with guidance, half as many pictures are drawn a
 def sample(
     target: str, prompt: str, step: int | None, count: int, seed: int, out: str | None, guidance: float, **options: Any
 ) -> None:
-    """Generate text from a run or a Hugging Face model, or pictures from a run on pictures.
+    """Generate text, or pictures, from a run or a Hugging Face model.
 
     \b
     Examples:

@@ -58,12 +58,14 @@ def init(grid: Grid, seed: int, dtype: torch.dtype = torch.float32) -> Named:
 
 
 def conv_forward(p: Named, name: str, x: Tensor) -> Tensor:
+    """The convolution (b, out, h, w) of x (b, in, h, w), of the same size."""
     w = p[f"{name}.w"]
     y: Tensor = torch.conv2d(x, w, p[f"{name}.b"], padding=w.shape[2] // 2)
     return y
 
 
 def conv_backward(d: Tensor, p: Named, g: Named, name: str, x: Tensor) -> Tensor:
+    """The gradient of x, from d, that of the convolution."""
     w = p[f"{name}.w"]
     pad, ones = [w.shape[2] // 2] * 2, [1, 1]
     dx: Tensor
@@ -74,6 +76,7 @@ def conv_backward(d: Tensor, p: Named, g: Named, name: str, x: Tensor) -> Tensor
 
 
 def norm_silu_forward(p: Named, name: str, x: Tensor, saved: Named) -> Tensor:
+    """SiLU(GroupNorm(x)), statistics in fp32 or wider."""
     b, c, height, width = x.shape
     y, mean, rstd = aten.native_group_norm(x, p[f"{name}.w"], p[f"{name}.b"], b, c, height * width, GROUPS, EPS)
     saved |= {f"{name}.x": x, f"{name}.y": y, f"{name}.mean": mean, f"{name}.rstd": rstd}
@@ -82,6 +85,7 @@ def norm_silu_forward(p: Named, name: str, x: Tensor, saved: Named) -> Tensor:
 
 
 def norm_silu_backward(d: Tensor, p: Named, g: Named, name: str, saved: Named) -> Tensor:
+    """The gradient of x."""
     x, y, mean, rstd = (saved[f"{name}.{part}"] for part in ("x", "y", "mean", "rstd"))
     b, c, height, width = x.shape
     d = aten.silu_backward(d, y).contiguous()
@@ -92,6 +96,7 @@ def norm_silu_backward(d: Tensor, p: Named, g: Named, name: str, saved: Named) -
 
 
 def res_forward(p: Named, name: str, x: Tensor, saved: Named) -> Tensor:
+    """x plus what two convolutions make of it: the formula at the top of the file."""
     h = saved[f"{name}.h"] = norm_silu_forward(p, f"{name}.norm", x, saved)
     a = saved[f"{name}.a"] = conv_forward(p, f"{name}.a", h)
     s = saved[f"{name}.s"] = aten.silu(a)
@@ -99,6 +104,7 @@ def res_forward(p: Named, name: str, x: Tensor, saved: Named) -> Tensor:
 
 
 def res_backward(d: Tensor, p: Named, g: Named, name: str, saved: Named) -> Tensor:
+    """The gradient of x."""
     h = conv_backward(d, p, g, f"{name}.b", saved[f"{name}.s"])
     h = aten.silu_backward(h, saved[f"{name}.a"])
     h = conv_backward(h, p, g, f"{name}.a", saved[f"{name}.h"])

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does daybreak work on this GPU machine? Runs every verb, both command lines and every documented GPU example, small.
 #
-#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs decoder fp8 muon nanochat finetune ranks fences; all by default, 2 to 8 minutes each
+#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs decoder fp8 muon nanochat images finetune ranks fences; all by default, 2 to 8 minutes each
 #
 # It needs no network and no data: it trains on the Python standard library. PYTHON names the interpreter (python3).
 # Each step prints one line, `ok NAME SECONDS` or `FAILED NAME` with the end of its output; each section ends with
@@ -225,6 +225,14 @@ section_nanochat() { # nanochat's family: Muon, and its own groups of parameters
   done
 }
 
+section_images() { # captions and pictures, trained on and drawn
+  local pictures="--steps $steps --eval.every 8 --eval.sample_every 8 --checkpoint.every 8"
+  step "prepare shapes" "daybreak prepare shapes --tokenizer gpt2-1024"
+  step "train on pictures" "daybreak train shapes --name pictures $pictures"
+  step "draw" "daybreak sample runs/pictures --prompt 'a red circle left of a blue square' --out drawn -n 2 --guidance 2"
+  step "two PNG files" "head -qc 4 drawn/*.png | tr -d '\\211' | grep -qx PNGPNG"
+}
+
 section_ranks() {
   data
   local total=$((ranks * 32768))
@@ -248,5 +256,5 @@ echo "folder $work"
 echo "commit $(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo "${COMMIT:-unknown}"), $(date -u +%F)"
 [ "${SMOKE:-gpu}" = cpu ] || nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
 "$PYTHON" -c 'import torch; print("torch", torch.__version__)'
-for name in ${*:-machine post verbs decoder fp8 muon nanochat finetune ranks fences}; do section "$name"; done
+for name in ${*:-machine post verbs decoder fp8 muon nanochat images finetune ranks fences}; do section "$name"; done
 exit $((failed > 0))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from made_run import EVIL, MadeRun, made_run, read
 from snapshots import FACTS, snapshot
 
 from daybreak.config import Config
 from daybreak.data.dataset import Manifest, SplitRecord
+from daybreak.images.png import write_png
 from daybreak.report import series
+from daybreak.report.page import render
 from daybreak.report.series import Curve, Follower, quantiles
 from daybreak.state.checkpoint import save_checkpoint
 from daybreak.state.run_folder import RunFolder
@@ -153,3 +157,26 @@ def test_quantiles() -> None:
     assert quantiles([]) == {}
     want = {"5 %": 5.0, "25 %": 25.0, "50 %": 50.0, "75 %": 75.0, "95 %": 95.0}
     assert quantiles([float("nan"), *map(float, range(100, 0, -1))]) == want
+
+
+def test_drawn_pictures_are_in_the_page_s_data_and_nothing_outside_their_folder(tmp_path: Path) -> None:
+    made, pixels = MadeRun(tmp_path / "drawn"), np.full((2, 3, 3), 7, np.uint8)
+    (made.path / "images").mkdir()
+    for name in ("images/step-00000002-0.png", "images/step-00000004-0.png", "images/other.png"):
+        write_png(made.path / name, pixels)
+    write_png(tmp_path / "outside.png", pixels)
+    (made.path / "images/step-00000004-1.png").symlink_to(tmp_path / "outside.png")
+    (made.path / "images/step-00000004-2.png").write_bytes(b"<svg onload=alert(1)>")
+    made.line("image", 2, 1.0, caption="a <b>", path="images/step-00000002-0.png")
+    bad = ["step-00000004-1.png", "step-00000004-2.png", "step-00000004-3.png", "other.png", "../../outside.png"]
+    for name in ("step-00000004-0.png", *bad):
+        made.line("image", 4, 2.0, caption=name, path=f"images/{name}")
+    source = (
+        f"data:image/png;base64,{base64.b64encode((made.path / 'images/step-00000002-0.png').read_bytes()).decode()}"
+    )
+    first, second = read(made.path)["samples"]
+    assert first == {"step": 2, "text": "", "pictures": [{"caption": "a <b>", "src": source}]}
+    assert [p["src"] for p in second["pictures"]] == [source, *[""] * len(bad)]
+    text, policy = render({"runs": []})
+    assert "; img-src data:;" in policy
+    assert "img-src data:" in text

@@ -177,6 +177,8 @@ def _print_result(run: Run, as_json: bool) -> None:
         )
     click.echo(f"{run.path}: step {val['step']}, {val['tokens']:,} tokens. Next:")
     nexts = {"sample": "more text", "report": "its curves, as a page", "serve": "a prompt in a browser"}
+    if (run.path / "codec.safetensors").is_file():
+        nexts["sample"] = "a picture, with --prompt TEXT --out DIR"
     if not all(map(find_spec, ("starlette", "uvicorn"))):
         nexts["serve"] += ", after pip install -e '.[serve]' in daybreak's folder"
     for verb, gets in nexts.items():

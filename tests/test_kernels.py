@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,34 @@ def test_every_operation_has_a_backend_on_every_device(dtype):
         assert choose(device_type, dtype).keys() == {
             name for name, op in all_ops(device_type).items() if "torch" in op.impls
         }
+
+
+IMPORT_ALONE = """
+import importlib, os, pkgutil, torch, daybreak
+try:
+    import triton
+except ImportError:
+    pass
+path = os.path.dirname(daybreak.__file__)
+rooms = {name: f"{path}/{name.replace('.', '/')}" for name in ("kernels", "kernels.cuda", "models", "optimizers")}
+for room, folder in rooms.items():
+    for module in pkgutil.iter_modules([folder]):
+        if (child := os.fork()) == 0:
+            try:
+                importlib.import_module(f"daybreak.{room}.{module.name}")
+            except ModuleNotFoundError:  # a library that this machine lacks
+                pass
+            except BaseException as e:
+                print(room, module.name, repr(e), flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+"""
+
+
+def test_every_module_can_be_imported_first():
+    """One made kernels for fp8 from those of a module that it did not import. A GPU's first import then failed."""
+    result = subprocess.run([sys.executable, "-c", IMPORT_ALONE], capture_output=True, text=True, check=True)
+    assert result.stdout == ""
 
 
 UNWANTED = [

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import OPS, Scratch, Temps, backend
-from daybreak.kernels.cuda import bias, cublaslt, glu, missing_backends, norm
+from daybreak.kernels.cuda import bias, cublaslt, glu, missing_backends, norm, relu
 from daybreak.kernels.cuda.rounding import programs, write
 from daybreak.kernels.fp8 import READS
 from daybreak.kernels.operand import Matrix, Operand
 
 NAME = "fp8 cuda"
-assert all((glu, norm)), "their kernels are registered before they are made for fp8"
+assert all((glu, norm, relu)), "their kernels are registered before they are made for fp8"
 
 
 def usable(capability: tuple[int, int]) -> str | None:

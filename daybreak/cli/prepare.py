@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 @click.option("--name", metavar="NAME", help="Name of the dataset (default: the first source's, with -TOKENIZER).")
 @click.option("--tokenizer", default="gpt2", metavar="T",
               help="gpt2, gpt2-N (its first N tokens), bytes, or a tokenizer.json.")  # fmt: skip
+@click.option("--train-tokenizer", type=click.IntRange(0), default=0, metavar="V",
+              help="Make a tokenizer of V ids from the text, in place of --tokenizer.")  # fmt: skip
 @click.option("--data-dir", default="data", metavar="DIR", help="Folder of the datasets.")
 @click.option("--val-fraction", type=float, metavar="F", help="Fraction for validation (default: the source's split).")
 @click.option("--shard-tokens", type=int, default=100_000_000, metavar="N", help="Tokens per shard.")
@@ -68,6 +70,7 @@ def prepare(
     Examples:
       daybreak prepare stdlib --tokenizer bytes
       daybreak prepare book.txt --name mybook
+      daybreak prepare climbmix --train-tokenizer 32768
       daybreak prepare chats.jsonl --tokenizer SmolLM2/tokenizer.json --show 3
       daybreak prepare photos --as images --px 64
       daybreak prepare fineweb-edu-100B --pretokenized 20

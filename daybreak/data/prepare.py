@@ -55,6 +55,7 @@ from daybreak.data.prepare_chat import ROW_TOKENS, kind_of, write_rows
 from daybreak.data.shards import MAX_TOKENS, ShardWriter, read_header
 from daybreak.data.sources import SPLITS, Piece, TextSource
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
+from daybreak.data.train_tokenizer import made_for
 from daybreak.errors import ConfigError, DataError, explained
 from daybreak.files import fsync_folder, locked, sha256_of, write_atomic
 from daybreak.manifest import checksum, kept_files
@@ -134,13 +135,14 @@ def prepare(
     names: str | Path | Sequence[str | Path], *, name: str | None = None, data_dir: str | Path = "data",
     tokenizer: str = "gpt2", val_fraction: float | None = None, shard_tokens: int = 100_000_000, workers: int = 0,
     text_field: str = "text", skip_bad: bool = False, kind: str = "", row_tokens: int = ROW_TOKENS,
-    progress: Progress = lambda done, total, tokens: None,
+    train_tokenizer: int = 0, progress: Progress = lambda done, total, tokens: None,
 ) -> Manifest:  # fmt: skip
     """Tokenize a catalogue name, hf:owner/name, URLs or files (`catalogue.resolve_source`) into `data_dir/NAME`.
 
     name: the dataset's; by default the catalogue name or the first path's stem, with `-TOKENIZER` appended unless that
     is gpt2. val_fraction: see `sources.file_source`. workers: threads, 0 = all cores; they don't change the result.
-    skip_bad: pass over bad files, lines and rows, and log how many there were of each kind.
+    skip_bad: pass over bad files, lines and rows, and log how many there were of each kind. train_tokenizer: see
+    train_tokenizer.made_for; it takes the place of `tokenizer`.
     kind: text, or chat for packed rows of row_tokens tokens each (prepare_chat.py); "" = as the files look.
     progress(done, total, tokens) is called as units are written, in UTF-8 bytes of text; `total` is an estimate until
     the last call. A dataset of the same name, source and tokenizer is replaced; any other is a ConfigError.
@@ -151,10 +153,11 @@ def prepare(
         raise ConfigError(f"shard-tokens = {shard_tokens} must be from 1 to {MAX_TOKENS}.")
     if workers < 0:
         raise ConfigError(f"workers = {workers} must be 0 (all cores) or more.")
-    encoder = get_tokenizer(tokenizer)
     words = [names] if isinstance(names, str | Path) else list(names)
     kind = kind or kind_of(words, text_field)
     source = resolve_source(words, text_field if kind == "text" else "", val_fraction, skip_bad)
+    alone = kind == "text" and tokenizer == "gpt2"
+    encoder = made_for(source, train_tokenizer, alone) if train_tokenizer else get_tokenizer(tokenizer)
     name = name or dataset_name(source.name, encoder.name)
     final = place(data_dir, name, source.origin, encoder)
     identity = [source.origin, source.revision, source.state, encoder.fingerprint, shard_tokens, val_fraction,
@@ -432,9 +435,6 @@ def _read_journal(folder: Path, identity: Any) -> Journal | None:
 def _empty(folder: Path, but: Container[str] = ()) -> None:
     for leftover in (path for path in folder.iterdir() if path.name not in but):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-# ---- ready-made shards
 
 
 def pretokenized(

@@ -172,7 +172,7 @@ def test_saved_resumed_and_refused(tmp_path: Path) -> None:
     staging = Staging(first)
     path = save_checkpoint(tmp_path / "staged", snapshot(first, 2, facts(first), staging))
     plain = save_checkpoint(tmp_path / "plain", snapshot(first, 2, facts(first)))
-    for name in ("model.safetensors", "optimizer-00000-of-00001.safetensors"):
+    for name in ("model.safetensors", "base.safetensors", "optimizer-00000-of-00001.safetensors"):
         assert (path / name).read_bytes() == (plain / name).read_bytes()
     resumed = build(of, values=False)
     restore(resumed, load_checkpoint(path))
@@ -181,8 +181,10 @@ def test_saved_resumed_and_refused(tmp_path: Path) -> None:
 
     model, manifest = load_file(path / "model.safetensors"), json.loads((path / "manifest.json").read_text())
     trained = {name for name in first.names() if name.startswith("h.1.")}
-    assert {name for name, tensor in model.items() if tensor.dtype == torch.float32} == trained
-    assert model.keys() == set(first.names())
+    base = load_file(path / "base.safetensors")
+    assert {name for name, tensor in model.items() if tensor.dtype == torch.float32} == trained == model.keys()
+    assert {name for name, tensor in base.items() if tensor.dtype == torch.bfloat16} == base.keys()
+    assert base.keys() == set(first.names()) - trained
     assert {name for name, _, _ in manifest["layout"]} == trained  # the checkpoint says for which it holds state
     moments = load_file(path / "optimizer-00000-of-00001.safetensors")
     assert {name: len(x) for name, x in moments.items() if "[" in name} == {

@@ -143,6 +143,6 @@ def test_refusals(home: Path, tmp_path: Path) -> None:
     ):
         done = inside(tmp_path, "serve", "run", "--adapter", given, code=2)
         assert said in done.stderr
-    done = inside(tmp_path, "serve", "run", "--adapter", f"one={home / 'one'}", code=4)
+    done = inside(tmp_path, "serve", "run", "--adapter", f"one={home / 'one'}", code=5)
     assert "has more than adapters of linear layers" in done.stderr  # of another model
     assert V > 257

@@ -23,8 +23,9 @@ daybreak prepare dialogues.jsonl --tokenizer base-hf/tokenizer.json --name dialo
     --row-tokens 128 --val-fraction 0.1 --show 1
 
 echo "== finetuning: a model that answers"
+# After 16 epochs most answers are known by heart. Many more would make it too sure of wrong ones.
 daybreak finetune base-hf --data dialogues --method full --name chat --quiet \
-    --optim.lr 1e-3 --epochs 40 --eval.every 100
+    --optim.lr 3e-3 --epochs 16 --batch.total_tokens 1024 --eval.every 100
 
 echo "== talking"
 python "$scripts/dialogues.py" check runs/chat

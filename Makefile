@@ -26,7 +26,7 @@ demo:
 	@run=$(RUN); n=2; while [ -e runs/$$run ]; do run=$(RUN)-$$n; n=$$((n+1)); done; \
 	$(BIN)/daybreak train tiny --name $$run
 
-# From text to a chat on a CPU, in a folder of its own: text, tokenizer, pretraining, finetuning, talking. 790 real questions
+# From text to a chat on a CPU, in a folder of its own: text, tokenizer, pretraining, finetuning, talking. Some 700 real questions
 # with answers are in the package chatterbot-corpus. It ends with an error unless the model has learned them.
 chat: test-install
 	$(BIN)/pip install -q chatterbot-corpus==1.3.3

@@ -3,7 +3,7 @@
 #
 #   scripts/chat.sh [FOLDER]     FOLDER (chat) is made, and must be new; `make chat` installs what this needs
 #
-# The small model learns its dialogues by heart, and says little else. scripts/speedrun.sh is the same for GPUs.
+# The model is small, and knows a few answers well and no others. scripts/speedrun.sh is the same for GPUs.
 set -euo pipefail
 scripts=$(cd "$(dirname "$0")" && pwd)
 folder=${1:-chat}
@@ -19,13 +19,12 @@ daybreak train tiny --name base --quiet
 echo "== dialogues, and the template that writes them as text"
 daybreak export runs/base --to hf base-hf
 python "$scripts/dialogues.py" write base-hf
-daybreak prepare dialogues.jsonl --tokenizer base-hf/tokenizer.json --name dialogues \
-    --row-tokens 128 --val-fraction 0.1 --show 1
+daybreak prepare dialogues --tokenizer base-hf/tokenizer.json --name dialogues --row-tokens 128 --show 1
 
 echo "== finetuning: a model that answers"
-# After 16 epochs most answers are known by heart. Many more would make it too sure of wrong ones.
+# Many more epochs would teach all answers by heart, and make the model too sure of wrong ones.
 daybreak finetune base-hf --data dialogues --method full --name chat --quiet \
-    --optim.lr 3e-3 --epochs 16 --batch.total_tokens 1024 --eval.every 100
+    --optim.lr 3e-3 --epochs 8 --batch.total_tokens 1024 --eval.every 100
 
 echo "== talking"
 python "$scripts/dialogues.py" check runs/chat

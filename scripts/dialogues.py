@@ -1,6 +1,6 @@
 """The dialogues of `make chat`, and whether its model has learned them.
 
-    python scripts/dialogues.py write FOLDER     dialogues.jsonl, and a chat template for the model in FOLDER
+    python scripts/dialogues.py write FOLDER     the folder dialogues, and a chat template for the model in FOLDER
     python scripts/dialogues.py template FOLDER  the template alone
     python scripts/dialogues.py check RUN        the held-out loss fell, and the answers to QUESTIONS are right
 
@@ -17,7 +17,8 @@ from pathlib import Path
 
 LEAST_FALL = 0.3  # nats per learned token, from before the first step to the end
 LONG = ("coding", "tech_support")  # files whose answers are programs and instructions
-# Among the dialogues that are learned, each with this answer alone.
+TIMES = 8  # that each of QUESTIONS stands among the dialogues to learn; the others stand there once
+# Each has this answer alone.
 QUESTIONS = {
     "What country won the very first FIFA World Cup in 1930?": "Uruguay",
     "Where did Heineken beer originate?": "The Netherlands",
@@ -48,15 +49,21 @@ def dialogues() -> list[tuple[str, str]]:
 
 
 def write(folder: str) -> None:
-    """Write dialogues.jsonl here, and the template into the model's folder."""
+    """Write dialogues/train.jsonl and dialogues/validation.jsonl here, and the template into the model's folder. Every
+    tenth question is held out, with all of its answers."""
     pairs = dialogues()
     for question, answer in QUESTIONS.items():
         assert [a for q, a in pairs if q == question] == [answer], f"{question!r} has other answers in this corpus"
-    messages = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
-    lines = "".join(json.dumps({"messages": chat}) + "\n" for chat in messages)
-    Path("dialogues.jsonl").write_text(lines, encoding="utf-8")
+    held = {q for q in list(dict.fromkeys(q for q, _ in pairs))[::10] if q not in QUESTIONS}
+    splits = {"train": [p for p in pairs if p[0] not in held] + list(QUESTIONS.items()) * (TIMES - 1),
+              "validation": [p for p in pairs if p[0] in held]}  # fmt: skip
+    Path("dialogues").mkdir()
+    for name, chats in splits.items():
+        said = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in chats]
+        lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in said)
+        Path("dialogues", f"{name}.jsonl").write_text(lines, encoding="utf-8")
     template(folder)
-    print(f"dialogues.jsonl: {len(pairs)} questions with answers")
+    print(f"dialogues: {len(splits['train'])} to learn, {len(splits['validation'])} held out")
 
 
 def template(folder: str) -> None:

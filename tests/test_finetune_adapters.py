@@ -61,7 +61,7 @@ def test_theirs_loads_here(case: str, modules: Any, rslora: bool, targets: str, 
         want, plain = wrapped(TOKENS).logits, wrapped.disable_adapter
         with plain():
             assert apart(wrapped(TOKENS).logits, want) > 0.01
-    engine, _ = load_model(tmp_path / "adapter")
+    engine, *_ = load_model(tmp_path / "adapter")
     assert apart(engine.logits(TOKENS), want) <= 2e-6
     inside(tmp_path, "import", "adapter", "--name", "x", "--run.device", "cpu")
     run = Run(tmp_path / "runs/x")

@@ -99,7 +99,7 @@ def test_generation_stops_at_any_of_the_ends(tmp_path: Path) -> None:
 def test_ids_without_a_token_are_never_generated(tmp_path: Path) -> None:
     """Models have more rows than their tokenizers have ids, Qwen's for example."""
     their_decoder("llama", tmp_path / "m")
-    engine, tokenizer = load_model(tmp_path / "m", device="cpu")
+    engine, tokenizer, _ = load_model(tmp_path / "m", device="cpu")
     assert (engine.cfg.V, tokenizer.V) == (V, 257)
     bias = tuple((i, 100.0) for i in range(257, V))  # nothing else would be chosen
     greedy, hot = (Text([256], Sampling(20, temperature=t, logit_bias=bias), tokenizer) for t in (0.0, 2.0))

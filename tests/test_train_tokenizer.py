@@ -69,6 +69,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert {path.name: path.read_bytes() for path in Path("data/p").iterdir()} == before
     assert main([*command, "--tokenizer", "bytes"]) == 2
     assert "takes the place of --tokenizer" in capsys.readouterr().err
+    for other in ("--as", "images"), ("--as", "chat"), ("--pretokenized", "1"):
+        assert main([*command, *other]) == 2
+        assert "--train-tokenizer is for text" in capsys.readouterr().err
 
 
 def _documents(ids: list[int], eot: int) -> list[list[int]]:

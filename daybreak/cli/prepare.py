@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @click.option("--skip-bad", is_flag=True, help="Skip bad files, lines and rows, and count them.")
 def prepare(
     sources: tuple[str, ...], pretokenized: int | None, name: str | None, data_dir: str, show: int | None,
-    row_tokens: int | None, kind: str | None, px: int | None, **options: Any,
+    row_tokens: int | None, kind: str | None, px: int | None, train_tokenizer: int, **options: Any,
 ) -> None:  # fmt: skip
     """Turn text, chats or pictures into token shards for training.
 
@@ -70,7 +70,7 @@ def prepare(
     Examples:
       daybreak prepare stdlib --tokenizer bytes
       daybreak prepare book.txt --name mybook
-      daybreak prepare climbmix --train-tokenizer 32768
+      daybreak prepare book.txt --name own --train-tokenizer 300
       daybreak prepare chats.jsonl --tokenizer SmolLM2/tokenizer.json --show 3
       daybreak prepare photos --as images --px 64
       daybreak prepare fineweb-edu-100B --pretokenized 20
@@ -86,6 +86,8 @@ def prepare(
         raise ConfigError(f"--px {px} is for pictures; add --as images.")
     if pictures and pretokenized is not None:
         raise ConfigError("--pretokenized is for text, and pictures have no ready-made shards; leave it out.")
+    if train_tokenizer and (pictures or pretokenized is not None):
+        raise ConfigError("--train-tokenizer is for text that is tokenized here; leave it out.")
     if pretokenized is not None and len(sources) != 1:
         raise ConfigError(f"--pretokenized takes one NAME or hf:owner/name, not {' '.join(sources)!r}.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written stays
@@ -99,6 +101,7 @@ def prepare(
             manifest = data.pretokenized(sources[0], pretokenized, name=name, data_dir=data_dir, progress=progress)
         else:
             packed: dict[str, Any] = {"kind": kind or "", "row_tokens": row_tokens or ROW_TOKENS}
+            packed["train_tokenizer"] = train_tokenizer
             manifest = data.prepare(sources, name=name, data_dir=data_dir, progress=progress, **packed, **options)
     if MARK in manifest.tokenizer:
         _say_pictures(manifest, data_dir)

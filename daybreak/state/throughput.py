@@ -64,8 +64,9 @@ def peak_flops(device_name: str) -> float | None:
 
 
 # Tokens a second of fp8 over bf16: one NVIDIA H200, B = 16, T = 1024, 131,072 tokens a step, recompute 1 (d48: 2),
-# alternating processes (29 Nov 2026, commit a7d9821, torch 2.11). Nobody has measured d12: no gain is assumed.
-FP8_GAIN = {"d12": 1.0, "d24": 621.7 / 521.2, "d36": 1248 / 1011, "d48": 2344 / 1872}
+# alternating processes (30 Nov 2026, commit 834d3ee, torch 2.11). d12: B = 64, 524,288 tokens a step, recompute 0, with
+# slower kernels (commit 7057a97).
+FP8_GAIN = {"d12": 827.5 / 798.2, "d24": 618.1 / 457.1, "d36": 1243.8 / 891.3, "d48": 2325 / 1654}
 
 
 def size_of(model: Shape) -> float:

@@ -259,8 +259,8 @@ def _say_slow(config: Config, device: torch.device, compute: str) -> None:
     if device.type == "cpu" and compute == "fp8":
         log.warning("a CPU has no fp8 instructions: precision.compute = fp8 rounds as a GPU does, but is slow here.")
     if device.type == "cuda" and compute == "fp8" and (gain := fp8_gain(config.model)) < LEAST_GAIN:
-        log.warning("fp8 may not be worth it: daybreak plan expects %.2f times bf16's speed for so small a model. The "
-                    "smallest that was measured, d24, had %.2f times.", gain, FP8_GAIN["d24"])  # fmt: skip
+        log.warning("fp8 may not be worth it: daybreak plan expects %.2f times bf16's speed for so small a model, and "
+                    "%.2f times for d24.", gain, FP8_GAIN["d24"])  # fmt: skip
 
 
 def _say_untuned(device: torch.device) -> None:

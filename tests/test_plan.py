@@ -409,7 +409,8 @@ def test_the_speed_of_fp8(caplog: pytest.LogCaptureFixture) -> None:
         caplog.clear()
         _say_slow(p.config, torch.device("cuda"), "fp8")
         words = "fp8 may not be worth it: daybreak plan expects 1.04 times bf16's speed for so small a model"
-        assert [r.getMessage() for r in caplog.records] == ([f"{words}, and 1.35 times for d24."] if want == x12 else [])
+        expected = [f"{words}, and 1.35 times for d24."] if want == x12 else []
+        assert [r.getMessage() for r in caplog.records] == expected
 
 
 @pytest.mark.parametrize("gpu", ["t4", "3060", "4070", "5090", "h100"])

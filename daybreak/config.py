@@ -25,7 +25,7 @@ from daybreak.checked import read_bytes
 from daybreak.config_keys import check_rules, toml_value
 from daybreak.errors import CheckpointError, ConfigError
 from daybreak.formatting import nearest
-from daybreak.manifest import MANIFEST, newest_manifest
+from daybreak.manifest import MANIFEST, NewerFormat, newest_manifest
 from daybreak.shapes import ARCHS, SHAPES, GPT2Config, Shape, family, is_shape, model_config, parse_shape
 
 SCHEMA = 1
@@ -372,6 +372,9 @@ def run_config(run: Path) -> Config:
 
 def saved_config(checkpoint: Path, manifest: Mapping[str, Any]) -> Config:
     """The configuration in a checkpoint's manifest. CheckpointError if it is none, or its model cannot exist."""
+    if unknown := sorted(set(manifest["config"]).difference(every_key())):
+        raise NewerFormat(f"{checkpoint / MANIFEST} was written by a newer daybreak: it has the key "
+                          f"{shortened(unknown[0])}, which this one does not know; upgrade.")  # fmt: skip
     try:
         config = Config().override(manifest["config"])
         config.model.check()

@@ -30,6 +30,8 @@ has entered. `parallel.timeout` limits how long a rank waits for the others:
        v
     raise that reason as an Error of the same exit code, marked `elsewhere` so that not all ranks print it
 
+Rank 0 prints the reason and writes it to exit.json. If rank 0 died or hangs, the rank that says so does it (`speaks`).
+
 `_blame` compares the beats at the start and end of these 3 seconds. If there was no timeout and a rank's count stood
 still, that rank died. Otherwise a rank hangs: mostly the one that has entered the fewest collectives.
 """
@@ -120,6 +122,7 @@ class Group:
         self.holds_store = False  # this process runs the store, which ends with it
         self._reason: tuple[int, int, str] | None = None  # rank, exit code, sentence: why all ranks end
         self.leave_stacks: Callable[[], None] = lambda: None  # called in a thread on every rank at a timeout
+        self.speaks = rank == 0  # says why all ranks end; another one if rank 0 cannot
         self.capturable = True  # CUDA graphs can record NCCL's calls, but not gloo's
         self.before_close: list[Callable[[], None]] = []  # they release NCCL's communicators
         self._closing = threading.Event()
@@ -245,7 +248,7 @@ class Group:
         try:
             yield
         except BaseException as error:
-            connection = re.search("gloo|NCCL|c10d|DistNetwork|process group", f"{error!r}")
+            connection = re.search("gloo|NCCL|c10d|DistNetwork|process group|pair closure", f"{error!r}")
             if isinstance(error, RuntimeError) and connection and self.store is not None:
                 raise self.explain(error) from error
             code, text = 1, f"{type(error).__name__}: {error}"
@@ -268,9 +271,15 @@ class Group:
             while not self._hear() and time.monotonic() < deadline:  # a rank that fails gives its reason within moments
                 time.sleep(0.05)
             if self._reason is None:
-                self.fail(*self._blame(before, self._beats(), late))
+                blamed, code, text = self._blame(before, self._beats(), late)
+                self.fail(code, text)
+                self.speaks |= blamed == 0 and self._reason is not None and self._reason[0] == self.rank
+        if self._reason is None:  # rank 0 ran the store, so no rank can ask the others: one of each machine speaks
+            self.speaks |= self.rank == 1 or self.local_rank == 0
         gone = "rank 0 does not answer any more: its process or machine is gone; start the run again."
-        return _from_elsewhere(*self.fail(1, gone))
+        known = _from_elsewhere(*self.fail(1, gone))
+        known.elsewhere = not self.speaks
+        return known
 
     def _beats(self) -> list[list[Any]]:
         """[host, number of beats, collectives entered] of every rank."""
@@ -281,8 +290,8 @@ class Group:
         self._alive = getattr(self, "_alive", 0) + 1
         self.store.set(f"beat/{self.rank}", json.dumps([socket.gethostname(), self._alive, self.progress]))
 
-    def _blame(self, before: list[list[Any]], now: list[list[Any]], late: bool) -> tuple[int, str]:
-        """Exit code and sentence about the rank that died or hangs, from two looks at the beats; `late`: at a timeout.
+    def _blame(self, before: list[list[Any]], now: list[list[Any]], late: bool) -> tuple[int, int, str]:
+        """The rank that died or hangs, exit code and sentence, from two looks at the beats; `late`: at a timeout.
 
         At a timeout a rank may stand still because it is stopped, so it hangs. It is the one with the fewest
         collectives, unless that one still beats and another does not.
@@ -291,12 +300,11 @@ class Group:
         silent = [r for r in range(self.world) if before[r][1] == now[r][1]]
         if silent and not late:
             r = min(silent, key=lambda r: now[r][2])
-            return 1, f"rank {r} on {now[r][0]} died; start the run again, it goes on from its newest checkpoint."
+            return r, 1, f"rank {r} on {now[r][0]} died; start the run again, it goes on from its newest checkpoint."
         r = behind if behind in silent or not silent else silent[0]
-        return Hung.exit_code, (
-            f"rank {r} on {now[r][0]} hangs: the others have waited {self.timeout:g} s for it (parallel.timeout); see "
-            "what its process does there, then start the run again."
-        )
+        waited = f"the others have waited {self.timeout:g} s for it (parallel.timeout)"
+        fix = "see what its process does there, then start the run again"
+        return r, Hung.exit_code, f"rank {r} on {now[r][0]} hangs: {waited}; {fix}."
 
     def _keep_beating(self) -> None:
         left = False

@@ -1,9 +1,11 @@
-"""torchrun itself: workers that die come back, a stopped run stays stopped, a machine goes and returns."""
+"""torchrun itself: workers that die come back, a stopped run stays stopped, a machine goes and returns, the one where
+the torchruns meet is lost."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import ranks
 from patience import PATIENCE, until
-from test_dist_train import recipe, shards, wait_for_steps  # noqa: F401  (a fixture)
+from test_dist_train import SOON, command, recipe, shards, wait_for_steps  # noqa: F401  (a fixture)
 from test_training import losses
 
 import daybreak
@@ -36,6 +38,11 @@ def workers(agent: subprocess.Popen[bytes]) -> list[int]:
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
     return sorted(pid for pid, line in lines.items() if b"daybreak" in line)
+
+
+def is_first(pid: int) -> bool:
+    """Whether this worker is rank 0."""
+    return b"RANK=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 def end(agent: subprocess.Popen[bytes]) -> None:
@@ -180,3 +187,61 @@ def test_two_hosts_one_of_which_goes_and_returns(shards: Path, tmp_path: Path) -
     os.kill(workers(two)[0], signal.SIGTERM)
     assert [one.wait(PATIENCE), two.wait(PATIENCE)] == [0, 0], (tmp_path / "host1.txt").read_text()
     assert json.loads((folder / "exit.json").read_text())["code"] == 75
+
+
+def test_the_machine_where_the_torchruns_meet_is_lost(shards: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The other torchrun ends too, by itself, and its worker says why. Both start again, and the run resumes."""
+    target = recipe(shards, tmp_path, "m", run__steps=100000, eval__every=0, checkpoint__every=5, parallel__zero=1)
+    folder = tmp_path / "m"
+
+    def both(what: Path, name: str) -> list[subprocess.Popen[bytes]]:
+        meet = f"localhost:{ranks.free_port()}"
+        return [
+            torchrun(
+                tmp_path, f"{name}{number}", "--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 3,
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", meet, "--rdzv-conf", f"is_host={int(number == 1)}",
+                "--local-addr", f"127.0.0.{1 + number}", target=what,
+            )
+            for number in (1, 2)
+        ]  # fmt: skip
+
+    lost, left = both(target, "first")
+    wait_for_steps(folder, 12)
+    gone = int(is_first(workers(left)[0]))  # the rank on the other machine
+    end(lost)
+    assert left.wait(PATIENCE) == 1
+    said = (tmp_path / "first2.txt").read_text()
+    told = json.loads((folder / "exit.json").read_text())
+    assert told["code"] == 1
+    assert f"daybreak: {told['reason']}" in said
+    assert f"rank {gone} " in told["reason"]
+    one, two = both(folder, "again")
+    wait_for_starts(folder, 2)
+    wait_for_steps(folder, 20)
+    assert starts(folder)[1] >= 10
+    os.kill(workers(two)[0], signal.SIGTERM)
+    assert [one.wait(PATIENCE), two.wait(PATIENCE)] == [0, 0], (tmp_path / "again1.txt").read_text()
+    assert json.loads((folder / "exit.json").read_text())["code"] == 75
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_rank_0_dies(shards: Path, tmp_path: Path, launcher: str) -> None:  # noqa: F811
+    """Another rank says so in its place, on the console and in exit.json. Under srun the store dies with rank 0."""
+    target = recipe(shards, tmp_path, "z", run__steps=100000, eval__every=0, checkpoint__every=5)
+    folder = tmp_path / "z"
+    if launcher == "torchrun":
+        agent = torchrun(tmp_path, "agent", "--standalone", "--nproc-per-node", 3, target=target)
+        wait_for_steps(folder, 7)
+        os.kill(next(pid for pid in workers(agent) if is_first(pid)), signal.SIGKILL)
+        agent.wait(PATIENCE)
+        said = (tmp_path / "agent.txt").read_text()
+    else:
+        three = ranks.start(3, command(target, *SOON), tmp_path)
+        wait_for_steps(folder, 7)
+        three[0].kill()
+        assert ranks.finish(three)[1:] == [1, 1]
+        said = ranks.said(tmp_path, 1) + ranks.said(tmp_path, 2)
+    told = json.loads((folder / "exit.json").read_text())
+    assert told["code"] == 1
+    assert re.match("rank 0 (on .* died|does not answer any more)", told["reason"]), told
+    assert said.count(f"daybreak: {told['reason']}") == 1, said

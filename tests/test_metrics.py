@@ -337,7 +337,8 @@ def test_env_tells_versions_and_nothing_about_the_user(tmp_path, monkeypatch):
     assert env["packages"]["torch"] == torch.__version__
     assert re.fullmatch(r"3\.\d+\.\d+\S*", env["python"])
     assert set(env) == {
-        "time", "daybreak", "commit", "python", "packages", "platform", "cpu", "cpus", "cuda", "cudnn", "cards"
+        "time", "daybreak", "commit", "source", "python", "packages", "platform", "cpu", "cpus", "cuda", "cudnn",
+        "cards",
     }  # fmt: skip
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", env["time"])
     assert env["cpus"] == os.cpu_count()

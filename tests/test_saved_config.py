@@ -6,6 +6,7 @@ is cut after every line.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ import daybreak
 from daybreak.cli.main import main
 from daybreak.config import Config, keys_of, may_change, run_config
 from daybreak.errors import ConfigError
+from daybreak.manifest import checksum
 
 # The four places of the data may differ: its content is compared when a run is resumed.
 FREE = {name for name in keys_of() if may_change(name)} | {"data.name", "data.dir", "data.train", "data.val"}
@@ -175,3 +177,20 @@ def test_weights_with_other_heads_are_refused(stopped, tmp_path, capsys) -> None
     assert "step-00000004 is of another model: model.NH is 2 there and 4 here;" in said
     assert "use the shape of these weights (--model.NH 2)." in said
     assert not (tmp_path / "other").exists()  # a folder would be resumed from random weights
+
+
+def test_a_run_of_a_newer_version_says_so(
+    straight: daybreak.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A key that only the future knows is no typing error."""
+    shutil.copytree(straight.path, run := tmp_path / "future")
+    (run / "config.toml").write_text((run / "config.toml").read_text() + "\n[attention]\nsinks = 4\n")
+    for path in run.glob("checkpoints/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest["config"]["attention.sinks"] = 4
+        path.write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
+    assert main(["train", str(run), "--steps", "8"]) == 5
+    said = capsys.readouterr().err
+    newest = run / "checkpoints/step-00000006/manifest.json"
+    fix = "it has the key 'attention.sinks', which this one does not know; upgrade."
+    assert said == f"daybreak: {newest} was written by a newer daybreak: {fix}\n"

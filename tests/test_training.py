@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import struct
@@ -135,6 +136,31 @@ def test_other_kernels_are_told(
     changed = "batch.B 4 -> 2, batch.recompute 0 -> 1"
     assert caplog.messages == [f"from here on bits may differ from an uninterrupted run: {changed}"]
     assert load_checkpoint(daybreak.Run(run.path).checkpoints[0]).manifest["kernels"]["ranks"] == "1"
+
+
+def test_another_version_of_the_code_is_told(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In one line at the start, and in metrics.jsonl. Version 0.3.0 wrote no hash of its source into env.json."""
+    run = daybreak.train(config(shards, tmp_path, "a", run__steps=3, optim__horizon=9))
+    env = run.path / "env.json"
+    now = json.loads(env.read_text())
+    commit = re.sub(r"^(\w{7})\w+", r", commit \1", now["commit"] or "")  # none in an installed package
+    here = f"{now['daybreak']}{commit}, source"
+    made = {"daybreak": "0.3.0", "commit": f"9dd760d{'4' * 33}", "python": "3.11.7"}
+    edited = now | {"source": "0123456789ab"}
+    said = []
+    for steps, was in enumerate((made, now, edited, {}), 4):
+        env.write_text(json.dumps(was))
+        caplog.clear()
+        daybreak.train(run.config.override({"run.steps": steps}), resume=run.path)
+        said.append([m for m in caplog.messages if m.startswith("daybreak changed since")])
+        assert json.loads(env.read_text()).keys() == now.keys()
+    before = ("0.3.0, commit 9dd760d", f"{here} 0123456789ab")
+    details = [f"{was} -> {here} {now['source']}" for was in before]
+    assert [bool(lines) for lines in said] == [True, False, True, False]
+    assert [lines[0].split(": ", 1)[1].split(";")[0] for lines in said if lines] == details
+    assert [(r["step"], r["detail"]) for r in run.metrics("event") if r["what"] == "code"] == [
+        (3, details[0]), (5, details[1])
+    ]  # fmt: skip
 
 
 def test_a_run_that_another_process_holds_is_left_alone(shards: Path, tmp_path: Path) -> None:

@@ -22,16 +22,18 @@ from __future__ import annotations
 
 import faulthandler
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,9 @@ from daybreak.manifest import read_id
 
 log = logging.getLogger("daybreak")
 ENV = {  # keys of env.json
-    "time?": TEXT, "daybreak?": TEXT, "commit?": or_null(TEXT), "python?": TEXT, "packages?": {str: TEXT},
-    "platform?": TEXT, "cpu?": TEXT, "cpus?": or_null(WHOLE), "cuda?": or_null(TEXT), "cudnn?": or_null(WHOLE),
+    "time?": TEXT, "daybreak?": TEXT, "commit?": or_null(TEXT), "source?": TEXT, "python?": TEXT,
+    "packages?": {str: TEXT}, "platform?": TEXT, "cpu?": TEXT, "cpus?": or_null(WHOLE), "cuda?": or_null(TEXT),
+    "cudnn?": or_null(WHOLE),
     "cards?": [{"name": TEXT, "memory_mib": WHOLE, "capability": TEXT}],
 }  # fmt: skip
 ORIGIN = "init.json"  # names the weights that a run began with, if they were given
@@ -111,9 +114,17 @@ class RunFolder:
             self.id = known or uuid.uuid4().hex
             write_atomic(self.run_id, f"{self.id}\n")
 
-    def write_env(self) -> None:
-        """Write env.json: what a reader needs to judge figures and repeat the run, nothing about who ran it."""
-        write_atomic(self.env, json.dumps(describe_environment(), indent=2) + "\n")
+    def write_env(self) -> str:
+        """Write env.json: what a reader needs to judge figures and repeat the run, nothing about who ran it. Returns
+        how daybreak's code changed since the file was written last; "" if it did not, or the file does not tell."""
+        was: dict[str, Any] = {}
+        with suppress(Error):
+            was = self.read_env()
+        now = describe_environment()
+        write_atomic(self.env, json.dumps(now, indent=2) + "\n")
+        keys = ["source"] if "source" in was else ["daybreak", "commit"]  # older versions did not write the first
+        same = "daybreak" not in was or all(was.get(key) == now[key] for key in keys)
+        return "" if same else f"{code_in(was)} -> {code_in(now)}"
 
     @contextmanager
     def _file(self, name: str) -> Iterator[Path]:
@@ -123,9 +134,12 @@ class RunFolder:
         except (OSError, Error) as error:
             log.warning("%s could not be written (%s).", self.path / name, getattr(error, "strerror", error))
 
-    def write_exit(self, code: int, reason: str, final: bool = False) -> None:
-        """Write exit.json, which schedulers and restart loops read: torchrun reports 1 for any failed worker."""
-        with self._file(self.exit.name) as path:
+    def write_exit(self, code: int, reason: str, final: bool = False, *, free: bool = False) -> None:
+        """Write exit.json, which schedulers and restart loops read: torchrun reports 1 for any failed worker.
+
+        free: only if no process trains the run, for a rank that writes it in the place of a dead one."""
+        held = self.locked() if free else nullcontext()
+        with suppress(ConfigError), held, self._file(self.exit.name) as path:
             said = {"code": code, "reason": reason, "t": time.time()} | ({"final": True} if final else {})
             write_atomic(path, json.dumps(said) + "\n")
 
@@ -250,6 +264,21 @@ class RunFolder:
             return False
 
 
+def code_in(env: Mapping[str, Any]) -> str:
+    """The code that env.json names, for people: version, commit and hash of the source, those that are known."""
+    commit = re.sub(r"^([0-9a-f]{7})[0-9a-f]+", r"\1", env.get("commit") or "")
+    parts = {"commit": commit, "source": env.get("source")}
+    return ", ".join([env["daybreak"], *(f"{name} {value}" for name, value in parts.items() if value)])
+
+
+def source_hash() -> str:
+    """Of the package's own Python files, by name and content."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, system, processor and GPUs; no user or host name, no path, no environment variable, no serial."""
     import torch  # here, so that looking into a run folder does not cost importing torch
@@ -259,6 +288,7 @@ def describe_environment() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "daybreak": __version__,
         "commit": package_commit(Path(__file__).resolve().parents[2]),
+        "source": source_hash(),
         "python": platform.python_version(),
         "packages": {**_versions(), "torch": torch.__version__},  # with its build, as in 2.11.0+cu130
         "platform": platform.platform(),

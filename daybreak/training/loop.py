@@ -39,7 +39,7 @@ from daybreak.engine import Engine, named_stats
 from daybreak.engine.capture import Pending
 from daybreak.engine.device import Sensors, engine_spec, numerics, used_mib
 from daybreak.engine.fit import explaining_memory
-from daybreak.errors import Error, Stopped, TooManySkips, os_error
+from daybreak.errors import Error, Hung, Stopped, TooManySkips, os_error
 from daybreak.evaluate.multiple_choice import accuracy
 from daybreak.evaluate.validation import validate
 from daybreak.parallel import connect, launched
@@ -159,8 +159,8 @@ def _train(
             folder.write_crash(traceback.format_exc())
         raise
     finally:
-        if folder is not None and chief:
-            folder.write_exit(code, reason, final)
+        if folder is not None and stop.group.speaks:
+            folder.write_exit(code, reason, final, free=not chief and code != Hung.exit_code)
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Trainer:
         self.stop.step, self.skips_in_a_row = self.step, checkpoint.manifest["skips_in_a_row"]
         say_origin(checkpoint, self.config)
         saved, now = checkpoint.manifest["kernels"], self._numerics()
-        if changed := [f"{k} {saved[k]} -> {now.get(k)}" for k in saved if saved[k] != now.get(k)]:
+        if (changed := [f"{k} {saved[k]} -> {now.get(k)}" for k in saved if saved[k] != now.get(k)]) and self.chief:
             log.warning("from here on bits may differ from an uninterrupted run: %s", ", ".join(changed))
 
     def _numerics(self) -> dict[str, str]:
@@ -478,6 +478,8 @@ class Trainer:
             "run", self.step, self.tokens, name=c.run.name, config_hash=config_hash, device=self.setup.device_name,
             parameters=self.engine.num_parameters, flops_per_token=float(self.engine.flops_per_token),
         )  # fmt: skip
+        if self.setup.new_code:
+            self.metrics.write("event", self.step, self.tokens, what="code", detail=self.setup.new_code)
         self.display.note(f"{self.run_folder.path}: {self.setup.length(self.step)}")
         sources = self.setup.tokens_of(self.samples + c.tokens_between(self.step, c.run.steps) // c.T)
         if len(sources) > 1:

@@ -23,7 +23,6 @@ use `group.first`, so an error there is raised on every rank.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -59,7 +58,7 @@ from daybreak.parallel import Check, Group, agent
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint
 from daybreak.state.restore import Weights, check_host_memory, warn_of_disk
 from daybreak.state.run import Run
-from daybreak.state.run_folder import ORIGIN, RunFolder, cpu_model
+from daybreak.state.run_folder import ORIGIN, RunFolder, cpu_model, source_hash
 from daybreak.state.throughput import FP8_GAIN, fp8_gain, peak_flops
 from daybreak.training.sinks import check_sinks
 from daybreak.training.stop import Stop
@@ -88,6 +87,7 @@ class Setup:
     peak: float | None
     hellaswag: list[Example]  # scored during training; may be empty
     continues: bool  # a checkpoint will be loaded
+    new_code: str  # how daybreak's code changed since the run was started last; "" if it did not
     group: Group
 
     def tokens_of(self, samples: int) -> dict[str, int]:
@@ -162,7 +162,7 @@ def open_run(
         group.agree(dict(config.items()))
         data = {"training data": train_loader, "validation data": val_loader}
         group.agree({name: loader.fingerprint[:16] for name, loader in data.items()}, DataError)
-        group.agree({"daybreak": code_fingerprint(), "torch": torch.__version__, "compute": compute})
+        group.agree({"daybreak": f"{__version__} {source_hash()}", "torch": torch.__version__, "compute": compute})
     e = config.eval
     hellaswag = load_examples(Path(e.hellaswag), tokenizer, config.T, e.hellaswag_examples) if e.hellaswag else []
     arena, outside = plan_memory(config, device, missing_on(device), group)
@@ -179,7 +179,7 @@ def open_run(
 
     agents = group.gather(agent(os.environ))
 
-    def write() -> bool:
+    def write() -> tuple[bool, str]:
         if resume is None:
             folder.create()
         old, given = published(folder.checkpoints), folder.path / ORIGIN
@@ -191,7 +191,7 @@ def open_run(
             raise ConfigError(f"{folder.path} has not saved the weights that it was to begin with ({given}); {fix}.")
         write_atomic(folder.config, config.to_toml())  # on resume too: changed settings hold from now on
         folder.keep_id(next(filter(None, map(run_id, old)), ""))
-        folder.write_env()
+        new_code = folder.write_env()
         warn_of_disk(folder.path, config, arena)
         if tokenizer.source:
             write_atomic(folder.path / TOKENIZER_FILE, tokenizer.source)
@@ -203,16 +203,19 @@ def open_run(
             kept |= kept_files(dataset.folder)
         for name, text in kept.items():
             write_atomic(folder.path / name, text)
-        return bool(old)
+        return bool(old), new_code
 
-    continues = group.first(write)
+    continues, new_code = group.first(write)
     if resume is not None and not continues and group.rank == 0:
         log.warning("%s has no checkpoint yet (checkpoint.every): it starts from step 0.", folder.path)
+    if new_code and group.rank == 0:
+        log.warning("daybreak changed since this run was started last: %s; CHANGELOG.md lists changes of losses under "
+                    "'Numerics changed'.", new_code)  # fmt: skip
     group.everywhere(lambda: _see(folder))
     name, peak = describe_device(device, compute)
     return Setup(
         config, Run(folder.path), dataset, train_loader, val_loader, tokenizer, device, compute, name,
-        peak and peak * group.world, hellaswag, continues, group,
+        peak and peak * group.world, hellaswag, continues, new_code, group,
     )  # fmt: skip
 
 
@@ -235,15 +238,6 @@ def _see(folder: RunFolder) -> None:
             said = f"{folder.path} cannot be seen from {socket.gethostname()}"
             raise ConfigError(f"{said}; give a --run.dir that all machines share.")
         time.sleep(0.1)
-
-
-def code_fingerprint() -> str:
-    """Version and hash of the package's own source, which must be equal on all ranks."""
-    root = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return f"{__version__} {digest.hexdigest()[:12]}"
 
 
 def _set_precision(config: Config, device: torch.device, compute: str) -> None:

@@ -10,8 +10,7 @@ WORKDIR /opt/daybreak
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY daybreak daybreak
 COPY scripts scripts
-# torch for CUDA needs a Triton of its own.
-RUN sed -i /^triton=/d constraints.txt && pip install --no-cache-dir -c constraints.txt --extra-index-url "$INDEX" ".[$EXTRAS]"
+RUN pip install --no-cache-dir -c constraints.txt --extra-index-url "$INDEX" ".[$EXTRAS]"
 # Not root. With --user "$(id -u):$(id -g)" the runs belong to you; every user may write to this home, for caches.
 ENV HOME=/home/daybreak USER=daybreak
 RUN useradd --create-home daybreak && chmod 1777 /home/daybreak

@@ -56,7 +56,8 @@ from daybreak.errors import ConfigError, Error, Hung, Stopped, by_exit_code
 log = logging.getLogger("daybreak")
 PORT = "29500"  # torch's own default
 BEAT = 1.0  # seconds between two beats of a rank
-SILENT = 30.0  # seconds without a beat after which a rank counts as dead; a compiler may hold Python's lock for long
+SILENT = 30.0  # seconds without a beat, or the store's answer, that count as death; a compiler may hold Python's lock
+GONE = "rank 0 does not answer any more: its process or machine is gone; start the run again."
 LEAVE = 10.0  # seconds that `close` gives to torch.distributed
 RANK_VARIABLES = (  # of each launcher: rank, number of processes, rank on this machine
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -119,6 +120,7 @@ class Group:
         self.progress = 0  # collectives entered: the others wait for the rank with the fewest
         self.dist: Any = None  # torch.distributed, once connected
         self.store: Any = None
+        self.store_lost = False  # it does not answer any more
         self.holds_store = False  # this process runs the store, which ends with it
         self._reason: tuple[int, int, str] | None = None  # rank, exit code, sentence: why all ranks end
         self.leave_stacks: Callable[[], None] = lambda: None  # called in a thread on every rank at a timeout
@@ -221,12 +223,16 @@ class Group:
 
     def fail(self, code: int, text: str) -> tuple[int, str]:
         """Tell the other ranks why this one ends. Returns code and sentence of the first reason of any rank."""
-        if self.store is None:
+        if self.store is None or self.store_lost:
             return code, text
         with suppress(RuntimeError):  # rank 0 ran the store and is gone
             self.store.compare_set("failed", "", json.dumps([self.rank, code, text]))
             self._hear()
-        rank, code, text = self._reason or (self.rank, code, text)
+        return self._said(self._reason or (self.rank, code, text))
+
+    def _said(self, reason: tuple[int, int, str]) -> tuple[int, str]:
+        """Exit code and sentence of a reason, with the rank that gave it."""
+        rank, code, text = reason
         return code, text if rank == self.rank or text.startswith("rank ") else f"rank {rank}: {text}"
 
     def _hear(self) -> bool:
@@ -264,6 +270,20 @@ class Group:
     def explain(self, error: BaseException) -> Error:
         """The Error behind an exception of torch.distributed: another rank's reason, or the rank that died or hangs."""
         late = "imed out" in str(error) or "imeout" in str(error)
+        asking = threading.Thread(target=self._ask, args=(late,), daemon=True)
+        asking.start()
+        asking.join(SILENT)
+        if asking.is_alive():  # the store's machine fell silent: TCP would keep us for a quarter of an hour
+            self.store_lost = True
+        if self._reason is None:  # rank 0 ran the store, so no rank can ask the others: one of each machine speaks
+            self.speaks |= self.rank == 1 or self.local_rank == 0
+            self._reason = self.rank, 1, GONE
+        known = _from_elsewhere(*self._said(self._reason))
+        known.elsewhere = not self.speaks
+        return known
+
+    def _ask(self, late: bool) -> None:
+        """Learn the reason from the others, or find out who is to blame; no reason if the store is gone."""
         with suppress(RuntimeError, ValueError):
             deadline, before = time.monotonic() + 3 * BEAT, self._beats()
             if late:
@@ -274,12 +294,6 @@ class Group:
                 blamed, code, text = self._blame(before, self._beats(), late)
                 self.fail(code, text)
                 self.speaks |= blamed == 0 and self._reason is not None and self._reason[0] == self.rank
-        if self._reason is None:  # rank 0 ran the store, so no rank can ask the others: one of each machine speaks
-            self.speaks |= self.rank == 1 or self.local_rank == 0
-        gone = "rank 0 does not answer any more: its process or machine is gone; start the run again."
-        known = _from_elsewhere(*self.fail(1, gone))
-        known.elsewhere = not self.speaks
-        return known
 
     def _beats(self) -> list[list[Any]]:
         """[host, number of beats, collectives entered] of every rank."""
@@ -322,7 +336,8 @@ class Group:
         """Leave the group."""
         if self.dist is not None and not self._closing.is_set():
             with suppress(RuntimeError):
-                self.store.set(f"heard/{self.rank}", "")
+                if not self.store_lost:
+                    self.store.set(f"heard/{self.rank}", "")
                 if self.holds_store:
                     self._be_heard()
             self._closing.set()

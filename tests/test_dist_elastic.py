@@ -21,6 +21,7 @@ from test_training import losses
 
 import daybreak
 from daybreak.config import Config
+from daybreak.parallel import GONE
 
 AGENTS: list[subprocess.Popen[bytes]] = []
 
@@ -224,12 +225,14 @@ def test_the_machine_where_the_torchruns_meet_is_lost(shards: Path, tmp_path: Pa
     assert json.loads((folder / "exit.json").read_text())["code"] == 75
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_rank_0_dies(shards: Path, tmp_path: Path, launcher: str) -> None:  # noqa: F811
-    """Another rank says so in its place, on the console and in exit.json. Under srun the store dies with rank 0."""
+@pytest.mark.parametrize("how", ["torchrun", "srun", "silent"])
+def test_rank_0_dies(shards: Path, tmp_path: Path, how: str) -> None:  # noqa: F811
+    """Another rank says so in its place, on the console and in exit.json. Under srun the store dies with rank 0. It may
+    also fall silent, as when a machine loses power; rank 0 then seems to hold the run, so that nobody writes exit.json.
+    """
     target = recipe(shards, tmp_path, "z", run__steps=100000, eval__every=0, checkpoint__every=5)
     folder = tmp_path / "z"
-    if launcher == "torchrun":
+    if how == "torchrun":
         agent = torchrun(tmp_path, "agent", "--standalone", "--nproc-per-node", 3, target=target)
         wait_for_steps(folder, 7)
         os.kill(next(pid for pid in workers(agent) if is_first(pid)), signal.SIGKILL)
@@ -238,9 +241,13 @@ def test_rank_0_dies(shards: Path, tmp_path: Path, launcher: str) -> None:  # no
     else:
         three = ranks.start(3, command(target, *SOON), tmp_path)
         wait_for_steps(folder, 7)
+        three[0].send_signal(signal.SIGKILL if how == "srun" else signal.SIGSTOP)
+        assert ranks.finish(three[1:]) == [1, 1]
         three[0].kill()
-        assert ranks.finish(three)[1:] == [1, 1]
         said = ranks.said(tmp_path, 1) + ranks.said(tmp_path, 2)
+    if how == "silent":
+        assert said.count(f"daybreak: {GONE}") == 1, said
+        return
     told = json.loads((folder / "exit.json").read_text())
     assert told["code"] == 1
     assert re.match("rank 0 (on .* died|does not answer any more)", told["reason"]), told

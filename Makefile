@@ -16,8 +16,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e .
 	@touch $@
 
+# torch for CUDA needs a Triton of its own. Beside torch for CPUs the tests take the one that the kernels were tuned with.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]' \
+	  $$($(BIN)/python -c "import sys, torch; print('' if torch.version.cuda or sys.platform != 'linux' else 'triton==3.6.0')")
 	@touch $@
 
 # An installation that is there, such as one for a GPU, stays as it is.

@@ -126,8 +126,14 @@ class Config:
             said = f"one step takes {largest} tokens, more than all of data.name = {self.data.name!r}"
             micro = self.batch.B * self.T * ranks
             most = 0 if self.batch.ramp else epoch_tokens // micro * micro
-            fix = f"batch.total_tokens to {most} or less" if most else "batch.total_tokens, batch.ramp or batch.B"
-            raise ConfigError(f"{said}; lower {fix}, or prepare more data.")
+            B = epoch_tokens // self.T // ranks
+            if most:
+                fix = f"lower batch.total_tokens to {most} or less"
+            elif B and not self.batch.ramp:
+                fix = f"use --batch.B {B} --batch.total_tokens {B * self.T * ranks}"
+            else:
+                fix = "lower batch.total_tokens, batch.ramp or batch.B"
+            raise ConfigError(f"{said}; {fix}, or prepare more data.")
         horizon = self.optim.horizon or steps
         warmup = self.schedule.warmup if self.schedule.warmup >= 0 else min(700, horizon // 20)
         made = self.override(

@@ -467,9 +467,14 @@ def test_data_smaller_than_a_step() -> None:
     with pytest.raises(ConfigError) as e:
         Config().concrete(4095)
     assert str(e.value) == (
-        "one step takes 4096 tokens, more than all of data.name = 'stdlib'; lower batch.total_tokens, batch.ramp or "
-        "batch.B, or prepare more data."
+        "one step takes 4096 tokens, more than all of data.name = 'stdlib'; use --batch.B 3 --batch.total_tokens 3072, "
+        "or prepare more data."
     )
+    fewer = Config().override({"batch.B": 3, "batch.total_tokens": 3072})
+    assert fewer.concrete(4095).run.steps == 1  # the values of the message fit
+    for config, ranks in ((Config().override({"batch.ramp": [[5, 8192]]}), 1), (Config(), 8)):  # no B is small enough
+        with pytest.raises(ConfigError, match=r"; lower batch.total_tokens, batch.ramp or batch.B, or prepare more"):
+            config.concrete(4095, ranks=ranks)
     with pytest.raises(ConfigError, match=r"more than all .*; lower batch.total_tokens to 8192 or less, or prepare"):
         Config().override({"batch.total_tokens": 16384}).concrete(12287)
     assert Config().override({"batch.total_tokens": 8192}).concrete(12287).run.steps == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,34 @@ def test_a_killed_run_resumes_bit_for_bit(home: Path, monkeypatch: pytest.Monkey
     process.wait()
     inside(home, "train", "runs/killed", "--quiet")
     recovery.assert_same(Run(home / "runs/whole"), Run(home / "runs/killed"))
+
+
+def test_a_few_chats_need_no_flags_for_their_size(home: Path) -> None:
+    """Four conversations are two rows, and the defaults would take 16 rows in a step."""
+    write_lines(home / "few.jsonl", [{"messages": conversation(i, turns=1)} for i in range(5)])
+    prepare = ["prepare", "few.jsonl", "--tokenizer", "model/tokenizer.json"]
+    inside(home, *prepare)
+    short = ["--data", "few", "--run.device", "cpu", "--epochs", "12", "--optim.lr", "5e-3", "--quiet"]
+    for flags in ([], ["--batch.T", "128"]):
+        said = inside(home, "finetune", "model", *short, *flags, "--name", "no", code=2).stderr
+        assert "the packed rows of few have 1024 tokens, and the model reads at most 256; " in said
+        assert "prepare them with --row-tokens 256." in said
+    inside(home, *prepare, "--row-tokens", "256")
+    printed = inside(home, "finetune", "model", *short, "--name", "few").stdout
+    run = Run(home / "runs/few")
+    assert "  daybreak chat runs/few" in printed
+    assert "daybreak sample" not in printed
+    assert (run.config.batch.B, run.config.batch.total_tokens, run.config.run.steps) == (2, 512, 12)
+    losses = [record["loss"] for record in run.metrics("step")]
+    assert losses[-1] < losses[0] - 0.1
+    said = inside(home, "finetune", "model", *short, "--batch.B", "3", "--name", "no", code=2).stderr
+    assert (
+        "one step takes 768 tokens, more than all of data.name = 'few'; use --batch.B 2 --batch.total_tokens 512"
+        in said
+    )
+    # With 60 conversations the step is as before: 4 sequences at once, of at most 16.
+    printed = inside(home, "finetune", "model", "--data", "talk", "--print-config").stdout
+    rows = sum(p.stat().st_size - 1024 for p in (home / "data").glob("talk*/*_train_*.bin")) // 2 // 128
+    sizes = tomllib.loads(printed)["batch"]
+    assert rows >= 8
+    assert (sizes["B"], sizes["total_tokens"]) == (4, min(rows, 16) // 4 * 4 * 128)

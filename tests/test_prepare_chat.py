@@ -302,10 +302,13 @@ def test_a_run_keeps_the_template_that_it_learned(model: str, capsys: pytest.Cap
     assert main(["train", "d12", "--name", "s", "--data", "a", *short, *quick]) == 0
     capsys.readouterr()
     assert main(["eval", "runs/s", "--data", "c"]) == 2
-    said = "c has rows of 64 tokens, and the run's batch.T is 32; pack shorter rows."
+    said = "c has rows of 64 tokens, and the run's batch.T is 32; prepare it again with --row-tokens 32."
     assert said in capsys.readouterr().err
     assert main(["train", "d12", "--name", "u", "--data", "c", *short, *quick]) == 4
-    assert "has rows of 64 tokens, not of batch.T = 32; use --batch.T 64." in capsys.readouterr().err
+    said = (
+        "has rows of 64 tokens, not of batch.T = 32; use --batch.T 64, or prepare the data again with --row-tokens 32."
+    )
+    assert said in capsys.readouterr().err
     assert main(["doctor", "runs/r"]) == 0
     marks = Path("data/c/c_train_000000.marks")
     data = bytearray(marks.read_bytes())

@@ -132,6 +132,12 @@ def test_unknown_name(name: str, hint: str) -> None:
         get_tokenizer(name)
 
 
+def test_a_run_with_a_tokenizer_of_ours_has_no_file_of_it() -> None:
+    said = r"'runs/tiny/tokenizer.json': there is no such file; .* give that name, such as gpt2-1024\."
+    with pytest.raises(ConfigError, match=said):
+        get_tokenizer("runs/tiny/tokenizer.json")
+
+
 def test_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
     good = RANKS_FILE.read_bytes()
     copy = tmp_path / "gpt2.tiktoken"

@@ -147,6 +147,9 @@ def _check_start(
 
 def _print_result(run: Run, as_json: bool) -> None:
     """Where the run is and how good it is, on stdout; a JSON object for programs, else the last sample too."""
+    from daybreak.data.chat import template_text
+    from daybreak.manifest import kept_files
+
     records = run.metrics()
     vals = [r for r in records if r["kind"] == "val"]
     last = {r["kind"]: r for r in records} | {r["what"]: r for r in records if r["kind"] == "event"}
@@ -176,7 +179,9 @@ def _print_result(run: Run, as_json: bool) -> None:
             "learns its text by heart; train for fewer steps, or on more text."
         )
     click.echo(f"{run.path}: step {val['step']}, {val['tokens']:,} tokens. Next:")
-    nexts = {"sample": "more text", "report": "its curves, as a page", "serve": "a prompt in a browser"}
+    talks = bool(template_text(kept_files(run.path)))
+    nexts = {"chat": "a conversation"} if talks else {"sample": "more text"}
+    nexts |= {"report": "its curves, as a page", "serve": "a prompt in a browser"}
     if (run.path / "codec.safetensors").is_file():
         nexts["sample"] = "a picture, with --prompt TEXT --out DIR"
     if not all(map(find_spec, ("starlette", "uvicorn"))):

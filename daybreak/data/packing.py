@@ -110,7 +110,8 @@ class PackedLoader(Loader):
 
     def __init__(self, shards: Sequence[ShardInfo], T: int, seed: int = 0, shuffle: bool = True, *, V: int) -> None:
         if (rows := rows_of(shards)) != T:
-            raise DataError(f"{shards[0].path} has rows of {rows} tokens, not of batch.T = {T}; use --batch.T {rows}.")
+            fix = f"use --batch.T {rows}, or prepare the data again with --row-tokens {T}"
+            raise DataError(f"{shards[0].path} has rows of {rows} tokens, not of batch.T = {T}; {fix}.")
         super().__init__(shards, T, seed, shuffle, V=V)
         self.target_dtype = np.dtype(np.int32)
 

@@ -382,6 +382,9 @@ def _hf_tokenizer(name: str, folder: Path | None) -> Tokenizer:
     """The tokenizer of a .json file, or the one called hf-... in `folder`. ConfigError, DataError."""
     by_path = name.endswith(".json")
     path = Path(name) if by_path else (folder or Path()) / TOKENIZER_FILE
+    if by_path and not path.exists():
+        fix = "runs with tokenizer gpt2, gpt2-N or bytes have none: give that name, such as gpt2-1024"
+        raise ConfigError(f"tokenizer {name!r}: there is no such file; {fix}.")
     try:
         source = path.read_text("utf-8")
         tokenizer = tokenizer_of(source, str(path)) if by_path else HFTokenizer(source, str(path))

@@ -78,7 +78,8 @@ def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str)
     data, V = named(config.data, name), engine.cfg.V
     rows = packed_rows(data, tokenizer.name)
     if rows > engine.T:
-        raise ConfigError(f"{name} has rows of {rows} tokens, and the run's batch.T is {engine.T}; pack shorter rows.")
+        fix = f"prepare it again with --row-tokens {engine.T}"
+        raise ConfigError(f"{name} has rows of {rows} tokens, and the run's batch.T is {engine.T}; {fix}.")
     dataset, _, loader = open_loaders(data, rows or engine.T, config.run.seed, V, prefer=tokenizer.name)
     check_tokenizer(dataset, get_tokenizer(dataset.tokenizer_name, dataset.folder), "the run", tokenizer.name)
     lengths = text_bytes(dataset, tokenizer, V)

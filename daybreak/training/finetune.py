@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from daybreak.config import LENGTH, Config, run_of
-from daybreak.data.mixing import packed_rows
+from daybreak.data.mixing import open_loaders, packed_rows
 from daybreak.errors import ConfigError
 from daybreak.interop import open_source
 from daybreak.parallel import launched
@@ -47,11 +47,17 @@ def finetune_config(model: str, method: str, given: Mapping[str, Any]) -> Config
     if not given.keys().isdisjoint(LENGTH):
         made |= dict.fromkeys(LENGTH, 0)
     config = Config(model=shape).override({**made, **given})
-    batch, one = config.batch, config.batch.B * int(launched(os.environ)["WORLD_SIZE"])
-    rows = packed_rows(config.data)
+    batch, world, rows = config.batch, int(launched(os.environ)["WORLD_SIZE"]), packed_rows(config.data)
+    if rows > (longest := config.model.max_T):
+        said = f"the packed rows of {config.data.train or config.data.name} have {rows} tokens"
+        raise ConfigError(f"{said}, and the model reads at most {longest}; prepare them with --row-tokens {longest}.")
     T = batch.T or rows or min(shape.max_T, LONGEST)
-    total = batch.total_tokens or T * one * max(1, SAMPLES // one)
-    config = config.override({"batch.T": T, "batch.total_tokens": total, "data.packed": rows > 0})
+    config = config.override({"batch.T": T, "data.packed": rows > 0})
+    config.check()  # before the loader, which may take other values
+    samples = open_loaders(config.data, T, config.run.seed, config.model.V)[1].samples_per_epoch
+    B = batch.B if "batch.B" in given else max(1, min(batch.B, samples // world))  # a few chats are a single row
+    total = batch.total_tokens or T * B * world * max(1, min(SAMPLES, samples) // (B * world))
+    config = config.override({"batch.B": B, "batch.total_tokens": total})
     if method != "full" and not config.lora.rank:
         raise ConfigError("lora.rank = 0 gives no adapters; use a rank of at least 1, or --method full.")
     config.check()

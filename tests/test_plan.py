@@ -316,7 +316,7 @@ def test_steps_on_many_cards_on_the_command_line(capsys: pytest.CaptureFixture[s
 # ------------------------------------------------------------------------------------------------- recipes, GPUs
 
 
-@pytest.mark.parametrize("name", [n for n in recipe_names() if n != "tiny"])
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n not in ("tiny", "shapes")])
 def test_a_recipes_head_is_true(name: str) -> None:
     text = " ".join(recipe_notes(name))
     steps, step, gflop, flops = re.search(
@@ -328,6 +328,16 @@ def test_a_recipes_head_is_true(name: str) -> None:
     assert float(flops) == pytest.approx(p.flops_per_token * p.tokens, rel=0.03)
     assert "published" in text
     assert "Expected" in text
+
+
+def test_the_head_of_pictures_is_true() -> None:
+    million, tokens, flops = re.search(
+        r"([\d.]+)M parameters, ([\d.]+)M tokens, ([\d.e]+) FLOPs", " ".join(recipe_notes("shapes"))
+    ).groups()
+    p = on("shapes")
+    assert float(million) == round(p.parameters / 1e6, 1)
+    assert float(tokens) == round(p.tokens / 1e6, 1)
+    assert float(flops) == pytest.approx(p.flops_per_token * p.tokens, rel=0.03)
 
 
 def test_cards() -> None:

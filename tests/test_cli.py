@@ -71,6 +71,8 @@ def run_process(folder: Path, *argv: str, code: int = 0) -> subprocess.Completed
 
 def _errors_folder(folder: Path) -> None:
     (folder / "empty").mkdir()
+    (folder / "peft").mkdir()
+    (folder / "peft/adapter_config.json").write_text("{}")
     config = Config().override({"run.name": "old", "run.steps": 10}).concrete(10 * 4096)
     (folder / "runs/old").mkdir(parents=True)
     (folder / "runs/old/config.toml").write_text(config.to_toml())
@@ -195,6 +197,7 @@ ERRORS: list[tuple[str, int, str]] = [
      "Invalid value for '--limit': 0 is not in the range x>=1; see daybreak eval --help."),
     ("eval empty --tasks arc", 2,
      "empty is neither a run (config.toml) nor a Hugging Face model's folder (config.json)."),
+    ("eval peft --tasks arc", 2, "peft holds adapters alone; `daybreak import peft` makes a run with their model."),
     ("eval runs/old --hellaswag x", 5, "runs/old has no checkpoint yet; train it first: daybreak train runs/old"),
     ("serve", 2, "Missing argument 'RUN|HF-DIR'; see daybreak serve --help."),
     ("serve runs/old", 5, "runs/old has no checkpoint yet; train it first: daybreak train runs/old"),

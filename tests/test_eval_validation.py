@@ -156,8 +156,19 @@ def test_a_run_scores_on_another_data_set_as_training_would(tmp_path: Path, monk
     said = capsys.readouterr()
     assert "data/b exists too; using data/b-bytes, which has this run's tokenizer." in said.err
     last = [line.split() for line in said.out.splitlines()[-2:]]
-    assert [(words[0], words[-3], *words[-2:]) for words in last] == [
-        ("b", f"{value:.4f}", str(loss["examples"]), "sequences") for value in (loss["value"], bits["value"])
+    assert [(words[0], words[-6], words[-5], " ".join(words[-4:])) for words in last] == [
+        ("b", f"{value:.4f}", str(loss["examples"]), "sequences of 64 tokens")
+        for value in (loss["value"], bits["value"])
     ]
+    (tmp_path / "c.txt").write_text("an odd line\n" * 30)
+    assert main(["prepare", "c.txt", "--tokenizer", "bytes"]) == 0
+    assert main(["eval", "runs/r", "--data", "c-bytes"]) == 4
+    fix = "use more data, for validation a larger --val-fraction of prepare, or a smaller --batch.T of train"
+    assert f"{fix}, finetune or import.\n" in capsys.readouterr().err
+    # Most of the text held out: the rest would be too small to train on, which scoring does not need.
+    assert main(["prepare", "c.txt", "--tokenizer", "bytes", "--val-fraction", "0.9"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "runs/r", "--data", "c-bytes"]) == 0
+    assert capsys.readouterr().out.count("   5 sequences of 64 tokens\n") == 2
     assert main(["eval", "runs/r", "--data", "stdlib"]) == 4
     assert capsys.readouterr().err.endswith("make it with: daybreak prepare stdlib --tokenizer bytes\n")

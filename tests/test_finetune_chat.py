@@ -13,6 +13,7 @@ import torch
 from chats import CHATML, conversation, make_model, write_lines
 from interop_runs import inside
 
+from daybreak.cli.main import main
 from daybreak.state.run import Run
 from daybreak.training.samples import HELD_OUT
 
@@ -58,6 +59,18 @@ def test_rows_and_template_come_with_the_data(home: Path) -> None:
     assert (home / "runs/a/chat_template.jinja").read_text() == CHATML
     losses = [record["loss"] for record in run.metrics("step")]
     assert losses[-1] < losses[0]
+
+
+def test_the_next_step_names_the_model(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is the one beside the tokenizer that `prepare` was given."""
+    monkeypatch.chdir(home)
+    Path("book.txt").write_text("some text and more of it. " * 200)
+    assert main(["prepare", "book.txt", "--tokenizer", "model/tokenizer.json", "--name", "b"]) == 0
+    assert (
+        "Next: daybreak finetune model --data b; from scratch: daybreak train d6 --model.V" in capsys.readouterr().out
+    )
 
 
 def test_samples_answer_held_out_questions(home: Path) -> None:

@@ -259,6 +259,9 @@ def test_the_command_shows_what_is_learned(
         f"data/c: {manifest['train']['documents']} training and {manifest['val']['documents']} validation examples in "
         f"rows of {ROWS} tokens ({manifest['tokenizer']})\nNext: daybreak finetune MODEL --data c\n"
     )
+    Path("model/config.json").write_text("{}")  # now the tokenizer lies beside a model
+    assert main(line) == 0
+    assert capsys.readouterr().out.endswith("\nNext: daybreak finetune model --data c\n")
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -292,7 +295,9 @@ def test_a_run_keeps_the_template_that_it_learned(model: str, capsys: pytest.Cap
     assert not [r for r in records_ if r.get("what") == "unigram_entropy"]
     capsys.readouterr()
     assert main(["eval", "runs/r", "--data", "c", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["value"] == pytest.approx(val["loss"], rel=1e-6)
+    score = json.loads(capsys.readouterr().out)[0]
+    assert score["value"] == pytest.approx(val["loss"], rel=1e-6)
+    assert score["examples"] == 128 // 64  # rows, of which only a part is learned
     # A run on text, asked about chats; rows that are longer than its sequences are refused.
     Path("a.txt").write_text("some text and more of it. " * 200)
     prepare("a.txt", tokenizer=model, name="a")

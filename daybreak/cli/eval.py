@@ -39,9 +39,9 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Score a model with lm-evaluation-harness.
 
-    Or with llm.c's HellaSwag, or by its validation loss on your data. The model is a run; for the harness also a folder
-    of a Hugging Face model. The harness needs pip install -e '.[eval]' in daybreak's folder. --data scores at most the
-    run's eval.tokens tokens.
+    Or with llm.c's HellaSwag, or by its validation loss on your data. The model is a run. --tasks and --leaderboard
+    also take a folder of a Hugging Face model; they need pip install -e '.[eval]' in daybreak's folder. --data scores
+    at most the run's eval.tokens tokens, in sequences of its batch.T.
 
     \b
     Examples:
@@ -57,6 +57,9 @@ def evaluate(
     path, folder = Path(target), Path(data_files) if data_files else None
     is_run = (path / "config.toml").is_file()
     if not is_run and not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            fix = f"`daybreak import {target}` makes a run with their model"
+            raise ConfigError(f"{target} holds adapters alone; {fix}.")
         neither = "is neither a run (config.toml) nor a Hugging Face model's folder (config.json)"
         raise ConfigError(f"{target} {neither}{run_hint(target) or '.'}")
     if folder is not None and not folder.is_dir():
@@ -88,7 +91,7 @@ def evaluate(
         loss = validate_on(engine, run.config, tokenizer, data)
         numbers = (loss.loss, loss.bits_per_byte, loss.text, loss.image)
         found = [(m, v) for m, v in zip(VALIDATION, numbers, strict=True) if m in VALIDATION[:2] or not math.isnan(v)]
-        scores += [harness.Score(data, m, value, loss.tokens // engine.T, 0) for m, value in found]
+        scores += [harness.Score(data, m, value, loss.sequences, 0) for m, value in found]
     if has_core:
         from daybreak.evaluate.core import core
 
@@ -102,13 +105,15 @@ def evaluate(
         else:
             theirs = harness.scores_of(harness.run_harness(lm, names, shots, folder, limit))
         scores += [s._replace(task=f"{s.task}, lm-eval") for s in theirs] if scores else theirs
-    _print(scores, as_json)
+    _print(scores, as_json, loss.T if data is not None else 0)
 
 
-def _print(scores: list[Score], as_json: bool) -> None:
+def _print(scores: list[Score], as_json: bool, T: int) -> None:
+    """One line a score; T: tokens of the sequences that a validation loss is of."""
     if as_json:
         click.echo(json.dumps([score._asdict() for score in scores]))
         return
     for s in scores:
-        over = several(s.examples, "sequence") if s.metric in VALIDATION else f"{s.examples} examples, {s.shots} shots"
+        rows = f"{several(s.examples, 'sequence')} of {T} tokens"
+        over = rows if s.metric in VALIDATION else f"{s.examples} examples, {s.shots} shots"
         click.echo(f"{s.task:24} {s.metric:38} {s.value:8.4f}   {over}")

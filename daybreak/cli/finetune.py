@@ -28,7 +28,7 @@ def finetune(
     \b
     MODEL is one of:
       runs/NAME                     a run, or one of its checkpoints
-      folder with config.json       saved by transformers
+      folder with config.json       saved by transformers; with adapter_config.json, by PEFT
       model.gguf                    weights of llama.cpp
       OWNER/NAME                    a model on the Hugging Face Hub
     The data must be prepared with the model's tokenizer. Every setting is a flag; --print-config lists them.

@@ -25,6 +25,7 @@ def import_(source: str, step: int | None, **flags: Any) -> None:
     NAME|PATH is one of:
       gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME    a model on the Hugging Face Hub
       folder with config.json                               saved by transformers (safetensors)
+      folder with adapter_config.json                       saved by PEFT: adapters (LoRA), which name their model
       model.gguf                                            weights of llama.cpp, quantized ones too
       model.bin                                             weights of llm.c, fp32 or bf16
       folder with DONE_*                                    a checkpoint of llm.c: weights, optimizer, step

@@ -107,7 +107,7 @@ def prepare(
         _say_pictures(manifest, data_dir)
         return
     if manifest.rows:
-        _say_rows(manifest, data_dir, show or 0)
+        _say_rows(manifest, data_dir, show or 0, _model_beside(options["tokenizer"]) or "MODEL")
         return
     if show:
         log.warning("--show %d: %s is text, all of which is learned; examples are shown of chats.", show, manifest.name)
@@ -117,12 +117,21 @@ def prepare(
     V = get_tokenizer(manifest.tokenizer, Path(data_dir) / manifest.name).V
     model = "tiny" if V == 1025 else f"{'d6' if train.tokens < 10**8 else 'd12'}{f' --model.V {V}' * (V != 50_257)}"
     place = f" --data.dir {data_dir}" * (data_dir != "data")
+    owner = _model_beside(options["tokenizer"])
+    further = f"daybreak finetune {owner} --data {manifest.name}{place}; from scratch: " * bool(owner)
     click.echo(
         f"{data_dir}/{manifest.name}: {train.tokens:,} training and {val.tokens:,} validation tokens "
         f"({manifest.tokenizer}) of {train.documents + val.documents:,} documents in {shards} shards\n"
-        f"Validation is {share:.3g} % of the tokens. Next: daybreak train {model} --data {manifest.name} "
+        f"Validation is {share:.3g} % of the tokens. Next: {further}daybreak train {model} --data {manifest.name} "
         f"--name {manifest.name}{place}"
     )
+
+
+def _model_beside(tokenizer: str) -> str:
+    """The folder of the model or run that this tokenizer.json is of; "" if there is none."""
+    folder = Path(tokenizer).parent
+    is_model = any((folder / name).is_file() for name in ("config.json", "config.toml"))
+    return str(folder) if tokenizer.endswith(".json") and is_model else ""
 
 
 def _say_pictures(manifest: Manifest, data_dir: str) -> None:
@@ -143,9 +152,9 @@ def _say_pictures(manifest: Manifest, data_dir: str) -> None:
     )
 
 
-def _say_rows(manifest: Manifest, data_dir: str, show: int) -> None:
-    """The first `show` examples of a packed set, then how many there are and what is next. What is learned is green on
-    a terminal; elsewhere it is between double brackets."""
+def _say_rows(manifest: Manifest, data_dir: str, show: int, model: str) -> None:
+    """The first `show` examples of a packed set, then how many there are and how `model` learns from them. What is
+    learned is green on a terminal; elsewhere it is between double brackets."""
     from rich.console import Console
     from rich.text import Text
 
@@ -165,7 +174,7 @@ def _say_rows(manifest: Manifest, data_dir: str, show: int) -> None:
     click.echo(
         f"{folder}: {manifest.train.documents:,} training and {manifest.val.documents:,} validation examples in rows "
         f"of {manifest.rows} tokens ({manifest.tokenizer})\n"
-        f"Next: daybreak finetune MODEL --data {manifest.name}{place}"
+        f"Next: daybreak finetune {model} --data {manifest.name}{place}"
     )
 
 

@@ -110,9 +110,8 @@ class Loader:
             largest = max(self.shards, key=lambda shard: shard.tokens, default=None)
             has = f"{largest.path}, the largest, has {largest.tokens}" if largest else "there is none"
             said = f"the data is too small: a sample needs T + 1 = {T + 1} tokens inside one shard, and {has}"
-            raise DataError(
-                f"{said}; use a smaller batch.T, more data, or for validation a larger --val-fraction of prepare."
-            )
+            fix = "use more data, for validation a larger --val-fraction of prepare"
+            raise DataError(f"{said}; {fix}, or a smaller --batch.T of train, finetune or import.")
         self._owner = object()
 
     @cached_property

@@ -126,10 +126,12 @@ def packed_rows(data: Any, prefer: str = "") -> int:
 
 
 def open_loaders(
-    data: Any, T: int, seed: int, V: int, shuffle: bool = True, beside: Path | None = None, prefer: str = ""
-) -> tuple[Dataset, Loader, Loader]:
+    data: Any, T: int, seed: int, V: int, shuffle: bool = True, beside: Path | None = None, prefer: str = "",
+    held_out: bool = False,
+) -> tuple[Dataset, Loader, Loader]:  # fmt: skip
     """The data set(s) of a `DataConfig` and the loaders of both splits; `shuffle` the training one. beside: a folder
-    with the tokenizer of shards that have none. prefer: see `open_dataset`. ConfigError, DataError."""
+    with the tokenizer of shards that have none. prefer: see `open_dataset`. held_out: both loaders are of the
+    validation split, and the training one may be too small for a sample. ConfigError, DataError."""
     mix, sets = [] if data.train else parse_mix(data.name), open_sets(data, prefer)
     first = max(sets, key=lambda d: MARK in d.tokenizer_name)  # text may be in the text's part of its tokenizer
     first = first if first.folder else replace(first, folder=beside)
@@ -149,12 +151,13 @@ def open_loaders(
     train, val = list[Loader](), list[Loader]()
     for d in sets:
         packed = rows_of(d.train + d.val)
-        train.append((PackedLoader if packed else partial(Loader, eot=eot))(d.train, T, seed, shuffle, V=V))
+        if not held_out:
+            train.append((PackedLoader if packed else partial(Loader, eot=eot))(d.train, T, seed, shuffle, V=V))
         val.append((PackedLoader if packed else Loader)(d.val, T, shuffle=False, V=V))
     if not mix:
-        return first, train[0], val[0]
+        return first, (train or val)[0], val[0]
     weights = [weight for _, weight in mix]
     both = [[shard for d in sets for shard in getattr(d, split)] for split in ("train", "val")]
     size = sum(d.val_bytes for d in sets) if all(d.val_bytes for d in sets) else 0
     dataset = Dataset(data.name, both[0], both[1], first.tokenizer_name, None, first.folder, size)
-    return dataset, MixLoader(train, weights, seed, shuffle=shuffle), MixLoader(val, weights, 0, shuffle=False)
+    return dataset, MixLoader(train or val, weights, seed, shuffle=shuffle), MixLoader(val, weights, 0, shuffle=False)

@@ -25,13 +25,16 @@ from daybreak.parallel import ALONE, Check, Group
 class Validation:
     """Mean loss in nats per target that counts, how many those are, and the loss in bits per UTF-8 byte (which does not
     depend on the tokenizer). For a model of pictures also the loss of text and of pictures apart, in nats per target;
-    neither counts end of text and the marks around a picture. NaN: there are none."""
+    neither counts end of text and the marks around a picture. NaN: there are none. It was of `sequences` samples of T
+    tokens."""
 
     loss: float
     tokens: int
     bits_per_byte: float
     text: float = math.nan
     image: float = math.nan
+    sequences: int = 0
+    T: int = 0
 
 
 def validate(
@@ -46,7 +49,8 @@ def validate(
     """
     # The loss of all targets, of those with text, and of codes of pictures; how many those are; their bytes of text.
     sums = np.zeros(7)
-    rounds = ((*part, at) for part in loader.parts(budget) for at in range(0, part[1], engine.B * group.world))
+    parts = loader.parts(budget)
+    rounds = ((*part, at) for part in parts for at in range(0, part[1], engine.B * group.world))
     for source, samples, round_ in rounds:
         check()
         first = round_ + group.rank * engine.B
@@ -67,8 +71,9 @@ def validate(
     def mean(loss: float, count: float) -> float:
         return loss / count if count else math.nan
 
-    apart = (mean(of_text, texts), mean(of_codes, codes)) if pictures else ()
-    return Validation(mean(total, tokens), int(tokens), mean(of_text / math.log(2), size), *apart)
+    apart = (mean(of_text, texts), mean(of_codes, codes)) if pictures else (math.nan, math.nan)
+    extent = sum(samples for _, samples in parts), loader.T
+    return Validation(mean(total, tokens), int(tokens), mean(of_text / math.log(2), size), *apart, *extent)
 
 
 def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str) -> Validation:
@@ -80,7 +85,7 @@ def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str)
     if rows > engine.T:
         fix = f"prepare it again with --row-tokens {engine.T}"
         raise ConfigError(f"{name} has rows of {rows} tokens, and the run's batch.T is {engine.T}; {fix}.")
-    dataset, _, loader = open_loaders(data, rows or engine.T, config.run.seed, V, prefer=tokenizer.name)
+    dataset, _, loader = open_loaders(data, rows or engine.T, 0, V, prefer=tokenizer.name, held_out=True)
     check_tokenizer(dataset, get_tokenizer(dataset.tokenizer_name, dataset.folder), "the run", tokenizer.name)
     lengths = text_bytes(dataset, tokenizer, V)
     return validate(engine, loader, lengths, config.eval.tokens, pictures=tokenizer.pictures)

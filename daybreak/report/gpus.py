@@ -54,8 +54,10 @@ def token_rate(
     scale, more = (1.0, "") if gpus == 1 else (gpus * SEVERAL_GPUS, f"; times {gpus} x {SEVERAL_GPUS}, measured on 4")
     if fp8:
         gain = 1 / (fp8 / fp8_gain(model) + 1 - fp8)
-        small = "" if size_of(model) >= size_of(SHAPES["d12"]) else "; so small a model is not measured"
-        scale, more = scale * gain, f"{more}; times {gain:.2f} for fp8, measured on one H200 for d12 to d48{small}"
+        basis = "measured on one H200 for d12 to d48"
+        if size_of(model) < size_of(SHAPES["d12"]):
+            basis = "assumed: d12 is the smallest that was measured"
+        scale, more = scale * gain, f"{more}; times {gain:.2f} for fp8, {basis}"
 
     def distance(m: Measured) -> tuple[float, ...]:
         size = size_of(SHAPES[m.shape]) - size_of(model)

@@ -261,7 +261,7 @@ def test_the_command_shows_what_is_learned(
     )
     Path("model/config.json").write_text("{}")  # now the tokenizer lies beside a model
     assert main(line) == 0
-    assert capsys.readouterr().out.endswith("\nNext: daybreak finetune model --data c\n")
+    assert capsys.readouterr().out.endswith(f"\nNext: daybreak finetune {Path(model).parent} --data c\n")
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")

@@ -60,7 +60,10 @@ def test_the_examples_run_and_write_where_it_is_said(tmp_path_factory: pytest.Te
 
 @pytest.mark.parametrize("page", sorted(PAGES), ids=lambda p: p.stem)
 def test_a_page_s_examples_run(page: Path, tmp_path: Path) -> None:
-    command = f'daybreak() {{ {sys.executable} -m daybreak "$@"; }}\n'
+    command = "".join(
+        f'{name}() {{ {sys.executable} {more}"$@"; }}\n'
+        for name, more in (("daybreak", "-m daybreak "), ("python3", ""))
+    )
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for language, text in fences("ci", page.read_text()):
         argv = [sys.executable, "-c", text] if language == "python" else ["bash", "-euc", command + text]

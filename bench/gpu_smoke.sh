@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Does daybreak work on this GPU machine? Runs every verb, both command lines and every documented GPU example, small.
 #
-#   bench/gpu_smoke.sh [SECTION ...]     sections: machine post verbs decoder fp8 muon nanochat images finetune ranks fences; all by default, 2 to 8 minutes each
+#   bench/gpu_smoke.sh [SECTION ...]     all sections by default, 2 to 8 minutes each:
+#       machine post verbs decoder families fp8 muon nanochat images finetune ranks fences
 #
 # It needs no network and no data: it trains on the Python standard library. PYTHON names the interpreter (python3).
 # Each step prints one line, `ok NAME SECONDS` or `FAILED NAME` with the end of its output; each section ends with
@@ -111,7 +112,7 @@ section_verbs() {
   step "doctor of a run" "daybreak doctor runs/a"
 }
 
-section_decoder() { # Llama, Qwen, Mistral, SmolLM, Gemma: from scratch and imported
+section_decoder() { # Llama's family: from scratch, killed, scored, exported, imported, served
   data
   local few="--steps 12 --checkpoint.every 4"
   step "train a decoder" "daybreak train $decoder $flags --name e $few"
@@ -126,6 +127,12 @@ section_decoder() { # Llama, Qwen, Mistral, SmolLM, Gemma: from scratch and impo
   step "equal logits in transformers" "$checks logits e e-hf"
   step "export to GGUF" "daybreak export runs/e --to gguf e.gguf --dtype f16"
   step "import, train on" "daybreak import e-hf --name from-e && daybreak train runs/from-e $flags --steps 2"
+  step "serve" "daybreak serve runs/e --port 0 >serve-e.out 2>&1 & $checks client serve-e.out \$!"
+}
+
+section_families() { # one model of each kind, made by transformers
+  data
+  [ -d e-hf ] || step "a tokenizer to share" "daybreak train $decoder $flags --name e --steps 4 && daybreak export runs/e --to hf e-hf"
   for kind in llama mistral qwen2 qwen3 smollm3 gemma3_text; do
     step "import $kind made by transformers" "$checks made $kind e-hf $kind-hf && daybreak import $kind-hf --name $kind"
     step "$kind: equal logits" "$checks logits $kind $kind-hf"
@@ -133,7 +140,6 @@ section_decoder() { # Llama, Qwen, Mistral, SmolLM, Gemma: from scratch and impo
       \$($checks shape $kind)"
     step "$kind: greedy text of transformers" "$checks greedy $kind $kind-hf"
   done
-  step "serve" "daybreak serve runs/e --port 0 >serve-e.out 2>&1 & $checks client serve-e.out \$!"
 }
 
 section_fp8() { # the blocks' matmuls in fp8, evaluation and text in bf16
@@ -256,5 +262,5 @@ echo "folder $work"
 echo "commit $(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo "${COMMIT:-unknown}"), $(date -u +%F)"
 [ "${SMOKE:-gpu}" = cpu ] || nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
 "$PYTHON" -c 'import torch; print("torch", torch.__version__)'
-for name in ${*:-machine post verbs decoder fp8 muon nanochat images finetune ranks fences}; do section "$name"; done
+for name in ${*:-machine post verbs decoder families fp8 muon nanochat images finetune ranks fences}; do section "$name"; done
 exit $((failed > 0))

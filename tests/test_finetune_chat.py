@@ -14,6 +14,7 @@ from chats import CHATML, conversation, make_model, write_lines
 from interop_runs import inside
 
 from daybreak.cli.main import main
+from daybreak.interop import open_source
 from daybreak.state.run import Run
 from daybreak.training.samples import HELD_OUT
 
@@ -71,6 +72,28 @@ def test_the_next_step_names_the_model(
     assert (
         "Next: daybreak finetune model --data b; from scratch: daybreak train d6 --model.V" in capsys.readouterr().out
     )
+
+
+def test_an_export_stops_at_the_end_of_a_turn(home: Path) -> None:
+    """The base model ends texts only with its own token. Its chat template says which one ends an answer."""
+    import gguf
+    import transformers
+
+    own = open_source(home / "model").tokenizer.ends
+    for kind, out in (("hf", "out"), ("peft", "adapters"), ("gguf", "out.gguf")):
+        inside(home, "export", "runs/a", "--to", kind, out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "out")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end not in own
+    for folder in ("out", "adapters"):
+        ends = json.loads((home / folder / "generation_config.json").read_text())["eos_token_id"]
+        assert ends == [*own, end]
+    keys = gguf.GGUFReader(home / "out.gguf").fields
+    found = [keys[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")]
+    assert found == [own[0], end]
+    assert keys["tokenizer.chat_template"].contents() == CHATML
+    for out in ("out", "out.gguf"):
+        assert end in open_source(home / out).tokenizer.ends
 
 
 def test_samples_answer_held_out_questions(home: Path) -> None:

@@ -225,15 +225,20 @@ class Template:
         """The token ids of `prompt`. ValueError."""
         return tokenizer.encode_special(self.prompt(messages))[0]
 
-    def ending(self, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer of answers: the special token that follows an answer in the template ends a text too."""
+    def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
+        """The special token that follows an answer; None if another token does, or the template cannot write one."""
         answer = "Yes, indeed."
         try:
             text = self._rendered([_message("user", "Is it?"), _message("assistant", answer)], None, False)
-        except ValueError:
-            return tokenizer
+        except (ValueError, DataError):
+            return None
         behind = tokenizer.encode_special(_unmarked(text)[0].rpartition(answer)[2].lstrip())[0][:1]
-        return tokenizer.ending((*tokenizer.ends, *(i for i in behind if i in tokenizer.special)))
+        return behind[0] if behind and behind[0] in tokenizer.special else None
+
+    def ending(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer of answers: the end of a turn ends a text too."""
+        end = self.end_of_turn(tokenizer)
+        return tokenizer if end is None else tokenizer.ending((*tokenizer.ends, end))
 
     def text(self, chat: Chat, special: Collection[str] = ()) -> tuple[str, list[Span]]:
         """The text of a conversation, and the characters of it that are learned. special: the special tokens.

@@ -48,6 +48,8 @@ def export(source: Export, out: Path, dtype: str = "f32") -> None:
             add[type(value)](f"{family.gguf}.{key}", value)
         writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
         write_vocabulary(writer, source.tokenizer, c.V, gguf.TokenType)
+        if source.end_of_turn not in (None, source.tokenizer.ends[0]):
+            writer.add_eot_token_id(source.end_of_turn)
         if template := template_text(source.kept):
             writer.add_chat_template(template)
         parts = _parts(gguf, family, c)

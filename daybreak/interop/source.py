@@ -22,6 +22,7 @@ from torch import Tensor
 from daybreak.checked import TEXT, read_json
 from daybreak.config import Config
 from daybreak.config_keys import LoraConfig
+from daybreak.data.chat import Template
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.files import fsync_folder, remove, temporary_of, write_atomic
@@ -183,7 +184,12 @@ class Export:
         self.model = full if self.shapes == self._stored else short
         self.came_from = came_from(checkpoint.path.parents[1])
         self.kept = checkpoint.kept
-        self.tokenizer: Tokenizer = get_tokenizer(checkpoint.manifest["tokenizer"]["name"], checkpoint.path.parents[1])
+        run = checkpoint.path.parents[1]
+        self.tokenizer: Tokenizer = get_tokenizer(checkpoint.manifest["tokenizer"]["name"], run)
+        template = Template.of(self.kept, run, self.tokenizer)
+        self.end_of_turn = template.end_of_turn(self.tokenizer) if template else None
+        if self.end_of_turn is not None:  # a base model's own ends lack it, and generation would never stop
+            self.tokenizer = self.tokenizer.ending((*self.tokenizer.ends, self.end_of_turn))
         self._offsets = {name: start for name, start, _ in checkpoint.layout}
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:

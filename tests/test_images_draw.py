@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from test_images_codec import blobs
 
@@ -117,8 +118,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         small = {"model.L": 1, "model.C": 32, "model.NH": 1, "model.V": tokenizer.V, "batch.B": 4, "log.every": 1}
         small |= {"eval.every": 2, "eval.sample_every": 2, "checkpoint.every": 2, "model.max_T": tokenizer.pictures.D}
         keys = [word for key, value in small.items() for word in (f"--{key}", str(value))]
-        words = ["train", "shapes", "--data", "set-bytes", "--data.tokenizer", "bytes", "--name", "drawn", *keys]
-        assert main([*words, "--steps", "2"]) == 0
+        words = ["train", "shapes", "--data", "set-bytes", "--data.tokenizer", "bytes", *keys, "--name"]
+        Path("words.json").write_text(json.dumps(words))
+        assert main([*words, "drawn", "--steps", "2"]) == 0
         assert main(["train", "runs/drawn", "--steps", "4"]) == 0
     return folder
 
@@ -187,3 +189,51 @@ def test_a_run_without_its_codec_says_so(made: Path, tmp_path: Path, capsys: pyt
         assert "codec.safetensors is missing, and tokenizer bytes+img-" in capsys.readouterr().err
     finally:
         (tmp_path / "codec").rename(codec)
+
+
+def test_two_ranks_learn_and_draw_as_one(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At ZeRO stage 1, in fp64: losses of both kinds within rounding, and the same pictures."""
+    monkeypatch.chdir(made)
+    words = json.loads(Path("words.json").read_text())
+    same = ["--precision.compute", "fp64", "--batch.B", "2", "--batch.total_tokens", str(4 * 80), "--steps", "4"]
+    try:
+        for name, world in (("one", 1), ("two", 2)):
+            zero = ["--parallel.zero", "1"] if world > 1 else []
+            assert ranks.finish(ranks.start(world, [*words, name, *same, *zero], made)) == [0] * world
+    finally:
+        ranks.end_all()
+    one, two = Run("runs/one"), Run("runs/two")
+    assert one.checkpoint().manifest["world"] != two.checkpoint().manifest["world"]
+    for kind, keys in {"step": ["loss", "norm"], "val": ["loss", "text_loss", "image_loss"]}.items():
+        a, b = one.metrics(kind), two.metrics(kind)
+        assert len(a) > 2
+        for key in keys:
+            assert [r[key] for r in b] == [pytest.approx(r[key], rel=1e-9) for r in a]
+    drawn = [[(r["caption"], (run.path / r["path"]).read_bytes()) for r in run.metrics("image")] for run in (one, two)]
+    assert len(drawn[0]) == 16
+    assert drawn[0] == drawn[1]
+
+
+def test_an_exported_model_draws_the_same_pictures(
+    made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a folder of Hugging Face's format, and as a run that was imported from it."""
+    monkeypatch.chdir(made)
+    folder = tmp_path / "hf"
+    assert main(["export", "runs/drawn", "--to", "hf", str(folder)]) == 0
+    assert main(["import", str(folder), "--name", "back"]) == 0
+    found = []
+    for target in ("runs/drawn", str(folder), "runs/back"):
+        out = tmp_path / f"from-{len(found)}"
+        assert main(["sample", target, "--prompt", "a dog", "--out", str(out), "-n", "2", "--guidance", "2"]) == 0
+        found.append([path.read_bytes() for path in sorted(out.iterdir())])
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) == 2
+    capsys.readouterr()
+    whole = (folder / "codec.safetensors").read_bytes()
+    (folder / "codec.safetensors").write_bytes(whole[:-9])
+    assert main(["sample", str(folder), "--out", str(tmp_path / "none")]) == 5
+    assert "codec.safetensors is not a codec of pictures" in capsys.readouterr().err
+    (folder / "codec.safetensors").unlink()
+    assert main(["sample", str(folder), "--out", str(tmp_path / "none")]) == 2
+    assert "has learned text only, and draws no pictures" in capsys.readouterr().err

@@ -6,6 +6,7 @@ The names and layouts of a family are in families.py.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from daybreak.checked import FILE_NAME, TEXT, read_json
 from daybreak.data.formats import extra
+from daybreak.data.pictures import CODEC_FILE, read_metadata
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, DataError, Error
+from daybreak.files import sha256_of
 from daybreak.interop.families import Family, family_named, family_of
 from daybreak.interop.part import reader
 from daybreak.interop.source import DTYPES, Export, Source, appearing, checked_shape, default_tokenizer, finite, layout
@@ -75,6 +78,7 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
     found = {key: entry.shape for key, entry in plain.items()}
     read = reader(path, cfg, parts, found, raw, family.copies, "config.json")
     known = (None if tokenizer else _tokenizer(path)) or default_tokenizer(cfg, tokenizer, path)
+    known = _with_pictures(known, path)
     made = _json(path / "config.json", {}).get(FINGERPRINT)
     if made not in (None, known.fingerprint) and not known.source:  # others may spell a tokenizer.json anew
         said = f"{path} was exported with another tokenizer than {known.name!r}"
@@ -131,6 +135,18 @@ def _tokenizer(path: Path) -> Tokenizer | None:
         raise CheckpointError(str(error)) from None
 
 
+def _with_pictures(text: Tokenizer, path: Path) -> Tokenizer:
+    """The tokenizer, with the pictures of a codec's file if the folder has one. Raises CheckpointError."""
+    file = path / CODEC_FILE
+    if not file.is_file():
+        return text
+    try:
+        numbers = read_metadata(file)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    return text.with_pictures(sha256_of(file), numbers["K"], numbers["N"], numbers["D"])
+
+
 # ---- out
 
 
@@ -144,6 +160,8 @@ def export(source: Export, out: Path, dtype: str = "fp32", max_shard: int = MAX_
         folder.mkdir()
         write_json(folder / "config.json", _config(source, family, dtype))
         write_tokenizer(source.tokenizer, source.model.max_T, folder, source.kept)
+        if source.tokenizer.pictures:
+            shutil.copyfile(source.run / CODEC_FILE, folder / CODEC_FILE)
         _write_shards(source, family, folder, DTYPES[dtype], max_shard)
 
 

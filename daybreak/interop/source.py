@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from daybreak.checked import TEXT, read_json
 from daybreak.config import Config
 from daybreak.config_keys import LoraConfig
 from daybreak.data.chat import Template
+from daybreak.data.pictures import CODEC_FILE
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.files import fsync_folder, remove, temporary_of, write_atomic
@@ -160,6 +162,8 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
     write_atomic(folder.config, config.to_toml())
     if source.tokenizer.source:
         write_atomic(folder.path / TOKENIZER_FILE, source.tokenizer.source)
+    if source.tokenizer.pictures:
+        shutil.copyfile(source.path / CODEC_FILE, folder.path / CODEC_FILE)
     for name, text in source.kept.items():
         write_atomic(folder.path / name, text)
     if source.base:
@@ -182,11 +186,11 @@ class Export:
         short = full if whole or not T else replace(full, max_T=T)
         self.shapes, self._stored = ({name: shape for name, _, shape in layout(cfg)} for cfg in (short, full))
         self.model = full if self.shapes == self._stored else short
-        self.came_from = came_from(checkpoint.path.parents[1])
+        self.run = checkpoint.path.parents[1]
+        self.came_from = came_from(self.run)
         self.kept = checkpoint.kept
-        run = checkpoint.path.parents[1]
-        self.tokenizer: Tokenizer = get_tokenizer(checkpoint.manifest["tokenizer"]["name"], run)
-        template = Template.of(self.kept, run, self.tokenizer)
+        self.tokenizer: Tokenizer = get_tokenizer(checkpoint.manifest["tokenizer"]["name"], self.run)
+        template = Template.of(self.kept, self.run, self.tokenizer)
         self.end_of_turn = template.end_of_turn(self.tokenizer) if template else None
         if self.end_of_turn is not None:  # a base model's own ends lack it, and generation would never stop
             self.tokenizer = self.tokenizer.ending((*self.tokenizer.ends, self.end_of_turn))

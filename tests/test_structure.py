@@ -45,7 +45,8 @@ LONGEST_FUNCTION = 100
 # CORE takes 140, and tokenizers made from a text 50.
 # To say that the code changed takes 25, and who speaks for a rank 0 that is gone 25.
 # An export's end of turn takes 10.
-MOST_CODE = 20_840
+# A codec in an export takes 18.
+MOST_CODE = 20_860
 
 
 def room(path: Path) -> str:

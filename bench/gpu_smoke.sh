@@ -153,6 +153,13 @@ section_fp8() { # the blocks' matmuls in fp8, evaluation and text in bf16
   step "the last third in bf16" "daybreak train $shape $fp8 --name u8 --precision.fp8_until 0.67"
   step "sample" "daybreak sample runs/f8 --prompt 'def main' --tokens 32"
   step "eval" "daybreak eval runs/f8 --data text"
+  local wide="$decoder $flags --precision.compute fp8 --batch.recompute 2 --steps 12 --checkpoint.every 4"
+  step "a decoder" "daybreak train $wide --name fd"
+  step "a decoder, killed" "daybreak train $wide --name kd & $checks kill kd 6 \$!"
+  step "a decoder, resumed" "daybreak train runs/kd"
+  step "a decoder, equal losses and weights after the kill" "$checks same fd kd"
+  step "a decoder, sample and export" "daybreak sample runs/fd --prompt 'def main' --tokens 32 && \
+    daybreak export runs/fd --to hf fd-hf && $checks logits fd fd-hf"
   [ "$ranks" = 1 ] && return
   for zero in 0 1 2; do
     step "$ranks ranks, ZeRO $zero" "torchrun --standalone --nproc-per-node $ranks -m daybreak train $shape $fp8 \

@@ -39,6 +39,7 @@ from daybreak.training.stop import Stop
 
 CFG, B, T = GPT2Config(L=3, C=64, NH=4, max_T=32, V=61), 4, 16
 LLAMA = LlamaConfig(L=2, C=64, NH=4, NKV=2, F=96, max_T=32, V=61, norm_plus_one=True, qk_norm=True)
+FAMILIES: dict[str, Any] = {"gpt2": CFG, "llama": LLAMA}
 
 
 def chain(step: int, A: int = 2) -> tuple[Tensor, Tensor]:
@@ -312,9 +313,9 @@ def test_the_last_steps_are_in_bf16():
 
 def train(args: list[str]) -> int:
     """Three steps of four micro-steps in all, at each stage. What a rank then has goes to OUT/WORLD-ZERO-RANK.pt."""
-    out, group = Path(args[0]), connect(os.environ, 60)
+    out, cfg, group = Path(args[0]), FAMILIES[args[1]], connect(os.environ, 60)
     for zero in range(3):
-        engine = Engine(EngineSpec(CFG, B=B, T=T, compute="fp8", zero=zero, bucket_bytes=1 << 14), seed=3, group=group)
+        engine = Engine(EngineSpec(cfg, B=B, T=T, compute="fp8", zero=zero, bucket_bytes=1 << 14), seed=3, group=group)
         losses = []
         for step in range(3):
             mine = [x[group.rank :: group.world] for x in chain(step, 4)]
@@ -328,9 +329,13 @@ def train(args: list[str]) -> int:
     return 0
 
 
-def test_ranks_and_stages_agree(tmp_path: Path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_and_stages_agree(tmp_path: Path, family: str, full: bool):
+    if family != "gpt2" and not full:
+        pytest.skip("the other family runs with --full")
     for world in (1, 2):
-        assert ranks.finish(ranks.start(world, [tmp_path], tmp_path, run=train)) == [0] * world, ranks.said(tmp_path, 0)
+        ends = ranks.finish(ranks.start(world, [tmp_path, family], tmp_path, run=train))
+        assert ends == [0] * world, ranks.said(tmp_path, 0)
     one, found = torch.load(tmp_path / "1-0-0.pt"), {}
     for zero in range(3):
         found[zero] = [torch.load(tmp_path / f"2-{zero}-{rank}.pt") for rank in range(2)]

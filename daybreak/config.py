@@ -160,6 +160,8 @@ class Config:
             check_rules(section, getattr(self, section))
         if len(given := [f"{name} = {value}" for name, value in self.items() if name in LENGTH and value]) > 1:
             raise ConfigError(f"{' and '.join(given)}: give only one of them.")
+        if (self.precision.compute, self.precision.moments) == ("fp64", "bf16"):
+            raise ConfigError('precision.moments = "bf16" is for fp32, bf16 and fp8, not precision.compute = "fp64".')
         self._check_data()
         self._check_batch(ranks)
         horizon = self.optim.horizon or self.run.steps

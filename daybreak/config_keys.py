@@ -183,6 +183,9 @@ class PrecisionConfig:
         one_of("auto", "fp32", "split", "none"),
         fixed=False,
     )
+    moments: str = key(
+        "fp32", "AdamW's moments: fp32 or bf16 (stochastic rounding; 4 bytes less a weight)", one_of("fp32", "bf16")
+    )
 
 
 @dataclass(frozen=True)

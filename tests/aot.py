@@ -273,10 +273,10 @@ def norm_cases(C: int, dtype: str, rms: bool = False, heads: int = 0, offset: fl
     return found
 
 
-def adamw_case(layout: str, weights: str, masters: str, grads: str) -> Case:
+def adamw_case(layout: str, weights: str, masters: str, grads: str, moments: str = "*fp32") -> Case:
     scalars = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "weight_decay"), "fp32")
     types = {
-        "weights": weights, "masters": masters, "m": "*fp32", "v": "*fp32", "grads": grads, "stats": "*fp64",
+        "weights": weights, "masters": masters, "m": moments, "v": moments, "grads": grads, "stats": "*fp64",
         "hyper": "*fp64", "n": "i32", "offset": "i32", "key": "i32?", **scalars,
     }  # fmt: skip
     return optimizer._adamw_kernel, types, {"LAYOUT": layout, "BLOCK": optimizer.ADAMW_BLOCK}, optimizer.ADAMW_WARPS
@@ -295,6 +295,10 @@ def optimizer_cases() -> list[Case]:
         adamw_case("split", "*bf16", "*i16", "*bf16"),
         adamw_case("split", "*bf16", "*i16", "*fp32"),
         adamw_case("none", "*bf16", "*bf16", "*bf16"),
+        *(
+            adamw_case(layout, "*bf16", masters, "*bf16", "*bf16")
+            for layout, masters in (("none", "*bf16"), ("split", "*i16"))
+        ),
     ]
 
 

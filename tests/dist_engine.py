@@ -67,8 +67,9 @@ def train(
 ) -> dict[str, Any]:
     clip = 0.0 if masters == "none" else 0.5  # the norm's last bit depends on the stage, and with it the clip's scale
     spec = EngineSpec(
-        SHAPE, B=B, T=T, compute=compute, optim=OptimConfig(clip=clip), masters=masters, zero=zero, bucket_bytes=bucket
-    )
+        SHAPE, B=B, T=T, compute=compute, optim=OptimConfig(clip=clip), masters=masters, zero=zero, bucket_bytes=bucket,
+        moments="bf16" if masters == "none" else "fp32",
+    )  # fmt: skip
     engine = Engine(spec, seed=3, group=group)
     mine, exchanges = SAMPLES // group.world, noted(engine.comm)
     losses, norms, first, record, grads = [], [], {}, [], {}

@@ -63,6 +63,7 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "precision.fp8_until": (1.0, "0.9", 0.9, (1.5, -0.1)),
     "precision.tf32": (True, "false", False, ()),
     "precision.masters": ("auto", "none", "none", ("bf16",)),
+    "precision.moments": ("fp32", "bf16", "bf16", ("fp16",)),
     "kernels.matmul": ("auto", "torch", "torch", ("cutlass",)),
     "kernels.attention": ("auto", "fa4", "fa4", ("fa2",)),
     "kernels.norm": ("auto", "triton", "triton", ("cudnn",)),

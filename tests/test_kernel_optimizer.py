@@ -13,7 +13,18 @@ from torch import Tensor
 import daybreak.kernels.cuda.optimizer as cuda_file
 import daybreak.kernels.optimizer as optimizer_file
 from daybreak.kernels import Kernels, acc_dtype, all_ops, temps_bytes
-from daybreak.kernels.optimizer import GOLDEN, WORD, join_masters, mix, round_weights, split_masters, stream_key
+from daybreak.kernels.optimizer import (
+    GOLDEN,
+    M_STREAM,
+    V_STREAM,
+    WORD,
+    join_masters,
+    mix,
+    moment_key,
+    round_weights,
+    split_masters,
+    stream_key,
+)
 
 BF16, F32, I16, I32 = torch.bfloat16, torch.float32, torch.int16, torch.int32
 OPTIONS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "seed": 7, "offset": 0}
@@ -61,10 +72,10 @@ def test_global_norm(backend, dtype, n):
 class State:
     """The tensors of one adamw_update, from exact values; and its call."""
 
-    def __init__(self, case: tuple, values: Tensor) -> None:
+    def __init__(self, case: tuple, values: Tensor, moments: torch.dtype | None = None) -> None:
         self.dtype, self.layout, self.grads_dtype = case
         acc = acc_dtype(self.dtype)
-        self.m, self.v = (torch.zeros_like(values, dtype=acc) for _ in range(2))
+        self.m, self.v = (torch.zeros_like(values, dtype=moments or acc) for _ in range(2))
         self.weights, self.masters = values.to(self.dtype, copy=True), None
         if self.layout == "weights":
             self.masters = self.weights
@@ -298,6 +309,73 @@ def test_random_rounding_of_both_signs(backend):
     infinite = State(CASES["bf16-none"], torch.full((8,), math.inf, device=DEVICE))
     infinite.update(grads[:8], backend, lr=0.01, t=1, weight_decay=0.0)
     assert not infinite.weights.isfinite().any()
+
+
+# ------------------------------------------------------------------------------------------------- narrow moments
+
+
+def up_or_down(values: Tensor, bits: list[int]) -> Tensor:
+    """bf16 from fp32: 16 random bits are added to the bits of each value, and the lower half is cut."""
+    return ((values.view(I32).to(torch.int64) + torch.tensor(bits, device=DEVICE)) >> 16).to(I16).view(BF16)
+
+
+@each_backend
+@pytest.mark.parametrize("case", ["fp32", "bf16-masters", "bf16-split-fp32grads", "bf16-none"])
+def test_narrow_moments_are_the_wide_ones_rounded_by_the_hash(backend, case):
+    """Parameters move as with fp32 moments of the same values, bit for bit."""
+    start, seed, offset = draw(700, dtype=F32).to(BF16).float(), 2**40 + 3, 2**32 - 300
+    narrow, wide = State(CASES[case], start, BF16), State(CASES[case], start)
+    for step in range(3):
+        wide.m, wide.v = narrow.m.float(), narrow.v.float()
+        grads = draw(700, dtype=narrow.grads_dtype, seed=step)
+        for state in (narrow, wide):
+            state.update(grads, backend, lr=1e-2, t=step + 1, seed=seed, offset=offset)
+        assert torch.equal(narrow.exact(), wide.exact())
+        assert torch.equal(narrow.weights, wide.weights)
+        for got, want, stream in ((narrow.m, wide.m, M_STREAM), (narrow.v, wide.v, V_STREAM)):
+            key = moment_key(stream_key(seed), stream)
+            assert torch.equal(got, up_or_down(want, [random_bits(offset + i, key, step + 1) for i in range(700)]))
+            assert not torch.equal(got.float(), want)
+    before = [x.clone() for x in narrow.tensors()]
+    narrow.update(torch.full_like(grads, math.nan), backend, lr=1e-2, t=4, skip=1)
+    assert all(torch.equal(x, y) for x, y in zip(narrow.tensors(), before, strict=True))
+    narrow.update(torch.full_like(grads, math.nan), backend, lr=1e-2, t=4)
+    assert narrow.m.isnan().all()
+    assert narrow.v.isnan().all()
+
+
+def test_narrow_moments_are_unbiased_and_independent(monkeypatch):
+    """Weight, m and v of 2^18 elements with one gradient: their means are the fp32 values, within 5 deviations."""
+    monkeypatch.setattr(optimizer_file, "FLAT_CHUNK", 1 << 20)
+    N, grads = 1 << 18, torch.full((1 << 18,), -0.7001953125, dtype=BF16, device=DEVICE)
+    narrow, wide = State(CASES["bf16-none"], torch.ones(N), BF16), State(CASES["bf16-masters"], torch.ones(N))
+    for state in (narrow, wide):
+        state.update(grads, "torch", lr=3e-3, t=1, eps=1.0)
+    errors = []
+    for got, want in ((narrow.weights, wide.masters), (narrow.m, wide.m), (narrow.v, wide.v)):
+        low, high = f64(got).min(), f64(got).max()
+        assert low < want[0].double() < high
+        p = ((want[0].double() - low) / (high - low)).item()
+        ups = (f64(got) == high).double() - p
+        assert abs(ups.mean().item()) < 5 * math.sqrt(p * (1 - p) / N)
+        errors.append(ups / math.sqrt(p * (1 - p)))
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert abs((errors[a] * errors[b]).mean().item()) < 5 / math.sqrt(N)
+
+
+def test_a_long_run_s_narrow_v_stays_near_the_wide_one():
+    """2,000 steps of beta2 = 0.999 from 0: rounding to nearest stalls where a step adds less than half a place."""
+    grads, to_nearest = torch.ones(512, dtype=BF16, device=DEVICE), torch.zeros((), dtype=BF16)
+    narrow, wide = State(CASES["bf16-none"], torch.ones(512), BF16), State(CASES["bf16-none"], torch.ones(512))
+    for t in range(1, 2001):
+        to_nearest.copy_(0.999 * to_nearest.float() + 0.001)
+        for state in (narrow, wide):
+            state.update(grads, "torch", lr=0.0, t=t, beta2=0.999)
+    want = 1 - 0.999**2000
+    assert wide.v.mean().item() == pytest.approx(want, rel=1e-4)
+    assert f64(narrow.v).mean().item() == pytest.approx(want, rel=5e-3)
+    assert f64(narrow.v).std().item() < 0.05 * want
+    assert to_nearest.item() < 0.5 * want
 
 
 # ------------------------------------------------------------------------------------------- beyond 2^31, on a GPU only

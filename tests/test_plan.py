@@ -6,6 +6,7 @@ import csv
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from daybreak.training.setup import _say_slow
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV, MULTI = ROOT / "bench/results/gpu_step.csv", ROOT / "bench/results/multi_gpu.csv"
+PAGE = (ROOT / "docs/finetune.md").read_text()
 MIB = 1 << 20
 SMALL = {"model.L": 2, "model.C": 32, "model.NH": 2, "model.max_T": 64, "model.V": 257, "data.tokenizer": "bytes",
          "batch.B": 2, "run.device": "cpu", "eval.tokens": 256, "eval.sample_tokens": 4}  # fmt: skip
@@ -119,6 +121,28 @@ def test_least_change_first() -> None:
     budgets = {mib: Fit(torch.device("cuda"), (), mib * MIB).advice(config) for mib in (13_600, 2_700)}
     assert budgets[13_600] == "--batch.B 32"  # rows that divide the step
     assert budgets[2_700].startswith("--batch.recompute")
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "card", "most"),
+    [
+        ("lora, r = 16", {"lora__rank": 16}, "4090", 8),
+        ("qlora, r = 16", {"lora__rank": 16, "lora__base": "nf4"}, "4090", 19),
+        ("full", {"precision__masters": "none", "precision__moments": "bf16"}, "h100", 18),
+    ],
+)
+def test_finetuning_8b_on_one_card(method: str, flags: dict[str, Any], card: str, most: int) -> None:
+    """Full finetuning has 2 bytes a weight each for weights, gradients and both moments: 79 GiB hold them."""
+    same = {"batch__T": 2048, "batch__recompute": 3, "batch__B": 1}
+    p, there = on("llama3-8b", "h100", **same, **flags), on("llama3-8b", card, **same, **flags)
+    (said,) = re.findall(rf"^\| {method}[^|]* \| ([\d,]+) \| \w+ G.?B, where B may be {most} \|$", PAGE, re.M)
+    assert (p.nbytes + p.outside) / MIB == pytest.approx(int(said.replace(",", "")), abs=1)
+    assert there.fit.best_B(there.config) == most
+    if method == "full":
+        sizes = p.arena.sizes()
+        assert [sizes[name] for name in ("weights", "grads", "m", "v")] == [2 * 8_030_261_248] * 4
+        assert "masters" not in sizes
+        assert p.nbytes + p.outside < 79 << 30
 
 
 # ---------------------------------------------------------------------------------------------- time, money, disk

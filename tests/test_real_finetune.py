@@ -95,7 +95,8 @@ def batches(folder: Path) -> list[tuple[Tensor, Tensor]]:
 def _written(full: bool) -> Any:
     yield
     if full and len(found) == 15:
-        versions = {name: importlib.metadata.version(name.replace("_", "-")) for name in ("torch", *NEEDS)}
+        used = ("torch", *NEEDS, "bitsandbytes")
+        versions = {name: importlib.metadata.version(name.replace("_", "-")) for name in used}
         head = {"date": time.strftime("%Y-%m-%d"), "commit": package_commit(ROOT), "processor": cpu_model(),
                 "python": platform.python_version(), **versions}  # fmt: skip
         lines = "".join(f"{key}: {value}\n" for key, value in (head | found).items())

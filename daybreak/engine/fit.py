@@ -81,12 +81,14 @@ class Fit:
 
     def advice(self, config: Config) -> str:
         """Flags that make it fit. It tries the least change first: a smaller B, sharded optimizer state, recomputation,
-        no master weights, a shorter T."""
+        no master weights, narrow moments, a shorter T."""
         share = {"parallel.zero": 1} if self.ranks > 1 and not config.parallel.zero else {}
         changes: list[dict[str, Any]] = [{}, share] if share else [{}]
         changes += [{**share, "batch.recompute": r} for r in (1, 2, 3) if r > config.batch.recompute]
         if self.device.type == "cuda" and config.precision.masters != "none":
             changes.append({**share, "batch.recompute": 3, "precision.masters": "none"})
+        if self.device.type == "cuda" and config.precision.moments != "bf16" and not config.lora.rank:
+            changes.append({**changes[-1], "precision.moments": "bf16"})
         short = [config.T >> i for i in range(1, 20) if config.T >> i >= 64 and config.T % (1 << i) == 0]
         changes += [{**changes[-1], "batch.T": T} for T in short]
         for change in changes:

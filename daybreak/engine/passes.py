@@ -133,7 +133,7 @@ def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> 
             entries += [Entry("grads", "grads", (N,), dtype)]
         if sharding.zero:
             entries += [Entry("shard", "grads", (held,), dtype if sharding.zero == 1 else acc)]
-        entries += optimizer_entries(sharding, acc)
+        entries += optimizer_entries(sharding, acc, torch.bfloat16 if spec.moments == "bf16" else acc)
     stats = len(STATS) + (spec.compute == "fp8")  # of matrices that saturate (engine/scales.py)
     small = [
         ("batch", (4 if spec.documents else 2, B, T), i64), ("losses", (B * T,), acc),
@@ -149,8 +149,8 @@ def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> 
     return entries + [Entry(n, "state", shape, kind, saved="once" if n in once else "") for n, shape, kind in small]
 
 
-def optimizer_entries(sharding: Sharding, acc: torch.dtype) -> list[Entry]:
-    """The optimizer state of the parameters that this rank updates."""
+def optimizer_entries(sharding: Sharding, acc: torch.dtype, moments: torch.dtype) -> list[Entry]:
+    """The optimizer state of the parameters that this rank updates; `moments` is the dtype of AdamW's."""
     by_element = (sharding.shard if sharding.zero else sharding.numel) - sharding.whole
     entries = dict[str, Entry]()
     for launch in sharding.launches():
@@ -159,7 +159,7 @@ def optimizer_entries(sharding: Sharding, acc: torch.dtype) -> list[Entry]:
             shape = optimizer.shape(key, sharding.table.rows[launch.name])
             entries[f"{key}.{launch.name}"] = Entry(f"{key}.{launch.name}", key, shape, acc, saved="whole")
         for key in () if optimizer.whole else optimizer.state:
-            entries[key] = Entry(key, key, (by_element,), acc, saved="ranges")
+            entries[key] = Entry(key, key, (by_element,), moments, saved="ranges")
     return list(entries.values())
 
 

@@ -26,7 +26,8 @@ class EngineSpec:
     compute: fp32, bf16, fp64, or fp8, which is bf16 but for training's matmuls whose weights fit a pattern of `fp8`,
     in the first `fp8_steps` steps (None: in all).
     recompute: see models. train: False allocates only memory for evaluation and sampling.
-    masters: how master weights of bf16 are kept (precision.masters). rows: sequences that can be generated at a time.
+    masters: how master weights of bf16 are kept (precision.masters). moments: those of AdamW (precision.moments).
+    rows: sequences that can be generated at a time.
     zero, bucket_bytes: see collectives. kernels: group of operations -> backend, if not the best (kernels.choose).
     formats: patterns of names -> number formats of the matrices that training's matmuls read (engine/formats.py).
     optim, groups: AdamW's options, and groups of parameters that have other optimizers (optimizers).
@@ -45,6 +46,7 @@ class EngineSpec:
     recompute: int = 0
     train: bool = True
     masters: str = "auto"
+    moments: str = "fp32"
     rows: int = 1
     zero: int = 0
     bucket_bytes: int = 1 << 25

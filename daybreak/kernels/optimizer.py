@@ -20,6 +20,10 @@ goes away from zero. Adding 0x8000 to the bits of p and keeping the upper 16 doe
 
 So bits(p) = (bits(weight) << 16) + master, exactly, and both layouts with masters train with the same bits. An update
 joins the split layout, updates it as fp32 and splits it again, one chunk of FLAT_CHUNK parameters at a time.
+
+m and v are fp32 (fp64 for fp64 weights), or bf16, which saves four bytes a parameter. An update widens bf16 moments,
+changes p by them, and rounds them at random as weights without masters. Rounding to nearest would lose most of what a
+step adds to v: with b2 = 0.999 that is a thousandth, and neighbours in bf16 lie up to 1/128 apart.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ NAN_BITS = 0x7FC00000  # a NaN to which any 16 bits can be added
 WORD = 0xFFFFFFFF
 # Murmur3's finaliser (Appleby 2011): three shifts and two multipliers that let every input bit reach every output bit.
 MIX = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
+M_STREAM, V_STREAM = 1, 2
 GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: added so that equal words differ
 
 
@@ -67,9 +72,11 @@ def layout_temps(weights: Tensor, masters: Tensor | None, acc: torch.dtype, N: i
 
 
 def adamw_temps(weights: Tensor, masters: Tensor | None, m: Tensor, *_: object, **__: object) -> Temps:
-    """The scaled gradient, then those for rounding."""
-    N = min(FLAT_CHUNK, m.numel())
-    return [((N,), m.dtype), *layout_temps(weights, masters, m.dtype, N)]
+    """The scaled gradient, those for rounding weights, and for narrow moments: m, v, NaNs, random words twice."""
+    N, acc = min(FLAT_CHUNK, m.numel()), acc_dtype(weights.dtype)
+    narrow = (N if m.dtype != acc else 0,)
+    moments = [(narrow, dtype) for dtype in (acc, acc, torch.bool, torch.int64, torch.int64)]
+    return [((N,), acc), *layout_temps(weights, masters, acc, N), *moments]
 
 
 def read_too(given: Mapping[str, Any]) -> tuple[str, ...]:
@@ -83,26 +90,37 @@ def adamw_update(
     weights: Tensor, masters: Tensor | None, m: Tensor, v: Tensor, grads: Tensor, stats: Tensor, hyper: Tensor,
     *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int, offset: int, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """Update flat weights (N, compute dtype), masters (N, see above), m and v (N) in fp32 or fp64, from grads (N).
+    """Update flat weights (N, compute dtype), masters (N, see above), m and v (N, see above), from grads (N).
 
     stats (6,) fp64: stats[2] is the clip scale, stats[3] the skip flag (see kernels.guard). hyper (5,) fp64: learning
     rate, the update's number t from 1, (unused), 1 - beta1^t, 1 - beta2^t. A skipped update changes no bit. `weights`
-    may be `masters`. Without masters, seed and offset choose the random bits; offset is the place of element 0 among
-    all parameters. This reference reads the scalars on the host and computes the powers itself.
+    may be `masters`. Where something is rounded at random, seed and offset choose the bits; offset is the place of
+    element 0 among all parameters. This reference reads the scalars on the host and computes the powers itself.
     """
     if stats[3].item() != 0.0:
         return
     wide, *temps = scratch(adamw_temps(weights, masters, m))
+    temps, moments = temps[:-5], temps[-5:]
     lr, t = hyper[0].item(), hyper[1:2].to(torch.float32)
     for start in range(0, m.numel(), FLAT_CHUNK):
         part = slice(start, min(start + FLAT_CHUNK, m.numel()))
         g = scaled(wide[: part.stop - start], grads[part], stats)
         p = open_exact(weights, masters, part, temps)
+        m1, v1 = (_open_moment(x[part], wider) for x, wider in zip((m, v), moments, strict=False))
         torch._fused_adamw_(
-            [p], [g], [m[part]], [v[part]], [], [t], lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-            weight_decay=weight_decay, amsgrad=False, maximize=False,
+            [p], [g], [m1], [v1], [], [t], lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+            amsgrad=False, maximize=False,
         )  # fmt: skip
         close_exact(weights, masters, part, p, temps, offset, seed, hyper)
+        for x, value, stream in ((m, m1, M_STREAM), (v, v1, V_STREAM)) if moments[0].numel() else ():
+            spare = [y[: len(value)] for y in moments[2:]]
+            key = moment_key(stream_key(seed), stream)
+            _round_randomly(x[part], value, *spare, offset + start, key, int(hyper[1].item()))
+
+
+def _open_moment(stored: Tensor, wider: Tensor) -> Tensor:
+    """A part of m or v, to be changed in place: itself, or widened into a temporary."""
+    return wider[: len(stored)].copy_(stored) if wider.numel() else stored
 
 
 def scaled(out: Tensor, grads: Tensor, stats: Tensor) -> Tensor:
@@ -237,6 +255,11 @@ def mix(x: int) -> int:
 def stream_key(seed: int) -> int:
     """A 32-bit word from the low 64 bits of a seed."""
     return mix(mix((seed + GOLDEN) & WORD) ^ (seed >> 32 & WORD))
+
+
+def moment_key(key: int, stream: int) -> int:
+    """The key of other random bits than those of weights, for M_STREAM or V_STREAM."""
+    return mix(key ^ stream)
 
 
 def _mix_words(x: Tensor, spare: Tensor) -> Tensor:

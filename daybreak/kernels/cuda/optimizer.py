@@ -11,10 +11,11 @@ from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
-from daybreak.kernels.optimizer import stream_key
+from daybreak.kernels.optimizer import M_STREAM, V_STREAM, stream_key
 
 ADAMW_BLOCK, ADAMW_WARPS = 1024, 8
 NORM_BLOCK, NORM_WARPS = 4096, 8
+FIRST, SECOND = tl.constexpr(M_STREAM), tl.constexpr(V_STREAM)  # of the moments
 NORM_PROGRAMS = 4096  # on every GPU; more than run at once, so that few are still running at the end
 
 
@@ -68,6 +69,27 @@ def _mix(x):
 
 
 @triton.jit
+def _random_bf16(bits, index, key, hyper):
+    """fp32 values, given as int32 bits, rounded to bf16 at random: its 16 bits (kernels.optimizer._round_randomly)."""
+    a = _mix((key ^ tl.load(hyper + 1).to(tl.int32)).to(tl.uint32))
+    b = _mix(a + 0x9E3779B9)
+    word = _mix(index.to(tl.uint32) ^ a) + b + (index >> 32).to(tl.uint32) * 0x9E3779B9
+    return (bits + (_mix(word) >> 16).to(tl.int32)) >> 16
+
+
+@triton.jit
+def _store_moment(moment, x, lanes, mask, index, key, hyper, STREAM: tl.constexpr):
+    """Store x (fp32), a part of m or v, as fp32, or rounded at random."""
+    if moment.dtype.element_ty == tl.bfloat16:
+        bits = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))
+        own = _mix((key ^ STREAM).to(tl.uint32)).to(tl.int32, bitcast=True)
+        rounded = _random_bf16(bits, index, own, hyper)
+        tl.store(moment + lanes, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(moment + lanes, x, mask=mask)
+
+
+@triton.jit
 def load_exact(weights, masters, lanes, mask, LAYOUT: tl.constexpr):
     """The exact parameters (fp32). LAYOUT says where they are stored: "plain" in weights, "masters" in masters with
     weights rounded from them, "split" in both, "none" in weights with random rounding."""
@@ -93,10 +115,7 @@ def store_exact(weights, masters, p, lanes, mask, index, key, hyper, LAYOUT: tl.
         is_nan = p != p
         bits = tl.where(is_nan, 0x7FC00000, p.to(tl.int32, bitcast=True))
         if LAYOUT == "none":
-            a = _mix((key ^ tl.load(hyper + 1).to(tl.int32)).to(tl.uint32))
-            b = _mix(a + 0x9E3779B9)
-            word = _mix(index.to(tl.uint32) ^ a) + b + (index >> 32).to(tl.uint32) * 0x9E3779B9
-            rounded = (bits + (_mix(word) >> 16).to(tl.int32)) >> 16
+            rounded = _random_bf16(bits, index, key, hyper)
         else:
             rounded = (bits + 0x8000) >> 16
         tl.store(weights + lanes, rounded.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
@@ -126,8 +145,8 @@ def _adamw_kernel(
         v += start
         # All loads come before the first use, so that they run at the same time and hide the latency of memory.
         g = tl.load(grads + start + lanes, mask=mask)
-        m1 = tl.load(m + lanes, mask=mask)
-        v1 = tl.load(v + lanes, mask=mask)
+        m1 = tl.load(m + lanes, mask=mask).to(tl.float32)
+        v1 = tl.load(v + lanes, mask=mask).to(tl.float32)
         p = load_exact(weights, masters, lanes, mask, LAYOUT)
 
         scale = tl.load(stats + 2).to(tl.float32)
@@ -140,9 +159,10 @@ def _adamw_kernel(
         step = tl.div_rn(m1 * unbias1, tl.sqrt_rn(v1 * unbias2) + eps)
         p = tl.fma(tl.fma(p, weight_decay, step), -lr, p)
 
-        tl.store(m + lanes, m1, mask=mask)
-        tl.store(v + lanes, v1, mask=mask)
-        store_exact(weights, masters, p, lanes, mask, start + lanes + offset, key, hyper, LAYOUT)
+        index = start + lanes + offset
+        _store_moment(m, m1, lanes, mask, index, key, hyper, FIRST)
+        _store_moment(v, v1, lanes, mask, index, key, hyper, SECOND)
+        store_exact(weights, masters, p, lanes, mask, index, key, hyper, LAYOUT)
 
 
 def layout_of(weights: Tensor, masters: Tensor | None) -> tuple[str, Tensor]:
@@ -163,7 +183,7 @@ def adamw_update(
     weights: Tensor, masters: Tensor | None, m: Tensor, v: Tensor, grads: Tensor, stats: Tensor, hyper: Tensor,
     *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int, offset: int,
 ) -> None:  # fmt: skip
-    """One pass in fp32, scalars read on the device; gradients and weights in bf16 or fp32."""
+    """One pass in fp32, scalars read on the device; gradients, weights and moments in bf16 or fp32."""
     (layout, exact), n = layout_of(weights, masters), m.numel()
     _adamw_kernel[(triton.cdiv(n, ADAMW_BLOCK),)](
         weights, exact, m, v, grads, stats, hyper, n, offset, signed_key(seed),

@@ -113,9 +113,9 @@ def adamw_update(
         )  # fmt: skip
         close_exact(weights, masters, part, p, temps, offset, seed, hyper)
         for x, value, stream in ((m, m1, M_STREAM), (v, v1, V_STREAM)) if moments[0].numel() else ():
-            spare = [y[: len(value)] for y in moments[2:]]
+            nan, words, spare = (y[: len(value)] for y in moments[2:])
             key = moment_key(stream_key(seed), stream)
-            _round_randomly(x[part], value, *spare, offset + start, key, int(hyper[1].item()))
+            _round_randomly(x[part], value, nan, words, spare, offset + start, key, int(hyper[1].item()))
 
 
 def _open_moment(stored: Tensor, wider: Tensor) -> Tensor:

@@ -3,15 +3,14 @@
 The word is again, stopped (by a signal, saved), failed or done; the code is that of the last attempt, 137 where it was
 killed. Starts without progress are counted in RUN/.restarts, so that the count survives the machine. A start that left
 no folder RUN is failed: there is nothing to continue. What the folder's files say is read as data, because a folder may
-come from somebody else. Needs nothing but Python.
+come from somebody else. Needs nothing but Python, 3.6 or newer: beside a container, that is the host's own one.
 """
-
-from __future__ import annotations
 
 import json
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 STOPPED, KILLED, MOST_STARTS = 75, 137, 3
@@ -27,7 +26,7 @@ def read(path: Path) -> str:
         return ""
 
 
-def said_by(run: Path) -> dict[str, object]:
+def said_by(run: Path) -> "dict[str, object]":
     """exit.json; {} where there is none that can be read."""
     try:
         said = json.loads(read(run / "exit.json"))
@@ -55,14 +54,15 @@ def count_start(run: Path) -> int:
     step = newest_step(run)
     count = int(said[2]) + 1 if said and int(said[1]) == step else 1
     temporary = run / f".restarts-{os.getpid()}"
-    temporary.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        temporary.unlink()
     with open(temporary, "x") as file:
         file.write(f"{step} {count}\n")
     os.replace(temporary, run / ".restarts")
     return count
 
 
-def verdict(run: Path) -> tuple[str, int]:
+def verdict(run: Path) -> "tuple[str, int]":
     """(word, code)"""
     if not run.is_dir():
         print(f"restart.sh: there is no folder {run}: the command did not start, or its run has another name. Read its "
@@ -73,7 +73,8 @@ def verdict(run: Path) -> tuple[str, int]:
         return "done" if code == 0 else "failed", code
     if count_start(run) < MOST_STARTS:
         return "stopped" if code == STOPPED else "again", code
-    (run / ".restarts").unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        (run / ".restarts").unlink()
     return "failed", code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -108,3 +109,29 @@ def test_a_job_without_its_words_says_how_it_is_called(tmp_path, script):
     assert job.stderr.startswith(f"{script} needs RUN and ")
     assert "    sbatch " in job.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["slurm", "slurm_cluster"])
+def test_a_job_from_another_folder_needs_the_scripts(tmp_path, script):
+    """Without them nothing would train, and the job would end with 0, so jobs that depend on it would start."""
+    started = ["bash", str(ROOT / "scripts" / f"{script}.sbatch"), *SLURM[script][0]]
+    env = tools(tmp_path, srun="#!/bin/bash\ntouch called\n", scontrol="#!/bin/bash\necho host7\n")
+    env |= {"SLURM_JOB_ID": "77", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "host7"}
+    job = subprocess.run(started, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert job.returncode == 2
+    assert (
+        f"cannot run {tmp_path}/scripts/restart.sh; submit from daybreak's clone, or set DAYBREAK_SCRIPTS" in job.stderr
+    )
+    assert not (tmp_path / "called").exists()
+    env["DAYBREAK_SCRIPTS"] = str(ROOT / "scripts")
+    subprocess.run(started, cwd=tmp_path, env=env, capture_output=True, timeout=PATIENCE)
+    assert (tmp_path / "called").exists()
+
+
+def test_an_old_python_of_the_host_can_decide():
+    """Beside a container the host's python3 runs verdict.py: 3.6 on RHEL 8, which knows no `annotations` to import."""
+    tree = ast.parse((ROOT / "scripts/verdict.py").read_text(), feature_version=(3, 6))
+    assert {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)} == {"contextlib", "pathlib"}
+    assert "missing_ok" not in {word.arg for word in ast.walk(tree) if isinstance(word, ast.keyword)}  # 3.8
+    generic = [node for node in ast.walk(tree) if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name)]
+    assert {node.value.id for node in generic}.isdisjoint({"dict", "list", "tuple"})  # 3.9

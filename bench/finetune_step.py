@@ -3,6 +3,7 @@
     python bench/finetune_step.py llama3-8b --B 4 --recompute 1 --costs --out results.csv
     python bench/finetune_step.py llama3-8b --method qlora --B 2 --recompute 2
     python bench/finetune_step.py llama3-8b --B 4 --recompute 1 --packed
+    python bench/finetune_step.py llama3-8b --method full --masters none --moments bf16 --recompute 3
 
 Every row is one document of T tokens, or with --packed documents of 300 tokens on average. Three first steps give
 losses to the last digit and a checksum of what was trained. Then blocks of steady steps are timed. It prints the
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the shape's, to try this script")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--masters", default="auto")
+    parser.add_argument("--moments", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--lora", default="auto", help="backend of the adapters' matmuls: triton or torch")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rounds", type=int, default=3)
@@ -109,7 +111,7 @@ def main() -> None:
     spec = EngineSpec(
         replace(cfg, L=a.layers or cfg.L), B=a.B, T=a.T, compute=a.precision, recompute=a.recompute, lora=lora,
         documents=a.packed, optim=OptimConfig(beta2=0.999, weight_decay=0.0), masters=a.masters,
-        kernels={"lora": a.lora},
+        moments=a.moments, kernels={"lora": a.lora},
     )  # fmt: skip
     engine = Engine(spec, device=a.device, init=False)
     fill(engine)

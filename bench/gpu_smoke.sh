@@ -188,6 +188,11 @@ section_finetune() { # adapters and in full: a run that starts from a model, and
   step "QLoRA, equal losses and weights after the kill" "$checks same q qk"
   step "QLoRA, export" "daybreak export runs/q --to hf q-hf && $checks logits q q-hf"
   step "in full" "daybreak finetune runs/l $lora --method full --name lf"
+  local narrow="$lora --method full --precision.compute bf16 --precision.masters none --precision.moments bf16"
+  step "in full, all in bf16" "daybreak finetune runs/l $narrow --name n"
+  step "in full, all in bf16, killed" "daybreak finetune runs/l $narrow --name nk & $checks kill nk 6 \$!"
+  step "in full, all in bf16, resumed" "daybreak train runs/nk"
+  step "in full, all in bf16, equal after the kill" "$checks same n nk"
   step "GPT-2 with adapters" "daybreak train $shape $flags --name base2 --steps 2 && \
     daybreak finetune runs/base2 $lora --name l3"
   step "a model with a chat template" "daybreak export runs/base --to hf base-hf && $checks dialogues base-hf"

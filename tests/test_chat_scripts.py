@@ -18,10 +18,10 @@ SCRIPTS = ("chat.sh", "speedrun.sh")
 
 
 def commands(script: str) -> list[list[str]]:
-    """The words of every command of daybreak, without torchrun before it."""
+    """The words of every command of daybreak, also of those that speedrun's `learn NAME` carries out."""
     text = (ROOT / "scripts" / script).read_text().replace("\\\n", " ")
     lines = [line.partition("|| ")[2] or line for line in text.splitlines() if not line.startswith(("#", "echo"))]
-    found = [re.search(r"(?:^|-m )daybreak +(.*)", line) for line in lines]
+    found = [re.search(r"^(?:daybreak|learn \w+) +(.*)", line) for line in lines]
     return [shlex.split(match[1]) for match in found if match]
 
 
@@ -33,6 +33,41 @@ def test_commands_exist(script: str) -> None:
     assert [verb for verb in verbs if verb != "chat"] == ["prepare", "train", "export", "prepare", "finetune"]
     for verb, *rest in commands(script):
         cli.commands[verb].make_context(verb, rest)
+
+
+def stand_in(path: Path, body: str) -> None:
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def test_speedrun_goes_on_after_a_stop(tmp_path: Path) -> None:
+    """With programs in place of daybreak and torchrun that note their words: each run is begun once, then resumed. The
+    second torchrun fails the first time, as if the machine had been lost."""
+    made = tmp_path / "bin"
+    made.mkdir()
+    stand_in(made / "python3", 'case "$1" in -c) echo "${GPUS:-8}";; esac')
+    prepared = 's="$*"; s=${s#*--name }; mkdir -p "data/${s%% *}"'
+    stand_in(made / "daybreak", f'echo "$@" >> ../said; case $1 in prepare) {prepared};; export) mkdir base-hf;; esac')
+    stand_in(made / "torchrun", 'echo "$@" >> ../said; [[ "$*" == *finetune* ]] && { mkdir -p runs/chat; '
+             'touch runs/chat/config.toml; exit 1; }; mkdir -p runs/base; touch runs/base/config.toml')  # fmt: skip
+    env = {**os.environ, "PATH": f"{made}:/usr/bin:/bin"}
+    speedrun = ["bash", ROOT / "scripts/speedrun.sh", "it"]
+    assert subprocess.run(speedrun, cwd=tmp_path, env=env).returncode == 1
+    first = (tmp_path / "said").read_text().splitlines()
+    assert [line.split("-m daybreak ")[-1].split()[0] for line in first] == [
+        "prepare", "train", "export", "prepare", "finetune",
+    ]  # fmt: skip
+    assert all("--nproc-per-node 8" in line for line in first if "daybreak" in line)
+    assert subprocess.run(speedrun, cwd=tmp_path, env=env).returncode == 0
+    again = (tmp_path / "said").read_text().splitlines()[5:]
+    assert [line.split("-m daybreak ")[-1] for line in again] == [
+        "train runs/base",
+        "train runs/chat",
+        "chat runs/chat",
+    ]
+    none = subprocess.run([*speedrun[:2], "no"], cwd=tmp_path, env={**env, "GPUS": "0"}, capture_output=True, text=True)
+    assert (none.returncode, none.stderr) == (2, "torch finds no GPU here; scripts/chat.sh is for a CPU.\n")
+    assert not (tmp_path / "no").exists()
 
 
 def test_settings_fit(tmp_path: Path) -> None:

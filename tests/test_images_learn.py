@@ -60,7 +60,7 @@ def test_a_small_model_draws_captions_that_it_has_not_seen(tmp_path: Path, monke
     tokenizer = get_tokenizer(open_dataset(str(folder)).tokenizer_name, folder)
     keys = {"model.L": 2, "model.C": 64, "model.NH": 2, "model.V": tokenizer.V, "model.max_T": tokenizer.pictures.D,
             "batch.B": 16, "optim.lr": 6e-3, "eval.every": 0, "eval.sample_tokens": 0, "checkpoint.every": 0,
-            "run.steps": 320}  # fmt: skip
+            "run.steps": 200}  # fmt: skip
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
     assert main(["train", "shapes", "--data", "few-gpt2-1024", "--name", "few", *words]) == 0
     captions = held_out(folder)

@@ -239,13 +239,16 @@ class Text:
 
     A character may span tokens, and so may a stop string, which ends the text before it. Anything that could be the
     beginning of either is not yet in `text`. `done` becomes "stop" (the document's end, or a stop string) or "length".
-    Without a tokenizer there is no text, and only "length" ends the sequence. adapter: see `Batch`.
+    Without a tokenizer there is no text, and only "length" ends the sequence. adapter: see `Batch`. codes: the only ids
+    that it may take, which are those of a picture; None: all of text.
     """
 
     def __init__(
-        self, prompt: Sequence[int], how: Sampling, tokenizer: Tokenizer | None = None, adapter: str = ""
-    ) -> None:
+        self, prompt: Sequence[int], how: Sampling, tokenizer: Tokenizer | None = None, adapter: str = "",
+        codes: range | None = None,
+    ) -> None:  # fmt: skip
         assert prompt, "a text has at least one token to go on from"
+        self.codes = codes
         self.ids, self.how, self.tokenizer, self.adapter = list(prompt), how, tokenizer, adapter
         self.made: list[Token] = []
         self.starts: list[int] = []  # of each token's text
@@ -332,11 +335,17 @@ class Batch:
             self._take([row], self.engine.prefill(row, [window]))
 
     def _take(self, rows: Sequence[int], logits: Tensor) -> None:
-        """Choose the next token in these rows, always one of text. Only ids leave the device, unless a sequence needs
-        its logits here."""
+        """Choose the next token in these rows, one of text or of a picture's codes. Only ids leave the device, unless a
+        sequence needs its logits here."""
         texts = [self.texts[row] for row in rows]
+        if len(kinds := dict.fromkeys(text.codes for text in texts)) > 1:
+            for kind in kinds:
+                own = [i for i, text in enumerate(texts) if text.codes == kind]
+                self._take([rows[i] for i in own], logits[own])
+            return
         V = min((text.tokenizer.text_V for text in texts if text.tokenizer), default=logits.shape[-1])
-        usual = logits[:, :V]
+        first, V = (codes.start, codes.stop) if (codes := texts[0].codes) else (0, V)
+        usual, copied = logits[:, first:V], False
         read = {
             i: logits[i].cpu().numpy()
             for i, text in enumerate(texts)
@@ -344,12 +353,12 @@ class Batch:
         }
         for i, x in read.items():
             if (new := adjusted(x, texts[i])) is not x:
-                usual = usual.clone() if usual.data_ptr() == logits.data_ptr() else usual
-                usual[i].copy_(torch.from_numpy(new[:V]))
+                usual, copied = usual if copied else usual.clone(), True
+                usual[i].copy_(torch.from_numpy(new[first:V]))
         given = usual.numpy() if usual.device.type == "cpu" else usual  # on a CPU numpy, which allocates no tensors
         ids = choose(given, [t.how for t in texts], [t.draw() for t in texts]).tolist()
         for i, (row, text, token) in enumerate(zip(rows, texts, ids, strict=True)):
-            text.take(token, read.get(i) if text.how.logprobs is not None else None)
+            text.take(first + token, read.get(i) if text.how.logprobs is not None else None)
             if text.done:
                 del self.texts[row]
 

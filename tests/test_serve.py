@@ -70,6 +70,12 @@ def test_models(client: Any) -> None:
         client.models.retrieve("gpt-4")
 
 
+def test_a_model_of_text_draws_no_pictures(client: Any) -> None:
+    said = "'run' has learned text only, and draws no pictures; use /v1/completions."
+    with pytest.raises(openai.BadRequestError, match=said):
+        client.images.generate(model="run", prompt="a dog")
+
+
 def test_greedy_texts_are_the_engines(client: Any, folder: Path) -> None:
     prompts = ["The meaning of", "def f(x):", "", "naïve 漢字", "a b c d e f g h"]
     sampler = Sampler(folder / "run")

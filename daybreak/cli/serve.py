@@ -24,9 +24,9 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve a model to a browser and to OpenAI's clients.
 
-    The model is a run, or one that `import` knows. The endpoints are /v1/completions, /v1/chat/completions, /v1/models
-    and /health. The address shows a page on which you can write. With DAYBREAK_KEY set (16 characters or more), clients
-    must send that key. SIGTERM and Ctrl-C let open requests finish.
+    The model is a run, or one that `import` knows. The endpoints are /v1/completions, /v1/chat/completions,
+    /v1/images/generations, /v1/models and /health. The address shows a page on which you can write. With DAYBREAK_KEY
+    set (16 characters or more), clients must send that key. SIGTERM and Ctrl-C let open requests finish.
 
     \b
     Examples:
@@ -39,6 +39,7 @@ def serve(
     for module in ("starlette", "uvicorn"):
         extra(module, "serve", "daybreak serve")
 
+    from daybreak.images.codec import Codec
     from daybreak.interop import load_model
     from daybreak.serve import app
     from daybreak.serve.adapters import named_folders, widest
@@ -47,10 +48,12 @@ def serve(
     name = path.resolve().name if path.exists() else target
     folders = named_folders(adapters, name)
     model = load_model(target, step, rows=rows, device=device, lora=widest(folders))
+    codec = Codec.load(path, model.tokenizer) if model.tokenizer.pictures else None
 
     def ready(url: str) -> None:
         click.echo(
             f"{name}: {model.engine.rows} sequences of {model.engine.T} tokens at a time. Browser: {url}  API: {url}v1"
         )
 
-    app.serve(model, name, host=host, port=port, queue=queue, folders=folders, names=names, ready=ready)
+    app.serve(model, name, host=host, port=port, queue=queue, folders=folders, names=names, codec=codec,
+              ready=ready)  # fmt: skip

@@ -24,6 +24,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from daybreak.images.codec import Codec
 from daybreak.interop import Model
 from daybreak.report.page import NO_FRAME, policy_of
 from daybreak.report.watch import LOOPBACK, address, network_key
@@ -31,6 +32,7 @@ from daybreak.serve.adapters import Adapters, with_adapters
 from daybreak.serve.chat import ChatAnswer, parse_chat
 from daybreak.serve.completions import Answer, Completion, Refused, parse, short
 from daybreak.serve.network import MOST_OPEN, PATIENCE, Connection, Guard, listen, refusal
+from daybreak.serve.pictures import DrawingAnswer, parse_drawing
 from daybreak.serve.writer import MAX_REQUESTS, Job, News, Writer
 
 MAX_BODY = 1 << 20  # bytes
@@ -45,8 +47,11 @@ Chunk = dict[str, Any]
 class Service:
     """The endpoints, for one model under its name, and the same with adapters under theirs."""
 
-    def __init__(self, model: Model, name: str, queue: int = MAX_REQUESTS, folders: Mapping[str, Path] = NONE) -> None:
-        self.served, self.name = with_adapters(model, name, folders), name
+    def __init__(
+        self, model: Model, name: str, queue: int = MAX_REQUESTS, folders: Mapping[str, Path] = NONE,
+        codec: Codec | None = None,
+    ) -> None:  # fmt: skip
+        self.served, self.name, self.codec = with_adapters(model, name, folders), name, codec
         self.created = int(time.time())
         self.writer = Writer(model.engine, queue, Adapters(model.engine, folders).use)
 
@@ -63,8 +68,8 @@ class Service:
 
         async def refused(_: Request, error: Exception) -> Response:
             if isinstance(error, HTTPException):
-                said = f"{error.detail}; there are /v1/models, /v1/completions, /v1/chat/completions and /health."
-                return refusal(Refused(error.status_code, said), error.headers)
+                there = "/v1/models, /v1/completions, /v1/chat/completions, /v1/images/generations and /health"
+                return refusal(Refused(error.status_code, f"{error.detail}; there are {there}."), error.headers)
             if isinstance(error, ClientDisconnect):
                 return Response(status_code=499)  # nobody reads it
             return refusal(error if isinstance(error, Refused) else Refused(500, "a bug; the server's log says more."))
@@ -77,6 +82,7 @@ class Service:
             Route("/v1/models/{name:path}", self.models),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/images/generations", self.images, methods=["POST"]),
         ]
         handlers: dict[Any, Any] = dict.fromkeys((Refused, HTTPException, ClientDisconnect, Exception), refused)
         return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), key, names)
@@ -94,7 +100,7 @@ class Service:
     async def models(self, request: Request) -> Response:
         """All models as a list, or one."""
         cards = {name: {"id": name, "object": "model", "created": self.created, "owned_by": "daybreak",
-                        "max_model_len": engine.T, "chat": template is not None}
+                        "max_model_len": engine.T, "chat": template is not None, "draws": self.codec is not None}
                  for name, (engine, _, template) in self.served.items()}  # fmt: skip
         asked = request.path_params.get("name")
         if asked not in (None, *cards):
@@ -111,6 +117,12 @@ class Service:
         """Answer a request for chat completions, in the same ways."""
         return await self._answer(request, ChatAnswer, lambda body, name, model: parse_chat(
             body, name, model.tokenizer, model.template, model.engine.T, model.engine.cfg.V))  # fmt: skip
+
+    async def images(self, request: Request) -> Response:
+        """Answer a request for pictures."""
+        return await self._answer(
+            request, DrawingAnswer, lambda body, name, model: parse_drawing(body, name, model, self.codec)
+        )
 
     async def _answer(
         self, request: Request, form: type[Answer], parse: Callable[[Any, str, Model], Completion]
@@ -143,7 +155,7 @@ class Service:
             return StreamingResponse(_events(chunks, answer, asked), media_type="text/event-stream")
         async for _ in chunks:
             pass
-        return JSONResponse(answer.whole())
+        return JSONResponse(await asyncio.to_thread(answer.whole))  # pictures take time
 
 
 async def _chunks(request: Request, job: Job, queue: asyncio.Queue[News], answer: Answer) -> AsyncIterator[Chunk]:
@@ -200,17 +212,18 @@ def _json(body: bytes) -> Any:
 
 
 def serve(model: Model, name: str, *, host: str, port: int, queue: int = MAX_REQUESTS,
-          folders: Mapping[str, Path] = NONE, names: Sequence[str] = (),
+          folders: Mapping[str, Path] = NONE, names: Sequence[str] = (), codec: Codec | None = None,
           ready: Callable[[str], None] = lambda url: None) -> None:  # fmt: skip
     """Serve until SIGTERM or Ctrl-C; open requests then have GRACE seconds. `ready` is called with the address.
 
     folders: of adapters, by name, for which the engine has room. port: 0 takes a free one. queue: the most open
-    requests. names: further host names that clients may use. The key is taken from the environment. Raises ConfigError
-    for a host other than loopback without a key, and for an address that cannot be used.
+    requests. names: further host names that clients may use. codec: of the model's pictures, if it draws. The key is
+    taken from the environment. Raises ConfigError for a host other than loopback without a key, and for an address that
+    cannot be used.
     """
     key, sock = network_key(host), listen(host, port)
     config = uvicorn.Config(
-        Service(model, name, queue, folders).app(key, [*LOOPBACK, host, *names]), http=Connection, ws="none",
+        Service(model, name, queue, folders, codec).app(key, [*LOOPBACK, host, *names]), http=Connection, ws="none",
         lifespan="on", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=GRACE,
         timeout_keep_alive=PATIENCE, timeout_notify=1, backlog=MOST_OPEN // 2,
     )  # fmt: skip

@@ -104,7 +104,7 @@ def parse(body: Any, model: str, tokenizer: Tokenizer, T: int, V: int) -> Comple
     if body.get("suffix"):
         raise Refused(400, "suffix is not supported; leave it out.", "suffix")
     check_model(body, model)
-    n, options = int(_number(body, "n", 1, 1, MAX_TEXTS)), body.get("stream_options") or {}
+    n, options = int(number(body, "n", 1, 1, MAX_TEXTS)), body.get("stream_options") or {}
     if body.get("best_of") not in (None, n):
         raise Refused(400, "best_of is not supported; leave it out, or make it n.", "best_of")
     flags = {field: body.get(field) or False for field in ("echo", "stream")}
@@ -134,13 +134,13 @@ def _sampling(body: dict[str, Any], V: int) -> Sampling:
         raise Refused(400, f"stop has {longest} characters; it must be at most {MAX_STOP}.", "stop")
     logprobs = body.get("logprobs")
     how = Sampling(
-        tokens=int(_number(body, "max_tokens", 16, 0)),
-        top_k=int(_number(body, "top_k", 0, 0)),
+        tokens=int(number(body, "max_tokens", 16, 0)),
+        top_k=int(number(body, "top_k", 0, 0)),
         logit_bias=_biases(body.get("logit_bias") or {}, V),
-        seed=int(_number(body, "seed", secrets.randbits(31), 0)),
+        seed=int(number(body, "seed", secrets.randbits(31), 0)),
         stop=tuple(stops),
-        logprobs=None if logprobs is None else int(_number(body, "logprobs", 0, 0, MAX_LOGPROBS)),
-        **{name: _number(body, name, *limits, whole=False) for name, limits in FRACTIONS.items()},
+        logprobs=None if logprobs is None else int(number(body, "logprobs", 0, 0, MAX_LOGPROBS)),
+        **{name: number(body, name, *limits, whole=False) for name, limits in FRACTIONS.items()},
     )
     try:
         how.check()
@@ -155,13 +155,14 @@ def _biases(given: Any, V: int) -> tuple[tuple[int, float], ...]:
         said = f"logit_bias must be an object of up to {MAX_BIASES} token ids, from 0 to {V - 1}, and their biases."
         raise Refused(400, said, "logit_bias")
     named = {f"logit_bias[{key}]": bias for key, bias in given.items()}
-    biases = (_number(named, field, 0.0, -100, 100, whole=False) for field in named)
+    biases = (number(named, field, 0.0, -100, 100, whole=False) for field in named)
     return tuple(zip((ids[key] for key in given), biases, strict=True))
 
 
-def _number(
+def number(
     body: dict[str, Any], field: str, default: float, low: float, high: float = 2**63 - 1, whole: bool = True
 ) -> float:
+    """The number in a field, `default` if there is none. Raises Refused for other values, and beyond the limits."""
     value = default if body.get(field) is None else body[field]
     kind = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:

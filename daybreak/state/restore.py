@@ -171,11 +171,12 @@ class Weights(Protocol):
     def read_model(self, name: str, out: Tensor) -> None: ...
 
 
-def check_model(weights: Weights, shape: Shape) -> None:
-    """Raise CheckpointError unless the weights are of a model of this shape. V may differ within the padding."""
+def check_model(weights: Weights, shape: Shape, grows: bool = False) -> None:
+    """Raise CheckpointError unless the weights are of a model of this shape. V may differ within the padding, and be
+    larger here if the vocabulary `grows`."""
     theirs = weights.model
     differs = [key for key, ours in vars(shape).items() if key != "V" and vars(theirs).get(key) != ours]
-    if differs or theirs.Vp != shape.Vp:
+    if differs or (theirs.Vp != shape.Vp and not (grows and theirs.V < shape.V)):
         there, here = ({key: vars(x).get(key) for key in differs or ["V"]} for x in (theirs, shape))
         said = ", ".join(f"model.{key} is {there[key]} there and {here[key]} here" for key in there)
         known = {**vars(type(theirs)()), **vars(shape)}  # a key of their family alone has its default here
@@ -183,10 +184,11 @@ def check_model(weights: Weights, shape: Shape) -> None:
         raise CheckpointError(f"{weights.path} is of another model: {said}; use the shape of these weights ({flags}).")
 
 
-def restore_weights(engine: Engine, checkpoint: Weights, adapters: bool = True) -> None:
-    """Load the model's weights; without `adapters` those of the engine stay as they were drawn. Raises CheckpointError
-    if the checkpoint is of another model."""
-    check_model(checkpoint, engine.cfg)
+def restore_weights(engine: Engine, checkpoint: Weights, adapters: bool = True, grows: bool = False) -> None:
+    """Load the model's weights; without `adapters` those of the engine stay as they were drawn, and so do the rows of
+    new ids if the vocabulary `grows`. Raises CheckpointError if the checkpoint is of another model."""
+    check_model(checkpoint, engine.cfg, grows)
+    known = checkpoint.model.V if grows and checkpoint.model.V < engine.cfg.V else 0
     wanted = [name for name in engine.names() if adapters or not is_adapter(name)]
     if other := sorted(set(checkpoint.names()) ^ set(wanted)):
         raise CheckpointError(f"{checkpoint.path} is of another model: tensors differ, {other[0]!r} first.")
@@ -197,7 +199,13 @@ def restore_weights(engine: Engine, checkpoint: Weights, adapters: bool = True) 
                 checkpoint.read_model(name + part, tensor)
             continue
         value = torch.empty(stored.shape, dtype=acc_dtype(stored.dtype))
-        checkpoint.read_model(name, value)
+        if known and engine.table.rows[name].drawn_rows:  # a row for each id
+            theirs = value.new_empty(checkpoint.model.Vp, *value.shape[1:])
+            checkpoint.read_model(name, theirs)
+            value.copy_(engine.param(name))
+            value[:known] = theirs[:known]
+        else:
+            checkpoint.read_model(name, value)
         engine.set_exact(name, value)
 
 

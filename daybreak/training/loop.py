@@ -104,7 +104,7 @@ def _prepared(
         check_rate(old, saved, config, fork=resume is None)
         check = partial(check_rate, old, saved, fork=resume is None, warn=stop.group.rank == 0)
     fork = fork_of(fork_from, config) if fork_from is not None else None
-    init = weights_of(init_from, config.model) if init_from is not None else None
+    init = weights_of(init_from, config.model, grows=not config.lora.rank) if init_from is not None else None
     folder = Path(resume).expanduser() if resume is not None else None
     with RunFolder(folder).locked() if folder is not None and stop.group.rank == 0 else nullcontext():
         steps = config.run.steps
@@ -206,8 +206,11 @@ class Trainer:
         elif fork is not None:
             self._continue(fork, same_data=False)
         elif init is not None:
-            check_data(init, self.setup, same_data=False)
-            restore_weights(self.engine, init, adapters=False)
+            grows = init.model.V < self.config.model.V
+            check_data(init, self.setup, same_data=False, grows=grows)
+            restore_weights(self.engine, init, adapters=False, grows=grows)
+            if grows and self.chief:
+                log.info("the vocabulary of %s grows from %d to %d ids", init.path, init.model.V, self.config.model.V)
         self.stop.check()
 
     def _continue(self, checkpoint: Checkpoint, *, same_data: bool) -> None:

@@ -41,13 +41,13 @@ def fork_of(path: Path | str, config: Config) -> Checkpoint:
     return checkpoint
 
 
-def weights_of(source: Path | str, shape: Shape) -> Weights:
+def weights_of(source: Path | str, shape: Shape, grows: bool) -> Weights:
     """Weights of a run's newest checkpoint, of one checkpoint, or of another program's files, adapters merged.
     Raises CheckpointError if they are of another shape, before there is a folder, which would be resumed from random
-    weights."""
+    weights. grows: their vocabulary may be smaller."""
     found: Weights = checkpoint_of(source) if (run_of(source) / "config.toml").is_file() else open_source(source)
     weights = Merged(found)
-    check_model(weights, shape)
+    check_model(weights, shape, grows)
     return weights
 
 

@@ -43,7 +43,7 @@ from daybreak.data.catalogue import DRAWN
 from daybreak.data.dataset import Dataset, check_tokenizer, dataset_name
 from daybreak.data.loader import Batch, Loader
 from daybreak.data.mixing import open_loaders, parse_mix
-from daybreak.data.pictures import CODEC_FILE
+from daybreak.data.pictures import CODEC_FILE, text_name
 from daybreak.data.prepare import prepare
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.engine.device import cpu_has_bf16, missing_on, pick_compute, pick_device, set_precision
@@ -288,10 +288,14 @@ def _prepare_embedded(config: Config, beside: Path | None, check: Check) -> None
         prepare_images([known], **made) if known == DRAWN else prepare([known], **made)
 
 
-def check_data(checkpoint: Weights, setup: Setup, same_data: bool) -> None:
-    """Raise DataError (exit 4) unless the tokenizer, and with `same_data` the data, are those it was trained on."""
+def check_data(checkpoint: Weights, setup: Setup, same_data: bool, grows: bool = False) -> None:
+    """Raise DataError (exit 4) unless the tokenizer, and with `same_data` the data, are those it was trained on. If the
+    vocabulary `grows`, pictures may be new behind the same text."""
     saved = checkpoint.manifest
     had, has = saved["tokenizer"], setup.tokenizer
+    if grows and has.pictures:
+        text = get_tokenizer(text_name(has.name), setup.dataset.folder)
+        has = text if text.fingerprint == had["fingerprint"] else has
     if had["fingerprint"] != has.fingerprint:
         check_tokenizer(setup.dataset, has, str(checkpoint.path), had["name"])
     checks = [("tokenizer", had["fingerprint"], has.fingerprint)]

@@ -22,6 +22,7 @@ from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import ConfigError, DataError
 from daybreak.images import decoder, patches
 from daybreak.images.codec import Codec
+from daybreak.images.emoji import FONT, NAMES, emoji, names
 from daybreak.images.prepare import prepare_images
 from daybreak.images.scenes import scenes
 
@@ -199,3 +200,51 @@ def test_the_command_line_says_what_is_next(capsys: pytest.CaptureFixture[str]) 
     ]:
         assert main(["prepare", *words]) in (2, 4)
         assert why in capsys.readouterr().err
+
+
+LINES = """# group: Smileys
+1F600                                                  ; fully-qualified     # \U0001f600 E1.0 grinning face
+263A                                                   ; unqualified         # \u263a E0.6 smiling face
+1F44B 1F3FF                            ; fully-qualified     # \U0001f44b\U0001f3ff E1.0 waving hand: dark skin tone
+1F3FF                                                  ; component           # \U0001f3ff E1.0 dark skin tone
+"""  # fmt: skip
+
+
+def test_the_names_of_emoji_are_those_of_unicodes_file() -> None:
+    assert list(names(LINES)) == [
+        ("\U0001f600", "grinning face"),
+        ("\U0001f44b\U0001f3ff", "waving hand dark skin tone"),
+    ]
+
+
+def test_emoji_without_their_font_say_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("daybreak.images.emoji.FONT", tmp_path / "none.ttf")
+    assert main(["prepare", "emoji"]) == 4
+    said = capsys.readouterr().err
+    assert "none.ttf is missing; install them with: apt-get install fonts-noto-color-emoji unicode-data." in said
+    assert not Path("data/emoji").exists()
+
+
+@pytest.mark.skipif(not (FONT.is_file() and NAMES.is_file()), reason="needs Debian's colour font")
+def test_emoji_are_the_fonts_pictures_with_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of the font, a sequence that no font has, and a character that is none."""
+    pytest.importorskip("PIL")
+    listed = tmp_path / "names.txt"
+    made = {"1F34E": "red apple", "1F468 1F3FF 200D 1F680": "man astronaut: dark skin tone",
+            "1F1EB 1F1F7": "flag: France", "1F34E 200D 1F680 200D 1F34E": "two apples on a rocket",
+            "E000": "nothing"}  # fmt: skip
+    listed.write_text("".join(f"{codes} ; fully-qualified # x E1.0 {name}\n" for codes, name in made.items()))
+    monkeypatch.setattr("daybreak.images.emoji.NAMES", listed)
+    found = dict(emoji(32))
+    assert list(found) == ["red apple", "man astronaut dark skin tone", "flag France"]
+    apple, flag = found["red apple"].astype(int), found["flag France"].astype(int)
+    assert apple.shape == (32, 32, 3)
+    assert (apple[0, 0] > 240).all()  # white where the font is transparent
+    assert apple[20, 16, 0] > 150 > 90 > apple[20, 16, 1]
+    left, middle, right = (flag[16, x] for x in (5, 16, 26))
+    assert left[2] > left[0] + 50  # blue, white, red
+    assert middle.min() > 200
+    assert right[0] > right[2] + 50

@@ -61,6 +61,7 @@ def prepare(
       pages.jsonl.gz      all but Parquet also compressed, .gz or .zst
       folder              all of these in it; files whose names say "test" are left out
       shapes              pictures of coloured shapes, with captions (no download)
+      emoji               pictures and names of Debian's colour font, where it is installed
       -                   standard input, text or JSON Lines
       hf:owner/name[:config][#column]     a data set of the Hugging Face Hub (HF_ENDPOINT is respected)
       https://host/part-{00..99}.parquet  files of these kinds

@@ -31,9 +31,11 @@ class Known:
 _EDU, _WEB = "hf:HuggingFaceFW/fineweb-edu:sample-", "hf:HuggingFaceFW/fineweb:sample-"
 _SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 DRAWN = "shapes"  # the procedural set of pictures (images/scenes.py)
+EMOJI = "emoji"  # the pictures of a colour font (images/emoji.py)
 CATALOGUE: dict[str, Known] = {
     "stdlib": Known(""),
     DRAWN: Known(""),
+    EMOJI: Known(""),
     "fineweb-edu-10B": Known(f"{_EDU}10BT", 0.01),
     "fineweb-edu-100B": Known(f"{_EDU}100BT", 0.001, "karpathy/fineweb-edu-100B-gpt2-token-shards"),
     "fineweb-edu-350B": Known(f"{_EDU}350BT", 0.0003),
@@ -55,13 +57,13 @@ def known_name(name: str) -> str:
 
 
 def is_drawn(words: Sequence[str | Path]) -> bool:
-    """Whether this is the procedural set of pictures, and no file or folder of its name."""
-    return [str(word) for word in words] == [DRAWN] and not Path(DRAWN).exists()
+    """Whether this is a set of pictures that is made here, and no file or folder of its name."""
+    return [str(word) for word in words] in ([DRAWN], [EMOJI]) and not Path(words[0]).exists()
 
 
 def _known_source(name: str, field: str, fraction: float | None, faults: Faults) -> TextSource:
     entry = CATALOGUE[name]
-    if name == DRAWN:
+    if name in (DRAWN, EMOJI):
         raise ConfigError(f"{name} is a set of pictures; prepare it alone, and without --as text or chat.")
     if not entry.spec:
         return stdlib_source(fraction)

@@ -1,4 +1,4 @@
-"""Pictures to token shards: `prepare --as images` and the set `shapes`.
+"""Pictures to token shards: `prepare --as images`, and the sets `shapes` and `emoji`.
 
     files -> pixels -> codec, trained on the training split -> documents of D tokens -> shards, codec.safetensors
 
@@ -36,6 +36,7 @@ from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError, explained
 from daybreak.files import sha256_of
 from daybreak.images import codec, scenes
+from daybreak.images.emoji import emoji
 from daybreak.images.patches import grid_of
 from daybreak.images.png import sheet, write_png
 from daybreak.images.read import Picture, list_pictures, read_picture
@@ -66,7 +67,7 @@ def prepare_images(
     text_field: str = "text", skip_bad: bool = False, row_tokens: int = 0,
     progress: Progress = lambda done, total, tokens: None,
 ) -> Manifest:  # fmt: skip
-    """Turn folders of pictures, or `shapes`, into `data_dir/NAME`: token shards and the codec that made them.
+    """Turn folders of pictures, `shapes` or `emoji` into `data_dir/NAME`: token shards and the codec that made them.
 
     px: pixels a side, a multiple of 8 from 8 to 128. row_tokens: D, the tokens of a document; 0: the least multiple of
     8 that holds the captions, but MOST_CAPTION tokens of each at most. The other options are those of `data.prepare`.
@@ -82,12 +83,13 @@ def prepare_images(
         raise ConfigError(f"workers = {workers} must be 0 (all cores) or more.")
     text, drawn, faults = get_tokenizer(tokenizer), is_drawn(words), Faults(skip_bad)
     files = [] if drawn else list_pictures(words, text_field, faults)
-    name = name or dataset_name(DRAWN if drawn else Path(words[0]).resolve().name, text.name)
-    origin = DRAWN if drawn else " ".join(map(str, words))
+    origin = " ".join(map(str, words))
+    name = name or dataset_name(origin if drawn else Path(words[0]).resolve().name, text.name)
     final = place(data_dir, name, origin, text)
     with explained(DataError, f"preparing {name!r} failed"), workspace(final, []) as (folder, _):
         if drawn:
-            px, (captions, each) = scenes.PX, zip(*scenes.scenes(), strict=True)
+            px = scenes.PX if origin == DRAWN else px
+            captions, each = zip(*(scenes.scenes() if origin == DRAWN else emoji(px)), strict=True)
             pixels = np.stack(each)
             items = [Item(c, "", key_of(x), i) for i, (c, x) in enumerate(zip(captions, each, strict=True))]
         else:

@@ -189,6 +189,8 @@ def restore_weights(engine: Engine, checkpoint: Weights, adapters: bool = True, 
     new ids if the vocabulary `grows`. Raises CheckpointError if the checkpoint is of another model."""
     check_model(checkpoint, engine.cfg, grows)
     known = checkpoint.model.V if grows and checkpoint.model.V < engine.cfg.V else 0
+    if known:
+        log.info("the vocabulary of %s grows from %d to %d ids", checkpoint.path, known, engine.cfg.V)
     wanted = [name for name in engine.names() if adapters or not is_adapter(name)]
     if other := sorted(set(checkpoint.names()) ^ set(wanted)):
         raise CheckpointError(f"{checkpoint.path} is of another model: tensors differ, {other[0]!r} first.")

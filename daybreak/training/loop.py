@@ -206,11 +206,8 @@ class Trainer:
         elif fork is not None:
             self._continue(fork, same_data=False)
         elif init is not None:
-            grows = init.model.V < self.config.model.V
-            check_data(init, self.setup, same_data=False, grows=grows)
-            restore_weights(self.engine, init, adapters=False, grows=grows)
-            if grows and self.chief:
-                log.info("the vocabulary of %s grows from %d to %d ids", init.path, init.model.V, self.config.model.V)
+            check_data(init, self.setup, same_data=False, grows=True)
+            restore_weights(self.engine, init, adapters=False, grows=True)
         self.stop.check()
 
     def _continue(self, checkpoint: Checkpoint, *, same_data: bool) -> None:

@@ -290,7 +290,7 @@ def _prepare_embedded(config: Config, beside: Path | None, check: Check) -> None
 
 def check_data(checkpoint: Weights, setup: Setup, same_data: bool, grows: bool = False) -> None:
     """Raise DataError (exit 4) unless the tokenizer, and with `same_data` the data, are those it was trained on. If the
-    vocabulary `grows`, pictures may be new behind the same text."""
+    vocabulary may grow (`grows`), pictures may be new behind the same text."""
     saved = checkpoint.manifest
     had, has = saved["tokenizer"], setup.tokenizer
     if grows and has.pictures:

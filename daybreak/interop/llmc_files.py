@@ -327,6 +327,9 @@ def write_checkpoint(
     """
     if not isinstance(source.model, GPT2Config):
         raise ConfigError(f"model.arch = {source.model.arch!r} has no form in llm.c's files, which hold GPT-2 only.")
+    m = source.model
+    if m != GPT2Config(L=m.L, C=m.C, NH=m.NH, max_T=m.max_T, V=m.V):
+        raise ConfigError(f"llm.c cannot hold this shape: its files say only the sizes of a GPT-2 ({m.text()}).")
     odd = next((name for name, shape in source.shapes.items() if zero and prod(shape) % world), None)
     if odd:
         raise ConfigError(f"--ranks {world} does not divide the tensor {odd!r}, as ZeRO 1 needs; use --zero 0.")

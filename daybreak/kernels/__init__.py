@@ -13,6 +13,7 @@ Where formats are chosen (operand.py), `in_formats` gives operations that look a
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -123,7 +124,9 @@ def all_ops(device_type: str = "cpu") -> dict[str, Op]:
     importlib.import_module("daybreak.kernels.fp8")
     if device_type == "cuda":
         for name in CUDA_FILES:
-            importlib.import_module(f"daybreak.kernels.cuda.{name}")
+            module = f"daybreak.kernels.cuda.{name}"
+            if name not in FILES or importlib.util.find_spec(module):  # a new operation begins in plain torch
+                importlib.import_module(module)
     return OPS
 
 
@@ -247,7 +250,8 @@ class Kernels:
         return call
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        raise AttributeError(f"no operation {name!r}; daybreak/kernels defines {', '.join(OPS)}")
+        listed = "the files that FILES in daybreak/kernels/__init__.py lists"
+        raise AttributeError(f"no operation {name!r} in {listed}; they define {', '.join(OPS)}")
 
 
 @dataclass(frozen=True)

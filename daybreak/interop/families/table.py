@@ -83,8 +83,8 @@ class Family:
         return [slice(min(rows, shape.V) if leaf in self.padded else rows)]
 
     def holds(self, shape: Shape) -> bool:
-        """Whether config.json can say all of a shape."""
-        return shape.arch == self.arch
+        """Whether config.json can say all of a shape: reading what is written gives the shape again."""
+        return shape.arch == self.arch and self.shape(Path(), self.config(shape)) == shape
 
     def gguf_parts(self, shape: Shape, name: str, rows: int) -> list[Part]:
         """As `parts`, with the rows as llama.cpp orders them. It transposes nothing."""

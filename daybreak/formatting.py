@@ -28,7 +28,7 @@ def format_duration(seconds: float | None) -> str:
 def counted(x: float, unit: str) -> str:
     """A large number for people: three digits and a word."""
     for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if x >= size:
+        if x >= 0.9995 * size:  # which rounds to 1, and not to 1000 of the next smaller unit
             return f"{x / size:.3g} {word} {unit}"
     return f"{x:,.0f} {unit}"
 
@@ -40,4 +40,7 @@ def several(n: int, unit: str) -> str:
 
 def disk(x: float) -> str:
     """Bytes for people, in powers of ten as disks have them."""
-    return f"{x / 1e9:,.3g} GB" if x >= 1e9 else f"{x / 1e6:,.3g} MB"
+    for size, unit in ((1e12, "TB"), (1e9, "GB")):
+        if x >= 0.9995 * size:
+            return f"{x / size:.3g} {unit}"
+    return f"{x / 1e6:.3g} MB"

@@ -154,7 +154,7 @@ def test_a_run_scores_on_another_data_set_as_training_would(tmp_path: Path, monk
     assert main(["prepare", "b.txt", "--tokenizer", "gpt2"]) == 0
     assert main(["eval", "runs/r", "--data", "b"]) == 0  # as `train --data b` would: the run's tokenizer decides
     said = capsys.readouterr()
-    assert "data/b exists too; using data/b-bytes, which has this run's tokenizer." in said.err
+    assert said.err.count("data/b exists too; using data/b-bytes, which has this run's tokenizer.") == 1
     last = [line.split() for line in said.out.splitlines()[-2:]]
     assert [(words[0], words[-6], words[-5], " ".join(words[-4:])) for words in last] == [
         ("b", f"{value:.4f}", str(loss["examples"]), "sequences of 64 tokens")

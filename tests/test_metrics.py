@@ -19,7 +19,7 @@ from snapshots import exit_of, fork
 
 from daybreak.errors import ConfigError, Error
 from daybreak.files import write_atomic
-from daybreak.formatting import format_duration
+from daybreak.formatting import counted, disk, format_duration
 from daybreak.state.metrics import COMMON, FIELDS, MOST_WAITING, MainLog, MetricsWriter, read_metrics, step_line
 from daybreak.state.run_folder import RunFolder, package_commit
 from daybreak.state.throughput import Throughput, peak_flops
@@ -228,6 +228,14 @@ def test_step_line():
 )  # fmt: skip
 def test_durations(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_large_numbers_change_their_unit_where_they_round_to_one() -> None:
+    said = [counted(x, "tokens") for x in (999, 999_400, 999_812_096, 9.9951e11, 1.5e12)]
+    assert said == ["999 tokens", "999,400 tokens", "1 billion tokens", "1 trillion tokens", "1.5 trillion tokens"]
+    assert [disk(x) for x in (8192, 9.994e8, 9.996e8, 74.8e9, 7.48e13)] == [
+        "0.00819 MB", "999 MB", "1 GB", "74.8 GB", "74.8 TB"
+    ]  # fmt: skip
 
 
 class FakeClock:

@@ -271,6 +271,8 @@ def test_checkpoints_on_the_disk_are_as_large_as_planned(tmp_path: Path, monkeyp
     sizes = [sum(f.stat().st_size for f in path.iterdir()) for path in run.checkpoints]
     assert sizes == [pytest.approx(checkpoint_bytes(p.arena, p.parameters), rel=0.03)] * 2
     assert checkpoints_kept(config) == 3
+    held = sum(path.stat().st_size for path in Path("data/my-bytes").glob("*.bin"))
+    assert said(p)["disk: data"] == (f"{held / 1e6:.3g} MB", "counted: the shards that are here")
 
 
 def test_what_saving_takes_beside_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -281,7 +283,7 @@ def test_what_saving_takes_beside_training(tmp_path: Path, caplog: pytest.LogCap
     warn_of_disk(tmp_path, made, arena)
     assert not caplog.messages
     warn_of_disk(tmp_path, made.override({"run.steps": 10**12, "checkpoint.every": 1, "checkpoint.keep": 0}), arena)
-    assert re.search(r"^the checkpoints of .* need [\d.,e+]+ GB and its disk has .* lower checkpoint", *caplog.messages)
+    assert re.search(r"^the checkpoints of .* need [\d.,e+]+ TB and its disk has .* lower checkpoint", *caplog.messages)
 
 
 # ------------------------------------------------------------------------------------------- many GPUs

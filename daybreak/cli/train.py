@@ -168,7 +168,8 @@ def _print_result(run: Run, as_json: bool) -> None:
     start, end = vals[0]["loss"], val["loss"]
     baseline = "" if unigram is None else f" (baseline {unigram:.4f}: a model that knows only token frequencies)"
     bits = "" if math.isnan(val["bpb"]) else f", {val['bpb']:.4f} bits per byte"
-    click.echo(f"validation loss {start:.4f} -> {end:.4f}{baseline}{bits}")
+    change = f"{start:.4f} -> {end:.4f}" if len(vals) > 1 else f"{end:.4f}"  # one, if eval.every is 0
+    click.echo(f"validation loss {change}{baseline}{bits}")
     lowest, recent = min(vals, key=lambda v: v["loss"]), [r["loss"] for r in records if r["kind"] == "step"][-10:]
     fell = math.isfinite(end) and sum(recent) < start * len(recent)  # the training loss, which may be NaN
     if not end <= start and not fell:

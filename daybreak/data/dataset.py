@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -158,18 +159,25 @@ def open_dataset(
         return _by_file_name(name, resolve_shards(name), tokenizer)
     if path.is_dir() and ((path / MANIFEST).is_file() or any(path.glob("*.bin"))):
         if any((Path(data_dir) / n / MANIFEST).is_file() for n in (name, dataset_name(name, tokenizer))):
-            log.warning("%r is a folder of shards here and a dataset in %s; using the one here.", name, data_dir)
+            both = f"{name!r} is a folder of shards here and a dataset in {data_dir}; using the one here."
+            _warn_once(path.resolve(), both)
         if not (path / MANIFEST).is_file():
             return _by_file_name(name, resolve_shards(path), tokenizer)
         return _with_manifest(path, tokenizer)
     return _with_manifest(_find(name, Path(data_dir), tokenizer or prefer), tokenizer)
 
 
+@cache
+def _warn_once(folder: Path, text: str) -> None:
+    """Say which folder is used, the first time that this process opens it: a command opens its data several times."""
+    log.warning("%s", text)
+
+
 def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
     folders = [data_dir / dataset_name(name, tokenizer), data_dir / name]
     if found := [folder for folder in folders if (folder / MANIFEST).is_file()]:
         if found[0].name != found[-1].name:
-            log.warning("%s exists too; using %s, which has this run's tokenizer.", found[-1], found[0])
+            _warn_once(found[0].resolve(), f"{found[-1]} exists too; using {found[0]}, which has this run's tokenizer.")
         return found[0]
     have = sorted(path.parent.name for path in data_dir.glob(f"[!.]*/{MANIFEST}"))
     other = rf"{re.escape(name)}-(bytes|gpt2-\d+|hf-\w+)"  # the same text in another tokenizer

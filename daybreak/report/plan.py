@@ -16,7 +16,7 @@ from itertools import product
 import torch
 
 from daybreak.config import RECIPES, Config, recipe_names
-from daybreak.data.mixing import open_loaders, packed_rows
+from daybreak.data.mixing import open_loaders, open_sets, packed_rows
 from daybreak.engine import DTYPES
 from daybreak.engine.arena import Arena
 from daybreak.engine.device import available_bytes, check_fp8, engine_spec, missing_on, pick_compute, pick_device
@@ -207,9 +207,7 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
         rows.append(("cost", f"${p.hours * c.cost.price:,.2f}", f"as the time; {rate}"))
     elif c.cost.price:
         rows.append(("cost", na, "no time"))
-    size = 2 if c.model.V <= 1 << 16 else 4
-    basis = f"counted: {size} bytes a token, if each is seen once"
-    data = (disk(p.tokens * size), basis) if p.tokens else (na, no_time)
+    data = _data_on_disk(p) or (na, no_time)
     n, (first, two) = checkpoints_kept(c), (checkpoint_bytes(p.arena, p.parameters, i) for i in (1, 2))
     each = f"{n} x {disk(two - first)}" + (f" and the base, {disk(2 * first - two)}" if two < 2 * first else "")
     saved = (disk(first + (n - 1) * (two - first)), f"counted: {each}, one of them being written")
@@ -226,6 +224,15 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     model = f"{p.parameters:,} parameters: {c.model.text()}"
     rows.append(("model", f"{model}, padded to {c.model.Vp}; {p.flops_per_token:,} FLOPs a token", "counted"))
     return [*rows, ("computes", f"in {p.compute} on {p.gpu or p.device}, recompute {c.batch.recompute}", "")]
+
+
+def _data_on_disk(p: Plan) -> tuple[str, str] | None:
+    """The size of the run's shards if they are here, else of as many tokens as it reads; and the basis."""
+    with suppress(DataError):
+        held = (shard.size for d in open_sets(p.config.data) for shard in (*d.train, *d.val))
+        return disk(sum(held)), "counted: the shards that are here"
+    size = 2 if p.config.model.V <= 1 << 16 else 4
+    return (disk(p.tokens * size), f"counted: {size} bytes a token, if each is seen once") if p.tokens else None
 
 
 def recipe_notes(target: str) -> list[str]:

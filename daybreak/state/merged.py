@@ -79,7 +79,9 @@ class Merged:
             equal = float((merged.to(dtype) == weight.to(dtype)).sum())
             new = (float(weight.square().sum()), float((merged - weight).square().sum()), equal, weight.numel())
             sums = [a + b for a, b in zip(sums, new, strict=True)]
-        much = f"{len(self.adapters)} matrices change by {100 * math.sqrt(sums[1] / sums[0]):.2g} % of their norm"
+        share = 100 * math.sqrt(sums[1] / sums[0])
+        percent = f"{share:.2g}" if share < 99.5 else f"{share:,.0f}"
+        much = f"{len(self.adapters)} matrices change by {percent} % of their norm"
         into = " into the base as it was trained, in NF4" if self.weights.lora.base == "nf4" else ""
         return f"adapters are merged{into}: {much}, and {100 * sums[2] / sums[3]:.1f} % of their values stay equal"
 

@@ -13,7 +13,9 @@ import torch
 from chats import CHATML, conversation, make_model, write_lines
 from interop_runs import inside
 
+import daybreak.training.samples as samples_file
 from daybreak.cli.main import main
+from daybreak.data.tokenizer import Tokenizer
 from daybreak.interop import open_source
 from daybreak.state.run import Run
 from daybreak.training.samples import HELD_OUT
@@ -111,6 +113,21 @@ def test_samples_answer_held_out_questions(home: Path) -> None:
     inside(home, "finetune", "model", "--data", "talk", *SHORT, "--name", "asked", "--eval.prompt", "What of λ?")
     (text,) = {s["text"].partition("assistant\n")[0] for s in Run(home / "runs/asked").metrics("sample")}
     assert "<|im_start|>user\nWhat of λ?<|im_end|>\n<|im_start|>" in text
+
+
+def test_samples_stop_at_the_end_of_a_turn(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+
+    def answer(_: Any, tokenizer: Tokenizer, *rest: Any) -> list[str]:
+        ends.append([tokenizer.token_bytes(i) for i in tokenizer.ends])
+        return ["yes"]
+
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(samples_file, "sample_text", answer)
+    assert main(["finetune", "model", "--data", "talk", *SHORT, "--steps", "1", "--name", "ends"]) == 0
+    assert ends
+    assert all(b"<|im_end|>" in each for each in ends)
+    assert b"<|im_end|>" not in [open_source(home / "model").tokenizer.token_bytes(i) for i in (2, 600)]
 
 
 def test_the_loss_is_that_of_each_conversation_alone(home: Path) -> None:

@@ -12,6 +12,7 @@ from daybreak.data.chat import Template
 from daybreak.data.packing import read_examples
 from daybreak.data.pictures import Pictures
 from daybreak.data.shards import open_shard
+from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import DataError
 from daybreak.generate import Sampling, open_document, sample_text
@@ -28,9 +29,11 @@ IMAGES = "images"  # of a run's folder
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a run samples: texts after prompts, or pictures of captions. tokens: how many at most."""
+    """What a run samples: texts after prompts, or pictures of captions. tokens: how many at most. tokenizer: the run's,
+    whose texts end at the end of a turn too if a chat template has one."""
 
     setup: Setup
+    tokenizer: Tokenizer
     how: Sampling
     pictures: Pictures | None
     prompts: Sequence[tuple[str, Sequence[int]]]  # what is shown before the text, ids of the prompt
@@ -40,13 +43,13 @@ class Sampled:
         """The texts, one below the other. `check` runs before each token; they end early if `stopped`."""
         texts = []
         for shown, prompt in self.prompts:
-            pieces = sample_text(engine, self.setup.tokenizer, prompt, self.how, check)
+            pieces = sample_text(engine, self.tokenizer, prompt, self.how, check)
             texts.append(shown + "".join(takewhile(lambda _: not stopped(), pieces)))
         return "\n\n".join(texts)
 
     def draw(self, engine: Engine, step: int, check: Callable[[], None]) -> Iterator[tuple[str, str]]:
         """Draw the pictures into the run's folder: the caption and the file of each. `check` runs before each token."""
-        folder, tokenizer = self.setup.run.path, self.setup.tokenizer
+        folder, tokenizer = self.setup.run.path, self.tokenizer
         captions = [caption for caption, _ in self.prompts]
         pixels = Codec.load(folder, tokenizer).decode(draw(engine, tokenizer, captions, self.how, check=check))
         (folder / IMAGES).mkdir(exist_ok=True)
@@ -58,13 +61,15 @@ class Sampled:
 
 def sampled(setup: Setup) -> Sampled:
     """What a run samples, by its data and eval.*. Raises DataError if a chat template refuses the prompt."""
-    e, pictures = setup.config.eval, setup.tokenizer.pictures
+    e, tokenizer, pictures = setup.config.eval, setup.tokenizer, setup.tokenizer.pictures
     how = Sampling(e.sample_tokens, e.temperature, e.top_k, seed=SAMPLE_SEED)
     if pictures:
         captions = [e.prompt] if e.prompt else _held_out(setup, pictures)
-        return Sampled(setup, how, pictures, [(c, ()) for c in captions], len(captions) * pictures.N)
-    prompts = sample_prompts(setup)
-    return Sampled(setup, how, None, prompts, e.sample_tokens * len(prompts))
+        return Sampled(setup, tokenizer, how, pictures, [(c, ()) for c in captions], len(captions) * pictures.N)
+    prompts, template = sample_prompts(setup), Template.load(setup.run.path, tokenizer)
+    if template is not None and setup.config.data.packed:
+        tokenizer = template.ending(tokenizer)
+    return Sampled(setup, tokenizer, how, None, prompts, e.sample_tokens * len(prompts))
 
 
 def _held_out(setup: Setup, pictures: Pictures) -> list[str]:

@@ -385,7 +385,7 @@ def connect(environ: Mapping[str, str], timeout: float, stopped: Callable[[], st
     group.holds_store = rank == 0 and not agents
     method, wait = environ.get("INIT_METHOD", ""), timedelta(seconds=timeout)
     if rank and not method:
-        _reach(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout, rank, look)
+        _reach(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout, rank, look, meeting_advice(environ))
     os.environ.update(env)
     try:
         if agents or method:
@@ -394,7 +394,7 @@ def connect(environ: Mapping[str, str], timeout: float, stopped: Callable[[], st
         else:
             port = int(env["MASTER_PORT"])
             root = dist.TCPStore(env["MASTER_ADDR"], port, world, rank == 0, wait, wait_for_workers=False)
-        meeting = _assemble(group, root, method or where, agents or bool(method), look)
+        meeting = _assemble(group, root, method or where, agents or bool(method), look, meeting_advice(environ))
         group.store = dist.PrefixStore(f"daybreak/{meeting}", root)
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
@@ -417,7 +417,14 @@ def _line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]  # the lines after the first are a C++ stack
 
 
-def _reach(host: str, port: int, timeout: float, rank: int, look: Callable[[], None]) -> None:
+def meeting_advice(environ: Mapping[str, str]) -> str:
+    """Where torchruns of several machines chose the address, only their own flag mends it; "" otherwise."""
+    if "TORCHELASTIC_RUN_ID" not in environ or environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        return ""
+    return "; if the address is wrong, give each torchrun --local-addr with the address of its own machine"
+
+
+def _reach(host: str, port: int, timeout: float, rank: int, look: Callable[[], None], advice: str) -> None:
     """Wait until a process listens there. The error is one sentence, where torch would print pages."""
     deadline = time.monotonic() + timeout
     while True:
@@ -429,12 +436,13 @@ def _reach(host: str, port: int, timeout: float, rank: int, look: Callable[[], N
             if time.monotonic() > deadline:
                 raise Hung(
                     f"rank {rank} cannot reach rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) within {timeout:g} "
-                    f"s: {error.strerror or error}; check name, port and firewall, and that rank 0 was started."
+                    f"s: {error.strerror or error}; check name, port and firewall, and that rank 0 was "
+                    f"started{advice}."
                 ) from None
         time.sleep(0.2)
 
 
-def _assemble(group: Group, root: Any, where: str, again: bool, look: Callable[[], None]) -> str:
+def _assemble(group: Group, root: Any, where: str, again: bool, look: Callable[[], None], advice: str) -> str:
     """Wait until every rank is there, and return a name for this meeting that is new in this store.
 
     Each rank writes a random word and waits for rank 0's answer to that word. So words of ranks that are gone do no
@@ -464,7 +472,8 @@ def _assemble(group: Group, root: Any, where: str, again: bool, look: Callable[[
         if time.monotonic() > deadline:
             raise Hung(
                 f"{world - len(missing)} of {world} ranks reached {where} within {group.timeout:g} s "
-                f"(parallel.timeout); missing: {', '.join(map(str, missing[:8]))}; start exactly {world} processes."
+                f"(parallel.timeout); missing: {', '.join(map(str, missing[:8]))}; start exactly {world} processes"
+                f"{advice}."
             )
         time.sleep(0.01)
     if rank == 0:

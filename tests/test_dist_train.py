@@ -26,7 +26,7 @@ from daybreak.data.loader import Loader
 from daybreak.data.shards import read_header
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.engine import Engine, EngineSpec
-from daybreak.parallel import launched
+from daybreak.parallel import launched, meeting_advice
 
 WAIT = 10  # parallel.timeout, in seconds, of the runs in which a rank does not come
 SOON = ("--parallel.timeout", WAIT)
@@ -260,10 +260,11 @@ def test_nobody_there_a_port_in_use_too_few_ranks(shards: Path, tmp_path: Path) 
     elsewhere = tmp_path / "few"
     elsewhere.mkdir()
     # Both wait at the same time.
-    few = ranks.start(3, command(target, *SOON), elsewhere, range(2), port=str(ranks.free_port()))
+    torchruns = {"TORCHELASTIC_RUN_ID": "1", "GROUP_WORLD_SIZE": "2"}  # of two machines: they chose the address
+    few = ranks.start(3, command(target, *SOON), elsewhere, range(2), port=str(ranks.free_port()), **torchruns)
     alone = ranks.start(2, command(target, *SOON), tmp_path, range(1, 2), port=str(port))
     refused(tmp_path, alone, 7, f"rank 1 cannot reach rank 0 at 127.0.0.1:{port}", f"within {WAIT} s")
-    refused(elsewhere, few, 7, "2 of 3 ranks reached 127.0.0.1:", "missing: 2")
+    refused(elsewhere, few, 7, "2 of 3 ranks reached 127.0.0.1:", "missing: 2", "3 processes; if the address is wrong")
     with ranks.socket.socket() as busy:
         busy.bind(("", port))
         busy.listen()
@@ -470,6 +471,13 @@ def test_launchers_variables() -> None:
     assert launched({**slurm, "RANK": "0", "WORLD_SIZE": "2"})["WORLD_SIZE"] == "2"  # srun of torchrun
     with pytest.raises(daybreak.Error, match="a rank must be a whole number below the number of processes"):
         launched({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_only_torchruns_of_several_machines_are_told_of_their_flag() -> None:
+    """The others have MASTER_ADDR from their user or their scheduler."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "2"}
+    assert "--local-addr" in meeting_advice(torchrun)
+    assert [meeting_advice({"MASTER_ADDR": "a"}), meeting_advice(torchrun | {"GROUP_WORLD_SIZE": "1"})] == ["", ""]
 
 
 def test_under_mpirun(shards: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
 
 
 def _scalars() -> tuple[torch.Tensor, torch.Tensor]:
-    made = ([0, 0, 0.5, 0, 0, 0], [1e-2, 100, 1, 0.95])
+    made = ([0, 0, 0.5, 0, 0, 0], [1e-2, 100, 1, 0.95, 1])
     stats, hyper = (torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in made)
     return stats, hyper
 

@@ -144,7 +144,13 @@ class OptimConfig:
     muon_momentum: float = key(0.95, "Muon's Nesterov momentum", BETA)
     muon_warmup: int = key(300, "steps over which Muon's momentum rises from 0.85", at_least(0))
     muon_beta2: float = key(0.95, "Muon's decay of the second moment", BETA)
+    muon_final_momentum: float = key(
+        0.0, "Muon's momentum at the end, to which it falls while the learning rate does; 0 = it stays", BETA
+    )
     muon_weight_decay: float = key(0.1, "Muon's decoupled weight decay, where the update agrees", at_least(0))
+    muon_decay_schedule: str = key(
+        "constant", "Muon's weight decay over time: constant, or cosine (to 0 at the end)", one_of("constant", "cosine")
+    )
     clip: float = key(1.0, "largest global gradient norm; 0 = no clipping", at_least(0))
     horizon: int = key(0, "steps the learning-rate schedule spans; 0 = run.steps", at_least(0), fixed=False)
 
@@ -153,10 +159,24 @@ class OptimConfig:
 class ScheduleConfig:
     """The learning rate over time."""
 
-    name: str = key("cosine", "cosine, linear, constant or wsd", one_of("cosine", "linear", "constant", "wsd"))
+    name: str = key(
+        "cosine", "cosine, linear, constant, wsd or wsd-linear (wsd with a linear decay)",
+        one_of("cosine", "linear", "constant", "wsd", "wsd-linear"),
+    )  # fmt: skip
     warmup: int = key(-1, "steps of linear warmup; -1 = min(700, horizon // 20)", at_least(-1))
     final_frac: float = key(0.0, "learning rate at the end, as a fraction of the peak", FRACTION)
-    wsd_frac: float = key(0.8, "wsd only: fraction of the horizon before the decay starts", FRACTION)
+    wsd_frac: float = key(0.8, "wsd and wsd-linear: fraction of the horizon before the decay starts", FRACTION)
+
+    def decays_from(self, horizon: int) -> int:
+        """The step from which on the learning rate falls; the horizon if it never does."""
+        match self.name:
+            case "constant":
+                return horizon
+            case "wsd":
+                return int(self.wsd_frac * horizon)
+            case "wsd-linear":  # as nanochat, which rounds the part that falls
+                return horizon - round((1 - self.wsd_frac) * horizon)
+        return self.warmup
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def _errors_folder(folder: Path) -> None:
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
 
 
-RECIPES = "Recipes: gpt2-124M, gpt2-1558M, gpt2-350M, gpt2-774M, gpt3-125M, llama-1B, shapes, smollm-135M, tiny; or " \
+RECIPES = "Recipes: gpt2-124M, gpt2-1558M, gpt2-350M, gpt2-774M, gpt3-125M, llama-1B, nanochat-d12, nanochat-d24, shapes, smollm-135M, tiny; or " \
           "a shape such as d12, a recipe.toml, or a run's folder."  # fmt: skip
 FORK = "leave it out, or start a new run from the checkpoint with --fork NAME."
 ERRORS: list[tuple[str, int, str]] = [
@@ -97,7 +97,7 @@ ERRORS: list[tuple[str, int, str]] = [
     ("train tini", 2, f"unknown target 'tini'; did you mean 'tiny'? {RECIPES}"),
     ("train d13", 2, f"unknown target 'd13'; did you mean 'd12'? {RECIPES}"),
     ("train none.toml", 2, "none.toml does not exist; recipes shipped with daybreak: gpt2-124M, gpt2-1558M, gpt2-350M, "
-                           "gpt2-774M, gpt3-125M, llama-1B, shapes, smollm-135M, tiny."),
+                           "gpt2-774M, gpt3-125M, llama-1B, nanochat-d12, nanochat-d24, shapes, smollm-135M, tiny."),
     ("train new.toml", 2, "new.toml: schema = 2 is of a newer daybreak (this one reads 1); upgrade."),
     ("train typo.toml", 2, "typo.toml: unknown key 'optim.learningrate'; did you mean "),
     ("train broken.toml", 2, "broken.toml cannot be read as TOML: "),

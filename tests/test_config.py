@@ -51,7 +51,9 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "optim.muon_momentum": (0.95, "0.9", 0.9, (1.0, -0.1)),
     "optim.muon_warmup": (300, "0", 0, (-1,)),
     "optim.muon_beta2": (0.95, "0.9", 0.9, (1.0, -0.1)),
+    "optim.muon_final_momentum": (0.0, "0.9", 0.9, (1.0, -0.1)),
     "optim.muon_weight_decay": (0.1, "0.3", 0.3, (-0.1,)),
+    "optim.muon_decay_schedule": ("constant", "cosine", "cosine", ("linear", "")),
     "optim.clip": (1.0, "0.5", 0.5, (-1.0,)),
     "optim.horizon": (0, "100", 100, (-1,)),
     "schedule.name": ("cosine", "wsd", "wsd", ("cos", "")),
@@ -209,7 +211,7 @@ CONFLICTS: list[tuple[dict[str, Any], int, str]] = [
      'run.device = "mps" is not supported: daybreak trains on the CPU and on NVIDIA GPUs (auto, cpu, cuda or cuda:N); '
      'the default is "auto".'),
     ({"schedule.name": "cos"}, 1,
-     'schedule.name = "cos" must be cosine or linear or constant or wsd; the default is "cosine".'),
+     'schedule.name = "cos" must be cosine or linear or constant or wsd or wsd-linear; the default is "cosine".'),
 ]  # fmt: skip
 
 
@@ -393,8 +395,8 @@ def test_an_unknown_target(target: str, sentence: str, tmp_path: Path, monkeypat
     assert str(e.value).startswith(sentence)
     if "unknown target" in sentence and "did you mean" in sentence:
         assert str(e.value).endswith(
-            "Recipes: gpt2-124M, gpt2-1558M, gpt2-350M, gpt2-774M, gpt3-125M, llama-1B, shapes, smollm-135M, "
-            "tiny; or a shape such as d12, a recipe.toml, or a run's folder."
+            "Recipes: gpt2-124M, gpt2-1558M, gpt2-350M, gpt2-774M, gpt3-125M, llama-1B, nanochat-d12, nanochat-d24, "
+            "shapes, smollm-135M, tiny; or a shape such as d12, a recipe.toml, or a run's folder."
         )
 
 

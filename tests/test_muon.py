@@ -262,7 +262,20 @@ def test_the_configuration_reaches_it() -> None:
     ((muon, scale_of),) = [key for key in table.hyper if isinstance(key[0], Muon)]
     assert scale_of == pytest.approx(30)
     assert [round(muon.scalars(t)[0], 4) for t in (1, 151, 301, 10_000)] == [0.85, 0.9, 0.95, 0.95]
-    assert Muon(0.95, 0, 0.9).scalars(1) == (0.95,)
+    assert Muon(0.95, 0, 0.9).scalars(1) == (0.95, 1.0)
+
+
+def test_momentum_and_weight_decay_fall_as_in_nanochats_run() -> None:
+    """Values of its get_muon_momentum and get_weight_decay for 1,000 steps, of which the last 65 % are the decay. A run
+    whose decay begins before the warmup ends first finishes that; past the horizon all stays."""
+    muon = Muon(0.97, 400, 0.9, final=0.9, start=350, stop=1000, fades=True)
+    want = {0: 0.85, 200: 0.91, 399: 0.9697, 400: 0.964615385, 675: 0.935, 999: 0.900107692, 5000: 0.9}
+    assert {step: round(muon.scalars(step + 1)[0], 9) for step in want} == want
+    fades = {0: 1.0, 250: 0.853553391, 500: 0.5, 999: 2.467e-06, 5000: 0.0}
+    assert {step: round(muon.scalars(step + 1)[1], 9) for step in fades} == fades
+    short = plan_engine(EngineSpec(SHAPE, B=1, T=4, optim=replace(MUON, horizon=0, muon_final_momentum=0.5)))[1]
+    ((muon, _),) = [key for key in short.hyper if isinstance(key[0], Muon)]
+    assert muon.scalars(10_000) == (MUON.muon_momentum, 1.0)  # nobody knows yet where it ends
 
 
 def test_a_user_s_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,12 +14,18 @@ from test_training import losses, markov, write_shard
 
 import daybreak
 from daybreak.cli.main import main
-from daybreak.config_keys import OptimConfig
+from daybreak.config_keys import OptimConfig, ScheduleConfig
 from daybreak.engine import Engine, EngineSpec, plan_engine
 
 torch.set_num_threads(1)
 S, T, STEPS, LR = Nano(L=3, C=48, NH=2, max_T=16, V=257), 12, 3, 0.004
-OPTIM = OptimConfig(name="muon", lr=LR, muon_lr=0.02, muon_beta2=0.9, muon_momentum=0.97, muon_weight_decay=0.1, clip=0)
+OPTIM = OptimConfig(
+    name="muon", lr=LR, muon_lr=0.02, muon_beta2=0.9, muon_momentum=0.97, muon_warmup=1, muon_final_momentum=0.9,
+    muon_weight_decay=0.1, muon_decay_schedule="cosine", clip=0, horizon=4,
+)  # fmt: skip
+SCHEDULE = ScheduleConfig(name="wsd-linear", wsd_frac=0.25)
+MOMENTUM, FADES = (0.85, 0.97, 0.97 - 0.07 / 3), (1.0, 0.5 + 0.5**1.5, 0.5)  # of each step
+OWN = ("smear", "smearw", "backout")  # their rate does not follow the others
 # As nanochat's setup_optimizer and its run have them: learning rate at 768 channels, whether it falls with the root of
 # the width, betas and weight decay.
 RUN = {
@@ -45,19 +51,20 @@ def trained_by_formulas(oracle: Model, tokens: torch.Tensor) -> list[float]:
             if name in matrices:
                 continue
             lr, falls, beta1, beta2, decay = RUN[name.rpartition(".")[2]]
-            lr *= LR / 0.008 * ((48 / 768) ** -0.5 if falls else 1.0)
+            lr *= 1.0 if name in OWN else LR / 0.008 * ((48 / 768) ** -0.5 if falls else 1.0)
             m[name] = beta1 * m[name] + (1 - beta1) * grads[name]
             v[name] = beta2 * v[name] + (1 - beta2) * grads[name] ** 2
             m_hat, v_hat = m[name] / (1 - beta1 ** (step + 1)), v[name] / (1 - beta2 ** (step + 1))
             p -= lr * (m_hat / (v_hat.sqrt() + 1e-10) + decay * p)
-        muon.step(grads, 0.02, 0.85 + 0.12 * min(1.0, step / OPTIM.muon_warmup))
+        muon.weight_decay = 0.1 * FADES[step]
+        muon.step(grads, 0.02, MOMENTUM[step])
     return found
 
 
 def test_training_equals_the_formulas_of_every_group() -> None:
     values = random_values(S)
     tokens = torch.randint(S.V, (STEPS, 2, 3, T + 1), generator=torch.Generator().manual_seed(2))
-    engine = Engine(EngineSpec(shape(S), B=3, T=T, compute="fp64", optim=OPTIM))
+    engine = Engine(EngineSpec(shape(S), B=3, T=T, compute="fp64", optim=OPTIM, schedule=SCHEDULE))
     engine.load_params(values)
     oracle, got = oracle_of(S, values), []
     for step in range(STEPS):

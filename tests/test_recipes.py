@@ -7,7 +7,7 @@ import re
 import pytest
 
 from daybreak.config import RECIPES, recipe_names, resolve
-from daybreak.shapes import LlamaConfig
+from daybreak.shapes import LlamaConfig, NanochatConfig
 
 # The original runs: L, C, NH, T, data, B, tokens a step, learning rate, final fraction, steps, checkpoint.every.
 PUBLISHED = {
@@ -18,10 +18,14 @@ PUBLISHED = {
     "gpt3-125M": (12, 768, 12, 2048, "fineweb-100B", 32, 524288, 6e-4, 0.1, 572204, 10000),
 }
 
+# nanochat's base_train, for depth 12, and for depth 24 with 8 tokens for a parameter: steps, tokens a step, and the
+# factors of learning rates and of Muon's weight decay, as its output says them.
+NANOCHAT = {"nanochat-d12": (2520, 524288, 1.0, 1.0), "nanochat-d24": (5568, 1048576, 1.4142136, 0.2133515)}
+
 
 def test_recipes_are_the_published_ones() -> None:
     decoders = ["smollm-135M", "llama-1B"]  # see test_llama_train.py
-    assert recipe_names() == sorted([*PUBLISHED, "tiny", "shapes", *decoders])
+    assert recipe_names() == sorted([*PUBLISHED, *NANOCHAT, "tiny", "shapes", *decoders])
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -35,7 +39,11 @@ def test_a_recipe_is_valid_and_states_its_cost(name: str) -> None:
     if isinstance(m, LlamaConfig):
         each = 2 * (m.NH + m.NKV) * m.HS * m.C + 3 * m.C * m.F + 2 * m.C
         parameters = m.Vp * m.C + m.L * each + m.C
-    flops = (6 * parameters + 6 * m.L * m.NH * m.HS * made.T) * made.tokens_at(0) * steps
+    seen = m.L * made.T
+    if isinstance(m, NanochatConfig):  # tables of embeddings are no matmuls; three of four layers have a window
+        parameters, T, w = m.Vp * m.C + 12 * m.L * m.C * m.C, made.T, m.window
+        seen = m.L // 4 * (T + 3 * (2 * w - w * w // T))
+    flops = (6 * parameters + 6 * seen * m.NH * m.HS) * made.tokens_at(0) * steps
     stated = re.search(r"(\d\.\de\d+) FLOPs", text)
     assert stated is not None
     assert float(stated[1]) == pytest.approx(flops, rel=0.05)
@@ -57,3 +65,16 @@ def test_a_recipe_runs_what_was_published(name: str) -> None:
     if name == "gpt3-125M":
         assert (made.guard.loss_z, made.guard.norm_z) == (7.0, 7.0)
         assert (made.checkpoint.keep, made.checkpoint.major) == (5, 50000)
+
+
+@pytest.mark.parametrize("name", NANOCHAT)
+def test_nanochats_run(name: str) -> None:
+    """Its rules by hand: README's run has 5,568 steps, and a weight decay of 0.28 sqrt(2) 110.1M / 729.8M."""
+    steps, tokens, rate, decay = NANOCHAT[name]
+    made = resolve(name)[0].concrete(10**12)
+    o, s = made.optim, made.schedule
+    assert (made.run.steps, made.tokens_at(0), made.T, made.model.V) == (steps, tokens, 2048, 32768)
+    assert (o.lr, o.muon_lr, o.muon_weight_decay) == pytest.approx((0.008 * rate, 0.02 * rate, 0.28 * decay), rel=1e-6)
+    assert (o.name, o.muon_momentum, o.muon_warmup, o.muon_final_momentum, o.muon_beta2) == ("muon", 0.97, 400, 0.9, 0.9)
+    assert (o.muon_decay_schedule, o.clip, o.horizon) == ("cosine", 0.0, steps)
+    assert (s.name, s.warmup, s.wsd_frac, s.final_frac) == ("wsd-linear", 40, 0.35, 0.05)

@@ -41,7 +41,15 @@ def test_the_last_steps_of_cosine_and_wsd() -> None:
     assert wsd == pytest.approx(7.95364414e-08, abs=6e-4 * 2**-24)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_wsd_linear_is_nanochats() -> None:
+    """Values of its get_lr_multiplier for 50 steps, 40 of them warmup or not: a decay over the last 65 % to 5 %."""
+    schedule = ScheduleConfig(name="wsd-linear", warmup=4, final_frac=0.05, wsd_frac=0.35)
+    want = {0: 0.25, 3: 1.0, 17: 1.0, 18: 1.0, 19: 0.9703125, 34: 0.525, 49: 0.0796875, 50: 0.05}
+    optim = OptimConfig(lr=1.0, horizon=50)
+    assert {step: learning_rate(step, optim, schedule) for step in want} == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "wsd-linear"])
 def test_beyond_the_horizon_it_stays_at_the_end_value(name: str) -> None:
     optim = OptimConfig(lr=1.0, horizon=10)
     schedule = ScheduleConfig(name=name, warmup=0, final_frac=0.25)

@@ -75,8 +75,8 @@ def engine_spec(
         config.model, B=config.batch.B, T=config.T, compute=pick_compute(config.precision.compute, device),
         fp8=tuple(config.precision.fp8.split(",")), fp8_steps=fp8_steps(config), masters=config.precision.masters,
         moments=config.precision.moments, recompute=config.batch.recompute, zero=config.parallel.zero,
-        bucket_bytes=config.parallel.bucket_bytes, optim=config.optim, lora=config.lora, guard=config.guard,
-        kernels=kernels, documents=config.data.packed, device_type=device.type,
+        bucket_bytes=config.parallel.bucket_bytes, optim=config.optim, schedule=config.schedule, lora=config.lora,
+        guard=config.guard, kernels=kernels, documents=config.data.packed, device_type=device.type,
         missing=missing_on(device) if missing is None else missing,
     )  # fmt: skip
     return replace(spec, **changes)

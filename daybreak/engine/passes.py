@@ -178,7 +178,10 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     model = build_model(cfg, spec.recompute, spec.device_type)
     limit, groups = (
         spec.bucket_bytes // dtype.itemsize,
-        (*spec.groups, *family_groups(cfg, spec.optim), *muon_groups(spec.optim), adamw_group(spec.optim)),
+        (
+            *spec.groups, *family_groups(cfg, spec.optim), *muon_groups(spec.optim, spec.schedule),
+            adamw_group(spec.optim),
+        ),
     )
     rows, adapters = spec.parameters(model)
     table = ParamTable(rows, groups, group.world, limit, adapters)

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 
 import torch
 
-from daybreak.config_keys import GuardConfig, LoraConfig, OptimConfig
+from daybreak.config_keys import GuardConfig, LoraConfig, OptimConfig, ScheduleConfig
 from daybreak.errors import ConfigError
 from daybreak.kernels.operand import Format, chosen
 from daybreak.models.adapters import Adapter, adapter_rows, adapters_of
@@ -31,6 +31,7 @@ class EngineSpec:
     zero, bucket_bytes: see collectives. kernels: group of operations -> backend, if not the best (kernels.choose).
     formats: patterns of names -> number formats of the matrices that training's matmuls read (engine/formats.py).
     optim, groups: AdamW's options, and groups of parameters that have other optimizers (optimizers).
+    schedule: of the learning rate, which Muon's momentum follows.
     trainable: patterns of names. A parameter that fits none is frozen: no gradient, optimizer state or master weights.
     lora: adapters of linear layers. With a rank above 0 they are all that is trainable.
     frozen: patterns of names -> the dtype that frozen parameters are held in, if not as lora.base says.
@@ -51,6 +52,7 @@ class EngineSpec:
     zero: int = 0
     bucket_bytes: int = 1 << 25
     optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     groups: tuple[ParamGroup, ...] = ()
     trainable: tuple[str, ...] = ("*",)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -93,12 +93,14 @@ def muon_update(
 ) -> None:  # fmt: skip
     """Update one matrix: weights and masters (r c), as AdamW's are kept, and second (max(r, c)), from x (r, c).
 
-    sums (max(r, c)): from `muon_sums`, and then f. stats, hyper, seed, offset: as for AdamW.
+    sums (max(r, c)): from `muon_sums`, and then f. stats, hyper, seed, offset: as for AdamW. hyper[4] is a factor of
+    weight_decay.
     """
     if stats[3].item() != 0.0:
         return
     u_, decays_, decay_, root, squares, *temps = scratch(update_temps(weights, masters, second, sums, x))
     (r, c), lr = x.shape, hyper[0].item()
+    weight_decay *= hyper[4].item()
     lr *= math.sqrt(max(1.0, r / c))
     total = sums.sum().clamp_(min=LEAST)
     second.lerp_(torch.div(sums, total, out=squares), 1.0 - beta2)

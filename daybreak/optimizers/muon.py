@@ -22,6 +22,7 @@ free by then. Embeddings, head, norms and biases stay with AdamW.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,7 +30,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from daybreak.config_keys import OptimConfig
+from daybreak.config_keys import OptimConfig, ScheduleConfig
 from daybreak.models.frame import Frame
 from daybreak.models.rows import Row
 from daybreak.optimizers import Optimizer, ParamGroup, Part
@@ -61,11 +62,18 @@ def units_of(row: Row) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Muon(Optimizer):
-    """Each unit has a momentum, and NorMuon's second moment: a value for each row, or column if these are more."""
+    """Each unit has a momentum, and NorMuon's second moment: a value for each row, or column if these are more.
+
+    Momentum rises over the first `warmup` updates. It falls to `final` between the steps `start` and `stop`; with
+    `fades`, weight decay falls to 0 up to `stop`, as half a cosine."""
 
     momentum: float
-    warmup: int  # updates over which momentum rises
+    warmup: int
     beta2: float
+    final: float = 0.0  # 0: it stays
+    start: int = 0
+    stop: int = 0  # 0: not known, so nothing falls
+    fades: bool = False
     whole = True
     state = ("momentum", "second")
 
@@ -76,9 +84,14 @@ class Muon(Optimizer):
         return row.shape if key == "momentum" else (sum(map(max, units_of(row))),)
 
     def scalars(self, t: int) -> tuple[float, ...]:
-        """The momentum of update t."""
-        risen = min(1.0, (t - 1) / self.warmup) if self.warmup else 1.0
-        return (FIRST_MOMENTUM + (self.momentum - FIRST_MOMENTUM) * risen if risen < 1.0 else self.momentum,)
+        """The momentum of update t, and a factor of its weight decay."""
+        step, mu = t - 1, self.momentum
+        if step < self.warmup:
+            mu = FIRST_MOMENTUM + (mu - FIRST_MOMENTUM) * (step / self.warmup)
+        elif self.final and self.stop > max(self.start, 0) and step > self.start:
+            mu += (self.final - mu) * min(1.0, (step - self.start) / (self.stop - self.start))
+        decay = 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.stop))) if self.fades and self.stop else 1.0
+        return mu, decay
 
     def update(self, f: Frame, parts: Sequence[Part]) -> None:
         """Update all units of one shape after those of another, in batches."""
@@ -130,10 +143,13 @@ def orthogonal(f: Frame, name: str, x: Tensor) -> Tensor:
     return x
 
 
-def muon_groups(optim: OptimConfig) -> tuple[ParamGroup, ...]:
+def muon_groups(optim: OptimConfig, schedule: ScheduleConfig) -> tuple[ParamGroup, ...]:
     """The matrices of blocks, if a configuration chooses Muon. They share the schedule of the learning rate."""
     if optim.name != "muon":
         return ()
-    muon = Muon(optim.muon_momentum, optim.muon_warmup, optim.muon_beta2)
+    muon = Muon(
+        optim.muon_momentum, optim.muon_warmup, optim.muon_beta2, optim.muon_final_momentum,
+        schedule.decays_from(optim.horizon), optim.horizon, optim.muon_decay_schedule == "cosine",
+    )  # fmt: skip
     scale = optim.muon_lr / optim.lr if optim.lr else 0.0
     return (ParamGroup(MATRICES, muon, scale, optim.muon_weight_decay),)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: llm.c's four, as a pure function of the step."""
+"""Learning-rate schedules: llm.c's four and one more, as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ def learning_rate(step: int, optim: OptimConfig, schedule: ScheduleConfig) -> fl
 
     Linear warmup over `schedule.warmup` steps (all but `constant`), then: cosine and linear fall to
     final_frac * lr at `optim.horizon`; wsd (warmup, stable, decay; Hu et al. 2024, with the 1 - sqrt decay of
-    Hägele et al. 2024) stays at lr until wsd_frac of the horizon; constant never changes.
+    Hägele et al. 2024) stays at lr until wsd_frac of the horizon; wsd-linear does too, and then falls in a line, as
+    nanochat's; constant never changes.
     """
     peak, low, W, N = optim.lr, schedule.final_frac * optim.lr, schedule.warmup, optim.horizon
     if schedule.name == "constant":
         return peak
     if step < W:
         return peak * (step + 1) / W
+    start = schedule.decays_from(N)
+    if step < start:
+        return peak
+    done = _progress(step, start, N)
     if schedule.name == "wsd":
-        start = int(schedule.wsd_frac * N)
-        if step < start:
-            return peak
-        return low + (1.0 - math.sqrt(_progress(step, start, N))) * (peak - low)
-    done = _progress(step, W, N)
-    if schedule.name == "linear":
+        return low + (1.0 - math.sqrt(done)) * (peak - low)
+    if schedule.name in ("linear", "wsd-linear"):
         return peak - done * (peak - low)
     assert schedule.name == "cosine", schedule.name
     return low + 0.5 * (1.0 + math.cos(math.pi * done)) * (peak - low)

@@ -107,7 +107,7 @@ def _update_kernel(
         u = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         p = load_exact(weights, masters, at, mask, LAYOUT)
         u *= tl.load(factors + row) if BY_ROW else tl.load(factors + cols, mask=mask, other=0.0)
-        u += tl.where(u * p >= 0.0, weight_decay * p, 0.0)
+        u += tl.where(u * p >= 0.0, weight_decay * tl.load(hyper + 4).to(tl.float32) * p, 0.0)
         p -= tl.load(hyper).to(tl.float32) * shape * u
         store_exact(weights, masters, p, at, mask, at + offset, key, hyper, LAYOUT)
 

@@ -114,6 +114,9 @@ class DataConfig:
     tokenizer: str = key("", "gpt2, bytes or gpt2-N; empty = the tokenizer of the data, else gpt2", TOKENIZER)
     dir: str = key("data", "folder that holds the prepared datasets")
     bos: bool = key(False, "start training samples only at the start of a document; skip the rest of a cut document")
+    best_fit: bool = key(
+        False, "fill each training row with whole documents that fit best, and cut one only where none fits"
+    )
     packed: bool = key(False, "rows hold several examples, as `prepare --as chat` makes them; the data decides")
 
 

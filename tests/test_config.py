@@ -35,6 +35,7 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "data.tokenizer": ("", "gpt2-1024", "gpt2-1024", ("llama", "gpt2-", "gpt2-x")),
     "data.dir": ("data", "/tmp/x y", "/tmp/x y", ()),
     "data.bos": (False, "true", True, ()),
+    "data.best_fit": (False, "true", True, ()),
     "data.packed": (False, "true", True, ()),
     "batch.B": (4, "8", 8, (0, -4)),
     "batch.T": (0, "512", 512, (-1, 1025)),

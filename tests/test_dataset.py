@@ -43,6 +43,7 @@ def test_open_by_name_and_by_path(prepared: Path) -> None:
 
 def test_open_unknown(prepared: Path) -> None:
     for name, tokenizer, message in (
+        ("climbmix-bpe300", "", r"daybreak prepare climbmix --train-tokenizer 300 --name climbmix-bpe300$"),
         ("mime", "", "no dataset 'mime' in .*; did you mean 'mine'.* daybreak prepare FILE --name mime$"),
         ("other", "bytes", r"\(it has mine\); .* daybreak prepare FILE --name other --tokenizer bytes$"),
         ("stdlib", "bytes", "daybreak prepare stdlib --tokenizer bytes$"),

@@ -191,6 +191,8 @@ def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
     if shards and tokenizer in ("", "gpt2"):
         some = " N (as many shards, of 100 million tokens each, as the run needs)"
         made += " --pretokenized" + ("" if made.endswith("-10B") else some)
+    elif own := re.fullmatch(r"bpe(\d+)", tokenizer):  # a recipe's name of a set with its own tokenizer
+        made += f" --train-tokenizer {own[1]} --name {name}"
     else:
         made += f" --tokenizer {_given(tokenizer)}" if tokenizer else ""
     raise DataError(f"no dataset {name!r} in {data_dir.resolve()}{hint} make it with: daybreak prepare {made}")

@@ -95,17 +95,12 @@ class Loader:
         self.shards, self.T, self.V, self.seed, self.shuffle = list(shards), T, V, seed, shuffle
         self.dtype = np.dtype(np.uint32 if any(shard.width == 4 for shard in self.shards) else np.uint16)
         self.target_dtype = self.dtype
-        self._starts: list[Any] = [  # of each shard, the places where its samples start
-            range(0, s.tokens - T + 1 - self.beyond, T) if eot is None else document_starts(open_shard(s), eot, T)
-            for s in self.shards
-        ]
+        divided = [self._divide(shard, eot) for shard in self.shards]
+        self._starts = [starts for starts, _ in divided]
         counts = list(map(len, self._starts))
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.samples_per_epoch = sum(counts)
-        used = [c * T + self.beyond if c else 0 for c in counts]
-        if eot is not None:  # neighbours may share a token
-            used = [int(np.minimum(np.diff(s, append=2**62), T + 1).sum()) for s in self._starts]
-        self.dropped_tokens = sum(shard.tokens for shard in self.shards) - sum(used)
+        self.dropped_tokens = sum(shard.tokens for shard in self.shards) - sum(used for _, used in divided)
         if not self.samples_per_epoch:
             largest = max(self.shards, key=lambda shard: shard.tokens, default=None)
             has = f"{largest.path}, the largest, has {largest.tokens}" if largest else "there is none"
@@ -113,6 +108,22 @@ class Loader:
             fix = "use more data, for validation a larger --val-fraction of prepare"
             raise DataError(f"{said}; {fix}, or a smaller --batch.T of train, finetune or import.")
         self._owner = object()
+
+    def _divide(self, shard: ShardInfo, eot: int | None) -> tuple[Sequence[int], int]:
+        """Where the samples of a shard start, as `_read` understands it, and how many tokens are in any of them."""
+        if eot is None:
+            places = range(0, shard.tokens - self.T + 1 - self.beyond, self.T)
+            return places, len(places) * self.T + self.beyond if places else 0
+        starts = document_starts(open_shard(shard), eot, self.T)
+        return starts, int(np.minimum(np.diff(starts, append=2**62), self.T + 1).sum())  # neighbours may share a token
+
+    def _read(self, out: NDArray[Any], shard: ShardInfo, start: int) -> None:
+        """Copy the sample of a shard that has this start to `out` (T + beyond)."""
+        out[:] = mapped(self._owner, open_shard, shard)[start : start + len(out)]
+
+    def _position(self, shard: ShardInfo, start: int, column: int) -> int:
+        """Where in the shard a token of a sample is."""
+        return start + column
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,11 +148,11 @@ class Loader:
         pairs = zip(places.tolist(), shard_of.tolist(), strict=True)
         where = [(self.shards[s], self._start(place, s)) for place, s in pairs]
         for row, (shard, start) in enumerate(where):
-            out[row] = mapped(self._owner, open_shard, shard)[start : start + out.shape[1]]
+            self._read(out[row], shard, start)
         if out.size and out.max() >= self.V:
             row, column = (int(k[0]) for k in np.nonzero(out >= self.V))
             shard, start = where[row]
-            said = f"{shard.path} has token {out[row, column]} at position {start + column}"
+            said = f"{shard.path} has token {out[row, column]} at position {self._position(shard, start, column)}"
             raise DataError(f"{said}, outside the vocabulary of {self.V}; the data was made with another tokenizer.")
         return out, where
 
@@ -157,9 +168,14 @@ class Loader:
         return int(self._starts[s][place - (int(self._ends[s - 1]) if s else 0)])
 
 
+def places_of(tokens: NDArray[Any], eot: int) -> NDArray[np.int64]:
+    """Places of `eot`."""
+    return np.concatenate([np.flatnonzero(tokens[i : i + _SCAN] == eot) + i for i in range(0, len(tokens), _SCAN)])
+
+
 def document_starts(tokens: NDArray[Any], eot: int, T: int) -> NDArray[np.int64]:
     """Places of `eot`, the first and then always the next one at least T tokens on, with T tokens behind each."""
-    at = np.concatenate([np.flatnonzero(tokens[i : i + _SCAN] == eot) + i for i in range(0, len(tokens), _SCAN)])
+    at = places_of(tokens, eot)
     at = at[at + T < len(tokens)]
     following = np.searchsorted(at, at + T).tolist()
     chosen, i = [], 0

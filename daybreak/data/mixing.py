@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from daybreak.config_keys import DataConfig
 from daybreak.data.dataset import Dataset, open_dataset
 from daybreak.data.loader import Batch, Loader, permutation
-from daybreak.data.packing import PackedLoader, rows_of
+from daybreak.data.packing import FittedLoader, PackedLoader, rows_of
 from daybreak.data.pictures import MARK, text_name
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import ConfigError, DataError
@@ -142,9 +142,9 @@ def open_loaders(
             f"{other.tokenizer_name!r}; a mixture needs one: prepare one of them again."
         )
     eot = None
-    if data.bos or MARK in first.tokenizer_name:
+    if data.bos or data.best_fit or MARK in first.tokenizer_name:
         tokenizer = get_tokenizer(first.tokenizer_name, first.folder)
-        eot = tokenizer.eot if data.bos else None
+        eot = tokenizer.eot if data.bos or data.best_fit else None
         if tokenizer.pictures and T % (D := tokenizer.pictures.D):
             rule = f"must be a multiple of {D}, the tokens of a caption and its picture in {first.name!r}"
             raise ConfigError(f"batch.T = {T} {rule}; use --model.max_T {(m := -(-T // D) * D)} --batch.T {m}.")
@@ -152,7 +152,8 @@ def open_loaders(
     for d in sets:
         packed = rows_of(d.train + d.val)
         if not held_out:
-            train.append((PackedLoader if packed else partial(Loader, eot=eot))(d.train, T, seed, shuffle, V=V))
+            plain = partial(FittedLoader if data.best_fit else Loader, eot=eot)
+            train.append((PackedLoader if packed else plain)(d.train, T, seed, shuffle, V=V))
         val.append((PackedLoader if packed else Loader)(d.val, T, shuffle=False, V=V))
     if not mix:
         return first, (train or val)[0], val[0]

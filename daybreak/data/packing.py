@@ -8,14 +8,17 @@ cut in two, so a row may end in padding: an example of end-of-text tokens of whi
 
 The loader gives tokens, targets and positions. Of these the engine finds where each example begins, and attention stays
 inside it. A target is -1 where the next token is not learned, or belongs to the next example.
+
+Rows of text need no files: `FittedLoader` packs the documents of plain shards when it opens them, and cuts those that
+fit nowhere. There attention sees all of a row.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daybreak.data.dataset import ShardRecord, SplitRecord
-from daybreak.data.loader import Batch, Loader, mapped
+from daybreak.data.loader import Batch, Loader, mapped, places_of
 from daybreak.data.shards import HEADER_BYTES, ShardInfo, ShardWriter, fingerprint_shards, open_shard
 from daybreak.errors import DataError, explained
 from daybreak.files import fsync, sha256_of
@@ -43,11 +46,16 @@ class Example(NamedTuple):
     nbytes: int
 
 
-def pack(lengths: Sequence[int], T: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], T: int, crop: bool = False) -> list[list[int]]:
     """Which examples are in each row of T tokens. Every one has 1 to T tokens and is in one row, whole.
+
+    crop: rows are full instead, and examples may be longer. A row takes the longest that fits, again and again. Where
+    none fits it takes the shortest, which the row's end cuts. What is left at last and fills no row is in none.
 
     `free` has a bit for every room that a row still has, so the best fit is the lowest bit from a length on.
     """
+    if crop:
+        return _cropped(lengths, T)
     rows: list[list[int]] = []
     by_room = defaultdict[int, list[int]](list)
     free = 0
@@ -65,6 +73,26 @@ def pack(lengths: Sequence[int], T: int) -> list[list[int]]:
             by_room[left].append(row)
             free |= 1 << left
     return sorted(sorted(row) for row in rows)
+
+
+def _cropped(lengths: Sequence[int], T: int) -> list[list[int]]:
+    """`pack` with crop. `has` has a bit for every length that waits; all above T are one."""
+    waiting = defaultdict[int, deque[int]](deque)
+    for example, length in enumerate(lengths):
+        waiting[min(length, T)].append(example)
+    rows, has = list[list[int]](), sum(1 << length for length in waiting)
+    while has:
+        row, room = list[int](), T
+        while room and has:
+            fitting = has & ((2 << room) - 1)
+            length = (fitting or has & -has).bit_length() - 1
+            row.append(waiting[length].popleft())
+            if not waiting[length]:
+                has ^= 1 << length
+            room -= min(length, room)
+        if not room:
+            rows.append(row)
+    return rows
 
 
 def marks_of(shard: Path) -> Path:
@@ -129,6 +157,62 @@ class PackedLoader(Loader):
         targets, places = np.full(tokens.shape, -1, np.int32), np.arange(self.T, dtype=np.int32)
         np.copyto(targets[:, :-1], tokens[:, 1:], where=marks[:, 1:] == LEARNED, casting="unsafe")
         return tokens, targets, places - np.maximum.accumulate(np.where(marks & START, places, 0), axis=1)
+
+
+class Fitted(NamedTuple):
+    """Rows of a shard: row i consists of the pieces ends[i - 1] to ends[i], each a run of `sizes` tokens from `starts`
+    on."""
+
+    ends: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+
+def fit_documents(tokens: NDArray[Any], eot: int, size: int) -> Fitted:
+    """The documents of a shard, which begin with `eot`, in rows of `size` tokens by `pack` with crop."""
+    at = places_of(tokens, eot)
+    lengths, order, ends = np.diff(at, append=len(tokens)), list[int](), list[int]()
+    for first in range(0, len(at), WINDOW):
+        for row in pack(lengths[first : first + WINDOW].tolist(), size, crop=True):
+            order += [first + i for i in row]
+            ends.append(len(order))
+    stops, chosen = np.array(ends, np.int64), np.array(order, np.int64)
+    sizes = lengths[chosen]
+    sizes[stops - 1] -= np.diff(np.cumsum(sizes)[stops - 1], prepend=0) - size  # the last one of a row is cut
+    return Fitted(stops, at[chosen], sizes)
+
+
+class FittedLoader(Loader):
+    """Rows of T + 1 tokens that whole documents fill, each from its start; only the last one of a row may be cut
+    (nanochat's BOS-aligned rows). Documents that fit badly are cut, and the rest of them is dropped."""
+
+    def _divide(self, shard: ShardInfo, eot: int | None) -> tuple[Sequence[int], int]:
+        assert eot is not None
+        rows = self._fitted[shard] = fit_documents(open_shard(shard), eot, self.T + 1)
+        return range(len(rows.ends)), len(rows.ends) * (self.T + 1)
+
+    @cached_property
+    def _fitted(self) -> dict[ShardInfo, Fitted]:
+        return {}
+
+    def _pieces(self, shard: ShardInfo, row: int) -> Iterator[tuple[int, int]]:
+        """(first token, tokens) of each piece of a row."""
+        ends, starts, sizes = self._fitted[shard]
+        part = slice(int(ends[row - 1]) if row else 0, int(ends[row]))
+        return zip(starts[part].tolist(), sizes[part].tolist(), strict=True)
+
+    def _read(self, out: NDArray[Any], shard: ShardInfo, start: int) -> None:
+        tokens, at = mapped(self._owner, open_shard, shard), 0
+        for first, size in self._pieces(shard, start):
+            out[at : at + size] = tokens[first : first + size]
+            at += size
+
+    def _position(self, shard: ShardInfo, start: int, column: int) -> int:
+        for first, size in self._pieces(shard, start):
+            if column < size:
+                return first + column
+            column -= size
+        raise AssertionError
 
 
 class RowWriter:

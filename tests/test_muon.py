@@ -28,6 +28,7 @@ from daybreak.cli.main import main
 from daybreak.config import Config
 from daybreak.config_keys import OptimConfig
 from daybreak.engine import Engine, EngineSpec, plan_engine
+from daybreak.engine.fit import plan_memory
 from daybreak.errors import CheckpointError
 from daybreak.optimizers.muon import Muon
 from daybreak.parallel import ALONE, Group
@@ -240,6 +241,23 @@ def test_eight_ranks_own_whole_matrices_with_little_padding(zero: int) -> None:
     assert elements <= table.whole <= 1.1 * elements
     masters = next(e for e in arena.entries if e.name == "masters")
     assert masters.shape == (arena.sharding.numel // 8,)  # padding counts
+
+
+@pytest.mark.parametrize(("shape", "gpus", "most"), [("nanochat:d24", 8, 0.001), ("nanochat:d12", 3, 0.07)])
+def test_plan_counts_the_rank_that_holds_the_most(shape: str, gpus: int, most: float) -> None:
+    """Its padding too: at most a tenth, and on 8 ranks next to nothing. Of d12 on 3 ranks, rank 2 has the most."""
+    keys = {"optim.name": "muon", "batch.T": 64, "batch.B": 1, "run.steps": 1, "parallel.zero": 1}
+    p = plan(Config(model=parse_shape(shape)).override(keys), gpu="h100", gpus=gpus)
+    each = [plan_memory(p.config, torch.device("cuda"), p.fit.missing, Group(r, gpus))[0] for r in range(gpus)]
+    sizes = [arena.nbytes for arena in each]
+    assert p.nbytes == max(sizes) > min(sizes)
+    assert shape == "nanochat:d24" or p.nbytes == sizes[2] > sizes[0]
+    table = p.arena.sharding.table
+    elements = sum(stop - start for span in table.spans for name, start, stop in span.parts if name)
+    assert elements <= table.whole <= (1 + most) * elements
+    held = [sum(math.prod(e.shape) for e in arena.entries if e.name.startswith("momentum.")) for arena in each]
+    assert sum(held) == elements
+    assert gpus * max(held) <= (1 + most) * elements
 
 
 def test_plan_lists_its_state() -> None:

@@ -41,18 +41,36 @@ def plan_memory(
     return arena, outside
 
 
+def worst_rank(config: Config, device: torch.device, missing: Collection[str], ranks: int) -> Group:
+    """The rank that takes the most memory, to plan with: where parameters stay whole, not all have equally many."""
+    table = plan_engine(engine_spec(config, device, missing), Group(world=ranks))[1]
+    groups = [Group(rank, ranks) for rank in table.unlike_ranks(ranks)]
+    if len(groups) == 1 or not config.parallel.zero:
+        return groups[0]
+    return max(groups, key=lambda group: plan_memory(config, device, missing, group)[0].nbytes)
+
+
 class Fit:
-    """Compares configurations with the bytes that a device has for them. Every size is planned once."""
+    """Compares configurations with the bytes that a device has for them, on the rank that takes the most. Every size is
+    planned once."""
 
     def __init__(self, device: torch.device, missing: Collection[str], budget: int, ranks: int = 1) -> None:
         self.device, self.missing, self.budget, self.ranks = device, missing, budget, ranks
-        self.group = Group(world=ranks)  # to plan with: nothing is connected
+        self._worst: Group | None = None
         self._needs: dict[Config, int] = {}
+
+    def group(self, config: Config) -> Group:
+        """The rank to plan with; nothing is connected. It is found once: B and recompute change what each rank needs,
+        and which one needs the most hardly ever."""
+        if self.ranks == 1 or not config.parallel.zero:
+            return Group(world=self.ranks)
+        self._worst = self._worst or worst_rank(config, self.device, self.missing, self.ranks)
+        return self._worst
 
     def need(self, config: Config) -> int:
         """All bytes that a configuration takes on one device."""
         if config not in self._needs:
-            arena, outside = plan_memory(config, self.device, self.missing, self.group)
+            arena, outside = plan_memory(config, self.device, self.missing, self.group(config))
             self._needs[config] = arena.nbytes + outside
         return self._needs[config]
 

@@ -105,6 +105,15 @@ class ParamTable:
                 self.offsets[row.name] = self.numel + end - _padded(row)
             self.numel += size
 
+    def unlike_ranks(self, world: int) -> list[int]:
+        """One rank of each kind. Those of a kind own whole parameters of the same shapes, in the same order."""
+        owned: list[list[tuple[int, ...]]] = [[] for _ in range(world)]
+        whole = {start: name for span in self.spans for name, start, _ in span.parts if name}
+        for first, stop in self.buckets:
+            for start in sorted(at for at in whole if first <= at < stop):
+                owned[(start - first) * world // (stop - first)].append(self.rows[whole[start]].shape)
+        return [rank for rank, shapes in enumerate(owned) if owned.index(shapes) == rank]
+
     def view(self, flat: Tensor, name: str) -> Tensor:
         """The parameter `name` inside a flat buffer, in its shape."""
         row = self.rows[name]

@@ -134,7 +134,7 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
             config = config.override({"precision.compute": "bf16" if found.peak else "fp32"})
     process = CPU_PROCESS if device.type == "cpu" else 0
     fit = Fit(device, missing, (budget or 1 << 62) - process, gpus)
-    arena, outside = plan_memory(config, device, missing, fit.group)
+    arena, outside = plan_memory(config, device, missing, fit.group(config))
     model = build_model(config.model, config.batch.recompute, device.type)
     rows = engine_spec(config, device, missing).parameters(model)[0]
     parameters, frozen = sum(row.numel for row in rows), sum(row.numel for row in rows if not row.trainable)

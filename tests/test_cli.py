@@ -87,8 +87,8 @@ def _errors_folder(folder: Path) -> None:
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
 
 
-RECIPES = "Recipes: gpt2-124M, gpt2-1558M, gpt2-350M, gpt2-774M, gpt3-125M, llama-1B, nanochat-d12, nanochat-d24, shapes, smollm-135M, tiny; or " \
-          "a shape such as d12, a recipe.toml, or a run's folder."  # fmt: skip
+RECIPES = "Recipes: gpt2-124M, gpt2-1558M, gpt2-350M, gpt2-774M, gpt3-125M, llama-1B, nanochat-d12, nanochat-d24, " \
+          "shapes, smollm-135M, tiny; or a shape such as d12, a recipe.toml, or a run's folder."  # fmt: skip
 FORK = "leave it out, or start a new run from the checkpoint with --fork NAME."
 ERRORS: list[tuple[str, int, str]] = [
     ("trian", 2, "unknown command 'trian'; did you mean 'train'?"),

@@ -119,7 +119,8 @@ def test_a_run_on_such_rows_resumes_with_the_same_bits(tmp_path: Path, monkeypat
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{i} {"abc " * (i % 9)}"}}\n' for i in range(200)))
     assert main(["prepare", "a.jsonl", "--tokenizer", "bytes", "--name", "a"]) == 0
     argv = ["train", "d6", "--model.L", "1", "--model.C", "8", "--model.NH", "1", "--model.max_T", "16", "--model.V",
-            "257", "--data", "a", "--data.best_fit", "true", "--eval.tokens", "64", "--eval.sample_tokens", "0"]  # fmt: skip
+            "257", "--data", "a", "--data.best_fit", "true", "--eval.tokens", "64",
+            "--eval.sample_tokens", "0"]  # fmt: skip
     assert main([*argv, "--name", "whole", "--steps", "4"]) == 0
     assert main([*argv, "--name", "cut", "--steps", "2", "--optim.horizon", "4"]) == 0
     assert main(["train", "runs/cut", "--steps", "4"]) == 0

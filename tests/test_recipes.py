@@ -75,7 +75,7 @@ def test_nanochats_run(name: str) -> None:
     o, s = made.optim, made.schedule
     assert (made.run.steps, made.tokens_at(0), made.T, made.model.V) == (steps, tokens, 2048, 32768)
     assert (o.lr, o.muon_lr, o.muon_weight_decay) == pytest.approx((0.008 * rate, 0.02 * rate, 0.28 * decay), rel=1e-6)
-    assert (o.name, o.muon_momentum, o.muon_warmup, o.muon_final_momentum, o.muon_beta2) == ("muon", 0.97, 400, 0.9, 0.9)
-    assert (o.muon_decay_schedule, o.clip, o.horizon) == ("cosine", 0.0, steps)
+    assert (o.name, o.muon_decay_schedule, o.muon_warmup, o.clip, o.horizon) == ("muon", "cosine", 400, 0.0, steps)
+    assert (o.muon_momentum, o.muon_final_momentum, o.muon_beta2) == (0.97, 0.9, 0.9)
     assert (made.data.name, made.data.best_fit) == ("climbmix-bpe32768", True)
     assert (s.name, s.warmup, s.wsd_frac, s.final_frac) == ("wsd-linear", 40, 0.35, 0.05)

@@ -22,6 +22,7 @@ from daybreak.data.shards import ShardInfo, fingerprint_shards, open_shard
 from daybreak.errors import DataError
 
 Batch = tuple[NDArray[Any], ...]  # tokens and targets (samples, T); of packed rows also positions (data/packing.py)
+Starts = range | NDArray[np.int64]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -109,7 +110,7 @@ class Loader:
             raise DataError(f"{said}; {fix}, or a smaller --batch.T of train, finetune or import.")
         self._owner = object()
 
-    def _divide(self, shard: ShardInfo, eot: int | None) -> tuple[Sequence[int], int]:
+    def _divide(self, shard: ShardInfo, eot: int | None) -> tuple[Starts, int]:
         """Where the samples of a shard start, as `_read` understands it, and how many tokens are in any of them."""
         if eot is None:
             places = range(0, shard.tokens - self.T + 1 - self.beyond, self.T)

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daybreak.data.dataset import ShardRecord, SplitRecord
-from daybreak.data.loader import Batch, Loader, mapped, places_of
+from daybreak.data.loader import Batch, Loader, Starts, mapped, places_of
 from daybreak.data.shards import HEADER_BYTES, ShardInfo, ShardWriter, fingerprint_shards, open_shard
 from daybreak.errors import DataError, explained
 from daybreak.files import fsync, sha256_of
@@ -186,7 +186,7 @@ class FittedLoader(Loader):
     """Rows of T + 1 tokens that whole documents fill, each from its start; only the last one of a row may be cut
     (nanochat's BOS-aligned rows). Documents that fit badly are cut, and the rest of them is dropped."""
 
-    def _divide(self, shard: ShardInfo, eot: int | None) -> tuple[Sequence[int], int]:
+    def _divide(self, shard: ShardInfo, eot: int | None) -> tuple[Starts, int]:
         assert eot is not None
         rows = self._fitted[shard] = fit_documents(open_shard(shard), eot, self.T + 1)
         return range(len(rows.ends)), len(rows.ends) * (self.T + 1)

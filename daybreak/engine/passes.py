@@ -176,13 +176,8 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
             f"model.NH = {cfg.NH} makes heads of {cfg.HS}, and CUDA's attention takes 256 at most; use more."
         )
     model = build_model(cfg, spec.recompute, spec.device_type)
-    limit, groups = (
-        spec.bucket_bytes // dtype.itemsize,
-        (
-            *spec.groups, *family_groups(cfg, spec.optim), *muon_groups(spec.optim, spec.schedule),
-            adamw_group(spec.optim),
-        ),
-    )
+    limit, own = spec.bucket_bytes // dtype.itemsize, (*spec.groups, *family_groups(cfg, spec.optim))
+    groups = (*own, *muon_groups(spec.optim, spec.schedule), adamw_group(spec.optim))
     rows, adapters = spec.parameters(model)
     table = ParamTable(rows, groups, group.world, limit, adapters)
     assert table.offsets, "no parameter is trainable"

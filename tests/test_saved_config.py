@@ -25,7 +25,7 @@ from daybreak.manifest import checksum
 # The four places of the data may differ: its content is compared when a run is resumed.
 FREE = {name for name in keys_of() if may_change(name)} | {"data.name", "data.dir", "data.train", "data.val"}
 TEXTS = ("x", "", "bytes", "none", "fp32", "auto", "torch", "plain", "live", "cosine", "constant", "stop", "continue",
-         "wandb", "1:2", "never", "always", "gpt2", "muon", "nf4")  # fmt: skip
+         "wandb", "1:2", "never", "always", "gpt2", "muon", "nf4", "bf16")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def edited(run: Path, name: str, value: str | None) -> str:
 def other(now: Config, name: str) -> Any:
     """A value that this key could have instead."""
     value = dict(now.items())[name]
-    numbers = (0, 1, 2, 3, 24, 32, 128, 256)
+    numbers = (0, 1, 2, 3, 24, 32, 128, 256, 0.5)
     more: tuple[Any, ...] = (not value,) if isinstance(value, bool) else (((3, 64),),) if value == () else TEXTS
     for candidate in map(type(value), numbers) if type(value) in (int, float) else more:
         try:

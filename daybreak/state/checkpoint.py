@@ -2,7 +2,8 @@
 
     step-00001000/model.safetensors                    canonical names, whole tensors
                   base.safetensors                     the same of what does not learn, in a run with adapters
-                  optimizer-00000-of-00001.safetensors  a rank's ranges of the flat buffers (where: in its metadata)
+                  optimizer-00000-of-00001.safetensors  a rank's ranges of the flat buffers (where: in its metadata),
+                                                        in the dtype that training keeps them in
                   manifest.json                         written last: everything else, and every file's size and sha256
 
 The base never changes. So it is written once, and later checkpoints of the run have a hard link to it: each is

@@ -1,4 +1,4 @@
-"""The drawings of the course's chapters about how it runs, 11 to 17; learn_pictures.py writes them."""
+"""The drawings of the course's later chapters, 11 to 18; learn_pictures.py writes them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from learn_drawing import line, picture, rect, text
 from daybreak.config_keys import OptimConfig, ScheduleConfig
 from daybreak.engine import EngineSpec, plan_engine
 from daybreak.engine.arena import ALIGN, _place
+from daybreak.images.scenes import scenes
 from daybreak.shapes import GPT2Config
 from daybreak.training.schedule import learning_rate
 
@@ -435,9 +436,40 @@ def layouts() -> str:
     return picture(y + 26, "The three matmuls of a layer, and the order in memory that each needs", parts)
 
 
+def mosaic() -> str:
+    """A caption and its picture of 8 x 8 patches, cut apart, and both as one row of tokens."""
+    caption = "a red circle left of a small blue square"
+    pixels = dict(scenes())[caption]
+    parts, size, gap = [text(24, 30, caption)], 7, 12
+    cut = pixels.reshape(2, 8, 2, 8, 3).swapaxes(1, 2).reshape(4, 8, 8, 3)
+    for n, patch in enumerate(cut):
+        left, top = 40 + n % 2 * (8 * size + gap), 48 + n // 2 * (8 * size + gap)
+        parts += [
+            f'<rect x="{left + x * size}" y="{top + y * size}" width="{size}" height="{size}" '
+            f'fill="#{patch[y, x, 0]:02x}{patch[y, x, 1]:02x}{patch[y, x, 2]:02x}"/>'
+            for y in range(8) for x in range(8)
+        ]  # fmt: skip
+        parts += [line(*((left + x * 56, top + y * 56) for x, y in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 0))))]
+        code, side = ("7", "12", "31", "40")[n], (left - 22, left + 64)[n % 2]
+        parts.append(text(side, top + 33, code, "s"))
+    parts.append(
+        text(230, 110, "each patch has the number of", "s") + text(230, 130, "its nearest in the dictionary", "s")
+    )
+    words, x = [*caption.split()[:3], "...", "square"], 16.0
+    for kind, said in (
+        [("a", w) for w in words] + [("b", "picture")] + [("c", c) for c in ("7", "12", "31", "40")] + [("b", "end")]
+    ):
+        width = 16 + 8.2 * len(said)
+        parts.append(rect(x, 206, width, 32, kind, said))
+        x += width + 3
+    parts.append(text(16, 262, "text: numbers below V", "s") + text(346, 262, "patches: V and above", "s"))
+    return picture(280, "A caption and a picture as one row of tokens", parts)
+
+
 PICTURES_RUN: dict[str, Callable[[], str]] = {
     "rounding": rounding, "formats": formats, "packing": packing, "memory": memory,
     "roofline": roofline, "launches": launches,
     "ring": ring, "zero": zero, "interval": interval, "save": save,
     "run-good": run_good, "run-four": run_four, "run-few": run_few, "layouts": layouts,
+    "mosaic": mosaic,
 }  # fmt: skip

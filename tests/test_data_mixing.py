@@ -148,4 +148,6 @@ def test_training_on_a_mixture_resumes_and_tells_its_counts(
     (tmp_path / "c.txt").write_text("some text\n" * 50)
     assert main(["prepare", "c.txt", "--name", "c"]) == 0
     assert main([*argv[:-6], "--data", "a=1,c=1", "--name", "x"]) == 4
-    assert "were made with tokenizers 'bytes' and 'gpt2'; a mixture needs one" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "were made with tokenizers 'bytes' and 'gpt2'; a mixture needs one" in said
+    assert "prepare the text of 'c' with --tokenizer bytes." in said

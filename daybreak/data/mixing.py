@@ -24,7 +24,7 @@ from daybreak.data.dataset import Dataset, open_dataset
 from daybreak.data.loader import Batch, Loader, permutation
 from daybreak.data.packing import FittedLoader, PackedLoader, rows_of
 from daybreak.data.pictures import MARK, text_name
-from daybreak.data.tokenizer import get_tokenizer
+from daybreak.data.tokenizer import TOKENIZER_FILE, get_tokenizer
 from daybreak.errors import ConfigError, DataError
 
 BLOCK = 1024  # samples
@@ -137,9 +137,11 @@ def open_loaders(
     first = first if first.folder else replace(first, folder=beside)
     known = (first.tokenizer_name, text_name(first.tokenizer_name))
     if other := next((d for d in sets if d.tokenizer_name not in known), None):
+        text = known[1] if first.folder is None or not known[1].startswith("hf-") else first.folder / TOKENIZER_FILE
         raise DataError(
             f"{first.name!r} and {other.name!r} were made with tokenizers {first.tokenizer_name!r} and "
-            f"{other.tokenizer_name!r}; a mixture needs one: prepare one of them again."
+            f"{other.tokenizer_name!r}; a mixture needs one: prepare "
+            f"the text of {other.name!r} with --tokenizer {text}."
         )
     eot = None
     if data.bos or data.best_fit or MARK in first.tokenizer_name:

@@ -1,4 +1,4 @@
-"""Cases of the global norm and of AdamW over all parameters of a GPT-2, in every layout of the masters."""
+"""Cases of the global norm and of AdamW over all parameters of a GPT-2: every layout of masters, and bf16 moments."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ LAYERS = {768: 12, 1024: 24, 1280: 36, 1600: 48}  # of GPT-2's sizes, by width
 OPTIONS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "seed": 42, "offset": 0}
 # Bytes that an element moves: the gradient is read, all else read and written, weights beside fp32 masters written.
 LAYOUTS = {"fp32 masters": 2 + 2 + 3 * 8, "split masters": 2 + 2 * 4 + 2 * 8, "no masters": 2 + 4 + 2 * 8}
+LAYOUTS |= {"no masters, bf16 moments": 2 + 4 + 2 * 4}
 
 
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
@@ -30,9 +31,10 @@ def _norm(N: int) -> Callable[[], Callable[[], None]]:
 
 def _update(N: int, layout: str) -> Callable[[], Callable[[], None]]:
     def make() -> Callable[[], None]:
-        weights, grads, m = rand(N), rand(N), rand(N, dtype=torch.float32)
+        weights, grads = rand(N), rand(N)
+        m = rand(N, dtype=torch.bfloat16 if "bf16 moments" in layout else torch.float32)
         v = torch.empty_like(m).uniform_()
-        masters = None if layout == "no masters" else torch.empty_like(weights if layout[0] == "s" else m)
+        masters = None if layout.startswith("no masters") else torch.empty_like(weights if layout[0] == "s" else m)
         if layout == "fp32 masters" and masters is not None:
             masters.copy_(weights)
         elif masters is not None:

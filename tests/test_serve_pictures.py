@@ -105,7 +105,7 @@ def test_texts_and_pictures_are_made_together(home: Path) -> None:
         ({"response_format": "url"}, "response_format = 'url' must be b64_json."),
         ({"size": "1024x1024"}, "size = '1024x1024' must be 8x8, which 'art' draws."),
         ({"n": 17}, "n = 17 must be a whole number, from 1 to 16."),
-        ({"prompt": "x" * 99}, "is too long|the prompt has 99 tokens, and before a picture there is room for"),
+        ({"prompt": "x" * 99}, "a prompt of 99 characters does not fit into the 13 tokens before a picture; shorten it."),
         ({"quality": "hd"}, "quality = 'hd' is not supported; leave it out."),
         ({"extra_body": {"temperature": -1}}, "temperature = -1 must be a number, from 0 to 100."),
         ({"extra_body": {"sead": 1}}, "unknown field 'sead'; did you mean 'seed'?"),
@@ -115,7 +115,7 @@ def test_texts_and_pictures_are_made_together(home: Path) -> None:
 def test_refusals(client: Any, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         client.images.generate(**{"model": "art", "prompt": "a dog", **fields})
-    assert any(part in error.value.message for part in said.split("|"))
+    assert said in error.value.message
 
 
 def test_another_model_is_not_found(client: Any) -> None:
@@ -146,7 +146,7 @@ def test_the_page_draws(port: int, tmp_path: Path) -> None:
             browser.until(wide)
         assert browser.run("document.documentElement.scrollWidth") == 390
         browser.run(f"at('prompt').value = '{'x' * 99}', at('form').requestSubmit()")
-        browser.until("!running && at('error').textContent.includes('shorten')")
+        browser.until("!running && at('error').textContent.includes('shorten it')")
         assert browser.run("[at('go').textContent, getComputedStyle(at('text')).display]") == ["Draw", "none"]
         browser.run(
             "at('plain').click(), at('max_tokens').value = 5, at('prompt').value = 'On ', at('form').requestSubmit()"

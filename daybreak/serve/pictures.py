@@ -64,8 +64,8 @@ def parse_drawing(body: Any, name: str, model: Model, codec: Codec | None) -> Dr
     if not isinstance(prompt, str):
         raise Refused(400, "prompt must be a text; an empty one asks for a picture of any kind.", "prompt")
     if len(prompt) > (most := pictures.room * int(model.tokenizer.lengths(model.tokenizer.V).max())):
-        raise Refused(400, f"a prompt of {len(prompt)} characters is too long ({most}).", "prompt",
-                      "context_length_exceeded")  # fmt: skip
+        said = f"a prompt of {len(prompt)} characters does not fit into the {pictures.room} tokens before a picture"
+        raise Refused(400, f"{said}; shorten it.", "prompt", "context_length_exceeded")
     try:
         ids = head(model.tokenizer, pictures, without_surrogates(prompt))
         heat, top_p, min_p = (number(body, field, *limits, whole=False) for field, limits in FRACTIONS.items())

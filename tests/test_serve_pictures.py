@@ -105,7 +105,7 @@ def test_texts_and_pictures_are_made_together(home: Path) -> None:
         ({"response_format": "url"}, "response_format = 'url' must be b64_json."),
         ({"size": "1024x1024"}, "size = '1024x1024' must be 8x8, which 'art' draws."),
         ({"n": 17}, "n = 17 must be a whole number, from 1 to 16."),
-        ({"prompt": "x" * 99}, "a prompt of 99 characters does not fit into the 13 tokens before a picture; shorten it."),
+        ({"prompt": "x" * 99}, "of 99 characters does not fit into the 13 tokens before a picture; shorten it."),
         ({"quality": "hd"}, "quality = 'hd' is not supported; leave it out."),
         ({"extra_body": {"temperature": -1}}, "temperature = -1 must be a number, from 0 to 100."),
         ({"extra_body": {"sead": 1}}, "unknown field 'sead'; did you mean 'seed'?"),

@@ -63,7 +63,7 @@ def parse_drawing(body: Any, name: str, model: Model, codec: Codec | None) -> Dr
     prompt = body.get("prompt")
     if not isinstance(prompt, str):
         raise Refused(400, "prompt must be a text; an empty one asks for a picture of any kind.", "prompt")
-    if len(prompt) > (most := pictures.room * int(model.tokenizer.lengths(model.tokenizer.V).max())):
+    if len(prompt) > pictures.room * int(model.tokenizer.lengths(model.tokenizer.V).max()):
         said = f"a prompt of {len(prompt)} characters does not fit into the {pictures.room} tokens before a picture"
         raise Refused(400, f"{said}; shorten it.", "prompt", "context_length_exceeded")
     try:

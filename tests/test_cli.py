@@ -161,7 +161,8 @@ ERRORS: list[tuple[str, int, str]] = [
      "--host 0.0.0.0 lets others in: set DAYBREAK_KEY to a secret of 16 or more characters first."),
     ("prepare", 2, "Missing argument 'NAME|FILE...'; see daybreak prepare --help."),
     ("prepare nothere.txt", 4, "'nothere.txt' is neither a file nor a folder; give one that exists."),
-    ("prepare latin1.txt", 4, "latin1.txt line 2: byte 0xef is not UTF-8; convert the file to UTF-8."),
+    ("prepare latin1.txt", 4, "latin1.txt line 2: byte 0xef is not UTF-8; convert the file, for instance with "
+     "`iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW`."),
     ("prepare bad.jsonl", 4, "bad.jsonl line 2 is not valid JSON (Expecting value: line 2 column 1 (char 10)); fix or "
                              "delete the line."),
     ("prepare good.txt --shard-tokens 0", 2, "shard-tokens = 0 must be from 1 to 2147483647."),

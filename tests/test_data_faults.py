@@ -123,8 +123,14 @@ def test_the_share_and_the_next_command_are_said(
     assert main(["prepare", "a.txt", "--tokenizer", "bytes"]) == 0
     manifest = json.loads(Path("data/a-bytes/manifest.json").read_text())
     share = 100 * manifest["val"]["tokens"] / (manifest["val"]["tokens"] + manifest["train"]["tokens"])
-    command = "daybreak train d6 --model.V 257 --data a-bytes --name a-bytes"
+    assert 256 < manifest["val"]["tokens"] <= 512 < manifest["train"]["tokens"]  # a sample of 1,024 does not fit
+    command = "daybreak train d6 --model.V 257 --batch.T 256 --data a-bytes --name a-bytes"
     assert capsys.readouterr().out.endswith(f"\nValidation is {share:.3g} % of the tokens. Next: {command}\n")
+    Path("b.txt").write_text("one line\n" * 20_000)
+    assert main(["prepare", "b.txt"]) == 0
+    _, said, advice = capsys.readouterr().out.splitlines()
+    assert said.endswith("Next: daybreak train d6 --data b --name b")
+    assert "--tokenizer gpt2-1024, and train tiny" in advice
 
 
 # ---- good files
@@ -388,7 +394,8 @@ KINDS = {
     ".npz": (saved(lambda out: np.savez(out, a=IDS)), "a zip or pickle (.pt, .npz), as PyTorch's ckpt.pt is"),
     ".gguf": (b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + bytes(2000), "a GGUF model for llama.cpp"),
     "LFS": (BAD["g.parquet"], "a Git LFS pointer, not the file itself; run `git lfs pull`"),
-    "UTF-16": ("Once upon a time\n".encode("utf-16") * 99, "UTF-16 text; convert it: `iconv -f UTF-16 -t UTF-8`"),
+    "UTF-16": ("Once upon a time\n".encode("utf-16") * 99,
+               "UTF-16 text; convert it: `iconv -f UTF-16 -t UTF-8 OLD > NEW`"),
     "UTF-16, no mark": ("Once upon a time\n".encode("utf-16-le") * 99, "UTF-16 text; convert it"),
     "safetensors": (struct.pack("<Q", 50) + b'{"a":{"dtype":"F32"}}'.ljust(2000), "a safetensors file of weights"),
     "Parquet": (parquet(NULLS), "a Parquet table; name it .parquet and give it to `daybreak prepare`"),

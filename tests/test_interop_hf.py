@@ -393,6 +393,7 @@ def test_a_name_is_downloaded(tmp_path: Path) -> None:
         server.shutdown()
         server.server_close()
     assert missing.stderr.startswith("daybreak: nobody/nothing could not be downloaded (")
+    assert missing.stderr.endswith("), and no folder has this name; check name and network, or give a folder.\n")
     assert missing.stderr.count("\n") == 1
     got = torch.empty(48)
     Run(tmp_path / "runs/gpt2").checkpoint().read_model("h.1.ln2b", got)

@@ -117,15 +117,27 @@ def prepare(
     share = 100 * val.tokens / (train.tokens + val.tokens)
     V = get_tokenizer(manifest.tokenizer, Path(data_dir) / manifest.name).V
     model = "tiny" if V == 1025 else f"{'d6' if train.tokens < 10**8 else 'd12'}{f' --model.V {V}' * (V != 50_257)}"
+    model += _shorter(manifest, 128 if V == 1025 else 1024)
     place = f" --data.dir {data_dir}" * (data_dir != "data")
     owner = _model_beside(options["tokenizer"])
+    small = V == 50_257 and 0 < train.bytes < 2 * 10**7 and not owner
+    laptop = "\nWithout a GPU, prepare so small a text with --tokenizer gpt2-1024, and train tiny (docs/your-text.md)."
     further = f"daybreak finetune {owner} --data {manifest.name}{place}; from scratch: " * bool(owner)
     click.echo(
         f"{data_dir}/{manifest.name}: {train.tokens:,} training and {val.tokens:,} validation tokens "
         f"({manifest.tokenizer}) of {train.documents + val.documents:,} documents in {shards} shards\n"
         f"Validation is {share:.3g} % of the tokens. Next: {further}daybreak train {model} --data {manifest.name} "
-        f"--name {manifest.name}{place}"
+        f"--name {manifest.name}{place}{laptop * small}"
     )
+
+
+def _shorter(manifest: Manifest, T: int) -> str:
+    """The flag with which a set of short shards fills a sample; "" if one of T tokens fits, or nothing does."""
+    longest = min(max((s.tokens for s in split.shards), default=0) for split in (manifest.train, manifest.val))
+    fits = T
+    while fits and fits >= longest:  # a sample has one token more
+        fits //= 2
+    return f" --batch.T {fits}" if 8 <= fits < T else ""
 
 
 def _model_beside(tokenizer: str) -> str:

@@ -138,7 +138,8 @@ def _guarded(path: Path, items: Iterator[Item], faults: Faults) -> Iterator[Item
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> str:
     line += error.object.count(b"\n", 0, error.start)
-    return f"{path} line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file to UTF-8."
+    said = f"{path} line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8"
+    return f"{said}; convert the file, for instance with `iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW`."
 
 
 def read_text(path: Path, faults: Faults) -> Iterator[str]:

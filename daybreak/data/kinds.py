@@ -9,9 +9,10 @@ import numpy as np
 HEAD = 1024  # bytes that `identify` is given
 _HEADER = "its ids need llm.c's header, which a few lines of Python in docs/data.md add"
 _IMPORT = "`daybreak import` reads a model's Hugging Face folder"
+_UTF16 = "UTF-16 text; convert it: `iconv -f UTF-16 -t UTF-8 OLD > NEW`"
 _KINDS = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"),
-    (rb"\xff\xfe|\xfe\xff|(?:[\t-~]\0){32}|(?:\0[\t-~]){32}", "UTF-16 text; convert it: `iconv -f UTF-16 -t UTF-8`"),
+    (rb"\xff\xfe|\xfe\xff|(?:[\t-~]\0){32}|(?:\0[\t-~]){32}", _UTF16),
     (rb"\x93NUMPY", f"a NumPy array (.npy); {_HEADER}"),
     (rb"GGUF[\1-\x09]\0", f"a GGUF model for llama.cpp, which daybreak writes and does not read; {_IMPORT}"),
     (rb"PK\x03\x04|\x80[\x02-\x05]", f"a zip or pickle (.pt, .npz), as PyTorch's ckpt.pt is; {_IMPORT}"),

@@ -80,7 +80,7 @@ def open_source(name: str | Path, tokenizer: str = "", step: int | None = None, 
     repository = f"openai-community/{name}" if str(name) in HUB else str(name)
     elsewhere = str(name) in HUB or not path.parent.exists()  # runs/typo stays here
     if elsewhere and not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
-        return huggingface.open_folder(huggingface.download(repository), tokenizer)
+        return huggingface.open_folder(huggingface.download(repository, run_hint(name)), tokenizer)
     files = "a Hugging Face folder, a .gguf file, a .bin or a checkpoint folder of llm.c"
     known = f"{also}{', '.join(HUB)}, OWNER/NAME, {files}"
     if path.exists():

@@ -36,16 +36,16 @@ FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", TOKENIZER_F
 # ---- in
 
 
-def download(repository: str) -> Path:
-    """Fetch a model from the hub into its cache and return its folder. Raises Error when that fails."""
+def download(repository: str, near: str = "") -> Path:
+    """Fetch a model from the hub into its cache and return its folder. near: `run_hint` of the name, for the message.
+    Raises Error when that fails."""
     hub = extra("huggingface_hub", "hf", "downloading")
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=FILES))
     except Exception as error:  # its own classes, and those of two HTTP libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Error(
-            f"{repository} could not be downloaded ({reason}); check name and network, or give a folder."
-        ) from None
+        said = f"{repository} could not be downloaded ({reason}), and no folder has this name{near}"
+        raise Error(f"{said}{' If not,' if near else ';'} check name and network, or give a folder.") from None
 
 
 def open_folder(path: Path, tokenizer: str = "") -> Source:

@@ -1,4 +1,4 @@
-"""The drawings of the course's later chapters, 11 to 18; learn_pictures.py writes them."""
+"""The drawings of the course's later chapters, from 11 on; learn_pictures.py writes them."""
 
 from __future__ import annotations
 
@@ -466,10 +466,34 @@ def mosaic() -> str:
     return picture(280, "A caption and a picture as one row of tokens", parts)
 
 
+def muon() -> str:
+    """A circle under the example's three updates: each has strengths of (1, 1) and of (1, -1)."""
+    parts = [text(102, 28, "gradient descent", "m"), text(280, 28, "AdamW", "m"), text(458, 28, "Muon", "m")]
+    for middle, kind, first, second, said in (
+        (102, "c", 4, 2, "4 and 2"), (280, "b", 2, 0, "2 and 0"), (458, "a", 1, 1, "1 and 1"),
+    ):  # fmt: skip
+        unit, center, half = 18.0, 118.0, math.sqrt(0.5)
+        for radius, style in ((1.0, "line"), (0.0, kind)):
+            strengths = (radius, radius) if radius else (float(first), float(second))
+            points = []
+            for i in range(73):
+                u, v = strengths[0] * math.cos(i * math.pi / 36), strengths[1] * math.sin(i * math.pi / 36)
+                points.append((middle + unit * half * (u - v), center - unit * half * (u + v)))
+            d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+            if style == "line":
+                parts.append(f'<path class="line" stroke-dasharray="4 4" d="{d}"/>')
+            else:
+                parts.append(f'<path class="{kind}" style="fill-opacity:.6;stroke-width:2.5" d="{d}"/>')
+        parts.append(text(middle, 226, said, "m s"))
+    parts.append(text(280, 256, "dashed: the circle before the update; below: strengths of (1, 1) and (1, -1)", "m s"))
+    label = "A circle under three updates: an ellipse for gradient descent, a line for AdamW, and a circle for Muon"
+    return picture(272, label, parts)
+
+
 PICTURES_RUN: dict[str, Callable[[], str]] = {
     "rounding": rounding, "formats": formats, "packing": packing, "memory": memory,
     "roofline": roofline, "launches": launches,
     "ring": ring, "zero": zero, "interval": interval, "save": save,
     "run-good": run_good, "run-four": run_four, "run-few": run_few, "layouts": layouts,
-    "mosaic": mosaic,
+    "mosaic": mosaic, "muon": muon,
 }  # fmt: skip

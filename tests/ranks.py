@@ -105,6 +105,10 @@ class Forked:
         self._process = FORK.Process(target=_begin, args=(run, args, str(cwd), str(out), dict(env)), daemon=True)
         self._process.start()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
     def poll(self) -> int | None:
         return self._process.exitcode
 
@@ -119,7 +123,7 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         if self._process.exitcode is None:
-            os.kill(self._process.pid or 0, number)
+            os.kill(self.pid, number)
 
 
 def _begin(run: Run, args: list[str], cwd: str, out: str, env: dict[str, str]) -> None:

@@ -290,7 +290,8 @@ def test_ranks_of_other_launches(shards: Path, tmp_path: Path) -> None:
     third = ranks.start(2, command(endless), other, range(1, 2), port=port)
     refused(other, third, 2, "rank 1 of 2 was started twice; give every process its own RANK")
     refused(other, ranks.start(2, command(endless), other), 2, "run.name = 'a' is taken: ")
-    refused(other, ranks.start(2, command(tmp_path / "a"), other), 2, "a is being trained by another process; wait or")
+    said = f"a is being trained by process {first[0].pid} on "
+    refused(other, ranks.start(2, command(tmp_path / "a"), other), 2, said)
     assert not (tmp_path / "a/exit.json").exists()
     wait_for_steps(tmp_path / "a", 10)  # it did not notice
     first[0].send_signal(signal.SIGTERM)

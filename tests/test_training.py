@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -167,8 +168,14 @@ def test_another_version_of_the_code_is_told(shards: Path, tmp_path: Path, caplo
 def test_a_run_that_another_process_holds_is_left_alone(shards: Path, tmp_path: Path) -> None:
     """Two starts that both found the name free: the one that comes second to the lock leaves nothing behind."""
     (tmp_path / "a").mkdir()
-    with RunFolder(tmp_path / "a").locked(), pytest.raises(daybreak.Error, match="is being trained by another process"):
-        daybreak.train(config(shards, tmp_path, "a"))
+    folder, us = RunFolder(tmp_path / "a"), f"by process {os.getpid()} on {re.escape(socket.gethostname())}; wait or"
+    with folder.locked():
+        with pytest.raises(daybreak.Error, match=f"is being trained {us}"):
+            daybreak.train(config(shards, tmp_path, "a"))
+        for text in ("", "1 \x1b[31mred\n", "7 a b\n", f"{10**12} a\n", "\xff\n"):  # not written yet, or not by us
+            folder.holder.write_text(text)
+            with pytest.raises(daybreak.Error, match="by another process; wait"), RunFolder(folder.path).locked():
+                pass
     assert not (tmp_path / "a/exit.json").exists()
 
 
@@ -394,7 +401,8 @@ def test_one_process_at_a_time(shards: Path, tmp_path: Path) -> None:
     wait_for_steps(run.path, process, 3)
     second = train_quietly(tmp_path, run.path, "--steps", "100000")
     assert second.returncode == 2
-    assert second.stderr == f"daybreak: {run.path} is being trained by another process; wait or stop it.\n"
+    holder = f"process {process.pid} on {socket.gethostname()}"
+    assert second.stderr == f"daybreak: {run.path} is being trained by {holder}; wait or stop it.\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE) == 75
     assert json.loads(run.folder.exit.read_text())["code"] == 75

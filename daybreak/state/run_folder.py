@@ -5,6 +5,7 @@
     metrics.jsonl    one record a line                        crash.txt      a traceback, or where every thread was
     main.log         llm.c's lines                            samples.txt    generated text
     run-id           tells it from a run of the same name     .torchrun      which torchruns may restart it
+                                                              .holder        process and host that trained it last
 
 Rank 0 creates the folder, and writes the files that a run has once. These calls follow each other:
 
@@ -29,6 +30,7 @@ import logging
 import os
 import platform
 import re
+import socket
 import subprocess
 import time
 import uuid
@@ -71,7 +73,8 @@ class RunFolder:
         self.config, self.env, self.exit = path / "config.toml", path / "env.json", path / "exit.json"
         self.metrics, self.main_log, self.samples = path / "metrics.jsonl", path / "main.log", path / "samples.txt"
         self.checkpoints, self.crash = path / "checkpoints", path / "crash.txt"
-        self.run_id, self.agents = path / "run-id", path / ".torchrun"  # hidden: no run yet, see check_free
+        self.run_id = path / "run-id"
+        self.agents, self.holder = path / ".torchrun", path / ".holder"  # hidden: no run yet, see check_free
 
     def create(self) -> None:
         """Make the folder. Raises ConfigError when the run exists (nothing is ever written over) or the disk refuses.
@@ -197,11 +200,21 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the run for this process, until it ends however it ends. ConfigError if another holds it, or if a link
         in the folder leads out of it."""
-        busy = ConfigError(f"{self.path} is being trained by another process; wait or stop it.")
+        busy = ConfigError(f"{self.path} is being trained by {self.read_holder()}; wait or stop it.")
         with locked(self.path, busy):
             self.check_links()
+            with suppress(OSError), open(self.holder, "w", opener=no_follow) as file:
+                file.write(f"{os.getpid()} {socket.gethostname()}\n")
             with self.watched():
                 yield
+
+    def read_holder(self) -> str:
+        """The process that took the lock last, for people who look for it; it may be on another machine."""
+        said = None
+        with suppress(OSError):
+            text = self.holder.read_text("ascii", "replace") if self.holder.is_file() else ""
+            said = re.fullmatch(r"([0-9]{1,10}) ([a-zA-Z0-9_.-]{1,253})\n", text)  # it may be somebody else's folder
+        return f"process {said[1]} on {said[2]}" if said else "another process"
 
     def check_links(self) -> None:
         """Raise ConfigError for a symbolic link that leads out of the folder, or for what is no file and no folder.

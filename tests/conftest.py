@@ -66,7 +66,10 @@ RECOVERY = ("kill", "faults", "fuzz", "signals", "slurm")
 GROUPS |= {f"tests/test_recovery_{name}.py": "recovery" for name in RECOVERY}
 GROUPS |= {f"tests/test_{name}.py": "recovery" for name in ("saved_config", "files_checked")}
 GROUPS |= {f"tests/test_{name}.py": "decoder" for name in ("llama", "llama_train")}
-GROUPS |= {f"tests/test_images_{name}.py": "pictures" for name in ("codec", "prepare", "draw", "learn", "faults")}
+GROUPS |= {
+    f"tests/test_images_{name}.py": "pictures"
+    for name in ("codec", "prepare", "draw", "learn", "faults", "grow", "known")
+}
 spent = dict.fromkeys(BUDGETS, 0.0)
 FIGURES: dict[str, object] = {}  # what the recovery tests measured, of all worker processes
 counted = [0.0]  # CPU seconds of this process and its children at the last report

@@ -82,7 +82,8 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
     made = _json(path / "config.json", {}).get(FINGERPRINT)
     if made not in (None, known.fingerprint) and not known.source:  # others may spell a tokenizer.json anew
         said = f"{path} was exported with another tokenizer than {known.name!r}"
-        raise CheckpointError(f"{said} ({FINGERPRINT} differs).")
+        lost = "" if known.pictures else f"; if the model draws, copy its {CODEC_FILE} too"
+        raise CheckpointError(f"{said} ({FINGERPRINT} differs){lost}.")
     return Source(path, cfg, known, read, kept={} if tokenizer else _kept(path, known))
 
 

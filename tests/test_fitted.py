@@ -11,6 +11,7 @@ import recovery
 
 from daybreak.cli.main import main
 from daybreak.data import packing
+from daybreak.data.dataset import open_dataset
 from daybreak.data.loader import Loader
 from daybreak.data.packing import FittedLoader, fit_documents, pack
 from daybreak.data.shards import read_header
@@ -114,7 +115,9 @@ def test_a_token_outside_the_vocabulary_is_found_in_its_shard(tmp_path: Path) ->
         FittedLoader([shard], 64, V=V, eot=EOT)
 
 
-def test_a_run_on_such_rows_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_such_rows_resumes_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{i} {"abc " * (i % 9)}"}}\n' for i in range(200)))
     assert main(["prepare", "a.jsonl", "--tokenizer", "bytes", "--name", "a"]) == 0
@@ -126,3 +129,13 @@ def test_a_run_on_such_rows_resumes_with_the_same_bits(tmp_path: Path, monkeypat
     assert main(["train", "runs/cut", "--steps", "4"]) == 0
     ends = [tmp_path / "runs" / name / "checkpoints/step-00000004" for name in ("whole", "cut")]
     assert (ends[0] / "model.safetensors").read_bytes() == (ends[1] / "model.safetensors").read_bytes()
+    said = capsys.readouterr().err
+    dropped = int(said.partition(" samples of 16 tokens an epoch, ")[2].partition(" tokens of cut documents unused")[0])
+    assert "data.best_fit leaves out" not in said
+    assert main([*argv, "--name", "short", "--steps", "1", "--batch.T", "4"]) == 0  # most documents are longer
+    said = capsys.readouterr().err
+    assert (
+        "because many documents are longer than batch.T = 4; use a larger --batch.T, or --data.best_fit false" in said
+    )
+    tokens = sum(shard.tokens for shard in open_dataset("a").train)
+    assert 0 < dropped < tokens / 2

@@ -169,11 +169,7 @@ def open_run(
     group.everywhere(lambda: check_fits(arena, device, config, group.world, outside))
     if config.checkpoint.background and group.world == 1:
         check_host_memory(arena, device)
-    log.info(
-        "%s: %d samples of %d tokens an epoch, %d tokens at the shards' ends unused; fingerprint %s",
-        dataset.name, train_loader.samples_per_epoch, config.T, train_loader.dropped_tokens,
-        train_loader.fingerprint[:16],
-    )  # fmt: skip
+    _say_samples(config, dataset, train_loader)
     if group.rank == 0 and {"cublaslt", "quack"} & set(arena.choices.values()):
         _say_untuned(device)
 
@@ -255,6 +251,22 @@ def _say_slow(config: Config, device: torch.device, compute: str) -> None:
     if device.type == "cuda" and compute == "fp8" and (gain := fp8_gain(config.model)) < LEAST_GAIN:
         log.warning("fp8 may not be worth it: daybreak plan expects %.2f times bf16's speed for so small a model, and "
                     "%.2f times for d24.", gain, FP8_GAIN["d24"])  # fmt: skip
+
+
+def _say_samples(config: Config, dataset: Dataset, loader: Loader) -> None:
+    """How many samples an epoch has, and the tokens that none of them contains."""
+    dropped, whole = loader.dropped_tokens, sum(shard.tokens for shard in dataset.train)
+    where = "of cut documents" if config.data.bos or config.data.best_fit else "at the shards' ends"
+    log.info(
+        "%s: %d samples of %d tokens an epoch, %d tokens %s unused; fingerprint %s",
+        dataset.name, loader.samples_per_epoch, config.T, dropped, where, loader.fingerprint[:16],
+    )  # fmt: skip
+    if config.data.best_fit and dropped > whole / 2:
+        log.warning(
+            "data.best_fit leaves out %d %% of the tokens, because many documents are longer than batch.T = %d; use a "
+            "larger --batch.T, or --data.best_fit false.",
+            100 * dropped // whole, config.T,
+        )  # fmt: skip
 
 
 def _say_untuned(device: torch.device) -> None:

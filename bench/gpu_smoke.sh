@@ -225,7 +225,8 @@ section_muon() { # the blocks' matrices by Muon, the rest by AdamW
 section_nanochat() { # nanochat's family: Muon, and its own groups of parameters
   data
   local run="$nano $flags --model.V 50257 --optim.name muon --optim.lr 0.008 --optim.muon_warmup 4 --optim.clip 0"
-  run="$run --checkpoint.every 2 --eval.every 4"
+  run="$run --optim.muon_final_momentum 0.9 --optim.muon_decay_schedule cosine --schedule.name wsd-linear"
+  run="$run --schedule.wsd_frac 0.35 --checkpoint.every 2 --eval.every 4"
   [ "${SMOKE:-gpu}" = cpu ] && run="$run --eval.tokens 1024"
   step "train nanochat's family" "daybreak train $run --name n --steps 8"
   step "killed" "daybreak train $run --name nk --steps 8 & $checks kill nk 4 \$!"

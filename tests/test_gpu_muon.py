@@ -29,7 +29,9 @@ pytestmark = [
 B, T, LR, STEPS = 4, 128, 3e-3, 6
 GPT = GPT2Config(L=3, C=128, NH=2, max_T=T, V=1000)
 LLAMA = LlamaConfig(L=2, C=256, NH=4, NKV=2, HS=64, F=384, max_T=T, V=1000, qk_norm=True)
-MUON = OptimConfig(name="muon", lr=LR, muon_lr=0.02, muon_warmup=4)
+MUON = OptimConfig(
+    name="muon", lr=LR, muon_lr=0.02, muon_warmup=4, muon_final_momentum=0.9, muon_decay_schedule="cosine", horizon=8
+)
 
 
 @pytest.fixture(autouse=True)

@@ -87,7 +87,7 @@ def allocations(engine: Engine) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", help="a published shape, such as llama3-8b or llama3.2-1b")
-    parser.add_argument("--method", default="lora", choices=("lora", "qlora", "full"))
+    parser.add_argument("--method", default="lora", choices=("lora", "lora8", "qlora", "full"))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--B", type=int, default=1)
     parser.add_argument("--T", type=int, default=2048)
@@ -107,7 +107,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     cfg, began = parse_shape(a.model), time.perf_counter()
-    lora = LoraConfig(**{"full": {}, "lora": {"rank": a.rank}, "qlora": {"rank": a.rank, "base": "nf4"}}[a.method])
+    base = {"lora8": "fp8", "qlora": "nf4"}.get(a.method, "compute")
+    lora = LoraConfig() if a.method == "full" else LoraConfig(a.rank, base=base)
     spec = EngineSpec(
         replace(cfg, L=a.layers or cfg.L), B=a.B, T=a.T, compute=a.precision, recompute=a.recompute, lora=lora,
         documents=a.packed, optim=OptimConfig(beta2=0.999, weight_decay=0.0), masters=a.masters,

@@ -94,8 +94,9 @@ class LoraConfig:
     targets: str = key("*", "linear layers with adapters, as patterns with commas between: q,v or attproj or h.0.*")
     rslora: bool = key(False, "multiply by alpha / sqrt(rank) instead, for high ranks (rsLoRA)")
     base: str = key(
-        "compute", "how frozen matrices are held: compute (as precision.compute) or nf4 (in 4 bits, as QLoRA)",
-        one_of("compute", "nf4"),
+        "compute",
+        "how frozen matrices are held: compute (as precision.compute), nf4 (4 bits, as QLoRA) or fp8 (for matmuls too)",
+        one_of("compute", "nf4", "fp8"),
     )  # fmt: skip
 
     @property

@@ -28,7 +28,7 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "lora.alpha": (0.0, "32", 32.0, (-1.0,)),
     "lora.targets": ("*", "q,v", "q,v", ()),
     "lora.rslora": (False, "true", True, ()),
-    "lora.base": ("compute", "nf4", "nf4", ("int8",)),
+    "lora.base": ("compute", "fp8", "fp8", ("int8",)),
     "data.name": ("stdlib", "book", "book", ("",)),
     "data.train": ("", "a_*.bin", "a_*.bin", ()),
     "data.val": ("", "b_*.bin", "b_*.bin", ()),

@@ -30,7 +30,8 @@ from torch import Tensor
 from daybreak.engine.collectives import Collectives, Sharding, gradient_of, reduce_gradients
 from daybreak.engine.params import ParamTable
 from daybreak.kernels import Call, Kernels, Recorder, acc_dtype, storage_key
-from daybreak.kernels.nf4 import SUFFIXES, Packed
+from daybreak.kernels.held import SUFFIXES, TURNED, Eight, Held, gathered, widened
+from daybreak.kernels.nf4 import Packed
 from daybreak.models.adapters import Adapter
 from daybreak.models.frame import Frame, Mode
 from daybreak.models.rows import Row
@@ -83,11 +84,11 @@ class StepFrame(Frame, Protocol):
     def constant(self, name: str) -> Tensor:
         return self.state[CONSTANT + name]
 
-    def plain(self, stored: Tensor | Packed) -> TypeGuard[Tensor]:
+    def plain(self, stored: Tensor | Held) -> TypeGuard[Tensor]:
         """Whether a weight is held in compute dtype."""
         return stored.dtype == self.dtype
 
-    def converted(self, name: str, stored: Tensor | Packed) -> Tensor:
+    def converted(self, name: str, stored: Tensor | Held) -> Tensor:
         """A frozen weight that is held otherwise: a copy in compute dtype, made for every call that reads it.
 
         Forward and backward have one each, so that between the two its bytes are free."""
@@ -95,7 +96,10 @@ class StepFrame(Frame, Protocol):
         if isinstance(stored, Packed):
             self.k.nf4_unpack(copy, *stored.tensors, rows=stored.rows)
             return copy
-        self.k.do("convert", partial(copy.copy_, stored), [copy], [stored])
+        if isinstance(stored, Eight):
+            self.k.do("convert", partial(widened, stored, copy), [copy], [*stored.tensors])
+        else:
+            self.k.do("convert", partial(copy.copy_, stored), [copy], [stored])
         return copy
 
     def final(self) -> None:
@@ -110,11 +114,13 @@ class StepFrame(Frame, Protocol):
         return
 
 
-def frozen_weight(state: Mapping[str, Tensor], row: Row) -> Tensor | Packed:
+def frozen_weight(state: Mapping[str, Tensor], row: Row) -> Tensor | Held:
     """A frozen parameter as it is held."""
-    if (whole := state.get(FROZEN + row.name)) is not None:
+    name = FROZEN + row.name
+    if (whole := state.get(name)) is not None:
         return whole
-    return Packed(row.shape, row.stacked or row.shape[:1], *(state[FROZEN + row.name + part] for part in SUFFIXES))
+    parts = [state[name + part] for part in SUFFIXES[row.held]]
+    return gathered(row.held, row.shape, row.stacked or row.shape[:1], parts, state.get(name + TURNED))
 
 
 def name_inputs(state: dict[str, Tensor]) -> None:
@@ -186,7 +192,7 @@ class LiveFrame(StepFrame):
         self.activations = {e.name: tensors[e.name] for e in arena.entries if e.buffer == "activations"}
         self.k = Kernels(self.state["scratch"], arena.choices)
         views = {name: table.view(self.state["weights"], name) for name in table.offsets}
-        self.weights: dict[str, Tensor | Packed] = {
+        self.weights: dict[str, Tensor | Held] = {
             **views, **{row.name: frozen_weight(self.state, row) for row in table.frozen}
         }  # fmt: skip
         self.grads: dict[str, Tensor | None] = dict.fromkeys(table.rows)

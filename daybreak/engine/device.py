@@ -52,12 +52,14 @@ def pick_compute(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
 
 
-def check_fp8(capability: tuple[int, int], gpu: str) -> None:
+def check_fp8(capability: tuple[int, int], gpu: str, key: str = "precision.compute") -> None:
     """Raise ConfigError if a GPU of this compute capability cannot train in fp8."""
     from daybreak.kernels.cuda.fp8 import usable
 
     if needs := usable(capability):
-        raise ConfigError(f"precision.compute = fp8 needs {needs}; use bf16 on {gpu}.")
+        raise ConfigError(
+            f"{key} = fp8 needs {needs}; use {'bf16' if key == 'precision.compute' else 'compute'} on {gpu}."
+        )
 
 
 def fp8_steps(config: Config) -> int | None:

@@ -7,7 +7,9 @@ lists them, and `h.0.d_residual3`, `d_residual2`, `d_fc` and `d_qkv` for gradien
 arena as `NAME.value`, `NAME.scale` and `NAME.transposed`: those of an activation for as long as a call needs them, and
 those of a weight for good, because all micro-steps of a step read the same ones.
 
-precision.compute = "fp8" makes such a mapping of the model's `matmuls` and the patterns of precision.fp8.
+precision.compute = "fp8" makes such a mapping of the model's `matmuls` and the patterns of precision.fp8. lora.base =
+"fp8" holds the frozen matrices of blocks in e4m3 for good (kernels/held.py). Then forward and input gradients read
+copies in fp8, `h.0.qkv.x` and `h.0.qkv.d_y`, that are made on the spot, and adapters read the plain tensors.
 
 Evaluation, prefill and decode read plain tensors. So losses compare with those of other runs, and both kinds are in the
 plan. A checkpoint holds no Operand: each step begins by making them from the plain weights.
@@ -15,22 +17,25 @@ plan. A checkpoint holds no Operand: each step begins by making them from the pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
 from daybreak.engine import scales
-from daybreak.engine.arena import Entry, StepFrame
+from daybreak.engine.arena import Entry, StepFrame, frozen_weight
 from daybreak.engine.params import ParamTable
 from daybreak.engine.spec import EngineSpec
 from daybreak.errors import ConfigError
 from daybreak.kernels.fp8 import E4M3, E5M2
+from daybreak.kernels.held import Eight
 from daybreak.kernels.operand import Format, Matrix, Operand, chosen
 from daybreak.models.registry import Model
+from daybreak.models.rows import Row
 
 F = TypeVar("F", bound=StepFrame)
+X, D_Y = ".x", ".d_y"  # of a linear layer: copies that models/blocks.py asks for
 MULTIPLE = 16  # rows and columns of fp8 matrices: the matmuls of GPUs ask for it
 
 
@@ -41,7 +46,8 @@ class FormatFrame(StepFrame):
     slots: scales.Slots
     model: Model
     current: bool  # whether kernels choose late scales from the values themselves
-    weight_operands: dict[str, Operand]
+    weight_operands: dict[str, Operand]  # made anew in every step
+    base: dict[str, Operand]  # frozen, and in fp8 for good
     operands: dict[tuple[str, bool], Operand | None]  # by name, and whether it is of a layer that is computed again
 
     def convert_weights(self) -> None:
@@ -55,13 +61,14 @@ class FormatFrame(StepFrame):
             scales.end(self, self.slots, count=not self.current)
 
     def matmul_w(self, name: str) -> Matrix:
-        return self.weight_operands.get(self.prefix + name) or self.w(name)
+        whole = self.prefix + name
+        return self.weight_operands.get(whole) or self.base.get(whole) or self.w(name)
 
     def matmul_a(self, name: str, *shape: int, plain: bool = False) -> Matrix:
         return self._operand(name, shape, plain) or self.a(name, *shape, plain=plain)
 
-    def matmul_copy(self, name: str, x: Tensor, *, plain: bool = False, made: bool = False) -> Matrix:
-        operand = self._operand(name, tuple(x.shape), plain)
+    def matmul_copy(self, name: str, x: Any, *, plain: bool = False, made: bool = False) -> Matrix:
+        operand = self._operand(name, tuple(x.shape), plain) if isinstance(x, Tensor) else None
         if operand is not None and not made:
             self.k.quantise(operand, x)
         return operand or x
@@ -109,6 +116,9 @@ def in_formats(f: F, formats: Mapping[str, Format], model: Model, *, current: bo
         assert format is not None, f"{name} has parts, so a format"
         views: dict[str, Any] = {p: f.state[f"{name}.{p}"] for p in format.parts(0, 0)}
         g.weight_operands[name] = Operand(format, **views, **(g._slot(name) if format.slots else {}))
+    backend = next(iter(formats.values())).backend
+    stored = {row.name: frozen_weight(f.state, row) for row in f.table.frozen if row.held == "fp8"}
+    g.base = {name: held.operand(backend) for name, held in stored.items() if isinstance(held, Eight)}
     return cast(F, g)
 
 
@@ -129,12 +139,14 @@ def formats_of(spec: EngineSpec, model: Model) -> Mapping[str, Format]:
     In fp8 a linear layer is chosen by its weight's name. All three of its matmuls are then in fp8, so its input and the
     gradient of its output are too. Raises ConfigError for layers that cannot be in fp8.
     """
-    if spec.compute != "fp8" or not spec.train:
+    if not spec.eight or not spec.train:
         return spec.formats
-    if spec.lora.rank:
-        raise ConfigError("precision.compute = fp8 does not train adapters (lora.rank) yet; use bf16.")
-    key = f"precision.fp8 = {','.join(spec.fp8)!r}"
     backend = "fp8 cuda" if spec.device_type == "cuda" else E4M3.backend
+    if spec.lora.base == "fp8":
+        return _beside_adapters(spec, model, backend)
+    if spec.lora.rank:
+        raise ConfigError("precision.compute = fp8 does not train adapters (lora.rank); use lora.base = fp8 with bf16.")
+    key = f"precision.fp8 = {','.join(spec.fp8)!r}"
     x_format, d_format = (replace(format, backend=backend) for format in (E4M3, E5M2))
     found, patterns = dict[str, Format](), dict.fromkeys(spec.fp8, True)
     for h in (f"h.{l}." for l in range(spec.cfg.L)):
@@ -150,8 +162,27 @@ def formats_of(spec: EngineSpec, model: Model) -> Mapping[str, Format]:
     if not found:
         known = ", ".join(f"h.0.{w}" for w in model.matmuls)
         raise ConfigError(f"{key} fits no weight of a block (such as {known or 'none: this family has none'}).")
-    odd = {r for row in model.rows() if row.name in found for r in row.shape if r % MULTIPLE}
+    _check_sizes(spec, [row for row in model.rows() if row.name in found], "bf16")
+    return found
+
+
+def _check_sizes(spec: EngineSpec, matrices: Sequence[Row], fix: str) -> None:
+    odd = {r for row in matrices for r in row.shape if r % MULTIPLE}
     if odd or spec.B * spec.T % MULTIPLE:
         of = f"a matrix with {min(odd)} rows or columns" if odd else f"B T = {spec.B * spec.T} tokens a micro-step"
-        raise ConfigError(f"precision.compute = fp8 takes multiples of {MULTIPLE}, and there are {of}; use bf16.")
-    return found
+        raise ConfigError(f"{spec.eight_key} = fp8 takes multiples of {MULTIPLE}, and there are {of}; use {fix}.")
+
+
+def _beside_adapters(spec: EngineSpec, model: Model, backend: str) -> Mapping[str, Format]:
+    """Formats of what the frozen matrices in fp8 are multiplied with: copies of the inputs of linear layers, and of the
+    gradients of their outputs. Adapters read both in compute dtype, so nobody needs a transposed copy."""
+    if spec.compute != "bf16" and (spec.compute != "fp32" or spec.device_type == "cuda"):
+        said = f"lora.base = fp8 is for precision.compute = bf16, not {spec.compute}"
+        raise ConfigError(f"{said}; set the first to compute, or the second to bf16.")
+    held = [row for row in spec.parameters(model)[0] if row.held == "fp8" and not row.trainable]
+    if not held:
+        raise ConfigError("lora.base = fp8 fits no matrix of this family; use compute.")
+    _check_sizes(spec, held, "compute")
+    x_format, d_format = (format.of(backend, slots=True, transposed=False) for format in (E4M3, E5M2))
+    layers = [row.name.removesuffix("w") for row in held]
+    return {layer + X: x_format for layer in layers} | {layer + D_Y: d_format for layer in layers}

@@ -22,7 +22,7 @@ from daybreak.engine.spec import DTYPES, EngineSpec
 from daybreak.errors import ConfigError
 from daybreak.kernels import acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
-from daybreak.kernels.nf4 import SUFFIXES, packed_parts
+from daybreak.kernels.held import SUFFIXES, TURNED, parts_of
 from daybreak.kernels.operand import Format
 from daybreak.models.frame import Documents
 from daybreak.models.registry import Model, build_model
@@ -110,12 +110,14 @@ def next_token(model: Model, f: StepFrame, s: State, b: int) -> None:
     model.decode(f, tokens, positions, s["kv"][:, :, :b], s["last_hidden"][:b])
 
 
-def frozen_entries(row: Row) -> list[Entry]:
-    """The memory of a frozen parameter: one tensor, or the parts of one in NF4. ConfigError."""
-    if row.held != "nf4":
+def frozen_entries(row: Row, train: bool) -> list[Entry]:
+    """The memory of a frozen parameter: one tensor, or the parts of one in NF4 or fp8. ConfigError."""
+    if row.held not in SUFFIXES:
         return [Entry(FROZEN + row.name, "frozen", row.shape, DTYPES[row.held])]
-    parts = packed_parts(row.name, row.shape, row.stacked or row.shape[:1])
-    return [Entry(FROZEN + row.name + s, "frozen", *part) for s, part in zip(SUFFIXES, parts, strict=True)]
+    parts = parts_of(row.held, row.name, row.shape, row.stacked or row.shape[:1])
+    found = [Entry(FROZEN + row.name + s, "frozen", *part) for s, part in zip(SUFFIXES[row.held], parts, strict=True)]
+    turned = [Entry(FROZEN + row.name + TURNED, "operands", row.shape[::-1], torch.uint8)]
+    return found + (turned if row.held == "fp8" and train else [])
 
 
 def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> list[Entry]:
@@ -125,7 +127,7 @@ def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> 
     acc, f64, i64 = acc_dtype(dtype), torch.float64, torch.int64
     held = sharding.shard if sharding.zero else N
     entries = [Entry("weights", "weights", (N,), dtype)]
-    entries += [entry for row in sharding.table.frozen for entry in frozen_entries(row)]
+    entries += [entry for row in sharding.table.frozen for entry in frozen_entries(row, spec.train)]
     if spec.train:
         if spec.kept != "none":
             entries += [Entry("masters", "masters", (held,), acc if spec.kept == "fp32" else torch.int16)]
@@ -134,7 +136,7 @@ def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> 
         if sharding.zero:
             entries += [Entry("shard", "grads", (held,), dtype if sharding.zero == 1 else acc)]
         entries += optimizer_entries(sharding, acc, torch.bfloat16 if spec.moments == "bf16" else acc)
-    stats = len(STATS) + (spec.compute == "fp8")  # of matrices that saturate (engine/scales.py)
+    stats = len(STATS) + spec.eight  # of matrices that saturate (engine/scales.py)
     small = [
         ("batch", (4 if spec.documents else 2, B, T), i64), ("losses", (B * T,), acc),
         ("hyper", (max(part.stop for part in sharding.table.hyper.values()),), f64),

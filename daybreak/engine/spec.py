@@ -71,21 +71,33 @@ class EngineSpec:
         """The dtype of weights and activations."""
         return DTYPES[self.compute]
 
+    @property
+    def eight(self) -> bool:
+        """Whether training has matmuls in fp8."""
+        return self.compute == "fp8" or self.lora.base == "fp8"
+
+    @property
+    def eight_key(self) -> str:
+        """The key that says so."""
+        return "precision.compute" if self.compute == "fp8" else "lora.base"
+
     def in_fp8(self, step: int) -> bool:
         """Whether the update after `step` others has its matmuls in fp8."""
-        return self.compute == "fp8" and (self.fp8_steps is None or step < self.fp8_steps)
+        return self.eight and (self.fp8_steps is None or step < self.fp8_steps)
 
     def parameters(self, model: Model) -> tuple[list[Row], dict[str, Adapter]]:
         """A model's parameters, as this engine trains and holds them, and the adapters among them. ConfigError."""
 
         def frozen(row: Row) -> Row:
-            nf4 = self.lora.base == "nf4" and "." in row.name and len(row.shape) == 2
-            held = chosen(self.frozen, row.name) or ("nf4" if nf4 else self.compute)
+            base, leaf = self.lora.base, row.name.rpartition(".")[2]
+            narrow = "." in row.name and len(row.shape) == 2 and (base == "nf4" or leaf in model.matmuls)
+            held = chosen(self.frozen, row.name) or (base if narrow and base != "compute" else self.compute)
             return replace(row, trainable=False, held=held)
 
-        if self.lora.base == "nf4" and not self.lora.rank:
+        if self.lora.base != "compute" and not self.lora.rank:
             raise ConfigError(
-                "lora.base = nf4 is for adapters, and lora.rank = 0 gives none; give a rank, or leave it out."
+                f"lora.base = {self.lora.base} is for adapters, and lora.rank = 0 gives none; give a rank, or leave it "
+                "out."
             )
 
         trains = dict.fromkeys(self.trainable if not self.lora.rank else ("*_A", "*_B"), True)

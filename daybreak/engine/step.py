@@ -29,7 +29,7 @@ from daybreak.engine.scales import HISTORY
 from daybreak.engine.spec import EngineSpec
 from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
-from daybreak.kernels.nf4 import Packed, dense, pack
+from daybreak.kernels.held import dense, pack
 from daybreak.kernels.optimizer import FLAT_CHUNK, exact, round_weights, set_exact
 from daybreak.models.registry import build_model
 from daybreak.parallel import ALONE, Group
@@ -71,8 +71,8 @@ class Engine:
             torch.cuda.set_device(self.device)
             # torch's own matmuls, where they are used, add up in fp32 too
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-            if spec.compute == "fp8" and spec.train:
-                check_fp8(torch.cuda.get_device_capability(self.device), "this GPU")
+            if spec.eight and spec.train:
+                check_fp8(torch.cuda.get_device_capability(self.device), "this GPU", spec.eight_key)
         self.spec = spec = replace(spec, device_type=self.device.type, missing=missing_on(self.device))
         self.cfg, self.B, self.T, self.rows = spec.cfg, spec.B, spec.T, spec.rows
         self.seed = seed  # of the initial weights and of stochastic rounding
@@ -180,10 +180,10 @@ class Engine:
         return list(self.table.rows)
 
     def param(self, name: str) -> Tensor:
-        """A weight, a view: in compute dtype, unless it is a frozen one that is held in another. Of NF4 a copy."""
+        """A weight, a view: in compute dtype, unless a frozen one is held in another. Of NF4 and fp8 it is a copy."""
         self.comm.need(name)
         stored = self.frame.weights[name]
-        if isinstance(stored, Packed):
+        if not isinstance(stored, Tensor):
             return dense(stored, torch.empty(stored.shape, dtype=self.spec.dtype, device=self.device))
         return stored
 
@@ -201,7 +201,7 @@ class Engine:
 
     def set_exact(self, name: str, value: Tensor) -> None:
         """Set a weight and its master weight from a tensor of its shape, of any float dtype and device."""
-        if isinstance(stored := self.frame.weights[name], Packed):
+        if not isinstance(stored := self.frame.weights[name], Tensor):
             pack(stored, value)
             return
         masters, weight, sharding = self.state.get("masters"), self.param(name).view(-1), self.comm.sharding

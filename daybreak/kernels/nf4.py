@@ -55,11 +55,6 @@ class Packed:
         return self.value, self.absmax, self.nested, self.offset
 
 
-def plain_name(name: str) -> str:
-    """The matrix that a tensor is a part of, or the tensor itself."""
-    return next((name.removesuffix(part) for part in SUFFIXES if name.endswith(part)), name)
-
-
 def packed_parts(name: str, shape: tuple[int, ...], rows: tuple[int, ...]) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of the four tensors of matrix `name`. Raises ConfigError if its blocks would not be whole."""
     O, I = shape

@@ -40,6 +40,10 @@ class Format:
     transposed: bool = True
     slots: bool = False
 
+    def of(self, backend: str, *, slots: bool = False, transposed: bool = True) -> Format:
+        """The same dtype for other kernels, or with other parts."""
+        return Format(backend, self.dtype, transposed, slots)
+
     @property
     def largest(self) -> float:
         """The largest value."""

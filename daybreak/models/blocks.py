@@ -82,12 +82,10 @@ def linear(
     w, shift = b.matmul_w(tied or name + "w"), b.w(name + "b") if bias and not tied else None
     if few:
         _of_few_rows(b, norm, rms, gate, pre is not None, out, x, w, shift, add)
-    elif adapter is not None:
-        _with_adapter(b, name, adapter, out, pre, x, w, shift, add)
-    elif pre is not None:
-        b.k.matmul_gelu_forward(out, pre, x, w, shift)
+    elif adapter is not None or pre is None or (isinstance(out, Tensor) and not isinstance(w, Tensor)):
+        _in_steps(b, name, adapter, out, pre, x, w, shift, add)
     else:
-        b.k.matmul_forward(out, x, w, shift, add)
+        b.k.matmul_gelu_forward(out, pre, x, w, shift)
     return out
 
 
@@ -109,12 +107,14 @@ def _of_few_rows(
     b.k.matmul_decode(out, x, w, shift, add, *ln, gelu=gelu)
 
 
-def _with_adapter(b: Frame, name: str, adapter: Any, out: Any, pre: Tensor | None, x: Any, *weights: Any) -> None:
-    """`linear` of a layer that has an adapter: it adds to the matmul's result, before GELU."""
-    y, down, up = out if pre is None else pre, b.w(name + "_A"), b.w(name + "_B")
-    u = b.a(name + ".u", x.shape[0], down.shape[0], plain=True)  # narrow, so it is always kept for backward
-    b.k.matmul_forward(y, x, *weights)
-    b.k.lora_forward(y, u, x, down, up, scale=adapter.scale, columns=adapter.columns)
+def _in_steps(b: Frame, name: str, adapter: Any, out: Any, pre: Tensor | None, x: Any, *weights: Any) -> None:
+    """`linear` as a matmul, and then an adapter if there is one, and GELU. A frozen weight may be in fp8 for good."""
+    y = out if pre is None else pre
+    b.k.matmul_forward(y, b.matmul_copy(name + ".x", x), *weights)
+    if adapter is not None:
+        down, up = b.w(name + "_A"), b.w(name + "_B")
+        u = b.a(name + ".u", x.shape[0], down.shape[0], plain=True)  # narrow, so it is always kept for backward
+        b.k.lora_forward(y, u, x, down, up, scale=adapter.scale, columns=adapter.columns)
     if pre is not None:
         b.k.gelu_forward(out, pre)
 
@@ -138,7 +138,7 @@ def _d_u(b: Frame, name: str, n: int) -> tuple[Tensor, Tensor]:
 
 def input_grad(b: Frame, name: str, dx: Any, dy: Matrix) -> Any:
     """dx (n, I) = dy (n, O) @ w: back through a linear layer. Returns dx."""
-    b.k.matmul_backward_input(dx, dy, b.matmul_w(name + "w"))
+    b.k.matmul_backward_input(dx, b.matmul_copy(name + ".d_y", dy, plain=True), b.matmul_w(name + "w"))
     if b.adapter(name) is not None:
         b.k.lora_backward_input(dx, *_d_u(b, name, dx.shape[0]))
     return dx
@@ -148,10 +148,10 @@ def gelu_input_grad(b: Frame, name: str, before: str, d_pre: Matrix, dy: Matrix,
     """Back through linear layer `name` and the GELU before it, into d_pre, with the bias gradient of the linear layer
     `before` that. Returns GELU's output."""
     out, rewrite = b.output("gelu", *pre.shape)
-    if b.adapter(name) is not None:  # beside which no bias is trained
+    w, db = b.matmul_w(name + "w") if b.adapter(name) is None else None, b.g(before + "b")
+    if w is None or (isinstance(d_pre, Tensor) and not isinstance(w, Tensor)):  # beside adapters no bias is trained
         b.k.gelu_backward(input_grad(b, name, d_pre, dy), rewrite, pre)
         return out
-    w, db = b.matmul_w(name + "w"), b.g(before + "b")
     b.k.matmul_gelu_backward(d_pre, rewrite, db, dy, w, pre, accumulate=b.mode.accumulate)
     return out
 

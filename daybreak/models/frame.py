@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -106,9 +106,10 @@ class Frame(Protocol):
     def matmul_a(self, name: str, *shape: int, plain: bool = False) -> Matrix:
         """An activation or gradient of this shape that only matmuls read."""
 
-    def matmul_copy(self, name: str, x: Tensor, *, plain: bool = False, made: bool = False) -> Matrix:
+    def matmul_copy(self, name: str, x: Any, *, plain: bool = False, made: bool = False) -> Matrix:
         """x, as matmuls read it: itself, or its copy in the format of `name`. `made`: this was asked for before."""
-        return x
+        result: Matrix = x
+        return result
 
     def d(self, name: str, *shape: int) -> Tensor:
         """The gradient of an activation."""

@@ -93,7 +93,7 @@ class Plan:
         """Tokens a second, and the basis of this figure; None if nothing is known."""
         c = self.config
         fp8 = self.compute == "fp8" and c.precision.fp8 == Config().precision.fp8
-        if self.device != "cuda" or not (fp8 or self.compute == "bf16"):
+        if self.device != "cuda" or not (fp8 or self.compute == "bf16") or c.lora.base == "fp8":
             return None
         shape, part = (c.model, c.T, c.batch.B, c.batch.recompute), c.precision.fp8_until if fp8 else 0.0
         return token_rate(*shape, self.flops_per_token, self.gpu, self.gpus, part)
@@ -128,8 +128,9 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
     else:
         found, device = find_gpu(gpu), torch.device("cuda")
         name, missing, budget = found.name, found.missing, int(USABLE * found.mib) * MIB
-        if config.precision.compute == "fp8":
-            check_fp8(found.capability, f"an {found.name}")
+        for key in ("precision.compute", "lora.base"):
+            if dict(config.items())[key] == "fp8":
+                check_fp8(found.capability, f"an {found.name}", key)
         if config.precision.compute == "auto":
             config = config.override({"precision.compute": "bf16" if found.peak else "fp32"})
     process = CPU_PROCESS if device.type == "cpu" else 0

@@ -37,7 +37,7 @@ from daybreak.config import saved_config
 from daybreak.config_keys import LoraConfig
 from daybreak.errors import CheckpointError, Error, explained
 from daybreak.files import alive, fsync_folder, lock, remove, sha256_of, write_atomic
-from daybreak.kernels.nf4 import SUFFIXES, Packed, dense, packed_parts, plain_name
+from daybreak.kernels.held import SUFFIXES, dense, gathered, parts_of, plain_name
 from daybreak.manifest import BASE, MANIFEST, MODEL, kept_files, refuse
 from daybreak.models.registry import build_model
 from daybreak.parallel import ALONE, Group
@@ -340,24 +340,24 @@ class Checkpoint:
         return kept_files(self.path.parents[1])
 
     def names(self) -> list[str]:
-        """Names of the model's tensors. One in NF4 is four in the file."""
+        """Names of the model's tensors. One in NF4 is four in the file, and one in fp8 two."""
         return list(dict.fromkeys(plain_name(name) for name in self._of))
 
-    def packed(self, name: str) -> bool:
-        """Whether a tensor is in NF4."""
-        return name + SUFFIXES[0] in self._of
+    def held(self, name: str) -> str:
+        """How a tensor is held: nf4, fp8, or "" for a plain one."""
+        return next((how for how, parts in SUFFIXES.items() if name + parts[0] in self._of), "")
 
     def read_model(self, name: str, out: torch.Tensor) -> None:
         """Copy a model tensor into contiguous `out` of the same shape, any float dtype, any device. NAME.nf4 and so on
         are the parts of one in NF4."""
-        if not self.packed(name):
+        if not (how := self.held(name)):
             self._read(self._of.get(name, self._model), name, out)
             return
-        rows = self._parts[name]
-        parts = [torch.empty(shape, dtype=dtype) for shape, dtype in packed_parts(name, tuple(out.shape), rows)]
-        for suffix, part in zip(SUFFIXES, parts, strict=True):
+        rows, shape = self._parts[name], tuple(out.shape)
+        parts = [torch.empty(size, dtype=dtype) for size, dtype in parts_of(how, name, shape, rows)]
+        for suffix, part in zip(SUFFIXES[how], parts, strict=True):
             self._read(self._of[name + suffix], name + suffix, part)
-        out.copy_(dense(Packed(tuple(out.shape), rows, *parts), torch.empty(out.shape)))
+        out.copy_(dense(gathered(how, shape, rows, parts), torch.empty(shape)))
 
     @cached_property
     def _parts(self) -> dict[str, tuple[int, ...]]:

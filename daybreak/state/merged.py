@@ -82,7 +82,8 @@ class Merged:
         share = 100 * math.sqrt(sums[1] / sums[0])
         percent = f"{share:.2g}" if share < 99.5 else f"{share:,.0f}"
         much = f"{len(self.adapters)} matrices change by {percent} % of their norm"
-        into = " into the base as it was trained, in NF4" if self.weights.lora.base == "nf4" else ""
+        held = {"nf4": "NF4", "fp8": "fp8"}.get(self.weights.lora.base)
+        into = f" into the base as it was trained, in {held}" if held else ""
         return f"adapters are merged{into}: {much}, and {100 * sums[2] / sums[3]:.1f} % of their values stay equal"
 
     def read_model(self, name: str, out: Tensor) -> None:

@@ -20,7 +20,7 @@ from daybreak.engine.device import available_bytes
 from daybreak.errors import CheckpointError, OutOfMemory
 from daybreak.formatting import disk
 from daybreak.kernels import acc_dtype
-from daybreak.kernels.nf4 import SUFFIXES, Packed
+from daybreak.kernels.held import SUFFIXES, turn
 from daybreak.kernels.optimizer import FLAT_CHUNK, exact, exact_dtype
 from daybreak.models.adapters import is_adapter
 from daybreak.shapes import Shape
@@ -46,7 +46,8 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Stagi
     trained = exact_weights(engine.arena)
     kinds = {e.name.removeprefix(FROZEN): (e.shape, e.dtype) for e in engine.arena.entries if e.buffer == "frozen"}
     kinds |= {name: (table.rows[name].shape, trained) for name in table.offsets}
-    names = [name + part for name in table.rows for part in ("", *SUFFIXES) if name + part in kinds]
+    parts_ = ("", *(part for suffixes in SUFFIXES.values() for part in suffixes))
+    names = [name + part for name in table.rows for part in parts_ if name + part in kinds]
     model = {name: torch.empty(kinds[name][0], dtype=kinds[name][1], device="meta") for name in names}
     once = {name: state[name] for name in saved["once"]}
     frozen = [name for name in names if name not in table.offsets]
@@ -196,10 +197,13 @@ def restore_weights(engine: Engine, checkpoint: Weights, adapters: bool = True, 
         raise CheckpointError(f"{checkpoint.path} is of another model: tensors differ, {other[0]!r} first.")
     for name in wanted:
         stored = engine.frame.weights[name]
-        if isinstance(stored, Packed) and isinstance(checkpoint, Checkpoint) and checkpoint.packed(name):
-            for part, tensor in zip(SUFFIXES, stored.tensors, strict=True):
-                checkpoint.read_model(name + part, tensor)
-            continue
+        if not isinstance(stored, Tensor) and isinstance(checkpoint, Checkpoint):
+            how = checkpoint.held(name)
+            if how and how == engine.table.rows[name].held:
+                for part, tensor in zip(SUFFIXES[how], stored.tensors, strict=True):
+                    checkpoint.read_model(name + part, tensor)
+                turn(stored)
+                continue
         value = torch.empty(stored.shape, dtype=acc_dtype(stored.dtype))
         if known and engine.table.rows[name].drawn_rows:  # a row for each id
             theirs = value.new_empty(checkpoint.model.Vp, *value.shape[1:])

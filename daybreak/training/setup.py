@@ -246,8 +246,9 @@ def _set_precision(config: Config, device: torch.device, compute: str) -> None:
 def _say_slow(config: Config, device: torch.device, compute: str) -> None:
     if device.type == "cpu" and compute == "bf16" and not cpu_has_bf16():
         log.warning("this CPU has no bf16 instructions: precision.compute = bf16 will be slower than fp32 here.")
-    if device.type == "cpu" and compute == "fp8":
-        log.warning("a CPU has no fp8 instructions: precision.compute = fp8 rounds as a GPU does, but is slow here.")
+    key = "precision.compute" if compute == "fp8" else "lora.base" if config.lora.base == "fp8" else ""
+    if device.type == "cpu" and key:
+        log.warning("a CPU has no fp8 instructions: %s = fp8 rounds as a GPU does, but is slow here.", key)
     if device.type == "cuda" and compute == "fp8" and (gain := fp8_gain(config.model)) < LEAST_GAIN:
         log.warning("fp8 may not be worth it: daybreak plan expects %.2f times bf16's speed for so small a model, and "
                     "%.2f times for d24.", gain, FP8_GAIN["d24"])  # fmt: skip

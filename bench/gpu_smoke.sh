@@ -187,12 +187,12 @@ section_finetune() { # adapters and in full: a run that starts from a model, and
   step "QLoRA, resumed" "daybreak train runs/qk"
   step "QLoRA, equal losses and weights after the kill" "$checks same q qk"
   step "QLoRA, export" "daybreak export runs/q --to hf q-hf && $checks logits q q-hf"
-  step "a base in fp8" "daybreak finetune runs/base $lora --lora.base fp8 --precision.compute bf16 --name l8"
-  step "a base in fp8, killed" "daybreak finetune runs/base $lora --lora.base fp8 --precision.compute bf16 --name l8k & \
+  step "a base in fp8" "daybreak finetune runs/base $lora --lora.base fp8 --name l8"
+  step "a base in fp8, killed" "daybreak finetune runs/base $lora --lora.base fp8 --name l8k & \
     $checks kill l8k 6 \$!"
   step "a base in fp8, resumed" "daybreak train runs/l8k"
   step "a base in fp8, equal losses and weights after the kill" "$checks same l8 l8k"
-  step "a base in fp8, recompute 2" "daybreak finetune runs/base $lora --lora.base fp8 --precision.compute bf16 \
+  step "a base in fp8, recompute 2" "daybreak finetune runs/base $lora --lora.base fp8 \
     --batch.recompute 2 --name l82 && $checks same l8 l82"
   step "a base in fp8, export" "daybreak export runs/l8 --to hf l8-hf"
   step "in full" "daybreak finetune runs/l $lora --method full --name lf"

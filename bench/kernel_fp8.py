@@ -1,4 +1,4 @@
-"""Cases of the kernel that rounds to fp8, as it is and transposed: alone, after GELU or a layernorm, and times GELU's
+"""Cases of the kernel that rounds to fp8, as it is and transposed: alone, after GELU, a norm or a gate, and times GELU's
 derivative; and of layernorm's, which writes fp8."""
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ def _operand(format: Format, n: int, C: int, *, value: bool = True, transposed: 
 
 
 def _case(n: int, C: int, act: str, *, value: bool = True, transposed: bool = True) -> Case:
-    """Bytes: bf16 in, and out in fp8 each part; a slope reads another matrix and makes GELU's transposed copy."""
+    """Bytes: bf16 in, two halves for a gate, and out in fp8 each part; a slope reads another matrix and makes GELU's
+    transposed copy."""
+
+    halves = 2 if act == "silu" else 1
 
     def make() -> Callable[[], None]:
         format = E5M2 if act == "slope" else E4M3
-        x, out = rand(n, C), _operand(format, n, C, value=value, transposed=transposed)
-        if act == "norm":
+        x, out = rand(n, C * halves), _operand(format, n, C, value=value, transposed=transposed)
+        if act in ("norm", "rms"):
             layer = torch.zeros(n, device=DEVICE), torch.ones(n, device=DEVICE), rand(C), rand(C)
             return lambda: write(out, x, act, norm=layer)
         if act != "slope":
@@ -36,7 +39,7 @@ def _case(n: int, C: int, act: str, *, value: bool = True, transposed: bool = Tr
         part = torch.empty(programs(n, C)[1], C, device=DEVICE)
         return lambda: write(out, x, act, pre, again, part)
 
-    nbytes = n * C * (2 + value + transposed + 3 * (act == "slope"))
+    nbytes = n * C * (2 * halves + value + transposed + 3 * (act == "slope"))
     note = ", ".join([f"C {C}", *([act] if act else []), *([] if value else ["transposed only"])])
     return Case("quantise", NAME, nbytes, 0, make, note=note + ("" if transposed else ", value only"))
 
@@ -57,4 +60,5 @@ def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
     n = B * T
     one = [_case(n, C, ""), _case(n, 3 * C, ""), _case(n, C, "", value=False), _case(n, C, "", transposed=False)]
     return [*one, _case(n, 4 * C, "gelu"), _case(n, 4 * C, "gelu", transposed=False), _case(n, 4 * C, "slope"),
-            _case(n, C, "norm", value=False), _norm_forward(n, C), _case(4 * C, C, "")]  # fmt: skip
+            _case(n, C, "norm", value=False), _norm_forward(n, C), _case(4 * C, C, ""),
+            _case(n, C, "rms", value=False), _case(n, 4 * C, "silu"), _case(n, 4 * C, "silu", transposed=False)]  # fmt: skip

@@ -177,7 +177,7 @@ def embedding_cases(C: int, dtype: str) -> list[Case]:
 
 def rounding_cases() -> list[Case]:
     """A gradient after GELU with all copies, a weight of its own scale, its measuring, and GELU without columns; the
-    transposed copy of a layernorm's output."""
+    transposed copy of a norm's output; a gate's output as forward and backward write it."""
     e4m3, e5m2 = "*fp8e4nv", "*fp8e5"
     types = {"scale": "*fp32", "amax": "*i32", "x": "*bf16", "pre": "*bf16", "again_scale": "*fp32", "part": "*fp32"}
     types |= {"n": "i32", "C": "i32", "mean": "*fp32", "rstd": "*fp32", "w": "*bf16", "b": "*bf16"}
@@ -185,11 +185,20 @@ def rounding_cases() -> list[Case]:
     for out, act, again, current, measure, both in (
         (e5m2, "slope", True, False, False, True), (e4m3, "", False, True, False, True),
         (e4m3, "", False, True, True, True), (e4m3, "gelu", False, False, False, False),
-        (e4m3, "norm", False, False, False, True),
+        (e4m3, "norm", False, False, False, True), (e4m3, "rms", False, False, False, True),
+        (e4m3, "silu", False, False, False, False), (e4m3, "silu", False, False, False, True),
+        (e4m3, "gated gelu", False, False, False, True), (e4m3, "relu2", False, False, False, False),
     ):  # fmt: skip
         rows, cols, warps = rounding.tile(act, both)
         kind = {"ACT": act, "AGAIN": again, "CURRENT": current, "MEASURE": measure, "TRANSPOSED": both}
-        kind |= {"VALUE": act != "norm", "LARGEST": 448.0, "AGAIN_LARGEST": 448.0, "ROWS": rows, "COLS": cols}
+        kind |= {
+            "OFFSET": 1.0 if act == "rms" else 0.0,
+            "VALUE": act not in ("norm", "rms"),
+            "LARGEST": 448.0,
+            "AGAIN_LARGEST": 448.0,
+            "ROWS": rows,
+            "COLS": cols,
+        }
         tensors = {"value": out, "transposed": out, "again": e4m3, **types}
         found.append((rounding._quantise_kernel, tensors, kind, warps))
     return found
@@ -259,9 +268,9 @@ def norm_cases(C: int, dtype: str, rms: bool = False, heads: int = 0, offset: fl
     forward["add"] = dtype
     constants = {"ROWS": launch.rows, "BLOCK": launch.block, "ADD": bool(offset) and not heads, "LARGEST": 0.0, **kind}
     found: list[Case] = [(norm._layernorm_forward_kernel, forward, constants, launch.warps)]
-    if not rms and dtype == "*bf16":
+    if not heads and dtype == "*bf16":
         fp8 = {**forward, "out": "*fp8e4nv", "add": "*fp32"}
-        found.append((norm._layernorm_forward_kernel, fp8, {**constants, "LARGEST": 448.0}, launch.warps))
+        found.append((norm._layernorm_forward_kernel, fp8, {**constants, "ADD": False, "LARGEST": 448.0}, launch.warps))
     backward = {"dx": dtype, "again": dtype, "part": "*fp32", "dout": dtype, **names}
     backward |= dict.fromkeys(("dx_s", "again_s", "dout_s", "x_s"), "i32")
     cases = [(True, True, True), (True, True, False), (False, True, False)]

@@ -130,25 +130,6 @@ def test_gelu_and_its_slope(n, C):
     close(part.sum(0), slope.sum(0))
 
 
-@pytest.mark.parametrize("name", ["layernorm_forward", "rmsnorm_forward", "swiglu_forward"])
-def test_other_kernels_in_two_passes(name):
-    """The same bytes as rounding their outputs in bf16."""
-    n, C = 80, 96
-    x, w, b = draw(n, C, dtype=BF16), draw(C, dtype=BF16, seed=1), draw(C, dtype=BF16, seed=2)
-    stats = [poison(n, dtype=F32), poison(n, dtype=F32)]
-    gateup = draw(n, 2 * C, dtype=BF16)
-    args, kwargs = {
-        "layernorm_forward": ((*stats, x, w, b), {}),
-        "rmsnorm_forward": ((stats[0], x, w), {"eps": 1e-6}),
-        "swiglu_forward": ((gateup,), {}),
-    }[name]
-    plain, out, want = poison(n, C, dtype=BF16), operand(E4M3, n, C, scale=0.125), operand(E4M3, n, C, scale=0.125)
-    all_ops("cuda")[name].impls["triton"].fn(plain, *args, **kwargs)
-    run(name, out, *args, **kwargs)
-    run("quantise", want, plain, backend="fp8")
-    same(out, want)
-
-
 @pytest.mark.parametrize(("n", "C"), [(3, 96), (67, 100)])
 def test_layernorm_writes_fp8(n, C):
     """Where nobody wants a transposed copy. Within half a step of fp64, and statistics as in bf16."""
@@ -167,12 +148,15 @@ def test_layernorm_writes_fp8(n, C):
 @pytest.mark.parametrize("parts", ["transposed", "both"])
 @pytest.mark.parametrize(("n", "C"), [(16, 96), (144, 80)])
 def test_layernorm_backward_writes_the_copy_that_matmuls_read(n, C, parts):
-    """The bytes that forward writes without a transposed copy; with both parts, those of bf16 rounded once more."""
+    """The bytes that forward writes, with and without a transposed copy."""
     x, dout = draw(n, C, dtype=BF16), draw(n, C, dtype=BF16, seed=3)
     w, b = draw(C, dtype=BF16, seed=1), draw(C, dtype=BF16, seed=2)
     stats = [poison(n, dtype=F32), poison(n, dtype=F32)]
     forward = operand(E4M3, n, C, scale=2.0**-4, parts="value")
     run("layernorm_forward", forward, *stats, x, w, b)
+    whole = operand(E4M3, n, C, scale=2.0**-4)
+    run("layernorm_forward", whole, *stats, x, w, b)
+    same(forward, whole)
     found = []
     for again in (operand(E4M3, n, C, scale=2.0**-4, parts=parts), None):
         grads = [dout.clone(), *(torch.zeros(C, dtype=BF16, device=DEVICE) for _ in range(3))]
@@ -187,12 +171,87 @@ def test_layernorm_backward_writes_the_copy_that_matmuls_read(n, C, parts):
             copy = again
         found.append(grads)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-    assert copy.transposed is not None
+    same(copy, whole)
+    assert copy.amax == whole.amax
+    want = torch.nn.functional.layer_norm(f64(x), (C,), f64(w), f64(b)).abs().max().item()
     assert copy.amax is not None
-    if parts == "transposed":
-        assert forward.value is not None
-        assert torch.equal(copy.transposed.view(torch.uint8), forward.value.view(torch.uint8).t())
-        want = torch.nn.functional.layer_norm(f64(x), (C,), f64(w), f64(b)).abs().max().item()
-        assert copy.amax.item() == pytest.approx(want, rel=1e-5)
-    else:
-        same(copy, copy)
+    assert copy.amax.item() == pytest.approx(want, rel=1e-5)
+
+
+def within_half_a_step(out: Operand, want: Tensor, least: float) -> None:
+    """e4m3: half of the step between its numbers is 1/16 of them, and `least` for subnormal ones."""
+    part = out.value if out.value is not None else out.transposed
+    assert part is not None
+    found = f64(part.float() * out.scale)
+    found = found if out.value is not None else found.t()
+    assert ((found - want).abs() <= 2.0**-4 * 1.001 * want.abs() + least).all()
+
+
+@pytest.mark.parametrize(("n", "C", "offset"), [(16, 96, 0.0), (144, 80, 1.0)])
+def test_rmsnorm_in_forward_and_backward(n, C, offset):
+    """Forward writes rows; backward the copy that matmuls read: the same bytes turned. Gradients are those of bf16."""
+    x, dout, w = draw(n, C, dtype=BF16), draw(n, C, dtype=BF16, seed=3), draw(C, dtype=BF16, seed=1)
+    rstd, other = poison(n, dtype=F32), poison(n, dtype=F32)
+    forward = operand(E4M3, n, C, scale=2.0**-4, parts="value")
+    run("rmsnorm_forward", forward, rstd, x, w, eps=1e-6, offset=offset)
+    plain = all_ops("cuda")["rmsnorm_forward"].impls["triton"]
+    plain.fn(poison(n, C, dtype=BF16), other, x, w, eps=1e-6, offset=offset)
+    assert torch.equal(rstd, other)
+    want = f64(x) / (f64(x).square().mean(1, keepdim=True) + 1e-6).sqrt() * (f64(w) + offset)
+    within_half_a_step(forward, want, 2.0**-14)
+    whole = operand(E4M3, n, C, scale=2.0**-4)
+    run("rmsnorm_forward", whole, rstd, x, w, eps=1e-6, offset=offset)
+    same(forward, whole)
+    found = []
+    for again in (operand(E4M3, n, C, scale=2.0**-4, parts="transposed"), None):
+        dx, dw = dout.clone(), torch.zeros(C, dtype=BF16, device=DEVICE)
+        args = (dx, dw, again, draw(n, C, dtype=BF16, seed=4), x, rstd, w)
+        how = {"accumulate_dx": True, "accumulate": False, "offset": offset}
+        if again is None:
+            impl = all_ops("cuda")["rmsnorm_backward"].impls["triton"]
+            temps = [poison(*s, dtype=d) for s, d in impl.temps(*args, **how)]
+            impl.fn(*args, **how, scratch=lambda _, temps=temps: temps)
+        else:
+            run("rmsnorm_backward", *args, **how)
+            same(again, whole)
+        found.append((dx, dw))
+    assert all(torch.equal(a, b) for grads in found[1:] for a, b in zip(grads, found[0], strict=True))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("n", "F"), [(16, 48), (144, 80)])
+def test_the_gate_in_forward_and_backward(n, F, gelu):
+    """Its magnitude too; and the copy that backward makes has forward's bytes, whatever parts were asked for."""
+    gateup, d_out = draw(n, 2 * F, dtype=BF16, scale=2.0), draw(n, F, dtype=BF16, seed=1)
+    gate, up = f64(gateup).chunk(2, 1)
+    act = torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
+    outs = {parts: operand(E4M3, n, F, scale=2.0**-3, parts=parts) for parts in ("value", "both", "transposed")}
+    for parts, out in outs.items():
+        if parts != "transposed":
+            run("swiglu_forward", out, gateup, gelu=gelu)
+            continue
+        mine, theirs = gateup.clone(), gateup.clone()
+        run("swiglu_backward", mine, out, d_out, mine, gelu=gelu)
+        all_ops("cuda")["swiglu_backward"].impls["triton"].fn(theirs, None, d_out, theirs, gelu=gelu)
+        assert torch.equal(mine, theirs)
+    for out in outs.values():
+        within_half_a_step(out, act * up, 2.0**-13)
+        assert out.amax is not None
+        assert out.amax.item() == pytest.approx((act * up).abs().max().item(), rel=1e-5)
+    same(outs["both"], outs["value"])
+    same(outs["both"], outs["transposed"])
+    own = operand(E4M3, n, F, current=True)
+    run("swiglu_forward", own, gateup, gelu=gelu)
+    assert own.scale == 2.0 ** math.ceil(math.log2((act * up).abs().max().item() / 448))
+
+
+def test_relu2_in_forward_and_backward():
+    x, d = draw(80, 96, dtype=BF16), draw(80, 96, dtype=BF16, seed=1)
+    whole, again = operand(E4M3, 80, 96, scale=2.0**-3), operand(E4M3, 80, 96, scale=2.0**-3, parts="transposed")
+    run("relu2_forward", whole, x)
+    within_half_a_step(whole, f64(x).relu().square(), 2.0**-13)
+    mine, theirs = d.clone(), d.clone()
+    run("relu2_backward", mine, again, x)
+    all_ops("cuda")["relu2_backward"].impls["triton"].fn(theirs, None, x)
+    assert torch.equal(mine, theirs)
+    same(again, whole)

@@ -3,27 +3,26 @@
 Forward and input gradients use the fast accumulation of Hopper's tensor cores, which keeps 14 bits while it adds up.
 Weight gradients sum over all rows of a micro-step, so they use the slow one, which adds up in fp32 every 128 rows.
 
-A kernel that makes a matrix writes it in bf16, which is then rounded, but for layernorm. Its scale is a bound that
-needs no magnitude. So where nobody wants its transposed copy, it writes fp8 at once. And where backward needs nothing
-but that copy, the kernel that rounds makes it of layernorm's input.
+Kernels write matrices in fp8 at once, rounded from fp32. The one that rounds also computes activations and gates, and
+a norm's transposed copy, from its input. The norm's own kernel writes rows, as its scale is a bound: it needs no
+magnitude.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from daybreak.kernels import OPS, Scratch, Temps, backend
+from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import bias, cublaslt, glu, missing_backends, norm, relu
 from daybreak.kernels.cuda.rounding import programs, write
 from daybreak.kernels.fp8 import READS
 from daybreak.kernels.operand import Matrix, Operand
 
 NAME = "fp8 cuda"
-assert all((glu, norm, relu)), "their kernels are registered before they are made for fp8"
 
 
 def usable(capability: tuple[int, int]) -> str | None:
@@ -111,63 +110,22 @@ def matmul_backward_weight(dw: Tensor, dout: Operand, x: Operand, *, accumulate:
 
 
 # ------------------------------------------------------------------------------------------------ other kernels
+# What forward writes, and what backward writes once more (`again`, `rewrite`): only transposed copies, as in READS.
 
 
-def _in_two(name: str) -> tuple[Callable[..., None], Callable[..., Temps]]:
-    """An operation that writes an Operand: Triton's writes bf16 into scratch, which is then rounded."""
-    plain, names, writes = OPS[name].impls["triton"], OPS[name].parameters, OPS[name].writes
-
-    def whole(args: Any, made: Callable[[Operand], Tensor]) -> tuple[list[Any], list[tuple[Operand, Tensor]]]:
-        """The arguments with a tensor in place of each Operand, and both of those."""
-        pairs = {k: (x, made(x)) for k, x in zip(names, args, strict=False) if isinstance(x, Operand)}
-        assert set(pairs) <= set(writes), f"{name} reads no fp8"
-        return [pairs[k][1] if k in pairs else x for k, x in zip(names, args, strict=False)], list(pairs.values())
-
-    def temps(*args: Any, **kwargs: Any) -> Temps:
-        given, pairs = whole(args, lambda x: torch.empty(x.shape, dtype=torch.bfloat16, device="meta"))
-        rest = plain.temps(*given, **kwargs) if plain.temps else ()
-        return [*((x.shape, torch.bfloat16) for x, _ in pairs), *rest]
-
-    def run(*args: Any, scratch: Scratch, **kwargs: Any) -> None:
-        pieces = iter(scratch(temps(*args, **kwargs)))
-        given, pairs = whole(args, lambda _: next(pieces))
-        rest = list(pieces)
-        plain.fn(*given, **kwargs, **({"scratch": lambda _: rest} if plain.temps else {}))
-        for out, x in pairs:
-            write(out, x)
-
-    run.__name__ = name
-    return run, temps
-
-
-for _name in (name for name, reads in READS.items() if not reads):
-    _fn, _temps = _in_two(_name)
-    backend(NAME, temps=_temps)(_fn)
-_two, _two_back = (OPS[name].impls[NAME] for name in ("layernorm_forward", "layernorm_backward"))
-
-
-def norm_temps(out: Operand, *args: Tensor) -> Temps:
-    return () if out.transposed is None or _two.temps is None else _two.temps(out, *args)
-
-
-@backend(NAME, temps=norm_temps)
-def layernorm_forward(
-    out: Operand, mean: Tensor, rstd: Tensor, x: Tensor, w: Tensor, b: Tensor, *, scratch: Scratch
-) -> None:
+@backend(NAME)
+def layernorm_forward(out: Operand, mean: Tensor, rstd: Tensor, x: Tensor, w: Tensor, b: Tensor) -> None:
     """out (n, C) = layernorm(x (n, C)) * w (C) + b (C); mean, rstd (n) in fp32 are kept for backward."""
-    if out.transposed is None and out.value is not None:
-        norm.forward_rows(out.value, mean, rstd, x, w, b, out.scale)
-    else:
-        _two.fn(out, mean, rstd, x, w, b, scratch=scratch)
+    assert out.value is not None, "forward reads it"
+    norm.forward_rows(out.value, mean, rstd, x, w, b, out.scale)
+    if out.transposed is not None:
+        write(replace(out, value=None), x, "norm", norm=(mean, rstd, w, b))
 
 
 def norm_backward_temps(
     dx: Tensor, dw: Tensor | None, db: Tensor | None, dbias: Tensor | None, again: Operand, *args: Tensor, **how: Any
 ) -> Temps:  # fmt: skip
-    if again.value is None:
-        return norm.backward_temps(dx, dw, db, dbias, None, *args, **how)
-    assert _two_back.temps is not None, "see _in_two"
-    return _two_back.temps(dx, dw, db, dbias, again, *args, **how)
+    return norm.backward_temps(dx, dw, db, dbias, None, *args, **how)
 
 
 @backend(NAME, temps=norm_backward_temps)
@@ -176,9 +134,58 @@ def layernorm_backward(
     mean: Tensor, rstd: Tensor, w: Tensor, b: Tensor, *, scratch: Scratch, **how: Any,
 ) -> None:  # fmt: skip
     """dx (n, C), dw, db, dbias (C) and again (n, C) from dout (n, C): see the reference. dx may be dout."""
-    args = dout, x, mean, rstd, w, b
-    if again.value is None:
-        write(again, x, "norm", norm=(mean, rstd, w, b))
-        norm.layernorm_backward(dx, dw, db, dbias, None, *args, scratch=scratch, **how)
-    else:
-        _two_back.fn(dx, dw, db, dbias, again, *args, scratch=scratch, **how)
+    write(again, x, "norm", norm=(mean, rstd, w, b))
+    norm.layernorm_backward(dx, dw, db, dbias, None, dout, x, mean, rstd, w, b, scratch=scratch, **how)
+
+
+@backend(NAME)
+def rmsnorm_forward(out: Operand, rstd: Tensor, x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0) -> None:
+    """out (n, C) = x / sqrt(mean(x^2) + eps) * (offset + weight (C)); rstd (n) in fp32 is kept for backward."""
+    assert out.value is not None, "forward reads it"
+    norm.rms_rows(out.value, rstd, x, weight, eps=eps, offset=offset, scale=out.scale)
+    if out.transposed is not None:
+        write(replace(out, value=None), x, "rms", norm=(rstd, rstd, weight, weight), offset=offset)
+
+
+def rms_backward_temps(dx: Tensor, dweight: Tensor | None, rewrite: Operand, *args: Tensor, **how: Any) -> Temps:
+    return norm.rms_backward_temps(dx, dweight, None, *args, **how)
+
+
+@backend(NAME, temps=rms_backward_temps)
+def rmsnorm_backward(
+    dx: Tensor, dweight: Tensor | None, rewrite: Operand, dout: Tensor, x: Tensor, rstd: Tensor, weight: Tensor,
+    *, offset: float = 0.0, scratch: Scratch, **how: Any,
+) -> None:  # fmt: skip
+    """dx (n, C), dweight (C) and rewrite (n, C) from dout (n, C): see the reference. dx may be dout."""
+    write(rewrite, x, "rms", norm=(rstd, rstd, weight, weight), offset=offset)
+    norm.rmsnorm_backward(dx, dweight, None, dout, x, rstd, weight, offset=offset, scratch=scratch, **how)
+
+
+@backend(NAME)
+def relu2_forward(out: Operand, x: Tensor) -> None:
+    """out (n, F) = max(x (n, F), 0)^2, rounded once."""
+    write(out, x, "relu2")
+
+
+@backend(NAME)
+def relu2_backward(dx: Tensor, rewrite: Operand, x: Tensor) -> None:
+    """dx (n, F) *= 2 max(x, 0); rewrite (n, F) = the output once more."""
+    write(rewrite, x, "relu2")
+    relu.relu2_backward(dx, None, x)
+
+
+def _gate(gelu: bool) -> str:
+    return "gated gelu" if gelu else "silu"
+
+
+@backend(NAME)
+def swiglu_forward(out: Operand, gateup: Tensor, *, gelu: bool = False) -> None:
+    """out (n, F) = silu(gateup[:, :F]) * gateup[:, F:], rounded once. gelu: not silu."""
+    write(out, gateup, _gate(gelu))
+
+
+@backend(NAME)
+def swiglu_backward(d_gateup: Tensor, rewrite: Operand, d_out: Tensor, gateup: Tensor, *, gelu: bool = False) -> None:
+    """d_gateup (n, 2F), which may be gateup, from d_out (n, F); rewrite (n, F) = forward's output once more."""
+    write(rewrite, gateup, _gate(gelu))
+    glu.swiglu_backward(d_gateup, None, d_out, gateup, gelu=gelu)

@@ -260,12 +260,22 @@ def rmsnorm_forward(
 ) -> None:  # fmt: skip
     """out = x / sqrt(mean(x^2) + eps) * (offset + weight (C)) + add, rows (n, C) or, without add, (n, heads, C) whose
     heads follow each other."""
+    rms_rows(out, rstd, x, weight, eps=eps, offset=offset, add=add)
+
+
+def rms_rows(
+    out: Tensor, rstd: Tensor, x: Tensor, weight: Tensor,
+    *, eps: float, offset: float = 0.0, add: Tensor | None = None, scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The same; scale: of an output in fp8, which is divided by it."""
     heads, C = _heads(out, x, *(() if add is None else (add,))), x.shape[-1]
     assert add is None or not heads, "add has rows of channels"
     programs, rows, block, warps, _ = forward_launch(x, heads)
+    more, largest = scale if add is None else add, 0.0 if scale is None else finfo(out.dtype).max
     _layernorm_forward_kernel[(programs,)](
-        out, rstd, rstd, x, weight, weight, x if add is None else add, out.stride(0), x.stride(0), x.numel() // C, C,
-        eps, RMS=True, HEADS=heads, OFFSET=offset, ADD=add is not None, ROWS=rows, BLOCK=block, num_warps=warps,
+        out, rstd, rstd, x, weight, weight, x if more is None else more, out.stride(0), x.stride(0), x.numel() // C, C,
+        eps, RMS=True, HEADS=heads, OFFSET=offset, ADD=add is not None, LARGEST=largest, ROWS=rows, BLOCK=block,
+        num_warps=warps,
         # With one column a thread, a fused multiply-add would give each thread of a row its own last bit of the sum.
         enable_fp_fusion=block > 32,
     )  # fmt: skip

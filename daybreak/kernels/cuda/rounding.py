@@ -13,8 +13,8 @@ transposed. One kernel does both in a pass over memory, and takes the largest ma
 A thread reads four rows that follow each other. Of each column it then has four bytes of the transposed copy, a word of
 32 bits, and words are what threads exchange. So there is a fourth as much to exchange.
 
-The tile may go through GELU or a layernorm first, or be multiplied by GELU's derivative, whose column sums are a bias
-gradient.
+The tile may go through GELU, a norm or the gate of an MLP first, or be multiplied by GELU's derivative, whose column
+sums are a bias gradient.
 
 The largest magnitude is found with atomics on its bits as an integer. A maximum is the same in any order, so they keep
 every bit; and NaN and infinity are larger than all numbers.
@@ -26,6 +26,7 @@ from torch import Tensor, int32
 
 from daybreak.kernels.cuda import INTERPRET, tl, triton
 from daybreak.kernels.cuda.gelu import sigmoid_2u
+from daybreak.kernels.cuda.glu import gate_sigmoid
 from daybreak.kernels.operand import Operand
 
 COMPILED = tl.constexpr(not INTERPRET)
@@ -138,9 +139,14 @@ def _larger(a, b):
 @triton.jit
 def _normed(x, mean, rstd, w, b, row, n):
     """layernorm of rows x, as norm.py computes it: 0 where there is no row."""
-    m = tl.load(mean + row, mask=row < n, other=0.0)[:, None]
-    r = tl.load(rstd + row, mask=row < n, other=0.0)[:, None]
+    m, r = _of_row(mean, row, n), _of_row(rstd, row, n)
     return tl.where((row < n)[:, None], (x - m) * r * w + b, 0.0)
+
+
+@triton.jit
+def _of_row(x, row, n):
+    """A number of each row, as a column."""
+    return tl.load(x + row, mask=row < n, other=0.0)[:, None]
 
 
 @triton.jit
@@ -148,12 +154,13 @@ def _quantise_kernel(
     value, transposed, scale, amax, x, pre, again, again_scale, part, mean, rstd, w, b, n, C,
     MEASURE: tl.constexpr, CURRENT: tl.constexpr, ACT: tl.constexpr, VALUE: tl.constexpr, TRANSPOSED: tl.constexpr,
     AGAIN: tl.constexpr, LARGEST: tl.constexpr, AGAIN_LARGEST: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, OFFSET: tl.constexpr = 0.0,
 ):  # fmt: skip
     """value (n, C) and transposed (C, n) = act(x (n, C)) / scale, rounded; amax, as an integer, takes |act(x)|.
 
-    ACT: none, gelu, norm, or slope, which multiplies by gelu'(pre) and writes column sums to `part`, a row for each
-    program_id(1). MEASURE: only amax. CURRENT: the scale is made of amax. AGAIN: again (C, n) = gelu(pre), rounded.
+    ACT: none, gelu, relu2, norm, rms, or slope, which multiplies by gelu'(pre) and writes column sums to `part`, a row
+    for each program_id(1); silu and gated gelu make (n, C) of x (n, 2 C). MEASURE: only amax. CURRENT: the scale is
+    made of amax. AGAIN: again (C, n) = gelu(pre), rounded.
     """
     down, across = tl.arange(0, ROWS // 4), tl.arange(0, COLS)
     column, row = tl.program_id(0) * COLS, tl.program_id(1) * ROWS
@@ -169,7 +176,18 @@ def _quantise_kernel(
     there = (across < C - column)[:, None] & (down < (n - row) // 4)[None, :]
     at = row.to(tl.int64) * C + column + (down[:, None] * (4 * C) + across[None, :])
     to = (column.to(tl.int64) * n + row) // 4 + (across[:, None] * (n // 4) + down[None, :])
-    y0, y1, y2, y3 = _four(x + at, C, here)
+    if ACT == "silu" or ACT == "gated gelu":
+        left = x + at + (row.to(tl.int64) * C + down[:, None] * (4 * C))
+        y0, y1, y2, y3 = _four(left, 2 * C, here)
+        u0, u1, u2, u3 = _four(left + C, 2 * C, here)
+        G: tl.constexpr = ACT == "gated gelu"
+        y0, y1 = y0 * gate_sigmoid(y0, G) * u0, y1 * gate_sigmoid(y1, G) * u1
+        y2, y3 = y2 * gate_sigmoid(y2, G) * u2, y3 * gate_sigmoid(y3, G) * u3
+    else:
+        y0, y1, y2, y3 = _four(x + at, C, here)
+    if ACT == "relu2":
+        y0, y1, y2, y3 = tl.maximum(y0, 0.0), tl.maximum(y1, 0.0), tl.maximum(y2, 0.0), tl.maximum(y3, 0.0)
+        y0, y1, y2, y3 = y0 * y0, y1 * y1, y2 * y2, y3 * y3
     if ACT == "gelu":
         y0, y1, y2, y3 = y0 * _sigmoid(y0), y1 * _sigmoid(y1), y2 * _sigmoid(y2), y3 * _sigmoid(y3)
     if ACT == "norm":
@@ -178,6 +196,13 @@ def _quantise_kernel(
         first = row + 4 * down
         y0, y1 = _normed(y0, mean, rstd, wf, bf, first, n), _normed(y1, mean, rstd, wf, bf, first + 1, n)
         y2, y3 = _normed(y2, mean, rstd, wf, bf, first + 2, n), _normed(y3, mean, rstd, wf, bf, first + 3, n)
+    if ACT == "rms":
+        wf = tl.load(w + column + across, mask=across < C - column, other=0.0).to(tl.float32)[None, :]
+        if OFFSET != 0.0:
+            wf += OFFSET
+        first = row + 4 * down
+        y0, y1 = y0 * _of_row(rstd, first, n) * wf, y1 * _of_row(rstd, first + 1, n) * wf
+        y2, y3 = y2 * _of_row(rstd, first + 2, n) * wf, y3 * _of_row(rstd, first + 3, n) * wf
     if ACT == "slope":
         p0, p1, p2, p3 = _four(pre + at, C, here)
         g0, g1, g2, g3 = _sigmoid(p0), _sigmoid(p1), _sigmoid(p2), _sigmoid(p3)
@@ -207,7 +232,7 @@ def _quantise_kernel(
 
 def tile(act: str, transposed: bool) -> tuple[int, int, int]:
     """Rows and columns of a program's tile, and its warps."""
-    if act == "norm":
+    if act in ("norm", "rms"):
         return ROWS, COLS, 2 * WARPS  # its threads hold more
     return (ROWS, COLS, WARPS) if transposed or act == "slope" else WIDE
 
@@ -219,14 +244,15 @@ def programs(n: int, C: int, rows: int = ROWS, cols: int = COLS) -> tuple[int, i
 
 def write(
     out: Operand, x: Tensor, act: str = "", pre: Tensor | None = None, again: Operand | None = None,
-    part: Tensor | None = None, norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    part: Tensor | None = None, norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, offset: float = 0.0,
 ) -> None:  # fmt: skip
-    """out = act(x (n, C)), or x itself. act: "gelu", "norm", or "slope", x * gelu'(pre (n, C)) with its column sums in
-    part (programs, C); then again.transposed = gelu(pre) too. norm: mean, rstd (n) in fp32, weight and bias (C) of a
-    layernorm. n and C are multiples of 16."""
+    """out = act(x (n, C)), or x itself. act: "gelu", "relu2", "norm", or "slope", x * gelu'(pre (n, C)) with
+    its column sums in part (programs, C); then again.transposed = gelu(pre) too. norm: mean, rstd (n) in fp32, weight
+    and bias (C) of a layernorm. "rms" reads of these rstd and the weight, to which offset is added. "silu" and "gated
+    gelu" make (n, C) of x (n, 2 C): the left half's act times the right half. n and C are multiples of 16."""
     assert x.is_contiguous(), "rows follow each other"
     assert out.amax is not None, "fp8 has slots"
-    n, C = x.shape
+    n, C = out.shape
     assert n % MULTIPLE == C % MULTIPLE == 0, f"a matrix ({n}, {C}) has odd rows or columns"
     other = again.transposed if again else None
     some = out.value if out.transposed is None else out.transposed
@@ -239,5 +265,6 @@ def write(
             out.scale if part is None else part, *(norm or (out.scale, out.scale, x, x)), n, C,
             MEASURE=measure, CURRENT=out.current, ACT=act, VALUE=out.value is not None,
             TRANSPOSED=out.transposed is not None, AGAIN=other is not None, LARGEST=out.format.largest,
-            AGAIN_LARGEST=again.format.largest if again else 0.0, ROWS=rows, COLS=cols, num_warps=warps,
+            AGAIN_LARGEST=again.format.largest if again else 0.0, ROWS=rows, COLS=cols, OFFSET=offset,
+            num_warps=warps,
         )  # fmt: skip

@@ -1,5 +1,5 @@
-"""Cases of the kernel that rounds to fp8, as it is and transposed: alone, after GELU, a norm or a gate, and times GELU's
-derivative; and of layernorm's, which writes fp8."""
+"""Cases of the kernel that rounds to fp8, as it is and transposed: alone, after GELU, a norm or a gate, and times
+GELU's derivative; and of layernorm's, which writes fp8."""
 
 from __future__ import annotations
 
@@ -60,5 +60,5 @@ def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
     n = B * T
     one = [_case(n, C, ""), _case(n, 3 * C, ""), _case(n, C, "", value=False), _case(n, C, "", transposed=False)]
     return [*one, _case(n, 4 * C, "gelu"), _case(n, 4 * C, "gelu", transposed=False), _case(n, 4 * C, "slope"),
-            _case(n, C, "norm", value=False), _norm_forward(n, C), _case(4 * C, C, ""),
-            _case(n, C, "rms", value=False), _case(n, 4 * C, "silu"), _case(n, 4 * C, "silu", transposed=False)]  # fmt: skip
+            _case(n, C, "norm", value=False), _norm_forward(n, C), _case(4 * C, C, ""), _case(n, C, "rms", value=False),
+            _case(n, 4 * C, "silu"), _case(n, 4 * C, "silu", transposed=False)]  # fmt: skip

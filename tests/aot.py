@@ -188,9 +188,17 @@ def rounding_cases() -> list[Case]:
         (e4m3, "norm", False, False, False, True), (e4m3, "rms", False, False, False, True),
         (e4m3, "silu", False, False, False, False), (e4m3, "silu", False, False, False, True),
         (e4m3, "gated gelu", False, False, False, True), (e4m3, "relu2", False, False, False, False),
+        (e5m2, "sums", False, False, False, True),
     ):  # fmt: skip
         rows, cols, warps = rounding.tile(act, both)
-        kind = {"ACT": act, "AGAIN": again, "CURRENT": current, "MEASURE": measure, "TRANSPOSED": both}
+        kind = {
+            "ACT": act.removeprefix("sums"),
+            "SUMS": act in ("slope", "sums"),
+            "AGAIN": again,
+            "CURRENT": current,
+            "MEASURE": measure,
+            "TRANSPOSED": both,
+        }
         kind |= {
             "OFFSET": 1.0 if act == "rms" else 0.0,
             "VALUE": act not in ("norm", "rms"),

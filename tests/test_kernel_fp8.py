@@ -14,7 +14,7 @@ import torch
 from kernel_harness import DEVICE, close, draw, f64, poison
 from torch import Tensor
 
-from daybreak.kernels import Kernels, all_ops, temps_bytes
+from daybreak.kernels import OPS, Kernels, all_ops, temps_bytes
 from daybreak.kernels.fp8 import E4M3, E5M2
 from daybreak.kernels.operand import Format, Operand
 
@@ -76,6 +76,29 @@ def test_quantise(format, n, C, parts, current):
         found.append(out)
     same(*found)
     assert found[0].amax == found[1].amax == x.abs().max()
+
+
+@pytest.mark.parametrize("parts", ["both", "value"])
+@pytest.mark.parametrize(("n", "C"), [(16, 48), (528, 80)])
+def test_quantise_and_column_sums(n, C, parts):
+    """The bytes of quantise alone. In plain torch the sums have the bits of bias_backward."""
+    x = draw(n, C, dtype=BF16)
+    alone, before = operand(E5M2, n, C, scale=2.0**-5, parts=parts), draw(C, dtype=BF16, seed=3)
+    run("quantise", alone, x)
+    for backend in ("fp8 cuda", "fp8"):
+        for accumulate in (False, True):
+            out, db = operand(E5M2, n, C, scale=2.0**-5, parts=parts), before.clone()
+            run("quantise", out, x, db, accumulate=accumulate, backend=backend)
+            same(out, alone)
+            assert out.amax == alone.amax
+            sums = f64(x).sum(0)
+            want = sums + (f64(before) if accumulate else 0.0)
+            close(db, want, also_rounded=sums if backend == "fp8" and accumulate else None, terms=f64(x).abs().sum(0))
+            if backend == "fp8":
+                plain, bias = before.clone(), OPS["bias_backward"].impls["torch"]
+                temps = [poison(*s, dtype=d) for s, d in bias.temps(plain, x)]
+                bias.fn(plain, x, accumulate=accumulate, scratch=lambda _, temps=temps: temps)
+                assert torch.equal(db, plain)
 
 
 @each_format

@@ -67,10 +67,16 @@ class FormatFrame(StepFrame):
     def matmul_a(self, name: str, *shape: int, plain: bool = False) -> Matrix:
         return self._operand(name, shape, plain) or self.a(name, *shape, plain=plain)
 
-    def matmul_copy(self, name: str, x: Any, *, plain: bool = False, made: bool = False) -> Matrix:
+    def matmul_copy(
+        self, name: str, x: Any, *, plain: bool = False, made: bool = False, db: Tensor | None = None
+    ) -> Matrix:
         operand = self._operand(name, tuple(x.shape), plain) if isinstance(x, Tensor) else None
+        if operand is None or not operand.format.slots:  # other formats have no kernel that also makes sums
+            super().matmul_copy(name, x, db=db)
+            db = None
         if operand is not None and not made:
-            self.k.quantise(operand, x)
+            sums = {} if db is None else {"db": db, "accumulate": self.mode.accumulate}
+            self.k.quantise(operand, x, **sums)
         return operand or x
 
     def _operand(self, name: str, shape: tuple[int, ...], plain: bool) -> Operand | None:

@@ -90,7 +90,7 @@ class Op:
 
 
 # quantise(out, x) makes an Operand of a matrix. It has no plain form: the backend of every format brings its own.
-OPS: dict[str, Op] = {"quantise": Op("quantise", "operand", ("out",))}
+OPS: dict[str, Op] = {"quantise": Op("quantise", "operand", ("out", "db"), adds=("db",))}
 
 
 def op(*writes: str, temps: Callable[..., Temps] | None = None, **costs: Any) -> Decorator:

@@ -48,16 +48,22 @@ def power_of_two(x: Tensor) -> Tensor:
     return x.masked_fill_(x == 0.0, 1.0).clamp_(SMALLEST, LARGEST)
 
 
-def quantise_temps(_: object, x: Tensor) -> Temps:
-    return [(tuple(x.shape), F32), ((), F32)]
+def quantise_temps(_: object, x: Tensor, db: Tensor | None = None, **__: object) -> Temps:
+    return [(tuple(x.shape), F32), ((), F32), *(() if db is None else matmul.bias_temps(db, x))]
 
 
 @backend("fp8", temps=quantise_temps)
-def quantise(out: Operand, x: Tensor, *, scratch: Callable[[Temps], list[Tensor]]) -> None:
-    """out = x (n, C), rounded to out's format; out.amax takes x's largest magnitude, if it is larger.
+def quantise(
+    out: Operand, x: Tensor, db: Tensor | None = None,
+    *, accumulate: bool = False, scratch: Callable[[Temps], list[Tensor]],
+) -> None:  # fmt: skip
+    """out = x (n, C), rounded to out's format; out.amax takes x's largest magnitude, if it is larger. db (C), if given,
+    = x's column sums before rounding, added to db if `accumulate`: the gradient of a bias.
 
     If out is `current`, this sets its scale too, so that nothing saturates. Else the scale was chosen before."""
-    wide, largest = scratch(quantise_temps(out, x))
+    wide, largest, *sums = scratch(quantise_temps(out, x, db))
+    if db is not None:
+        matmul.bias_backward(db, x, accumulate=accumulate, scratch=lambda _: sums)
     torch.amax(torch.abs(wide.copy_(x), out=wide), (0, 1), out=largest)
     assert out.amax is not None
     torch.maximum(out.amax, largest, out=out.amax)  # NaN, if one of both is

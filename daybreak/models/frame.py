@@ -106,8 +106,13 @@ class Frame(Protocol):
     def matmul_a(self, name: str, *shape: int, plain: bool = False) -> Matrix:
         """An activation or gradient of this shape that only matmuls read."""
 
-    def matmul_copy(self, name: str, x: Any, *, plain: bool = False, made: bool = False) -> Matrix:
-        """x, as matmuls read it: itself, or its copy in the format of `name`. `made`: this was asked for before."""
+    def matmul_copy(
+        self, name: str, x: Any, *, plain: bool = False, made: bool = False, db: Tensor | None = None
+    ) -> Matrix:
+        """x, as matmuls read it: itself, or its copy in the format of `name`. `made`: this was asked for before. db:
+        the gradient of a bias, which is x's column sums; a copy's kernel adds them up on its way."""
+        if db is not None:
+            self.k.bias_backward(db, x, accumulate=self.mode.accumulate)
         result: Matrix = x
         return result
 

@@ -172,9 +172,7 @@ class Llama(Head):
         if c.qk_norm:
             for name, dx, heads in zip(("qnorm", "knorm"), grads, self._heads(qkv, B, T), strict=False):
                 blocks.rmsnorm_backward(b, name, _rows(dx), _rows(dx), _rows(heads), starts=True, offset=self.offset)
-        if c.qkv_bias:
-            blocks.bias_grad(b, "qkv", d_qkv)
-        d_sum = b.matmul_copy("d_qkv", d_qkv, plain=True)
+        d_sum = b.matmul_copy("d_qkv", d_qkv, plain=True, db=b.g("qkvb") if c.qkv_bias else None)
         blocks.adapter_grad(b, "qkv", d_sum)
         d_ln1 = blocks.input_grad(b, "qkv", b.d("ln1", n, c.C), d_sum)
         ln1 = blocks.rmsnorm_backward(b, "ln1", d, d_ln1, x, offset=self.offset)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import bias, cublaslt, glu, missing_backends, norm, relu
-from daybreak.kernels.cuda.rounding import programs, write
+from daybreak.kernels.cuda.rounding import programs, tile, write
 from daybreak.kernels.fp8 import READS
 from daybreak.kernels.operand import Matrix, Operand
 
@@ -32,10 +32,21 @@ def usable(capability: tuple[int, int]) -> str | None:
     return "Triton, which is not installed" if "triton" in missing_backends() else None
 
 
-@backend(NAME)
-def quantise(out: Operand, x: Tensor) -> None:
-    """out = x (n, C), rounded to out's format."""
-    write(out, x)
+def sums_temps(out: Operand, x: Tensor, db: Tensor | None = None, **_: object) -> Temps:
+    """Partial column sums, a row for each program of the kernel that rounds."""
+    n, C = x.shape
+    return [] if db is None else [((1, programs(n, C, *tile("", out.transposed is not None)[:2])[1], C), torch.float32)]
+
+
+@backend(NAME, temps=sums_temps)
+def quantise(out: Operand, x: Tensor, db: Tensor | None = None, *, accumulate: bool = False, scratch: Scratch) -> None:
+    """out = x (n, C), rounded to out's format; db (C), if given, = x's column sums, added to db if `accumulate`."""
+    if db is None:
+        write(out, x)
+        return
+    (part,) = scratch(sums_temps(out, x, db))
+    write(out, x, part=part[0])
+    bias.column_sums([db], part, accumulate)
 
 
 # ------------------------------------------------------------------------------------------------ matmuls

@@ -154,13 +154,13 @@ def _quantise_kernel(
     value, transposed, scale, amax, x, pre, again, again_scale, part, mean, rstd, w, b, n, C,
     MEASURE: tl.constexpr, CURRENT: tl.constexpr, ACT: tl.constexpr, VALUE: tl.constexpr, TRANSPOSED: tl.constexpr,
     AGAIN: tl.constexpr, LARGEST: tl.constexpr, AGAIN_LARGEST: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, OFFSET: tl.constexpr = 0.0,
+    ROWS: tl.constexpr, COLS: tl.constexpr, OFFSET: tl.constexpr = 0.0, SUMS: tl.constexpr = False,
 ):  # fmt: skip
     """value (n, C) and transposed (C, n) = act(x (n, C)) / scale, rounded; amax, as an integer, takes |act(x)|.
 
-    ACT: none, gelu, relu2, norm, rms, or slope, which multiplies by gelu'(pre) and writes column sums to `part`, a row
-    for each program_id(1); silu and gated gelu make (n, C) of x (n, 2 C). MEASURE: only amax. CURRENT: the scale is
-    made of amax. AGAIN: again (C, n) = gelu(pre), rounded.
+    ACT: none, gelu, relu2, norm, rms, or slope, which multiplies by gelu'(pre); silu and gated gelu make (n, C) of
+    x (n, 2 C). SUMS: column sums of act(x) go to `part`, a row for each program_id(1). MEASURE: only amax. CURRENT: the
+    scale is made of amax. AGAIN: again (C, n) = gelu(pre), rounded.
     """
     down, across = tl.arange(0, ROWS // 4), tl.arange(0, COLS)
     column, row = tl.program_id(0) * COLS, tl.program_id(1) * ROWS
@@ -212,6 +212,7 @@ def _quantise_kernel(
             q0, q1, q2, q3, words = _bytes(p0 * g0 * r, p1 * g1 * r, p2 * g2 * r, p3 * g3 * r, kind, AGAIN_LARGEST)
             tl.store(again.to(tl.pointer_type(tl.int32), bitcast=True) + to, tl.trans(words), mask=there)
         y0, y1, y2, y3 = y0 * _slope(p0, g0), y1 * _slope(p1, g1), y2 * _slope(p2, g2), y3 * _slope(p3, g3)
+    if SUMS:
         sums = tl.sum((y0 + y1) + (y2 + y3), 0)
         tl.store(part + tl.program_id(1) * C + column + across, sums, mask=across < C - column)
     largest = _larger(_larger(y0, y1), _larger(y2, y3))
@@ -246,10 +247,10 @@ def write(
     out: Operand, x: Tensor, act: str = "", pre: Tensor | None = None, again: Operand | None = None,
     part: Tensor | None = None, norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, offset: float = 0.0,
 ) -> None:  # fmt: skip
-    """out = act(x (n, C)), or x itself. act: "gelu", "relu2", "norm", or "slope", x * gelu'(pre (n, C)) with
-    its column sums in part (programs, C); then again.transposed = gelu(pre) too. norm: mean, rstd (n) in fp32, weight
-    and bias (C) of a layernorm. "rms" reads of these rstd and the weight, to which offset is added. "silu" and "gated
-    gelu" make (n, C) of x (n, 2 C): the left half's act times the right half. n and C are multiples of 16."""
+    """out = act(x (n, C)), or x itself. act: "gelu", "relu2", "norm", or "slope", x * gelu'(pre (n, C)); then
+    again.transposed = gelu(pre) too. part (programs, C) takes the column sums in fp32. norm: mean, rstd (n) in fp32,
+    weight and bias (C) of a layernorm. "rms" reads of these rstd and the weight, to which offset is added. "silu" and
+    "gated gelu" make (n, C) of x (n, 2 C): the left half's act times the right half. n and C are multiples of 16."""
     assert x.is_contiguous(), "rows follow each other"
     assert out.amax is not None, "fp8 has slots"
     n, C = out.shape
@@ -266,5 +267,5 @@ def write(
             MEASURE=measure, CURRENT=out.current, ACT=act, VALUE=out.value is not None,
             TRANSPOSED=out.transposed is not None, AGAIN=other is not None, LARGEST=out.format.largest,
             AGAIN_LARGEST=again.format.largest if again else 0.0, ROWS=rows, COLS=cols, OFFSET=offset,
-            num_warps=warps,
+            SUMS=part is not None, num_warps=warps,
         )  # fmt: skip

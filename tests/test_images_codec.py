@@ -178,7 +178,7 @@ def test_a_codec_is_read_as_it_was_saved_and_refused_when_it_changes(tmp_path: P
 @pytest.mark.parametrize(("change", "said"), [
     ({"K": 0}, "K = 0 must be a whole number from 1 to 2"),
     ({"N": "16"}, "N = '16' must be a whole number"),
-    ({"format": 2}, "has format 2, and this daybreak reads 1; update daybreak"),
+    ({"format": 3}, "has format 3, and this daybreak reads 1 and 2; update daybreak"),
     ({"D": 17}, "D = 17 must be at least N \\+ 3 = 19"),
 ])  # fmt: skip
 def test_a_codec_of_somebody_else_is_checked(tmp_path: Path, change: dict[str, object], said: str) -> None:

@@ -193,7 +193,7 @@ def test_the_command_line_says_what_is_next(capsys: pytest.CaptureFixture[str]) 
     assert said.splitlines()[1] == f"Next: daybreak train shapes {own}"
     for words, why in [
         (["set", "--px", "16"], "--px 16 is for pictures; add --as images."),
-        (["set", "--as", "images", "--px", "20"], "px = 20 must be a multiple of 8 from 8 to 128."),
+        (["set", "--as", "images", "--px", "20"], "px = 20 must be a multiple of 8 from 8 to 256."),
         (["none", "--as", "images"], "none is not a folder; --as images reads folders"),
         (["shapes", "--pretokenized"], "--pretokenized is for text"),
         (["shapes", "--as", "text"], "shapes is a set of pictures; prepare it alone"),

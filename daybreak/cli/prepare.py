@@ -41,7 +41,7 @@ if TYPE_CHECKING:
               help="What the files hold (default: as their first record looks).")  # fmt: skip
 @click.option("--row-tokens", type=click.IntRange(8), metavar="T",
               help="Tokens of a row of packed chats (1024), or of a caption and its picture.")  # fmt: skip
-@click.option("--px", type=click.IntRange(8, 128), metavar="N", help="Pixels a side of pictures (32).")
+@click.option("--px", type=click.IntRange(8, 256), metavar="N", help="Pixels a side of pictures (32).")
 @click.option("--show", type=click.IntRange(1), metavar="N", help="Print N examples of chats: context, learned.")
 @click.option("--skip-bad", is_flag=True, help="Skip bad files, lines and rows, and count them.")
 def prepare(

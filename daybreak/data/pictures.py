@@ -28,7 +28,8 @@ from daybreak.files import sha256_of
 
 CODEC_FILE = "codec.safetensors"
 CODEC_PICTURE = "codec.png"  # in a data set, for people: pictures above those that come back
-FORMAT, METADATA = 1, "daybreak"  # one key, since the library orders several at random
+FORMAT, FORMAT_FSQ = 1, 2  # of a codec with a dictionary, and without one
+METADATA = "daybreak"  # one key, since the library orders several at random
 MARK = "+img-"  # in a tokenizer's name, between that of the text and the start of the codec's sha256
 SIZE = Rule("must be a whole number from 1 to 2^20", lambda x: type(x) is int and 1 <= x <= 1 << 20)
 NUMBERS: dict[str, Any] = dict.fromkeys(("px", "patch", "K", "N", "D"), SIZE)
@@ -82,8 +83,9 @@ def read_metadata(path: Path) -> dict[str, int]:
         raise DataError(f"{path} is not a codec of pictures ({error}); {fix}.") from None
     if said := misfit(found, {"format": WHOLE} | NUMBERS):
         raise DataError(f"{path}: {said}; {fix}.")
-    if found["format"] != FORMAT:
-        raise DataError(f"{path} has format {found['format']}, and this daybreak reads {FORMAT}; update daybreak.")
+    if found["format"] not in (FORMAT, FORMAT_FSQ):
+        reads = f"{FORMAT} and {FORMAT_FSQ}"
+        raise DataError(f"{path} has format {found['format']}, and this daybreak reads {reads}; update daybreak.")
     if found["D"] < found["N"] + 3:
         raise DataError(f"{path}: D = {found['D']} must be at least N + 3 = {found['N'] + 3}; {fix}.")
     return {key: found[key] for key in NUMBERS}

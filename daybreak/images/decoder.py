@@ -12,6 +12,7 @@ squared error. norm is GroupNorm (Wu & He 2018), and pixel shuffle is of Shi et 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,23 +148,34 @@ def loss_and_grads(p: Named, grid: Grid, x: Tensor, pictures: Tensor) -> tuple[f
     return float(error.square().mean()), backward(error * (2 / error.numel()), p, grid, saved)
 
 
-def train(grid: Grid, book: Tensor, codes: Tensor, pictures: Tensor, seed: int, check: Any = lambda: None) -> Named:
-    """Parameters after a regression from codes (n, g, g) of book (K, 3 f f) to pictures (n, 3, px, px), both from -1 to
-    1, by AdamW. `check` runs before each step and may raise."""
-    p, random = init(grid, seed), torch.Generator().manual_seed(seed)
-    values = list(p.values())
+def regress(
+    p: Named, grads: Callable[[Tensor], tuple[float, Named]], count: int, batch: int, lr: float, seed: int, check: Any
+) -> None:
+    """Train parameters in place by AdamW, on random rows below `count` for which `grads` gives loss and gradients.
+    `check` runs before each step and may raise."""
+    random, values = torch.Generator().manual_seed(seed), list(p.values())
     m, v = ([torch.zeros_like(x) for x in values] for _ in range(2))
-    steps = max(LEAST_STEPS, min(MOST_STEPS, PASSES * len(codes) // BATCH))
+    steps = max(LEAST_STEPS, min(MOST_STEPS, PASSES * count // batch))
     for step in range(1, steps + 1):
         check()
-        pick = torch.randint(len(codes), (BATCH,), generator=random)
-        x = book[codes[pick]].permute(0, 3, 1, 2).contiguous()
-        _, g = loss_and_grads(p, grid, x, pictures[pick])
+        _, g = grads(torch.randint(count, (batch,), generator=random))
         norm = math.sqrt(sum(float(g[name].square().sum()) for name in p))
-        grads = [g[name] * min(1.0, CLIP / max(norm, 1e-12)) for name in p]
-        lr = LR * min(1.0, step / WARMUP) * (1 - (step - 1) / steps)
+        clipped = [g[name] * min(1.0, CLIP / max(norm, 1e-12)) for name in p]
+        rate = lr * min(1.0, step / WARMUP) * (1 - (step - 1) / steps)
         torch._fused_adamw_(
-            values, grads, m, v, [], [torch.tensor(float(step))] * len(values), lr=lr, beta1=0.9, beta2=0.95, eps=1e-8,
-            weight_decay=1e-4, amsgrad=False, maximize=False,
+            values, clipped, m, v, [], [torch.tensor(float(step))] * len(values), lr=rate, beta1=0.9, beta2=0.95,
+            eps=1e-8, weight_decay=1e-4, amsgrad=False, maximize=False,
         )  # fmt: skip
+
+
+def train(grid: Grid, book: Tensor, codes: Tensor, pictures: Tensor, seed: int, check: Any = lambda: None) -> Named:
+    """Parameters after a regression from codes (n, g, g) of book (K, 3 f f) to pictures (n, 3, px, px), both from -1 to
+    1. `check` runs before each step and may raise."""
+    p = init(grid, seed)
+
+    def grads(rows: Tensor) -> tuple[float, Named]:
+        x = book[codes[rows]].permute(0, 3, 1, 2).contiguous()
+        return loss_and_grads(p, grid, x, pictures[rows])
+
+    regress(p, grads, len(codes), BATCH, LR, seed, check)
     return p

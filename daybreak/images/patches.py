@@ -16,6 +16,7 @@ from torch import Tensor
 
 MOST_IDS = 1000  # kinds of patches
 ROUNDS, RESEEDED, SAMPLE = 400, 200, 8192  # of k-means; in the first ones unused centres move; patches in each
+CONVOLVED = 8  # pixels a side of a patch from which the codec is fsq.py's, without a dictionary
 BLOCK = 8192  # patches that are looked up at a time
 
 
@@ -48,8 +49,8 @@ class Grid(NamedTuple):
 
 
 def grid_of(px: int) -> Grid:
-    """The grid for pictures of this size: patches of 2 pixels up to a size of 16, then of 4."""
-    return Grid(px, 2 if px <= 16 else 4)
+    """The grid for pictures of this size: patches of 2 pixels up to a size of 16, then of 4, and of 8 above 128."""
+    return Grid(px, 2 if px <= 16 else 4 if px <= 128 else CONVOLVED)
 
 
 def nearest(book: NDArray[np.uint8], patches: NDArray[np.uint8]) -> NDArray[np.int64]:

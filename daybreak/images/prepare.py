@@ -47,7 +47,7 @@ VAL_FRACTION = 0.1
 MOST_CAPTION = 64  # tokens, if no other D is asked for
 UNCAPTIONED = 0.1  # of the training pictures are written without their captions too
 ENCODED = 1024  # pictures that are encoded at a time
-MOST_FITTED = 20_000  # pictures that a codec is trained on
+MOST_FITTED, MOST_BYTES = 20_000, 1 << 30  # pictures that a codec is trained on, and bytes of their pixels
 SHOWN, COLUMNS = 256, 12  # held-out pictures that come back, and of these in codec.png
 Pixels = NDArray[np.uint8]
 
@@ -69,12 +69,12 @@ def prepare_images(
 ) -> Manifest:  # fmt: skip
     """Turn folders of pictures, `shapes` or `emoji` into `data_dir/NAME`: token shards and the codec that made them.
 
-    px: pixels a side, a multiple of 8 from 8 to 128. row_tokens: D, the tokens of a document; 0: the least multiple of
+    px: pixels a side, a multiple of 8 from 8 to 256. row_tokens: D, the tokens of a document; 0: the least multiple of
     8 that holds the captions, but MOST_CAPTION tokens of each at most. The other options are those of `data.prepare`.
     progress counts bytes of pixels. Raises DataError for pictures that cannot be read, ConfigError.
     """
-    if not 8 <= px <= 128 or px % 8:
-        raise ConfigError(f"px = {px} must be a multiple of 8 from 8 to 128.")
+    if not 8 <= px <= 256 or px % 8:
+        raise ConfigError(f"px = {px} must be a multiple of 8 from 8 to 256.")
     if not 1 <= shard_tokens <= MAX_TOKENS:
         raise ConfigError(f"shard-tokens = {shard_tokens} must be from 1 to {MAX_TOKENS}.")
     if val_fraction is not None and not 0 < val_fraction < 1:
@@ -97,8 +97,8 @@ def prepare_images(
         parts = divided(items, val_fraction or VAL_FRACTION)
         if not all(parts):
             raise DataError(f"{origin} has too few different pictures to split into train and val; add more.")
-        rows = [item.row for item in parts[0][:MOST_FITTED]]
         size = 3 * px * px  # bytes
+        rows = [item.row for item in parts[0][: min(MOST_FITTED, MOST_BYTES // size)]]
         made = codec.train(grid_of(px), pixels[rows], lambda: progress(0, size * len(items), 0))
         joined = _joined(text, made, folder, items, row_tokens)
         done, writers = 0, [_Writer(folder, f"{name}_{split}", joined, shard_tokens) for split in SPLITS]
@@ -172,7 +172,7 @@ def _joined(text: Tokenizer, made: codec.Codec, folder: Path, items: Sequence[It
     if D < N + 4:
         raise ConfigError(f"row-tokens = {D} must be at least {N + 4}: a picture has {N} tokens, and its caption some.")
     made.save(folder / CODEC_FILE, D)
-    joined = text.with_pictures(sha256_of(folder / CODEC_FILE), len(made.book), N, D)
+    joined = text.with_pictures(sha256_of(folder / CODEC_FILE), made.K, N, D)
     if cut := sum(length > D - N - 3 for length in lengths):
         longer = "--row-tokens T makes longer documents"
         log.warning("%d of %d captions have over %d tokens, and are cut; %s", cut, len(items), D - N - 3, longer)
@@ -236,6 +236,6 @@ def _say(name: str, made: codec.Codec, held_out: Pixels, folder: Path) -> None:
     near = made.psnr(held_out)
     lost = "nothing is lost" if near == float("inf") else f"{near:.1f} dB"
     log.info("%s: %d tokens a picture, of %d kinds; %d held-out pictures come back, and %s", name, made.grid.N,
-             len(made.book), len(held_out), lost)  # fmt: skip
+             made.K, len(held_out), lost)  # fmt: skip
     n = min(len(held_out), COLUMNS)
     write_png(folder / CODEC_PICTURE, sheet(np.concatenate([held_out[:n], back[:n]]), n))

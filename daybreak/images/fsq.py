@@ -121,7 +121,8 @@ def down_forward(p: Named, name: str, x: Tensor) -> Tensor:
 
 def down_backward(d: Tensor, p: Named, g: Named, name: str, x: Tensor) -> Tensor:
     """The gradient of x."""
-    w, dx = p[f"{name}.w"], torch.empty(0)
+    w = p[f"{name}.w"]
+    dx: Tensor
     dx, g[f"{name}.w"], g[f"{name}.b"] = aten.convolution_backward(
         d, x, w, [len(w)], [2, 2], [0, 0], [1, 1], False, [0, 0], 1, [True, True, True]
     )

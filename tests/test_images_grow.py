@@ -120,8 +120,8 @@ def test_text_stays_known(
     shape = ["--model.max_T", "96", "--eval.tokens", "49152"]
     assert train("tiny", "--name", "text", "--steps", "800", *shape) == 0
     before = text_loss("runs/text", capsys)
-    words = ["--data", "shapes-gpt2-1024=0.5,stdlib-gpt2-1024=0.5", "--model.V", "1106", "--batch.B", "16"]
-    rate = ["--optim.lr", "1e-3", "--init-from", "runs/text", "--steps", "200"]
+    words = ["--data", "shapes-gpt2-1024=0.3,stdlib-gpt2-1024=0.7", "--model.V", "1106", "--batch.B", "16"]
+    rate = ["--optim.lr", "5e-4", "--init-from", "runs/text", "--steps", "200"]
     assert main(["train", "tiny", "--name", "both", *words, *shape, *rate, "--quiet"]) == 0
     after, vals = text_loss("runs/both", capsys), Run("runs/both").metrics("val")
     print(f"\nnats per token of text: {before:.4f} before, {after:.4f} after; of pictures {vals[-1]['image_loss']:.4f}")

@@ -65,7 +65,7 @@ def test_a_small_model_draws_captions_that_it_has_not_seen(tmp_path: Path, monke
     assert main(["train", "shapes", "--data", "few-gpt2-1024", "--name", "few", *words]) == 0
     captions = held_out(folder)
     assert len(captions) > 15
-    # A model that does not heed which is where draws at most one in four right; this one drew 69 %.
+    # A model that does not heed which is where draws at most one in four right.
     assert np.mean(right_ones(Path("runs/few"), captions)) >= 0.5
 
 

@@ -5,7 +5,7 @@
     metrics.jsonl    one record a line                        crash.txt      a traceback, or where every thread was
     main.log         llm.c's lines                            samples.txt    generated text
     run-id           tells it from a run of the same name     .torchrun      which torchruns may restart it
-                                                              .holder        process and host that trained it last
+                                                              .holder        process and host that train it
 
 Rank 0 creates the folder, and writes the files that a run has once. These calls follow each other:
 
@@ -203,10 +203,16 @@ class RunFolder:
         busy = ConfigError(f"{self.path} is being trained by {self.read_holder()}; wait or stop it.")
         with locked(self.path, busy):
             self.check_links()
+            here = f"{os.getpid()} {socket.gethostname()}\n"
             with suppress(OSError), open(self.holder, "w", opener=no_follow) as file:
-                file.write(f"{os.getpid()} {socket.gethostname()}\n")
-            with self.watched():
-                yield
+                file.write(here)
+            try:
+                with self.watched():
+                    yield
+            finally:
+                with suppress(OSError, ValueError):  # the folder may have moved, and another run may be here
+                    if self.holder.read_text("ascii") == here:
+                        self.holder.unlink()
 
     def read_holder(self) -> str:
         """The process that took the lock last, for people who look for it; it may be on another machine."""

@@ -419,8 +419,10 @@ def test_nothing_that_a_foreign_folder_holds_is_executed(tmp_path, name, text):
     (tmp_path / "r/checkpoints/step-a[$(touch x)0]/manifest.json").touch()
     (tmp_path / "r" / name).write_text(text)
     command = ["bash", RESTART, "--verdict", "r"]
-    said = [subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout for _ in range(3)]
-    assert said == ["again\n", "again\n", "failed\n"]
+    done = [subprocess.run(command, cwd=tmp_path, capture_output=True, text=True) for _ in range(3)]
+    assert [d.stdout for d in done] == ["again\n", "again\n", "failed\n"]
+    assert not done[0].stderr + done[1].stderr
+    assert done[2].stderr.startswith("restart.sh: 3 starts of r in a row brought no new checkpoint, and the last one")
     assert sorted(p.name for p in tmp_path.rglob("*") if p.name not in ("manifest.json", "exit.json")) == sorted(
         ["checkpoints", "r", "step-a[$(touch x)0]"]
     )

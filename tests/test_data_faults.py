@@ -126,6 +126,9 @@ def test_the_share_and_the_next_command_are_said(
     assert 256 < manifest["val"]["tokens"] <= 512 < manifest["train"]["tokens"]  # a sample of 1,024 does not fit
     command = "daybreak train d6 --model.V 257 --batch.T 256 --data a-bytes --name a-bytes"
     assert capsys.readouterr().out.endswith(f"\nValidation is {share:.3g} % of the tokens. Next: {command}\n")
+    Path("c.txt").write_text("hi there\n")
+    assert main(["prepare", "c.txt", "--tokenizer", "gpt2-1024"]) == 0
+    assert capsys.readouterr().out.endswith("samples have 128 tokens each. Add text, and prepare it again.\n")
     Path("b.txt").write_text("one line\n" * 20_000)
     assert main(["prepare", "b.txt"]) == 0
     _, said, advice = capsys.readouterr().out.splitlines()

@@ -290,6 +290,12 @@ def test_the_command_that_a_folder_of_code_is_told_makes_it_readable(
     subprocess.run(["bash", "-euc", command[1]], check=True)
     assert sorted(Path("my.txt").read_text().splitlines()) == ["first = 1", "second = 2"]
     assert prepare("my.txt", tokenizer="bytes", data_dir=data)
+    (drawn := tmp_path / "drawn").mkdir()
+    (drawn / "a.PNG").write_bytes(b"\x89PNG")
+    with pytest.raises(DataError, match=r"\.PNG files .*; to train a model that draws, add --as images"):
+        prepare(drawn, data_dir=data)
+    with pytest.raises(DataError, match=r"cannot read \.PNG files; .*a folder of pictures with --as images"):
+        prepare(drawn / "a.PNG", data_dir=data)
     rows = tmp_path / "rows"
     rows.mkdir()
     (rows / "a.csv").write_text("body\n" + "To be\n" * 9)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from daybreak.data.dataset import Manifest
     from daybreak.data.prepare import Progress
 
+LEAST = 8  # tokens of the shortest sample that is advised
+
 
 @click.command()
 @click.argument("sources", metavar="NAME|FILE...", nargs=-1, required=True)
@@ -117,27 +119,30 @@ def prepare(
     share = 100 * val.tokens / (train.tokens + val.tokens)
     V = get_tokenizer(manifest.tokenizer, Path(data_dir) / manifest.name).V
     model = "tiny" if V == 1025 else f"{'d6' if train.tokens < 10**8 else 'd12'}{f' --model.V {V}' * (V != 50_257)}"
-    model += _shorter(manifest, 128 if V == 1025 else 1024)
+    T = 128 if V == 1025 else 1024
+    longest = min(max((s.tokens for s in split.shards), default=0) for split in (train, val))
+    model += _shorter(longest, T)
     place = f" --data.dir {data_dir}" * (data_dir != "data")
     owner = _model_beside(options["tokenizer"])
     small = V == 50_257 and 0 < train.bytes < 2 * 10**7 and not owner
     laptop = "\nWithout a GPU, prepare so small a text with --tokenizer gpt2-1024, and train tiny (docs/your-text.md)."
     further = f"daybreak finetune {owner} --data {manifest.name}{place}; from scratch: " * bool(owner)
+    then = f"Next: {further}daybreak train {model} --data {manifest.name} --name {manifest.name}{place}{laptop * small}"
+    if 0 < longest <= LEAST:
+        then = f"This is too little to train on: samples have {T:,} tokens each. Add text, and prepare it again."
     click.echo(
         f"{data_dir}/{manifest.name}: {train.tokens:,} training and {val.tokens:,} validation tokens "
         f"({manifest.tokenizer}) of {train.documents + val.documents:,} documents in {shards} shards\n"
-        f"Validation is {share:.3g} % of the tokens. Next: {further}daybreak train {model} --data {manifest.name} "
-        f"--name {manifest.name}{place}{laptop * small}"
+        f"Validation is {share:.3g} % of the tokens. {then}"
     )
 
 
-def _shorter(manifest: Manifest, T: int) -> str:
-    """The flag with which a set of short shards fills a sample; "" if one of T tokens fits, or nothing does."""
-    longest = min(max((s.tokens for s in split.shards), default=0) for split in (manifest.train, manifest.val))
+def _shorter(longest: int, T: int) -> str:
+    """The flag with which shards of at most so many tokens fill a sample; "" if one of T fits, or nothing does."""
     fits = T
     while fits and fits >= longest:  # a sample has one token more
         fits //= 2
-    return f" --batch.T {fits}" if 8 <= fits < T else ""
+    return f" --batch.T {fits}" if LEAST <= fits < T else ""
 
 
 def _model_beside(tokenizer: str) -> str:

@@ -34,6 +34,7 @@ JSON_SUFFIXES, CSV_SUFFIXES = _packed(".json"), _packed(".csv", ".tsv")
 TABLES = (*JSON_SUFFIXES, *CSV_SUFFIXES)
 KINDS = ((".parquet",), _packed(".jsonl", ".ndjson"), JSON_SUFFIXES, CSV_SUFFIXES, TEXT_SUFFIXES)
 SUFFIXES = tuple(chain(*KINDS))
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 BLOCK = 1 << 20  # bytes or characters
 LONGEST = 1 << 28  # bytes
 BOMB, BOMB_RATIO = 1 << 30, 500  # a packed file that holds more bytes than either allows is no text

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from daybreak.data.formats import (
+    PICTURES,
     SUFFIXES,
     TABLES,
     Faults,
@@ -185,6 +186,8 @@ def _parts(paths: Sequence[Path], column: str) -> list[Part]:
                 with path.open("rb") as file:
                     said = identify(file.read(HEAD), text=True)
                 convert = "convert to .txt, .md or .jsonl, or pipe text into daybreak prepare - --name NAME"
+                if path.suffix.lower() in PICTURES:
+                    convert = "for a model that draws, give a folder of pictures with --as images (docs/images.md)"
                 way = f"this is {said}" if said else convert
                 raise DataError(f"{path}: cannot read {path.suffix or 'such'} files; {way}.")
             found.append((path.name, path))
@@ -221,6 +224,8 @@ def _way_out(folder: Path, left: dict[str, list[str]]) -> str:
     why = max(left, key=lambda why: len(left[why]), default="")
     if why.startswith("without a field"):
         return "name the field that holds the text with --text-field KEY"
+    if why.lower().removesuffix(" files") in PICTURES:
+        return "to train a model that draws, add --as images (docs/images.md)"
     if why.startswith("."):
         name = shlex.quote(f"*{why.removesuffix(' files')}")
         join = f"find -L {shlex.quote(str(folder))} -name {name} -exec cat {{}} + > my.txt"

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from daybreak.data.formats import Faults, extra, read_records, read_text
+from daybreak.data.formats import PICTURES, Faults, extra, read_records, read_text
 from daybreak.data.sources import split_of, walk
 from daybreak.errors import DataError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 CAPTIONS = ("metadata.jsonl", "metadata.csv")
 MOST_PIXELS = 64_000_000  # of a file: more would take over 256 MB, and a small file may claim them
@@ -74,7 +73,7 @@ def list_pictures(words: Iterable[str | Path], column: str, faults: Faults) -> l
         listed, before = _listed(folder, column, faults), len(found)
         for name, path in walk(folder):
             hidden = any(part.startswith(".") for part in Path(name).parts)
-            if hidden or path.suffix.lower() not in SUFFIXES or (split := split_of(name)) == "test":
+            if hidden or path.suffix.lower() not in PICTURES or (split := split_of(name)) == "test":
                 continue
             if listed and name not in listed:
                 faults("pictures without a caption", f"{path} is not in the list of captions; add it.")
@@ -82,7 +81,7 @@ def list_pictures(words: Iterable[str | Path], column: str, faults: Faults) -> l
             found.append(Picture(path, listed.get(name) or _caption(folder, name, path, faults), split))
         if len(found) == before:
             raise DataError(
-                f"{folder} has no PNG, JPEG or WebP file ({', '.join(SUFFIXES)}); give a folder of pictures."
+                f"{folder} has no PNG, JPEG or WebP file ({', '.join(PICTURES)}); give a folder of pictures."
             )
     return found
 

@@ -186,6 +186,8 @@ ERRORS: list[tuple[str, int, str]] = [
     ("train d12 --learning_rate 1", 2, "unknown flag --learning_rate; did you mean --optim.lr?"),
     ("train d12 --max-steps 1", 2, "unknown flag --max-steps; did you mean --steps?"),
     ("train d12 --dropout 0.1", 2, "unknown flag --dropout; daybreak has nothing like it."),
+    ("train d12 --model.dropout 0.1", 2, "unknown flag --model.dropout; daybreak has nothing like it."),
+    ("train d12 --model.n_layer 3", 2, "unknown flag --model.n_layer; did you mean --model.L?"),
     ("sample runs/old --min_lr 1", 2, "unknown flag --min_lr; did you mean --min-p?"),
     ("sample runs/old --temp 1", 2, "unknown flag --temp; did you mean --temperature?"),
     ("train d12 --run.device cuda:99", 2,

@@ -137,6 +137,7 @@ def test_ours_loads_there(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"r": "4"}, "r = '4' must be a whole number"),
         ({"r": 5}, "is (4, 64), and the model with r = 5 needs (5, 64)"),
         ({"base_model_name_or_path": "adapter"}, "its model, adapter, is an adapter too"),
+        ({"base_model_name_or_path": "runs/a/checkpoints/step-00000010"}, "export runs/a --step 10 --to hf OUT"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path = None must be text"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",

@@ -260,9 +260,12 @@ def test_what_cannot_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         DataError, match=r"void holds no \.txt, \.md or \.jsonl.*; put such a file there, or give another"
     ):
         prepare(tmp_path / "void", data_dir=data)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/tokenizer.json").touch()
     for options, rule in (
         ({"name": "../x"}, "dataset name '../x' must start with a letter or digit"),
         ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3'"),
+        ({"tokenizer": str(tmp_path / "model")}, "model' is a folder; give its file, .*model/tokenizer.json"),
         ({"val_fraction": 1.0}, "val-fraction = 1.0 must be above 0 and below 1"),
         ({"shard_tokens": 0}, "shard-tokens = 0 must be from 1"),
         ({"workers": -1}, "workers = -1 must be 0"),

@@ -72,6 +72,8 @@ def export(
     else:
         llmc_files.export(source, Run(run).config, path, dtype, ranks, zero, debug_state)
     click.echo(f"{path}: step {source.step} of {run} as {to}, {dtype}")
+    if to == "peft" and (said := peft.unreadable(source.came_from)):
+        click.echo(f"{path / peft.CONFIG}: {said}")
     if source.weights.adapters and to != "peft":
         click.echo(source.weights.said(DTYPES.get({"f16": "fp16"}.get(dtype, dtype), torch.float32)))
     if source.model.max_T < source.checkpoint.model.max_T:

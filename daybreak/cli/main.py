@@ -106,7 +106,7 @@ def _sentence(error: click.ClickException) -> str:
     if isinstance(error, click.NoSuchOption) and command is not None:
         known = [flag for p in command.command.get_params(command) for flag in p.opts]
         name = error.option_name.lstrip("-")
-        near = THEIRS.get(name.replace("-", "_"), "")
+        near = THEIRS.get(name.rpartition(".")[2].replace("-", "_"), "")  # --model.dropout too
         if near == NOTHING and "--optim.lr" in known:
             return f"unknown flag {error.option_name}; daybreak has nothing like it."
         if f"--{near}" not in known:  # compare without dashes: --lr means --optim.lr

@@ -200,7 +200,7 @@ def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
 
 def _given(tokenizer: str) -> str:
     """How `prepare` is given a tokenizer."""
-    return f"RUN/{TOKENIZER_FILE}" if tokenizer.startswith("hf-") else tokenizer
+    return f"MODEL/{TOKENIZER_FILE}" if tokenizer.startswith("hf-") else tokenizer
 
 
 def check_tokenizer(dataset: Dataset, has: Tokenizer, trained: str, name: str) -> None:
@@ -214,7 +214,7 @@ def check_tokenizer(dataset: Dataset, has: Tokenizer, trained: str, name: str) -
 def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
     manifest = Manifest.load(folder / MANIFEST)
     if tokenizer and tokenizer not in (manifest.tokenizer, text_name(manifest.tokenizer)):
-        one = f"give --data.tokenizer {manifest.tokenizer} to train with that one"
+        one = f"give --data.tokenizer {manifest.tokenizer} to train a new model with that one"
         other = f"prepare the text again under another --name with --tokenizer {_given(tokenizer)}"
         said = f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}"
         raise DataError(f"{said}; {one}, or {other}.")

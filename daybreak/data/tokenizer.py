@@ -10,6 +10,7 @@ import base64
 import copy
 import hashlib
 import json
+import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -373,6 +374,8 @@ def _own_tokenizer(name: str) -> Tokenizer:
         if not 256 <= (N := int(match[1])) <= RANKS:
             raise ConfigError(f"tokenizer {name!r}: N of gpt2-N must be from 256 to {RANKS}.")
         return Tokenizer(name, load_ranks()[:N], GPT2_PATTERN)
+    if os.path.isfile(file := f"{name}/{TOKENIZER_FILE}"):
+        raise ConfigError(f"tokenizer {name!r} is a folder; give its file, {file}.")
     near = nearest(name, ["gpt2", "bytes", "gpt2-1024"])
     known = "gpt2, bytes, gpt2-N (N lowest ranks), FILE.json (Hugging Face)"
     raise ConfigError(f"unknown tokenizer {name!r}; did you mean {near!r}? Known: {known}.")

@@ -11,6 +11,7 @@ The names of layers are those of families.py. PEFT's folder has no weights of th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -140,9 +141,19 @@ def base_of(path: Path) -> str:
     """The model that an adapter belongs to, as its folder names it: from here or from beside it, or on the Hub."""
     said = str(_config(path)["base_model_name_or_path"])
     found = Path(said) if Path(said).is_dir() else path.parent / said
+    if fix := unreadable(said):
+        raise CheckpointError(f"{path / CONFIG}: {fix}")
     if (found / CONFIG).is_file():
         raise CheckpointError(f"{path / CONFIG}: its model, {said}, is an adapter too; merge that one into its model.")
     return str(found) if found.is_dir() else said
+
+
+def unreadable(model: str) -> str:
+    """What to do if an adapter's model is a checkpoint of a run, which PEFT and `import` cannot open; else ""."""
+    if not (at := re.fullmatch(r"(.+)/checkpoints/step-0*([0-9]+)", model)):
+        return ""
+    command = f"daybreak export {at[1]} --step {at[2]} --to hf OUT"
+    return f"its model is a run's checkpoint; write it with `{command}`, and give OUT as base_model_name_or_path."
 
 
 def _config(path: Path) -> dict[str, Any]:

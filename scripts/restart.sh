@@ -9,7 +9,8 @@
 # done, 75 stopped by a signal, and what trying again cannot mend (2 to 6). Exits with that code; 137 where there is none.
 #
 #     scripts/restart.sh --once RUN COMMAND   one start by the same rule: COMMAND, or its launcher and `train RUN`
-#     scripts/restart.sh --verdict RUN        only decides, for schedulers: prints again, stopped, failed or done
+#     scripts/restart.sh --verdict RUN        only decides, for schedulers: prints again, stopped, failed or done. It counts
+#                                             a start, so call it once after each; to look only, read exit.json
 #
 # The decision is made by verdict.py beside this file, with $PYTHON (python3).
 set -u
@@ -24,16 +25,17 @@ if [ "${1:-}" = --verdict ]; then
     exit
 fi
 once=${1:-} && [ "$once" = --once ] && shift
-[ $# -ge 3 ] || { sed -n '2,15s/^# \?//p' "$0" >&2; exit 2; }
+[ $# -ge 3 ] || { sed -n '2,16s/^# \?//p' "$0" >&2; exit 2; }
 run=$1 && shift
-stop() { # srun would kill its tasks at once; Slurm can pass the signal on to them, so that they save
+stop() { # also between two starts. srun would kill its tasks at once; Slurm can pass the signal on to them, so that they save
+    stopping=yes
     case "${SLURM_JOB_ID:+${launcher[*]}}" in
         *srun*) scancel --signal=TERM "$SLURM_JOB_ID" ;;
         *) kill -TERM $child 2>/dev/null ;;
     esac
 }
 
-launcher=() && words=("$@")
+launcher=() && words=("$@") stopping=""
 for i in "${!words[@]}"; do
     [ "${words[$i]}" = train ] && launcher=("${words[@]:0:$i}") && break
 done
@@ -56,6 +58,7 @@ while true; do
     [ -d "$run" ] || exit "$status"
     [ "$what" = again ] || exit "$code"
     case "$code $status" in "137 "[2-6]) exit "$status" ;; esac # refused before it could write exit.json
-    echo "restart.sh: $run ended with $code, starting it again" >&2
-    sleep "${RESTART_WAIT:-10}"
+    echo "restart.sh: $run ended with $code, and is started again" >&2
+    [ -n "$stopping" ] || { sleep "${RESTART_WAIT:-10}" & wait $!; } # a signal ends `wait` at once
+    [ -z "$stopping" ] || { echo "restart.sh: stopped by a signal; the same command resumes $run" >&2; exit 75; }
 done

@@ -307,6 +307,19 @@ def test_the_restart_loop_follows_the_rule(tmp_path, code, starts, ends):
     assert (tmp_path / "count").read_text() == f"{starts}\n"
 
 
+def test_a_signal_between_two_starts_ends_the_restart_loop(tmp_path):
+    """It used to be lost: the next start trained on, although somebody had asked for the end."""
+    shim = COUNTED + "mkdir -p r/checkpoints; touch r/config.toml\nkill -9 $$\n"
+    env = tools(tmp_path, daybreak=shim) | {"RESTART_WAIT": "30"}
+    loop = subprocess.Popen(["bash", RESTART, "r", "daybreak", "train", "tiny", "--name", "r"], cwd=tmp_path, env=env,
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+    said = iter(loop.stderr.readline, "")
+    assert any(line == "restart.sh: r ended with 137, and is started again\n" for line in said)
+    loop.terminate()
+    assert (loop.wait(), loop.stderr.read()) == (75, "restart.sh: stopped by a signal; the same command resumes r\n")
+    assert (tmp_path / "count").read_text() == "1\n"
+
+
 @pytest.mark.parametrize("status", [0, 1, 2])
 def test_the_restart_loop_says_that_it_does_not_watch_another_folder(tmp_path, status):
     """--name says another name than the folder: the run is not started again, and nobody learned why."""

@@ -351,10 +351,15 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
 
 
 def run_hint(path: Path | str) -> str:
-    """For a message about a run that is not there: the folder below run.dir that was probably meant, or nothing."""
+    """For a message about what is no run: the run whose checkpoint it is, or the folder below run.dir that was probably
+    meant, or nothing."""
+    run, path = run_of(path), Path(path).expanduser()
+    if run != path and (run / "config.toml").is_file():
+        step = f"--step {int(path.name.removeprefix('step-'))}"
+        return f"; it is a checkpoint: give {run}, and {step} to chat, eval, export, sample and serve."
     runs = {found.parent.name: found.parent for found in Path(Config().run.dir).glob("*/config.toml")}
-    near = difflib.get_close_matches(Path(path).name, runs, 1)
-    return f"; did you mean {runs[near[0]]}?" if near and not Path(path).exists() else ""
+    near = difflib.get_close_matches(path.name, runs, 1)
+    return f"; did you mean {runs[near[0]]}?" if near and not path.exists() else ""
 
 
 def run_config(run: Path) -> Config:

@@ -76,6 +76,8 @@ def _errors_folder(folder: Path) -> None:
     config = Config().override({"run.name": "old", "run.steps": 10}).concrete(10 * 4096)
     (folder / "runs/old").mkdir(parents=True)
     (folder / "runs/old/config.toml").write_text(config.to_toml())
+    (folder / "runs/new/checkpoints/step-00000100").mkdir(parents=True)
+    (folder / "runs/new/config.toml").touch()
     (folder / "new.toml").write_text("schema = 2\n")
     (folder / "typo.toml").write_text("[optim]\nlearningrate = 1e-3\nlr = 1e-3\n")
     (folder / "broken.toml").write_text("[optim\n")
@@ -198,6 +200,14 @@ ERRORS: list[tuple[str, int, str]] = [
     ("eval runs/old", 2, "eval needs --tasks A,B or --leaderboard, --hellaswag FILE, --data NAME, or several of them."),
     ("eval runs/old --limit 0", 2,
      "Invalid value for '--limit': 0 is not in the range x>=1; see daybreak eval --help."),
+    *((f"{verb} runs/new/checkpoints/step-00000100{more}", 2,
+       f"runs/new/checkpoints/step-00000100 {said}; it is a checkpoint: give runs/new, and --step 100 to chat, eval, "
+       "export, sample and serve.")
+      for verb, more, said in (
+          ("eval", " --data x", "is neither a run (config.toml) nor a Hugging Face model's folder (config.json)"),
+          ("sample", "", "has neither config.json nor DONE_* files"),
+          ("export", " --to hf out", "is not a run: it has no config.toml"),
+          ("report", "", "is not a run"))),
     ("eval empty --tasks arc", 2,
      "empty is neither a run (config.toml) nor a Hugging Face model's folder (config.json)."),
     ("eval peft --tasks arc", 2, "peft holds adapters alone; `daybreak import peft` makes a run with their model."),

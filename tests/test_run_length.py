@@ -250,5 +250,9 @@ def test_a_run_that_learns_by_heart_says_when_it_was_best(
         assert [text in out for text in lines_of_it] == [True] * len(lines_of_it), out
         assert sum(out.count(text) for text in ("It was lowest", "diverged")) == len(lines_of_it)
     assert "validation loss 5.0000 -> 2.9000" in out
+    next(line for line in lines if line["kind"] == "val" and line["step"] == 1)["tokens_evaluated"] += 16
+    out = said([5.0, 1.0, 2.9], [4.0, 2.0])  # eval.tokens was another one at step 1
+    assert "It was lowest" not in out
+    assert "validation loss 5.0000 -> 2.9000" in out
     lines = [line for line in lines if line["kind"] != "val" or line["step"] == 2]  # as with eval.every = 0
     assert "validation loss 2.9000 (baseline" in said([5.0, 3.0, 2.9], [4.0, 2.0])

@@ -152,6 +152,7 @@ def _print_result(run: Run, as_json: bool) -> None:
 
     records = run.metrics()
     vals = [r for r in records if r["kind"] == "val"]
+    vals = [v for v in vals if v.get("tokens_evaluated") == vals[-1].get("tokens_evaluated")]  # eval.tokens may change
     last = {r["kind"]: r for r in records} | {r["what"]: r for r in records if r["kind"] == "event"}
     step, val = last.get("step", {}), vals[-1]
     unigram = float(last["unigram_entropy"]["detail"]) if "unigram_entropy" in last else None
@@ -187,5 +188,7 @@ def _print_result(run: Run, as_json: bool) -> None:
         nexts["sample"] = "a picture, with --prompt TEXT --out DIR"
     if not all(map(find_spec, ("starlette", "uvicorn"))):
         nexts["serve"] += ", after pip install -e '.[serve]' in daybreak's folder"
-    for verb, gets in nexts.items():
-        click.echo(f"  {f'daybreak {verb} {run.path}':<32} {gets}")
+    commands = {f"daybreak {verb} {run.path}": gets for verb, gets in nexts.items()}
+    width = max(32, max(map(len, commands)) + 1)
+    for command, gets in commands.items():
+        click.echo(f"  {command:<{width}} {gets}")

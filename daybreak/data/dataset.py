@@ -214,10 +214,10 @@ def check_tokenizer(dataset: Dataset, has: Tokenizer, trained: str, name: str) -
 def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
     manifest = Manifest.load(folder / MANIFEST)
     if tokenizer and tokenizer not in (manifest.tokenizer, text_name(manifest.tokenizer)):
-        one = f"give --data.tokenizer {manifest.tokenizer} to train a new model with that one"
-        other = f"prepare the text again under another --name with --tokenizer {_given(tokenizer)}"
-        said = f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}"
-        raise DataError(f"{said}; {one}, or {other}.")
+        fix = f"prepare the text again under another --name with --tokenizer {_given(tokenizer)}"
+        if not tokenizer.startswith("hf-"):  # that is the tokenizer of a model, which cannot have another
+            fix = f"give --data.tokenizer {manifest.tokenizer} to train a new model with that one, or {fix}"
+        raise DataError(f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}; {fix}.")
     if get_tokenizer(manifest.tokenizer, folder).fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(f"{folder} was made with another tokenizer called {manifest.tokenizer!r}; prepare it again.")
     train, val = ([_checked(folder, shard) for shard in split.shards] for split in (manifest.train, manifest.val))

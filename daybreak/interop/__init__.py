@@ -84,7 +84,7 @@ def open_source(name: str | Path, tokenizer: str = "", step: int | None = None, 
     files = "a Hugging Face folder, a .gguf file, a .bin or a checkpoint folder of llm.c"
     known = f"{also}{', '.join(HUB)}, OWNER/NAME, {files}"
     if path.exists():
-        raise ConfigError(f"{name} has neither config.json nor DONE_* files; give {known}.")
+        raise ConfigError(f"{name} has neither config.json nor DONE_* files{run_hint(name) or f'; give {known}.'}")
     similar = difflib.get_close_matches(str(name)[:100], HUB, 1)  # or it is a path
     near = run_hint(name) or (f"; did you mean {similar[0]!r}?" if similar else "")
     raise ConfigError(f"{name} does not exist{near}{' If not,' if near else ';'} give {known}.")

@@ -111,7 +111,7 @@ def ours(folder: Path, batches: Any, lora: LoraConfig, lr: float) -> tuple[Engin
     engine, losses = Engine(EngineSpec(source.model, B=B, T=T, optim=optim, lora=lora)), []
     for name in source.names():
         engine.set_exact(name, source.read(name))
-    start = {name: engine.param(name).clone() for name in engine.names() if name.endswith("_A")}
+    start = {name: engine.param(name).clone() for name in engine.names() if name.endswith(("_A", "_B"))}
     for step, (tokens, targets) in enumerate(batches):
         engine.train_step(tokens[None], targets[None], lr=lr, step=step)
         losses.append((engine.stats()["loss"], engine.stats()["norm"]))

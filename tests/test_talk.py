@@ -133,7 +133,7 @@ def test_a_base_model_says_that_it_does_not_chat(tmp_path: Path) -> None:
 
 @contextmanager
 def terminal(folder: Path, *argv: str) -> Iterator[tuple[Any, Any, Any]]:
-    """The program in a pseudo-terminal: type a text, wait for one on the screen, its process."""
+    """The program in a pseudo-terminal: type a text, wait for one on the screen ("": for anything), its process."""
     process, screen = pty.fork()
     if process == 0:
         os.chdir(folder)
@@ -143,9 +143,9 @@ def terminal(folder: Path, *argv: str) -> Iterator[tuple[Any, Any, Any]]:
 
     def wait(text: str) -> None:
         def there() -> bool:
-            if text.encode() not in seen:
+            if not seen or text.encode() not in seen:
                 seen.extend(os.read(screen, 4096))
-            return text.encode() in seen
+            return bool(seen) and text.encode() in seen
 
         until(there, why=lambda: seen.decode(errors="replace"))
         del seen[: seen.index(text.encode()) + len(text.encode())]
@@ -184,6 +184,7 @@ def test_ctrl_c_stops_an_answer(home: Path) -> None:
         for _ in range(2):
             type_("Go on.\n")
             wait("Go on.\r\n")
+            wait("")  # the answer has begun: just before, Ctrl-C would end the program
             os.kill(process, signal.SIGINT)
             wait("(stopped)")
             wait("> ")

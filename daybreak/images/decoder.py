@@ -27,32 +27,39 @@ LEAST_STEPS, MOST_STEPS, PASSES = 100, 870, 9
 Named = dict[str, Tensor]
 
 
-def init(grid: Grid, seed: int, dtype: torch.dtype = torch.float32) -> Named:
-    """New parameters by name: of convolutions .w (out, in, k, k) and .b (out), of norms .w and .b (channels)."""
-    random, w, f = torch.Generator().manual_seed(seed), WIDTH, grid.patch
-    p: Named = {}
+class Draw:
+    """New parameters `p` by name: of convolutions .w (out, in, k, k) and .b (out), of norms .w and .b (channels)."""
 
-    def conv(name: str, wide: int, to: int, k: int, zero: bool = False) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self.random, self.dtype = torch.Generator().manual_seed(seed), dtype
+        self.p: Named = {}
+
+    def conv(self, name: str, wide: int, to: int, k: int, zero: bool = False) -> None:
         scale = 0.0 if zero else 1 / math.sqrt(wide * k * k)
-        p[f"{name}.w"] = torch.randn(to, wide, k, k, generator=random).to(dtype) * scale
-        p[f"{name}.b"] = torch.zeros(to, dtype=dtype)
+        self.p[f"{name}.w"] = torch.randn(to, wide, k, k, generator=self.random).to(self.dtype) * scale
+        self.p[f"{name}.b"] = torch.zeros(to, dtype=self.dtype)
 
-    def norm(name: str, channels: int) -> None:
-        p[f"{name}.w"], p[f"{name}.b"] = torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype)
+    def norm(self, name: str, channels: int) -> None:
+        self.p[f"{name}.w"] = torch.ones(channels, dtype=self.dtype)
+        self.p[f"{name}.b"] = torch.zeros(channels, dtype=self.dtype)
 
-    def res(name: str, channels: int) -> None:
-        norm(f"{name}.norm", channels)
-        conv(f"{name}.a", channels, channels, 3)
-        conv(f"{name}.b", channels, channels, 1, zero=True)
+    def res(self, name: str, channels: int) -> None:
+        self.norm(f"{name}.norm", channels)
+        self.conv(f"{name}.a", channels, channels, 3)
+        self.conv(f"{name}.b", channels, channels, 1, zero=True)
 
-    conv("in", 3 * f * f, 2 * w, 3)
-    res("r0", 2 * w)
-    res("r1", 2 * w)
-    conv("up", 2 * w, 4 * w, 1)
-    res("r2", w)
-    norm("norm", w)
-    conv("out", w, 3 * f * f // 4, 3, zero=True)
-    return p
+
+def init(grid: Grid, seed: int, dtype: torch.dtype = torch.float32) -> Named:
+    """The decoder's new parameters by name."""
+    draw, w, f = Draw(seed, dtype), WIDTH, grid.patch
+    draw.conv("in", 3 * f * f, 2 * w, 3)
+    draw.res("r0", 2 * w)
+    draw.res("r1", 2 * w)
+    draw.conv("up", 2 * w, 4 * w, 1)
+    draw.res("r2", w)
+    draw.norm("norm", w)
+    draw.conv("out", w, 3 * f * f // 4, 3, zero=True)
+    return draw.p
 
 
 # ---- layers. `saved` takes in forward what backward needs; backward puts the parameters' gradients into `g`.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from daybreak.images.decoder import (
+    Draw,
     Named,
     conv_backward,
     conv_forward,
@@ -37,37 +38,22 @@ WIDTH, BATCH, LR = 24, 16, 4e-3
 
 def init(grid: Grid, seed: int, dtype: torch.dtype = torch.float32, w: int = WIDTH) -> Named:
     """New parameters by name, as those of the decoder (decoder.py). w: a multiple of 8."""
-    random, z, wide = torch.Generator().manual_seed(seed), len(LEVELS), 3 * (grid.patch // 2) ** 2
-    p: Named = {}
-
-    def conv(name: str, wide: int, to: int, k: int, zero: bool = False) -> None:
-        scale = 0.0 if zero else 1 / math.sqrt(wide * k * k)
-        p[f"{name}.w"] = torch.randn(to, wide, k, k, generator=random).to(dtype) * scale
-        p[f"{name}.b"] = torch.zeros(to, dtype=dtype)
-
-    def norm(name: str, channels: int) -> None:
-        p[f"{name}.w"], p[f"{name}.b"] = torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype)
-
-    def res(name: str, channels: int) -> None:
-        norm(f"{name}.norm", channels)
-        conv(f"{name}.a", channels, channels, 3)
-        conv(f"{name}.b", channels, channels, 1, zero=True)
-
-    conv("e.in", wide, w, 3)
-    res("e.r0", w)
-    conv("e.down", w, 2 * w, 2)
-    res("e.r1", 2 * w)
-    res("e.r2", 2 * w)
-    norm("e.norm", 2 * w)
-    conv("e.out", 2 * w, z, 1)
-    conv("d.in", z, 2 * w, 3)
-    res("d.r0", 2 * w)
-    res("d.r1", 2 * w)
-    conv("d.up", 2 * w, 4 * w, 1)
-    res("d.r2", w)
-    norm("d.norm", w)
-    conv("d.out", w, wide, 3)
-    return p
+    draw, z, wide = Draw(seed, dtype), len(LEVELS), 3 * (grid.patch // 2) ** 2
+    draw.conv("e.in", wide, w, 3)
+    draw.res("e.r0", w)
+    draw.conv("e.down", w, 2 * w, 2)
+    draw.res("e.r1", 2 * w)
+    draw.res("e.r2", 2 * w)
+    draw.norm("e.norm", 2 * w)
+    draw.conv("e.out", 2 * w, z, 1)
+    draw.conv("d.in", z, 2 * w, 3)
+    draw.res("d.r0", 2 * w)
+    draw.res("d.r1", 2 * w)
+    draw.conv("d.up", 2 * w, 4 * w, 1)
+    draw.res("d.r2", w)
+    draw.norm("d.norm", w)
+    draw.conv("d.out", w, wide, 3)
+    return draw.p
 
 
 # ---- rounding

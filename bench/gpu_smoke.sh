@@ -7,7 +7,8 @@
 # It needs no network and no data: it trains on the Python standard library. PYTHON names the interpreter (python3).
 # Each step prints one line, `ok NAME SECONDS` or `FAILED NAME` with the end of its output; each section ends with
 # `SECTION: N of M ok`. The exit status is 0 when all are ok. SMOKE=cpu runs the same on a CPU with toy shapes, to try
-# this script itself. The steps and their outputs stay in the folder that the first line names.
+# this script itself; RANKS=2 then gives the section ranks two processes. The steps and their outputs stay in the folder
+# that the first line names.
 set -u -o pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=$(command -v "${PYTHON:-python3}")
@@ -28,7 +29,7 @@ if [ "${SMOKE:-gpu}" = cpu ]; then
     --batch.B 2 --batch.total_tokens 256"
   nano="nanochat:d4 --model.L 2 --model.C 64 --model.NH 2 --model.window 17 --batch.T 64 --batch.B 2 \
     --batch.total_tokens 256"
-  ranks=1
+  ranks=${RANKS:-1}
 else
   shape="d12 --batch.B 8"
   small="-b 64 -t 1024 -d 524288 -r 1 -q 0.0 -n 5000 -s 20000 -e d12"
@@ -37,6 +38,8 @@ else
   nano="nanochat:d4 --batch.T 1024 --batch.B 8 --batch.total_tokens 16384"
   ranks=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 fi
+muon="--optim.name muon --optim.lr 0.008 --optim.muon_warmup 4 --optim.clip 0 --optim.muon_final_momentum 0.9 \
+  --optim.muon_decay_schedule cosine --schedule.name wsd-linear --schedule.wsd_frac 0.35"
 flags="--data text --eval.tokens 32768 --eval.sample_tokens 16"
 passed=0 tried=0 failed=0
 
@@ -160,11 +163,6 @@ section_fp8() { # the blocks' matmuls in fp8, evaluation and text in bf16
   step "a decoder, equal losses and weights after the kill" "$checks same fd kd"
   step "a decoder, sample and export" "daybreak sample runs/fd --prompt 'def main' --tokens 32 && \
     daybreak export runs/fd --to hf fd-hf && daybreak import fd-hf --name from-fd"
-  [ "$ranks" = 1 ] && return
-  for zero in 0 1 2; do
-    step "$ranks ranks, ZeRO $zero" "torchrun --standalone --nproc-per-node $ranks -m daybreak train $shape $fp8 \
-      --name z$zero --batch.total_tokens $((ranks * 32768)) --parallel.zero $zero"
-  done
 }
 
 section_finetune() { # adapters and in full: a run that starts from a model, and what becomes of it elsewhere
@@ -208,33 +206,21 @@ section_finetune() { # adapters and in full: a run that starts from a model, and
   step "finetune on chats" "daybreak finetune base-hf --data dialogues --method full --batch.B 4 --batch.total_tokens 512 \
     --optim.lr $([ "${SMOKE:-gpu}" = cpu ] && echo 1e-2 || echo 5e-4) --steps 80 --eval.tokens 2048 --name talk"
   step "chat: serve, OpenAI's client, a pipe" "daybreak serve runs/talk --port 0 >talk.out 2>&1 & $checks talk talk talk.out \$!"
-  [ "$ranks" = 1 ] && return
-  for zero in 0 1 2; do
-    step "$ranks ranks, ZeRO $zero" "torchrun --standalone --nproc-per-node $ranks -m daybreak finetune runs/base $lora \
-      --name lz$zero --parallel.zero $zero"
-  done
 }
 
 section_muon() { # the blocks' matrices by Muon, the rest by AdamW
   data
-  local muon="$flags --optim.name muon --optim.muon_warmup 4 --steps 12 --checkpoint.every 4 --eval.every 6"
-  step "train with Muon" "daybreak train $shape $muon --name m"
-  step "killed" "daybreak train $shape $muon --name km & $checks kill km 6 \$!"
+  local run="$flags --optim.name muon --optim.muon_warmup 4 --steps 12 --checkpoint.every 4 --eval.every 6"
+  step "train with Muon" "daybreak train $shape $run --name m"
+  step "killed" "daybreak train $shape $run --name km & $checks kill km 6 \$!"
   step "resume" "daybreak train runs/km"
   step "equal losses and weights after the kill" "$checks same m km"
-  step "in fp8" "daybreak train $shape $muon --name m8 --precision.compute fp8"
-  [ "$ranks" = 1 ] && return
-  for zero in 0 1 2; do
-    step "$ranks ranks, ZeRO $zero" "torchrun --standalone --nproc-per-node $ranks -m daybreak train $shape $muon \
-      --name mz$zero --batch.total_tokens $((ranks * 32768)) --parallel.zero $zero"
-  done
+  step "in fp8" "daybreak train $shape $run --name m8 --precision.compute fp8"
 }
 
 section_nanochat() { # nanochat's family: Muon, and its own groups of parameters
   data
-  local run="$nano $flags --model.V 50257 --optim.name muon --optim.lr 0.008 --optim.muon_warmup 4 --optim.clip 0"
-  run="$run --optim.muon_final_momentum 0.9 --optim.muon_decay_schedule cosine --schedule.name wsd-linear"
-  run="$run --schedule.wsd_frac 0.35 --checkpoint.every 2 --eval.every 4"
+  local run="$nano $flags --model.V 50257 $muon --checkpoint.every 2 --eval.every 4"
   [ "${SMOKE:-gpu}" = cpu ] && run="$run --eval.tokens 1024"
   step "train nanochat's family" "daybreak train $run --name n --steps 8"
   step "killed" "daybreak train $run --name nk --steps 8 & $checks kill nk 4 \$!"
@@ -245,11 +231,6 @@ section_nanochat() { # nanochat's family: Muon, and its own groups of parameters
   step "sample" "daybreak sample runs/n --prompt 'def main' --tokens 32 -n 2"
   step "eval" "daybreak eval runs/n --hellaswag dev/data/hellaswag/hellaswag_val.bin --data text"
   step "in fp8" "daybreak train $run --name n8 --steps 4 --precision.compute fp8"
-  [ "$ranks" = 1 ] && return
-  for zero in 0 1 2; do
-    step "$ranks ranks, ZeRO $zero" "torchrun --standalone --nproc-per-node $ranks -m daybreak train $run --steps 4 \
-      --name nz$zero --batch.total_tokens $((ranks * 16384)) --parallel.zero $zero"
-  done
 }
 
 section_images() { # captions and pictures, trained on and drawn
@@ -260,14 +241,26 @@ section_images() { # captions and pictures, trained on and drawn
   step "two PNG files" "head -qc 4 drawn/*.png | tr -d '\\211' | grep -qx PNGPNG"
 }
 
-section_ranks() {
+section_ranks() { # every kind of run on all GPUs of this machine
   data
-  local total=$((ranks * 32768))
-  [ "${SMOKE:-gpu}" = cpu ] && total=256
+  local total=$((ranks * 32768)) few="--steps 12 --checkpoint.every 4 --eval.every 6" zero
+  local half=$((total / 2))
+  [ "${SMOKE:-gpu}" = cpu ] && total=256 && half=256
+  local run="torchrun --standalone --nproc-per-node $ranks -m daybreak"
   step "one process" "daybreak train $shape $flags --name one --steps 12 --batch.total_tokens $total"
   step "torchrun, $ranks process(es)" "torchrun --standalone --nproc-per-node $ranks --max-restarts 1 -m daybreak train \
     $shape $flags --name all --steps 12 --batch.total_tokens $total --parallel.zero 1"
   step "close losses" "$checks near one all"
+  [ "$ranks" = 1 ] && return
+  [ -d runs/base ] || step "a model to finetune" "daybreak train $decoder $flags --name base --steps 4"
+  for zero in 0 1 2; do
+    local all="$flags $few --parallel.zero $zero --batch.total_tokens $total"
+    step "fp8, ZeRO $zero" "$run train $shape $all --precision.compute fp8 --batch.recompute 2 --name z$zero"
+    step "LoRA, ZeRO $zero" "$run finetune runs/base $all --name lz$zero"
+    step "Muon, ZeRO $zero" "$run train $shape $all --optim.name muon --optim.muon_warmup 4 --name mz$zero"
+    step "nanochat, ZeRO $zero" "$run train $nano $flags --model.V 50257 $muon --steps 4 --parallel.zero $zero \
+      --batch.total_tokens $half --name nz$zero"
+  done
 }
 
 section_fences() {

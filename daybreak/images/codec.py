@@ -28,22 +28,23 @@ from daybreak.images.patches import CONVOLVED, Grid, fit, nearest
 SEED = 20261130
 BATCH = 64  # pictures that are decoded at a time
 Pixels = NDArray[np.uint8]
+CPU = torch.device("cpu")
 
 
-def _to_unit(pixels: Pixels) -> torch.Tensor:
-    """fp32 from -1 to 1."""
-    return torch.from_numpy(pixels).float() / 127.5 - 1
+def _to_unit(pixels: Pixels, device: torch.device) -> torch.Tensor:
+    """fp32 from -1 to 1, on the device."""
+    return torch.from_numpy(pixels).to(device).float() / 127.5 - 1
 
 
-def _channels(pixels: Pixels) -> torch.Tensor:
-    """fp32 (b, 3, px, px) from -1 to 1, of pictures (b, px, px, 3)."""
-    return _to_unit(pixels).permute(0, 3, 1, 2).contiguous()
+def _channels(pixels: Pixels, device: torch.device) -> torch.Tensor:
+    """fp32 (b, 3, px, px) from -1 to 1, on the device, of pictures (b, px, px, 3)."""
+    return _to_unit(pixels, device).permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass(frozen=True)
 class Codec:
     """A frozen codec. book (K, 3 f f): the patches, none if it is fsq.py's. parameters: of the decoder, none if the
-    dictionary is exact, or of the whole codec."""
+    dictionary is exact, or of the whole codec; their device is where it computes."""
 
     grid: Grid
     book: Pixels
@@ -54,26 +55,33 @@ class Codec:
         """The number of ids."""
         return len(self.book) or fsq.K
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next((x.device for x in self.parameters.values()), CPU)
+
     def encode(self, pixels: Pixels) -> NDArray[np.int64]:
         """The ids (b, N) of pictures (b, px, px, 3)."""
         if not len(self.book):
-            parts = (_channels(pixels[at : at + BATCH]) for at in range(0, len(pixels), BATCH))
-            found = [fsq.ids_of(fsq.fsq_forward(fsq.encode(self.parameters, self.grid, x, {}), {})) for x in parts]
-            return torch.cat(found).flatten(1).numpy()
+            parts = (_channels(pixels[at : at + BATCH], self.device) for at in range(0, len(pixels), BATCH))
+            with decoder.exact():
+                found = [fsq.ids_of(fsq.fsq_forward(fsq.encode(self.parameters, self.grid, x, {}), {})) for x in parts]
+            return torch.cat(found).flatten(1).cpu().numpy()
         return nearest(self.book, self.grid.cut(pixels))
 
     def decode(self, ids: NDArray[np.integer]) -> Pixels:
         """The pictures (b, px, px, 3) of ids (b, N), each below K."""
         if not self.parameters:
             return self.grid.join(self.book[ids])
-        book, s, made = _to_unit(self.book), self.grid.side, list[Pixels]()
-        for part in torch.split(torch.from_numpy(np.asarray(ids, np.int64)).view(-1, s, s), BATCH):
-            if len(book):
-                x = book[part].permute(0, 3, 1, 2).contiguous()
-                y = decoder.forward(self.parameters, self.grid, x, {})
-            else:
-                y = fsq.decode(self.parameters, self.grid, fsq.values_of(part), {})
-            made.append(((y + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())
+        book, s, made = _to_unit(self.book, self.device), self.grid.side, list[Pixels]()
+        for part in torch.split(torch.from_numpy(np.asarray(ids, np.int64)).view(-1, s, s).to(self.device), BATCH):
+            with decoder.exact():
+                if len(book):
+                    x = book[part].permute(0, 3, 1, 2).contiguous()
+                    y = decoder.forward(self.parameters, self.grid, x, {})
+                else:
+                    y = fsq.decode(self.parameters, self.grid, fsq.values_of(part), {})
+            made.append(((y + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(made)
 
     def psnr(self, pixels: Pixels) -> float:
@@ -111,16 +119,19 @@ class Codec:
         return cls(grid, book.numpy(), tensors)
 
 
-def train(grid: Grid, pixels: Pixels, check: Callable[[], None] = lambda: None) -> Codec:
-    """A codec for pictures (n, px, px, 3). The same pictures give the same codec on the same machine. `check` runs
-    between its steps and may raise."""
+def train(grid: Grid, pixels: Pixels, check: Callable[[], None] = lambda: None, device: torch.device = CPU) -> Codec:
+    """A codec for pictures (n, px, px, 3). The same pictures give the same codec on the same machine and device, where
+    its networks train and stay. `check` runs between its steps and may raise."""
+
+    def pictures(rows: torch.Tensor) -> torch.Tensor:
+        return _channels(pixels[rows.numpy()], device)
+
     if grid.patch == CONVOLVED:
         empty = np.empty((0, 3 * grid.patch**2), np.uint8)
-        made = fsq.train(grid, len(pixels), lambda rows: _channels(pixels[rows.numpy()]), SEED, check)
-        return Codec(grid, empty, made)
+        return Codec(grid, empty, fsq.train(grid, len(pixels), pictures, SEED, device, check))
     patches = grid.cut(pixels)
     book, exact = fit(patches.reshape(-1, patches.shape[-1]), SEED, check)
     if exact:
         return Codec(grid, book)
     codes = torch.from_numpy(nearest(book, patches)).view(-1, grid.side, grid.side)
-    return Codec(grid, book, decoder.train(grid, _to_unit(book), codes, _channels(pixels), SEED, check))
+    return Codec(grid, book, decoder.train(grid, _to_unit(book, device), codes, pictures, SEED, check))

@@ -155,34 +155,49 @@ def loss_and_grads(p: Named, grid: Grid, x: Tensor, pictures: Tensor) -> tuple[f
     return float(error.square().mean()), backward(error * (2 / error.numel()), p, grid, saved)
 
 
+def exact() -> Any:
+    """A context in which a GPU's convolutions are in fp32, and give the same bits each time. A CPU's always do."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
 def regress(
     p: Named, grads: Callable[[Tensor], tuple[float, Named]], count: int, batch: int, lr: float, seed: int, check: Any
 ) -> None:
-    """Train parameters in place by AdamW, on random rows below `count` for which `grads` gives loss and gradients.
-    `check` runs before each step and may raise."""
+    """Train parameters in place by AdamW, where they are, on random rows below `count` for which `grads` gives loss and
+    gradients. `check` runs before each step and may raise."""
     random, values = torch.Generator().manual_seed(seed), list(p.values())
-    m, v = ([torch.zeros_like(x) for x in values] for _ in range(2))
+    m, v, clipped = ([torch.zeros_like(x) for x in values] for _ in range(3))
     steps = max(LEAST_STEPS, min(MOST_STEPS, PASSES * count // batch))
     for step in range(1, steps + 1):
         check()
-        _, g = grads(torch.randint(count, (batch,), generator=random))
-        norm = math.sqrt(sum(float(g[name].square().sum()) for name in p))
-        clipped = [g[name] * min(1.0, CLIP / max(norm, 1e-12)) for name in p]
+        with exact():
+            _, g = grads(torch.randint(count, (batch,), generator=random))
+        norm = math.sqrt(sum(torch.stack([g[name].square().sum() for name in p]).tolist()))  # waits for a GPU only once
+        for name, x in zip(p, clipped, strict=True):
+            torch.mul(g[name], min(1.0, CLIP / max(norm, 1e-12)), out=x)
         rate = lr * min(1.0, step / WARMUP) * (1 - (step - 1) / steps)
+        done = torch.full((), float(step), device=values[0].device)
         torch._fused_adamw_(
-            values, clipped, m, v, [], [torch.tensor(float(step))] * len(values), lr=rate, beta1=0.9, beta2=0.95,
-            eps=1e-8, weight_decay=1e-4, amsgrad=False, maximize=False,
+            values, clipped, m, v, [], [done] * len(values), lr=rate, beta1=0.9, beta2=0.95, eps=1e-8,
+            weight_decay=1e-4, amsgrad=False, maximize=False,
         )  # fmt: skip
 
 
-def train(grid: Grid, book: Tensor, codes: Tensor, pictures: Tensor, seed: int, check: Any = lambda: None) -> Named:
-    """Parameters after a regression from codes (n, g, g) of book (K, 3 f f) to pictures (n, 3, px, px), both from -1 to
-    1. `check` runs before each step and may raise."""
-    p = init(grid, seed)
+def on(device: torch.device, p: Named) -> Named:
+    """The parameters on a device."""
+    return {name: x.to(device) for name, x in p.items()}
+
+
+def train(
+    grid: Grid, book: Tensor, codes: Tensor, pictures: Callable[[Tensor], Tensor], seed: int, check: Any = lambda: None
+) -> Named:
+    """Parameters, on the device of book, after a regression from codes (n, g, g) of book (K, 3 f f) to pictures, of
+    which `pictures` gives rows as (b, 3, px, px), from -1 to 1. `check` runs before each step and may raise."""
+    p = on(book.device, init(grid, seed))
 
     def grads(rows: Tensor) -> tuple[float, Named]:
-        x = book[codes[rows]].permute(0, 3, 1, 2).contiguous()
-        return loss_and_grads(p, grid, x, pictures[rows])
+        x = book[codes[rows].to(book.device)].permute(0, 3, 1, 2).contiguous()
+        return loss_and_grads(p, grid, x, pictures(rows))
 
     regress(p, grads, len(codes), BATCH, LR, seed, check)
     return p

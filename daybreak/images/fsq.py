@@ -24,6 +24,7 @@ from daybreak.images.decoder import (
     conv_forward,
     norm_silu_backward,
     norm_silu_forward,
+    on,
     regress,
     res_backward,
     res_forward,
@@ -158,9 +159,12 @@ def loss_and_grads(p: Named, grid: Grid, pictures: Tensor) -> tuple[float, Named
     return float(error.square().mean()), backward(error * (2 / error.numel()), p, grid, saved)
 
 
-def train(grid: Grid, count: int, pictures: Callable[[Tensor], Tensor], seed: int, check: Any = lambda: None) -> Named:
-    """Parameters after training on `count` pictures, of which `pictures` gives rows as (b, 3, px, px), from
-    -1 to 1. `check` runs before each step and may raise."""
-    p = init(grid, seed)
+def train(
+    grid: Grid, count: int, pictures: Callable[[Tensor], Tensor], seed: int, device: torch.device,
+    check: Any = lambda: None,
+) -> Named:  # fmt: skip
+    """Parameters on a device after training on `count` pictures, of which `pictures` gives rows as (b, 3, px, px), from
+    -1 to 1, on the same device. `check` runs before each step and may raise."""
+    p = on(device, init(grid, seed))
     regress(p, lambda rows: loss_and_grads(p, grid, pictures(rows)), count, BATCH, LR, seed, check)
     return p

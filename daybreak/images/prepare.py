@@ -16,12 +16,14 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from daybreak.data.catalogue import DRAWN, is_drawn
@@ -48,6 +50,7 @@ MOST_CAPTION = 64  # tokens, if no other D is asked for
 UNCAPTIONED = 0.1  # of the training pictures are written without their captions too
 ENCODED = 1024  # pictures that are encoded at a time
 MOST_FITTED, MOST_BYTES = 20_000, 1 << 30  # pictures that a codec is trained on, and bytes of their pixels
+LEAST_FREE = 4 << 30  # bytes of a GPU's memory, without which a codec is trained on the CPU
 SHOWN, COLUMNS = 256, 12  # held-out pictures that come back, and of these in codec.png
 Pixels = NDArray[np.uint8]
 
@@ -99,7 +102,7 @@ def prepare_images(
             raise DataError(f"{origin} has too few different pictures to split into train and val; add more.")
         size = 3 * px * px  # bytes
         rows = [item.row for item in parts[0][: min(MOST_FITTED, MOST_BYTES // size)]]
-        made = codec.train(grid_of(px), pixels[rows], lambda: progress(0, size * len(items), 0))
+        made = codec.train(grid_of(px), pixels[rows], lambda: progress(0, size * len(items), 0), codec_device())
         joined = _joined(text, made, folder, items, row_tokens)
         done, writers = 0, [_Writer(folder, f"{name}_{split}", joined, shard_tokens) for split in SPLITS]
         for block in _blocks(parts):
@@ -115,6 +118,14 @@ def prepare_images(
         sums = "".join(shard.sha256 for record in (train, val) for shard in record.shards)
         revision = f"sha256:{hashlib.sha256(sums.encode()).hexdigest()}"
         return finish(folder, name, joined, origin, revision, "", train, val)
+
+
+def codec_device() -> torch.device:
+    """Where a codec is trained: the GPU, if there is one with enough free memory, else the CPU."""
+    with suppress(RuntimeError):  # another program may have the GPU for itself
+        if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= LEAST_FREE:
+            return torch.device("cuda")
+    return codec.CPU
 
 
 def key_of(pixels: Pixels) -> str:

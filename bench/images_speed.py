@@ -3,9 +3,8 @@
     python bench/images_speed.py pics/emoji --sizes 64 128 --steps 3000 --train-seconds 40 --out results
     python bench/images_speed.py pics/large pics/photos --sizes 256 --out results
 
-For each size it trains the codec of images/fsq.py on nine tenths of the folders' pictures, in patches of 8 pixels. It
-prints how near the others come back, which codes are used, and the speed of both ways. Its gradients are compared with
-those in fp64 on the CPU. The sheet codec-PX.png has held-out pictures above those that come back.
+For each size it trains the codec of images/fsq.py on nine tenths of the folders' pictures, in patches of 8 pixels. The
+rest is held out: codec-PX.png has it above what comes back. The first gradients are compared with fp64 on the CPU.
 
 With --train-seconds the ordinary commands follow: prepare, train and sample. `prepare` would take the dictionary up to
 128 pixels, so here it is told to take this codec. It trains the codec again, which must give the same bits.
@@ -47,6 +46,7 @@ BEGAN, TRIAL, ROWS = time.perf_counter(), 30, 16  # TRIAL: steps that tell how f
 
 
 def say(text: str) -> None:
+    """Print a line with the seconds since the start."""
     print(f"[{time.perf_counter() - BEGAN:6.1f} s] {text}", flush=True)
 
 
@@ -104,8 +104,8 @@ def measure(grid: Grid, pixels: np.ndarray, items: list[prepare.Item], a: Any) -
     count = np.bincount(made.encode(pixels).ravel(), minlength=made.K)
     share = count[count > 0] / count.sum()
     block, columns = np.resize(held, (4 * codec.BATCH, *held.shape[1:])), min(len(held), max(4, 1024 // grid.px))
-    ids = made.encode(block)
-    encoding, decoding = timed(lambda: made.encode(block), a.seconds), timed(lambda: made.decode(ids), a.seconds)
+    ids, encoding = made.encode(block), timed(lambda: made.encode(block), a.seconds)
+    decoding = timed(lambda: made.decode(ids), a.seconds)
     rows = [held[at : at + columns] for at in (0, columns) if len(held) >= at + columns]
     pairs = [part for row in rows for part in (row, made.decode(made.encode(row)))]
     Image.fromarray(sheet(np.concatenate(pairs), columns)).save(a.out / f"codec-{grid.px}.png", optimize=True)
@@ -129,16 +129,15 @@ def train(name: str, steps: int, V: int, D: int, a: Any) -> list[dict[str, Any]]
     flags += f"--model.max_T {D} --batch.B {a.B} --steps {steps} --run.device {a.device.type} --eval.every {steps} "
     flags += f"--eval.sample_every 0 --checkpoint.every {steps} --log.every {max(1, steps // 20)} {a.model}"
     say(f"daybreak train shapes {flags}")
-    command = [sys.executable, "-m", "daybreak", "train", "shapes"]
-    subprocess.run([*command, *flags.split()], check=True, timeout=2 * a.train_seconds + 120)
-    metrics = a.work / "runs" / f"{name}-{steps}" / "metrics.jsonl"
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
+    command = [sys.executable, "-m", "daybreak", "train", "shapes", *flags.split()]
+    subprocess.run(command, check=True, timeout=2 * a.train_seconds + 120)
+    metrics = (a.work / "runs" / f"{name}-{steps}" / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in metrics.splitlines()]
 
 
 def gpt(made: codec.Codec, pixels: np.ndarray, items: list[prepare.Item], a: Any) -> dict[str, object]:
     """Trains and draws with the ordinary commands; columns of the CSV file."""
     px, name, data, began = made.grid.px, f"pics-{made.grid.px}", a.work / "data", time.perf_counter()
-    prepare.grid_of = lambda px: Grid(px, CONVOLVED)
     manifest = prepare.prepare_images(a.pictures, name=name, data_dir=data, tokenizer="gpt2-1024", px=px)
     tokenizer = get_tokenizer(manifest.tokenizer, data / name)
     again = codec.Codec.load(data / name, tokenizer).parameters
@@ -150,12 +149,13 @@ def gpt(made: codec.Codec, pixels: np.ndarray, items: list[prepare.Item], a: Any
     tok_s, loss, run = kinds["step"]["tok_s"], kinds["val"]["image_loss"], a.work / "runs" / f"{name}-{steps}"
     say(f"{steps} steps of {tok_s:.0f} tokens/s; validation {loss:.3f} nats per token of pictures")
     engine, _, _ = load_model(str(run), None, rows=ROWS)
-    shown = (prepare.divided(items, prepare.VAL_FRACTION)[1] * ROWS)[:ROWS]
-    captions, n = [item.caption for item in shown], min(ROWS, 2048 // px)
+    shown, n = (prepare.divided(items, prepare.VAL_FRACTION)[1] * ROWS)[:ROWS], min(ROWS, 2048 // px)
+    captions = [item.caption for item in shown]
     drawing = timed(lambda: draw(engine, tokenizer, captions, Sampling(top_k=100)), 0)
     back = made.decode(draw(engine, tokenizer, captions[:n], Sampling(top_k=100)))
-    pairs = np.concatenate([pixels[[item.row for item in shown[:n]]], back])
-    Image.fromarray(sheet(pairs, n)).save(a.out / f"drawn-{px}.png", optimize=True)
+    Image.fromarray(sheet(np.concatenate([pixels[[item.row for item in shown[:n]]], back]), n)).save(
+        a.out / f"drawn-{px}.png", optimize=True
+    )
     say(f"drawn-{px}.png has held-out pictures, and below what was drawn of their captions: {captions[:n]}")
     say(f"{ROWS} pictures drawn in {drawing:.2f} s, {ROWS * made.grid.N / drawing:.0f} tokens/s")
     for caption in captions[:3]:
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default="cuda")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
-    prepare.codec_device = lambda: a.device
+    prepare.codec_device, prepare.grid_of = lambda: a.device, lambda px: Grid(px, CONVOLVED)
     if a.steps:
         decoder.LEAST_STEPS = decoder.MOST_STEPS = a.steps
     read_ones = [read(a.pictures, px) for px in a.sizes]

@@ -23,7 +23,12 @@ def test_a_codec_is_measured(
 ) -> None:
     """Of 64 and 72 pixels, from files of 64. The row's PSNR is that of the pixels in the sheet: all four."""
     monkeypatch.syspath_prepend(str(BENCH))
-    for owner, name in ((decoder, "LEAST_STEPS"), (decoder, "MOST_STEPS"), (prepare, "codec_device")):
+    for owner, name in (
+        (decoder, "LEAST_STEPS"),
+        (decoder, "MOST_STEPS"),
+        (prepare, "codec_device"),
+        (prepare, "grid_of"),
+    ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # which the script sets
     script = importlib.import_module("images_speed")
     (tmp_path / "pics/val").mkdir(parents=True)

@@ -46,7 +46,6 @@ BEGAN, TRIAL, ROWS = time.perf_counter(), 30, 16  # TRIAL: steps that tell how f
 
 
 def say(text: str) -> None:
-    """Print a line with the seconds since the start."""
     print(f"[{time.perf_counter() - BEGAN:6.1f} s] {text}", flush=True)
 
 

@@ -61,7 +61,10 @@ GROUPS = {
     **{f"tests/test_dist_{name}.py": "distributed" for name in ("engine", "train", "elastic")},
     **{f"tests/test_{name}.py": "distributed" for name in ("optimizers", "frozen")},
 }
-GROUPS |= {f"tests/test_{name}.py": "pages" for name in ("plan", "display", "sinks", "pages", "series", "docs", "site")}
+GROUPS |= {
+    f"tests/test_{name}.py": "pages"
+    for name in ("plan", "scaling", "display", "sinks", "pages", "series", "docs", "site")
+}
 RECOVERY = ("kill", "faults", "fuzz", "signals", "slurm")
 GROUPS |= {f"tests/test_recovery_{name}.py": "recovery" for name in RECOVERY}
 GROUPS |= {f"tests/test_{name}.py": "recovery" for name in ("saved_config", "files_checked")}

@@ -97,17 +97,24 @@ def small_files(args: list[str]) -> int:
 
 
 class Forked:
-    """A forked process with the methods of subprocess.Popen that tests use; its output goes to a file."""
+    """A forked process with the methods of subprocess.Popen that tests use; its output goes to one file or to two."""
 
-    def __init__(self, run: Run, args: list[str], cwd: Path, out: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, run: Run, args: list[str], cwd: Path, out: Path, env: Mapping[str, str], err: Path | None = None
+    ) -> None:
         with patch.dict(os.environ, QUIET):
             forkserver.ensure_running()
-        self._process = FORK.Process(target=_begin, args=(run, args, str(cwd), str(out), dict(env)), daemon=True)
+        arguments = (run, args, str(cwd), str(out), str(err or ""), dict(env))
+        self._process = FORK.Process(target=_begin, args=arguments, daemon=True)
         self._process.start()
 
     @property
     def pid(self) -> int:
         return self._process.pid or 0
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -126,10 +133,9 @@ class Forked:
             os.kill(self.pid, number)
 
 
-def _begin(run: Run, args: list[str], cwd: str, out: str, env: dict[str, str]) -> None:
-    fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
+def _begin(run: Run, args: list[str], cwd: str, out: str, err: str, env: dict[str, str]) -> None:
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if err else 1, 2)
     os.chdir(cwd)
     os.environ.update(env)
     sys.exit(run(args))
@@ -158,6 +164,12 @@ def start(
         made.append(Forked(run, [str(arg) for arg in args], cwd, cwd / f"rank-{rank}.txt", env))
     STARTED.extend(made)
     return made
+
+
+def alone(args: list[Any], cwd: Path, run: Run = daybreak, err: Path | None = None) -> Forked:
+    """Start one process of `run(ARGS)` that is no rank; it says nothing, but its stderr may go to a file."""
+    STARTED.append(Forked(run, list(map(str, args)), cwd, Path(os.devnull), os.environ, err))
+    return STARTED[-1]
 
 
 def python(args: list[Any], cwd: Path, out: str, env: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -14,19 +14,12 @@ import torch
 import daybreak
 import daybreak.engine.arena as arena_module
 import daybreak.engine.fit as fit_module
-from daybreak.cli import plan as command
 from daybreak.cli.main import main
 from daybreak.config import Config, parse_value, recipe_names, resolve
-from daybreak.engine.collectives import Sharding
 from daybreak.engine.fit import OUTSIDE, Fit
-from daybreak.engine.moments import final_moments
-from daybreak.engine.params import ParamTable
 from daybreak.kernels.cuda import cudnn, fa4, quack
-from daybreak.models.registry import build_model
-from daybreak.parallel import Group
-from daybreak.report.gpus import MEASURED, SEVERAL_GPUS, find_gpu
+from daybreak.report.gpus import MEASURED, find_gpu
 from daybreak.report.plan import figures, plan, recipe_notes
-from daybreak.report.scaling import NETWORK, bandwidth, exposed_gradients, exposed_weights, scaling
 from daybreak.shapes import GPT2Config
 from daybreak.state.restore import checkpoint_bytes, checkpoints_kept, warn_of_disk
 from daybreak.state.throughput import GPUS, fp8_gain
@@ -284,59 +277,6 @@ def test_what_saving_takes_beside_training(tmp_path: Path, caplog: pytest.LogCap
     assert not caplog.messages
     warn_of_disk(tmp_path, made.override({"run.steps": 10**12, "checkpoint.every": 1, "checkpoint.keep": 0}), arena)
     assert re.search(r"^the checkpoints of .* need [\d.,e+]+ TB and its disk has .* lower checkpoint", *caplog.messages)
-
-
-# ------------------------------------------------------------------------------------------- many GPUs
-
-
-def test_model_of_the_exchange_by_hand() -> None:
-    """2 ranks, three buckets of which the middle one waits for the first, the last for its own gradient."""
-    model = build_model(GPT2Config(L=2, C=128, NH=2, max_T=128, V=256))
-    table = ParamTable(model.rows())
-    sharding = Sharding(table, final_moments(model, table), Group(0, 2), 1, 1)
-    block, embedding = 12 * 128 * 128, (256 + 128) * 128
-    vectors = 2 * 13 * 128 + 2 * 128
-    assert [sharding.size(k) * 2 for k in sharding.order] == [block, embedding, block, vectors]
-    rate = 2.0 * block  # bytes a second; a block's shard, 2 bytes an element, goes in half a second
-    last = 9.0 + 0.1 + 0.5 + 0.1 + 0.5 * vectors / block
-    assert exposed_gradients(sharding, 2, {0: 1.0, 1: 1.25, 2: 9.0}, 9.0, rate, 0.1) == pytest.approx(last - 9.0)
-    early = 1.0 + 0.6 + 0.1 + 0.5 * embedding / block + 0.6 + 0.1 + 0.5 * vectors / block
-    flat = {0: 1.0, 1: 1.25, 2: 1.25}
-    assert exposed_gradients(sharding, 2, flat, 1.25, rate, 0.1) == pytest.approx(early - 1.25)
-    first = 0.1 + 0.5 * vectors / block  # the weights: what forward wants first, then the rest beside it
-    rest = 2 * 0.6 + 0.1 + 0.5 * embedding / block
-    assert exposed_weights(sharding, 2, 9.0, rate, 0.1) == pytest.approx(first)
-    assert exposed_weights(sharding, 2, 1.0, rate, 0.1) == pytest.approx(first + rest - 1.0)
-
-
-def test_steps_on_many_cards() -> None:
-    config = resolve("gpt2-1558M")[0]
-    one, eight, many = scaling(config, "h100", (1, 8, 512))
-    assert one.seconds == one.alone == pytest.approx(1048576 / 56367)
-    assert one.exposed == one.exchange == 0
-    p = on("gpt2-1558M", gpus=8)
-    assert eight.exchange == pytest.approx(2 * 2 * p.parameters * 7 / 8 / (0.73 * 450e9), rel=0.01)
-    assert eight.alone / eight.seconds == pytest.approx(SEVERAL_GPUS, abs=0.001)  # nearly all of it is hidden
-    assert (eight.B, eight.micro_steps, many.B, many.micro_steps) == (16, 8, 2, 1)
-    assert many.exposed > many.alone  # 2 rows are over before their gradients are sent
-    assert bandwidth("h100", 8) == bandwidth("h100", 16, 100) == 0.73 * 450e9
-    assert bandwidth("h100", 16) == 0.73 * 400e9
-    wide = scaling(config.override({"parallel.bucket_bytes": 1 << 28}), "h100", (512,))[0]
-    assert wide.exposed < many.exposed / 2  # fewer buckets, fewer turns of the ring
-    third = scaling(config.override({"parallel.zero": 2}), "h100", (8,))[0]
-    assert third.exchange == pytest.approx(eight.exchange * (8 + 1) / 2, rel=0.01)
-    assert third.mib < eight.mib
-
-
-def test_steps_on_many_cards_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "gpt2-124M", "--gpu", "h100", "--gpus", "1,8,32", "--steps", "1000"]) == 0
-    out = capsys.readouterr().out
-    rows = [line.split() for line in out.splitlines() if re.match(r" +\d+ +\d+\*? +\d+ ", line)]
-    assert [row[:3] for row in rows] == [["1", "64", "8"], ["8", "64", "1"], ["32", "16", "1"]]
-    assert rows[0][6:8] == ["616,334", "100.0%"]
-    assert "73% of 450 GB/s inside a host of 8 and of 400 between hosts" in out
-    (network,) = (o.default for o in command.plan.params if o.name == "network")  # stands twice
-    assert network == NETWORK
 
 
 # ------------------------------------------------------------------------------------------------- recipes, GPUs

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import commands
 
 from daybreak.errors import Error
 
@@ -58,16 +61,19 @@ def test_the_examples_run_and_write_where_it_is_said(tmp_path_factory: pytest.Te
     assert list(home.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with commands(tmp_path_factory.mktemp("commands")) as functions:
+        yield functions
+
+
 @pytest.mark.parametrize("page", sorted(PAGES), ids=lambda p: p.stem)
-def test_a_page_s_examples_run(page: Path, tmp_path: Path) -> None:
-    command = "".join(
-        f'{name}() {{ {sys.executable} {more}"$@"; }}\n'
-        for name, more in (("daybreak", "-m daybreak "), ("python3", ""))
-    )
+def test_a_page_s_examples_run(page: Path, tmp_path: Path, shell: str) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for language, text in fences("ci", page.read_text()):
-        argv = [sys.executable, "-c", text] if language == "python" else ["bash", "-euc", command + text]
-        done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+        line = f"python -c {shlex.quote(text)}" if language == "python" else text
+        script = f'{shell}python3() {{ {sys.executable} "$@"; }}\n{line}'
+        done = subprocess.run(["bash", "-euc", script], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 

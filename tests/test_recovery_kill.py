@@ -73,13 +73,15 @@ def kill_again_and_again(
             assert_same(straight, daybreak.Run(folder))
             shutil.rmtree(folder)
             args = [recipe(config(shards, tmp_path, "killed", run__steps=STEPS), tmp_path)]
-        process = spawn(args, None if isinstance(accident, float) else accident)
         if isinstance(accident, float):
+            process = spawn(args)
             time.sleep(accident)
             process.kill()
-        _, err = process.communicate(timeout=PATIENCE)
-        assert process.returncode == -9 or (isinstance(accident, float) and process.returncode == 0), (accident, err)
-        kills += process.returncode == -9
+            (_, err), code = process.communicate(timeout=PATIENCE), process.returncode
+        else:
+            code, err = train(args, accident)
+        assert code == -9 or (isinstance(accident, float) and code == 0), (accident, err)
+        kills += code == -9
         if (folder / "config.toml").exists():
             assert_intact(folder)
             args = [folder]

@@ -8,11 +8,8 @@ import math
 import os
 import re
 import shutil
-import signal
 import socket
 import struct
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from patience import PATIENCE, until
 from safetensors.torch import load_file
 
 import daybreak
@@ -347,81 +343,6 @@ def test_other_validation_data_is_told(shards: Path, tmp_path: Path, caplog: pyt
     assert f"the validation data changed since {run.path}/checkpoints/step-00000003 was saved" in caplog.text
 
 
-def test_kill_and_signals_in_a_real_process(shards: Path, tmp_path: Path) -> None:
-    """SIGKILL in mid-run, TERM, INT, USR1: each time `train RUN` goes on, and the end equals an undisturbed run's."""
-    keys = {"checkpoint__every": 20, "optim__horizon": 300, "schedule__final_frac": 0.1}
-    target = tmp_path / "recipe.toml"  # its end is far away: a busy machine may be slow to send a signal
-    target.write_text(config(shards, tmp_path, "killed", run__steps=100000, **keys).to_toml())
-    folder = tmp_path / "killed"
-    args: list[str | Path] = [target]
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 75)):
-        process = start(args)
-        args = [folder]
-        wait_for_steps(folder, process, 25)
-        process.send_signal(number)
-        assert process.wait(PATIENCE) == code
-    process = start(args)
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        wait_for_steps(folder, process, 5)
-        before = {p.name for p in daybreak.load(folder).checkpoints}
-        process.send_signal(number)
-    assert process.wait(PATIENCE) == 75
-    assert before
-    steps = int(daybreak.load(folder).checkpoints[0].name[5:]) + 10
-    assert start([folder, "--steps", steps]).wait(PATIENCE) == 0
-    straight = daybreak.train(config(shards, tmp_path, "straight", run__steps=steps, **keys))
-    assert_same(straight, daybreak.load(folder))
-
-
-def train_quietly(folder: Path, *args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "daybreak", "train", *map(str, args), "--quiet", "--json"]
-    return subprocess.run(
-        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-
-
-def test_exit_json_never_speaks_for_another_attempt(shards: Path, tmp_path: Path) -> None:
-    """A finished run, resumed and killed, must not still say 0; nor may a refused start leave the old verdict."""
-    run = daybreak.train(config(shards, tmp_path, "a", run__steps=5, schedule__final_frac=0.1))
-    assert json.loads(run.folder.exit.read_text())["code"] == 0
-    process = start([run.path, "--steps", "100000"])
-    wait_for_steps(run.path, process, 5)
-    process.kill()
-    assert process.wait(PATIENCE) == -9
-    assert not run.folder.exit.exists()
-    assert daybreak.load(run.path).config.run.steps == 100000  # what was asked for holds from then on
-    refused = train_quietly(tmp_path, run.path, "--run.device", "cuda:77")
-    assert refused.returncode == 2
-    assert json.loads(run.folder.exit.read_text())["code"] == 2
-
-
-def test_one_process_at_a_time(shards: Path, tmp_path: Path) -> None:
-    run = daybreak.train(config(shards, tmp_path, "a", run__steps=2, schedule__final_frac=0.1))
-    process = start([run.path, "--steps", "100000"])
-    wait_for_steps(run.path, process, 3)
-    second = train_quietly(tmp_path, run.path, "--steps", "100000")
-    assert second.returncode == 2
-    holder = f"process {process.pid} on {socket.gethostname()}"
-    assert second.stderr == f"daybreak: {run.path} is being trained by {holder}; wait or stop it.\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE) == 75
-    assert json.loads(run.folder.exit.read_text())["code"] == 75
-
-
-def test_given_weights_survive_an_early_kill(shards: Path, tmp_path: Path) -> None:
-    """--init-from and --fork save before their first step: nothing else says where the weights came from."""
-    first = daybreak.train(config(shards, tmp_path, "first", run__steps=30))
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(config(shards, tmp_path, "second", run__steps=100000).to_toml())
-    process = start([recipe, "--init-from", first.path])
-    wait_for_steps(tmp_path / "second", process, 1)
-    process.kill()
-    process.wait(PATIENCE)
-    resumed = daybreak.load(tmp_path / "second")
-    run = daybreak.train(resumed.config.override({"run.steps": 3}), resume=resumed.path)
-    assert run.metrics("val")[0]["loss"] == first.metrics("val")[-1]["loss"]
-
-
 def test_a_save_request_is_taken_once(shards: Path, tmp_path: Path) -> None:
     """Asked for (as SIGUSR1 does) in a step whose save is due anyway, and in one whose save is not."""
 
@@ -474,31 +395,3 @@ def test_a_refused_start_leaves_no_folder(shards: Path, tmp_path: Path) -> None:
         daybreak.train(huge)
     assert error.value.exit_code == 6
     assert not (tmp_path / "a").exists()
-
-
-def test_a_signal_while_the_corpus_is_prepared(tmp_path: Path) -> None:
-    process = start(["d12", "--data", "stdlib"], cwd=tmp_path)
-    until(lambda: list(tmp_path.glob("data/.*")), process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE) == 75
-    assert not (tmp_path / "runs").exists()
-    assert not list(tmp_path.glob("data/*/*"))
-
-
-def start(args: list[Any], cwd: Path | None = None) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "daybreak", "train", *map(str, args), "--quiet"]
-    return subprocess.Popen(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL,
-                            stdout=subprocess.DEVNULL)  # fmt: skip
-
-
-def wait_for_steps(folder: Path, process: subprocess.Popen[bytes], steps: int) -> None:
-    """Until the run has written `steps` more step records."""
-
-    def count() -> int:
-        try:
-            return (folder / "metrics.jsonl").read_bytes().count(b'"kind":"step"')
-        except FileNotFoundError:
-            return 0
-
-    goal = count() + steps
-    until(lambda: count() >= goal, process)

@@ -263,9 +263,9 @@ section_ranks() { # every kind of run on all GPUs of this machine
   done
 }
 
-section_fences() {
+section_fences() { # the GPU examples of README and docs; PAGES="README.md docs/plan.md" takes only theirs
   data
-  [ -d runs/a ] || step "a run for the examples" "daybreak train $shape $flags --name a --steps 24"
+  step "a run for the examples" "daybreak train $shape $flags --name example --steps 24 --optim.horizon 48"
   while IFS=$'\t' read -r name command; do
     step "$name" "$command"
     rm -rf fence-*

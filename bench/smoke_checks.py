@@ -247,15 +247,18 @@ def talk(run: str, log: str, process: str) -> None:
 
 
 def fences() -> None:
-    """Print a line `NAME<tab>COMMAND` for every GPU example of README and docs, made small."""
+    """Print a line `NAME<tab>COMMAND` for every GPU example of README and docs, or of the PAGES, made small."""
+    wanted = os.environ.get("PAGES", "").split()
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         name = page.relative_to(ROOT).as_posix()
+        if wanted and name not in wanted:
+            continue
         for number, text in enumerate(re.findall(r"^```bash gpu\n(.*?)^```$", page.read_text(), re.M | re.S), 1):
             folder = f"fence-{name.replace('/', '-')}-{number}"
             lines = text.replace("\\\n", " ").splitlines()
             words = [w for line in lines if (w := shlex.split(line, comments=True))]
             made = [f"mkdir -p {folder}; cd {folder}; ln -sfn ../data data; ln -sfn ../dev dev"]
-            made += [f"cp -r ../runs/a runs/{run}" for run in needed(words)]
+            made += [f"cp -r ../runs/example runs/{run}" for run in needed(words)]
             if len(made) > 1:
                 made.insert(1, "mkdir -p runs")
             seen: list[str] = []
@@ -283,7 +286,7 @@ def needed(commands: list[list[str]]) -> list[str]:
 def small(words: list[str]) -> str:
     """A documented command with flags that make it short; nothing for what needs a network or a second machine."""
     flags = ["--steps", "3", "--eval.tokens", "16384", "--eval.sample_tokens", "8", "--batch.total_tokens", "0",
-             "--log.sinks", "", "--checkpoint.keep", "1"]  # fmt: skip
+             "--log.sinks", "", "--checkpoint.keep", "1", "--schedule.warmup", "1"]  # fmt: skip
     if words[0] in ELSEWHERE or "--nnodes" in words or words[1:2] == ["prepare"]:
         return ""  # documented GPU examples prepare only what the Hub has
     if words[0] == "torchrun":
@@ -301,6 +304,8 @@ def small(words: list[str]) -> str:
             words[words.index("--data") + 1] = "text"
         elif not old:
             words += ["--data", "text"]
+        if target.startswith("nanochat"):
+            words += ["--model.V", "50257"]  # of the examples' tokenizer
         words += [*flags[2:6], "--steps", "27"] if old else flags
         if "--batch.B" in words:
             words[words.index("--batch.B") + 1] = "8"

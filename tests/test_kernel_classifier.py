@@ -133,7 +133,7 @@ def test_beyond_2_to_the_31():
 
 @each_backend
 @each_dtype
-@pytest.mark.parametrize(("n", "V"), [(1, 1), (3, 63), (5, 1000), (3, 4096), (3, 8150), (2, 9000)])
+@pytest.mark.parametrize(("n", "V"), [(1, 1), (3, 63), (5, 1000), (3, 4096), (3, 8150), (3, 9000)])
 @pytest.mark.parametrize("backward", [False, True])
 def test_classifier_with_a_soft_cap(backend, dtype, n, V, backward):
     """Losses and gradients of c tanh(z / c), also of logits far beyond c; NaN in the padding reaches nothing."""

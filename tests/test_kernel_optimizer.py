@@ -348,7 +348,8 @@ def test_narrow_moments_are_unbiased_and_independent(monkeypatch):
     """Weight, m and v of 2^18 elements with one gradient: their means are the fp32 values, within 5 deviations."""
     monkeypatch.setattr(optimizer_file, "FLAT_CHUNK", 1 << 20)
     N, grads = 1 << 18, torch.full((1 << 18,), -0.7001953125, dtype=BF16, device=DEVICE)
-    narrow, wide = State(CASES["bf16-none"], torch.ones(N), BF16), State(CASES["bf16-masters"], torch.ones(N))
+    start = torch.ones(N, device=DEVICE)
+    narrow, wide = State(CASES["bf16-none"], start, BF16), State(CASES["bf16-masters"], start)
     for state in (narrow, wide):
         state.update(grads, "torch", lr=3e-3, t=1, eps=1.0)
     errors = []
@@ -366,7 +367,8 @@ def test_narrow_moments_are_unbiased_and_independent(monkeypatch):
 def test_a_long_run_s_narrow_v_stays_near_the_wide_one():
     """2,000 steps of beta2 = 0.999 from 0: rounding to nearest stalls where a step adds less than half a place."""
     grads, to_nearest = torch.ones(512, dtype=BF16, device=DEVICE), torch.zeros((), dtype=BF16)
-    narrow, wide = State(CASES["bf16-none"], torch.ones(512), BF16), State(CASES["bf16-none"], torch.ones(512))
+    start = torch.ones(512, device=DEVICE)
+    narrow, wide = State(CASES["bf16-none"], start, BF16), State(CASES["bf16-none"], start)
     for t in range(1, 2001):
         to_nearest.copy_(0.999 * to_nearest.float() + 0.001)
         for state in (narrow, wide):

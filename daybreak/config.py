@@ -24,7 +24,7 @@ from daybreak import config_keys as keys
 from daybreak.checked import read_bytes
 from daybreak.config_keys import check_rules, toml_value
 from daybreak.errors import CheckpointError, ConfigError
-from daybreak.formatting import nearest
+from daybreak.formatting import nearest, quoted
 from daybreak.manifest import MANIFEST, NewerFormat, newest_manifest
 from daybreak.shapes import ARCHS, SHAPES, GPT2Config, Shape, family, is_shape, model_config, parse_shape
 
@@ -336,10 +336,12 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
     if is_shape(target):
         return Config(model=parse_shape(target)), None
     if (path / "config.json").is_file():
-        fix = f"train it further with `daybreak finetune {target} --data NAME`, or `daybreak import {target}`"
+        model = quoted(target)
+        fix = f"train it further with `daybreak finetune {model} --data NAME`, or `daybreak import {model}`"
         raise ConfigError(f"{target} is a model of Hugging Face's, not a run; {fix}.")
     if path.is_dir():
-        raise ConfigError(f"{target} is not a run: it has no config.toml; give a folder that daybreak train made.")
+        fix = run_hint(target) or "; give a folder that daybreak train made."
+        raise ConfigError(f"{target} is not a run: it has no config.toml{fix}")
     if (named := Path(Config().run.dir) / path / "config.toml").is_file():
         raise ConfigError(f"unknown target {target!r}; to resume the run of that name give its folder: {named.parent}.")
     if "/" in target:
@@ -359,7 +361,10 @@ def run_hint(path: Path | str) -> str:
         return f"; it is a checkpoint: give {run}, and {step} to chat, eval, export, sample and serve."
     runs = {found.parent.name: found.parent for found in Path(Config().run.dir).glob("*/config.toml")}
     near = difflib.get_close_matches(path.name, runs, 1)
-    return f"; did you mean {runs[near[0]]}?" if near and not path.exists() else ""
+    if near and (not path.exists() or (near == [path.name] and runs[path.name] != path)):
+        return f"; did you mean {runs[near[0]]}?"
+    inside = sorted(found.parent for found in path.glob("*/config.toml"))
+    return f"; it holds {len(inside)} of them: give one, such as {inside[0]}." if inside else ""
 
 
 def run_config(run: Path) -> Config:

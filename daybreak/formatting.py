@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 from collections.abc import Iterable
 
 
@@ -12,6 +14,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     leaf = name.rpartition(".")[2].lower()
     likely = [n for n in names if n.rpartition(".")[2].lower() == leaf] or [n for n in names if n.startswith(name)]
     return max(likely or names, key=lambda n: difflib.SequenceMatcher(None, name, n).ratio())  # the first of equals
+
+
+def quoted(word: object) -> str:
+    """A word as a shell takes it, for a command that a message names. shlex alone would quote other scripts too."""
+    return str(word) if re.fullmatch(r"[\w@%+=:,./-]+", str(word)) else shlex.quote(str(word))
 
 
 def format_duration(seconds: float | None) -> str:

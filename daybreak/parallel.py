@@ -52,6 +52,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from daybreak.errors import ConfigError, Error, Hung, Stopped, by_exit_code
+from daybreak.formatting import quoted
 
 log = logging.getLogger("daybreak")
 PORT = "29500"  # torch's own default
@@ -176,7 +177,7 @@ class Group:
     def again(self, run: Any) -> str:
         """The command that resumes the run in the folder `run` as it was started."""
         processes = f", started as {self.world} processes again (torchrun, srun, mpirun)" if self.world > 1 else ""
-        return f"daybreak train {run}{processes}"
+        return f"daybreak train {quoted(run)}{processes}"
 
     def agree(self, what: Mapping[str, Any], error: type[Error] = ConfigError) -> None:
         """Raise `error` on every rank, with rank and key, unless all ranks have the same `what`."""

@@ -135,6 +135,8 @@ ERRORS: list[tuple[str, int, str]] = [
      'log.sinks = "mlflow" must be tensorboard or wandb, or both with a comma between; the default is "".'),
     ("report", 2, "Missing argument 'RUNS...'; see daybreak report --help."),
     ("report empty", 2, "empty is not a run; give a folder that daybreak train made, or llm.c's main.log."),
+    ("report runs", 2, "runs is not a run; it holds 2 of them: give one, such as runs/new."),
+    ("train runs", 2, "runs is not a run: it has no config.toml; it holds 2 of them: give one, such as runs/new."),
     ("watch nothere", 2, "nothere is not a run; give a folder that daybreak train made, or llm.c's main.log."),
     ("watch runs/old --port 99999", 2,
      "Invalid value for '--port': 99999 is not in the range 0<=x<=65535; see daybreak watch --help."),

@@ -61,16 +61,16 @@ def test_train_resume_fork_and_sample(trained: Path) -> None:
     assert saved.optim.horizon == 4  # --steps on resume leaves the schedule alone
 
     quiet = run_process(
-        trained, "train", "runs/small", "--fork", "other", "--optim.lr", "1e-5", "--steps", "8", "--quiet"
+        trained, "train", "runs/small", "--fork", "the other", "--optim.lr", "1e-5", "--steps", "8", "--quiet"
     )
     assert re.fullmatch(r"the schedule ended at step 4: .* --optim\.horizon 8\.\n", quiet.stderr)  # warnings stay
     assert quiet.stdout.splitlines()[-4:] == [
-        "runs/other: step 8, 256 tokens. Next:",
-        "  daybreak sample runs/other       more text",
-        "  daybreak report runs/other       its curves, as a page",
-        "  daybreak serve runs/other        a prompt in a browser",
+        "runs/the other: step 8, 256 tokens. Next:",
+        "  daybreak sample 'runs/the other'  more text",
+        "  daybreak report 'runs/the other'  its curves, as a page",
+        "  daybreak serve 'runs/the other'   a prompt in a browser",
     ]
-    assert resolve(str(trained / "runs/other"))[0].optim.lr == 1e-5
+    assert resolve(str(trained / "runs/the other"))[0].optim.lr == 1e-5
 
     one = run_process(trained, "sample", "runs/small", "--tokens", "12", "--prompt", "men", "-n", "2", "--seed", "7")
     assert one.stdout.startswith("---\n")

@@ -20,6 +20,7 @@ from test_prepare import prose, read_documents
 
 from daybreak.cli.main import main
 from daybreak.data.dataset import open_dataset
+from daybreak.data.formats import first_record
 from daybreak.data.loader import Loader
 from daybreak.data.prepare import JOURNAL, prepare
 from daybreak.data.shards import open_shard, read_header
@@ -64,6 +65,57 @@ def test_folders_and_globs_of_them(tmp_path: Path) -> None:
     assert (made.train.documents, made.val.documents) == (600, 300)
     made = prepare(str(tmp_path / "in/train/*.parquet"), data_dir=tmp_path / "d", tokenizer="bytes", name="g")
     assert made.train.documents + made.val.documents == 300
+
+
+def test_a_table_of_a_spreadsheet_that_writes_semicolons(tmp_path: Path) -> None:
+    rows = [f'{i};"Satz {i}; mit Semikolon, Komma"\n' for i in range(20)]
+    (tmp_path / "s.csv").write_text("nr;text\n" + "".join(rows))
+    (tmp_path / "c.csv").write_text("text,a;b\n" + "".join(f'"Satz {i}; mit Semikolon, Komma",0\n' for i in range(20)))
+    for name in ("s", "c"):
+        prepare(tmp_path / f"{name}.csv", data_dir=tmp_path / "d", tokenizer="bytes")
+        documents = [t for s in ("train", "val") for t in read_documents(tmp_path / f"d/{name}-bytes", s, "bytes")]
+        assert documents == [f"Satz {i}; mit Semikolon, Komma" for i in range(20)]
+
+
+def test_what_daybreak_made_in_a_folder_is_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """People prepare the folder they work in, where earlier commands left runs and data."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("own text\n" * 99)
+    prepare("a.txt", tokenizer="bytes")
+    for name in ("config.toml", "metrics.jsonl", "samples.txt"):
+        (run := Path("runs/mine")).mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("a model's text\n" * 99)
+    Path("runs/notes.txt").write_text("more of it\n" * 99)
+    with caplog.at_level("INFO"):
+        prepare(".", name="all", tokenizer="bytes")
+    assert caplog.messages == [
+        "files to read: 2; left out: 2, runs and data sets of daybreak (data/a-bytes, runs/mine)"
+    ]
+    texts = "".join(t for s in ("train", "val") for t in read_documents(Path("data/all"), s, "bytes"))
+    assert texts == "own text\n" * 99 + "more of it\n" * 99
+    Path("z.jsonl").write_text('{"messages": []}\n')
+    assert first_record([Path()]) == {"messages": []}  # and not the manifest of the data set
+    made = prepare(run / "samples.txt", name="asked", tokenizer="bytes")  # for what is named, the user knows why
+    assert made.train.bytes + made.val.bytes == 15 * 99
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("дневник.txt", "дневник"),
+        ("日記 2.md", "日記-2"),
+        ("हिन्दी.txt", "हिन्दी"),
+        ("U\u0308bung (neu).txt", "\u00dcbung-neu"),
+        ("_chat.txt", "chat"),
+        ("!.txt", "text"),
+    ],
+)
+def test_the_name_of_a_set_keeps_every_script(tmp_path: Path, file: str, name: str) -> None:
+    (tmp_path / file).write_text("ein Text\n" * 99)
+    assert prepare(tmp_path / file, data_dir=tmp_path / "d").name == name
+    assert open_dataset(name, tmp_path / "d").train[0].path == tmp_path / f"d/{name}/{name}_train_000000.bin"
 
 
 def test_patterns_of_any_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from snapshots import exit_of, fork
 
 from daybreak.errors import ConfigError, Error
 from daybreak.files import write_atomic
-from daybreak.formatting import counted, disk, format_duration
+from daybreak.formatting import counted, disk, format_duration, quoted
 from daybreak.state.metrics import COMMON, FIELDS, MOST_WAITING, MainLog, MetricsWriter, read_metrics, step_line
 from daybreak.state.run_folder import RunFolder, package_commit
 from daybreak.state.throughput import Throughput, peak_flops
@@ -228,6 +228,15 @@ def test_step_line():
 )  # fmt: skip
 def test_durations(seconds, text):
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "word", ["runs/mine", "runs/дневник", "C:/a+b=c,d@e.f", "runs/mein roman", "it's", "$HOME", "", "~/x"]
+)
+def test_a_shell_reads_a_named_path_as_it_is(word: str) -> None:
+    said = quoted(Path(word) if word else word)
+    assert subprocess.run(["sh", "-c", f"printf %s {said}"], capture_output=True, check=True).stdout.decode() == word
+    assert (said == word) is (word in ("runs/mine", "runs/дневник", "C:/a+b=c,d@e.f"))
 
 
 def test_large_numbers_change_their_unit_where_they_round_to_one() -> None:

@@ -136,6 +136,42 @@ def test_prompts_in_a_table_need_no_template(model: str) -> None:
     assert texts == {(f"{i} plus {i}?".encode(), f" It is {2 * i}.".encode()) for i in range(20)}
 
 
+def test_two_texts_beside_a_template_are_warned_of(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Such a model would be asked with a template that it has not seen."""
+    Path("sums.csv").write_text("question;answer\n" + "".join(f"{i} plus {i}?;It is {2 * i}.\n" for i in range(20)))
+    with caplog.at_level(logging.WARNING):
+        prepare("sums.csv", name="sums", tokenizer=model, row_tokens=64)
+        prepare("sums.csv", name="bytes", tokenizer="bytes", row_tokens=64)  # there is no template to miss
+    assert caplog.messages == [
+        "sums.csv: two texts are joined without the chat template, and `daybreak chat` asks with it. For a model that "
+        "talks, call the fields instruction and output."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "T"),
+    [
+        ('{"n_positions": 96}', 96),
+        ('{"max_position_embeddings": 128}', 128),
+        ('{"max_position_embeddings": 4096}', 1024),
+        ("{}", 1024),
+        ("[]", 1024),
+    ],
+)
+def test_rows_are_no_longer_than_the_model_reads(
+    model: str, said: str, T: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = records(12)
+    given[3] = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "long " * 900}]}
+    chats.write_lines(Path("c.jsonl"), given)
+    (Path(model).parent / "config.json").write_text(said)
+    with caplog.at_level(logging.WARNING):
+        assert prepare("c.jsonl", tokenizer=model, name="c").rows == T
+    way = "the model reads no more" if T < 1024 else "--row-tokens N makes longer rows"
+    assert caplog.messages[-1].endswith(f"; {way}")
+    assert prepare("c.jsonl", tokenizer=model, name="c", row_tokens=64).rows == 64
+
+
 def test_names_of_files_tell_the_splits(model: str) -> None:
     Path("set").mkdir()
     chats.write_lines(Path("set/train.jsonl"), records(9))

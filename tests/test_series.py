@@ -180,3 +180,16 @@ def test_drawn_pictures_are_in_the_page_s_data_and_nothing_outside_their_folder(
     text, policy = render({"runs": []})
     assert "; img-src data:;" in policy
     assert "img-src data:" in text
+
+
+def test_a_run_that_is_continued_under_the_page_s_eyes_shows_its_new_settings(made: MadeRun) -> None:
+    run = Follower(made.path)
+    run.update()
+    assert (run.payload()["steps"], run.payload()["price"]) == (10, 36.0)
+    (made.path / "config.toml").write_text(Config().override({"run.steps": 20}).to_toml())
+    made.step(6, 4400.0, 3.0)
+    run.update()
+    assert run.payload()["steps"] == 10  # the settings of a start count from its first line
+    made.line("run", 5, 5000.0, name="made", config_hash="1", device="card", parameters=100, flops_per_token=600.0)
+    run.update()
+    assert (run.payload()["steps"], run.payload()["price"]) == (20, 0.0)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from daybreak.errors import ConfigError
+from daybreak.formatting import quoted
 
 if TYPE_CHECKING:
     from daybreak.generate import Conversation, Sampling
@@ -53,7 +54,7 @@ def chat(target: str, system: str, step: int | None, **options: Any) -> None:
     how.check()
     engine, tokenizer, template = load_model(target, step)
     if template is None:
-        fix = f"daybreak sample {target} continues text, and docs/finetune.md says how a model learns to chat"
+        fix = f"daybreak sample {quoted(target)} continues text, and docs/finetune.md says how a model learns to chat"
         raise ConfigError(f"{target} does not chat, since it has no chat template: {fix}.")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it leaves nothing half-written
     talk, terminal = Conversation(engine, tokenizer, template, system), sys.stdin.isatty() and sys.stdout.isatty()

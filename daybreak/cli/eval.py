@@ -11,7 +11,7 @@ import click
 
 from daybreak.config import run_hint
 from daybreak.errors import ConfigError
-from daybreak.formatting import several
+from daybreak.formatting import quoted, several
 
 if TYPE_CHECKING:
     from daybreak.evaluate.harness import Score
@@ -58,7 +58,7 @@ def evaluate(
     is_run = (path / "config.toml").is_file()
     if not is_run and not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            fix = f"`daybreak import {target}` makes a run with their model"
+            fix = f"`daybreak import {quoted(target)}` makes a run with their model"
             raise ConfigError(f"{target} holds adapters alone; {fix}.")
         neither = "is neither a run (config.toml) nor a Hugging Face model's folder (config.json)"
         raise ConfigError(f"{target} {neither}{run_hint(target) or '.'}")

@@ -10,6 +10,7 @@ import click
 from daybreak.cli.options import config_options, overrides_of
 from daybreak.config import Config, parse_value
 from daybreak.errors import ConfigError
+from daybreak.formatting import quoted
 
 
 @click.command("import")
@@ -56,5 +57,5 @@ def import_(source: str, step: int | None, **flags: Any) -> None:
         place = f"step x batch = {tokens:,} tokens"
         click.echo(f"step {found.step}, with optimizer state; the data order restarts at {place}")
     if found.tokenizer.source:
-        click.echo(f"prepare text with its tokenizer: daybreak prepare FILE --tokenizer {run}/tokenizer.json")
-    click.echo(f"continue with: daybreak train {run} --data DATA")
+        click.echo(f"prepare text with its tokenizer: daybreak prepare FILE --tokenizer {quoted(run)}/tokenizer.json")
+    click.echo(f"continue with: daybreak train {quoted(run)} --data DATA")

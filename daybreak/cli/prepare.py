@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from daybreak.errors import ConfigError
+from daybreak.formatting import quoted
 
 log = logging.getLogger("daybreak")
 
@@ -42,7 +43,7 @@ LEAST = 8  # tokens of the shortest sample that is advised
 @click.option("--as", "kind", type=click.Choice(["text", "chat", "images"]),
               help="What the files hold (default: as their first record looks).")  # fmt: skip
 @click.option("--row-tokens", type=click.IntRange(8), metavar="T",
-              help="Tokens of a row of packed chats (1024), or of a caption and its picture.")  # fmt: skip
+              help="Tokens of a row of packed chats (1024, or fewer), or of a caption and its picture.")  # fmt: skip
 @click.option("--px", type=click.IntRange(8, 256), metavar="N", help="Pixels a side of pictures (32).")
 @click.option("--show", type=click.IntRange(1), metavar="N", help="Print N examples of chats: context, learned.")
 @click.option("--skip-bad", is_flag=True, help="Skip bad files, lines and rows, and count them.")
@@ -81,7 +82,6 @@ def prepare(
     from daybreak.data import prepare as data
     from daybreak.data.catalogue import is_drawn
     from daybreak.data.pictures import MARK
-    from daybreak.data.prepare_chat import ROW_TOKENS
     from daybreak.data.tokenizer import get_tokenizer
 
     pictures = kind == "images" or (kind is None and is_drawn(sources))
@@ -103,7 +103,7 @@ def prepare(
         elif pretokenized is not None:
             manifest = data.pretokenized(sources[0], pretokenized, name=name, data_dir=data_dir, progress=progress)
         else:
-            packed: dict[str, Any] = {"kind": kind or "", "row_tokens": row_tokens or ROW_TOKENS}
+            packed: dict[str, Any] = {"kind": kind or "", "row_tokens": row_tokens or 0}
             packed["train_tokenizer"] = train_tokenizer
             manifest = data.prepare(sources, name=name, data_dir=data_dir, progress=progress, **packed, **options)
     if MARK in manifest.tokenizer:
@@ -122,7 +122,7 @@ def prepare(
     T = 128 if V == 1025 else 1024
     longest = min(max((s.tokens for s in split.shards), default=0) for split in (train, val))
     model += _shorter(longest, T)
-    place = f" --data.dir {data_dir}" * (data_dir != "data")
+    place = f" --data.dir {quoted(data_dir)}" * (data_dir != "data")
     owner = _model_beside(options["tokenizer"])
     small = V == 50_257 and 0 < train.bytes < 2 * 10**7 and not owner
     laptop = "\nWithout a GPU, prepare so small a text with --tokenizer gpt2-1024, and train tiny (docs/your-text.md)."
@@ -149,7 +149,7 @@ def _model_beside(tokenizer: str) -> str:
     """The folder of the model or run that this tokenizer.json is of; "" if there is none."""
     folder = Path(tokenizer).parent
     is_model = any((folder / name).is_file() for name in ("config.json", "config.toml"))
-    return str(folder) if tokenizer.endswith(".json") and is_model else ""
+    return quoted(folder) if tokenizer.endswith(".json") and is_model else ""
 
 
 def _say_pictures(manifest: Manifest, data_dir: str) -> None:
@@ -160,7 +160,8 @@ def _say_pictures(manifest: Manifest, data_dir: str) -> None:
 
     tokenizer = get_tokenizer(manifest.tokenizer, Path(data_dir) / manifest.name)
     assert tokenizer.pictures
-    place, D, text = f" --data.dir {data_dir}" * (data_dir != "data"), tokenizer.pictures.D, text_name(tokenizer.name)
+    D, text = tokenizer.pictures.D, text_name(tokenizer.name)
+    place = f" --data.dir {quoted(data_dir)}" * (data_dir != "data")
     other = f" --data.tokenizer {text}" * (text != "gpt2-1024")
     own = f" --data {manifest.name}{other} --model.V {tokenizer.V} --model.max_T {D} --name {manifest.name}"
     click.echo(
@@ -188,7 +189,7 @@ def _say_rows(manifest: Manifest, data_dir: str, show: int, model: str) -> None:
             said = tokenizer.decode(ids)
             text.append(f"[[{said}]]" if learned and not out.color_system else said, "bold green" if learned else "dim")
         out.print(text)
-    place = f" --data.dir {data_dir}" * (data_dir != "data")
+    place = f" --data.dir {quoted(data_dir)}" * (data_dir != "data")
     click.echo(
         f"{folder}: {manifest.train.documents:,} training and {manifest.val.documents:,} validation examples in rows "
         f"of {manifest.rows} tokens ({manifest.tokenizer})\n"

@@ -17,6 +17,7 @@ import click
 from daybreak.cli.options import config_options, overrides_of
 from daybreak.config import Config, Resume, check_resume, is_untouched_import, resolve, run_of
 from daybreak.errors import ConfigError, Error
+from daybreak.formatting import quoted
 from daybreak.parallel import agent, launched, restarted
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _check_start(
     if init_from is not None:
         raise ConfigError(f"--init-from starts at step 0, but {target} is an existing run; give a recipe or a shape.")
     if fork is None and run_of(path := Path(target or "").expanduser()) != path:
-        newest = f"resume the run from its newest one with `daybreak train {resume.run}`"
+        newest = f"resume the run from its newest one with `daybreak train {quoted(resume.run)}`"
         raise ConfigError(f"{target} is a checkpoint: start a new run from it with --fork NAME, or {newest}.")
     if fork is None and config.run.name != resume.saved.run.name:
         name, new = config.run.name, "start a new run from its checkpoint with --fork"
@@ -188,7 +189,7 @@ def _print_result(run: Run, as_json: bool) -> None:
         nexts["sample"] = "a picture, with --prompt TEXT --out DIR"
     if not all(map(find_spec, ("starlette", "uvicorn"))):
         nexts["serve"] += ", after pip install -e '.[serve]' in daybreak's folder"
-    commands = {f"daybreak {verb} {run.path}": gets for verb, gets in nexts.items()}
+    commands = {f"daybreak {verb} {quoted(run.path)}": gets for verb, gets in nexts.items()}
     width = max(32, max(map(len, commands)) + 1)
     for command, gets in commands.items():
         click.echo(f"  {command:<{width}} {gets}")

@@ -31,10 +31,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from daybreak.config import run_config
 from daybreak.data.formats import extra, format_of
 from daybreak.data.packing import Example
 from daybreak.data.tokenizer import Tokenizer
-from daybreak.errors import ConfigError, DataError
+from daybreak.errors import ConfigError, DataError, Error
 from daybreak.manifest import kept_files
 
 Message = dict[str, Any]
@@ -45,6 +46,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assist
          "tool": "tool", "observation": "tool", "function_response": "tool"}  # fmt: skip
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what programs call it; templates read the first
 OPEN, CLOSE = "\x02", "\x03"  # around what an assistant wrote, while a text is rendered
+ROW_TOKENS = 1024  # of a row, if nothing else is asked for
 LONGEST = 1 << 26  # characters of a template's text
 DATE = datetime(2024, 7, 26)  # Llama 3's own, where nobody gives one
 
@@ -303,11 +305,28 @@ def _unmarked(rendered: str) -> tuple[str, list[Span]]:
     return text, spans
 
 
+def _longest(folder: Path) -> int:
+    """The most tokens that the model or run in this folder reads; 0 if nothing there says it."""
+    try:
+        if (folder / "config.toml").is_file():
+            return run_config(folder).model.max_T
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        found = next(config[key] for key in ("n_positions", "max_position_embeddings") if key in config)
+        return found if isinstance(found, int) else 0
+    except (Error, OSError, ValueError, TypeError, StopIteration):
+        return 0
+
+
 class ChatEncoder:
-    """Records as examples of at most T tokens. folder: has the template, beside the tokenizer's file."""
+    """Records as examples of at most T tokens. folder: has the template, beside the tokenizer's file. T: 0 stands for
+    ROW_TOKENS, or what the model there reads, if that is less.
+
+    longest: what it reads, 0 if unknown. joined: two texts were read, for which the template is not asked."""
 
     def __init__(self, tokenizer: Tokenizer, folder: Path | None, T: int) -> None:
-        self.tokenizer, self.T, self.folder = tokenizer, T, folder
+        self.longest, self.joined = _longest(folder) if folder else 0, False
+        self.tokenizer, self.folder = tokenizer, folder
+        self.T = T or min(ROW_TOKENS, self.longest or ROW_TOKENS)
         self.template = Template.load(folder, tokenizer) if folder is not None else None
         self._lengths = tokenizer.lengths(tokenizer.V)
         self._special = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.special]
@@ -315,6 +334,7 @@ class ChatEncoder:
     def __call__(self, record: Any) -> tuple[Example, bool]:
         """The example, and whether it was longer than T and is cut. ValueError with the reason, as a verb."""
         chat = chat_of(record)
+        self.joined |= chat.pair is not None
         ids, learned = self._pair(*chat.pair) if chat.pair is not None else self._chat(chat)
         learned[:1] = False  # nothing comes before it
         cut = len(ids) > self.T
@@ -332,7 +352,8 @@ class ChatEncoder:
         if self.template is None:
             where = f"{self.folder} has no chat template" if self.folder else "the tokenizer has no chat template"
             fix = f"put the model's {TEMPLATE_FILE} beside its tokenizer.json and give that file as --tokenizer"
-            raise ConfigError(f"{where}; {fix} (docs/data.md has one for models without).")
+            own = "daybreak export RUN --to hf makes that file of a run, and docs/data.md has a template"
+            raise ConfigError(f"{where}; {fix} ({own}).")
         text, spans = self.template.text(chat, self._special)
         ids, token_at = self.tokenizer.encode_special(text)
         learned = np.zeros(len(ids), bool)

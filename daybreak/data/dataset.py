@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from daybreak.checked import FILE_NAME, TEXT, TOKENIZER, WHOLE, misfit, read_json
 from daybreak.data.catalogue import CATALOGUE
+from daybreak.data.formats import fits_name
 from daybreak.data.pictures import CODEC_FILE, CODEC_PICTURE, text_name
 from daybreak.data.shards import ShardInfo, open_shard, read_header, resolve_shards
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
@@ -132,7 +133,7 @@ def dataset_name(name: str, tokenizer: str) -> str:
 
 def check_name(name: str) -> None:
     """Raise ConfigError unless `name` can be a dataset's folder name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not (name[:1].isalnum() and all(map(fits_name, name))):
         rule = "must start with a letter or digit and hold only those, '.', '_' and '-'"
         raise ConfigError(f"dataset name {name!r} {rule}.")
 

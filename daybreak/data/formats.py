@@ -11,7 +11,9 @@ import csv
 import gzip
 import importlib
 import json
+import os
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -41,6 +43,7 @@ BOMB, BOMB_RATIO = 1 << 30, 500  # a packed file that holds more bytes than eith
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))  # keys of chats
 _ROWS = 16  # of a Parquet file at a time: one value of a dictionary may stand in all of them
 _ZSTD_READ, _ZSTD_WINDOW = 1024, 1 << 31  # bytes: these unpack to 32 MiB at most; the window of `zstd --long=31`
+_SHARD = re.compile(r"_train_\d+\.bin$")
 _GZIP, _ZSTD_FRAME = re.compile(rb"\x1f\x8b"), re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 
 
@@ -78,6 +81,38 @@ def extra(module: str, name: str, what: str) -> Any:
 def is_text(name: str) -> bool:
     """Whether a file of this name is one document: .txt, .md, or without a suffix."""
     return name.lower().endswith(TEXT_SUFFIXES) or "." not in name.rpartition("/")[2]
+
+
+def dataset_stem(text: str) -> str:
+    """The text as a dataset's name: its letters and digits of any script, '.', '_' and '-'; '' if it has none."""
+    kept = (c if fits_name(c) else " " for c in unicodedata.normalize("NFC", text))
+    return re.sub(" +", "-", "".join(kept)).lstrip("-._").rstrip("-.")
+
+
+def fits_name(c: str) -> bool:
+    """Whether a dataset's name may hold this character. Many scripts write vowels as marks."""
+    return c.isalnum() or c in "._-" or unicodedata.category(c)[0] == "M"
+
+
+def walk(folder: Path) -> list[tuple[str, Path]]:
+    """(relative name, path) of the files in a folder and in linked ones, each real folder once, in sorted order. A
+    hidden folder, a run and a data set are named and not entered: a run's samples are no text to learn."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen, found = set[str](), list[Path]()
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        run = {"config.toml", "metrics.jsonl"} <= {*files}
+        if Path(root) != folder and (run or ("manifest.json" in files and any(map(_SHARD.search, files)))):
+            found.append(Path(root))
+            folders.clear()
+            continue
+        hidden = [name for name in folders if name.startswith(".")]
+        folders[:] = sorted(set(folders) - set(hidden)) if (real := os.path.realpath(root)) not in seen else []
+        found += [Path(root, name) for name in files + hidden if real not in seen]
+        seen.add(real)
+    return [(name.as_posix(), path) for name, path in sorted((path.relative_to(folder), path) for path in found)]
 
 
 def is_packed(path: Path) -> bool:
@@ -196,7 +231,9 @@ def _records(path: Path, name: str, faults: Faults) -> Iterator[tuple[int, Any]]
     lines = _lines(path, faults)
     if name.endswith(CSV_SUFFIXES):
         csv.field_size_limit(LONGEST)
-        rows = csv.DictReader((text for _, text in lines), delimiter="\t" if ".tsv" in name else ",")
+        head = next(lines, (0, ""))[1]
+        other = ";" if ";" in head and "," not in head else ","  # spreadsheets of many countries write a semicolon
+        rows = csv.DictReader(chain([head], (text for _, text in lines)), delimiter="\t" if ".tsv" in name else other)
         yield from ((rows.line_num, row) for row in rows)
     elif name.endswith(JSON_SUFFIXES):
         data = bytearray()
@@ -232,7 +269,8 @@ def without_surrogates(text: str) -> str:
 
 def _way(record: Any) -> str:
     """What to do about a record without the field that was asked for."""
-    return "these are chats: add --as chat." if format_of(record) else "name the right one with --text-field."
+    named = "name the right one with --text-field (docs/data.md lists the keys of chats)."
+    return "these are chats: add --as chat." if format_of(record) else named
 
 
 def _record_texts(path: Path, field: str, faults: Faults) -> Iterator[tuple[int, str]]:
@@ -298,7 +336,8 @@ def _whole(path: Path, field: str, faults: Faults) -> Iterator[tuple[int, str]]:
 def first_record(paths: Iterable[Path]) -> Any:
     """The first record of the first file that lists records, in these files and folders; None without one."""
     for path in paths:
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("[!.]*") if p.is_file())
+        inside = walk(path) if path.is_dir() else []
+        files = [path] if path.is_file() else [p for _, p in inside if p.is_file() and p.name[0] != "."]
         for file in (file for file in files if file.name.lower().endswith(SUFFIXES) and not is_text(file.name)):
             records = _parquet_records(file) if file.suffix.lower() == ".parquet" else read_records(file, Faults(True))
             if (found := next(_guarded(file, records, Faults(True)), None)) is not None:

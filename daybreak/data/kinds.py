@@ -10,12 +10,15 @@ HEAD = 1024  # bytes that `identify` is given
 _HEADER = "its ids need llm.c's header, which a few lines of Python in docs/data.md add"
 _IMPORT = "`daybreak import` reads a model's Hugging Face folder"
 _UTF16 = "UTF-16 text; convert it: `iconv -f UTF-16 -t UTF-8 OLD > NEW`"
+_ZIP = "a zip or pickle (.pt, .npz), as PyTorch's ckpt.pt is; unpack a zip of texts first"
+_OFFICE = "a document of an office program, or an e-book; save it as plain text (.txt) first"
 _KINDS = (
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"),
     (rb"\xff\xfe|\xfe\xff|(?:[\t-~]\0){32}|(?:\0[\t-~]){32}", _UTF16),
     (rb"\x93NUMPY", f"a NumPy array (.npy); {_HEADER}"),
     (rb"GGUF[\1-\x09]\0", f"a GGUF model for llama.cpp, which daybreak writes and does not read; {_IMPORT}"),
-    (rb"PK\x03\x04|\x80[\x02-\x05]", f"a zip or pickle (.pt, .npz), as PyTorch's ckpt.pt is; {_IMPORT}"),
+    (rb"PK\x03\x04.{26}(?:mimetype|\[Content_Types\]|_rels|docProps|word/)|\xd0\xcf\x11\xe0", _OFFICE),
+    (rb"PK\x03\x04|\x80[\x02-\x05]", f"{_ZIP}; {_IMPORT}"),
     (rb".{6}\0\0\{", f"a safetensors file of weights; {_IMPORT}"),
     (rb"PAR1[^ -~]", "a Parquet table; name it .parquet and give it to `daybreak prepare`"),
     (rb"\xc6\xd7\x34\x01", "llm.c's model file, which `daybreak import` reads"),

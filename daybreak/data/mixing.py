@@ -31,8 +31,8 @@ BLOCK = 1024  # samples
 
 
 def parse_mix(name: str) -> list[tuple[str, float]]:
-    """(data set, weight) of a mixture's name; [] if it has no weights. ConfigError for a weight that is none."""
-    if "=" not in name or Path(name).exists():
+    """(data set, weight) of a mixture's name; [] if it names one. ConfigError for a weight that is none."""
+    if not re.search("=|^[^*?[]*,", name) or Path(name).exists():
         return []
     parts = [part.strip().rpartition("=") for part in name.split(",")]
     for source, _, weight in parts:

@@ -51,7 +51,7 @@ from daybreak.data.formats import without_surrogates
 from daybreak.data.hub import SPEC, Remote, download, hub_files
 from daybreak.data.loader import ahead
 from daybreak.data.pictures import text_name
-from daybreak.data.prepare_chat import ROW_TOKENS, kind_of, write_rows
+from daybreak.data.prepare_chat import kind_of, write_rows
 from daybreak.data.shards import MAX_TOKENS, ShardWriter, read_header
 from daybreak.data.sources import SPLITS, Piece, TextSource
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
@@ -134,7 +134,7 @@ class _Split:
 def prepare(
     names: str | Path | Sequence[str | Path], *, name: str | None = None, data_dir: str | Path = "data",
     tokenizer: str = "gpt2", val_fraction: float | None = None, shard_tokens: int = 100_000_000, workers: int = 0,
-    text_field: str = "text", skip_bad: bool = False, kind: str = "", row_tokens: int = ROW_TOKENS,
+    text_field: str = "text", skip_bad: bool = False, kind: str = "", row_tokens: int = 0,
     train_tokenizer: int = 0, progress: Progress = lambda done, total, tokens: None,
 ) -> Manifest:  # fmt: skip
     """Tokenize a catalogue name, hf:owner/name, URLs or files (`catalogue.resolve_source`) into `data_dir/NAME`.
@@ -143,7 +143,7 @@ def prepare(
     is gpt2. val_fraction: see `sources.file_source`. workers: threads, 0 = all cores; they don't change the result.
     skip_bad: pass over bad files, lines and rows, and log how many there were of each kind. train_tokenizer: see
     train_tokenizer.made_for; it takes the place of `tokenizer`.
-    kind: text, or chat for packed rows of row_tokens tokens each (prepare_chat.py); "" = as the files look.
+    kind: text, or chat for packed rows of row_tokens tokens each (chat.ChatEncoder); "" = as the files look.
     progress(done, total, tokens) is called as units are written, in UTF-8 bytes of text; `total` is an estimate until
     the last call. A dataset of the same name, source and tokenizer is replaced; any other is a ConfigError.
     Raises DataError for text that cannot be read or is too little for both splits. After an early end of any kind, the

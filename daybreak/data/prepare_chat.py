@@ -29,7 +29,6 @@ from daybreak.errors import DataError
 
 log = logging.getLogger("daybreak")
 UNIT = 64  # records that a worker encodes at a time
-ROW_TOKENS = 1024  # tokens of a row, if nothing else is asked for
 
 
 class Encoded(NamedTuple):
@@ -81,9 +80,9 @@ class _Notes:
         self.counts[what] += 1
         self.first.setdefault(what, place)
 
-    def say(self, origin: str, T: int) -> None:
+    def say(self, origin: str, encoder: ChatEncoder) -> None:
         """Log them. DataError if no example has anything to learn."""
-        n, empty, first = self.counts["all"], self.counts["empty"], self.first
+        n, empty, first, T = self.counts["all"], self.counts["empty"], self.first, encoder.T
         if n == empty:
             why = f"none of {n} examples has anything to learn (first: {first['empty']})" if n else "it has no examples"
             raise DataError(f"{origin}: {why}; an answer is a message of the role assistant that is not empty.")
@@ -92,7 +91,7 @@ class _Notes:
                 "%d of %d examples have nothing to learn, and are left out (first: %s)", empty, n, first["empty"]
             )
         if cut := self.counts["cut"]:
-            longer = "--row-tokens N makes longer rows"
+            longer = "the model reads no more" if 0 < encoder.longest <= T else "--row-tokens N makes longer rows"
             log.warning("%d of %d examples have more than %d tokens, and are cut (first: %s); %s", cut, n, T,
                         first["cut"], longer)  # fmt: skip
         if self.counts["open"]:
@@ -128,7 +127,10 @@ def write_rows(
                 writers[split].add(example)
             done += nbytes
             progress(done, max(done, source.size), sum(writer.counts["used"] for writer in writers.values()))
-        note.say(source.origin, T)
+        note.say(source.origin, encoder)
+        if encoder.joined and encoder.template:
+            log.warning("%s: two texts are joined without the chat template, and `daybreak chat` asks with it. For a "
+                        "model that talks, call the fields instruction and output.", source.origin)  # fmt: skip
         train, val = (writers[split].finish() for split in SPLITS)
         if not (train.tokens and val.tokens):
             raise DataError(f"{source.origin} has too few examples to split into train and val; add more.")

@@ -42,12 +42,14 @@ from daybreak.data.formats import (
     SUFFIXES,
     TABLES,
     Faults,
+    dataset_stem,
     format_of,
     is_packed,
     is_text,
     read_documents,
     read_records,
     read_text,
+    walk,
 )
 from daybreak.data.kinds import HEAD, identify
 from daybreak.errors import DataError
@@ -143,27 +145,13 @@ def is_val(key: str, fraction: float) -> bool:
 # ---- the files of paths
 
 
-def walk(folder: Path) -> list[tuple[str, Path]]:
-    """(relative name, path) of the files in a folder and in linked ones, each real folder once, in sorted order. A
-    hidden folder is named and not entered."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    seen, found = set[str](), list[Path]()
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        hidden = [name for name in folders if name.startswith(".")]
-        folders[:] = sorted(set(folders) - set(hidden)) if (real := os.path.realpath(root)) not in seen else []
-        found += [Path(root, name) for name in files + hidden if real not in seen]
-        seen.add(real)
-    return [(name.as_posix(), path) for name, path in sorted((path.relative_to(folder), path) for path in found)]
-
-
 def _left_out(name: str, path: Path, column: str) -> str:
     """Why a file of a folder is not read; '' if it is."""
     lower, record = path.name.lower(), {column: "", "messages": []}
     if any(part.startswith(".") for part in name.split("/")):
         return "hidden"
+    if path.is_dir():
+        return "runs and data sets of daybreak"
     if not path.is_file():
         return "no file, but a broken link, pipe or device"
     if not lower.endswith(SUFFIXES):
@@ -331,7 +319,7 @@ def file_source(paths: Sequence[Path], column: str, val_fraction: float | None, 
         opened = ((i, parts[i].path) for i in range(first, len(parts)))
         return split_parts(parts, column, val_fraction, opened, before, size, faults)
 
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "text"
+    name = dataset_stem(stem) or "text"
     return TextSource(name, " ".join(str(path) for path in paths), "", "unknown", size, pieces, faults=faults)
 
 

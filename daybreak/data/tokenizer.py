@@ -386,7 +386,8 @@ def _hf_tokenizer(name: str, folder: Path | None) -> Tokenizer:
     by_path = name.endswith(".json")
     path = Path(name) if by_path else (folder or Path()) / TOKENIZER_FILE
     if by_path and not path.exists():
-        fix = "runs with tokenizer gpt2, gpt2-N or bytes have none: give that name, such as gpt2-1024"
+        fix = "runs with tokenizer gpt2, gpt2-N or bytes have none: give that name, such as gpt2-1024 (for chats: the "
+        fix += "file that daybreak export --to hf makes)"
         raise ConfigError(f"tokenizer {name!r}: there is no such file; {fix}.")
     try:
         source = path.read_text("utf-8")

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from daybreak.data.formats import PICTURES, Faults, extra, read_records, read_text
-from daybreak.data.sources import split_of, walk
+from daybreak.data.formats import PICTURES, Faults, extra, read_records, read_text, walk
+from daybreak.data.sources import split_of
 from daybreak.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP")

@@ -23,6 +23,7 @@ from torch import Tensor
 from daybreak.checked import FLAG, NUMBER, TEXT, WHOLE, read_json
 from daybreak.config_keys import LoraConfig
 from daybreak.errors import CheckpointError, ConfigError
+from daybreak.formatting import quoted
 from daybreak.interop.families import family_of
 from daybreak.interop.huggingface import write_json, write_tokenizer
 from daybreak.interop.source import DTYPES, Export, Source, appearing, finite
@@ -152,7 +153,7 @@ def unreadable(model: str) -> str:
     """What to do if an adapter's model is a checkpoint of a run, which PEFT and `import` cannot open; else ""."""
     if not (at := re.fullmatch(r"(.+)/checkpoints/step-0*([0-9]+)", model)):
         return ""
-    command = f"daybreak export {at[1]} --step {at[2]} --to hf OUT"
+    command = f"daybreak export {quoted(at[1])} --step {at[2]} --to hf OUT"
     return f"its model is a run's checkpoint; write it with `{command}`, and give OUT as base_model_name_or_path."
 
 

@@ -112,10 +112,14 @@ class Follower:
             data = self._rest + file.read(size - self.offset)
         self.offset = size
         *lines, self._rest = data.split(b"\n")
+        known = self.start
         take = self._metrics_line if self.config else self._log_line
         for line in lines:
             with suppress(ValueError, OverflowError):  # cut short, or not ours
                 take(line)
+        if self.config and self.start is not known:  # a new start may have other settings
+            with suppress(Error):
+                self.config = run_config(self.folder)
         return True
 
     def _metrics_line(self, line: bytes) -> None:

@@ -14,6 +14,7 @@ from daybreak.engine import Engine, plan_engine
 from daybreak.engine.device import engine_spec, pick_device
 from daybreak.engine.fit import check_fits
 from daybreak.errors import CheckpointError, ConfigError, DataError
+from daybreak.formatting import quoted
 from daybreak.manifest import checkpoint_step, list_checkpoints
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint, newest_good
 from daybreak.state.merged import Merged
@@ -57,7 +58,8 @@ class Run:
         if step is None:
             found = newest_good(self.folder.checkpoints, self.folder.id)
             if found is None:
-                raise CheckpointError(f"{self.path} has no checkpoint yet; train it first: daybreak train {self.path}")
+                again = f"daybreak train {quoted(self.path)}"
+                raise CheckpointError(f"{self.path} has no checkpoint yet; train it first: {again}")
             return found
         by_step = {checkpoint_step(path): path for path in self.checkpoints}
         if step not in by_step:

@@ -44,6 +44,7 @@ from daybreak import __version__
 from daybreak.checked import FLAG, TEXT, WHOLE, or_null, read_json
 from daybreak.errors import ConfigError, Error, Stopped, by_exit_code, explained
 from daybreak.files import lock, locked, no_follow, write_atomic
+from daybreak.formatting import quoted
 from daybreak.manifest import read_id
 
 log = logging.getLogger("daybreak")
@@ -94,7 +95,7 @@ class RunFolder:
             said, fix = f"{self.path} exists and is not a run: it has no config.toml", "remove it"
             if self.config.is_file():
                 said = f"run.name = {self.path.name!r} is taken: {self.path} exists"
-                fix = f"continue it with `daybreak train {self.path}`"
+                fix = f"continue it with `daybreak train {quoted(self.path)}`"
             raise ConfigError(f"{said}; {fix} or choose another --name.")
 
     @cached_property

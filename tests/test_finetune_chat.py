@@ -176,13 +176,13 @@ def test_a_few_chats_need_no_flags_for_their_size(home: Path) -> None:
     """Four conversations are two rows, and the defaults would take 16 rows in a step."""
     write_lines(home / "few.jsonl", [{"messages": conversation(i, turns=1)} for i in range(5)])
     prepare = ["prepare", "few.jsonl", "--tokenizer", "model/tokenizer.json"]
-    inside(home, *prepare)
+    inside(home, *prepare, "--row-tokens", "1024")
     short = ["--data", "few", "--run.device", "cpu", "--epochs", "12", "--optim.lr", "5e-3", "--quiet"]
     for flags in ([], ["--batch.T", "128"]):
         said = inside(home, "finetune", "model", *short, *flags, "--name", "no", code=2).stderr
         assert "the packed rows of few have 1024 tokens, and the model reads at most 256; " in said
         assert "prepare them with --row-tokens 256." in said
-    inside(home, *prepare, "--row-tokens", "256")
+    assert "in rows of 256 tokens" in inside(home, *prepare).stdout
     printed = inside(home, "finetune", "model", *short, "--name", "few").stdout
     run = Run(home / "runs/few")
     assert "  daybreak chat runs/few" in printed

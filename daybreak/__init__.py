@@ -1,4 +1,4 @@
-"""daybreak: pretrain GPT-2 from scratch with a hand-scheduled engine.
+"""daybreak: train and finetune GPT-2 and Llama-type language models; backward is written by hand.
 
 The public API is what `__all__` lists; torch is imported when `train`, `load` or `Run` is first touched.
 """

@@ -36,7 +36,7 @@ FOLDER_NAME = Rule(
     "must be a plain folder name, without '/' and not starting with '.' or '-'",
     lambda s: s == "" or (s.isprintable() and "/" not in s and s[0] not in ".-"),
 )
-TOKENIZER = Rule("must be gpt2, bytes, gpt2-N or a data set's hf-...", lambda s: s == "" or checked.TOKENIZER.holds(s))
+TOKENIZER = Rule("must be empty, gpt2, bytes, gpt2-N or a set's hf-...", lambda s: not s or checked.TOKENIZER.holds(s))
 SINKS = Rule(
     "must be tensorboard or wandb, or both with a comma between",
     lambda s: s == "" or set(s.split(",")) <= {"tensorboard", "wandb"},

@@ -84,6 +84,31 @@ def test_errors_have_their_exit_code_and_end_nothing(tmp_path: Path, monkeypatch
         assert "\n" not in str(error.value)
 
 
+def test_a_notebook_shows_what_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = repr(daybreak.plan(Config.from_target("gpt2-124M"), gpu="h100")).splitlines()
+    assert lines[0].startswith("fits               yes: 22,375 MiB of 79,927 MiB  [arena 21,291 MiB, exact; ")
+    assert lines[-1] == "computes           in bf16 on NVIDIA H100 80GB HBM3, recompute 0"
+    assert repr(daybreak.train(tiny(tmp_path, "shown"))) == "Run('runs/shown')"
+
+
+def test_tokens_that_an_engine_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = daybreak.train(tiny(tmp_path, "room"))
+    one, eight = (run.load_engine(B=B, device="cpu")[0] for B in (1, 8))
+    tokens = torch.randint(257, (8, 32))
+    assert eight.logits(tokens).shape == (8, 32, 257)
+    torch.testing.assert_close(one.logits(tokens[3:4]), eight.logits(tokens)[3:4])
+    for engine, shape in ((one, (8, 32)), (one, (1, 33)), (eight, (1, 33)), (eight, (32,)), (eight, (2, 2, 2))):
+        few = torch.zeros(shape, dtype=torch.int64)
+        for call in (lambda e=engine, x=few: e.logits(x), lambda e=engine, x=few: e.eval_losses(x, x)):
+            with pytest.raises(daybreak.Error, match=r"tokens have the shape \(.*load_engine\(B=8\)"):
+                call()
+    for wrong in (-1, 257, 300):  # 257 has a row in the padded embedding, and no meaning
+        with pytest.raises(daybreak.Error, match=f"tokens are from {wrong} to {wrong}; ids are from 0 to 256"):
+            one.logits(torch.full((1, 4), wrong))
+
+
 def test_what_nobody_foresaw_leaves_crash_txt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 

@@ -79,6 +79,17 @@ def test_train_resume_fork_and_sample(trained: Path) -> None:
     assert one.stdout.endswith("---\n" + two.stdout)  # sample i has seed + i
 
 
+def test_the_name_of_a_fork(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(trained)
+    for flags, said in (
+        (["small"], "run.name = 'small' is taken: runs/small exists; continue it with `daybreak train runs/small` or "
+                    "choose another --fork."),
+        (["one", "--name", "two"], "--fork one and --name two name the new run differently; leave out --name."),
+    ):  # fmt: skip
+        assert main(["train", "runs/small", "--steps", "9", "--fork", *flags]) == 2
+        assert capsys.readouterr().err == f"daybreak: {said}\n"
+
+
 def test_how_to_sample_is_said_on_the_command_line(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def sample(*flags: str) -> str:
         assert main(["sample", str(trained / "runs/small"), "--tokens", "40", "--prompt", "men", *flags]) == 0

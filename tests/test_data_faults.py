@@ -125,7 +125,12 @@ def test_the_share_and_the_next_command_are_said(
     share = 100 * manifest["val"]["tokens"] / (manifest["val"]["tokens"] + manifest["train"]["tokens"])
     assert 256 < manifest["val"]["tokens"] <= 512 < manifest["train"]["tokens"]  # a sample of 1,024 does not fit
     command = "daybreak train d6 --model.V 257 --batch.T 256 --data a-bytes --name a-bytes"
-    assert capsys.readouterr().out.endswith(f"\nValidation is {share:.3g} % of the tokens. Next: {command}\n")
+    flags = "--data.tokenizer bytes --model.V 257"
+    tiny = f"Without a GPU, train tiny {flags} on so small a text (docs/your-text.md)."
+    assert capsys.readouterr().out.endswith(f"\nValidation is {share:.3g} % of the tokens. Next: {command}\n{tiny}\n")
+    train = ["train", "tiny", *flags.split(), "--data", "a-bytes", "--steps", "1", "--eval.sample_tokens", "0"]
+    assert main(train) == 0
+    assert "\nruns/tiny: step 1, " in capsys.readouterr().out
     Path("c.txt").write_text("hi there\n")
     assert main(["prepare", "c.txt", "--tokenizer", "gpt2-1024"]) == 0
     assert capsys.readouterr().out.endswith("samples have 128 tokens each. Add text, and prepare it again.\n")

@@ -51,7 +51,11 @@ def test_open_unknown(prepared: Path) -> None:
         ("fineweb-edu-100B", "gpt2", rf"in {prepared.resolve()} .* prepare fineweb-edu-100B --pretokenized N \("),
         ("fineweb-10B", "gpt2", "make it with: daybreak prepare fineweb-10B --pretokenized$"),
         ("fineweb-edu-100B", "bytes", "daybreak prepare fineweb-edu-100B --tokenizer bytes$"),
-        ("mine", "gpt2", "made with tokenizer 'bytes', not 'gpt2'; give --data.tokenizer bytes to"),
+        (
+            "mine",
+            "gpt2",
+            "made with tokenizer 'bytes', not 'gpt2'; give --data.tokenizer bytes --model.V 257 to train a",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             open_dataset(name, prepared, tokenizer=tokenizer)

@@ -227,6 +227,15 @@ def test_links_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_paths_that_are_named_are_there() -> None:
+    found = 0
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES.rglob("*.md")]:
+        for path in re.findall(r"`((?:daybreak|bench|scripts|tests|examples|docs)/[a-z0-9_./]+)`", page.read_text()):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+            found += 1
+    assert found > 50
+
+
 def test_the_chinese_readme_is_a_part_of_readme() -> None:
     """Its commands are README's, without the comments, and so is every figure outside of them."""
     ours, theirs = ((ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))

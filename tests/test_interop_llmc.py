@@ -382,7 +382,7 @@ BAD: list[tuple[Callable[[Path], Any], str]] = [
     (word(TOKENIZER_FILE, 2, 1026), "ends after 1025 of its 1026 tokens"),
     (word(TOKENIZER_FILE, 2, 1024), "its 1024 tokens take"),
     (cut(TOKENIZER_FILE, 3), "ends after 1024 of its 1025 tokens"),
-    (word(TOKENIZER_FILE, 256, 0x22012301), "1025 tokens of no tokenizer of daybreak's; give a tokenizer.json"),
+    (word(TOKENIZER_FILE, 256, 0x22012301), "1025 tokens of no tokenizer of daybreak's; name it: daybreak import "),
     (lambda f: (f / TOKENIZER_FILE).unlink(), "does not say which tokenizer its 1025 ids are of"),
 ]  # fmt: skip
 

@@ -112,7 +112,10 @@ BAD = [
     (_edit(daybreak_tokenizer_fingerprint="0"), "was exported with another tokenizer than 'gpt2-1024'"),
     (_other_words, "tokenizer.json is not a Hugging Face tokenizer (Token `Ġthe` out of vocabulary"),
     (lambda f: (f / "tokenizer.json").rename(f / "vocab.json"), "has vocab.json and no tokenizer.json; save the"),
-    (lambda f: (f / "tokenizer.json").unlink(), "give --data.tokenizer NAME"),
+    (
+        lambda f: (f / "tokenizer.json").unlink(),
+        "m does not say which tokenizer its 1025 ids are of; name it: daybreak import ",
+    ),
 ]
 
 
@@ -125,6 +128,35 @@ def test_a_bad_model_is_refused_by_file_and_reason(spoil: Any, reason: str, tmp_
     assert reason in str(refused.value)
     assert refused.value.exit_code in (2, 5)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("own", ["wordlevel.json", "gpt2-1024"])
+def test_the_advice_on_an_unknown_tokenizer_leads_on(own: str, tmp_path: Path) -> None:
+    """Of the verbs that take a folder only `import` has a flag for the tokenizer. Its run then serves them all."""
+    their_model(tmp_path / "m")
+    (tmp_path / "m/tokenizer.json").unlink()
+    (tmp_path / "a.txt").write_text("one two three four\n" * 2000)
+    words = {"<|endoftext|>": 0, "one": 1, "two": 2, "three": 3, "four": 4, "?": 5}
+    spec = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
+            "model": {"type": "WordLevel", "vocab": words, "unk_token": "?"}}  # fmt: skip
+    (tmp_path / "wordlevel.json").write_text(json.dumps(spec))
+    inside(tmp_path, "prepare", "a.txt", "--tokenizer", own, "--name", "a")
+    name = json.loads((tmp_path / "data/a/manifest.json").read_text())["tokenizer"]
+    shape = ["--model.L", "2", "--model.C", "48", "--model.NH", "3", "--model.max_T", "64", "--model.V", "1025"]
+    verbs = (
+        ["sample", "m"], ["finetune", "m", "--data", "a"], ["finetune", "m", "--data", "a", "--data.tokenizer", own],
+        ["train", "d6", *shape, "--data", "a", "--init-from", "m", "--steps", "1", "--batch.B", "1"],
+    )  # fmt: skip
+    for verb in verbs:
+        said = inside(tmp_path, *verb, code=2).stderr
+        assert said.endswith(f"{1025} ids are of; name it: daybreak import m --data.tokenizer FILE.\n"), verb
+    if name != own:  # called by its name, a file is looked for beside the weights
+        said = inside(tmp_path, "import", "m", "--data.tokenizer", name, code=2).stderr
+        assert said.startswith(f"daybreak: tokenizer '{name}': there is no m/tokenizer.json; copy the file there, ")
+    inside(tmp_path, "import", "m", "--data.tokenizer", own)
+    few = ["--steps", "1", "--batch.B", "1", "--batch.T", "16", "--batch.total_tokens", "16", "--eval.tokens", "16"]
+    tuned = inside(tmp_path, "finetune", "runs/m", "--data", "a", "--name", "t", *few)
+    assert "\nruns/t: step 1, 16 tokens. Next:\n" in tuned.stdout
 
 
 def test_what_is_neither_path_nor_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def test_what_is_refused_and_why(keys: dict[str, Any], reason: str) -> None:
         read(keys_of(**keys))
     assert reason in str(refused.value)
     assert str(refused.value).startswith("m.gguf: ")
-    assert str(refused.value).endswith("; give its tokenizer.json with --data.tokenizer FILE.")
+    assert str(refused.value).endswith("; name it: daybreak import m.gguf --data.tokenizer FILE.")
 
 
 def test_names_and_bytes_that_are_refused() -> None:

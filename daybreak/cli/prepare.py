@@ -124,8 +124,10 @@ def prepare(
     model += _shorter(longest, T)
     place = f" --data.dir {quoted(data_dir)}" * (data_dir != "data")
     owner = _model_beside(options["tokenizer"])
-    small = V == 50_257 and 0 < train.bytes < 2 * 10**7 and not owner
-    laptop = "\nWithout a GPU, prepare so small a text with --tokenizer gpt2-1024, and train tiny (docs/your-text.md)."
+    small = V != 1025 and 0 < train.bytes < 2 * 10**7 and not owner
+    tiny = f"train tiny --data.tokenizer {manifest.tokenizer} --model.V {V} on so small a text"
+    tiny = "prepare so small a text with --tokenizer gpt2-1024, and train tiny" if V == 50_257 else tiny
+    laptop = f"\nWithout a GPU, {tiny} (docs/your-text.md)."
     further = f"daybreak finetune {owner} --data {manifest.name}{place}; from scratch: " * bool(owner)
     then = f"Next: {further}daybreak train {model} --data {manifest.name} --name {manifest.name}{place}{laptop * small}"
     if 0 < longest <= LEAST:

@@ -64,6 +64,8 @@ def train(
         click.echo(ctx.get_help())
         return
     if fork is not None:
+        if other := next((text for key, text in overrides if key == "run.name" and text != fork), ""):
+            raise ConfigError(f"--fork {fork} and --name {other} name the new run differently; leave out --name.")
         overrides.append(("run.name", fork))
     existing = None if target is None or fork is not None or print_config else run_of(target)
     with _refusals_kept(existing):

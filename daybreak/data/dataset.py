@@ -217,7 +217,8 @@ def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
     if tokenizer and tokenizer not in (manifest.tokenizer, text_name(manifest.tokenizer)):
         fix = f"prepare the text again under another --name with --tokenizer {_given(tokenizer)}"
         if not tokenizer.startswith("hf-"):  # that is the tokenizer of a model, which cannot have another
-            fix = f"give --data.tokenizer {manifest.tokenizer} to train a new model with that one, or {fix}"
+            flags = f"--data.tokenizer {manifest.tokenizer} --model.V {get_tokenizer(manifest.tokenizer, folder).V}"
+            fix = f"give {flags} to train a new model with that one, or {fix}"
         raise DataError(f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}; {fix}.")
     if get_tokenizer(manifest.tokenizer, folder).fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(f"{folder} was made with another tokenizer called {manifest.tokenizer!r}; prepare it again.")

@@ -385,10 +385,11 @@ def _hf_tokenizer(name: str, folder: Path | None) -> Tokenizer:
     """The tokenizer of a .json file, or the one called hf-... in `folder`. ConfigError, DataError."""
     by_path = name.endswith(".json")
     path = Path(name) if by_path else (folder or Path()) / TOKENIZER_FILE
-    if by_path and not path.exists():
+    if not path.exists():
         fix = "runs with tokenizer gpt2, gpt2-N or bytes have none: give that name, such as gpt2-1024 (for chats: the "
         fix += "file that daybreak export --to hf makes)"
-        raise ConfigError(f"tokenizer {name!r}: there is no such file; {fix}.")
+        fix = fix if by_path else "copy the file there, from the data or the run that has this tokenizer"
+        raise ConfigError(f"tokenizer {name!r}: there is no {'such file' if by_path else path}; {fix}.")
     try:
         source = path.read_text("utf-8")
         tokenizer = tokenizer_of(source, str(path)) if by_path else HFTokenizer(source, str(path))

@@ -27,6 +27,7 @@ from daybreak.engine.params import draw_parameters
 from daybreak.engine.passes import State, evaluate, micro_step, next_token, plan_engine, update
 from daybreak.engine.scales import HISTORY
 from daybreak.engine.spec import EngineSpec
+from daybreak.errors import ConfigError
 from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
 from daybreak.kernels.held import dense, pack
@@ -307,21 +308,27 @@ class Engine:
     def eval_losses(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
         """Per-token losses (b, t) of tokens and targets (b, t), b <= B, t <= T. The next call overwrites the view.
         positions (b, t): of packed rows, if the engine has `documents`."""
-        b, t = tokens.shape
         # The front of the flat buffers, so that a smaller batch is contiguous too.
         names = ("tokens", "targets", *(() if positions is None else ("positions", "lo")))
-        parts = {name: self._front(name, b, t) for name in names}
+        parts = {name: self._front(name, tokens.shape) for name in names}
         self._fill(parts, tokens, targets, positions)
+        b, t = tokens.shape
         inputs = {k: v for k, v in self.state.items() if k not in ("positions", "lo")} | parts
         evaluate(self.model, self.frame, inputs, b, t)
         return self.state["losses"][: b * t].view(b, t)
 
-    def _front(self, name: str, b: int, t: int) -> Tensor:
-        return self.state[name].view(-1)[: b * t].view(b, t)
+    def _front(self, name: str, shape: Sequence[int]) -> Tensor:
+        """The front of a buffer as (b, t). Raises ConfigError if the engine was made for fewer tokens."""
+        if len(shape) != 2 or shape[1] > self.T or math.prod(shape) > self.B * self.T:
+            room = f"this engine takes (b, t) of up to {self.B * self.T} tokens, and t up to {self.T}"
+            raise ConfigError(f"tokens have the shape {tuple(shape)}, and {room}; load_engine(B=8) takes 8 such rows.")
+        return self.state[name].view(-1)[: math.prod(shape)].view(*shape)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Logits (b, t, V) in compute dtype at every position of tokens (b, t)."""
-        inputs = self._front("tokens", *tokens.shape)
+        """Logits (b, t, V) in compute dtype at every position of tokens (b, t), b t <= B T. ConfigError for others."""
+        inputs = self._front("tokens", tokens.shape)
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.cfg.V:
+            raise ConfigError(f"tokens are from {tokens.min()} to {tokens.max()}; ids are from 0 to {self.cfg.V - 1}.")
         inputs.copy_(tokens)
         hidden = self.model.forward(self.frame, inputs)
         n, V = hidden.shape[0], self.cfg.V
@@ -340,7 +347,7 @@ class Engine:
         B T. Their keys and values stay in the cache's rows from `row` on, where `decode` continues. The next call
         overwrites the view."""
         b, t = len(texts), max(map(len, texts))
-        inputs, last = self._front("tokens", b, t), self.state["last_hidden"][:b]
+        inputs, last = self._front("tokens", (b, t)), self.state["last_hidden"][:b]
         inputs.copy_(torch.tensor([[*text, *[0] * (t - len(text))] for text in texts]))  # no token sees what follows it
         hidden = self.model.forward(self.frame, inputs, self.state["kv"][:, :, row : row + b]).view(b, t, -1)
         for i, text in enumerate(texts):

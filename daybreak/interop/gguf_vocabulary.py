@@ -14,6 +14,7 @@ from typing import Any
 
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.errors import CheckpointError, ConfigError
+from daybreak.formatting import quoted
 from daybreak.interop.sentencepiece import SPACE, read_model, scores_of
 
 Steps = list[dict[str, Any]]  # of a normalizer, or of a splitter
@@ -87,7 +88,8 @@ def read_vocabulary(path: Path, keys: Mapping[str, Any], types: Any) -> str:
         spec = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **steps}
         return json.dumps(spec | {"post_processor": _around(own)}, ensure_ascii=False)
     except ValueError as why:
-        raise CheckpointError(f"{path}: {why}; give its tokenizer.json with --data.tokenizer FILE.") from None
+        fix = f"name it: daybreak import {quoted(path)} --data.tokenizer FILE"
+        raise CheckpointError(f"{path}: {why}; {fix}.") from None
 
 
 def _byte_level(own: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Hugging Face's folders, both ways: config, generation config, tokenizer files, safetensors shards.
 
-The names and layouts of a family are in families.py.
+The names and layouts of a family are in families/.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from daybreak.data.pictures import CODEC_FILE, read_metadata
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, DataError, Error
 from daybreak.files import sha256_of
+from daybreak.formatting import quoted
 from daybreak.interop.families import Family, family_named, family_of
 from daybreak.interop.part import reader
 from daybreak.interop.source import DTYPES, Export, Source, appearing, checked_shape, default_tokenizer, finite, layout
@@ -128,7 +129,7 @@ def _tokenizer(path: Path) -> Tokenizer | None:
     if (path / "vocab.json").is_file() and not (path / TOKENIZER_FILE).is_file():
         raise CheckpointError(
             f"{path} has vocab.json and no {TOKENIZER_FILE}; save the tokenizer anew with transformers' AutoTokenizer, "
-            "or name it with --data.tokenizer (gpt2 if it is GPT-2's)."
+            f"or name it: daybreak import {quoted(path)} --data.tokenizer FILE (gpt2 if it is GPT-2's)."
         )
     try:
         return get_tokenizer(str(path / TOKENIZER_FILE), path) if (path / TOKENIZER_FILE).is_file() else None

@@ -29,6 +29,7 @@ from daybreak.data.tokenizer import Tokenizer, own_tokenizers
 from daybreak.engine import Engine, EngineSpec
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.files import replacing, write_atomic
+from daybreak.formatting import quoted
 from daybreak.interop.source import (
     Export,
     Source,
@@ -126,8 +127,8 @@ def open_model(path: Path, tokenizer: str = "") -> Source:
     if not tokenizer and beside.is_file():
         words = read_tokenizer(beside)
         own = (t for t in own_tokenizers(len(words)) if [t.token_bytes(i) for i in range(t.eot)] == words[:-1])
-        other = f"has {len(words)} tokens of no tokenizer of daybreak's; give a tokenizer.json with --data.tokenizer"
-        known = next(own, None) or _refuse(beside, other)
+        fix = f"name it: daybreak import {quoted(path)} --data.tokenizer FILE"
+        known = next(own, None) or _refuse(beside, f"has {len(words)} tokens of no tokenizer of daybreak's; {fix}")
     else:
         known = default_tokenizer(cfg, tokenizer, path)
     views = _views(cfg, _map(path, dtype, HEADER, count))

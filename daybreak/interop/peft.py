@@ -6,7 +6,7 @@ part `q` of `h.0.qkv` is `model.layers.0.self_attn.q_proj` there, and its adapte
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight (r, in)      rows 0 to r - 1 of our h.0.qkv_A
     base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight (out, r)     its rows of our h.0.qkv_B
 
-The names of layers are those of families.py. PEFT's folder has no weights of the model itself: it names them.
+The names of layers are those of families/. PEFT's folder has no weights of the model itself: it names them.
 """
 
 from __future__ import annotations

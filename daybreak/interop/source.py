@@ -28,6 +28,7 @@ from daybreak.data.pictures import CODEC_FILE
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.files import fsync_folder, remove, temporary_of, write_atomic
+from daybreak.formatting import quoted
 from daybreak.kernels.guard import WINDOW
 from daybreak.models.adapters import adapter_rows, adapters_of, is_adapter
 from daybreak.models.registry import build_model
@@ -75,7 +76,7 @@ class Source:
         if self.tokenizer.V > self.model.V:
             raise ConfigError(
                 f"tokenizer {self.tokenizer.name!r} has {self.tokenizer.V} ids, but {self.path} only {self.model.V}; "
-                "give another one with --data.tokenizer, or more rows to the model's embedding."
+                f"name the right one: daybreak import {quoted(self.path)} --data.tokenizer FILE."
             )
 
     @property
@@ -223,7 +224,8 @@ def came_from(run: Path) -> str:
 def default_tokenizer(cfg: Shape, given: str, where: Path) -> Tokenizer:
     """The tokenizer called `given`, or GPT-2's where the vocabulary has its size. ConfigError if neither is there."""
     if not given and cfg.V not in (50257, 50304):
-        raise ConfigError(f"{where} does not say which tokenizer its {cfg.V} ids are of; give --data.tokenizer NAME.")
+        said = f"{where} does not say which tokenizer its {cfg.V} ids are of"
+        raise ConfigError(f"{said}; name it: daybreak import {quoted(where)} --data.tokenizer FILE.")
     return get_tokenizer(given or "gpt2", where)
 
 

@@ -52,9 +52,9 @@ CPU_PROCESS = 280 * MIB  # Python and torch, resident: `tiny` on an EPYC, torch 
 TRIED = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")  # GPUs that daybreak has run on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """The memory and arithmetic of a configuration, on `gpus` devices of one kind."""
+    """The memory and arithmetic of a configuration, on `gpus` devices of one kind. Its text is what the verb prints."""
 
     config: Config
     device: str  # cpu or cuda
@@ -67,6 +67,9 @@ class Plan:
     outside: int  # bytes that a process has on the device beside its arena
     budget: int | None  # bytes that the device has for a run; None: the system does not say
     fit: Fit
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:<18} {value}{basis and f'  [{basis}]'}" for name, value, basis in figures(self))
 
     @property
     def nbytes(self) -> int:
@@ -246,8 +249,7 @@ def recipe_notes(target: str) -> list[str]:
 
 def print_plan(p: Plan, notes: Sequence[str] = (), verbose: bool = False) -> None:
     """Print the plan on stdout, the answer first; if `verbose`, also tables of what is in memory."""
-    for what, value, basis in figures(p):
-        print(f"{what:<18} {value}" + (f"  [{basis}]" if basis else ""))
+    print(p)
     if p.gpu and p.gpu not in TRIED:
         print(f"daybreak has not been run on {p.gpu} yet: `daybreak doctor --check` there says how it does.")
     if notes:

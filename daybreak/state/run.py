@@ -32,6 +32,9 @@ class Run:
             fix = run_hint(self.path) or "; give a folder that daybreak train made."
             raise ConfigError(f"{self.path} is not a run: it has no config.toml{fix}")
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
     @property
     def path(self) -> Path:
         """The folder."""

@@ -86,8 +86,8 @@ class RunFolder:
         with explained(ConfigError, f"the run's folder {self.path} cannot be created", "choose another --run.dir"):
             self.path.mkdir(parents=True, exist_ok=True)
 
-    def check_free(self) -> None:
-        """Raise ConfigError, with the command that continues it, if there is a run of this name.
+    def check_free(self, flag: str = "--name") -> None:
+        """Raise ConfigError, with the command that continues it, if there is a run of this name, which `flag` gave.
 
         Hidden files are what a crash left of a first write: no run yet.
         """
@@ -96,7 +96,7 @@ class RunFolder:
             if self.config.is_file():
                 said = f"run.name = {self.path.name!r} is taken: {self.path} exists"
                 fix = f"continue it with `daybreak train {quoted(self.path)}`"
-            raise ConfigError(f"{said}; {fix} or choose another --name.")
+            raise ConfigError(f"{said}; {fix} or choose another {flag}.")
 
     @cached_property
     def id(self) -> str:

@@ -38,15 +38,16 @@ def finetune_config(model: str, method: str, given: Mapping[str, Any]) -> Config
         raise ConfigError("--lora.rank gives adapters, and --method full trains all parameters; give only one of them.")
     if (run_of(model) / "config.toml").is_file():
         checkpoint = checkpoint_of(model)
-        shape, tokenizer, path = checkpoint.model, checkpoint.manifest["tokenizer"]["name"], run_of(model).resolve()
+        tokenizer = given.get("data.tokenizer") or checkpoint.manifest["tokenizer"]["name"]
+        shape, path = checkpoint.model, run_of(model).resolve()
     else:
         source = open_source(model, given.get("data.tokenizer", ""))
         shape, tokenizer, path = source.model, source.tokenizer.name, Path(model)
     name = path.stem if path.suffix in (".gguf", ".bin") else path.name
-    made = {"run.name": f"{name}-{method}", "data.tokenizer": tokenizer, **DEFAULTS, **BY_METHOD[method]}
+    made = {"run.name": f"{name}-{method}", **DEFAULTS, **BY_METHOD[method]}
     if not given.keys().isdisjoint(LENGTH):
         made |= dict.fromkeys(LENGTH, 0)
-    config = Config(model=shape).override({**made, **given})
+    config = Config(model=shape).override({**made, **given, "data.tokenizer": tokenizer})
     batch, world, rows = config.batch, int(launched(os.environ)["WORLD_SIZE"]), packed_rows(config.data)
     if rows > (longest := config.model.max_T):
         said = f"the packed rows of {config.data.train or config.data.name} have {rows} tokens"

@@ -133,7 +133,7 @@ def open_run(
     config.check(ranks=group.world)
     folder = RunFolder(resume or Path(config.run.dir) / (config.run.name or config.model.arch))
     if resume is None:
-        group.first(folder.check_free)
+        group.first(lambda: folder.check_free("--name" if fork is None else "--fork"))
     device = pick_device(config.run.device, group)
     if device.type == "cuda":
         torch.cuda.set_device(device)

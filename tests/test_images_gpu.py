@@ -39,4 +39,4 @@ def test_gradients_are_those_of_fp64(px: int) -> None:
     with decoder.exact():
         _, found = fsq.loss_and_grads({n: v.float().cuda() for n, v in p.items()}, grid, x.float().cuda())
     for name, g in right.items():
-        assert float((found[name].double().cpu() - g).norm()) < 1e-4 * float(g.norm()), name
+        assert float((found[name].double().cpu() - g).norm()) <= 1e-4 * float(g.norm()), name

@@ -155,6 +155,22 @@ def test_fp8_is_near_bf16(recompute: int) -> None:
     assert found[STEPS:] != found[:STEPS]
 
 
+def test_in_fp8_the_scale_of_a_norm_without_weights_is_its_bound() -> None:
+    """No value of a norm exceeds sqrt(C). Its kernel on GPUs rounds rows with a scale that is known before, so not
+    even the first micro-step may choose it from the values."""
+    engine = Engine(EngineSpec(shape(S), B=4, T=T, compute="fp8", optim=OPTIM))
+    tokens = torch.randint(S.V, (1, 4, T + 1), generator=torch.Generator().manual_seed(2))
+    engine.train_step(tokens[..., :-1], tokens[..., 1:], lr=LR, step=0)
+    norms = [f"h.{l}.{leaf}" for l in range(S.L) for leaf in ("ln1", "ln2")]
+    assert list(engine.training.slots.norms) == norms
+    for name in norms:
+        slot = engine._measuring._slot(name)
+        assert slot["scale"].item() == 2.0 ** math.ceil(math.log2(math.sqrt(S.C) / 448))
+        assert not slot["current"]
+        assert 1 < slot["amax"].item() <= math.sqrt(S.C)
+    assert engine._measuring._slot("h.0.relu2")["current"]
+
+
 def test_adapters_are_for_linear_layers_alone(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(recipe), "--quiet", "--steps", "2"]) == 0

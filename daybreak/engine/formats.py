@@ -52,7 +52,7 @@ class FormatFrame(StepFrame):
 
     def convert_weights(self) -> None:
         if self.slots.at:
-            scales.begin(self, self.slots, self.model.offset)
+            scales.begin(self, self.slots, self.model.offset, self.model.weightless)
         for name, operand in self.weight_operands.items():
             self.k.quantise(operand, self.w(name))
 
@@ -102,7 +102,8 @@ class FormatFrame(StepFrame):
 
     def _slot(self, name: str) -> dict[str, Any]:
         i = self.slots.at[name]
-        current = name in self.weight_operands or (self.current and i >= self.slots.late)
+        late = i >= self.slots.late and name not in self.slots.norms
+        current = name in self.weight_operands or (self.current and late)
         return {"scale": self.state[scales.SCALE][i, 0], "amax": self.state[scales.AMAX][i], "current": current}
 
 
@@ -112,7 +113,7 @@ def in_formats(f: F, formats: Mapping[str, Format], model: Model, *, current: bo
     if not formats:
         return f
     g: Any = object.__new__(type("FormatFrame", (FormatFrame, type(f)), {}))
-    slots = scales.slots_of(formats, f.table.rows)
+    slots = scales.slots_of(formats, f.table.rows, model.weightless)
     weights = dict.fromkeys(entry.removesuffix(".value") for entry in f.state if entry.endswith(".value"))
     g.__dict__ |= {**vars(f), "formats": formats, "slots": slots, "model": model, "current": current}
     g.__dict__ |= {"operands": {}, "weight_operands": weights}

@@ -6,8 +6,9 @@
 
 Each scale is a power of two, and constant within a step. So micro-steps add up in any order, and a layer that backward
 computes again has the same bytes. Weights are rounded when a step begins, so their own largest magnitude is known. A
-layernorm's output is never above sqrt(C) max|w| + max|b|. All others are late: the kernel that makes such a tensor
-needs its scale before anyone has seen its values. They get the largest amax of the last steps, with room above it.
+layernorm's output is never above sqrt(C) max|w| + max|b|, where a norm without weights has ones. All others are late:
+the kernel that makes such a tensor needs its scale before anyone has seen its values. They get the largest amax of the
+last steps, with room above it.
 
     step begins   `begin`    late scales from `history`, and those of norms; amax = 0
     micro-steps              kernels round with these scales, and take the largest magnitude into `amax`
@@ -46,7 +47,9 @@ NAMES = SCALE, AMAX, HISTORY, SATURATED = "fp8.scale", "fp8.amax", "fp8.history"
 
 @dataclass(frozen=True)
 class Slots:
-    """Names of all matrices in slots, in this order; where late activations and where gradients begin."""
+    """Names of all matrices in slots, in this order; where late activations and where gradients begin.
+
+    norms: outputs of norms, whose scales are bounds. Where norms have no weights, they are in late activations' slots."""
 
     at: Mapping[str, int]
     norms: tuple[str, ...]
@@ -55,8 +58,9 @@ class Slots:
     formats: tuple[Format, ...]
 
 
-def slots_of(formats: Mapping[str, Format], parameters: Collection[str]) -> Slots:
-    """The slots of these matrices: names of weights, activations and gradients -> formats."""
+def slots_of(formats: Mapping[str, Format], parameters: Collection[str], weightless: Collection[str] = ()) -> Slots:
+    """The slots of these matrices: names of weights, activations and gradients -> formats. weightless: what models call
+    the outputs of norms without weights."""
     kept = {name: format for name, format in formats.items() if format.slots}
     weights = [name for name in kept if name in parameters]
     norms = tuple(name for name in kept if name + "w" in parameters)
@@ -65,7 +69,8 @@ def slots_of(formats: Mapping[str, Format], parameters: Collection[str]) -> Slot
     names = [*weights, *norms, *late, *gradients]
     at = {name: i for i, name in enumerate(names)}
     late_from, formats_ = len(weights) + len(norms), tuple(kept[name] for name in names)
-    return Slots(at, norms, late_from, len(names) - len(gradients), formats_)
+    ones = tuple(name for name in late if name.rpartition(".")[2] in weightless)
+    return Slots(at, norms + ones, late_from, len(names) - len(gradients), formats_)
 
 
 def scale_entries(slots: Slots) -> list[Entry]:
@@ -86,13 +91,16 @@ def _late(slots: Slots) -> list[tuple[slice, float, float, bool]]:
     return [(p, slots.formats[p][0].largest, room, grad) for p, room, grad in parts if slots.formats[p]]
 
 
-def begin(f: StepFrame, slots: Slots, offset: float) -> None:
-    """Choose a step's scales, but for those of weights. offset: what a norm adds to its weight."""
+def begin(f: StepFrame, slots: Slots, offset: float, weightless: Mapping[str, str]) -> None:
+    """Choose a step's scales, but for those of weights. offset: what a norm adds to its weight. weightless: the norms
+    that have none, and the constant that is in its place."""
     s = f.state
     scale, amax, history, hyper = s[SCALE][:, 0], s[AMAX], s[HISTORY], s["hyper"]
     f.k.do("scales", partial(_begin, slots, scale, amax, history, hyper), [scale, amax], [history, hyper])
     for name in slots.norms:
-        w, b = f.w(name + "w"), f.w(name + "b") if name + "b" in f.table.rows else None
+        constant = weightless.get(name.rpartition(".")[2])
+        w = f.constant(constant) if constant else f.w(name + "w")
+        b = f.w(name + "b") if name + "b" in f.table.rows else None
         one = scale[slots.at[name]]
         read = [w] if b is None else [w, b]
         f.k.do("scale_of_norm", partial(_bound, one, slots.formats[slots.at[name]].largest, offset, *read), [one], read)

@@ -24,6 +24,7 @@ class Head:
     head_weight = "wte"
     softcap = 0.0  # of logits; 0 = none
     offset = 0.0  # what norms add to their weights
+    weightless: Mapping[str, str] = {}  # outputs of norms without weights -> the constant that is in their place
     matmuls: Mapping[str, tuple[str, str]] = {}  # what could be in fp8 (see registry.Model)
     together: Collection[tuple[str, str]] = ()
     remade: Collection[str] = ()

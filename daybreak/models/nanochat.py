@@ -52,6 +52,7 @@ class Nanochat(Head):
 
     cfg: NanochatConfig
     matmuls = MATMULS
+    weightless: Mapping[str, str] = {"ln1": "ones", "ln2": "ones"}
     head_weight = "headw"
     parts: Mapping[str, tuple[str, ...]] = {"qkv": ("q", "k", "v")}
     asks: Mapping[str, Collection[str]] = dict.fromkeys(

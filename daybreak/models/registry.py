@@ -24,11 +24,13 @@ class Model(Protocol):
     asks: Mapping[str, Collection[str]]
     # Of a block: weight -> the matrix that it is multiplied with, and the gradient of the product. Pairs of weights
     # whose layers share a kernel, so that both or none are in fp8. The matrices that backward makes again: only then do
-    # they need transposed copies. What norms add to their weights.
+    # they need transposed copies. What norms add to their weights. Outputs of norms without weights -> the constant
+    # that is in their place.
     matmuls: Mapping[str, tuple[str, str]]
     together: Collection[tuple[str, str]]
     remade: Collection[str]
     offset: float
+    weightless: Mapping[str, str]
     # Packed linear layer -> its parts, in order. Each part may have an adapter of its own (adapters.py).
     parts: Mapping[str, tuple[str, ...]]
 

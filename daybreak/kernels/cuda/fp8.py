@@ -128,6 +128,7 @@ def matmul_backward_weight(dw: Tensor, dout: Operand, x: Operand, *, accumulate:
 def layernorm_forward(out: Operand, mean: Tensor, rstd: Tensor, x: Tensor, w: Tensor, b: Tensor) -> None:
     """out (n, C) = layernorm(x (n, C)) * w (C) + b (C); mean, rstd (n) in fp32 are kept for backward."""
     assert out.value is not None, "forward reads it"
+    assert not out.current, "rows are rounded before their largest magnitude is known"
     norm.forward_rows(out.value, mean, rstd, x, w, b, out.scale)
     if out.transposed is not None:
         write(replace(out, value=None), x, "norm", norm=(mean, rstd, w, b))
@@ -153,6 +154,7 @@ def layernorm_backward(
 def rmsnorm_forward(out: Operand, rstd: Tensor, x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0) -> None:
     """out (n, C) = x / sqrt(mean(x^2) + eps) * (offset + weight (C)); rstd (n) in fp32 is kept for backward."""
     assert out.value is not None, "forward reads it"
+    assert not out.current, "rows are rounded before their largest magnitude is known"
     norm.rms_rows(out.value, rstd, x, weight, eps=eps, offset=offset, scale=out.scale)
     if out.transposed is not None:
         write(replace(out, value=None), x, "rms", norm=(rstd, rstd, weight, weight), offset=offset)

@@ -49,7 +49,7 @@ NAMES = SCALE, AMAX, HISTORY, SATURATED = "fp8.scale", "fp8.amax", "fp8.history"
 class Slots:
     """Names of all matrices in slots, in this order; where late activations and where gradients begin.
 
-    norms: outputs of norms, whose scales are bounds. Where norms have no weights, they are in late activations' slots."""
+    norms: outputs of norms, whose scales are bounds. Those of norms without weights have late slots."""
 
     at: Mapping[str, int]
     norms: tuple[str, ...]

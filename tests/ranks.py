@@ -65,6 +65,12 @@ def llmc(args: list[str]) -> int:
     return main(args)
 
 
+def llmc_at(args: list[str]) -> int:
+    """The same, ARGS[1:], whose ranks meet at the port ARGS[0] of an address."""
+    with patch("daybreak.llmc.PORT", args[0]):
+        return llmc(args[1:])
+
+
 def accident(args: list[str]) -> int:
     """`daybreak ARGS[1:]` with an accident on the way: the JSON in ARGS[0], see recovery_child."""
     recovery_child.Accident(**json.loads(args[0]))
@@ -98,6 +104,8 @@ def small_files(args: list[str]) -> int:
 
 class Forked:
     """A forked process with the methods of subprocess.Popen that tests use; its output goes to one file or to two."""
+
+    stderr: Any = None  # the second file, where who started it has opened it
 
     def __init__(
         self, run: Run, args: list[str], cwd: Path, out: Path, env: Mapping[str, str], err: Path | None = None

@@ -6,31 +6,35 @@ import http.client
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from interop_runs import ROOT
+import ranks
 from patience import PATIENCE, until
 
 KEY = "open-sesame-0123"
-MAIN = "import sys; from daybreak.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def told(args: list[str]) -> int:
+    """`daybreak ARGS[1:]` after the Python of ARGS[0]."""
+    exec(args[0], {"__name__": "__main__"})
+    return ranks.daybreak(args[1:])
 
 
 @contextmanager
-def serving(folder: Path, *argv: str, before: str = "", **env: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """The server on a free port. `before`: Python that its process runs first."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
-    command = [sys.executable, "-c", f"{before}\n{MAIN}", "serve", *argv, "--port", "0"]
-    with subprocess.Popen(command, cwd=folder, env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
+def serving(folder: Path, *argv: str, before: str = "", **env: str) -> Iterator[tuple[ranks.Forked, int]]:
+    """The server on a free port, with the file of its stderr. `before`: Python that its process runs first."""
+    with TemporaryDirectory() as place:
+        out, err = Path(place) / "out", Path(place) / "err"
+        process = ranks.Forked(told, [before, "serve", *argv, "--port", "0"], folder, out, os.environ | env, err)
         try:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            line = process.stdout.readline()
-            assert "/v1" in line, process.stderr.read()
+            until(lambda: out.is_file() and "\n" in out.read_text(), process, lambda: err.read_text())
+            line = out.read_text()
+            assert "/v1" in line, err.read_text()
+            process.stderr = err.open()
             yield process, int(line.rsplit(":", 1)[1].removesuffix("/v1\n"))
         finally:
             process.kill()

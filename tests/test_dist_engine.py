@@ -21,17 +21,18 @@ from daybreak.shapes import GPT2Config, parse_shape
 from daybreak.state.restore import snapshot
 
 ROWS = {1: 6, 2: 3, 3: 2, 4: 1}  # per micro-step: 2, 2, 2 and 3 micro-steps of the same 12 samples
+STEPS = {1: 50, 2: 50, 3: 15, 4: 15}  # in fp64 and fp32: two ranks show how errors grow, more of them the sharding
 STAGES = (0, 1, 2)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, str], list[dict[str, Any]]]:
-    """(ranks, stage, run) -> what each rank ended with. Runs: 50 steps in fp64 and fp32, 4 in bf16."""
+    """(ranks, stage, run) -> what each rank ended with. Runs: STEPS in fp64 and fp32, 4 in bf16."""
     out, found = tmp_path_factory.mktemp("out"), {}
-    runs = {"fp64": ("fp64", 50, "auto"), "fp32": ("fp32", 50, "auto")}
+    runs = {"fp64": ("fp64", 0, "auto"), "fp32": ("fp32", 0, "auto")}
     runs |= {"split": ("bf16", 4, "split"), "masters": ("bf16", 4, "fp32"), "none": ("bf16", 4, "none")}
     for world, B in ROWS.items():
-        jobs = [f"{z},{compute},{steps},{B},{m}" for compute, steps, m in runs.values() for z in STAGES
+        jobs = [f"{z},{compute},{steps or STEPS[world]},{B},{m}" for compute, steps, m in runs.values() for z in STAGES
                 if world > 1 or z == 0 or compute == "fp32"]  # fmt: skip
         jobs = [job for job in jobs if "bf16" not in job or world < 3]
         codes = ranks.finish(ranks.start(world, [out, *jobs], out, run=dist_engine.run))
@@ -51,10 +52,10 @@ def apart(a: list[float], b: list[float]) -> float:
 @pytest.mark.parametrize("zero", STAGES)
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_equal_to_one_process(results: Any, world: int, zero: int) -> None:
-    exact, one = results[world, zero, "fp64"][0], results[1, 0, "fp64"][0]
-    assert len(exact["losses"]) == 50
-    assert apart(exact["losses"], one["losses"]) < 1e-9
-    assert apart(exact["norms"], one["norms"]) < 1e-9
+    exact, one, steps = results[world, zero, "fp64"][0], results[1, 0, "fp64"][0], STEPS[world]
+    assert len(exact["losses"]) == steps
+    assert apart(exact["losses"], one["losses"][:steps]) < 1e-9
+    assert apart(exact["norms"], one["norms"][:steps]) < 1e-9
     assert one["losses"][-1] < one["losses"][0] - 0.01  # it moved
     single, one = results[world, zero, "fp32"][0], results[1, 0, "fp32"][0]
     for name, norm in one["first"].items():
@@ -64,9 +65,9 @@ def test_equal_to_one_process(results: Any, world: int, zero: int) -> None:
             for at, part in each["grads"][name]:
                 found[at : at + part.numel()] = part
         assert torch.linalg.vector_norm(found - exact) < 1e-6 * torch.linalg.vector_norm(exact), name
-    assert len(single["losses"]) == 50
+    assert len(single["losses"]) == steps
     assert apart(single["losses"][:3], one["losses"][:3]) < 1e-6
-    assert apart(single["losses"], one["losses"]) < 1e-4
+    assert apart(single["losses"], one["losses"][:steps]) < 1e-4
 
 
 def test_one_rank_has_no_stages(results: Any) -> None:

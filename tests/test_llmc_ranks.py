@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from test_llmc_runs import SMALL, TORCHRUN, environment, llmc, published, trl
 
 from daybreak.interop import open_source
 from daybreak.state.run import Run
-
-MAIN = "import sys, daybreak.llmc as llmc; llmc.PORT = '{}'; sys.exit(llmc.main())"
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +37,16 @@ def _nothing_left() -> Any:
     ranks.end_all()
 
 
-def process(folder: Path, rank: int, command: list[str], **more: str) -> Any:
-    """An interpreter whose output is in folder/rank-N.txt."""
-    with open(folder / f"rank-{rank}.txt", "w") as out:
-        line = [sys.executable, *command]
-        ranks.STARTED.append(subprocess.Popen(line, cwd=folder, env=environment(**more), stdout=out, stderr=out))
+def process(folder: Path, rank: int, run: ranks.Run, args: list[str], **more: str) -> Any:
+    """A process of `run(ARGS)` whose output is in folder/rank-N.txt."""
+    ranks.STARTED.append(ranks.Forked(run, args, folder, folder / f"rank-{rank}.txt", environment(**more)))
     return ranks.STARTED[-1]
 
 
 def start(folder: Path, *argv: str, port: int = 12345) -> list[Any]:
     """Two ranks that are told by flags who they are; the second comes first."""
-    command = ["-c", MAIN.format(port), *SMALL, *argv, "-pn", "2", "-pr"]
-    return [process(folder, rank, [*command, str(rank)]) for rank in (1, 0)]
+    args = [str(port), *SMALL, *argv, "-pn", "2", "-pr"]
+    return [process(folder, rank, ranks.llmc_at, [*args, str(rank)]) for rank in (1, 0)]
 
 
 def wait_until(done: Callable[[], bool], folder: Path) -> None:
@@ -82,12 +77,12 @@ def test_ranks_that_meet_at_an_address(made: Path) -> None:
     assert list(trl(made / "tcp")) == [0, 1]
 
 
-def under_mpirun(folder: Path, command: list[str]) -> str:
-    """Two processes with the variables that mpirun sets."""
+def under_mpirun(folder: Path, args: list[str]) -> str:
+    """Two processes of llm.c's command line with the variables that mpirun sets."""
     processes, port = list[Any](), str(ranks.free_port())
     for rank in range(2):
         mpi = {f"OMPI_COMM_WORLD_{k}": str(v) for k, v in (("RANK", rank), ("SIZE", 2), ("LOCAL_RANK", rank))}
-        processes.append(process(folder, rank, command, **mpi, MASTER_PORT=port))
+        processes.append(process(folder, rank, ranks.llmc, args, **mpi, MASTER_PORT=port))
     assert ranks.finish(processes) == [0, 0], ranks.said(folder, 0) + ranks.said(folder, 1)
     assert ranks.said(folder, 1) == ""
     return ranks.said(folder, 0)
@@ -101,7 +96,8 @@ def test_the_published_commands_on_two_processes(made: Path, name: str, launcher
     tiny = {"-e": "m/model_00000007.bin", "-o": folder, "-b": "2", "-d": "256", "-s": "0"}
     command = published({"124M": RUN_124M, "1558M": RUN_1558M}[name], **tiny)
     if launcher == "mpirun":
-        said = under_mpirun(made, command)
+        assert command[:2] == ["-m", "daybreak.llmc"]
+        said = under_mpirun(made, command[2:])
     else:
         done = subprocess.run(
             [*TORCHRUN, *command], cwd=made, env=environment(), capture_output=True, text=True, timeout=PATIENCE

@@ -35,9 +35,9 @@ chat: test-install
 	@folder=chat; n=2; while [ -e $$folder ]; do folder=chat-$$n; n=$$((n+1)); done; \
 	PATH="$(abspath $(BIN)):$$PATH" scripts/chat.sh $$folder
 
-# On every core: two halves of the tests at once on a machine with two.
+# On every core: two halves of the tests at once on a machine with two. `check` has run those of the code's structure.
 test: test-install check
-	$(BIN)/python -m pytest -n $$(nproc) --dist worksteal
+	$(BIN)/python -m pytest -n $$(nproc) --dist worksteal --ignore tests/test_structure.py
 
 # Everything: the tests, recovery at full scale, llama.cpp, a real model, a chat, the notebook, the site.
 test-all: test test-recovery test-images test-llama test-real chat test-notebook docs

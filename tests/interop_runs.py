@@ -7,14 +7,15 @@ import logging
 import os
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import ranks
 import torch
 from oracle import Shape, random_values
 from patience import PATIENCE
@@ -108,15 +109,16 @@ def write_shards(folder: Path, V: int, sizes: tuple[int, ...] = (1200, 900)) -> 
     write_shard(folder / "x_val_000000.bin", rng.integers(0, V, 600))
 
 
-Done = subprocess.CompletedProcess[str]
+Done = subprocess.CompletedProcess
 
 
-def daybreak(folder: Path, *argv: str, code: int = 0, module: str = "daybreak", **env: str) -> Done:
-    """The program as a process of its own in `folder`."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | env
-    command = [sys.executable, "-m", module, *argv]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == code, (done.stdout, done.stderr)
+def daybreak(folder: Path, *argv: str, code: int = 0, run: ranks.Run = ranks.daybreak, **env: str) -> Done:
+    """The program, or llm.c's, as a process of its own in `folder`, which is forked."""
+    with TemporaryDirectory() as place:
+        out, err = Path(place) / "out", Path(place) / "err"
+        status = ranks.Forked(run, list(argv), folder, out, os.environ | env, err).wait(PATIENCE)
+        done = Done(list(argv), status, out.read_text(), err.read_text())
+    assert status == code, (done.stdout, done.stderr)
     return done
 
 
@@ -133,4 +135,4 @@ def inside(folder: Path, *argv: str, code: int = 0, main: Callable[[list[str]], 
         os.environ.clear()
         os.environ.update(environ)
     assert status == code, (out.getvalue(), err.getvalue())
-    return subprocess.CompletedProcess(list(argv), status, out.getvalue(), err.getvalue())
+    return Done(list(argv), status, out.getvalue(), err.getvalue())

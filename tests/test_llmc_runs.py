@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from interop_runs import MAX_T, ROOT, daybreak, inside, shape_of, values_of, write_shards
 from oracle import GPT2, AdamW
@@ -36,7 +37,7 @@ def llmc(folder: Path, *argv: str, code: int = 0, here: bool = False) -> str:
     if here:
         done = inside(folder, *argv, code=code, main=main)
     else:
-        done = daybreak(folder, *argv, code=code, module="daybreak.llmc", CUDA_VISIBLE_DEVICES="")
+        done = daybreak(folder, *argv, code=code, run=ranks.llmc, CUDA_VISIBLE_DEVICES="")
     if code:
         assert done.stderr.startswith("daybreak.llmc: ")
         assert done.stderr.count("\n") == 1

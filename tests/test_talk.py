@@ -7,7 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from chats import HEADERS
+from commands import commands
 from interop_runs import ROOT, inside, write_run
 from patience import PATIENCE, until
 from talker import KNOWN, T, make_talker
@@ -26,6 +27,7 @@ from daybreak.interop import load_model
 
 torch.set_num_threads(1)
 MAIN = "import sys; from daybreak.cli.main import main; sys.exit(main(sys.argv[1:]))"
+Piped = Callable[..., "subprocess.CompletedProcess[str]"]
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -43,16 +45,22 @@ def talk(home: Path) -> Conversation:
     return Conversation(engine, tokenizer, template)
 
 
-def piped(folder: Path, said: str, *argv: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", MAIN, "chat", *argv], cwd=folder, env=env, input=said, text=True,
-                          capture_output=True, timeout=PATIENCE, check=False)  # fmt: skip
+@pytest.fixture(scope="module")
+def piped(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Piped]:
+    """What `daybreak chat runs/talk ARGS` makes of a text that comes through a pipe."""
+    with commands(tmp_path_factory.mktemp("commands")) as functions:
+
+        def chat(said: str, *argv: str) -> subprocess.CompletedProcess[str]:
+            line = ["bash", "-c", f'{functions}daybreak chat runs/talk "$@"', "chat", *argv]
+            return subprocess.run(line, cwd=home, input=said, text=True, capture_output=True, timeout=PATIENCE)
+
+        yield chat
 
 
-def test_a_line_is_a_question(home: Path) -> None:
+def test_a_line_is_a_question(piped: Piped) -> None:
     """Answers come alone and in order. Each ends at its turn's end, a token that no file of the model lists."""
     lines = "\n/reset\n\n".join(KNOWN)
-    done = piped(home, lines, "runs/talk", "--temperature", "0")
+    done = piped(lines, "--temperature", "0")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "".join(f"{answer}\n" for answer in KNOWN.values())
 
@@ -73,7 +81,7 @@ def test_the_history_is_read_and_reset(talk: Conversation) -> None:
     assert [turn["role"] for turn in talk.turns] == ["user", "assistant"] * 2
 
 
-def test_the_oldest_turns_are_forgotten_whole(talk: Conversation, home: Path) -> None:
+def test_the_oldest_turns_are_forgotten_whole(talk: Conversation, piped: Piped) -> None:
     """An answer has `tokens`, or half of T, whichever is less."""
     read: list[int] = []
     prefill = talk.engine.prefill
@@ -89,7 +97,7 @@ def test_the_oldest_turns_are_forgotten_whole(talk: Conversation, home: Path) ->
     with pytest.raises(ConfigError, match=rf"the question has \d+ tokens in its template, .*{T}; ask a shorter one"):
         list(talk.ask("word " * T, GREEDY))
     assert talk.turns[-1]["role"] == "assistant"  # the question is no part of it
-    done = piped(home, "Do you sleep?\n" * 4, "runs/talk", "--tokens", "30")
+    done = piped("Do you sleep?\n" * 4, "--tokens", "30")
     assert f"(forgot the 1 oldest turn: the model reads {T} tokens)" in done.stderr
 
 
@@ -103,8 +111,8 @@ def test_an_answer_that_is_cut_stays_in_the_history(talk: Conversation) -> None:
     assert said != KNOWN[question]
 
 
-def test_the_template_may_refuse(home: Path, tmp_path: Path) -> None:
-    done = piped(home, "/system Hm\nHi", "runs/talk", "--tokens", "3")
+def test_the_template_may_refuse(home: Path, piped: Piped) -> None:
+    done = piped("/system Hm\nHi", "--tokens", "3")
     assert done.returncode == 0
     engine, tokenizer, _ = load_model(home / "runs/talk")
     template = Template("{{ raise_exception('no ' + messages[0].role) }}", {}, "x.jinja")

@@ -74,14 +74,14 @@ def write_run(
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(config.to_toml())
     flat: dict[str, list[Tensor]] = {"m": [], "v": []}
-    layout, at = [], 0
+    layout, at, m, v = [], 0, values_of(shape, seed + 1), values_of(shape, seed + 2)
     # Not llm.c's order, and with holes, as the engine's buffers have them.
     for name in reversed(list(shape.parameters())):
         n = prod(shape.parameters()[name])
         layout.append((name, at, shape.parameters()[name]))
         hole = torch.zeros(-n % 128)
-        flat["m"] += [values_of(shape, seed + 1)[name].view(-1), hole]
-        flat["v"] += [values_of(shape, seed + 2)[name].view(-1).abs(), hole]
+        flat["m"] += [m[name].view(-1), hole]
+        flat["v"] += [v[name].view(-1).abs(), hole]
         at += n + hole.numel()
     tok, model = get_tokenizer(tokenizer), values_of(shape, seed)
     save_checkpoint(folder / "checkpoints", Snapshot(

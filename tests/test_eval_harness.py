@@ -186,12 +186,15 @@ def test_leaderboard_from_the_command_line(
     runs: Path, sets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: list[Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """MMLU is two of its 57 subjects, as a group of the same kind: all of them take minutes."""
-    from lm_eval.tasks import TaskManager
+    """MMLU is two of its 57 subjects, as a group of the same kind: all of them take minutes. Of the harness's folders
+    of tasks only these are read."""
+    from lm_eval import tasks
 
     group = {"group": "mmlu_two", "task": [f"mmlu_{subject}" for subject in SUBJECTS]}
     (tmp_path / "two.yaml").write_text(json.dumps(group | {"aggregate_metric_list": [{"metric": "acc"}]}))
-    known = TaskManager(include_path=str(tmp_path))
+    folders = [Path(tasks.__file__).parent / name for name in ("arc", "gsm8k", "hellaswag", "mmlu", "truthfulqa",
+                                                               "winogrande")]  # fmt: skip
+    known = tasks.TaskManager(include_path=[*map(str, folders), str(tmp_path)], include_defaults=False)
     monkeypatch.setattr(harness, "_task_manager", lambda: known)
     six = [("mmlu_two" if task == "mmlu" else task, how) for task, how in harness.LEADERBOARD.items()]
     monkeypatch.setattr(harness, "LEADERBOARD", dict(six))

@@ -43,7 +43,14 @@ def test_open_by_name_and_by_path(prepared: Path) -> None:
 
 def test_open_unknown(prepared: Path) -> None:
     for name, tokenizer, message in (
-        ("climbmix-bpe300", "", r"daybreak prepare climbmix --train-tokenizer 300 --name climbmix-bpe300$"),
+        (
+            "climbmix-bpe300",
+            "",
+            r"with: daybreak prepare 'https://[\w./-]+/shard_\{00000\.\.00169\}\.parquet' --name climbmix-bpe300 "
+            r"--train-tokenizer 300 \(climbmix itself has many times the text that any recipe reads\)$",
+        ),
+        ("climbmix", "gpt2-1024", "00169}.parquet' --name climbmix --tokenizer gpt2-1024 "),
+        ("openwebtext-bpe300", "", "prepare openwebtext --train-tokenizer 300 --name openwebtext-bpe300$"),
         ("mime", "", "no dataset 'mime' in .*; did you mean 'mine'.* daybreak prepare FILE --name mime$"),
         ("other", "bytes", r"\(it has mine\); .* daybreak prepare FILE --name other --tokenizer bytes$"),
         ("stdlib", "bytes", "daybreak prepare stdlib --tokenizer bytes$"),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from daybreak.config import RECIPES, recipe_names, resolve
+from daybreak.data.dataset import open_dataset
+from daybreak.data.hub import _expand
+from daybreak.errors import DataError
 from daybreak.shapes import LlamaConfig, NanochatConfig
 
 # The original runs: L, C, NH, T, data, B, tokens a step, learning rate, final fraction, steps, checkpoint.every.
@@ -79,3 +84,17 @@ def test_nanochats_run(name: str) -> None:
     assert (o.muon_momentum, o.muon_final_momentum, o.muon_beta2) == (0.97, 0.9, 0.9)
     assert (made.data.name, made.data.best_fit) == ("climbmix-bpe32768", True)
     assert (s.name, s.warmup, s.wsd_frac, s.final_frac) == ("wsd-linear", 40, 0.35, 0.05)
+
+
+def test_what_is_missing_leads_to_the_part_that_is_enough(tmp_path: Path) -> None:
+    """nanochat takes 170 of ClimbMix's 6,543 files. The page on the modern recipe prepares the same."""
+    with pytest.raises(DataError, match="make it with: ") as caught:
+        open_dataset(resolve("nanochat-d12")[0].data.name, tmp_path)
+    words = shlex.split(str(caught.value).partition("make it with: daybreak prepare ")[2].partition(" (")[0])
+    page = (Path(__file__).parents[1] / "docs/modern.md").read_text()
+    folder, quoted = re.search("from=(.*)\n", page), re.search(r'prepare "\$from(.*)" \\\n *(.*)\n', page)
+    assert folder is not None
+    assert quoted is not None
+    assert words == [folder[1] + quoted[1], "--name", "climbmix-bpe32768", "--train-tokenizer", "32768"]
+    assert sorted(quoted[2].split()) == sorted(words[1:])
+    assert len(_expand(words[0])) == 170

@@ -19,17 +19,20 @@ log = logging.getLogger("daybreak")
 
 @dataclass(frozen=True)
 class Known:
-    """A catalogue entry: where its text is, validation fraction, a repository of its GPT-2 token shards."""
+    """A catalogue entry: where its text is, validation fraction, a repository of its GPT-2 token shards. part: files of
+    a set that is too large as a whole, as many as any of our recipes needs."""
 
     spec: str
     fraction: float | None = None
     shards: str = ""
     licence: str = ""  # where no data set card says it
     size: int = -1  # bytes of a URL's file, where they are known
+    part: str = ""
 
 
 _EDU, _WEB = "hf:HuggingFaceFW/fineweb-edu:sample-", "hf:HuggingFaceFW/fineweb:sample-"
 _SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+_CLIMBMIX = "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main/shard_{00000..00169}.parquet"
 DRAWN = "shapes"  # the procedural set of pictures (images/scenes.py)
 EMOJI = "emoji"  # the pictures of a colour font (images/emoji.py)
 CATALOGUE: dict[str, Known] = {
@@ -42,7 +45,7 @@ CATALOGUE: dict[str, Known] = {
     "fineweb-10B": Known(f"{_WEB}10BT", 0.01, "kjj0/fineweb10B-gpt2"),
     "fineweb-100B": Known(f"{_WEB}100BT", 0.001, "kjj0/fineweb100B-gpt2"),
     "fineweb-350B": Known(f"{_WEB}350BT", 0.0003),
-    "climbmix": Known("hf:karpathy/climbmix-400b-shuffle", 0.0003),
+    "climbmix": Known("hf:karpathy/climbmix-400b-shuffle", 0.0003, part=_CLIMBMIX),
     "tinystories": Known("hf:roneneldan/TinyStories"),
     "openwebtext": Known("hf:Skylion007/openwebtext", 0.001),
     "tinyshakespeare": Known(_SHAKESPEARE, licence="public domain", size=1_115_394),

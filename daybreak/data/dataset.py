@@ -22,6 +22,7 @@ from daybreak.data.pictures import CODEC_FILE, CODEC_PICTURE, text_name
 from daybreak.data.shards import ShardInfo, open_shard, read_header, resolve_shards
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError
+from daybreak.formatting import quoted
 from daybreak.manifest import KEPT
 
 log = logging.getLogger("daybreak")
@@ -185,18 +186,20 @@ def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
     near = [h for h in have if re.fullmatch(other, h)] or difflib.get_close_matches(folders[0].name, have, 1)
     hint = f"; did you mean {near[0]!r}? If not," if near else f" (it has {', '.join(have) or 'none'});"
     made = name if Path(name).is_file() else f"FILE --name {name}"
-    shards = ""
+    shards = part = ""
     for known, entry in CATALOGUE.items():
         if name == known or (name.startswith(f"{known}-") and not tokenizer):
             made, tokenizer, shards = known, tokenizer or name[len(known) + 1 :], entry.shards
+            part = f" ({known} itself has many times the text that any recipe reads)" * bool(entry.part)
+            made = f"{quoted(entry.part)} --name {name}" if part else made
     if shards and tokenizer in ("", "gpt2"):
         some = " N (as many shards, of 100 million tokens each, as the run needs)"
         made += " --pretokenized" + ("" if made.endswith("-10B") else some)
     elif own := re.fullmatch(r"bpe(\d+)", tokenizer):  # a recipe's name of a set with its own tokenizer
-        made += f" --train-tokenizer {own[1]} --name {name}"
+        made += f" --train-tokenizer {own[1]}" + f" --name {name}" * (not part)
     else:
         made += f" --tokenizer {_given(tokenizer)}" if tokenizer else ""
-    raise DataError(f"no dataset {name!r} in {data_dir.resolve()}{hint} make it with: daybreak prepare {made}")
+    raise DataError(f"no dataset {name!r} in {data_dir.resolve()}{hint} make it with: daybreak prepare {made}{part}")
 
 
 def _given(tokenizer: str) -> str:

@@ -24,7 +24,7 @@ from daybreak import config_keys as keys
 from daybreak.checked import read_bytes
 from daybreak.config_keys import check_rules, toml_value
 from daybreak.errors import CheckpointError, ConfigError
-from daybreak.formatting import nearest, quoted
+from daybreak.formatting import meant, quoted
 from daybreak.manifest import MANIFEST, NewerFormat, newest_manifest
 from daybreak.shapes import ARCHS, SHAPES, GPT2Config, Shape, family, is_shape, model_config, parse_shape
 
@@ -272,11 +272,14 @@ def _typed(name: str, value: Any, key: Field[Any]) -> Any:
 
 
 def unknown_key(name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a key outside `known`: the family that has it, else the nearest key."""
+    """The error for a key outside `known`: the family that has it, else ours for another program's, or the nearest."""
     for arch in ARCHS:
         if name in keys_of(arch):
             return ConfigError(f"{name} is a key of model.arch {arch}; set model.arch = {arch} too, or leave it out.")
-    return ConfigError(f"unknown key {shortened(name)}; did you mean {nearest(name, known)!r}?")
+    hint = meant(name, known, "daybreak train tiny --print-config lists all.")
+    if ours := keys.theirs(name):
+        hint = "daybreak has nothing like it." if ours == keys.NOTHING else f"did you mean {ours!r}?"
+    return ConfigError(f"unknown key {shortened(name)}; {hint}")
 
 
 @dataclass(frozen=True)
@@ -349,7 +352,7 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
         raise ConfigError(f"{target} does not exist{fix}")
     known = [*recipe_names(), *SHAPES]
     other = f"Recipes: {', '.join(recipe_names())}; or a shape such as d12, a recipe.toml, or a run's folder."
-    raise ConfigError(f"unknown target {target!r}; did you mean {nearest(target, known)!r}? {other}")
+    raise ConfigError(f"unknown target {target!r}; {meant(target, known, 'none has this name.')} {other}")
 
 
 def run_hint(path: Path | str) -> str:

@@ -55,6 +55,30 @@ def _is_step_range(text: str) -> bool:
 STEP_RANGE = Rule("must be A:B, two step numbers with A below B", lambda s: s == "" or _is_step_range(s))
 
 
+# Names in nanoGPT and in Hugging Face's Trainer -> our keys; docs/coming-from.md says where values differ.
+NOTHING = "nothing"
+THEIRS = {
+    "batch_size": "batch.B", "per_device_train_batch_size": "batch.B", "block_size": "model.max_T",
+    "gradient_accumulation_steps": "batch.total_tokens", "n_layer": "model.L", "n_head": "model.NH",
+    "n_embd": "model.C", "learning_rate": "optim.lr", "min_lr": "schedule.final_frac", "max_iters": "run.steps",
+    "max_steps": "run.steps", "lr_decay_iters": "optim.horizon", "warmup_iters": "schedule.warmup",
+    "warmup_steps": "schedule.warmup", "grad_clip": "optim.clip", "max_grad_norm": "optim.clip",
+    "eval_interval": "eval.every", "eval_iters": "eval.tokens", "out_dir": "run.name", "output_dir": "run.name",
+    "wandb_log": "log.sinks", "report_to": "log.sinks", "dtype": "precision.compute", "compile": NOTHING,
+    "dropout": NOTHING, "bias": NOTHING,
+}  # fmt: skip
+
+
+def theirs(name: str) -> str:
+    """Our key for a name of another program, in any section and with or without dashes: "" if it is none of them."""
+    leaf = name.rpartition(".")[2]
+    return next((key for word, key in THEIRS.items() if _joined(word) == _joined(leaf)), "")
+
+
+def _joined(name: str) -> str:
+    return re.sub("[-_]", "", name.lower())
+
+
 # Weights and the order of the data rest on these sections, so a resumed run keeps them.
 FIXED_SECTIONS = ("model", "lora", "data", "optim", "schedule", "precision")
 

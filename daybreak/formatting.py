@@ -7,13 +7,27 @@ import re
 import shlex
 from collections.abc import Iterable
 
+NEAR = 0.6  # of 1: how alike two last words must be, as in difflib's own search
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The name most likely meant: one of the same last word (optim.warmup -> schedule.warmup), longer, or similar."""
+    """The name most likely meant: one of the same last word (optim.warmup -> schedule.warmup), longer, or similar; ""
+    if none is near in spelling."""
     names, name = list(known), name[:100]  # the comparison's time grows with the square of its length
-    leaf = name.rpartition(".")[2].lower()
-    likely = [n for n in names if n.rpartition(".")[2].lower() == leaf] or [n for n in names if n.startswith(name)]
-    return max(likely or names, key=lambda n: difflib.SequenceMatcher(None, name, n).ratio())  # the first of equals
+    leaf = _leaf(name)
+    likely = [n for n in names if _leaf(n) == leaf] or [n for n in names if n.startswith(name)]
+    found = max(likely or names, key=lambda n: difflib.SequenceMatcher(None, name, n).ratio())  # the first of equals
+    return found if likely or difflib.SequenceMatcher(None, leaf, _leaf(found)).ratio() >= NEAR else ""
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def meant(name: str, known: Iterable[str], otherwise: str, form: str = "{!r}") -> str:
+    """'did you mean NAME?' about the nearest name, in this form; `otherwise` if none is near."""
+    found = nearest(name, known)
+    return f"did you mean {form.format(found)}?" if found else otherwise
 
 
 def quoted(word: object) -> str:

@@ -26,7 +26,7 @@ from daybreak.config import Config, run_config
 from daybreak.config_keys import FRACTION, at_least, one_of
 from daybreak.console import guard_streams
 from daybreak.errors import ConfigError
-from daybreak.formatting import nearest
+from daybreak.formatting import meant
 from daybreak.manifest import checkpoint_step, list_checkpoints
 from daybreak.parallel import connect, launched
 from daybreak.shapes import is_shape, parse_shape
@@ -115,7 +115,7 @@ def parse(argv: Sequence[str]) -> Values:
         name = argv[i]
         flag = BY_NAME.get(name)
         if flag is None:
-            raise ConfigError(f"unknown flag {name!r}; did you mean {nearest(name, BY_NAME)!r}? --help lists all.")
+            raise ConfigError(f"unknown flag {name!r}; {meant(name, BY_NAME, 'none has this name.')} --help lists all.")
         if i + 1 == len(argv):
             raise ConfigError(f"{name} needs a value: {flag.doc}.")
         values[name] = _value(flag, argv[i + 1])

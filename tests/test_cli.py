@@ -73,14 +73,14 @@ RECIPES = "Recipes: gpt2-124M, gpt2-1558M, gpt2-350M, gpt2-774M, gpt3-125M, llam
 FORK = "leave it out, or start a new run from the checkpoint with --fork NAME."
 ERRORS: list[tuple[str, int, str]] = [
     ("trian", 2, "unknown command 'trian'; did you mean 'train'?"),
-    ("d12", 2, "unknown command 'd12'; did you mean "),
+    ("d12", 2, "unknown command 'd12'; daybreak --help lists all."),
     ("--versio", 2, "unknown flag --versio; did you mean --version?"),
     ("train tini", 2, f"unknown target 'tini'; did you mean 'tiny'? {RECIPES}"),
     ("train d13", 2, f"unknown target 'd13'; did you mean 'd12'? {RECIPES}"),
     ("train none.toml", 2, "none.toml does not exist; recipes shipped with daybreak: gpt2-124M, gpt2-1558M, gpt2-350M, "
                            "gpt2-774M, gpt3-125M, llama-1B, nanochat-d12, nanochat-d24, shapes, smollm-135M, tiny."),
     ("train new.toml", 2, "new.toml: schema = 2 is of a newer daybreak (this one reads 1); upgrade."),
-    ("train typo.toml", 2, "typo.toml: unknown key 'optim.learningrate'; did you mean "),
+    ("train typo.toml", 2, "typo.toml: unknown key 'optim.learningrate'; did you mean 'optim.lr'?"),
     ("train broken.toml", 2, "broken.toml cannot be read as TOML: "),
     ("train empty", 2, "empty is not a run: it has no config.toml; give a folder that daybreak train made."),
     ("train old", 2, "unknown target 'old'; to resume the run of that name give its folder: runs/old."),
@@ -124,6 +124,8 @@ ERRORS: list[tuple[str, int, str]] = [
      "--name."),
     ("train d12 --data nothere", 4, "no dataset 'nothere' in /"),
     ("plan", 2, "Missing argument 'TARGET'; see daybreak plan --help."),
+    ("plan d12 --json", 2, "unknown flag --json; see daybreak plan --help."),
+    ("plan d12 --optim.zap 1", 2, "unknown flag --optim.zap; see daybreak plan --help."),
     ("plan d12 --batch.b 2", 2, "unknown flag --batch.b; did you mean --batch.B?"),
     ("plan d12 --model.C 100", 2, "model.C = 100 must be a multiple of model.NH = 12."),
     ("plan d12 --gpu v100", 2, "--gpu v100 is not known; did you mean "),
@@ -171,7 +173,7 @@ ERRORS: list[tuple[str, int, str]] = [
     ("train d12 --dropout 0.1", 2, "unknown flag --dropout; daybreak has nothing like it."),
     ("train d12 --model.dropout 0.1", 2, "unknown flag --model.dropout; daybreak has nothing like it."),
     ("train d12 --model.n_layer 3", 2, "unknown flag --model.n_layer; did you mean --model.L?"),
-    ("sample runs/old --min_lr 1", 2, "unknown flag --min_lr; did you mean --min-p?"),
+    ("sample runs/old --min_lr 1", 2, "unknown flag --min_lr; see daybreak sample --help."),
     ("sample runs/old --temp 1", 2, "unknown flag --temp; did you mean --temperature?"),
     ("train d12 --run.device cuda:99", 2,
      "run.device = 'cuda:99' does not exist here (0 CUDA devices); use cpu."),
@@ -198,7 +200,7 @@ ERRORS: list[tuple[str, int, str]] = [
     ("serve runs/old --port 99999", 2,
      "Invalid value for '--port': 99999 is not in the range 0<=x<=65535; see daybreak serve --help."),
     ("doctor empty", 2, "empty is not a run: it has no config.toml; give a folder that daybreak train made."),
-    ("doctor --verbose", 2, "unknown flag --verbose; did you mean --help?"),
+    ("doctor --verbose", 2, "unknown flag --verbose; see daybreak doctor --help."),
     ("bench", 2, "Missing argument 'TARGET'; see daybreak bench --help."),
     ("bench d13", 2, f"unknown target 'd13'; did you mean 'd12'? {RECIPES}"),
     ("bench d12 --seconds -1", 2, "Invalid value for '--seconds': -1.0 is not in the range x>=0.0; see daybreak "

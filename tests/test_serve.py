@@ -23,7 +23,7 @@ from serving import KEY, serving
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine
 from daybreak.generate import Sampler, Sampling, Text, Token
-from daybreak.serve.completions import Refused, parse
+from daybreak.serve.completions import FIELDS, Refused, parse
 from daybreak.serve.writer import Job, News, Writer
 from daybreak.state.run import Run
 
@@ -219,7 +219,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
         400,
         f"a prompt of 400000 tokens is more than the model's {MAX_T} tokens can hold ({MAX_T}).",
     ),
-    ({"x" * 1_000_000: 3}, 400, f"unknown field '{'x' * 37}...{'x' * 38}'; did you mean 'suffix'?"),
+    ({"x" * 1_000_000: 3}, 400, f"unknown field '{'x' * 37}...{'x' * 38}'; the fields are {', '.join(FIELDS)}."),
     (
         {"temperature": "y" * 1_000_000},
         400,

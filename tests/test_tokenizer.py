@@ -133,7 +133,7 @@ def test_unknown_name(name: str, hint: str) -> None:
 
 
 def test_a_run_with_a_tokenizer_of_ours_has_no_file_of_it() -> None:
-    said = r"'runs/tiny/tokenizer.json': there is no such file; .* give that name, such as gpt2-1024\."
+    said = r"'runs/tiny/tokenizer.json': there is no such file; .* give that name, such as gpt2-1024 \(for chats: "
     with pytest.raises(ConfigError, match=said):
         get_tokenizer("runs/tiny/tokenizer.json")
 

@@ -21,15 +21,17 @@ from daybreak.cli.eval import evaluate
 from daybreak.cli.export import export
 from daybreak.cli.finetune import finetune
 from daybreak.cli.import_ import import_
+from daybreak.cli.options import SHORT
 from daybreak.cli.plan import plan
 from daybreak.cli.prepare import prepare
 from daybreak.cli.report import report, watch
 from daybreak.cli.sample import sample
 from daybreak.cli.serve import serve
 from daybreak.cli.train import train
+from daybreak.config_keys import NOTHING, theirs
 from daybreak.console import guard_streams
 from daybreak.errors import ConfigError
-from daybreak.formatting import nearest
+from daybreak.formatting import meant
 
 TEXTS = ("--prompt", "--stop", "--system", "--eval.prompt")  # flags whose values are no paths
 
@@ -41,7 +43,8 @@ class Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in self.commands and not args[0].startswith("-"):
-            raise ConfigError(f"unknown command {args[0]!r}; did you mean {nearest(args[0], self.commands)!r}?")
+            hint = meant(args[0], self.commands, "daybreak --help lists all.")
+            raise ConfigError(f"unknown command {args[0]!r}; {hint}")
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -72,20 +75,6 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-# Flags of nanoGPT and of Hugging Face's Trainer -> ours; docs/coming-from.md says where values differ.
-NOTHING = "nothing"
-THEIRS = {
-    "batch_size": "batch.B", "per_device_train_batch_size": "batch.B", "block_size": "model.max_T",
-    "gradient_accumulation_steps": "batch.total_tokens", "n_layer": "model.L", "n_head": "model.NH",
-    "n_embd": "model.C", "learning_rate": "optim.lr", "min_lr": "schedule.final_frac", "max_iters": "steps",
-    "max_steps": "steps", "lr_decay_iters": "optim.horizon", "warmup_iters": "schedule.warmup",
-    "warmup_steps": "schedule.warmup", "grad_clip": "optim.clip", "max_grad_norm": "optim.clip",
-    "eval_interval": "eval.every", "eval_iters": "eval.tokens", "out_dir": "name", "output_dir": "name",
-    "wandb_log": "log.sinks", "report_to": "log.sinks", "dtype": "precision.compute", "compile": NOTHING,
-    "dropout": NOTHING, "bias": NOTHING,
-}  # fmt: skip
-
-
 class _Stderr(logging.Handler):
     """Writes to whatever sys.stderr is at that moment, so that a live display may redirect it."""
 
@@ -103,16 +92,16 @@ def _log_to_stderr() -> None:
 def _sentence(error: click.ClickException) -> str:
     """A usage error in our form: an unknown flag gets the nearest one, everything else the way to the help."""
     command = error.ctx if isinstance(error, click.UsageError) else None
-    if isinstance(error, click.NoSuchOption) and command is not None:
-        known = [flag for p in command.command.get_params(command) for flag in p.opts]
-        name = error.option_name.lstrip("-")
-        near = THEIRS.get(name.rpartition(".")[2].replace("-", "_"), "")  # --model.dropout too
-        if near == NOTHING and "--optim.lr" in known:
-            return f"unknown flag {error.option_name}; daybreak has nothing like it."
-        if f"--{near}" not in known:  # compare without dashes: --lr means --optim.lr
-            near = nearest(name, [flag.lstrip("-") for flag in known if flag.startswith("--")])
-        return f"unknown flag {error.option_name}; did you mean --{near}?"
     path = command.command_path if command is not None else "daybreak"
+    if isinstance(error, click.NoSuchOption) and command is not None:
+        known = [flag[2:] for p in command.command.get_params(command) for flag in p.opts if flag.startswith("--")]
+        name = error.option_name.lstrip("-")  # compare without dashes: --lr means --optim.lr
+        hint = meant(name, known, f"see {path} --help.", "--{}")
+        if (ours := theirs(name)) == NOTHING and "optim.lr" in known:  # --model.dropout too
+            hint = "daybreak has nothing like it."
+        elif ours in known:
+            hint = f"did you mean {SHORT.get(ours, [f'--{ours}'])[0]}?"
+        return f"unknown flag {error.option_name}; {hint}"
     said = " ".join(error.format_message().split())  # click lists choices one a line
     return f"{said.rstrip('.')}; see {path} --help."
 

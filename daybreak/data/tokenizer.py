@@ -28,7 +28,7 @@ from daybreak.checked import ANY, read_json
 from daybreak.data.formats import extra, without_surrogates
 from daybreak.data.pictures import CODEC_FILE, MARK, Pictures, codec_digest, read_metadata
 from daybreak.errors import ConfigError, DataError, explained
-from daybreak.formatting import nearest
+from daybreak.formatting import meant
 
 RANKS_FILE = Path(__file__).with_name("gpt2.tiktoken")
 # The hash that tiktoken pins for r50k_base.
@@ -376,9 +376,9 @@ def _own_tokenizer(name: str) -> Tokenizer:
         return Tokenizer(name, load_ranks()[:N], GPT2_PATTERN)
     if os.path.isfile(file := f"{name}/{TOKENIZER_FILE}"):
         raise ConfigError(f"tokenizer {name!r} is a folder; give its file, {file}.")
-    near = nearest(name, ["gpt2", "bytes", "gpt2-1024"])
+    hint = meant(name, ["gpt2", "bytes", "gpt2-1024"], "none has this name.")
     known = "gpt2, bytes, gpt2-N (N lowest ranks), FILE.json (Hugging Face)"
-    raise ConfigError(f"unknown tokenizer {name!r}; did you mean {near!r}? Known: {known}.")
+    raise ConfigError(f"unknown tokenizer {name!r}; {hint} Known: {known}.")
 
 
 def _hf_tokenizer(name: str, folder: Path | None) -> Tokenizer:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from daybreak.errors import ConfigError
-from daybreak.formatting import nearest
+from daybreak.formatting import meant
 from daybreak.shapes import SHAPES, Shape
 from daybreak.state.throughput import GPU, GPUS, fp8_gain, peak_flops, size_of
 
@@ -16,7 +16,7 @@ def find_gpu(name: str) -> GPU:
     """The GPU of a short name. Raises ConfigError, with the nearest, for an unknown one."""
     key = re.sub("^(nvidia-)?(geforce-)?(rtx-?)?", "", name.lower().replace(" ", "-"))
     if key not in GPUS:
-        said = f"did you mean {nearest(key, GPUS)}? Known: {', '.join(GPUS)}."
+        said = f"{meant(key, GPUS, 'none has this name.', '{}')} Known: {', '.join(GPUS)}."
         raise ConfigError(f"--gpu {name} is not known; {said}")
     return GPUS[key]
 

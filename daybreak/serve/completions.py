@@ -21,7 +21,7 @@ from uuid import uuid4
 from daybreak.data.formats import without_surrogates
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.errors import ConfigError
-from daybreak.formatting import nearest
+from daybreak.formatting import meant
 from daybreak.generate import Sampling, Text, Token, open_document
 from daybreak.serve.writer import News
 
@@ -87,8 +87,8 @@ def check_fields(body: Any, fields: Sequence[str]) -> None:
         raise Refused(400, "the body must be a JSON object.")
     for field in body:
         if field not in fields:
-            said = f"unknown field {short(field)}; did you mean {nearest(field, fields)!r}?"
-            raise Refused(400, said, field[:80])
+            hint = meant(field, fields, f"the fields are {', '.join(fields)}.")
+            raise Refused(400, f"unknown field {short(field)}; {hint}", field[:80])
 
 
 def check_model(body: dict[str, Any], model: str) -> None:

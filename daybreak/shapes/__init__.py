@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from daybreak.errors import ConfigError
-from daybreak.formatting import nearest
+from daybreak.formatting import meant
 from daybreak.shapes import gpt2, llama, nanochat
 from daybreak.shapes.gpt2 import ALIASES, GPT2Config
 from daybreak.shapes.llama import LlamaConfig
@@ -39,9 +39,8 @@ def is_shape(text: str) -> bool:
 def parse_shape(text: str) -> Shape:
     """The published shape of this name. Raises ConfigError, with the nearest match, for an unknown one."""
     if not is_shape(text):
-        raise ConfigError(
-            f"unknown shape {text!r}; did you mean {nearest(text, SHAPES)!r}? Known: {', '.join(SHAPES)}."
-        )
+        hint = meant(text, SHAPES, "none has this name.")
+        raise ConfigError(f"unknown shape {text!r}; {hint} Known: {', '.join(SHAPES)}.")
     return SHAPES[text] if text in SHAPES else ALIASES[text]
 
 
@@ -61,5 +60,5 @@ def model_config(values: Mapping[str, Any], base: Shape | None = None) -> Shape:
     known = [f.name for f in fields(cls)]
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown key model.{key}; did you mean model.{nearest(key, known)}?")
+            raise ConfigError(f"unknown key model.{key}; {meant(key, known, 'leave it out.', 'model.{}')}")
     return cls(**{name: value for name, value in {**kept, **values}.items() if name in known})

@@ -63,6 +63,18 @@ def test_a_requeued_job_keeps_its_launcher(tmp_path, script):
     assert later.endswith(words[2])
 
 
+@pytest.mark.parametrize(
+    ("job", "given", "port"), [(77, {}, 10077), (123456, {}, 13456), (77, {"MASTER_PORT": "3"}, 3)]
+)
+def test_each_job_has_a_port_of_its_own(tmp_path, job, given, port):
+    """Two jobs may share a machine."""
+    env = tools(tmp_path, srun="#!/bin/bash\necho $MASTER_PORT > ports\n", scontrol="#!/bin/bash\n")
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    env = {name: value for name, value in env.items() if name != "MASTER_PORT"} | {"SLURM_JOB_ID": str(job)} | given
+    subprocess.run(["bash", "scripts/slurm.sbatch", *SLURM["slurm"][0]], cwd=tmp_path, env=env, timeout=PATIENCE)
+    assert (tmp_path / "ports").read_text() == f"{port}\n"
+
+
 @pytest.mark.parametrize(("name", "requeued"), [("USR1", "requeue 77\n"), ("TERM", "")])
 def test_scancel_ends_a_job_for_good(tmp_path, name, requeued):
     """Both signals to the script save and stop the run. USR1 comes before the time limit. scancel's TERM goes to the

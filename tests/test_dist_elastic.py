@@ -141,6 +141,13 @@ def test_a_failed_save_that_ends_the_run_ends_it_for_torchrun_too(shards: Path, 
     assert (tmp_path / "agent.txt").read_text().count(told["reason"]) == 3
     verdict = Path(__file__).parents[1] / "scripts/verdict.py"
     assert subprocess.check_output([sys.executable, verdict, tmp_path / "d"], text=True) == "failed 1\n"
+    made = tmp_path / "d/config.toml"
+    made.write_text(re.sub(r"total_tokens = \d+", "total_tokens = 7", made.read_text(), count=1))
+    again = torchrun(tmp_path, "again", "--standalone", "--nproc-per-node", 1, "--max-restarts", 2, target=made.parent)
+    assert again.wait(PATIENCE) == 1  # each start names its own refusal, and not the earlier end
+    said = (tmp_path / "again.txt").read_text()
+    assert (said.count("total_tokens = 7 must be a multiple of"), said.count("File too large")) == (3, 0), said
+    assert json.loads((tmp_path / "d/exit.json").read_text())["code"] == 2
 
 
 @pytest.mark.parametrize(("number", "before"), [(signal.SIGTERM, ()), (signal.SIGHUP, ("nohup",))])

@@ -414,6 +414,38 @@ def test_a_refused_start_of_a_stopped_run_is_final(shards, tmp_path, change):
     assert verdict(made.path) == "failed"
 
 
+EARLIER = [None, '{"code": 0, "reason": "done", "t": 0}', '{"code": 7, "reason": "hung", "t": 0}',
+           '{"code": 1, "reason": "the disk is full", "t": 0, "final": true}', "damaged"]  # fmt: skip
+
+
+@pytest.mark.parametrize("earlier", EARLIER)
+def test_a_refused_start_takes_the_place_of_any_earlier_end(shards, tmp_path, earlier):
+    """Schedulers and restarts of torchrun act on exit.json. It went on saying "done", or that a disk is full."""
+    made = daybreak.train(config(shards, tmp_path, "r", run__steps=2))
+    (told := made.path / "exit.json").unlink()
+    if earlier is not None:
+        told.write_text(earlier)
+    assert main(["train", str(made.path), "--batch.total_tokens", "7"]) == 2
+    said = json.loads(told.read_text())
+    assert (said["code"], "final" in said) == (2, False)
+    assert said["reason"].startswith("batch.total_tokens = 7 must be a multiple of ")
+    assert main(["train", str(made.path)]) == 0  # nothing to do: the run is complete, whatever was said of it
+    assert exit_code(made.path) == 0
+    assert verdict(made.path) == "done"
+
+
+def test_the_restart_loop_ends_with_the_code_of_a_refused_start(shards, tmp_path):
+    """It ended with 0, since the run had been complete before somebody gave it more steps, and a mistake."""
+    made = daybreak.train(config(shards, tmp_path, "r", run__steps=2)).path
+    text = (made / "config.toml").read_text()
+    (made / "config.toml").write_text(text.replace("steps = 2 ", 'steps = "many" '))
+    shim = f'#!/bin/sh\n{sys.executable} -m daybreak "$@" || exit 1\n'  # as torchrun
+    done = subprocess.run(["bash", RESTART, made, "daybreak", "train", "tiny"], cwd=tmp_path,
+                          env=tools(tmp_path, daybreak=shim), capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == exit_code(made) == 2
+    assert done.stderr.count("run.steps = 'many' must be a whole number") == 1
+
+
 def verdict(run):
     done = subprocess.run(["bash", RESTART, "--verdict", run], capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import shutil
 import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 from patience import PATIENCE, until
 from recovery import exit_code
 from test_recovery_signals import COUNTED, RESTART, ROOT, tools
+
+import daybreak
 
 SLURM = {  # script -> the words of its job, and those with which srun is called first and later
     "slurm": (["r", "daybreak", "train", "tiny", "--name", "r"], "daybreak train tiny --name r", "daybreak train r"),
@@ -138,6 +142,33 @@ def test_a_job_from_another_folder_needs_the_scripts(tmp_path, script):
     env["DAYBREAK_SCRIPTS"] = str(ROOT / "scripts")
     subprocess.run(started, cwd=tmp_path, env=env, capture_output=True, timeout=PATIENCE)
     assert (tmp_path / "called").exists()
+
+
+def test_torchrun_runs_the_installed_code(tmp_path):
+    """And not a folder `daybreak` where the job was submitted: Python puts that one first for `-m`."""
+    (tmp_path / "daybreak").mkdir()
+    (tmp_path / "daybreak/__main__.py").write_text("print('the code of the clone')\n")
+    (tmp_path / "daybreak/__init__.py").touch()
+    srun = f"export PYTHONPATH={ROOT}\n{sys.executable} -m daybreak --version > version\n"
+    slurm_job(tmp_path, "slurm_cluster", srun)()
+    assert (tmp_path / "version").read_text() == f"daybreak {daybreak.__version__}\n"
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_pod_of_the_jobset_resumes_the_run_of_its_name(tmp_path, resumes):
+    """With --name in the template it began the recipe again at every restart: exit 2, until maxRestarts was used up."""
+    lines = (ROOT / "scripts/jobset.yaml").read_text().split("                    - |\n")[1].split("env:")[0]
+    text = textwrap.dedent(lines.rpartition("\n")[0])
+    assert text.count("name=gpt2-1558M #") == 1
+    env = tools(tmp_path, torchrun='#!/bin/bash\necho "$@" > called\n')
+    if resumes:
+        (tmp_path / "runs/mine").mkdir(parents=True)
+        (tmp_path / "runs/mine/config.toml").touch()
+    text = text.replace("name=gpt2-1558M #", "name=mine #")
+    subprocess.run(["bash", "-c", text], cwd=tmp_path, env=env, check=True, timeout=PATIENCE)
+    target = "runs/mine" if resumes else "gpt2-1558M --name mine"
+    said = (tmp_path / "called").read_text()
+    assert said.endswith(f" -m daybreak train {target} --parallel.zero 1 --checkpoint.on_error stop\n")
 
 
 def test_an_old_python_of_the_host_can_decide():

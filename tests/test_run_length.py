@@ -28,14 +28,16 @@ def test_steps_at_learning_rate_0_are_refused_with_two_commands_that_work(
     shards: Path, tmp_path: Path, schedule: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = daybreak.train(config(shards, tmp_path, "r", run__steps=4, schedule__name=schedule))
-    before = (run.path / "config.toml").read_text(), (run.path / "exit.json").read_text()
+    before = (run.path / "config.toml").read_text()
     capsys.readouterr()
     assert main(["train", str(run.path), "--steps", "6"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(
         f"daybreak: --steps 6 adds 2 steps to {run.path}, each with learning rate 0: its schedule ends at step 4 "
     )
-    assert before == ((run.path / "config.toml").read_text(), (run.path / "exit.json").read_text())
+    told = json.loads((run.path / "exit.json").read_text())
+    assert (before, said) == ((run.path / "config.toml").read_text(), f"daybreak: {told['reason']}\n")
+    assert told["code"] == 2
     commands = [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  daybreak train ")]
     assert len(commands) == 2
     for command in reversed(commands):  # the copy first: the other one makes the run itself longer

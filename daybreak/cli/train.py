@@ -117,14 +117,15 @@ def carry_out(
 
 @contextmanager
 def _refusals_kept(run: Path | None) -> Iterator[None]:
-    """An error of the block goes into the exit.json of an existing run that was stopped: see RunFolder.refuse."""
+    """An error of the block goes into the exit.json of an existing run: see RunFolder.refuse."""
+    from daybreak.state.run_folder import RunFolder
+
+    mark = 0 if run is None else RunFolder(run).exit_mark()
     try:
         yield
     except Error as error:
         if run is not None:
-            from daybreak.state.run_folder import RunFolder
-
-            RunFolder(run).refuse(error)
+            RunFolder(run).refuse(error, mark)
         raise
 
 

@@ -42,7 +42,7 @@ from typing import Any
 
 from daybreak import __version__
 from daybreak.checked import FLAG, TEXT, WHOLE, or_null, read_json
-from daybreak.errors import ConfigError, Error, Stopped, by_exit_code, explained
+from daybreak.errors import ConfigError, Error, by_exit_code, explained
 from daybreak.files import lock, locked, no_follow, write_atomic
 from daybreak.formatting import quoted
 from daybreak.manifest import read_id
@@ -153,7 +153,9 @@ class RunFolder:
         with suppress(Error):
             said = self.read_exit()
         if said.get("final"):
-            raise by_exit_code(said["code"])(said["reason"])
+            error = by_exit_code(said["code"])(said["reason"])
+            error.final = True
+            raise error
 
     def read_exit(self) -> dict[str, Any]:
         """Code and reason of the last attempt's end; {} where exit.json is not there. Raises Error if it is damaged."""
@@ -170,11 +172,23 @@ class RunFolder:
         self.exit.unlink(missing_ok=True)
         self.crash.unlink(missing_ok=True)
 
-    def refuse(self, error: Error) -> None:
-        """Put a start's refusal in the place of "stopped", which asks schedulers for another start; else do nothing."""
+    def exit_mark(self) -> int:
+        """When exit.json was written, in ns; 0 where there is none."""
+        return self.exit.stat().st_mtime_ns if self.exit.is_file() else 0
+
+    def refuse(self, error: Error, mark: int) -> None:
+        """Put a start's refusal in the place of how an earlier attempt ended: schedulers would act on that. mark: when
+        the start began. If it is another one now, the attempt itself has said how it ended."""
         with suppress(OSError, Error), self.locked():  # no process trains it
-            if self.read_exit().get("code") == Stopped.exit_code != error.exit_code:
-                self.write_exit(error.exit_code, str(error))
+            if self.exit_mark() == mark:
+                self.write_exit(error.exit_code, str(error), error.final)
+
+    def say_done(self) -> None:
+        """exit.json of a complete run: a kill after its last save, or a refused start, may have left another one."""
+        with suppress(Error):
+            if self.read_exit().get("code") == 0:
+                return
+        self.write_exit(0, "done")
 
     def _append(self, name: str, text: str) -> None:
         """Append to a file of the folder, if the disk lets us. Never through a symbolic link."""

@@ -112,6 +112,7 @@ def _prepared(
             done = f"has made its {at} steps; --steps N --optim.horizon N trains it to step N."
             past = f"is at step {at}, past --steps {steps}; give more than {at}."
             say(f"nothing to do: {folder} {past if at > steps else done}")
+            stop.group.first(RunFolder(folder).say_done)
             return Run(folder)
         return _train(config, folder, check, fork, init, stop, on_save)
 

@@ -3,8 +3,9 @@
 It cuts the low bits off instead, which is twice the error that the tests allow, and rounds the product of an fma before
 it adds (triton 3.6). Nothing happens where kernels run on a GPU. Import it before the first launch.
 
-Three of its ways take most of the time of such tests, and are replaced: a reduction element by element, remapping the
-language at every call of a function, and a new table of dtypes for every value.
+Four of its ways take most of the time of such tests, and are replaced: a reduction element by element, remapping the
+language at every call of a function, a new table of dtypes for every value, and checks for overflow that it throws away
+unless `debug` is set.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def _patch() -> None:
 
     interpreter._patch_lang = remap_once
 
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     np_dtype, dtypes = interpreter._get_np_dtype, dict[str, np.dtype]()
 
     def known_dtype(dtype):

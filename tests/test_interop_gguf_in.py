@@ -309,7 +309,8 @@ def test_a_damaged_file_and_another_tokenizer(tmp_path: Path) -> None:
         with pytest.raises(Error, match=r"cut\.gguf is not a readable GGUF file"):
             open_source(tmp_path / "cut.gguf").read("h.1.fcprojw")
     (tmp_path / "odd.gguf").write_bytes(whole.replace(b"gpt-2", b"gpt-9"))
-    with pytest.raises(Error, match=r"kind 'gpt2' that splits as 'gpt-9' is not read; give its tokenizer\.json"):
+    refused = r"kind 'gpt2' that splits as 'gpt-9' is not read; name it: .*/odd\.gguf --data\.tokenizer FILE"
+    with pytest.raises(Error, match=refused):
         open_source(tmp_path / "odd.gguf")
     assert open_source(tmp_path / "odd.gguf", "bytes").tokenizer.name == "bytes"
 

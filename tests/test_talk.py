@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import signal
@@ -20,6 +21,7 @@ from interop_runs import ROOT, inside, write_run
 from patience import PATIENCE, until
 from talker import KNOWN, T, make_talker
 
+from daybreak.cli.chat import _answer, _Interrupts, _lines
 from daybreak.data.chat import Template
 from daybreak.errors import ConfigError
 from daybreak.generate import Conversation, Sampling
@@ -192,12 +194,43 @@ def test_ctrl_c_stops_an_answer(home: Path) -> None:
         for _ in range(2):
             type_("Go on.\n")
             wait("Go on.\r\n")
-            wait("")  # the answer has begun: just before, Ctrl-C would end the program
+            wait("")  # the answer has begun
             os.kill(process, signal.SIGINT)
             wait("(stopped)")
             wait("> ")
         type_("\x04")
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+def test_ctrl_c_between_enter_and_the_answer(
+    talk: Conversation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stops that answer after its first piece, as later ones are stopped, and the next question is answered."""
+    typed = "Say it twice.\nWho are you?\n/system\nDo you sleep?\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
+    before = signal.getsignal(signal.SIGINT)
+    with _Interrupts(True) as interrupts:
+        lines = _lines(True, interrupts)
+
+        def answer(presses: int = 0) -> str:
+            line = next(lines)
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
+            capsys.readouterr()
+            _answer(talk, line, GREEDY, True, interrupts)
+            return capsys.readouterr().out
+
+        first = answer(1)
+        assert first.endswith(" (stopped)\n\n")
+        assert KNOWN["Say it twice."].startswith(first.removesuffix(" (stopped)\n\n"))
+        assert len(first) < len(KNOWN["Say it twice."])
+        talk.turns.clear()
+        assert answer() == "A small model.\n\n"
+        signal.raise_signal(signal.SIGINT)  # the answer has just ended: nothing is left to stop
+        assert next(lines) == "/system"
+        with pytest.raises(KeyboardInterrupt):
+            answer(2)
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -60,28 +60,54 @@ def chat(target: str, system: str, step: int | None, **options: Any) -> None:
     talk, terminal = Conversation(engine, tokenizer, template, system), sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         click.echo(f"{target} reads up to {engine.T:,} tokens.\n{COMMANDS}.", err=True)
-    for count, line in enumerate(_lines(terminal)):
-        try:
-            if not _obeyed(talk, line):
-                _answer(talk, line, replace(how, seed=how.seed + count), terminal)
-        except ConfigError as error:
-            if not terminal:
-                raise
-            click.echo(f"daybreak: {error}", err=True)
+    with _Interrupts(terminal) as interrupts:
+        for count, line in enumerate(_lines(terminal, interrupts)):
+            try:
+                if not _obeyed(talk, line):
+                    _answer(talk, line, replace(how, seed=how.seed + count), terminal, interrupts)
+            except ConfigError as error:
+                if not terminal:
+                    raise
+                click.echo(f"daybreak: {error}", err=True)
 
 
-def _lines(terminal: bool) -> Iterator[str]:
+class _Interrupts:
+    """What Ctrl-C does on a terminal: at the prompt it empties the line. From Enter on it stops the answer, also one
+    that has not begun; pressed twice, it ends the program. Through a pipe it ends the program at once."""
+
+    def __init__(self, terminal: bool) -> None:
+        self.at_prompt, self.pressed, self._terminal = False, False, terminal
+
+    def _press(self, *_: Any) -> None:
+        if self.at_prompt or self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+    def __enter__(self) -> _Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._press) if self._terminal else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+def _lines(terminal: bool, interrupts: _Interrupts) -> Iterator[str]:
     """The lines that are typed or piped in, without empty ones."""
     if terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  # arrow keys, and earlier questions
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     while True:
+        interrupts.pressed = False  # an answer that had ended before it was pressed
         try:
+            interrupts.at_prompt = True
             line = input("> " if terminal else "").strip()
+            interrupts.at_prompt = False
         except EOFError:
             return click.echo(nl=terminal)
         except KeyboardInterrupt:
+            interrupts.at_prompt = False
             if not terminal:
                 raise
             line = ""
@@ -104,28 +130,16 @@ def _obeyed(talk: Conversation, line: str) -> bool:
     return True
 
 
-def _answer(talk: Conversation, question: str, how: Sampling, terminal: bool) -> None:
-    """Print the answer as it is generated. On a terminal, Ctrl-C stops it; pressed twice, it ends the program."""
-    pressed = list[int]()
-
-    def stop(number: int, _: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    before = signal.signal(signal.SIGINT, stop) if terminal else None
-    try:
-        with closing(talk.ask(question, how)) as pieces:
-            for i, piece in enumerate(pieces):
-                if i == 0 and talk.forgotten:
-                    turns = f"{talk.forgotten} oldest turn{'s' * (talk.forgotten > 1)}"
-                    click.echo(f"(forgot the {turns}: the model reads {talk.engine.T:,} tokens)", err=True)
-                click.echo(piece, nl=False)
-                if pressed:
-                    break
-        click.echo(" (stopped)" if pressed else "")
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+def _answer(talk: Conversation, question: str, how: Sampling, terminal: bool, interrupts: _Interrupts) -> None:
+    """Print the answer as it is generated, up to where Ctrl-C stops it."""
+    with closing(talk.ask(question, how)) as pieces:
+        for i, piece in enumerate(pieces):
+            if i == 0 and talk.forgotten:
+                turns = f"{talk.forgotten} oldest turn{'s' * (talk.forgotten > 1)}"
+                click.echo(f"(forgot the {turns}: the model reads {talk.engine.T:,} tokens)", err=True)
+            click.echo(piece, nl=False)
+            if interrupts.pressed:
+                break
+    click.echo(" (stopped)" if interrupts.pressed else "")
     if terminal:
         click.echo()

@@ -8,6 +8,7 @@ import signal
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,7 +90,13 @@ def test_a_notebook_shows_what_it_is_given(tmp_path: Path, monkeypatch: pytest.M
     lines = repr(daybreak.plan(Config.from_target("gpt2-124M"), gpu="h100")).splitlines()
     assert lines[0].startswith("fits               yes: 22,375 MiB of 79,927 MiB  [arena 21,291 MiB, exact; ")
     assert lines[-1] == "computes           in bf16 on NVIDIA H100 80GB HBM3, recompute 0"
-    assert repr(daybreak.train(tiny(tmp_path, "shown"))) == "Run('runs/shown')"
+    run = daybreak.train(tiny(tmp_path, "shown"))
+    assert repr(run) == "Run('runs/shown')"
+    assert repr(run.load_engine(B=2, device="cpu")) == (
+        "(Engine(gpt2 L=1 C=16 NH=1 max_T=32 V=257, B=2, T=32, cpu), Tokenizer('bytes', V=257))"
+    )
+    newest = run.checkpoints[0]
+    assert repr(run.checkpoint()) == f"Checkpoint('runs/shown/checkpoints/{newest.name}')"
 
 
 def test_tokens_that_an_engine_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +111,21 @@ def test_tokens_that_an_engine_has_no_room_for(tmp_path: Path, monkeypatch: pyte
         for call in (lambda e=engine, x=few: e.logits(x), lambda e=engine, x=few: e.eval_losses(x, x)):
             with pytest.raises(daybreak.Error, match=r"tokens have the shape \(.*load_engine\(B=8\)"):
                 call()
+    rows = tokens[:2].tolist()
+    for same in (rows, tuple(map(tuple, rows)), np.array(rows, np.uint16), tokens[:2].to(torch.int32)):
+        assert torch.equal(eight.logits(same), eight.logits(tokens[:2]))
+        assert torch.equal(eight.eval_losses(same, same).clone(), eight.eval_losses(tokens[:2], tokens[:2]))
+    for bad, said in (
+        ([[1, 2], [3]], "tokens must be ids (b, t): a tensor, an array, or rows of equal length."),
+        ("def", "tokens must be ids (b, t): a tensor, an array, or rows of equal length."),
+        ([[0.5]], "tokens are float64; ids must be whole numbers."),
+        (tokens > 5, "tokens are bool; ids must be whole numbers."),
+        ([1, 2], "tokens have the shape (2,), and this engine takes (b, t) of up to 32 tokens, and t up to 32; "
+                 "load_engine(B=8) takes 8 such rows."),
+    ):  # fmt: skip
+        with pytest.raises(daybreak.Error) as error:
+            one.logits(bad)
+        assert str(error.value) == said
     for wrong in (-1, 257, 300):  # 257 has a row in the padded embedding, and no meaning
         with pytest.raises(daybreak.Error, match=f"tokens are from {wrong} to {wrong}; ids are from 0 to 256"):
             one.logits(torch.full((1, 4), wrong))

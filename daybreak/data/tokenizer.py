@@ -89,6 +89,9 @@ class Tokenizer:
         digest.update(struct.pack("<I", self.eot))
         self.fingerprint = digest.hexdigest()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, V={self.V})"
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of the ids, in memory and in shards: uint16 where they fit, else uint32."""

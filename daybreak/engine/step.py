@@ -15,7 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from daybreak.engine.arena import CONSTANT, FROZEN, LiveFrame, name_inputs
@@ -40,6 +42,20 @@ def named_stats(pending: Pending) -> dict[str, float]:
     """The stats that `Engine.update` returned, by name: kernels.guard.STATS, and the number of matrices that saturated
     if the engine computes in fp8."""
     return dict(zip((*STATS, "saturated"), pending.values(), strict=False))
+
+
+Ids = Tensor | NDArray[np.integer] | Sequence[Sequence[int]]
+
+
+def _ids(name: str, values: Ids) -> Tensor:
+    """Ids as a tensor, from whatever holds whole numbers. Raises ConfigError for rows of unlike lengths and others."""
+    try:
+        ids = values if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} must be ids (b, t): a tensor, an array, or rows of equal length.") from None
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise ConfigError(f"{name} are {str(ids.dtype).removeprefix('torch.')}; ids must be whole numbers.")
+    return ids.long()
 
 
 def draw(spec: EngineSpec, seed: int) -> dict[str, Tensor]:
@@ -114,6 +130,9 @@ class Engine:
             self.prepare()
         if init:
             self.init(seed, drawing)
+
+    def __repr__(self) -> str:
+        return f"Engine({self.cfg.text()}, B={self.B}, T={self.T}, {self.device})"
 
     # ------------------------------------------------------------------------------------------------- weights
 
@@ -305,9 +324,10 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
-    def eval_losses(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+    def eval_losses(self, tokens: Ids, targets: Ids, positions: Tensor | None = None) -> Tensor:
         """Per-token losses (b, t) of tokens and targets (b, t), b <= B, t <= T. The next call overwrites the view.
         positions (b, t): of packed rows, if the engine has `documents`."""
+        tokens, targets = _ids("tokens", tokens), _ids("targets", targets)
         # The front of the flat buffers, so that a smaller batch is contiguous too.
         names = ("tokens", "targets", *(() if positions is None else ("positions", "lo")))
         parts = {name: self._front(name, tokens.shape) for name in names}
@@ -324,8 +344,9 @@ class Engine:
             raise ConfigError(f"tokens have the shape {tuple(shape)}, and {room}; load_engine(B=8) takes 8 such rows.")
         return self.state[name].view(-1)[: math.prod(shape)].view(*shape)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Ids) -> Tensor:
         """Logits (b, t, V) in compute dtype at every position of tokens (b, t), b t <= B T. ConfigError for others."""
+        tokens = _ids("tokens", tokens)
         inputs = self._front("tokens", tokens.shape)
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.cfg.V:
             raise ConfigError(f"tokens are from {tokens.min()} to {tokens.max()}; ids are from 0 to {self.cfg.V - 1}.")

@@ -324,6 +324,9 @@ class Checkpoint:
         for owned in self._ranges.values():
             owned.sort(key=lambda r: r[:2])
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r})"
+
     @property
     def model(self) -> Shape:
         """The shape of the model."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 from test_images_codec import blobs
 
 from daybreak.cli.main import main
+from daybreak.cli.prepare import _progress
 from daybreak.errors import DataError
 from daybreak.images.prepare import prepare_images
 from daybreak.images.read import read_picture
@@ -168,6 +171,40 @@ def test_folders_without_pictures_and_bad_captions_are_named() -> None:
     with pytest.raises(DataError, match=r"metadata\.jsonl record 1: each needs a file_name and a text 'text'"):
         prepare_images(["set"], px=8)
     assert not [path for path in Path("data").rglob("*") if path.is_file()]
+
+
+def test_pictures_that_nothing_reads_are_named_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of GIF files, one such file, and a Python without Pillow."""
+    Path("set").mkdir()
+    image.new("RGB", (8, 8)).save("set/a.gif")
+    for words, said in [
+        (["set", "--as", "images"], "set has no PNG, JPEG or WebP file (.png, .jpg, .jpeg, .webp); give a folder of"),
+        (["set"], "left out: 1, .gif files (a.gif); to train a model that draws, convert them to PNG and add --as"),
+        (["set/a.gif"], "cannot read .gif files; for a model that draws, give a folder of pictures with --as images"),
+    ]:
+        assert main(["prepare", *words]) == 4
+        assert said in capsys.readouterr().err
+    image.new("RGB", (8, 8)).save("set/a.png")
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    assert main(["prepare", "set", "--as", "images"]) == 2
+    assert "set/a.png needs Pillow: pip install -e '.[images]'" in capsys.readouterr().err
+
+
+def test_the_speed_of_preparing_leaves_out_what_comes_before(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A clock: 100 s in which pictures are read and a codec learns, then 40 s for half of the bytes. At the end nothing
+    is left to say."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    caplog.set_level(logging.INFO)
+    with _progress() as report:
+        for seconds, done, tokens in [(0, 0, 0), (100, 0, 0), (40, 50, 4_000_000), (40, 100, 8_000_000)]:
+            now[0] += seconds
+            report(done, 100, tokens)
+    assert caplog.messages == ["50.0 %, 0.10 M tokens/s, about 40 s left"]
 
 
 def test_a_killed_preparation_starts_over_and_gives_the_same(tmp_path: Path) -> None:

@@ -130,6 +130,27 @@ def test_captions_come_from_folders_names_files_and_lists() -> None:
     assert {caption for caption, _ in both} - {""} == {"dog 1", "dog 2"}
 
 
+def test_each_folder_may_have_a_list_as_sets_of_the_hub_do_and_other_formats_are_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Names in a list are paths from where it is. Of GIF files two are left out, whatever --skip-bad says."""
+    pictures = blobs(6, 16)
+    for i, split in enumerate(["train", "train", "train", "val", "val", "test"]):
+        save(f"set/{split}/in/{i}.png", pictures[i])
+    save("set/train/a.GIF", pictures[0])
+    save("set/b.gif", pictures[0])
+    Path("set/train/metadata.csv").write_text("file_name,text\n" + "".join(f"in/{i}.png,seen {i}\n" for i in range(3)))
+    lines = [json.dumps({"file_name": f"./in/{i}.png", "text": f"held out {i}"}) for i in (3, 4)]
+    Path("set/val/metadata.jsonl").write_text("\n".join(lines))
+    Path("set/test/metadata.jsonl").write_text("not read")
+    prepare_images(["set"], tokenizer="bytes", px=8)
+    train, val = ({caption for caption, _ in documents(Path("data/set-bytes"), split)} for split in ("train", "val"))
+    assert train - {""} == {"seen 0", "seen 1", "seen 2"}
+    assert val == {"held out 3", "held out 4"}
+    said = "set-bytes: skipped 2 pictures in other formats (first: set/b.gif is no PNG, JPEG or WebP file; convert it.)"
+    assert said in caplog.messages
+
+
 def test_the_same_pictures_give_the_same_files_whatever_the_workers() -> None:
     for i, picture in enumerate(blobs(30, 16)):
         save(f"set/{i}.png", picture)

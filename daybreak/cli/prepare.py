@@ -213,12 +213,13 @@ def _progress() -> Iterator[Progress]:
         task = bar.add_task("tokenizing")
 
         def report(done: int, total: int, tokens: int) -> None:
-            nonlocal said, first
-            first = first or (done, tokens)
-            now = time.monotonic()
+            nonlocal said, first, began
+            first, now = first or (done, tokens), time.monotonic()
+            if done == first[0]:  # pictures are read, or their codec learns: that is no part of the speed
+                began = now
             speed = (tokens - first[1]) / max(now - began, 1e-9)
             bar.update(task, completed=done, total=total, description=f"{speed / 1e6:.2f} M tokens/s")
-            if not console.is_terminal and now - said >= 30 and done > first[0]:
+            if not console.is_terminal and now - said >= 30 and first[0] < done < total:
                 said, left = now, (total - done) * (now - began) / max(done - first[0], 1)
                 log.info("%.1f %%, %.2f M tokens/s, about %.0f s left", 100 * done / total, speed / 1e6, left)
 

@@ -37,6 +37,8 @@ TABLES = (*JSON_SUFFIXES, *CSV_SUFFIXES)
 KINDS = ((".parquet",), _packed(".jsonl", ".ndjson"), JSON_SUFFIXES, CSV_SUFFIXES, TEXT_SUFFIXES)
 SUFFIXES = tuple(chain(*KINDS))
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+# Nothing here reads these.
+OTHER_PICTURES = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jfif", ".svg")
 BLOCK = 1 << 20  # bytes or characters
 LONGEST = 1 << 28  # bytes
 BOMB, BOMB_RATIO = 1 << 30, 500  # a packed file that holds more bytes than either allows is no text
@@ -74,7 +76,7 @@ def extra(module: str, name: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        missing = module.partition(".")[0]
+        missing = module.partition(".")[0].replace("PIL", "Pillow")
         raise ConfigError(f"{what} needs {missing}: pip install -e '.[{name}]' in daybreak's folder.") from None
 
 

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from daybreak.data.formats import (
+    OTHER_PICTURES,
     PICTURES,
     SUFFIXES,
     TABLES,
@@ -174,7 +175,7 @@ def _parts(paths: Sequence[Path], column: str) -> list[Part]:
                 with path.open("rb") as file:
                     said = identify(file.read(HEAD), text=True)
                 convert = "convert to .txt, .md or .jsonl, or pipe text into daybreak prepare - --name NAME"
-                if path.suffix.lower() in PICTURES:
+                if path.suffix.lower() in (*PICTURES, *OTHER_PICTURES):
                     convert = "for a model that draws, give a folder of pictures with --as images (docs/images.md)"
                 way = f"this is {said}" if said else convert
                 raise DataError(f"{path}: cannot read {path.suffix or 'such'} files; {way}.")
@@ -212,8 +213,9 @@ def _way_out(folder: Path, left: dict[str, list[str]]) -> str:
     why = max(left, key=lambda why: len(left[why]), default="")
     if why.startswith("without a field"):
         return "name the field that holds the text with --text-field KEY"
-    if why.lower().removesuffix(" files") in PICTURES:
-        return "to train a model that draws, add --as images (docs/images.md)"
+    if (suffix := why.lower().removesuffix(" files")) in (*PICTURES, *OTHER_PICTURES):
+        first = "convert them to PNG and " * (suffix in OTHER_PICTURES)
+        return f"to train a model that draws, {first}add --as images (docs/images.md)"
     if why.startswith("."):
         name = shlex.quote(f"*{why.removesuffix(' files')}")
         join = f"find -L {shlex.quote(str(folder))} -name {name} -exec cat {{}} + > my.txt"

@@ -41,7 +41,7 @@ from daybreak.images import codec, scenes
 from daybreak.images.emoji import emoji
 from daybreak.images.patches import grid_of
 from daybreak.images.png import sheet, write_png
-from daybreak.images.read import Picture, list_pictures, read_picture
+from daybreak.images.read import OTHER, Picture, list_pictures, read_picture
 
 log = logging.getLogger("daybreak")
 PX = 32  # pixels a side, if nothing else is asked for
@@ -84,7 +84,7 @@ def prepare_images(
         raise ConfigError(f"val-fraction = {val_fraction} must be above 0 and below 1.")
     if workers < 0:
         raise ConfigError(f"workers = {workers} must be 0 (all cores) or more.")
-    text, drawn, faults = get_tokenizer(tokenizer), is_drawn(words), Faults(skip_bad)
+    text, drawn, faults = get_tokenizer(tokenizer), is_drawn(words), Faults(skip_bad, (OTHER,))
     files = [] if drawn else list_pictures(words, text_field, faults)
     origin = " ".join(map(str, words))
     name = name or dataset_name(origin if drawn else Path(words[0]).resolve().name, text.name)
@@ -102,6 +102,7 @@ def prepare_images(
             raise DataError(f"{origin} has too few different pictures to split into train and val; add more.")
         size = 3 * px * px  # bytes
         rows = [item.row for item in parts[0][: min(MOST_FITTED, MOST_BYTES // size)]]
+        log.info("%s: read %d pictures; now their codec learns, for a minute or two", name, len(items))
         made = codec.train(grid_of(px), pixels[rows], lambda: progress(0, size * len(items), 0), codec_device())
         joined = _joined(text, made, folder, items, row_tokens)
         done, writers = 0, [_Writer(folder, f"{name}_{split}", joined, shard_tokens) for split in SPLITS]

@@ -2,7 +2,7 @@
 
 The caption of a picture is the first of these that exists:
 
-    1. its text in metadata.jsonl or metadata.csv at the top of the folder, which names it as `file_name`
+    1. its text in metadata.jsonl or metadata.csv, of the folder or of one in it, whose `file_name` is a path from there
     2. the text of NAME.txt beside NAME.png
     3. the name of the folder that it is in, below the one that was given: dog/001.png is "dog"
     4. its own name: red-circle_2.png is "red circle 2"
@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from daybreak.data.formats import PICTURES, Faults, extra, read_records, read_text, walk
+from daybreak.data.formats import OTHER_PICTURES, PICTURES, Faults, extra, read_records, read_text, walk
 from daybreak.data.sources import split_of
 from daybreak.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 CAPTIONS = ("metadata.jsonl", "metadata.csv")
+OTHER = "pictures in other formats"  # a reason to leave a file out
 MOST_PIXELS = 64_000_000  # of a file: more would take over 256 MB, and a small file may claim them
 MOST_CAPTION = 1 << 16  # bytes of NAME.txt
 
@@ -38,17 +39,19 @@ class Picture(NamedTuple):
     split: str
 
 
-def _listed(folder: Path, column: str, faults: Faults) -> dict[str, str]:
-    """Captions by file name from the folder's list, if it has one. DataError for a record without a name or a text."""
+def _listed(files: Iterable[tuple[str, Path]], column: str, faults: Faults) -> dict[str, str]:
+    """Captions by file name from the lists in a folder. DataError for a record without a name or a text."""
     found = dict[str, str]()
-    for path in (folder / name for name in CAPTIONS if (folder / name).is_file()):
+    for name, path in files:
+        if path.name not in CAPTIONS or not path.is_file() or split_of(name) == "test":
+            continue
         for number, record in read_records(path, faults):
             values = [record.get(key) for key in ("file_name", column)] if isinstance(record, dict) else []
             if not values or not all(isinstance(value, str) for value in values):
                 fix = f"each needs a file_name and a text {column!r} (--text-field names another)"
                 faults("captions without a name or a text", f"{path} record {number}: {fix}.")
                 continue
-            found[str(values[0])] = str(values[1])
+            found[str(Path(name).parent / str(values[0]))] = str(values[1])
     return found
 
 
@@ -70,18 +73,21 @@ def list_pictures(words: Iterable[str | Path], column: str, faults: Faults) -> l
     for folder in map(Path, words):
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder; --as images reads folders of PNG, JPEG and WebP files.")
-        listed, before = _listed(folder, column, faults), len(found)
-        for name, path in walk(folder):
-            hidden = any(part.startswith(".") for part in Path(name).parts)
-            if hidden or path.suffix.lower() not in PICTURES or (split := split_of(name)) == "test":
+        files = [(name, path) for name, path in walk(folder) if not any(x.startswith(".") for x in Path(name).parts)]
+        listed, before = _listed(files, column, faults), len(found)
+        for name, path in files:
+            if path.suffix.lower() in OTHER_PICTURES:
+                faults(OTHER, f"{path} is no PNG, JPEG or WebP file; convert it.")
+            if path.suffix.lower() not in PICTURES or (split := split_of(name)) == "test":
                 continue
             if listed and name not in listed:
                 faults("pictures without a caption", f"{path} is not in the list of captions; add it.")
                 continue
             found.append(Picture(path, listed.get(name) or _caption(folder, name, path, faults), split))
         if len(found) == before:
+            kinds = ", ".join(PICTURES)
             raise DataError(
-                f"{folder} has no PNG, JPEG or WebP file ({', '.join(PICTURES)}); give a folder of pictures."
+                f"{folder} has no PNG, JPEG or WebP file ({kinds}); give a folder of such, or convert others."
             )
     return found
 

@@ -89,11 +89,12 @@ def _signals_are_heard():
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    """The command line, called in the tests' process, sets up the log and tells libraries to stay offline: undone."""
-    log = logging.getLogger("daybreak")
-    before, environ = (log.handlers[:], log.level, log.propagate), dict(os.environ)
+    """The command line, called in the tests' process, sets up the log and tells libraries to stay offline: undone. A
+    fixture of a whole module may have called it before."""
+    log, environ = logging.getLogger("daybreak"), dict(os.environ)
+    log.handlers[:], log.level, log.propagate = [], logging.NOTSET, True
     yield
-    log.handlers[:], log.level, log.propagate = before
+    log.handlers[:], log.level, log.propagate = [], logging.NOTSET, True
     for name in [name for name in os.environ if name.startswith("HF_") and name not in environ]:
         del os.environ[name]
 

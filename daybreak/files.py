@@ -8,8 +8,10 @@ import glob
 import hashlib
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import IO
 from daybreak.errors import Error
 
 log = logging.getLogger("daybreak")
+HOLDER = ".holder"
 
 # What file systems say that cannot lock or flush: some network and FUSE mounts, 9p, overlays of old kernels.
 _UNABLE = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)
@@ -129,6 +132,29 @@ def locked(folder: Path, busy: Error) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextmanager
+def signed(folder: Callable[[], Path]) -> Iterator[None]:
+    """While the block runs, HOLDER in the folder names this process, which holds it. It may move meanwhile."""
+    here = f"{os.getpid()} {socket.gethostname()}\n"
+    with suppress(OSError), open(folder() / HOLDER, "w", opener=no_follow) as file:
+        file.write(here)
+    try:
+        yield
+    finally:
+        with suppress(OSError, ValueError):  # it may be gone, and another process's be here
+            if (folder() / HOLDER).read_text("ascii") == here:
+                (folder() / HOLDER).unlink()
+
+
+def holder_of(folder: Path) -> str:
+    """The process that took the lock last, for people who look for it; it may be on another machine."""
+    said, file = None, folder / HOLDER
+    with suppress(OSError):
+        text = file.read_text("ascii", "replace") if file.is_file() else ""
+        said = re.fullmatch(r"([0-9]{1,10}) ([a-zA-Z0-9_.-]{1,253})\n", text)  # it may be somebody else's folder
+    return f"process {said[1]} on {said[2]}" if said else "another process"
 
 
 def sha256_of(path: Path) -> str:

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -370,7 +371,10 @@ def test_a_killed_prepare_leaves_nothing_half_written(tmp_path: Path) -> None:
         try:
             assert process.stdout is not None
             assert int(process.stdout.readline()) > 500_000  # it has finished shards
-            with pytest.raises(DataError, match="being prepared by another process"):
+            holder = re.escape(
+                f"process {process.pid} on {socket.gethostname()}; wait for it or choose another --name."
+            )
+            with pytest.raises(DataError, match=f"is being prepared by {holder}"):
                 prepare(text, data_dir=data, name="book", tokenizer="bytes")
         finally:
             process.kill()

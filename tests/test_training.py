@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import daybreak
 from daybreak.config import Config
+from daybreak.files import HOLDER
 from daybreak.state.checkpoint import load_checkpoint
 from daybreak.state.run_folder import RunFolder
 from daybreak.state.throughput import Throughput
@@ -169,7 +170,7 @@ def test_a_run_that_another_process_holds_is_left_alone(shards: Path, tmp_path: 
         with pytest.raises(daybreak.Error, match=f"is being trained {us}"):
             daybreak.train(config(shards, tmp_path, "a"))
         for text in ("", "1 \x1b[31mred\n", "7 a b\n", f"{10**12} a\n", "\xff\n"):  # not written yet, or not by us
-            folder.holder.write_text(text)
+            (folder.path / HOLDER).write_text(text)
             with pytest.raises(daybreak.Error, match="by another process; wait"), RunFolder(folder.path).locked():
                 pass
     assert not (tmp_path / "a/exit.json").exists()

@@ -57,7 +57,7 @@ from daybreak.data.sources import SPLITS, Piece, TextSource
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.data.train_tokenizer import made_for
 from daybreak.errors import ConfigError, DataError, explained
-from daybreak.files import fsync_folder, locked, sha256_of, write_atomic
+from daybreak.files import HOLDER, fsync_folder, holder_of, locked, sha256_of, signed, write_atomic
 from daybreak.manifest import checksum, kept_files
 
 log = logging.getLogger("daybreak")
@@ -173,7 +173,7 @@ def prepare(
             return _Job(folder, name, source, encoder, shard_tokens, identity, journal).run(threads, progress)
         except _TextChangedError:
             log.warning("%s: the text written so far has changed since; starting over.", name)
-            _empty(folder, {"download"})
+            _empty(folder, {"download", HOLDER})
             source.faults.counts.clear()
             return _Job(folder, name, source, encoder, shard_tokens, identity, None).run(threads, progress)
 
@@ -391,11 +391,11 @@ def workspace(final: Path, identity: Any) -> Iterator[tuple[Path, Journal | None
     """
     folder, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     folder.mkdir(parents=True, exist_ok=True)
-    busy = DataError(f"{final} is being prepared by another process; wait for it or choose another --name.")
+    busy = DataError(f"{final} is being prepared by {holder_of(folder)}; wait for it or choose another --name.")
     with locked(folder, busy):
-        journal = _read_journal(folder, identity)
         try:
-            yield folder, journal
+            with signed(lambda: folder):
+                yield folder, _read_journal(folder, identity)
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():
                 final.rename(old)
@@ -428,7 +428,7 @@ def _read_journal(folder: Path, identity: Any) -> Journal | None:
             log.warning("%s is from another source, other options or an older daybreak; starting over.", folder)
     except DataError as error:
         log.warning("%s", error)
-    _empty(folder)
+    _empty(folder, {HOLDER})
     return None
 
 

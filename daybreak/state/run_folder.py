@@ -30,7 +30,6 @@ import logging
 import os
 import platform
 import re
-import socket
 import subprocess
 import time
 import uuid
@@ -43,7 +42,7 @@ from typing import Any
 from daybreak import __version__
 from daybreak.checked import FLAG, TEXT, WHOLE, or_null, read_json
 from daybreak.errors import ConfigError, Error, by_exit_code, explained
-from daybreak.files import lock, locked, no_follow, write_atomic
+from daybreak.files import holder_of, lock, locked, no_follow, signed, write_atomic
 from daybreak.formatting import quoted
 from daybreak.manifest import read_id
 
@@ -75,7 +74,7 @@ class RunFolder:
         self.metrics, self.main_log, self.samples = path / "metrics.jsonl", path / "main.log", path / "samples.txt"
         self.checkpoints, self.crash = path / "checkpoints", path / "crash.txt"
         self.run_id = path / "run-id"
-        self.agents, self.holder = path / ".torchrun", path / ".holder"  # hidden: no run yet, see check_free
+        self.agents = path / ".torchrun"  # hidden: no run yet, see check_free
 
     def create(self) -> None:
         """Make the folder. Raises ConfigError when the run exists (nothing is ever written over) or the disk refuses.
@@ -215,27 +214,11 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the run for this process, until it ends however it ends. ConfigError if another holds it, or if a link
         in the folder leads out of it."""
-        busy = ConfigError(f"{self.path} is being trained by {self.read_holder()}; wait or stop it.")
+        busy = ConfigError(f"{self.path} is being trained by {holder_of(self.path)}; wait or stop it.")
         with locked(self.path, busy):
             self.check_links()
-            here = f"{os.getpid()} {socket.gethostname()}\n"
-            with suppress(OSError), open(self.holder, "w", opener=no_follow) as file:
-                file.write(here)
-            try:
-                with self.watched():
-                    yield
-            finally:
-                with suppress(OSError, ValueError):  # the folder may have moved, and another run may be here
-                    if self.holder.read_text("ascii") == here:
-                        self.holder.unlink()
-
-    def read_holder(self) -> str:
-        """The process that took the lock last, for people who look for it; it may be on another machine."""
-        said = None
-        with suppress(OSError):
-            text = self.holder.read_text("ascii", "replace") if self.holder.is_file() else ""
-            said = re.fullmatch(r"([0-9]{1,10}) ([a-zA-Z0-9_.-]{1,253})\n", text)  # it may be somebody else's folder
-        return f"process {said[1]} on {said[2]}" if said else "another process"
+            with signed(lambda: self.path), self.watched():
+                yield
 
     def check_links(self) -> None:
         """Raise ConfigError for a symbolic link that leads out of the folder, or for what is no file and no folder.

@@ -212,6 +212,33 @@ def test_urls_with_a_range_and_without_sizes(hub: Hub, tmp_path: Path, monkeypat
         prepare(f"{hub.url}/page.html", data_dir=tmp_path)
 
 
+def test_a_server_that_is_not_there_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing listens at port 1. The library alone would try thirty times."""
+    with pytest.raises(DataError) as error:
+        prepare("http://127.0.0.1:1/part-{0..9}.txt", data_dir=tmp_path, name="u")
+    assert str(error.value) == (
+        "the server of http://127.0.0.1:1/part-0.txt cannot be reached ([Errno 111] Connection refused); check the "
+        "address and the network, or download the file elsewhere and give its name here."
+    )
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_goes_away_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """It answered once, so each attempt is told, in one line of ours."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    remote = client._url_file("http://127.0.0.1:1/a.txt")
+    with pytest.raises(DataError, match=r"could not be downloaded in 5 attempts \(ConnectError: .*\); run the same"):
+        client.download(remote, tmp_path)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{remote.name}: ConnectError: [Errno 111] Connection refused; trying again."
+    ] * 4
+    assert capfd.readouterr().err == ""
+
+
 def test_killed_and_run_again_it_ends_in_the_same_bytes(hub: Hub, tmp_path: Path) -> None:
     argv = ["prepare", "hf:org/web:sample-10BT", "--tokenizer", "bytes", "--shard-tokens", "9000", "--name", "w",
             "--workers", "1", "--data-dir"]  # fmt: skip

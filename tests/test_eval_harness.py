@@ -269,6 +269,33 @@ def test_what_cannot_be_evaluated(both: tuple[Any, Any], tmp_path: Path) -> None
         assert main(argv) == code
 
 
+def test_without_the_hub_nothing_is_asked_for_twice(
+    both: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The libraries would try six times for each file, and sleep in between. Nothing listens at port 1."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path)
+    for library in (config, constants):
+        monkeypatch.setattr(library, "HF_HUB_OFFLINE", False)
+    slept = list[float]()
+    monkeypatch.setattr("time.sleep", slept.append)
+    with pytest.raises(DataError) as error:
+        harness.run_harness(both[0], ["piqa", "hellaswag"], None, None, None)
+    assert str(error.value) == (
+        "piqa, hellaswag: the Hub cannot be reached ([Errno 111] Connection refused); download the data elsewhere with "
+        "`hf download` to DIR/owner/name, and give --data-files DIR."
+    )
+    assert slept == []
+    assert (config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE) == (False, False)  # later calls ask the Hub again
+    with serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        assert harness.unreachable(hub.url) == ""  # although it answers with 404
+        assert hub.asked == ["/"]
+
+
 def test_from_a_data_set_on_the_hub_to_scores(
     tmp_path: Path, sets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

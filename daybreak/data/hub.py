@@ -2,7 +2,8 @@
 
 Files are downloaded two ahead of the reader into the workspace, checked (size, sha256 where the Hub tells it, no error
 page in place of data) and deleted once they are read, so the whole set is never on the disk. huggingface_hub resumes
-dropped connections and waits out 429s; what it gives up on is tried again here. HF_ENDPOINT and HF_TOKEN are respected.
+dropped connections and waits out 429s; what it gives up on is tried again here. A server that cannot be reached at the
+start is not tried again. HF_ENDPOINT and HF_TOKEN are respected.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ log = logging.getLogger("daybreak")
 SPEC = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:#]+))?(?::(?P<config>[^#]+))?(?:#(?P<column>.+))?")
 ATTEMPTS, WAIT, AHEAD = 5, 1.0, 2  # tries a file, seconds after the first (doubled each time), files before the reader
 LONGEST_GLOB = 1000  # characters
+CONNECT = 30.0  # seconds to connect to a server
+NO_CONNECTION = {"ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled"}  # exceptions of the libraries
 CARDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of the Hub's library
 
 
@@ -44,9 +47,29 @@ class Remote(NamedTuple):
     get: Callable[..., str | Path]
 
 
+def unreachable(url: str) -> str:
+    """Why a URL's server cannot be connected to, by the Hub's library and its settings; "" if it can. One try, which
+    waits CONNECT seconds for each address of the server. It is no matter what the server answers, or how slowly."""
+    try:
+        extra("huggingface_hub", "data", url).get_session().head(url, timeout=CONNECT)
+    except Error:
+        raise
+    except Exception as error:  # of httpx or httpx2
+        if NO_CONNECTION & {kind.__name__ for kind in type(error).__mro__}:
+            return str(error).partition("\n")[0] or type(error).__name__
+    return ""
+
+
+def _quiet() -> None:
+    """Of what is tried again, each attempt is told here in one line, in place of the library's ten."""
+    if not os.environ.get("HF_HUB_VERBOSITY"):
+        extra("huggingface_hub.utils", "data", "downloading").logging.set_verbosity_error()
+
+
 def download(remote: Remote, folder: Path) -> Path:
     """The checked file in `folder`, after up to ATTEMPTS tries. DataError says what was wrong the last time."""
     reason = ""
+    _quiet()
     for attempt in range(ATTEMPTS):
         if attempt:
             log.warning("%s: %s; trying again.", remote.name, reason)
@@ -206,6 +229,9 @@ def remote_source(
         name = match["repo"].partition("/")[2] + (f"-{plain}" if plain else "")
     else:
         remotes = [_url_file(url, size) for name in names for url in _expand(name)]
+        if why := unreachable(remotes[0].name):
+            fix = "check the address and the network, or download the file elsewhere and give its name here"
+            raise DataError(f"the server of {remotes[0].name} cannot be reached ({why}); {fix}.")
         # Nothing tells whether what a URL gives changed: an unfinished preparation trusts that it did not.
         revision, name = "as downloaded", remotes[0].name.rpartition("/")[2].partition(".")[0]
     parts = [Part(remote.name, Path(), remote.split) for remote in remotes]

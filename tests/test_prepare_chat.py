@@ -226,7 +226,10 @@ def test_a_bad_record_stops_or_is_counted(model: str, caplog: pytest.LogCaptureF
     given: list[Any] = records(20)
     given[7], given[11] = {"messages": "no list"}, {"messages": [{"role": "user", "content": 3}]}
     chats.write_lines(Path("c.jsonl"), given)
-    with pytest.raises(DataError, match=re.escape("c.jsonl line 8 is no chat (it has: 'messages').")):
+    with pytest.raises(
+        DataError,
+        match=re.escape("c.jsonl line 8 is no chat (it has: 'messages'); mend or delete it, or add --skip-bad."),
+    ):
         prepare("c.jsonl", tokenizer=model, name="c", row_tokens=ROWS)
     with caplog.at_level(logging.WARNING):
         manifest = prepare("c.jsonl", tokenizer=model, name="c", row_tokens=ROWS, skip_bad=True)
@@ -243,7 +246,9 @@ def test_text_stays_text(model: str, caplog: pytest.LogCaptureFixture) -> None:
         assert prepare("pages.jsonl", tokenizer=model, name="pages").rows == 0
         assert prepare("pages.jsonl", tokenizer=model, name="forced", kind="chat", row_tokens=ROWS).rows == ROWS
         chats.write_lines(Path("c.jsonl"), records(20))
-        with pytest.raises(DataError, match=r"has no text in field 'text' .*; these are chats: add --as chat\."):
+        with pytest.raises(
+            DataError, match=r"has no text in field 'text' .*; these are chats: add --as chat to .* or --skip-bad to "
+        ):
             prepare("c.jsonl", tokenizer=model, name="text", kind="text")
     assert not [message for message in caplog.messages if "chats" in message]
     Path("a.txt").write_text("some text")
@@ -251,6 +256,26 @@ def test_text_stays_text(model: str, caplog: pytest.LogCaptureFixture) -> None:
         prepare("a.txt", tokenizer=model, name="a", kind="chat")
     with pytest.raises(ConfigError, match=r"no chat template; put the model's chat_template\.jinja beside its"):
         prepare("c.jsonl", tokenizer="gpt2", name="bare")
+
+
+def test_chats_among_texts(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The message says both ways: the texts without the chats, and the chats without the texts."""
+    Path("mix").mkdir()
+    Path("mix/a.txt").write_text("It was a dark night.\n" * 200)
+    chats.write_lines(Path("mix/b.jsonl"), [{"text": "one two three"}] * 30)
+    chats.write_lines(Path("mix/c.jsonl"), records(20))
+    with pytest.raises(DataError) as error:
+        prepare("mix", tokenizer="bytes", name="mix")
+    assert str(error.value) == (
+        "mix/c.jsonl line 1 has no text in field 'text' (it has: 'messages'); these are chats: add --as chat to learn "
+        "from them alone, or --skip-bad to leave them out."
+    )
+    texts = prepare("mix", tokenizer="bytes", name="mix", skip_bad=True)
+    assert texts.train.bytes + texts.val.bytes == 200 * 21 + 30 * 13
+    with pytest.raises(DataError, match=r"b\.jsonl line 1 is no chat \(it has: 'text'\); .* add --skip-bad\.$"):
+        prepare("mix", tokenizer=model, name="talk", kind="chat", row_tokens=ROWS)
+    talk = prepare("mix", tokenizer=model, name="talk", kind="chat", row_tokens=ROWS, skip_bad=True)
+    assert talk.train.documents + talk.val.documents == 20
 
 
 def test_a_set_of_the_hub(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +288,9 @@ def test_a_set_of_the_hub(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         files = {f"data/{name}.parquet": Path(f"{name}.parquet").read_bytes() for name in ("train", "validation")}
         hub.add("org/talk", files, {"license": "mit"})
-        with pytest.raises(DataError, match=r"has no text column 'text' .*; these are chats: add --as chat\."):
+        with pytest.raises(
+            DataError, match=r"has no text column 'text' .*; these are chats: add --as chat to .* or --skip-bad to "
+        ):
             prepare("hf:org/talk", tokenizer=model, name="talk")
         manifest = prepare("hf:org/talk", tokenizer=model, name="talk", kind="chat", row_tokens=ROWS)
     assert (manifest.source, manifest.revision, manifest.licence) == ("hf:org/talk", hub_server.COMMIT, "mit")

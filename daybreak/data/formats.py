@@ -272,7 +272,8 @@ def without_surrogates(text: str) -> str:
 def _way(record: Any) -> str:
     """What to do about a record without the field that was asked for."""
     named = "name the right one with --text-field (docs/data.md lists the keys of chats)."
-    return "these are chats: add --as chat." if format_of(record) else named
+    chats = "these are chats: add --as chat to learn from them alone, or --skip-bad to leave them out."
+    return chats if format_of(record) else named
 
 
 def _record_texts(path: Path, field: str, faults: Faults) -> Iterator[tuple[int, str]]:

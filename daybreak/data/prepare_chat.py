@@ -109,12 +109,13 @@ def write_rows(
     T, width, pad = encoder.T, encoder.tokenizer.dtype.itemsize, encoder.tokenizer.eot
     writers = {s: RowWriter(folder, f"{name}_{s}", T, width, shard_tokens, pad) for s in SPLITS}
     note, done = _Notes(), 0
+    fix = "" if source.faults.skip else "; mend or delete it, or add --skip-bad"
     try:
         units = _units(source.pieces(0, 0, folder))
         for nbytes, found in ahead(partial(_encoded, encoder), units, workers, 2 * workers):
             for split, place, example, wrong, cut in found:
                 if example is None:
-                    source.faults("that are no chats", f"{place} {wrong}.")
+                    source.faults("that are no chats", f"{place} {wrong}{fix}.")
                     continue
                 note("all", place)
                 if not example.learned.any():

@@ -156,7 +156,7 @@ def test_the_figures_of_the_large_recipe_by_hand() -> None:
     assert got["cost"] == (f"${tokens / rate / 3600 * 28:,.2f}", "as the time; $28.00 an hour for all GPUs together")
     assert got["disk: data"][0] == "67.1 GB"  # two bytes a token
     assert got["disk: checkpoints"][0] == "74.8 GB"  # four of 12 bytes a parameter
-    assert got["use"][0] == "--batch.B 16 --batch.recompute 0"
+    assert got["use"][0] == "as it is"
     assert got["fits"][0] == "yes: 62,221 MiB of 79,927 MiB"
 
 
@@ -186,8 +186,13 @@ def test_larger_shapes_without_a_step_recompute_for_enough_rows() -> None:
 def test_what_a_recipe_gets() -> None:
     """Its step stays what it is: `tiny` has none in tokens, but rows that were chosen."""
     assert said(on("tiny"))["use"] == said(on("tiny", None, run__device="cpu"))["use"] == ("as it is", "planned")
+    busy = ("as it is", "modelled: it keeps the GPU busy with the least recomputation")
+    assert said(on("gpt2-124M", gpus=8))["use"] == said(on("gpt2-124M"))["use"] == busy
+    rates = [on("gpt2-124M", batch__B=B).tok_s[0] for B in (64, 128)]
+    assert rates == [616_334, 616_334]  # so that a larger B, which fits, is no advice
     basis = "modelled: the least recomputation that keeps the GPU busy"
-    assert said(on("gpt2-124M", gpus=8))["use"] == ("--batch.B 64 --batch.recompute 0", basis)
+    assert said(on("gpt2-124M", batch__recompute=2))["use"] == ("--batch.B 64 --batch.recompute 0", basis)
+    assert said(on("gpt2-124M", batch__B=8))["use"] == ("--batch.B 128 --batch.recompute 0", basis)  # 8 is too few
 
 
 def test_every_basis_of_a_speed() -> None:

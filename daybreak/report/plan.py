@@ -160,15 +160,20 @@ def grouped(arena: Arena) -> list[tuple[str, str, int, int]]:
 
 
 def suggest(p: Plan) -> tuple[str, str]:
-    """Flags that suit this GPU or make the run fit, and the reason."""
+    """Flags that suit this GPU or make the run fit, and the reason. A recipe's B is kept where it is enough: it may
+    have been measured, and the model of speed knows no faster one."""
     c, fit = p.config, p.fit
     total = c.batch.total_tokens  # without it another B is another step: for who has not chosen one
     if total or (p.gpu and c.batch.B == Config().batch.B):
         share = c.tokens_at(0) // p.gpus if total else ENOUGH_TOKENS
         stages = [c.parallel.zero] if p.gpus == 1 or c.parallel.zero else [0, 1]
         for level, zero in product(range(4), stages):
-            B = fit.best_B(c.override({"batch.recompute": level, "parallel.zero": zero}))
-            if min(ENOUGH_TOKENS, share) <= B * c.T:
+            other, enough = c.override({"batch.recompute": level, "parallel.zero": zero}), min(ENOUGH_TOKENS, share)
+            kept = total and enough <= c.batch.B * c.T and fit.need(other) <= fit.budget  # a larger B is not faster
+            if kept and other == c:
+                return "as it is", "modelled: it keeps the GPU busy with the least recomputation"
+            B = c.batch.B if kept else fit.best_B(other)
+            if enough <= B * c.T:
                 flags = f"--batch.B {B} --batch.recompute {level}" + (f" --parallel.zero {zero}" if zero else "")
                 step = "" if total else f"; a step is {B * c.T * p.gpus:,} tokens then: see docs/tuning.md for optim.lr"
                 return flags, "modelled: the least recomputation that keeps the GPU busy" + step

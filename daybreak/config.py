@@ -315,7 +315,9 @@ def resolve(target: str | None, overrides: Iterable[tuple[str, str]] = ()) -> tu
         values = dict.fromkeys(LENGTH, 0) | values
     if "data.name" in values:  # a dataset named now replaces globs that a recipe named
         values = {"data.train": "", "data.val": ""} | values
-    config = config.override(values)
+    of, config = (config.data.name, config.data.train), config.override(values)
+    if target in recipe_names() and resume is None and of != (config.data.name, config.data.train):
+        config = config.override({"eval.prompt": values.get("eval.prompt", "")})  # the recipe's is of its own data
     if not config.run.name and target is not None:
         path = Path(target)
         config = config.override({"run.name": path.stem if path.suffix == ".toml" else target.replace(":", "-")})

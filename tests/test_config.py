@@ -390,6 +390,30 @@ def test_a_run_is_where_it_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert resolve(".")[0].run.name == "old"
 
 
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        ([], "def "),
+        ([("data.name", "stdlib")], "def "),
+        ([("data.name", "book")], ""),
+        ([("data.name", "stdlib=0.5,book=0.5")], ""),
+        ([("data.train", "a*.bin"), ("data.val", "b*.bin")], ""),
+        ([("data.name", "book"), ("eval.prompt", "It was")], "It was"),
+    ],
+)
+def test_the_demos_prompt_is_of_its_own_data(given: list[tuple[str, str]], prompt: str) -> None:
+    """A document of other data does not begin with "def"."""
+    assert resolve("tiny", given)[0].eval.prompt == prompt
+
+
+def test_a_prompt_that_was_saved_or_written_down_stays(tmp_path: Path) -> None:
+    """Of an old run whatever its data, and of one's own recipe with other data."""
+    saved = _saved_run(tmp_path / "old", **{"data.name": "book", "eval.prompt": "def "})
+    assert resolve(str(tmp_path / "old"), [("data.name", "other")])[0].eval.prompt == saved.eval.prompt == "def "
+    (tmp_path / "mine.toml").write_text('[eval]\nprompt = "Once"\n')
+    assert resolve(str(tmp_path / "mine.toml"), [("data.name", "other")])[0].eval.prompt == "Once"
+
+
 UNKNOWN_TARGETS = [
     ("tini", "unknown target 'tini'; did you mean 'tiny'? "),
     ("gpt2-124m", "unknown target 'gpt2-124m'; did you mean 'gpt2-124M'? "),

@@ -393,7 +393,8 @@ def test_prepare_prints_what_it_made(here: Path, capsys: pytest.CaptureFixture[s
         f"{len(train['shards']) + len(val['shards'])} shards\n"
         f"Validation is {100 * val['tokens'] / (train['tokens'] + val['tokens']):.3g} % of the tokens. "
         "Next: daybreak train d6 --model.V 257 --data p --name p --data.dir d\n"
-        "Without a GPU, train tiny --data.tokenizer bytes --model.V 257 on so small a text (docs/your-text.md).\n"
+        "Without a GPU, train the smallest model on so small a text: daybreak train tiny --data.tokenizer bytes "
+        "--model.V 257 --data p --name p --data.dir d\n"
     )
     assert err == ""  # no bar where stderr is no terminal
 

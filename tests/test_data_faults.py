@@ -125,12 +125,11 @@ def test_the_share_and_the_next_command_are_said(
     share = 100 * manifest["val"]["tokens"] / (manifest["val"]["tokens"] + manifest["train"]["tokens"])
     assert 256 < manifest["val"]["tokens"] <= 512 < manifest["train"]["tokens"]  # a sample of 1,024 does not fit
     command = "daybreak train d6 --model.V 257 --batch.T 256 --data a-bytes --name a-bytes"
-    flags = "--data.tokenizer bytes --model.V 257"
-    tiny = f"Without a GPU, train tiny {flags} on so small a text (docs/your-text.md)."
-    assert capsys.readouterr().out.endswith(f"\nValidation is {share:.3g} % of the tokens. Next: {command}\n{tiny}\n")
-    train = ["train", "tiny", *flags.split(), "--data", "a-bytes", "--steps", "1", "--eval.sample_tokens", "0"]
-    assert main(train) == 0
-    assert "\nruns/tiny: step 1, " in capsys.readouterr().out
+    tiny = "daybreak train tiny --data.tokenizer bytes --model.V 257 --data a-bytes --name a-bytes"
+    advice = f"Without a GPU, train the smallest model on so small a text: {tiny}"
+    assert capsys.readouterr().out.endswith(f"\nValidation is {share:.3g} % of the tokens. Next: {command}\n{advice}\n")
+    assert main([*tiny.split()[1:], "--steps", "1", "--eval.sample_tokens", "0"]) == 0
+    assert "\nruns/a-bytes: step 1, " in capsys.readouterr().out
     Path("c.txt").write_text("hi there\n")
     assert main(["prepare", "c.txt", "--tokenizer", "gpt2-1024"]) == 0
     assert capsys.readouterr().out.endswith("samples have 128 tokens each. Add text, and prepare it again.\n")
@@ -139,6 +138,18 @@ def test_the_share_and_the_next_command_are_said(
     _, said, advice = capsys.readouterr().out.splitlines()
     assert said.endswith("Next: daybreak train d6 --data b --name b")
     assert "--tokenizer gpt2-1024, and train tiny" in advice
+
+
+def test_a_tokenizer_of_a_data_set_that_is_not_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`tiny` reads stdlib unless --data says otherwise, and nothing says where this tokenizer's file is."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny", "--data.tokenizer", "hf-0123456789ab", "--model.V", "1500"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "daybreak: data.tokenizer = 'hf-0123456789ab': stdlib is not made with it; name the right --data."
+    )
+    assert not Path("data").exists()
 
 
 # ---- good files

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def test_stored_measurements_are_those_of_the_results_file() -> None:
     for m in MEASURED:
         key = (m.shape, str(m.B), str(m.recompute), m.gpu)
         row = [r for r in rows if (r["model"], r["B"], r["recompute"], r["card"]) == key][-1]
-        assert (float(row["tok_s"]), float(row["mfu"])) == (m.tok_s, m.mfu)
+        assert (float(row["tok_s"]), float(row["mfu"]), int(row["tokens"])) == (m.tok_s, m.mfu, m.tokens)
 
 
 @pytest.mark.parametrize(("target", "gpu"), [("d12", "4090"), ("d12", "h100"), ("d24", "a100-40gb"), ("d6", "l4")])
@@ -195,8 +196,37 @@ def test_what_a_recipe_gets() -> None:
     assert said(on("gpt2-124M", batch__B=8))["use"] == ("--batch.B 128 --batch.recompute 0", basis)  # 8 is too few
 
 
+def test_a_speed_is_measured_only_where_all_settings_that_cost_time_were_so() -> None:
+    """The recipe is the row of gpu_step.csv; each of these was never timed on it."""
+    at = "d12 B 64, recompute 0 on one NVIDIA H100 80GB HBM3 (bench/results/gpu_step.csv, 26 Nov 2026)"
+    for keys in ({}, {"precision__masters": "split"}, {"optim__lr": 1e-3}, {"eval__every": 10}):
+        assert on("gpt2-124M", **keys).tok_s == (616_334, f"measured {at}")
+    other: tuple[dict[str, Any], ...] = (
+        {"optim__name": "muon"}, {"precision__masters": "none"}, {"precision__masters": "fp32"},
+        {"precision__moments": "bf16"}, {"batch__total_tokens": 65_536}, {"batch__recompute": 1}, {"batch__B": 32},
+        {"batch__ramp": ((100, 1_048_576),)}, {"data__packed": True},
+    )  # fmt: skip
+    for keys in other:
+        assert on("gpt2-124M", **keys).tok_s == (616_334, f"modelled, from {at}"), keys
+    p = on("gpt2-124M")
+    without = Fit(p.fit.device, {"quack"}, p.fit.budget)  # this GPU, on a machine that lacks a package
+    assert replace(p, fit=without).tok_s == (616_334, f"modelled, from {at}")
+    for keys in ({"kernels__matmul": "torch"}, {"kernels__attention": "torch"}, {"lora__rank": 16}):
+        p = on("gpt2-124M", **keys)
+        assert (p.tok_s, p.hours) == (None, None), keys
+
+
+def test_what_others_published_is_said_of_the_recipe_as_it_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan for other data and another vocabulary still prints it, so it says of what."""
+    assert main(["plan", "gpt2-124M", "--gpu", "h100", "--model.V", "2000", "--steps", "20"]) == 0
+    _, notes = capsys.readouterr().out.split("\n\nPublished, for the recipe as it is shipped:\n")
+    assert notes.startswith("GPT-2 124M on 9.9B tokens of FineWeb: ")
+    assert main(["plan", "d12", "--gpu", "h100"]) == 0
+    assert "Published" not in capsys.readouterr().out
+
+
 def test_every_basis_of_a_speed() -> None:
-    rate, basis = on("d48", batch__B=34, batch__recompute=2).tok_s
+    rate, basis = on("d48", batch__B=34, batch__recompute=2, batch__total_tokens=139_264).tok_s
     assert rate == 55_324
     assert basis.startswith(
         "measured d48 B 34, recompute 2 on one NVIDIA H100 80GB HBM3 (bench/results/gpu_step.csv, 26"
@@ -209,7 +239,7 @@ def test_every_basis_of_a_speed() -> None:
     measured = "as d12 B 64, recompute 0 on one NVIDIA H100 80GB HBM3 (bench/results/gpu_step.csv, 26 Nov 2026)"
     for few in ("d6", "tiny"):  # narrower than all that were measured
         assert on(few).tok_s[1] == f"modelled: 50.1% of its peak, {measured}, but so small a model reaches less"
-    why = ("no figure for this family, GPU and precision; daybreak bench measures it there",
+    why = ("no figure for this family, GPU, precision, kernels or adapters; daybreak bench measures it there",
            "CPU speed is not predicted; daybreak bench measures it")  # fmt: skip
     for unknown, basis in zip(
         (on("d6", precision__compute="fp32"), on("tiny", None, run__device="cpu"),

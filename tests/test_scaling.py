@@ -7,6 +7,7 @@ import re
 import pytest
 from test_plan import on
 
+import daybreak
 from daybreak.cli import plan as command
 from daybreak.cli.main import main
 from daybreak.config import resolve
@@ -57,6 +58,18 @@ def test_steps_on_many_cards() -> None:
     third = scaling(config.override({"parallel.zero": 2}), "h100", (8,))[0]
     assert third.exchange == pytest.approx(eight.exchange * (8 + 1) / 2, rel=0.01)
     assert third.mib < eight.mib
+
+
+def test_the_table_rests_on_the_speed_of_the_line_above_it() -> None:
+    """In fp8 one GPU is faster there too; what has no speed on one GPU has no table."""
+    for compute in ("bf16", "fp8"):
+        config = resolve("gpt2-1558M")[0].override({"precision.compute": compute})
+        (eight,) = scaling(config, "h100", (8,))
+        rate, _ = on("gpt2-1558M", gpus=8, precision__compute=compute).tok_s
+        assert eight.alone == pytest.approx(SEVERAL_GPUS * 1_048_576 / rate)
+    for keys in ({"lora.rank": 16}, {"kernels.attention": "torch"}):
+        with pytest.raises(daybreak.Error, match="one NVIDIA H100 80GB HBM3 has no known speed in this run; give one"):
+            scaling(resolve("gpt2-1558M")[0].override(keys), "h100", (8,))
 
 
 def test_steps_on_many_cards_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,6 @@ def prepare(
     if show:
         log.warning("--show %d: %s is text, all of which is learned; examples are shown of chats.", show, manifest.name)
     train, val = manifest.train, manifest.val
-    shards = len(train.shards) + len(val.shards)
     share = 100 * val.tokens / (train.tokens + val.tokens)
     V = get_tokenizer(manifest.tokenizer, Path(data_dir) / manifest.name).V
     model = "tiny" if V == 1025 else f"{'d6' if train.tokens < 10**8 else 'd12'}{f' --model.V {V}' * (V != 50_257)}"
@@ -125,17 +124,19 @@ def prepare(
     place = f" --data.dir {quoted(data_dir)}" * (data_dir != "data")
     owner = _model_beside(options["tokenizer"])
     small = V != 1025 and 0 < train.bytes < 2 * 10**7 and not owner
-    tiny = f"train tiny --data.tokenizer {manifest.tokenizer} --model.V {V} on so small a text"
-    tiny = "prepare so small a text with --tokenizer gpt2-1024, and train tiny" if V == 50_257 else tiny
-    laptop = f"\nWithout a GPU, {tiny} (docs/your-text.md)."
+    names = f"--data {manifest.name} --name {manifest.name}{place}"
+    own = f"--data.tokenizer {manifest.tokenizer} --model.V {V}{_shorter(longest, 128)} {names}"
+    tiny = f"train the smallest model on so small a text: daybreak train tiny {own}"
+    short = "prepare so small a text with --tokenizer gpt2-1024, and train tiny (docs/your-text.md)."
+    laptop = f"\nWithout a GPU, {short if V == 50_257 else tiny}"
     further = f"daybreak finetune {owner} --data {manifest.name}{place}; from scratch: " * bool(owner)
-    then = f"Next: {further}daybreak train {model} --data {manifest.name} --name {manifest.name}{place}{laptop * small}"
+    then = f"Next: {further}daybreak train {model} {names}{laptop * small}"
     if 0 < longest <= LEAST:
         then = f"This is too little to train on: samples have {T:,} tokens each. Add text, and prepare it again."
     click.echo(
         f"{data_dir}/{manifest.name}: {train.tokens:,} training and {val.tokens:,} validation tokens "
-        f"({manifest.tokenizer}) of {train.documents + val.documents:,} documents in {shards} shards\n"
-        f"Validation is {share:.3g} % of the tokens. {then}"
+        f"({manifest.tokenizer}) of {train.documents + val.documents:,} documents in "
+        f"{len(train.shards) + len(val.shards)} shards\nValidation is {share:.3g} % of the tokens. {then}"
     )
 
 

@@ -23,11 +23,15 @@ def find_gpu(name: str) -> GPU:
 
 @dataclass(frozen=True)
 class Measured:
-    """A row of `source`: tokens a second and utilisation on one `gpu`, T = 1024, in bf16."""
+    """A row of `source`: tokens a second and utilisation on one `gpu`, T = 1024, in bf16, `tokens` in a step.
+
+    AdamW updated split masters with fp32 moments, and each kernel was the one that is chosen by itself.
+    """
 
     shape: str
     B: int
     recompute: int
+    tokens: int
     tok_s: float
     mfu: float
     gpu: str = "NVIDIA H100 80GB HBM3"
@@ -35,11 +39,11 @@ class Measured:
 
 
 MEASURED = (
-    Measured("d12", 64, 0, 616334, 0.5008),
-    Measured("d48", 16, 1, 56367, 0.5597),
-    Measured("d48", 16, 2, 56680, 0.5628),
-    Measured("d48", 28, 2, 57129, 0.5672),
-    Measured("d48", 34, 2, 55324, 0.5493),
+    Measured("d12", 64, 0, 524_288, 616334, 0.5008),
+    Measured("d48", 16, 1, 131_072, 56367, 0.5597),
+    Measured("d48", 16, 2, 131_072, 56680, 0.5628),
+    Measured("d48", 28, 2, 114_688, 57129, 0.5672),
+    Measured("d48", 34, 2, 139_264, 55324, 0.5493),
 )
 # A GPU's speed among 4 H200 of one host over its own alone: d48, 1,048,576 tokens a step
 # (bench/results/multi_gpu.csv).
@@ -47,10 +51,11 @@ SEVERAL_GPUS = 0.98
 
 
 def token_rate(
-    model: Shape, T: int, B: int, recompute: int, flops_per_token: int, gpu: str, gpus: int, fp8: float = 0.0
+    model: Shape, T: int, B: int, recompute: int, flops_per_token: int, gpu: str, gpus: int, tokens: int, fp8: float
 ) -> tuple[float, str] | None:
     """Tokens a second of `gpus` GPUs, and on what that rests; None if no shape of the family was measured, or if the
-    GPU's peak is not known. fp8: the part of the steps that are in fp8."""
+    GPU's peak is not known. tokens: those of a step, or 0 if something else is not as it was measured. fp8: the part of
+    the steps that are in fp8."""
     scale, more = (1.0, "") if gpus == 1 else (gpus * SEVERAL_GPUS, f"; times {gpus} x {SEVERAL_GPUS}, measured on 4")
     if fp8:
         gain = 1 / (fp8 / fp8_gain(model) + 1 - fp8)
@@ -68,7 +73,7 @@ def token_rate(
     near = min(family, key=distance)
     where = f"{near.shape} B {near.B}, recompute {near.recompute} on one {near.gpu} ({near.source})"
     if (SHAPES[near.shape], 1024, gpu) == (model, T, near.gpu):
-        exact = (near.B, near.recompute, gpus, 0) == (B, recompute, 1, fp8)
+        exact = (near.B, near.recompute, near.tokens, gpus, 0) == (B, recompute, tokens, 1, fp8)
         return near.tok_s * scale, f"{'measured' if exact else 'modelled, from'} {where}{more}"
     if (peak := peak_flops(gpu)) is None:
         return None

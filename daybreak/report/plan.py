@@ -94,12 +94,18 @@ class Plan:
     @property
     def tok_s(self) -> tuple[float, str] | None:
         """Tokens a second, and the basis of this figure; None if nothing is known."""
-        c = self.config
-        fp8 = self.compute == "fp8" and c.precision.fp8 == Config().precision.fp8
-        if self.device != "cuda" or not (fp8 or self.compute == "bf16") or c.lora.base == "fp8":
+        return self.rate(self.gpus)
+
+    def rate(self, gpus: int) -> tuple[float, str] | None:
+        """The same of `gpus` GPUs that each have this plan's B."""
+        c, usual = self.config, Config()
+        fp8 = self.compute == "fp8" and c.precision.fp8 == usual.precision.fp8
+        if self.device != "cuda" or not (fp8 or self.compute == "bf16") or c.lora.rank or c.kernels != usual.kernels:
             return None
+        other = (self.fit.missing, c.data.packed, c.batch.ramp, c.optim.name != "adamw", c.precision.moments != "fp32")
+        alike = c.precision.masters in ("auto", "split") and not any(other)
         shape, part = (c.model, c.T, c.batch.B, c.batch.recompute), c.precision.fp8_until if fp8 else 0.0
-        return token_rate(*shape, self.flops_per_token, self.gpu, self.gpus, part)
+        return token_rate(*shape, self.flops_per_token, self.gpu, gpus, c.tokens_at(0) if alike else 0, part)
 
     @property
     def hours(self) -> float | None:
@@ -205,7 +211,7 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     if not c.batch.T and c.T > LONGEST:
         said = f"T is {c.T:,}, the longest that the model allows: a shorter --batch.T, such as 2048, needs less memory"
         rows.insert(2, ("sequences", said, "counted"))
-    no_rate = "no figure for this family, GPU and precision; daybreak bench measures it there"
+    no_rate = "no figure for this family, GPU, precision, kernels or adapters; daybreak bench measures it there"
     no_rate = "CPU speed is not predicted; daybreak bench measures it" if cpu else no_rate
     rows.append(("speed", f"{p.tok_s[0]:,.0f} tok/s", p.tok_s[1]) if p.tok_s else ("speed", na, no_rate))
     no_time = "no speed" if steps else "one epoch of its data, which is not here; give --steps"
@@ -258,7 +264,7 @@ def print_plan(p: Plan, notes: Sequence[str] = (), verbose: bool = False) -> Non
     if p.gpu and p.gpu not in TRIED:
         print(f"daybreak has not been run on {p.gpu} yet: `daybreak doctor --check` there says how it does.")
     if notes:
-        print("\n" + "\n".join(notes))
+        print("\nPublished, for the recipe as it is shipped:\n" + "\n".join(notes))
     if verbose:
         _print_memory(p)
     else:

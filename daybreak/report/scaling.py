@@ -22,7 +22,7 @@ from daybreak.engine import DTYPES
 from daybreak.engine.collectives import Sharding
 from daybreak.errors import ConfigError
 from daybreak.formatting import format_duration
-from daybreak.report.gpus import SEVERAL_GPUS, find_gpu, token_rate
+from daybreak.report.gpus import SEVERAL_GPUS, find_gpu
 from daybreak.report.plan import ENOUGH_TOKENS, MIB, Plan, plan
 
 HOST = 8  # GPUs of one machine
@@ -83,9 +83,9 @@ class Scale:
 def scale(p: Plan, gpu: str, network: float = NETWORK) -> Scale:
     """The step of a plan for the GPU that `gpu` names. Raises ConfigError where the GPU's speed is not known."""
     c = p.config
-    one = token_rate(c.model, c.T, c.batch.B, c.batch.recompute, p.flops_per_token, p.gpu, 1)
+    one = p.rate(1)
     if one is None:
-        raise ConfigError(f"--gpus {p.gpus}: the speed of one {p.gpu} is not known; take another --gpu.")
+        raise ConfigError(f"--gpus {p.gpus}: one {p.gpu} has no known speed in this run; give one number of GPUs.")
     micro = c.batch.B * c.T / (one[0] * (SEVERAL_GPUS if p.gpus > 1 else 1.0))
     sharding, size = p.arena.sharding, DTYPES[p.compute].itemsize
     forward = micro / (4 if c.batch.recompute == 3 else 3)  # backward costs two forwards; whole blocks again, three

@@ -295,7 +295,9 @@ def _prepare_embedded(config: Config, beside: Path | None, check: Check) -> None
         named = known in (d.name, *(name for name, _ in parse_mix(d.name)))
         if not named or Path(known).is_dir() or (folder / "manifest.json").is_file():
             continue
-        tokenizer = f"{beside}/{TOKENIZER_FILE}" if d.tokenizer.startswith("hf-") else d.tokenizer or "gpt2"
+        if (theirs := d.tokenizer.startswith("hf-")) and beside is None:
+            raise ConfigError(f"data.tokenizer = {d.tokenizer!r}: {known} is not made with it; name the right --data.")
+        tokenizer = f"{beside}/{TOKENIZER_FILE}" if theirs else d.tokenizer or "gpt2"
         made: dict[str, Any] = {"data_dir": d.dir, "tokenizer": tokenizer, "progress": lambda *_: check()}
         log.info("preparing %s: %s", folder, EMBEDDED[known])
         prepare_images([known], **made) if known == DRAWN else prepare([known], **made)

@@ -114,7 +114,7 @@ def test_a_console_that_lacks_characters_shows_their_numbers(monkeypatch):
     assert ending("x", lambda: print("é 漢")) == 0
     assert main(["train", "漢字"]) == 2
     said = raw.getvalue().decode("latin-1")
-    assert said.startswith("é \\u6f22\ndaybreak: unknown target '\\u6f22\\u5b57'; did you mean")
+    assert said.startswith("é \\u6f22\ndaybreak: unknown target '\\u6f22\\u5b57'; none has this name.")
 
 
 def test_a_latin_1_terminal():

@@ -55,7 +55,7 @@ def _ids(name: str, values: Ids) -> Tensor:
         raise ConfigError(f"{name} must be ids (b, t): a tensor, an array, or rows of equal length.") from None
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise ConfigError(f"{name} are {str(ids.dtype).removeprefix('torch.')}; ids must be whole numbers.")
-    return ids.long()
+    return ids
 
 
 def draw(spec: EngineSpec, seed: int) -> dict[str, Tensor]:
@@ -346,7 +346,7 @@ class Engine:
 
     def logits(self, tokens: Ids) -> Tensor:
         """Logits (b, t, V) in compute dtype at every position of tokens (b, t), b t <= B T. ConfigError for others."""
-        tokens = _ids("tokens", tokens)
+        tokens = _ids("tokens", tokens).long()
         inputs = self._front("tokens", tokens.shape)
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.cfg.V:
             raise ConfigError(f"tokens are from {tokens.min()} to {tokens.max()}; ids are from 0 to {self.cfg.V - 1}.")

@@ -179,7 +179,7 @@ class RunFolder:
         """Put a start's refusal in the place of how an earlier attempt ended: schedulers would act on that. mark: when
         the start began. If it is another one now, the attempt itself has said how it ended."""
         with suppress(OSError, Error), self.locked():  # no process trains it
-            if self.exit_mark() == mark:
+            if self.config.is_file() and self.exit_mark() == mark:
                 self.write_exit(error.exit_code, str(error), error.final)
 
     def say_done(self) -> None:

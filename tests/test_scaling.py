@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from test_plan import on
 
-import daybreak
 from daybreak.cli import plan as command
 from daybreak.cli.main import main
 from daybreak.config import resolve
+from daybreak.engine import DTYPES
 from daybreak.engine.collectives import Sharding
 from daybreak.engine.moments import final_moments
 from daybreak.engine.params import ParamTable
 from daybreak.models.registry import build_model
 from daybreak.parallel import Group
 from daybreak.report.gpus import SEVERAL_GPUS
+from daybreak.report.plan import plan
 from daybreak.report.scaling import NETWORK, bandwidth, exposed_gradients, exposed_weights, scaling
 from daybreak.shapes import GPT2Config
 
@@ -61,15 +63,45 @@ def test_steps_on_many_cards() -> None:
 
 
 def test_the_table_rests_on_the_speed_of_the_line_above_it() -> None:
-    """In fp8 one GPU is faster there too; what has no speed on one GPU has no table."""
+    """In fp8 one GPU is faster there too."""
     for compute in ("bf16", "fp8"):
         config = resolve("gpt2-1558M")[0].override({"precision.compute": compute})
         (eight,) = scaling(config, "h100", (8,))
         rate, _ = on("gpt2-1558M", gpus=8, precision__compute=compute).tok_s
         assert eight.alone == pytest.approx(SEVERAL_GPUS * 1_048_576 / rate)
-    for keys in ({"lora.rank": 16}, {"kernels.attention": "torch"}):
-        with pytest.raises(daybreak.Error, match="one NVIDIA H100 80GB HBM3 has no known speed in this run; give one"):
-            scaling(resolve("gpt2-1558M")[0].override(keys), "h100", (8,))
+
+
+@pytest.mark.parametrize(
+    ("target", "gpu", "keys"),
+    [
+        ("llama-1B", "h100", {}),
+        ("gpt2-124M", "t4", {"batch.B": 4}),
+        ("d12", "h100", {"precision.compute": "fp32"}),
+        ("d12", "h100", {"lora.rank": 16}),
+        ("d12", "h100", {"kernels.attention": "torch"}),
+    ],
+)
+def test_steps_of_unknown_speed_have_their_memory_and_exchange(target: str, gpu: str, keys: dict[str, Any]) -> None:
+    """A family, a GPU, a precision, adapters and kernels that nobody measured."""
+    config = resolve(target, {"batch.total_tokens": 1 << 21, **keys})[0]
+    for gpus, row in zip((8, 64), scaling(config, gpu, (8, 64)), strict=True):
+        p = plan(config, gpu=gpu, gpus=gpus)
+        assert (row.alone, row.seconds, row.exposed) == (None, None, None)
+        assert row.mib == (p.nbytes + p.outside) // (1 << 20)
+        sent = p.arena.sharding.volume(DTYPES[p.compute], p.micro_steps)
+        assert row.exchange == sent / bandwidth(gpu, gpus)
+        assert row.micro_steps == (1 << 21) // (config.batch.B * config.T * gpus)
+
+
+def test_unknown_speed_and_a_number_that_does_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "llama-1B", "--gpu", "h100", "--gpus", "8,16"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" +(8|16) ", line)]
+    assert [row[:3] + row[5:9] for row in rows] == [["8", "8", "16", *["n/a"] * 4], ["16", "8", "8", *["n/a"] * 4]]
+    assert main(["plan", "gpt2-1558M", "--gpu", "h100", "--gpus", "8,24"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""  # no half of a plan
+    assert "--gpus 24: batch.total_tokens = 1048576 is not a multiple" in err
+    assert "take 16 or 32 in its place." in err
 
 
 def test_steps_on_many_cards_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

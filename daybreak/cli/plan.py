@@ -42,11 +42,13 @@ def plan(target: str, gpu: str | None, gpus: tuple[int, ...], network: float, ve
     config, _ = resolve(target, overrides_of(flags))
 
     from daybreak.report import plan as report
+    from daybreak.report.scaling import print_scaling, scaling
 
     if len(gpus) > 1 and gpu is None:
         raise ConfigError(f"--gpus {','.join(map(str, gpus))} compares one kind of GPU; say which with --gpu.")
-    report.print_plan(report.plan(config, gpu=gpu, gpus=gpus[0]), report.recipe_notes(target), verbose)
-    if len(gpus) > 1 and gpu is not None:
-        from daybreak.report.scaling import print_scaling, scaling
-
-        print_scaling(config, gpu, scaling(config, gpu, gpus, network), network)
+    planned = report.plan(config, gpu=gpu, gpus=gpus[0])
+    # before anything is printed, since one of the numbers may be wrong
+    rows = scaling(config, gpu, gpus, network) if gpu and len(gpus) > 1 else []
+    report.print_plan(planned, report.recipe_notes(target), verbose)
+    if gpu and rows:
+        print_scaling(config, gpu, rows, network)

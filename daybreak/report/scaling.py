@@ -1,6 +1,6 @@
 """The time of a step on N GPUs, by a model: the table that `plan --gpus 8,16,64,512` prints.
 
-A step takes as long as one GPU takes for its share of the tokens (gpus.token_rate), and longer if communication is not
+A step takes as long as one GPU takes for its share of the tokens (Plan.rate), and longer if communication is not
 hidden. Buckets, as `Sharding` cuts them, are sent one after the other, each once its gradients are final:
 
     compute        | forward       | backward                              |           | next forward
@@ -66,43 +66,39 @@ class Scale:
     """A step on `gpus` GPUs with B sequences a micro-step.
 
     alone: seconds of one GPU that does its share and waits for nobody. exchange: seconds of all communication.
-    exposed: the part of these that no computation hides. mib: memory of each GPU.
+    exposed: the part of these that no computation hides. mib: memory of each GPU. None: one GPU's speed is not known.
     """
 
     gpus: int
     B: int
     micro_steps: int
-    alone: float
-    seconds: float
+    alone: float | None
+    seconds: float | None
     exchange: float
-    exposed: float
+    exposed: float | None
     mib: int
     fits: bool
 
 
 def scale(p: Plan, gpu: str, network: float = NETWORK) -> Scale:
-    """The step of a plan for the GPU that `gpu` names. Raises ConfigError where the GPU's speed is not known."""
-    c = p.config
-    one = p.rate(1)
-    if one is None:
-        raise ConfigError(f"--gpus {p.gpus}: one {p.gpu} has no known speed in this run; give one number of GPUs.")
-    micro = c.batch.B * c.T / (one[0] * (SEVERAL_GPUS if p.gpus > 1 else 1.0))
+    """The step of a plan for the GPU that `gpu` names."""
+    c, total = p.config, p.nbytes + p.outside
     sharding, size = p.arena.sharding, DTYPES[p.compute].itemsize
+    rate, latency = bandwidth(gpu, p.gpus, network), HOP * (p.gpus - 1)
+    exchange = sharding.volume(DTYPES[p.compute], p.micro_steps) / rate
+    fits = p.budget is None or total <= p.budget
+    if (one := p.rate(1)) is None:
+        return Scale(p.gpus, c.batch.B, p.micro_steps, None, None, exchange, None, total // MIB, fits)
+    micro = c.batch.B * c.T / (one[0] * (SEVERAL_GPUS if p.gpus > 1 else 1.0))
     forward = micro / (4 if c.batch.recompute == 3 else 3)  # backward costs two forwards; whole blocks again, three
     backward = micro - forward
-    rate, latency = bandwidth(gpu, p.gpus, network), HOP * (p.gpus - 1)
     final = {m: backward * (m + 1) / (sharding.last_moment + 1) for m in range(sharding.last_moment + 1)}
     late = exposed_gradients(sharding, size, final, backward, rate, latency) if p.gpus > 1 else 0.0
     if sharding.zero == 2:  # each micro-step's exchange may go on under the next one's forward; the last one's may not
         late += (p.micro_steps - 1) * max(0.0, late - forward)
     late += exposed_weights(sharding, size, forward, rate, latency)
-    sent = sharding.volume(DTYPES[p.compute], p.micro_steps)
-    total = p.nbytes + p.outside
-    fits = p.budget is None or total <= p.budget
-    alone = p.micro_steps * c.batch.B * c.T / one[0]
-    return Scale(
-        p.gpus, c.batch.B, p.micro_steps, alone, p.micro_steps * micro + late, sent / rate, late, total // MIB, fits
-    )
+    alone, seconds = p.micro_steps * c.batch.B * c.T / one[0], p.micro_steps * micro + late
+    return Scale(p.gpus, c.batch.B, p.micro_steps, alone, seconds, exchange, late, total // MIB, fits)
 
 
 def scaling(config: Config, gpu: str, counts: Sequence[int], network: float = NETWORK) -> list[Scale]:
@@ -115,10 +111,11 @@ def scaling(config: Config, gpu: str, counts: Sequence[int], network: float = NE
         total = config.batch.total_tokens
         rows = [b for b in range(config.batch.B, 0, -1) if not total or total % (b * config.T * gpus) == 0]
         if not rows:
-            raise ConfigError(
-                f"--gpus {gpus}: batch.total_tokens = {total} is not a multiple of batch.T * ranks = "
-                f"{config.T} * {gpus}; choose a number of GPUs that divides it, or another total."
-            )
+            fewer = next((n for n in range(gpus - 1, 0, -1) if total % (config.T * n) == 0), 0)
+            more = next((n for n in range(gpus + 1, total // config.T + 1) if total % (config.T * n) == 0), 0)
+            fix = " or ".join(f"{n}" for n in (fewer, more) if n) or "another batch.total_tokens"
+            rule = f"is not a multiple of batch.T * ranks = {config.T} * {gpus}"
+            raise ConfigError(f"--gpus {gpus}: batch.total_tokens = {total} {rule}; take {fix} in its place.")
         found.append(scale(plan(config.override({"batch.B": rows[0]}), gpu=gpu, gpus=gpus), gpu, network))
     return found
 
@@ -129,14 +126,14 @@ def print_scaling(config: Config, gpu: str, rows: Sequence[Scale], network: floa
                "time": 7, "MiB/GPU": 8}  # fmt: skip
     lines = [[*columns]]
     for r in rows:
-        tokens = r.B * config.T * r.micro_steps * r.gpus
         few = "*" if r.B < config.batch.B and r.B * config.T < ENOUGH_TOKENS else ""
-        times = (f"{1e3 * seconds:,.1f}" for seconds in (r.seconds, r.exchange, r.exposed))
-        lines.append([
-            f"{r.gpus}", f"{r.B}{few}", f"{r.micro_steps}", *times, f"{tokens / r.seconds:,.0f}",
-            f"{r.alone / r.seconds:.1%}", format_duration(r.seconds * config.run.steps or None),
-            f"{r.mib}{'' if r.fits else '!'}",
-        ])  # fmt: skip
+        times = ("n/a" if s is None else f"{1e3 * s:,.1f}" for s in (r.seconds, r.exchange, r.exposed))
+        speed = ["n/a"] * 3
+        if r.seconds and r.alone:
+            tok_s, part = r.B * config.T * r.micro_steps * r.gpus / r.seconds, r.alone / r.seconds
+            speed = [f"{tok_s:,.0f}", f"{part:.1%}", format_duration(r.seconds * config.run.steps or None)]
+        memory = f"{r.mib}{'' if r.fits else '!'}"
+        lines.append([f"{r.gpus}", f"{r.B}{few}", f"{r.micro_steps}", *times, *speed, memory])
     print("\nA step by number of GPUs (modelled; exchange and its exposed part in ms)")
     for line in lines:
         print("".join(f"{x:>{width}}" for x, width in zip(line, columns.values(), strict=True)))

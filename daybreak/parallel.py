@@ -318,8 +318,8 @@ class Group:
             return r, 1, f"rank {r} on {now[r][0]} died; start the run again, it goes on from its newest checkpoint."
         r = behind if behind in silent or not silent else silent[0]
         waited = f"the others have waited {self.timeout:g} s for it (parallel.timeout)"
-        fix = "see what its process does there, then start the run again"
-        return r, Hung.exit_code, f"rank {r} on {now[r][0]} hangs: {waited}; {fix}."
+        fix = "see why its process is stopped or gone" if r in silent else "look for its stacks in the run's crash.txt"
+        return r, Hung.exit_code, f"rank {r} on {now[r][0]} hangs: {waited}; {fix}, then start the run again."
 
     def _keep_beating(self) -> None:
         left = False

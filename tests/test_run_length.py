@@ -95,6 +95,10 @@ def test_a_finished_run_says_one_line(shards: Path, tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out == ""
     assert main(["train", str(run.path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 3
+    assert main(["train", str(run.path), "--data", "other"]) == 0
+    done = f"nothing to do: {run.path} has made its 3 steps; --steps N --optim.horizon N trains it to step N."
+    globs = "".join(f'data.{k} "{getattr(run.config.data, k)}" -> "", ' for k in ("train", "val"))[:-2]
+    assert capsys.readouterr().err == f'{done} Not read: data.name "stdlib" -> "other", {globs}.\n'
 
 
 def test_serve_is_advised_with_the_command_that_installs_it(

@@ -51,7 +51,7 @@ from daybreak.state.run_folder import RunFolder
 from daybreak.state.saver import Saver
 from daybreak.state.throughput import Throughput
 from daybreak.training.display import Display, make_display, say, working
-from daybreak.training.origin import check_rate, finished_at, fork_of, say_origin, weights_of
+from daybreak.training.origin import check_rate, finished_at, fork_of, nothing_to_do, say_origin, weights_of
 from daybreak.training.profile import Profiler
 from daybreak.training.samples import sampled
 from daybreak.training.schedule import learning_rate
@@ -109,9 +109,7 @@ def _prepared(
     with RunFolder(folder).locked() if folder is not None and stop.group.rank == 0 else nullcontext():
         steps = config.run.steps
         if folder is not None and (at := stop.group.first(lambda: finished_at(Run(folder), steps))):
-            done = f"has made its {at} steps; --steps N --optim.horizon N trains it to step N."
-            past = f"is at step {at}, past --steps {steps}; give more than {at}."
-            say(f"nothing to do: {folder} {past if at > steps else done}")
+            say(nothing_to_do(Run(folder), config, at))
             stop.group.first(RunFolder(folder).say_done)
             return Run(folder)
         return _train(config, folder, check, fork, init, stop, on_save)

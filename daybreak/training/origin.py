@@ -66,13 +66,28 @@ def finished_at(run: Run, steps: int) -> int:
     return newest.step if any(record["step"] == newest.step for record in run.metrics(last)) else 0
 
 
+def nothing_to_do(run: Run, config: Config, at: int) -> str:
+    """The line for a run that is at step `at` and has made all steps of `config`. It names other data."""
+    steps = config.run.steps
+    done = f"has made its {at} steps; --steps N --optim.horizon N trains it to step N."
+    past = f"is at step {at}, past --steps {steps}; give more than {at}."
+    other = [change for change in differing(run.config, config) if change.startswith("data.")]
+    unread = f" Not read: {', '.join(other)}." if other else ""
+    return f"nothing to do: {run.path} {past if at > steps else done}{unread}"
+
+
 def say_origin(checkpoint: Checkpoint, now: Config) -> None:
     """Name the checkpoint, and every setting that is another one than then, but for the run's name and folder."""
     log.info("resuming from %s", checkpoint.path)
-    saved = saved_config(checkpoint.path, checkpoint.manifest)
-    was = dict(saved.items()) | {key: value for key, value in now.items() if key in ("run.name", "run.dir")}
-    if changed := [f"{k} {toml_value(was.get(k))} -> {toml_value(v)}" for k, v in now.items() if v != was.get(k)]:
+    if changed := differing(saved_config(checkpoint.path, checkpoint.manifest), now):
         log.info("changed since the checkpoint: %s", ", ".join(changed))
+
+
+def differing(old: Config, new: Config) -> list[str]:
+    """The settings with another value in `new`, as `key old -> new`, without the run's name and folder."""
+    was = dict(old.items())
+    pairs = [(key, was.get(key), now) for key, now in new.items() if key not in ("run.name", "run.dir")]
+    return [f"{key} {toml_value(before)} -> {toml_value(now)}" for key, before, now in pairs if now != before]
 
 
 def check_rate(path: Path | str, saved: Config, config: Config, *, fork: bool, warn: bool = False) -> None:

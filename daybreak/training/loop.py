@@ -107,8 +107,7 @@ def _prepared(
     init = weights_of(init_from, config.model, grows=not config.lora.rank) if init_from is not None else None
     folder = Path(resume).expanduser() if resume is not None else None
     with RunFolder(folder).locked() if folder is not None and stop.group.rank == 0 else nullcontext():
-        steps = config.run.steps
-        if folder is not None and (at := stop.group.first(lambda: finished_at(Run(folder), steps))):
+        if folder is not None and (at := stop.group.first(lambda: finished_at(Run(folder), config.run.steps))):
             say(nothing_to_do(Run(folder), config, at))
             stop.group.first(RunFolder(folder).say_done)
             return Run(folder)

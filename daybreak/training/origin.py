@@ -46,8 +46,7 @@ def weights_of(source: Path | str, shape: Shape, grows: bool) -> Weights:
     """Weights of a run's newest checkpoint, of one checkpoint, or of another program's files, adapters merged.
     Raises CheckpointError if they are of another shape, before there is a folder, which would be resumed from random
     weights. grows: their vocabulary may be smaller."""
-    found: Weights = checkpoint_of(source) if (run_of(source) / "config.toml").is_file() else open_source(source)
-    weights = Merged(found)
+    weights = Merged(checkpoint_of(source) if (run_of(source) / "config.toml").is_file() else open_source(source))
     check_model(weights, shape, grows)
     return weights
 
@@ -60,20 +59,17 @@ def finished_at(run: Run, steps: int) -> int:
         newest = run.checkpoint()
     except CheckpointError:
         return 0  # whoever resumes it is told
-    if newest.step < steps:
-        return 0
     last = "sample" if run.config.eval.sample_tokens else "val"
-    return newest.step if any(record["step"] == newest.step for record in run.metrics(last)) else 0
+    return newest.step if newest.step >= steps and any(r["step"] == newest.step for r in run.metrics(last)) else 0
 
 
 def nothing_to_do(run: Run, config: Config, at: int) -> str:
     """The line for a run that is at step `at` and has made all steps of `config`. It names other data."""
-    steps = config.run.steps
-    done = f"has made its {at} steps; --steps N --optim.horizon N trains it to step N."
-    past = f"is at step {at}, past --steps {steps}; give more than {at}."
-    other = [change for change in differing(run.config, config) if change.startswith("data.")]
-    unread = f" Not read: {', '.join(other)}." if other else ""
-    return f"nothing to do: {run.path} {past if at > steps else done}{unread}"
+    said = f"has made its {at} steps; --steps N --optim.horizon N trains it to step N."
+    if at > config.run.steps:
+        said = f"is at step {at}, past --steps {config.run.steps}; give more than {at}."
+    other = ", ".join(change for change in differing(run.config, config) if change.startswith("data."))
+    return f"nothing to do: {run.path} {said}" + (f" Not read: {other}." if other else "")
 
 
 def say_origin(checkpoint: Checkpoint, now: Config) -> None:
@@ -85,9 +81,8 @@ def say_origin(checkpoint: Checkpoint, now: Config) -> None:
 
 def differing(old: Config, new: Config) -> list[str]:
     """The settings with another value in `new`, as `key old -> new`, without the run's name and folder."""
-    was = dict(old.items())
-    pairs = [(key, was.get(key), now) for key, now in new.items() if key not in ("run.name", "run.dir")]
-    return [f"{key} {toml_value(before)} -> {toml_value(now)}" for key, before, now in pairs if now != before]
+    was = dict(old.items()) | {"run.name": new.run.name, "run.dir": new.run.dir}
+    return [f"{k} {toml_value(was.get(k))} -> {toml_value(now)}" for k, now in new.items() if now != was.get(k)]
 
 
 def check_rate(path: Path | str, saved: Config, config: Config, *, fork: bool, warn: bool = False) -> None:

@@ -408,11 +408,8 @@ def test_a_device_that_waits_for_a_rank_that_is_gone(tmp_path: Path, how: str, c
 
 def test_one_rank_hangs_or_dies(shards: Path, tmp_path: Path) -> None:
     """Two launches side by side, since most of the time they wait."""
-    stop = (
-        signal.SIGSTOP,
-        7,
-        f"hangs: the others have waited {WAIT} s for it (parallel.timeout); see why its process is",
-    )
+    said = f"hangs: the others have waited {WAIT} s for it (parallel.timeout); see why its process is"
+    stop = (signal.SIGSTOP, 7, said)
     cases = {"hangs": stop, "dies": (signal.SIGKILL, 1, "died")}
     launches: dict[str, list[Any]] = {}
     for name in cases:
@@ -440,9 +437,8 @@ def test_when_a_rank_hangs_every_rank_leaves_its_stacks(shards: Path, tmp_path: 
     hang = json.dumps({"do": "hang", "at": "call:daybreak.engine.step:Engine.micro_step", "n": 9})
     stuck = ranks.start(3, [hang, *command(target, *SOON)], tmp_path, range(1, 2), port=port, run=ranks.accident)
     others = [ranks.start(3, command(target, *SOON), tmp_path, range(r, r + 1), port=port)[0] for r in (0, 2)]
-    refused(
-        tmp_path, others, 7, "rank 1 on ", f"hangs: the others have waited {WAIT} s", "look for its stacks in the run"
-    )
+    said = (f"hangs: the others have waited {WAIT} s", "look for its stacks in the run")
+    refused(tmp_path, others, 7, "rank 1 on ", *said)
     assert stuck[0].poll() is None
     parts = (tmp_path / "a/crash.txt").read_text().split("Z rank ")[1:]
     assert sorted(part[0] for part in parts) == ["0", "1", "2"]

@@ -20,6 +20,7 @@ SCRIPTS = ("chat.sh", "speedrun.sh")
 def commands(script: str) -> list[list[str]]:
     """The words of every command of daybreak, also of those that speedrun's `learn NAME` carries out."""
     text = (ROOT / "scripts" / script).read_text().replace("\\\n", " ")
+    text = re.sub(r"\$\{[A-Z]+:-(.*?)\}", r"\1", text)  # a variable that is not set
     lines = [line.partition("|| ")[2] or line for line in text.splitlines() if not line.startswith(("#", "echo"))]
     found = [re.search(r"^(?:daybreak|learn \w+) +(.*)", line) for line in lines]
     return [shlex.split(match[1]) for match in found if match]
@@ -65,6 +66,14 @@ def test_speedrun_goes_on_after_a_stop(tmp_path: Path) -> None:
         "train runs/chat",
         "chat runs/chat",
     ]
+    said = ["TEXT=/shards --name x", "DIALOGUES=/chats.jsonl", "PRETRAIN=--steps 9", "FINETUNE=--epochs 3", "GPUS=2"]
+    subprocess.run([*speedrun[:2], "own"], cwd=tmp_path, env={**env, **dict(x.split("=") for x in said)})
+    text, base, _, chats, chat = (line.split() for line in (tmp_path / "said").read_text().splitlines()[8:])
+    assert text == ["prepare", "/shards", "--name", "x", "--name", "fineweb-edu"]
+    assert chats[-1] == "/chats.jsonl"
+    assert "hf:" not in " ".join(text + chats)
+    assert (base[-2:], chat[-2:]) == (["--steps", "9"], ["--epochs", "3"])
+    assert all(" --nproc-per-node 2 " in " ".join(run) for run in (base, chat))
     none = subprocess.run([*speedrun[:2], "no"], cwd=tmp_path, env={**env, "GPUS": "0"}, capture_output=True, text=True)
     assert (none.returncode, none.stderr) == (2, "torch finds no GPU here; scripts/chat.sh is for a CPU.\n")
     assert not (tmp_path / "no").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import json
 import logging
@@ -79,7 +80,8 @@ def test_splits_of_several_paths_and_of_a_test_file_alone(tmp_path: Path, caplog
     assert splits(tmp_path, *(folder / s for s in ("train", "val", "test"))) == expected
     assert splits(tmp_path / "2", *(folder / s / "a.txt" for s in ("test", "train", "val"))) == expected
     assert (
-        "files to read: 2 (1 for validation, as their names say); left out: 1, of a test split (a.txt)" in caplog.text
+        "files to read: 2 (1 for validation, as their names say); left out: 1, of a test split, as their "
+        "names say (a.txt)" in caplog.text
     )
     write(tmp_path, {"test.jsonl": lines("one", "two")})
     assert splits(tmp_path / "3", tmp_path / "test.jsonl") == {"train": ["one"], "val": ["two"]}
@@ -425,6 +427,8 @@ KINDS = {
     "llm.c's eval": (struct.pack("<2i", 20240522, 1).ljust(2000, b"\0"), "another of llm.c's files"),
     "text": ("Es war einmal für 日本\n".encode() * 99, "plain text; `daybreak prepare` makes token shards of it"),
     "web page": (b"\n<!DOCTYPE html>".ljust(2000), "a web page, often an error page in place of a download"),
+    "pyc": (importlib.util.MAGIC_NUMBER + bytes(12) + os.urandom(200), "a compiled program; give its source"),
+    "so": (b"\x7fELF\2\1\1" + bytes(99), "a compiled program; give its source"),
     "gzip": (gzip.compress(os.urandom(2000)), "a compressed file; unpack it first"),
 }  # fmt: skip
 
@@ -440,7 +444,7 @@ def test_a_file_that_is_no_shard_is_told_what_it_is(tmp_path: Path, kind: str) -
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet"])
-@pytest.mark.parametrize("kind", ["LFS", "UTF-16", ".npy", ".gguf"])
+@pytest.mark.parametrize("kind", ["LFS", "UTF-16", ".npy", ".gguf", "pyc", "so"])
 def test_a_file_that_is_no_text_is_told_what_it_is(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).write_bytes(KINDS[kind][0])
     with pytest.raises(DataError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import py_compile
 import random
 import re
 import shutil
@@ -293,6 +294,15 @@ def test_the_command_that_a_folder_of_code_is_told_makes_it_readable(
     assert command
     subprocess.run(["bash", "-euc", command[1]], check=True)
     assert sorted(Path("my.txt").read_text().splitlines()) == ["first = 1", "second = 2"]
+    for i in range(5):  # compiled programs are more than their sources, and no text
+        py_compile.compile(str(code / "a.py"), str(code / f"__pycache__/a{i}.pyc"))
+        (code / f"font{i}.ttf").write_bytes(b"\0\1\0\0")
+        (code / f"LICENSE{i}").write_text("free")
+    with pytest.raises(DataError, match=r"5, \.pyc files .*; if these are plain text, join them with") as error:
+        prepare(code, data_dir=data)
+    assert command[0] in str(error.value)
+    with pytest.raises(DataError, match=r"left out: 5, \.pyc files .*; put such a file there, or give another folder"):
+        prepare(code / "__pycache__", data_dir=data)
     assert prepare("my.txt", tokenizer="bytes", data_dir=data)
     (drawn := tmp_path / "drawn").mkdir()
     (drawn / "a.PNG").write_bytes(b"\x89PNG")

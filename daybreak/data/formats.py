@@ -117,10 +117,15 @@ def walk(folder: Path) -> list[tuple[str, Path]]:
     return [(name.as_posix(), path) for name, path in sorted((path.relative_to(folder), path) for path in found)]
 
 
+def first_bytes(path: Path) -> bytes:
+    """The first HEAD bytes of a file, or all of a shorter one. Raises OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return file.read(HEAD)
+
+
 def is_packed(path: Path) -> bool:
     """Whether a file is gzip or zstd, by its first bytes."""
-    with path.open("rb") as file:
-        return any(kind.match(file.peek(HEAD)) for kind in (_GZIP, _ZSTD_FRAME))
+    return bool(_GZIP.match(head := first_bytes(path)) or _ZSTD_FRAME.match(head))
 
 
 def _zstd(path: Path) -> Iterator[bytes]:
@@ -283,15 +288,13 @@ def _record_texts(path: Path, field: str, faults: Faults) -> Iterator[tuple[int,
         if isinstance(text, str):
             yield place, without_surrogates(text)
         elif text is not None:
-            keys = ", ".join(repr(key) for key in record) if isinstance(record, dict) else type(record).__name__
-            faults(
-                "without text", f"{path} {unit} {place} has no text in field {field!r} (it has: {keys}); {_way(record)}"
-            )
+            keys = ", ".join(map(repr, record)) if isinstance(record, dict) else type(record).__name__
+            said = f"{path} {unit} {place} has no text in field {field!r} (it has: {keys}); {_way(record)}"
+            faults("without text", said)
 
 
 def _parquet(path: Path) -> Any:
-    with path.open("rb") as file:
-        head = file.read(HEAD)
+    head = first_bytes(path)
     if not head.startswith(b"PAR1") and (said := identify(head)):
         raise DataError(f"{path} is not Parquet but {said}.")
     return extra("pyarrow.parquet", "data", str(path)).ParquetFile(path)

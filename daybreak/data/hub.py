@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from daybreak.data.formats import KINDS, SUFFIXES, Faults, extra
+from daybreak.data.formats import KINDS, SUFFIXES, Faults, extra, first_bytes
 from daybreak.data.loader import ahead
 from daybreak.data.sources import Part, Piece, TextSource, split_of, split_parts, text_size
 from daybreak.errors import DataError, Error
@@ -92,9 +92,8 @@ def _defect(path: Path, remote: Remote) -> str:
     size = path.stat().st_size
     if remote.size not in (-1, size):
         return f"{size} bytes came instead of {remote.size}"
-    with path.open("rb") as file:
-        if re.match(rb"\s*<(!doctype|html|\?xml)", file.read(64), re.I):
-            return "the server sent a web page instead of the file"
+    if re.match(rb"\s*<(!doctype|html|\?xml)", first_bytes(path), re.I):
+        return "the server sent a web page instead of the file"
     if remote.sha256 and sha256_of(path) != remote.sha256:
         return "its sha256 is not the one that the Hub lists"
     return ""

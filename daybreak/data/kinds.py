@@ -24,6 +24,7 @@ _KINDS = (
     (rb"\xc6\xd7\x34\x01", "llm.c's model file, which `daybreak import` reads"),
     (rb"\x88\xd8\x34\x01|\xa1\xd9\x34\x01", "a token shard; train on it with --data.train or --data FOLDER"),
     (rb"[\xc7\xc8]\xd7\x34\x01|[\x8a\x8f]\xd8\x34\x01", "another of llm.c's files"),
+    (rb"\x7fELF|\xca\xfe\xba\xbe|..\r\n[\0-\3]\0\0\0", "a compiled program; give its source, in a text file"),
     (rb"%PDF", "a PDF; extract its text first"),
     (rb"\x1f\x8b|\x28\xb5\x2f\xfd", "a compressed file; unpack it first"),
     (rb"(?i)\s*<(?:!doctype|html|\?xml)", "a web page, often an error page in place of a download; download it again"),

@@ -31,7 +31,7 @@ import shlex
 import shutil
 import sysconfig
 import tokenize
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,7 @@ from daybreak.data.formats import (
     TABLES,
     Faults,
     dataset_stem,
+    first_bytes,
     format_of,
     is_packed,
     is_text,
@@ -52,7 +53,7 @@ from daybreak.data.formats import (
     read_text,
     walk,
 )
-from daybreak.data.kinds import HEAD, identify
+from daybreak.data.kinds import identify
 from daybreak.errors import DataError
 
 log = logging.getLogger("daybreak")
@@ -172,8 +173,7 @@ def _parts(paths: Sequence[Path], column: str) -> list[Part]:
             if not path.is_file():
                 raise DataError(f"{path} is a pipe or device, not a file; give a file, or - for standard input.")
             if not path.name.lower().endswith(SUFFIXES) and not is_text(path.name):
-                with path.open("rb") as file:
-                    said = identify(file.read(HEAD), text=True)
+                said = identify(first_bytes(path), text=True)
                 convert = "convert to .txt, .md or .jsonl, or pipe text into daybreak prepare - --name NAME"
                 if path.suffix.lower() in (*PICTURES, *OTHER_PICTURES):
                     convert = "for a model that draws, give a folder of pictures with --as images (docs/images.md)"
@@ -188,13 +188,13 @@ def _parts(paths: Sequence[Path], column: str) -> list[Part]:
             left[why].append(name)
         if not left.pop("", None):
             kinds = "no .txt, .md or .jsonl file (or .json, .csv, .parquet, .gz, .zst)"
-            raise DataError(f"the folder {path} holds {kinds}{_listed(left)}; {_way_out(path, left)}.")
+            raise DataError(f"the folder {path} holds {kinds}{_listed(left)}; {_way_out(path, inside)}.")
         found += [(name, file) for name, file, why in inside if not why]
     base = os.path.commonpath([path.absolute() if path.is_dir() else path.absolute().parent for path in paths])
     parts = [Part(name, file, split_of(os.path.relpath(file.absolute(), base))) for name, file in found]
     tests = [part.name for part in parts if part.split == "test"]
     if 0 < len(tests) < len(parts):
-        parts, left["of a test split"] = [part for part in parts if part.split != "test"], tests
+        parts, left["of a test split, as their names say"] = [part for part in parts if part.split != "test"], tests
     named = len({part.split == "val" for part in parts}) > 1
     parts = [part._replace(split=(part.split or "train") if named else "") for part in parts]
     if len(parts) > 1 or left:
@@ -208,18 +208,19 @@ def _listed(left: dict[str, list[str]]) -> str:
     return f"; left out: {'; '.join(each)}" if left else ""
 
 
-def _way_out(folder: Path, left: dict[str, list[str]]) -> str:
-    """The fix for a folder of which nothing is read, by the reason that most of its files have."""
-    why = max(left, key=lambda why: len(left[why]), default="")
-    if why.startswith("without a field"):
-        return "name the field that holds the text with --text-field KEY"
-    if (suffix := why.lower().removesuffix(" files")) in (*PICTURES, *OTHER_PICTURES):
-        first = "convert them to PNG and " * (suffix in OTHER_PICTURES)
-        return f"to train a model that draws, {first}add --as images (docs/images.md)"
-    if why.startswith("."):
-        name = shlex.quote(f"*{why.removesuffix(' files')}")
-        join = f"find -L {shlex.quote(str(folder))} -name {name} -exec cat {{}} + > my.txt"
-        return f"if these are plain text, join them with `{join}` and prepare my.txt"
+def _way_out(folder: Path, inside: list[tuple[str, Path, str]]) -> str:
+    """The fix for a folder of which nothing is read, by the commonest reason that has one. Files that cannot be text by
+    the first bytes of one of them, such as compiled programs, have none."""
+    example = {why: file for _, file, why in inside}
+    for why, _ in Counter(why for *_, why in inside).most_common():
+        if why.startswith("without a field"):
+            return "name the field that holds the text with --text-field KEY"
+        if (suffix := why.removesuffix(" files")).lower() in (*PICTURES, *OTHER_PICTURES):
+            first = "convert them to PNG and " * (suffix.lower() in OTHER_PICTURES)
+            return f"to train a model that draws, {first}add --as images (docs/images.md)"
+        if why[0] == "." and b"\0" not in (head := first_bytes(example[why])) and not identify(head, text=True):
+            join = f"find -L {shlex.quote(str(folder))} -name {shlex.quote('*' + suffix)} -exec cat {{}} + > my.txt"
+            return f"if these are plain text, join them with `{join}` and prepare my.txt"
     return "put such a file there, or give another folder"
 
 

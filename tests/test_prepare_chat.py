@@ -318,13 +318,17 @@ def test_the_command_shows_what_is_learned(
     assert "<|im_end|>]]\n" in out
     rest = out.removeprefix(want)
     manifest = json.loads(Path("data/c/manifest.json").read_text())
+    more = "So few examples need more epochs than the usual two: docs/finetune.md, under A few chats of your own.\n"
     assert rest == (
         f"data/c: {manifest['train']['documents']} training and {manifest['val']['documents']} validation examples in "
-        f"rows of {ROWS} tokens ({manifest['tokenizer']})\nNext: daybreak finetune MODEL --data c\n"
+        f"rows of {ROWS} tokens ({manifest['tokenizer']})\nNext: daybreak finetune MODEL --data c\n{more}"
     )
     Path("model/config.json").write_text("{}")  # now the tokenizer lies beside a model
     assert main(line) == 0
-    assert capsys.readouterr().out.endswith(f"\nNext: daybreak finetune {Path(model).parent} --data c\n")
+    assert capsys.readouterr().out.endswith(f"\nNext: daybreak finetune {Path(model).parent} --data c\n{more}")
+    chats.write_lines(Path("many.jsonl"), records(120))
+    assert main(["prepare", "many.jsonl", "--tokenizer", model, "--name", "many", "--row-tokens", str(ROWS)]) == 0
+    assert capsys.readouterr().out.endswith(" --data many\n")
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")

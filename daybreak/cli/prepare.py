@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from daybreak.data.dataset import Manifest
     from daybreak.data.prepare import Progress
 
-LEAST = 8  # tokens of the shortest sample that is advised
+LEAST, FEW = 8, 100  # tokens of the shortest sample that is advised; examples of chats that need many epochs
 
 
 @click.command()
@@ -103,14 +103,14 @@ def prepare(
         elif pretokenized is not None:
             manifest = data.pretokenized(sources[0], pretokenized, name=name, data_dir=data_dir, progress=progress)
         else:
-            packed: dict[str, Any] = {"kind": kind or "", "row_tokens": row_tokens or 0}
-            packed["train_tokenizer"] = train_tokenizer
-            manifest = data.prepare(sources, name=name, data_dir=data_dir, progress=progress, **packed, **options)
+            options |= {"kind": kind or "", "row_tokens": row_tokens or 0, "train_tokenizer": train_tokenizer}
+            manifest = data.prepare(sources, name=name, data_dir=data_dir, progress=progress, **options)
+    place = f" --data.dir {quoted(data_dir)}" * (data_dir != "data")
     if MARK in manifest.tokenizer:
-        _say_pictures(manifest, data_dir)
+        _say_pictures(manifest, data_dir, place)
         return
     if manifest.rows:
-        _say_rows(manifest, data_dir, show or 0, _model_beside(options["tokenizer"]) or "MODEL")
+        _say_rows(manifest, data_dir, place, show or 0, _model_beside(options["tokenizer"]) or "MODEL")
         return
     if show:
         log.warning("--show %d: %s is text, all of which is learned; examples are shown of chats.", show, manifest.name)
@@ -121,7 +121,6 @@ def prepare(
     T = 128 if V == 1025 else 1024
     longest = min(max((s.tokens for s in split.shards), default=0) for split in (train, val))
     model += _shorter(longest, T)
-    place = f" --data.dir {quoted(data_dir)}" * (data_dir != "data")
     owner = _model_beside(options["tokenizer"])
     small = V != 1025 and 0 < train.bytes < 2 * 10**7 and not owner
     names = f"--data {manifest.name} --name {manifest.name}{place}"
@@ -155,8 +154,8 @@ def _model_beside(tokenizer: str) -> str:
     return quoted(folder) if tokenizer.endswith(".json") and is_model else ""
 
 
-def _say_pictures(manifest: Manifest, data_dir: str) -> None:
-    """How many pictures there are, and what is next."""
+def _say_pictures(manifest: Manifest, data_dir: str, place: str) -> None:
+    """How many pictures there are, and what is next. place: the flag that names data_dir, for the next command."""
     from daybreak.data.catalogue import DRAWN
     from daybreak.data.pictures import text_name
     from daybreak.data.tokenizer import get_tokenizer
@@ -164,7 +163,6 @@ def _say_pictures(manifest: Manifest, data_dir: str) -> None:
     tokenizer = get_tokenizer(manifest.tokenizer, Path(data_dir) / manifest.name)
     assert tokenizer.pictures
     D, text = tokenizer.pictures.D, text_name(tokenizer.name)
-    place = f" --data.dir {quoted(data_dir)}" * (data_dir != "data")
     other = f" --data.tokenizer {text}" * (text != "gpt2-1024")
     own = f" --data {manifest.name}{other} --model.V {tokenizer.V} --model.max_T {D} --name {manifest.name}"
     click.echo(
@@ -174,7 +172,7 @@ def _say_pictures(manifest: Manifest, data_dir: str) -> None:
     )
 
 
-def _say_rows(manifest: Manifest, data_dir: str, show: int, model: str) -> None:
+def _say_rows(manifest: Manifest, data_dir: str, place: str, show: int, model: str) -> None:
     """The first `show` examples of a packed set, then how many there are and how `model` learns from them. What is
     learned is green on a terminal; elsewhere it is between double brackets."""
     from rich.console import Console
@@ -192,11 +190,11 @@ def _say_rows(manifest: Manifest, data_dir: str, show: int, model: str) -> None:
             said = tokenizer.decode(ids)
             text.append(f"[[{said}]]" if learned and not out.color_system else said, "bold green" if learned else "dim")
         out.print(text)
-    place = f" --data.dir {quoted(data_dir)}" * (data_dir != "data")
+    more = "\nSo few examples need more epochs than the usual two: docs/finetune.md, under A few chats of your own."
     click.echo(
         f"{folder}: {manifest.train.documents:,} training and {manifest.val.documents:,} validation examples in rows "
         f"of {manifest.rows} tokens ({manifest.tokenizer})\n"
-        f"Next: daybreak finetune {model} --data {manifest.name}{place}"
+        f"Next: daybreak finetune {model} --data {manifest.name}{place}{more * (manifest.train.documents < FEW)}"
     )
 
 

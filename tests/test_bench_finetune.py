@@ -50,3 +50,22 @@ def test_packed_rows_hold_documents_of_the_average_that_the_page_says(monkeypatc
     assert 64 * 2048 / starts == pytest.approx(script.AVERAGE, rel=0.1)
     assert ((rows[:, 1:] == rows[:, :-1] + 1) | (rows[:, 1:] == 0)).all()
     assert not torch.equal(rows, script.places(64, 2048, 1))
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_the_other_program_trains_the_same_shape(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """decoder_peer.py: transformers learns as many parameters as we do, and its first loss is that of guessing."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    script = importlib.import_module("decoder_peer")
+    given = f"smollm2-135m --layers 1 --B 1 --T 16 --tokens 32 --device cpu --seconds 0 --rounds 1 --lora {rank}"
+    monkeypatch.setattr("sys.argv", ["decoder_peer.py", *given.split(), "--out", str(tmp_path / "out.csv")])
+    script.main()
+    (row,) = csv.DictReader((tmp_path / "out.csv").open())
+    parameters = 49152 * 576 + 2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576 + 3 * 576
+    adapters = 16 * (576 + 576 + 576 + 192 + 576 + 192 + 576 + 576 + 2 * (576 + 1536) + 1536 + 576)
+    assert int(row["learned"]) == (adapters if rank else parameters)
+    assert float(row["first_loss"]) == pytest.approx(math.log(49152), abs=0.5)
+    assert (row["tokens"], row["card"]) == ("32", "cpu")
+    assert float(row["tok_s"]) == pytest.approx(32e3 / float(row["ms"]), abs=0.6)

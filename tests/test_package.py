@@ -11,12 +11,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_wheel_trains_outside_the_checkout(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+def clone(source: Path) -> Path:
+    """The files of which a wheel is built, copied into the new folder `source`."""
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run(["cp", "-r", str(ROOT / "daybreak"), str(source / "daybreak")], check=True)
+    return source
+
+
+def test_the_wheel_trains_outside_the_checkout(tmp_path: Path) -> None:
+    source = clone(tmp_path / "source")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("daybreak-*.whl")
@@ -44,6 +49,23 @@ def test_the_wheel_trains_outside_the_checkout(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "step    5/5 | loss" in done.stderr
     assert (work / "runs/tiny/checkpoints/step-00000005/manifest.json").is_file()
+
+
+def test_an_editable_install_is_found_by_a_script_beside_the_clone(tmp_path: Path) -> None:
+    """There Python sees the clone first, a folder `daybreak` without code of its own. The package in it must win."""
+    source = clone(tmp_path / "daybreak")
+    build = "import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("daybreak-*editable*.whl")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    script = tmp_path / "script.py"
+    script.write_text(f"import site; site.addsitedir({str(site)!r})\nimport daybreak; print(daybreak.__file__)\n")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # -S leaves out the packages that are installed here, an editable daybreak among them
+    command = [sys.executable, "-S", str(script)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(source / "daybreak/__init__.py")
 
 
 def test_gpt2_shape_on_the_embedded_corpus(tmp_path: Path) -> None:

@@ -129,7 +129,9 @@ def test_finetuning_8b_on_one_card(method: str, flags: dict[str, Any], card: str
     """Full finetuning has 2 bytes a weight each for weights, gradients and both moments: 79 GiB hold them."""
     same = {"batch__T": 2048, "batch__recompute": 3, "batch__B": 1}
     p, there = on("llama3-8b", "h100", **same, **flags), on("llama3-8b", card, **same, **flags)
-    (said,) = re.findall(rf"^\| {method}[^|]* \| ([\d,]+) \| \w+ G.?B, where B may be {most} \|$", PAGE, re.M)
+    row = rf"^\| {method}[^|]* \| ([\d,]+) \| \w+ G.?B, where B may be {most} \| `(.*)` \|$"
+    ((said, shown),) = re.findall(row, PAGE, re.M)
+    assert shown == " ".join(f"--{key.replace('__', '.')} {value}" for key, value in flags.items())
     assert (p.nbytes + p.outside) / MIB == pytest.approx(int(said.replace(",", "")), abs=1)
     assert there.fit.best_B(there.config) == most
     if method == "full":

@@ -51,7 +51,7 @@ def main(folder: Path, recipe: Path) -> None:
             except OSError:
                 continue
     # A save may be under way already. It fails at its first byte; those after it are refused before they begin.
-    until(lambda: "needs 1 MiB and its disk has 0 MiB free" in said.read_text(), process)
+    until(lambda: "more than its disk has free" in said.read_text(), process)
     told["alive on the full disk"] = process.poll() is None
     told["older one kept"] = sorted(p.name for p in checkpoints.glob("step-*"))[-1] >= before[0]
     size = (run / "metrics.jsonl").stat().st_size

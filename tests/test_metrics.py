@@ -20,6 +20,7 @@ from snapshots import exit_of, fork
 from daybreak.errors import ConfigError, Error
 from daybreak.files import write_atomic
 from daybreak.formatting import counted, disk, format_duration, quoted
+from daybreak.state import run_folder
 from daybreak.state.metrics import COMMON, FIELDS, MOST_WAITING, MainLog, MetricsWriter, read_metrics, step_line
 from daybreak.state.run_folder import RunFolder, package_commit
 from daybreak.state.throughput import Throughput, peak_flops
@@ -386,6 +387,22 @@ def test_commit_is_that_of_the_package_s_own_checkout(tmp_path):
     (tmp_path / "a").write_text("2")
     assert package_commit(tmp_path) == sha + "-dirty"
     assert package_commit(tmp_path / "package") is None  # installed inside somebody's repository
+
+
+def test_the_commit_of_a_clone_that_belongs_to_another_user(tmp_path, monkeypatch):
+    """As where a team shares one. git is told so by a variable that its own tests use, and then refuses the clone."""
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
+    subprocess.run(["git", "-C", tmp_path, "init", "-q"], check=True)
+    subprocess.run(["git", "-C", tmp_path, *identity, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    mine = package_commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", mine)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    refused = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert "dubious ownership" in refused.stderr
+    assert package_commit(tmp_path) == mine
+    if os.getuid() == 0:  # a repository that another user put beside the code may name commands for git to run
+        os.chown(tmp_path / ".git", os.stat(run_folder.__file__).st_uid + 1, -1)
+        assert package_commit(tmp_path) is None
 
 
 def test_exit_and_samples(tmp_path):

@@ -12,6 +12,7 @@ import daybreak
 import daybreak.engine.fit as fit_module
 from daybreak.cli.main import main
 from daybreak.config import Config, resolve
+from daybreak.errors import Error
 from daybreak.report.plan import plan
 from daybreak.training import loop
 
@@ -29,6 +30,16 @@ def test_too_large_for_the_free_memory(tmp_path, monkeypatch, capsys) -> None:
     config = resolve("tiny")[0].override({"run.device": "cpu"})
     assert plan(config.override({"batch.B": int(flags[1])})).nbytes <= 600 * MIB
     assert plan(config.override({"batch.B": 2 * int(flags[1])})).nbytes > 600 * MIB
+
+
+def test_memory_that_is_a_byte_too_small_is_told_as_smaller(monkeypatch) -> None:
+    planned = plan(resolve("tiny")[0].override({"run.device": "cpu"}))
+    monkeypatch.setattr(fit_module, "available_bytes", lambda device: planned.nbytes - 1)
+    with pytest.raises(Error) as caught:
+        fit_module.check_fits(planned.arena, torch.device("cpu"))
+    told = re.search(r"needs (\d+) MiB .* has (\d+) MiB free", str(caught.value))
+    assert told
+    assert int(told[1]) == int(told[2]) + 1 == planned.nbytes // MIB + 1
 
 
 @pytest.mark.parametrize(

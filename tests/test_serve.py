@@ -120,7 +120,10 @@ def test_penalties_and_biases(client: Any, folder: Path) -> None:
 def test_streams_add_up(client: Any) -> None:
     ask = {"model": "run", "prompt": "The", "max_tokens": 25, "n": 2, "seed": 3, "logprobs": 2}
     whole = client.completions.create(**ask)
-    chunks = list(client.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    ask |= {"stream": True, "stream_options": {"include_usage": True}}
+    answer = client.completions.with_raw_response.create(**ask)
+    assert answer.headers["X-Accel-Buffering"] == "no"  # so nginx passes each event on at once
+    chunks = list(answer.parse())
     assert chunks.pop().usage == whole.usage
     assert len(chunks) > 20
     for choice in whole.choices:

@@ -152,7 +152,8 @@ class Service:
             raise busy
         chunks = _chunks(request, job, queue, answer)
         if asked.stream:
-            return StreamingResponse(_events(chunks, answer, asked), media_type="text/event-stream")
+            at_once = {"X-Accel-Buffering": "no"}  # nginx would hold back a stream until it has 4 KiB of it
+            return StreamingResponse(_events(chunks, answer, asked), headers=at_once, media_type="text/event-stream")
         async for _ in chunks:
             pass
         return JSONResponse(await asyncio.to_thread(answer.whole))  # pictures take time

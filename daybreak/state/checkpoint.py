@@ -37,6 +37,7 @@ from daybreak.config import saved_config
 from daybreak.config_keys import LoraConfig
 from daybreak.errors import CheckpointError, Error, explained
 from daybreak.files import alive, fsync_folder, lock, remove, sha256_of, write_atomic
+from daybreak.formatting import disk
 from daybreak.kernels.held import SUFFIXES, dense, gathered, parts_of, plain_name
 from daybreak.manifest import BASE, MANIFEST, MODEL, kept_files, refuse
 from daybreak.models.registry import build_model
@@ -177,9 +178,9 @@ def _holds(path: Path, snap: Snapshot) -> bool:
 
 def _check_space(root: Path, need: int, final: Path) -> None:
     """Better no attempt than one that fills the disk for everybody. What a quota allows only writing tells."""
-    disk = os.statvfs(root)
-    if disk.f_blocks and (free := disk.f_bavail * disk.f_frsize) < need:  # no blocks at all: it does not tell
-        said = f"checkpoint {final} needs {need >> 20} MiB and its disk has {free >> 20} MiB free"
+    system = os.statvfs(root)
+    if system.f_blocks and (free := system.f_bavail * system.f_frsize) < need:  # no blocks at all: it does not tell
+        said = f"checkpoint {final} needs {disk(need)}, which is {disk(need - free)} more than its disk has free"
         raise Error(f"{said}: free space, lower checkpoint.keep, or move the run.")
 
 

@@ -94,8 +94,8 @@ def warn_of_disk(folder: Path, config: Config, arena: Arena) -> None:
     missing = need - sum(files.values())
     system = os.statvfs(folder)
     if system.f_blocks and (free := system.f_bavail * system.f_frsize) < missing:  # no blocks: it does not tell
-        said = f"the checkpoints of {folder} need {disk(missing)} and its disk has {disk(free)} free"
-        log.warning("%s; free space, lower checkpoint.keep, or give another --run.dir.", said)
+        said = f"the checkpoints of {folder} need {disk(missing)}, which is {disk(missing - free)} more"
+        log.warning("%s than its disk has free; free space, lower checkpoint.keep, or give another --run.dir.", said)
 
 
 def check_host_memory(arena: Arena, device: torch.device) -> None:
@@ -105,7 +105,7 @@ def check_host_memory(arena: Arena, device: torch.device) -> None:
     if free is not None and need > free - taken:
         left = f"of the machine's memory, which has {(free - taken) >> 20} MiB left for it"
         fix = "use --checkpoint.background false, and training will wait for each save"
-        raise OutOfMemory(f"saving beside training takes {need >> 20} MiB {left}; {fix}.")
+        raise OutOfMemory(f"saving beside training takes {-(-need >> 20)} MiB {left}; {fix}.")
 
 
 class Staging:

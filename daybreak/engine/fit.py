@@ -123,11 +123,9 @@ def check_fits(
     free, need = available_bytes(device), arena.nbytes + outside
     if free is None or need <= free:
         return
-    parts = ", ".join(f"{name} {size >> 20} MiB" for name, size in arena.sizes().items() if size >> 20)
+    held = ", ".join(f"{name} {size >> 20} MiB" for name, size in arena.sizes().items() if size >> 20)
     fix = Fit(device, missing_on(device), free, ranks).advice(config) if config else "a device with more memory"
-    raise OutOfMemory(
-        f"the run needs {-(-need >> 20)} MiB ({parts}) and {device} has {free >> 20} MiB free; try {fix}."
-    )
+    raise OutOfMemory(f"the run needs {-(-need >> 20)} MiB ({held}) and {device} has {free >> 20} MiB free; try {fix}.")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -89,12 +89,11 @@ def checkpoints_kept(config: Config) -> int:
 
 def warn_of_disk(folder: Path, config: Config, arena: Arena) -> None:
     """A warning if the disk of the run's `folder` has no room for all its checkpoints. Quotas are not seen."""
-    need = checkpoint_bytes(arena, arena.sharding.table.num_parameters, checkpoints_kept(config))
-    files = {(s := path.stat()).st_ino: s.st_size for path in folder.glob("checkpoints/step-*/*")}
-    missing = need - sum(files.values())
+    held = {(s := path.stat()).st_ino: s.st_size for path in folder.glob("checkpoints/step-*/*")}
+    needed = checkpoint_bytes(arena, arena.sharding.table.num_parameters, checkpoints_kept(config)) - sum(held.values())
     system = os.statvfs(folder)
-    if system.f_blocks and (free := system.f_bavail * system.f_frsize) < missing:  # no blocks: it does not tell
-        said = f"the checkpoints of {folder} need {disk(missing)}, which is {disk(missing - free)} more"
+    if system.f_blocks and (free := system.f_bavail * system.f_frsize) < needed:  # no blocks: it does not tell
+        said = f"the checkpoints of {folder} need {disk(needed)}, which is {disk(needed - free)} more"
         log.warning("%s than its disk has free; free space, lower checkpoint.keep, or give another --run.dir.", said)
 
 

@@ -333,19 +333,16 @@ def package_commit(root: Path) -> str | None:
         return None
     # git refuses a repository of another user, as a team's clone may be. It runs commands that such a repository names,
     # but its owner has written the code that runs here already.
-    trusted = (root / ".git").lstat().st_uid == Path(__file__).stat().st_uid
-    ours = ["-c", f"safe.directory={root}"] if trusted else []
-    command = ["git", "-C", str(root), *ours, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    safe = ["-c", f"safe.directory={root}"] if (root / ".git").lstat().st_uid == Path(__file__).stat().st_uid else []
+    command = ["git", *safe, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return None
 
 
 def cpu_model() -> str:
     """The processor's name as the system gives it; the architecture where it gives none."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        if found := re.search(r"^model name\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M):
+            return found[1].strip()
     return platform.processor() or platform.machine()

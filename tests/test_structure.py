@@ -162,14 +162,22 @@ def test_sizes() -> None:
 
 
 def test_the_size_that_the_documentation_states() -> None:
-    """Each says 'about N lines': to within 700."""
-    size = sum(map(code_lines, FILES))
+    """Each says 'about N lines': the same number, to within 700."""
+    size, stated = sum(map(code_lines, FILES)), set()
     for page, words in {"docs/comparison.md": r"code to read \| about ([\d,]+) lines",
                         "docs/llmc-post.md": r"about ([\d,]+) lines, with evaluation",
                         "CONTRIBUTING.md": r"about ([\d,]+) lines of code"}.items():  # fmt: skip
         said = re.search(words, (ROOT / page).read_text())
         assert said, page
-        assert abs(int(said[1].replace(",", "")) - size) <= 700, page
+        stated.add(int(said[1].replace(",", "")))
+    assert len(stated) == 1, stated
+    assert abs(stated.pop() - size) <= 700
+    said = re.search(r"lines \(([\d,]+) with comments\)", (ROOT / "docs/comparison.md").read_text())
+    filled = sum(bool(line.strip()) for path in FILES for line in path.read_text().splitlines())
+    assert said
+    assert abs(int(said[1].replace(",", "")) - filled) <= 700
+    model = len((PACKAGE / "models/gpt2.py").read_text().splitlines())
+    assert f"`daybreak/models/gpt2.py` has {model} with them" in (ROOT / "docs/llmc-post.md").read_text()
 
 
 def test_no_test_asserts_a_wall_clock_time() -> None:

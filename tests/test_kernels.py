@@ -11,6 +11,9 @@ import pytest
 import torch
 from kernel_harness import DEVICE, draw, each_backend, run
 
+from daybreak.cli.main import main
+from daybreak.engine.device import check_fp8
+from daybreak.errors import ConfigError
 from daybreak.kernels import all_ops, choose
 
 
@@ -87,3 +90,38 @@ def test_a_gradient_that_nobody_wants_is_none(backend, dtype, name, unwanted):
     assert found[1].keys() - {key for key, value in found[1].items() if value is None} == outputs.keys() - unwanted
     assert all(torch.equal(value, found[0][key]) for key, value in found[1].items() if value is not None)
     assert not any(torch.equal(value, outputs[key]) for key, value in found[0].items())
+
+
+PLANS = (
+    "tiny --gpu 4090",
+    "tiny --gpu h100 --precision.compute fp8 --optim.name muon",
+    "tiny --gpu b200 --model.arch llama --lora.rank 4 --lora.base nf4",
+    "tiny --gpu h100 --model.arch llama --lora.rank 4 --lora.base fp8",
+    "tiny --gpu h100 --model.arch nanochat",
+)
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # its import fails, as with torch's build for CPUs
+from daybreak.cli.main import main
+sys.exit(max([main(["plan", *words.split(), "--verbose"]) for words in sys.argv[1:]]))
+"""
+
+
+def test_a_plan_for_a_gpu_needs_no_triton(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """All kernels for GPUs are imported without it, and every line of the plan stays the same."""
+    command = [sys.executable, "-c", WITHOUT_TRITON, *PLANS]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [main(["plan", *words.split(), "--verbose"]) for words in PLANS] == [0] * len(PLANS)
+    assert done.stdout == capsys.readouterr().out
+    assert done.stdout.count("\nlargest B ") == len(PLANS)
+
+
+def test_fp8_needs_a_gpu_for_it_and_triton_there() -> None:
+    check_fp8((9, 0), "this GPU", "lora.base", {"quack"})
+    for key, other in {"precision.compute": "bf16", "lora.base": "compute"}.items():
+        for able, lacks in (((8, 6), "a GPU of compute capability 8.9 or higher, not 8.6"),
+                            ((9, 0), "Triton, which is not installed")):  # fmt: skip
+            with pytest.raises(ConfigError) as refused:
+                check_fp8(able, "this GPU", key, {"triton": "a reason"})
+            assert str(refused.value) == f"{key} = fp8 needs {lacks}; use {other} on this GPU."

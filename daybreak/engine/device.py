@@ -52,14 +52,13 @@ def pick_compute(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
 
 
-def check_fp8(capability: tuple[int, int], gpu: str, key: str = "precision.compute") -> None:
-    """Raise ConfigError if a GPU of this compute capability cannot train in fp8."""
+def check_fp8(capability: tuple[int, int], gpu: str, key: str, missing: Collection[str]) -> None:
+    """Raise ConfigError if a GPU of this compute capability, without the `missing` backends, cannot train in fp8."""
     from daybreak.kernels.cuda.fp8 import usable
 
-    if needs := usable(capability):
-        raise ConfigError(
-            f"{key} = fp8 needs {needs}; use {'bf16' if key == 'precision.compute' else 'compute'} on {gpu}."
-        )
+    if needs := usable(capability, missing):
+        other = "bf16" if key == "precision.compute" else "compute"
+        raise ConfigError(f"{key} = fp8 needs {needs}; use {other} on {gpu}.")
 
 
 def fp8_steps(config: Config) -> int | None:

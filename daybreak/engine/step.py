@@ -88,9 +88,9 @@ class Engine:
             torch.cuda.set_device(self.device)
             # torch's own matmuls, where they are used, add up in fp32 too
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-            if spec.eight and spec.train:
-                check_fp8(torch.cuda.get_device_capability(self.device), "this GPU", spec.eight_key)
         self.spec = spec = replace(spec, device_type=self.device.type, missing=missing_on(self.device))
+        if spec.eight and spec.train and self.device.type == "cuda":
+            check_fp8(torch.cuda.get_device_capability(self.device), "this GPU", spec.eight_key, spec.missing)
         self.cfg, self.B, self.T, self.rows = spec.cfg, spec.B, spec.T, spec.rows
         self.seed = seed  # of the initial weights and of stochastic rounding
         # On CUDA drawing weights takes seconds, and so do loading and compiling kernels. They run side by side.

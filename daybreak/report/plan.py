@@ -139,7 +139,7 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
         name, missing, budget = found.name, found.missing, int(USABLE * found.mib) * MIB
         for key in ("precision.compute", "lora.base"):
             if dict(config.items())[key] == "fp8":
-                check_fp8(found.capability, f"an {found.name}", key)
+                check_fp8(found.capability, f"an {found.name}", key, missing)
         if config.precision.compute == "auto":
             config = config.override({"precision.compute": "bf16" if found.peak else "fp32"})
     process = CPU_PROCESS if device.type == "cpu" else 0

@@ -29,7 +29,7 @@ except ImportError:  # macOS, or a torch without it: the kernels are never launc
     class _Absent:
         """Stands in for the names that kernels use at import time."""
 
-        constexpr = int
+        constexpr = staticmethod(lambda value: value)
         jit = staticmethod(lambda fn: fn)
         cdiv = staticmethod(lambda a, b: -(-a // b))
         next_power_of_2 = staticmethod(lambda n: 1 << (n - 1).bit_length())

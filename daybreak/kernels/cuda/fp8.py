@@ -10,6 +10,7 @@ magnitude.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
-from daybreak.kernels.cuda import bias, cublaslt, glu, missing_backends, norm, relu
+from daybreak.kernels.cuda import bias, cublaslt, glu, norm, relu
 from daybreak.kernels.cuda.rounding import programs, tile, write
 from daybreak.kernels.fp8 import READS
 from daybreak.kernels.operand import Matrix, Operand
@@ -25,11 +26,11 @@ from daybreak.kernels.operand import Matrix, Operand
 NAME = "fp8 cuda"
 
 
-def usable(capability: tuple[int, int]) -> str | None:
-    """What training in fp8 lacks on a GPU of this compute capability, or None."""
+def usable(capability: tuple[int, int], missing: Collection[str]) -> str | None:
+    """What training in fp8 lacks on a GPU of this compute capability without the `missing` backends, or None."""
     if capability < (8, 9):
         return f"a GPU of compute capability 8.9 or higher, not {capability[0]}.{capability[1]}"
-    return "Triton, which is not installed" if "triton" in missing_backends() else None
+    return "Triton, which is not installed" if "triton" in missing else None
 
 
 def sums_temps(out: Operand, x: Tensor, db: Tensor | None = None, **_: object) -> Temps:

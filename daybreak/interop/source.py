@@ -234,7 +234,7 @@ def checked_shape(path: Path, cfg: Shape) -> Shape:
     try:
         cfg.check()
     except ConfigError as error:
-        raise CheckpointError(f"{path} describes a model that cannot exist: {error}") from None
+        raise CheckpointError(f"{path} describes a model that daybreak cannot compute: {error}") from None
     return cfg
 
 

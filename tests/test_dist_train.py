@@ -195,7 +195,21 @@ def test_one_rank_is_told_to_save_and_one_to_stop(shards: Path, tmp_path: Path) 
     assert json.loads((run.path / "exit.json").read_text())["code"] == 75
     assert len(run.checkpoints) == 2
     assert f"saved; resume with: daybreak train {run.path}, started as 2 processes again" in ranks.said(tmp_path, 0)
+    assert "saved; resume with" not in ranks.said(tmp_path, 1)  # all ended alike, and one says so
     assert all(r["stall"] == r["seconds"] for r in run.metrics("checkpoint"))  # ranks save together, and wait
+
+
+@pytest.mark.parametrize(("keys", "code", "words"), [
+    ({"run__max_hours": 1e-9}, 75, "--max-hours 1e-09 is over"),
+    ({"optim__lr": 1e30, "schedule__warmup": 0, "guard__max_skips": 3}, 3, "3 updates in a row were skipped"),
+])  # fmt: skip
+def test_a_reason_that_all_ranks_share_is_said_once(
+    shards: Path, tmp_path: Path, keys: dict[str, Any], code: int, words: str
+) -> None:
+    target = recipe(shards, tmp_path, "s", run__steps=30, **keys)
+    assert ranks.finish(ranks.start(2, ["train", target], tmp_path)) == [code, code]
+    assert words in json.loads((tmp_path / "s/exit.json").read_text())["reason"]
+    assert [words in ranks.said(tmp_path, rank) for rank in range(2)] == [True, False]
 
 
 @pytest.mark.parametrize("where", ["HellaSwag", "sampling"])

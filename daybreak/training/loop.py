@@ -142,13 +142,16 @@ def _train(
     except Interrupted as stopped:  # before the first update, with nothing to save
         code, reason = Stopped.exit_code, str(stopped)
         again = f"; resume with: {stop.group.again(folder.path)}" if folder is not None else ""
-        raise Stopped(f"{reason} before the first update{again}.") from None
+        ended = Stopped(f"{reason} before the first update{again}.")
+        ended.elsewhere = not stop.group.speaks
+        raise ended from None
     except OSError as error:
         explained = os_error(error)
         code, reason = explained.exit_code, str(explained)
         raise explained from error
     except Error as error:
         code, reason, final = error.exit_code, str(error), error.final
+        error.elsewhere |= isinstance(error, Stopped | TooManySkips) and not stop.group.speaks  # all ranks ended alike
         raise
     except BaseException as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -121,7 +121,7 @@ def test_fp8_needs_a_gpu_for_it_and_triton_there() -> None:
     check_fp8((9, 0), "this GPU", "lora.base", {"quack"})
     for key, other in {"precision.compute": "bf16", "lora.base": "compute"}.items():
         for able, lacks in (((8, 6), "a GPU of compute capability 8.9 or higher, not 8.6"),
-                            ((9, 0), "Triton, which is not installed")):  # fmt: skip
+                            ((9, 0), "Triton, which is missing or lacks a C compiler")):  # fmt: skip
             with pytest.raises(ConfigError) as refused:
                 check_fp8(able, "this GPU", key, {"triton": "a reason"})
             assert str(refused.value) == f"{key} = fp8 needs {lacks}; use {other} on this GPU."

@@ -30,7 +30,7 @@ def usable(capability: tuple[int, int], missing: Collection[str]) -> str | None:
     """What training in fp8 lacks on a GPU of this compute capability without the `missing` backends, or None."""
     if capability < (8, 9):
         return f"a GPU of compute capability 8.9 or higher, not {capability[0]}.{capability[1]}"
-    return "Triton, which is not installed" if "triton" in missing else None
+    return "Triton, which is missing or lacks a C compiler" if "triton" in missing else None
 
 
 def sums_temps(out: Operand, x: Tensor, db: Tensor | None = None, **_: object) -> Temps:

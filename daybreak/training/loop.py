@@ -140,10 +140,9 @@ def _train(
         code, reason = 0, "done"
         return setup.run
     except Interrupted as stopped:  # before the first update, with nothing to save
-        code, reason = Stopped.exit_code, str(stopped)
         again = f"; resume with: {stop.group.again(folder.path)}" if folder is not None else ""
-        ended = Stopped(f"{reason} before the first update{again}.")
-        ended.elsewhere = not stop.group.speaks
+        ended = Stopped(f"{stopped} before the first update{again}.")
+        code, reason, ended.elsewhere = ended.exit_code, str(stopped), not stop.group.speaks
         raise ended from None
     except OSError as error:
         explained = os_error(error)
@@ -469,8 +468,7 @@ class Trainer:
             raise Interrupted(reason)
         self._save(wait=True)
         self.metrics.write("event", self.step, self.tokens, what="stopped", detail=reason)
-        again = self.group.again(self.run_folder.path)
-        raise Stopped(f"{reason} after step {self.step}, saved; resume with: {again}")
+        raise Stopped(f"{reason} after step {self.step}, saved; resume with: {self.group.again(self.run_folder.path)}")
 
     def _write_run_record(self) -> None:
         c = self.config

@@ -11,6 +11,7 @@ Without liger-kernel it says so, and runs transformers alone. It prints one line
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import time
 from dataclasses import replace
@@ -31,10 +32,10 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 def liger(kind: str) -> str:
     """Replaces transformers' operations by Liger's. Returns what runs."""
-    try:
-        from liger_kernel.transformers import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
-    except ImportError:
+    if importlib.util.find_spec("liger_kernel") is None:
         return "transformers"
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as patches
+
     patches[kind](rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=True)
     return "transformers + Liger"
 

@@ -293,7 +293,7 @@ class Batch:
     too. It writes their next token's keys and values, which their own call then overwrites, before they are read."""
 
     def __init__(self, engine: Engine, use: Callable[[str], None] = lambda adapter: None) -> None:
-        self.engine, self.use = engine, use
+        self.engine, self.use, self.ahead = engine, use, engine.device.type == "cuda"
         self.texts: dict[int, Text] = {}  # by row of the cache
 
     @property
@@ -328,15 +328,16 @@ class Batch:
             own = [row for row, text in inside.items() if text.adapter == adapter]
             whole = [inside[row].ids if row in inside and len(inside[row].ids) <= T else [0] for row in rows]
             logits = self.engine.decode([ids[-1] for ids in whole], [len(ids) - 1 for ids in whole])
-            self._take(own, logits if len(own) == len(rows) else logits[own])
+            every = len(own) == len(rows)
+            self._take(own, logits if every else logits[own], self.ahead and every and not outside)
         for row in outside:
             self.use(self.texts[row].adapter)
             window = self.texts[row].ids[-T:]
             self._take([row], self.engine.prefill(row, [window]))
 
-    def _take(self, rows: Sequence[int], logits: Tensor) -> None:
+    def _take(self, rows: Sequence[int], logits: Tensor, ahead: bool = False) -> None:
         """Choose the next token in these rows, one of text or of a picture's codes. Only ids leave the device, unless a
-        sequence needs its logits here."""
+        sequence needs its logits here. ahead: the next token's work may begin now, as these are all rows."""
         texts = [self.texts[row] for row in rows]
         if len(kinds := dict.fromkeys(text.codes for text in texts)) > 1:
             for kind in kinds:
@@ -355,10 +356,15 @@ class Batch:
             if (new := adjusted(x, texts[i])) is not x:
                 usual, copied = usual if copied else usual.clone(), True
                 usual[i].copy_(torch.from_numpy(new[first:V]))
-        given = usual.numpy() if usual.device.type == "cpu" else usual  # on a CPU numpy, which allocates no tensors
-        ids = choose(given, [t.how for t in texts], [t.draw() for t in texts]).tolist()
+        goes_on = (len(t.made) + 1 < t.how.tokens and len(t.ids) < self.engine.T for t in texts)
+        ahead = ahead and not read and all(goes_on)
+        plain = usual.device.type == "cpu" and not ahead
+        given = usual.numpy() if plain else usual  # on a CPU numpy, which allocates no tensors
+        ids = choose(given, [t.how for t in texts], [t.draw() for t in texts])
+        ids = ids + first if first else ids
+        ids = self.engine.read_ahead(ids) if ahead else ids.tolist()
         for i, (row, text, token) in enumerate(zip(rows, texts, ids, strict=True)):
-            text.take(first + token, read.get(i) if text.how.logprobs is not None else None)
+            text.take(token, read.get(i) if text.how.logprobs is not None else None)
             if text.done:
                 del self.texts[row]
 

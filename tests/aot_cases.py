@@ -98,23 +98,33 @@ def classifier_cases() -> list[Case]:
 def decode_cases(C: int, dtype: str) -> list[Case]:
     names = ("out", "x", "w", "b", "add", "lnw", "lnb")
     types = dict.fromkeys(names, dtype) | {"n": "i32?", "I": "i32", "O": "i32", "eps": "fp32"}
-    found, plain = [], {"RMS": False, "OFFSET": 0.0, "GATE": 0}
+    found, plain = [], {"RMS": False, "OFFSET": 0.0, "GATE": 0, "REST": 0}
     for I, O, fc, overlap in ((C, 4 * C, True, False), (C, 4 * C, True, True), (4 * C, C, False, True)):
-        rows, cols, warps = decode._tile(I, O)
+        rows, cols, _, warps = decode._tile(I, O, gpt2=True)
         flags = {"NORM": fc, "BIAS": True, "ADD": not fc, "GELU": fc, "OVERLAP": overlap, **plain}
         found.append((decode._decode_matmul_kernel, types, {**flags, "ROWS": rows, "COLS": cols}, warps))
     flags = {"NORM": False, "BIAS": False, "GELU": False, "OVERLAP": True, "OFFSET": 1.0}
-    for gate in ("", "silu", "gelu"):
-        rows, cols, warps = decode._tile(C, 4 * C)
-        kind = {"ADD": False, "RMS": True, "GATE": decode.GATES[gate], "ROWS": rows, "COLS": cols}
+    for gate, I in (("", C), ("silu", C), ("gelu", C), ("silu", 1536), ("", 8960)):
+        rows, cols, rest, warps = decode._tile(I, 4 * C)
+        kind = {
+            "ADD": I == 8960,
+            "RMS": I != 8960,
+            "GATE": decode.GATES[gate],
+            "ROWS": rows,
+            "COLS": cols,
+            "REST": rest,
+        }
         found.append((decode._decode_matmul_kernel, types, flags | kind, warps))
     types = dict.fromkeys(("out", "cache", "q", "k", "v"), dtype) | {"positions": "*i64", "scale2": "fp32"}
     types |= dict.fromkeys(("out_b", "q_b", "k_b", "v_b", "cache_v", "cache_b", "cache_h"), "i64")
+    types |= {"freq": "*fp32", "half": "i32", "attention": "fp32"}
     for HS, overlap, group, window in (
-        (64, False, 1, 0), (64, True, 1, 0), (128, True, 1, 0), (64, True, 4, 512),
+        (64, False, 1, 0), (64, True, 1, 0), (128, True, 1, 0), (128, True, 6, 0), (64, True, 4, 512),
         (256, True, 4, 0),  # with a window 8 bytes of a thread's stack are in use, whatever STEP is
     ):  # fmt: skip
-        constants = {"HS": HS, "D": HS, "STEP": decode.KEYS // HS, "OVERLAP": overlap, "GROUP": group, "WINDOW": window}
+        keys = decode.WIDE_KEYS if HS == 128 and dtype == "*bf16" else decode.KEYS
+        constants = {"HS": HS, "D": HS, "STEP": keys // HS, "OVERLAP": overlap, "GROUP": group, "WINDOW": window}
+        constants["ROPE"] = group > 1
         found.append((decode._decode_attention_kernel, types, constants, decode.WARPS))
     return found
 

@@ -223,6 +223,36 @@ def test_sampled_texts_do_not_depend_on_their_company() -> None:
     assert {len(text.made) for text in together} == {15}
 
 
+def test_work_that_begins_ahead_changes_no_text() -> None:
+    """Texts that join, end early, reach T, draw, or need their logits: the same tokens, and fewer calls that wait."""
+    engine, _ = engine_and_oracle(rows=3)
+    asked = [
+        ([5, 6, 7], Sampling(12, temperature=0.0), 0), ([9], Sampling(20, top_p=0.8, seed=4), 0),
+        ([1, 2], Sampling(5, temperature=0.7, logprobs=2), 3), ([8, 8, 8, 8], Sampling(60, top_k=5), 7),
+        ([3], Sampling(30, temperature=0.0), 18),
+    ]  # fmt: skip
+    calls: list[str] = []
+    decode, follow = engine.decode, engine.read_ahead
+    engine.decode = lambda t, p: (calls.append("ahead" if engine._ahead else "waits"), decode(t, p))[1]
+    engine.read_ahead = lambda ids: (calls.append("begun"), follow(ids))[1]
+    made, counts = [], []
+    for ahead in (False, True):
+        batch, ran = Batch(engine), [Text(ids, how) for ids, how, _ in asked]
+        batch.ahead = ahead
+        calls.clear()
+        for turn in range(70):
+            batch.add([text for text, (*_, joins) in zip(ran, asked, strict=True) if joins == turn])
+            batch.step()
+        assert all(text.done for text in ran)
+        made.append([text.made for text in ran])
+        counts.append({name: calls.count(name) for name in ("begun", "ahead", "waits")})
+    assert made[0] == made[1]
+    assert counts[0]["begun"] == 0
+    assert counts[1]["ahead"] >= 5
+    assert counts[1]["begun"] - counts[1]["ahead"] <= 3  # thrown away, as another text joined
+    assert sum(counts[1][name] for name in ("ahead", "waits")) == counts[0]["waits"]
+
+
 def test_the_cache_is_planned() -> None:
     cfg = GPT2Config(L=3, C=64, NH=4, max_T=64, V=257)
     one, five = (plan_engine(EngineSpec(cfg, B=1, T=48, train=False, rows=n))[2].sizes()["kv"] for n in (1, 5))

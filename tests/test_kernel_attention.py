@@ -260,8 +260,9 @@ def test_triton_takes_any_strides():
 
 
 def check_decode(
-    backend: str, dtype: torch.dtype, places: list[int], T: int, NH: int, NKV: int, HS: int, window: int = 0
-) -> None:
+    backend: str, dtype: torch.dtype, places: list[int], T: int, NH: int, NKV: int, HS: int, window: int = 0,
+    turned: int = 0,
+) -> None:  # fmt: skip
     """One query a row over a cache that is NaN where the row has no keys; the newest key and value are kept."""
     skip_unless_served("attention_decode", backend, dtype)
     b = len(places)
@@ -273,14 +274,23 @@ def check_decode(
         if window:
             cache[:, i, :, : max(place - window + 1, 0)] = math.nan
     want_cache, want = cache.clone(), []
+    out, positions, kept = poison(b, NH, HS, dtype=dtype), torch.tensor(places, device=DEVICE), (q.clone(), k.clone())
+    how = {"backend": backend, "scale": HS**-0.5} | ({"window": window} if window else {})
+    if turned:  # as the operation of its own does it
+        how |= (turns := {"freq": torch.rand(turned, device=DEVICE) / 3, "attention": 0.75})
+        (q, k), given = (x.clone() for x in kept), kept
+        for x in (q, k):
+            run("rope", x[:, None], turns["freq"], positions, attention=0.75, backend=backend)
+    else:
+        given = q, k
     for i, place in enumerate(places):
         want_cache[:, i, :, place] = torch.stack([k[i], v[i]])
         first = max(place - window + 1, 0) if window else 0
         keys, values = f64(want_cache[:, i, :, first : place + 1]).repeat_interleave(NH // NKV, 1)
         want.append(((f64(q[i])[:, None] @ keys.mT) * HS**-0.5).softmax(-1) @ values)
-    out, positions = poison(b, NH, HS, dtype=dtype), torch.tensor(places, device=DEVICE)
-    how = {"backend": backend, "scale": HS**-0.5} | ({"window": window} if window else {})
-    run("attention_decode", out, cache, q, k, v, positions, **how)
+    run("attention_decode", out, cache, *given, v, positions, **how)
+    assert torch.equal(given[0], kept[0])
+    assert torch.equal(given[1], kept[1])
     close(out, torch.stack(want)[:, :, 0])
     torch.testing.assert_close(cache, want_cache, rtol=0, atol=0, equal_nan=True)
 
@@ -303,6 +313,14 @@ def test_decode(backend, dtype, places, T, NH, HS):
 @pytest.mark.parametrize("window", [0, 1, 6, 280])
 def test_decode_where_heads_share_keys(backend, dtype, places, T, NH, NKV, HS, window):
     check_decode(backend, dtype, places, T, NH, NKV, HS, window)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@each_dtype
+@pytest.mark.parametrize(("NH", "NKV", "HS", "half"), [(2, 1, 8, 4), (6, 2, 20, 6), (4, 4, 64, 32), (2, 1, 128, 64)])
+def test_decode_that_turns_queries_and_keys(backend, dtype, NH, NKV, HS, half):
+    """With the bits of rope before it, also where a part of a head passes unchanged."""
+    check_decode(backend, dtype, [5, 300], 301, NH, NKV, HS, turned=half)
 
 
 @each_dtype

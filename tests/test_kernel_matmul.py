@@ -13,7 +13,7 @@ from kernel_harness import DEVICE, F64, close, draw, each_dtype, either, f64, ou
 from torch import Tensor
 
 from daybreak.kernels import matmul
-from daybreak.kernels.cuda import cublaslt, products, quack, tune
+from daybreak.kernels.cuda import cublaslt, decode, products, quack, tune
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 each_backend = pytest.mark.parametrize(
@@ -400,11 +400,12 @@ def test_decode(backend, dtype, n, I, O, norm, biased, added, act):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @each_dtype
-@pytest.mark.parametrize(("n", "I", "O"), [(1, 24, 40), (2, 200, 72), (1, 1500, 6)])
+@pytest.mark.parametrize(("n", "I", "O"), [(1, 24, 40), (2, 200, 72), (1, 1500, 6), (2, 1300, 10)])
 @pytest.mark.parametrize("gate", ["", "silu", "gelu"])
 @pytest.mark.parametrize("biased", [True, False])
 def test_decode_of_the_decoder_family(backend, dtype, n, I, O, gate, biased):
-    """RMSNorm before the matmul and a gate after it: as the operations for it round their result."""
+    """RMSNorm before the matmul and a gate after it: as the operations for it round their result. 1,300 columns are in
+    two tiles, of 1,024 and 512."""
     skip_unless_served("matmul_rms_decode", backend, dtype)
     x, w, normw = (
         draw(n, I, dtype=dtype, scale=3.0),
@@ -425,6 +426,18 @@ def test_decode_of_the_decoder_family(backend, dtype, n, I, O, gate, biased):
         act = gelu(left) if gate == "gelu" else left * torch.sigmoid(left)
         want, limit = act * up, 1.13 * slack * (up.abs() + more) + act.abs() * more
     within(out, want, limit)
+
+
+@pytest.mark.parametrize(("I", "gpt2", "tiles"), [
+    (1536, False, (1024, 512)), (8960, False, (8192, 1024)), (2048, False, (2048, 0)), (1600, False, (2048, 0)),
+    (1, False, (1, 0)), (1536, True, (2048, 0)), (768, True, (1024, 0)),
+])  # fmt: skip
+def test_a_row_is_in_one_tile_or_two(I, gpt2, tiles):
+    """Two where they have fewer columns than one, but not in GPT-2's matmuls, whose bits stay."""
+    rows, cols, rest, _ = decode._tile(I, 1 << 15, gpt2)
+    assert (cols, rest) == tiles
+    assert cols + rest >= I
+    assert rows * (cols + rest) <= decode.TILE
 
 
 def test_quack_is_imported_without_torch_compile():

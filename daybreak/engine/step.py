@@ -10,7 +10,7 @@ passes.py has the calls that a step consists of. This is the engine, which owns 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -123,6 +123,9 @@ class Engine:
         # The reference kernel of decode reads the lengths on the host, so it has no graph.
         graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"
         self._decoding: Graphs | Tapes = Graphs(True) if graphed else Tapes(self.frame)
+        self._ids = Ring((spec.rows,), torch.int64, self.device)
+        self._asked: tuple[list[int], list[int]] = [], []  # tokens and positions of the last decode,
+        self._ahead = False  # and whether it is one that `decode` has not returned
         self._last: Pending | None = None
         self._measured = False  # whether late scales have a history
         self._plain = False  # whether the step under way is one of the last, which a run in fp8 makes in bf16
@@ -221,6 +224,7 @@ class Engine:
 
     def set_exact(self, name: str, value: Tensor) -> None:
         """Set a weight and its master weight from a tensor of its shape, of any float dtype and device."""
+        self._ahead = False
         if not isinstance(stored := self.frame.weights[name], Tensor):
             pack(stored, value)
             return
@@ -297,7 +301,7 @@ class Engine:
     def update(self) -> Pending:
         """Apply the accumulated gradient, unless the guard says no. Returns the step's stats, to be read later."""
         self.graphs.run(("update", self._plain), self._update)
-        self.comm.stale = bool(self.comm.sharding.zero)
+        self.comm.stale, self._ahead = bool(self.comm.sharding.zero), False
         self._last = self._stats.download(self.state["stats"])
         return self._last
 
@@ -367,7 +371,7 @@ class Engine:
         """Logits (b, V) in fp32, on the device, that follow b sequences of any lengths. b times the longest is at most
         B T. Their keys and values stay in the cache's rows from `row` on, where `decode` continues. The next call
         overwrites the view."""
-        b, t = len(texts), max(map(len, texts))
+        b, t, self._ahead = len(texts), max(map(len, texts)), False
         inputs, last = self._front("tokens", (b, t)), self.state["last_hidden"][:b]
         inputs.copy_(torch.tensor([[*text, *[0] * (t - len(text))] for text in texts]))  # no token sees what follows it
         hidden = self.model.forward(self.frame, inputs, self.state["kv"][:, :, row : row + b]).view(b, t, -1)
@@ -383,14 +387,32 @@ class Engine:
 
         The caller knows the length of each row. For a row without a sequence it gives any token at position 0. The
         calls are recorded once for each b. The next call overwrites the view."""
-        b = len(tokens)
-        if self.device.type == "cuda":  # the copy of the last tokens is over
-            torch.cuda.current_stream(self.device).synchronize()
-        self._next.numpy()[:, :b] = tokens, positions
-        upload = partial(self.state["next"].copy_, self._next, non_blocking=True)
-        write = partial(next_token, self.model, self.frame, self.state, b)
-        self._decoding.warm(b, upload, write, partial(self._next_logits, b))
+        b, asked = len(tokens), (list(tokens), list(positions))
+        ahead, self._asked, self._ahead = self._ahead and self._asked == asked, asked, False
+        if not ahead:
+            if self.device.type == "cuda":  # the copy of the last tokens is over
+                torch.cuda.current_stream(self.device).synchronize()
+            self._next.numpy()[:, :b] = asked
+            self._decode(b, b, partial(self.state["next"].copy_, self._next, non_blocking=True))
         return self.state["next_logits"][:b]
+
+    def _decode(self, key: Hashable, b: int, before: Callable[[], object]) -> None:
+        write = partial(next_token, self.model, self.frame, self.state, b)
+        self._decoding.warm(key, before, write, partial(self._next_logits, b))
+
+    def read_ahead(self, ids: Tensor) -> list[int]:
+        """Read the tokens (b) that were chosen on the device from what `decode` gave. Meanwhile the device begins to
+        decode them, each at the next position. Then `decode` has their logits, if it is the next call and asks for it.
+
+        So the host's work between two tokens costs no time of the device. It overwrites `decode`'s view."""
+        b, target = len(ids), self.state["next"][:, : len(ids)]
+        target[0].copy_(ids)
+        target[1].add_(1)
+        pending = self._ids.download(self.state["next"][0])
+        self._decode(("ahead", b), b, lambda: None)
+        tokens = [int(i) for i in pending.values()[:b]]
+        self._asked, self._ahead = (tokens, [place + 1 for place in self._asked[1]]), True
+        return tokens
 
     # ------------------------------------------------------------------------------------------------- looking in
 

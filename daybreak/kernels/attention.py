@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import Flops, Scratch, Temps, acc_dtype, op, widen
+from daybreak.kernels.rope import rope, rope_temps
 
 QUERY_BLOCK = 128  # queries per block: keys beyond a block's last query are not touched
 ROWS = 1 << 12  # (head, query) rows of scores held at once, at most: the batch is cut to fit
@@ -220,24 +221,40 @@ def cache_write(cache: Tensor, k: Tensor, v: Tensor) -> None:
         kept[:, :, : x.shape[1]].copy_(x.transpose(1, 2))
 
 
-def decode_temps(out: Tensor, cache: Tensor, *_: object, **__: object) -> Temps:
+def decode_temps(
+    out: Tensor, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
+    *, freq: Tensor | None = None, **_: object,
+) -> Temps:  # fmt: skip
+    """Those of attention; with freq the turned queries and keys too, and of either those of rope."""
     NH, T, acc = out.shape[1], cache.shape[3], acc_dtype(cache.dtype)
     rows = len(out) * NH
-    return [*[((rows * T,), acc)] * 2, *[((rows * out.shape[2],), acc)] * 2, ((cache[0].numel(),), acc)]
+    found: list[tuple[tuple[int, ...], torch.dtype]] = [((rows * T,), acc)] * 2
+    found += [*[((rows * out.shape[2],), acc)] * 2, ((cache[0].numel(),), acc)]
+    if freq is not None:
+        for x in (q, k):
+            found += [(tuple(x.shape), x.dtype), *rope_temps(x[:, None], freq, positions)]
+    return found
 
 
 @op("out", "cache", temps=decode_temps)
 def attention_decode(
     out: Tensor, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-    *, scale: float, window: int = 0, scratch: Scratch,
+    *, scale: float, window: int = 0, freq: Tensor | None = None, attention: float = 1.0, scratch: Scratch,
 ) -> None:  # fmt: skip
     """out (b, NH, HS) = attention of one query a row over its keys so far; k, v (b, NKV, HS), the newest, go into the
     cache first. Heads share keys as in attention_forward.
 
     cache (2, b, NKV, T, HS) holds keys and values, positions (b) int64 the place of each row's newest token. A query
-    sees at most the last `window` keys, itself included; 0 = all.
+    sees at most the last `window` keys, itself included; 0 = all. With freq, queries and keys turn first, as `rope`
+    turns them with freq and attention; q and k themselves stay as they are.
     """
-    s_, p_, o_, q_, wide = scratch(decode_temps(out, cache))
+    s_, p_, o_, q_, wide, *rest = scratch(decode_temps(out, cache, q, k, v, positions, freq=freq))
+    if freq is not None:
+        half, turns = len(rest) // 2, list[Tensor]()
+        for x, (own, *temps) in ((q, rest[:half]), (k, rest[half:])):
+            turns.append(own.copy_(x))
+            rope(own[:, None], freq, positions, attention=attention, scratch=lambda _, temps=temps: temps)
+        q, k = turns
     NH, HS = q.shape[1:]
     start = 0
     for t, group in itertools.groupby(positions.tolist()):  # neighbouring rows of one length in one product

@@ -190,12 +190,12 @@ def gated_backward(b: Frame, name: str, gateup: Tensor, dy: Matrix, act: str) ->
     return out
 
 
-def rope(b: Frame, heads: Sequence[Tensor], freq: str, *, attention: float, back: bool = False) -> None:
+def rope(b: Frame, heads: Sequence[Tensor], freq: Tensor, *, attention: float, back: bool = False) -> None:
     """Turn (B, T, heads, HS) by their places' angles, in place; `back`: the gradients. `attention` scales both."""
     places = b.mode.places
     for x in heads:
         rows = x if places is None else x.view(-1, 1, *x.shape[2:])
-        b.k.rope(rows, b.constant(freq), places, attention=attention, back=back)
+        b.k.rope(rows, freq, places, attention=attention, back=back)
 
 
 def weight_grad(b: Frame, name: str, dy: Matrix, x: Matrix, *, late: bool = False) -> None:
@@ -216,7 +216,7 @@ def bias_grad(b: Frame, name: str, dy: Tensor) -> None:
         b.k.bias_backward(db, dy, accumulate=b.mode.accumulate)
 
 
-def attention(b: Frame, out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, **sees: int) -> None:
+def attention(b: Frame, out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, **sees: Any) -> None:
     """Causal attention. All are (B, T, heads, HS) views, which may be strided. `sees` may be window=W: W keys a query.
     Inside packed rows it stays in each document.
 

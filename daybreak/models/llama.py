@@ -56,6 +56,7 @@ class Llama(Head):
     """A decoder of one shape (Touvron et al. 2023, and those that followed)."""
 
     cfg: LlamaConfig
+    turns_inside = True  # whether attention turns queries and keys where a token is written
     matmuls = MATMULS
 
     def __init__(self, cfg: LlamaConfig, recompute: int = 0, device_type: str = "cpu") -> None:
@@ -114,10 +115,12 @@ class Llama(Head):
         if c.qk_norm:
             for name, out, heads in zip(("qnorm", "knorm"), (q, k), self._heads(qkv, B, T), strict=False):
                 blocks.rmsnorm(b, name, _rows(heads), _rows(out), **self.norm)
-        self._rope(b, *((q, k) if c.qk_norm else (self._turned(qkv, B, T),)))
+        turns = self.turns_inside and b.mode.positions is not None and c.kind(b.index) != "n"
+        if not turns:
+            self._rope(b, *((q, k) if c.qk_norm else (self._turned(qkv, B, T),)))
         att = b.a("att", n, c.NH * c.HS)
         (out,) = self._heads(att, B, T)
-        blocks.attention(b, out, q, k, v, self.scale, **self._sees(b))
+        blocks.attention(b, out, q, k, v, self.scale, **self._sees(b), **(self._angles(b) if turns else {}))
         residual2 = self._added(b, "attproj", b.matmul_copy("att", att), x, b.a("residual2", n, c.C))
         gateup, swiglu = b.a("gateup", n, 2 * c.F), b.matmul_a("swiglu", n, c.F)
         how: dict[str, Any] = {"norm": "ln2", "rms": self.norm, "bias": c.mlp_bias}
@@ -249,10 +252,13 @@ class Llama(Head):
 
     def _rope(self, b: Frame, *heads: Tensor, back: bool = False) -> None:
         """Turn queries and keys, or their gradients, as layers of this kind do."""
-        kind = self.cfg.kind(b.index)
-        name = "window_freq" if kind == "w" and self.cfg.window_theta else "freq"
-        if kind != "n":
-            blocks.rope(b, heads, name, attention=self.freq[name][1], back=back)
+        if self.cfg.kind(b.index) != "n":
+            blocks.rope(b, heads, back=back, **self._angles(b))
+
+    def _angles(self, b: Frame) -> dict[str, Any]:
+        """The constant that has the angles of layers of this kind, and by what sines and cosines are multiplied."""
+        name = "window_freq" if self.cfg.kind(b.index) == "w" and self.cfg.window_theta else "freq"
+        return {"freq": b.constant(name), "attention": self.freq[name][1]}
 
     def _heads(self, x: Tensor, B: int, T: int) -> Sequence[Tensor]:
         """q, k and v of a packed qkv (n, W), or one output, as strided views (B, T, heads, HS)."""

@@ -116,7 +116,7 @@ class Nanochat(Head):
             values = qkv.view(n, 3 * c.NH, c.HS)[:, 2 * c.NH :]
             b.k.value_forward(values, tokens, b.w("ve"), x, b.a("ln1.rstd", n, dtype=b.acc), b.w("gatew"))
         qk = self._norm(b, "qknorm", self._both(qkv), b.a("qk", n, 2 * c.NH, c.HS))
-        blocks.rope(b, (qk.view(B, T, 2 * c.NH, c.HS),), "freq", attention=1.0)
+        blocks.rope(b, (qk.view(B, T, 2 * c.NH, c.HS),), b.constant("freq"), attention=1.0)
         att = b.a("att", n, c.C)
         q, k, v = self._seen(qk, qkv, B, T)
         blocks.attention(b, att.view(B, T, c.NH, c.HS), q, k, v, self.scale, **self._sees(b))
@@ -157,7 +157,8 @@ class Nanochat(Head):
         grads = self._seen(d_both, d_qkv, B, T)
         seen = self._seen(qk, qkv, B, T)
         blocks.attention_backward(b, grads, d_att.view(heads), seen, att.view(heads), self.scale, **self._sees(b))
-        blocks.rope(b, (d_qkv.view(B, T, 3 * c.NH, c.HS)[:, :, : 2 * c.NH],), "freq", attention=1.0, back=True)
+        turned = d_qkv.view(B, T, 3 * c.NH, c.HS)[:, :, : 2 * c.NH]
+        blocks.rope(b, (turned,), b.constant("freq"), attention=1.0, back=True)
         self._norm_backward(b, "qknorm", d_both, d_both, self._both(qkv), starts=True, kept=False)
         d_sum = b.matmul_copy("d_qkv", d_qkv, plain=True)
         blocks.adapter_grad(b, "qkv", d_sum)

@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from daybreak.kernels import all_ops
 
@@ -47,6 +50,17 @@ NEEDS = {
     "cudnn": ("triton", "cudnn"),  # shapes that cuDNN does not take go through the Triton kernels
     "fa4": ("triton", "cudnn", "flash_attn.cute"),
 }
+
+
+@cache
+def _overlap(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it runs."""
+    return device.type == "cuda" and not INTERPRET and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlapping(device: torch.device) -> dict[str, Any]:
+    """Arguments of such a launch (see decode.py)."""
+    return {"OVERLAP": True, "launch_pdl": True} if _overlap(device) else {"OVERLAP": False}
 
 
 def _has(module: str) -> bool:

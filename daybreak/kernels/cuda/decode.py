@@ -12,35 +12,23 @@ only if none ends without waiting.
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from daybreak.kernels import backend
-from daybreak.kernels.cuda import INTERPRET, tl, triton
+from daybreak.kernels.cuda import overlapping, tl, triton
 from daybreak.kernels.cuda.gelu import sigmoid_2u
 from daybreak.kernels.cuda.glu import gate_sigmoid
+from daybreak.kernels.cuda.rope import angles, turned
 from daybreak.kernels.norm import EPS
 
 TILE = 1 << 14  # weights of one program, which it holds in registers
 # As few rows to a program as it takes to have so many; on any card, for the same bits on all. A matrix that fits into
-# one wave stays there: the launch after it can only begin once all programs have.
-WAVE, PROGRAMS = 2 * 132, 6 * 132
+# one wave stays there: the launch after it can only begin once all programs have. GPT-2's kind has its own number.
+WAVE, PROGRAMS, GPT2_PROGRAMS = 2 * 132, 3 * 132, 6 * 132
 GATES = {"": 0, "silu": 1, "gelu": 2}
-KEYS, WARPS = 1 << 14, 8  # elements of the keys that attention looks at together
-
-
-@cache
-def _overlap(device: torch.device) -> bool:
-    """Whether a launch may begin while the one before it runs."""
-    return device.type == "cuda" and not INTERPRET and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def overlapping(device: torch.device) -> dict[str, Any]:
-    """Arguments of such a launch."""
-    return {"OVERLAP": True, "launch_pdl": True} if _overlap(device) else {"OVERLAP": False}
+# Elements of the keys that attention looks at together, also in heads of 128 in 16 bits, and its warps.
+KEYS, WIDE_KEYS, WARPS = 1 << 14, 1 << 15, 8
 
 
 # ------------------------------------------------------------------------------------------------------------ products
@@ -51,9 +39,10 @@ def _decode_matmul_kernel(
     out, x, w, b, add, lnw, lnb, n, I, O, eps,
     NORM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, GELU: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, OVERLAP: tl.constexpr, RMS: tl.constexpr = False, OFFSET: tl.constexpr = 0.0,
-    GATE: tl.constexpr = 0,
+    GATE: tl.constexpr = 0, REST: tl.constexpr = 0,
 ):  # fmt: skip
-    """NORM: layernorm of x. RMS: RMSNorm. GATE, one of GATES: w is gate and up, rows of which are taken in turn."""
+    """NORM: layernorm of x. RMS: RMSNorm. GATE, one of GATES: w is gate and up, rows of which are taken in turn.
+    REST: columns of a second tile, which has what the first leaves of a row (see _tile)."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
@@ -62,6 +51,13 @@ def _decode_matmul_kernel(
         rows = rows // 2 + rows % 2 * (O // 2)
     at = rows.to(tl.int64)[:, None] * I + cols[None, :]
     tile = tl.load(w + at, mask=real[:, None] & inside[None, :], other=0.0)
+    if REST:
+        others = COLS + tl.arange(0, REST)
+        there = others < I
+        at = rows.to(tl.int64)[:, None] * I + others[None, :]
+        more = tl.load(w + at, mask=real[:, None] & there[None, :], other=0.0)
+        if RMS:
+            scale_more = tl.load(lnw + others, mask=there, other=0.0).to(tl.float32) + OFFSET
     if BIAS:
         bias = tl.load(b + rows, mask=real, other=0.0).to(tl.float32)
     if NORM:
@@ -73,14 +69,23 @@ def _decode_matmul_kernel(
         tl.extra.cuda.gdc_wait()
     for row in range(n):
         xf = tl.load(x + row * I + cols, mask=inside, other=0.0).to(tl.float32)
+        if REST:
+            xm = tl.load(x + row * I + others, mask=there, other=0.0).to(tl.float32)
         if RMS:
-            xf = xf * (1.0 / tl.sqrt(tl.sum(xf * xf, 0) / I + eps)) * scale
-            xf = xf.to(x.dtype.element_ty).to(tl.float32)
+            squares = tl.sum(xf * xf, 0)
+            if REST:
+                squares += tl.sum(xm * xm, 0)
+            rstd = 1.0 / tl.sqrt(squares / I + eps)
+            xf = (xf * rstd * scale).to(x.dtype.element_ty).to(tl.float32)
+            if REST:
+                xm = (xm * rstd * scale_more).to(x.dtype.element_ty).to(tl.float32)
         if NORM:
             xf = tl.where(inside, xf - tl.sum(xf, 0) / I, 0.0)
             xf = xf * (1.0 / tl.sqrt(tl.sum(xf * xf, 0) / I + eps)) * scale + shift
             xf = xf.to(x.dtype.element_ty).to(tl.float32)  # as the layernorm of a whole batch is stored
         y = tl.sum(tile.to(tl.float32) * xf[None, :], 1)
+        if REST:
+            y += tl.sum(more.to(tl.float32) * xm[None, :], 1)
         if BIAS:
             y += bias
         if GELU:
@@ -97,14 +102,21 @@ def _decode_matmul_kernel(
             tl.store(out + row * O + rows, y.to(out.dtype.element_ty), mask=real)
 
 
-def _tile(I: int, O: int) -> tuple[int, int, int]:
-    """Rows and columns of w that a program takes, and its warps."""
-    cols = triton.next_power_of_2(I)
-    rows = max(1, TILE // cols)
-    least = WAVE // 2 if -(-O // rows) <= WAVE else PROGRAMS
+def _tile(I: int, O: int, gpt2: bool = False) -> tuple[int, int, int, int]:
+    """Rows and columns of w that a program takes, the columns of its second tile, and its warps.
+
+    A row of 1,536 is 1,024 and 512 columns, and so no column is masked, as it would be in 2,048. gpt2: one tile, whose
+    sums have the bits that they always had.
+    """
+    cols, rest = triton.next_power_of_2(I), 0
+    half = cols // 2
+    if not gpt2 and half + (more := triton.next_power_of_2(I - half)) < cols:
+        cols, rest = half, more
+    rows = 1 << (max(1, TILE // (cols + rest)).bit_length() - 1)
+    least = WAVE // 2 if -(-O // rows) <= WAVE else GPT2_PROGRAMS if gpt2 else PROGRAMS
     while rows > 1 and -(-O // rows) < least:
         rows //= 2
-    return rows, cols, min(8, max(1, cols // 256))
+    return rows, cols, rest, min(8, max(1, cols // 256))
 
 
 @backend("triton")
@@ -114,11 +126,11 @@ def matmul_decode(
 ) -> None:  # fmt: skip
     """out (n, O) = act(norm(x (n, I)) @ w (O, I)^T + b (O)) + add (n, O), all contiguous; for small n."""
     (n, I), O = x.shape, w.shape[0]
-    rows, cols, warps = _tile(I, O)
+    rows, cols, rest, warps = _tile(I, O, b is not None or lnw is not None)
     _decode_matmul_kernel[(-(-O // rows),)](
         out, x, w, w if b is None else b, x if add is None else add, w if lnw is None else lnw,
         w if lnb is None else lnb, n, I, O, EPS, NORM=lnw is not None, BIAS=b is not None, ADD=add is not None,
-        GELU=gelu, ROWS=rows, COLS=cols, num_warps=warps, **overlapping(out.device),
+        GELU=gelu, ROWS=rows, COLS=cols, REST=rest, num_warps=warps, **overlapping(out.device),
     )  # fmt: skip
 
 
@@ -129,11 +141,11 @@ def matmul_rms_decode(
 ) -> None:  # fmt: skip
     """out (n, O) = norm(x (n, I)) @ w (O, I)^T + b (O), or with a gate (n, O / 2), all contiguous; for small n."""
     n, (O, I) = x.shape[0], w.shape
-    rows, cols, warps = _tile(I, O)
+    rows, cols, rest, warps = _tile(I, O)
     rows = max(rows, 2) if gate else rows
     _decode_matmul_kernel[(-(-O // rows),)](
         out, x, w, w if b is None else b, x, normw, w, n, I, O, eps, NORM=False, BIAS=b is not None, ADD=False,
-        GELU=False, ROWS=rows, COLS=cols, RMS=True, OFFSET=offset, GATE=GATES[gate], num_warps=warps,
+        GELU=False, ROWS=rows, COLS=cols, RMS=True, OFFSET=offset, GATE=GATES[gate], REST=rest, num_warps=warps,
         **overlapping(out.device),
     )  # fmt: skip
 
@@ -152,12 +164,12 @@ def _more_keys(K, V, before, query, m, total, acc):
 
 @triton.jit
 def _decode_attention_kernel(
-    out, cache, q, k, v, positions, out_b, q_b, k_b, v_b, cache_v, cache_b, cache_h, scale2,
+    out, cache, q, k, v, positions, freq, out_b, q_b, k_b, v_b, cache_v, cache_b, cache_h, scale2, half, attention,
     HS: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    ROPE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head of one row: the newest key and value go into the cache, and the query walks over those before them. The
-    heads of a GROUP walk over the same keys at the same time, so they come from memory once."""
+    heads of a GROUP walk over the same keys at the same time, so they come from memory once. ROPE: both turn first."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     b, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -175,11 +187,17 @@ def _decode_attention_kernel(
     mask = before[:, None] & real[None, :]
     K = tl.load(base + block, mask=mask, other=0.0)
     V = tl.load(base + cache_v + block, mask=mask, other=0.0)
+    if ROPE:
+        cos, sin = angles(columns, freq, place, half, attention)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    query = tl.load(q + b * q_b + h * HS + columns, mask=real, other=0.0).to(tl.float32) * scale2
-    at = shared * HS + columns
-    key, value = tl.load(k + b * k_b + at, mask=real, other=0.0), tl.load(v + b * v_b + at, mask=real, other=0.0)
+    query, key = q + b * q_b + h * HS, k + b * k_b + shared * HS
+    value = tl.load(v + b * v_b + shared * HS + columns, mask=real, other=0.0)
+    if ROPE:
+        query, key = turned(query, columns, real, half, cos, sin), turned(key, columns, real, half, cos, sin)
+    else:
+        query, key = tl.load(query + columns, mask=real, other=0.0), tl.load(key + columns, mask=real, other=0.0)
+    query = query.to(tl.float32) * scale2
     newest = base + (place - first) * HS + columns
     mine = real & (h % GROUP == 0)
     tl.store(newest, key, mask=mine)
@@ -198,16 +216,19 @@ def _decode_attention_kernel(
 
 @backend("triton")
 def attention_decode(
-    out: Tensor, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, scale: float, window: int = 0
-) -> None:
+    out: Tensor, cache: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, scale: float, window: int = 0,
+    freq: Tensor | None = None, attention: float = 1.0,
+) -> None:  # fmt: skip
     """One query a row over its cached keys: q, out (b, NH, HS) and k, v (b, NKV, HS), heads next to each other; cache
-    (2, b, NKV, T, HS)."""
+    (2, b, NKV, T, HS). freq: as in the reference."""
     b, NH, HS = q.shape
     assert all(x[0].is_contiguous() for x in (out, q, k, v)), "heads must be contiguous"
     assert cache[0, 0, 0].is_contiguous(), "a head's keys must be contiguous"
     D = max(16, triton.next_power_of_2(HS))
+    keys = WIDE_KEYS if D == 128 and cache.element_size() == 2 else KEYS
     _decode_attention_kernel[(b, NH)](
-        out, cache, q, k, v, positions, *(x.stride(0) for x in (out, q, k, v)), *cache.stride()[:3],
-        scale * math.log2(math.e), HS=HS, D=D, STEP=max(1, KEYS // D), GROUP=NH // k.shape[1], WINDOW=window,
+        out, cache, q, k, v, positions, positions if freq is None else freq, *(x.stride(0) for x in (out, q, k, v)),
+        *cache.stride()[:3], scale * math.log2(math.e), 0 if freq is None else freq.numel(), attention, HS=HS, D=D,
+        STEP=max(1, keys // D), GROUP=NH // k.shape[1], WINDOW=window, ROPE=freq is not None,
         num_warps=WARPS, **overlapping(out.device),
     )  # fmt: skip

@@ -9,8 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from daybreak.kernels import backend
-from daybreak.kernels.cuda import tl, triton
-from daybreak.kernels.cuda.decode import overlapping
+from daybreak.kernels.cuda import overlapping, tl, triton
 
 TILE = 2048  # pairs of one program, at most
 
@@ -31,6 +30,25 @@ def _cos_sin(angle):
     odd = (quarter & 1) == 1
     cos, sin = tl.where(odd, s, c), tl.where(odd, c, s)
     return tl.where((quarter == 1) | (quarter == 2), -cos, cos), tl.where(quarter >= 2, -sin, sin)
+
+
+@triton.jit
+def angles(columns, freq, place, half, attention):
+    """Cosine and sine for each column of a head at this place, times `attention`."""
+    j = tl.where(columns >= half, columns - half, columns)
+    cos, sin = _cos_sin(place.to(tl.float32) * tl.load(freq + j, mask=columns < 2 * half, other=0.0))
+    return cos * attention, sin * attention
+
+
+@triton.jit
+def turned(x, columns, real, half, cos, sin):
+    """The head that begins at x, turned and rounded as `_rope_kernel` does it. real: which columns there are."""
+    turns, second = columns < 2 * half, columns >= half
+    own = tl.load(x + columns, mask=real, other=0.0)
+    mate = tl.load(x + tl.where(second, columns - half, columns + half), mask=turns, other=0.0).to(tl.float32)
+    wide = own.to(tl.float32)
+    y = tl.where(second, wide * cos + mate * sin, wide * cos - mate * sin)
+    return tl.where(turns, y.to(x.dtype.element_ty), own)
 
 
 @triton.jit

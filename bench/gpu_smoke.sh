@@ -2,7 +2,7 @@
 # Does daybreak work on this GPU machine? Runs every verb, both command lines and every documented GPU example, small.
 #
 #   bench/gpu_smoke.sh [SECTION ...]     all sections by default, 2 to 8 minutes each:
-#       machine post verbs decoder families fp8 muon nanochat images finetune ranks fences
+#       machine post verbs decoder families fp8 muon nanochat images finetune speedrun ranks fences
 #
 # It needs no network and no data: it trains on the Python standard library. PYTHON names the interpreter (python3).
 # Each step prints one line, `ok NAME SECONDS` or `FAILED NAME` with the end of its output; each section ends with
@@ -208,6 +208,23 @@ section_finetune() { # adapters and in full: a run that starts from a model, and
   step "chat: serve, OpenAI's client, a pipe" "daybreak serve runs/talk --port 0 >talk.out 2>&1 & $checks talk talk talk.out \$!"
 }
 
+section_speedrun() { # scripts/speedrun.sh on all GPUs, small: killed while it pretrains, run again, and asked
+  data
+  local how="--batch.B 8 --batch.total_tokens $((ranks * 8192)) --steps 60 --schedule.warmup 10" rate=3e-4 epochs=12
+  [ "${SMOKE:-gpu}" = cpu ] && rate=1e-2 epochs=24 how="--model.L 2 --model.C 64 --model.NH 2 --batch.T 128 --batch.B 1 --steps 30 \
+    --batch.total_tokens $((ranks * 128)) --precision.compute fp32"
+  mkdir -p quick/data quick/made && ln -sfn "$work/data/text" quick/data/fineweb-edu
+  step "its dialogues" "cd quick/made && $checks dialogues ."
+  export GPUS=$ranks DIALOGUES="$work/quick/made/dialogues.jsonl --row-tokens 128"
+  export PRETRAIN="$how --eval.tokens 2048 --eval.sample_tokens 8 --checkpoint.every 10 --log.display plain"
+  export FINETUNE="--epochs $((ranks * epochs)) --optim.lr $rate --batch.B 4 --batch.total_tokens $((ranks * 512)) \
+    --eval.tokens 2048 --checkpoint.every 20 --log.display plain"
+  step "speedrun.sh, killed" "setsid bash $root/scripts/speedrun.sh quick & cd quick && $checks kill_all base 14 \$!"
+  step "speedrun.sh, run again and asked" "$checks questions | bash $root/scripts/speedrun.sh quick >quick/said"
+  step "its answers" "$checks asked quick/said"
+  unset GPUS DIALOGUES PRETRAIN FINETUNE
+}
+
 section_muon() { # the blocks' matrices by Muon, the rest by AdamW
   data
   local run="$flags --optim.name muon --optim.muon_warmup 4 --steps 12 --checkpoint.every 4 --eval.every 6"
@@ -276,5 +293,5 @@ echo "folder $work"
 echo "commit $(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo "${COMMIT:-unknown}"), $(date -u +%F)"
 [ "${SMOKE:-gpu}" = cpu ] || nvidia-smi --query-gpu=name,driver_version,power.limit --format=csv,noheader
 "$PYTHON" -c 'import torch; print("torch", torch.__version__)'
-for name in ${*:-machine post verbs decoder families fp8 muon nanochat images finetune ranks fences}; do section "$name"; done
+for name in ${*:-machine post verbs decoder families fp8 muon nanochat images finetune speedrun ranks fences}; do section "$name"; done
 exit $((failed > 0))

@@ -72,6 +72,12 @@ def kill(run: str, step: str, process: str) -> None:
     os.kill(int(process), signal.SIGKILL)
 
 
+def kill_all(run: str, step: str, process: str) -> None:
+    """The same for all processes of the group that this one leads, as a node dies that runs a script."""
+    _wait(lambda: any(r["step"] >= int(step) for r in records(run, "step")), run, process)
+    os.killpg(int(process), signal.SIGKILL)
+
+
 def stop(run: str, step: str, process: str) -> None:
     """SIGTERM saves the run; its exit.json says 75 and its newest checkpoint is the last step."""
     _wait(lambda: any(r["step"] >= int(step) for r in records(run, "step")), run, process)
@@ -244,6 +250,18 @@ def talk(run: str, log: str, process: str) -> None:
     assert losses[-1] < losses[0] / 2
     assert right > len(FACTS) / 2
     _end(process)
+
+
+def asked(said: str) -> None:
+    """Most of the last lines that a script said are the answers to FACTS, in their order."""
+    lines = Path(said).read_text().splitlines()[-len(FACTS) :]
+    print("\n".join(lines))
+    assert sum(line == answer for line, answer in zip(lines, FACTS.values(), strict=True)) > len(FACTS) / 2
+
+
+def questions() -> None:
+    """Print FACTS' questions as a conversation of its own each, as `daybreak chat` reads them."""
+    print("\n/reset\n".join(FACTS))
 
 
 def fences() -> None:

@@ -3,7 +3,8 @@
 #
 #   scripts/speedrun.sh [FOLDER]     FOLDER (speedrun) is made; run it again there to go on after a stop
 #
-# Its commands are tested on a CPU at small sizes, and it has not run on GPUs yet. It takes 1, 2, 4 or 8 GPUs of 80 GB.
+# It takes 1, 2, 4 or 8 GPUs of 80 GB. It is tested on a CPU at small sizes, and has not run on GPUs yet;
+# `bench/gpu_smoke.sh speedrun` tries it there.
 # With eight H100 GPUs, pretraining on 10 billion tokens should take about 40 minutes. It needs 60 GB of disk and
 # pip install -e '.[gpu,data,serve]'.
 #

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any
 
 import pytest
@@ -15,8 +15,8 @@ from daybreak.report.plan import figures, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
-README, BENCHMARKS, FAMILIES = (
-    (ROOT / name).read_text() for name in ("README.md", "docs/benchmarks.md", "docs/families.md")
+README, BENCHMARKS, FAMILIES, MODERN = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/benchmarks.md", "docs/families.md", "docs/modern.md")
 )
 SHAPES = {"d48": "GPT-2 1558M (d48)", "d12": "GPT-2 124M (d12)"}
 MISSING = "not measured"
@@ -115,6 +115,60 @@ def generate_table() -> str:
 def test_tables_are_those_of_the_results(table: Any) -> None:
     """On a difference: paste what the assertion prints."""
     assert table() in (FAMILIES if table is decoder_table else BENCHMARKS), "\n" + table()
+
+
+CURVES = ("nanochat seed 1", "nanochat seed 2", "daybreak from seed 1's weights")
+
+
+def curve(of: str, what: str) -> dict[int, float]:
+    """Values of a run by step: its training loss, or its validation bpb."""
+    return {int(r["step"]): float(x) for r in read("nanochat_curve_h200.csv") if (x := r[f"{of}, {what}"])}
+
+
+def curve_table() -> str:
+    """nanochat's losses and ours: means of the 50 steps before a validation, and its bits per byte."""
+    text = "| step | training loss, seed 1 | seed 2 | daybreak | validation bpb, seed 1 | seed 2 | daybreak |\n"
+    text += "|---|---|---|---|---|---|---|\n"
+    for step in (50, 100, 200, 300, 382):
+        losses = [curve(of, "training loss") for of in CURVES]
+        means = [f"{fmean(run[n] for n in range(step - 49, step + 1)):.3f}" for run in losses]
+        bpb = [f"{curve(of, 'validation bpb')[step]:.3f}" for of in CURVES]
+        text += f"| {' | '.join((str(step), *means, *bpb))} |\n"
+    return text
+
+
+def test_nanochat_s_curve_and_speed_are_those_of_the_results() -> None:
+    """On a difference of the table: paste what the assertion prints."""
+    assert curve_table() in MODERN, "\n" + curve_table()
+    page = " ".join(MODERN.split())
+    first, _, ours = (curve(of, "training loss") for of in CURVES)
+    assert max(abs(first[n] - ours[n]) for n in (1, 2, 3)) < 0.0002
+    assert "First losses agree to 0.0002 for three steps." in page
+    assert max(first) == max(ours) == 382
+
+    held = [[float(r[f"scalars held, {of} bf16"]) for r in read("nanochat_rounding_cpu.csv")[:60]] for of in
+            ("nanochat, all in", "daybreak,")]  # fmt: skip
+    apart = max(abs(a - b) for a, b in zip(*held, strict=True))
+    assert f"both programs in bf16 agree to {apart:.4f} for 60 steps" in page
+
+    rows = read("nanochat_speed_h200.csv")
+    speeds = {
+        (r["program"], r["attention"]): median(int(x["tok_s"]) for x in rows if same(x, r))
+        for r in rows if r["pair"] == "1" or r["attention"] == "SDPA"
+    }  # fmt: skip
+    ours_s, theirs_s = (speeds[program, "FlashAttention-4"] for program in ("daybreak", "nanochat"))
+    for value in (ours_s, theirs_s, speeds["nanochat", "SDPA"]):
+        assert f"{round(value / 1000)},000" in page
+    assert f"That is {ours_s / theirs_s:.3f} times as fast" in page
+    memory = {r["program"]: f"{int(r['memory_mib']):,}" for r in rows if r["attention"] == "FlashAttention-4"}
+    assert f"{memory['daybreak']} MiB for daybreak with 64 rows, and {memory['nanochat']} for nanochat with 32" in page
+    assert {r["commit"] for r in rows} == {"ee74c9d"}
+    assert "of commit ee74c9d beside nanochat 92d63d4" in page
+
+
+def same(one: dict[str, str], other: dict[str, str]) -> bool:
+    """Rows of one pair and program."""
+    return (one["pair"], one["program"]) == (other["pair"], other["program"])
 
 
 def beside(model: str, other: str) -> tuple[dict[str, str], dict[str, str], bool]:

@@ -344,7 +344,7 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
         model = quoted(target)
         fix = f"train it further with `daybreak finetune {model} --data NAME`, or `daybreak import {model}`"
         raise ConfigError(f"{target} is a model of Hugging Face's, not a run; {fix}.")
-    if path.is_dir():
+    if path.is_dir() or ("/" in target and path.exists()):
         fix = run_hint(target) or "; give a folder that daybreak train made."
         raise ConfigError(f"{target} is not a run: it has no config.toml{fix}")
     if (named := Path(Config().run.dir) / path / "config.toml").is_file():
@@ -358,12 +358,13 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
 
 
 def run_hint(path: Path | str) -> str:
-    """For a message about what is no run: the run whose checkpoint it is, or the folder below run.dir that was probably
-    meant, or nothing."""
+    """For a message about what is no run: the run that it is a part of, or that was probably meant, or nothing."""
     run, path = run_of(path), Path(path).expanduser()
     if run != path and (run / "config.toml").is_file():
         step = f"--step {int(path.name.removeprefix('step-'))}"
         return f"; it is a checkpoint: give {run}, and {step} to chat, eval, export, sample and serve."
+    if path.is_file() and (path.parent / "config.toml").is_file():
+        return f"; it is a file of a run: give {path.parent}."
     runs = {found.parent.name: found.parent for found in Path(Config().run.dir).glob("*/config.toml")}
     near = difflib.get_close_matches(path.name, runs, 1)
     if near and (not path.exists() or (near == [path.name] and runs[path.name] != path)):
@@ -407,8 +408,7 @@ def saved_config(checkpoint: Path, manifest: Mapping[str, Any]) -> Config:
 
 
 def read_toml(path: Path, base: Config | None = None) -> Config:
-    """Read a recipe or a run's config.toml over `base` (None: the defaults). ConfigError names the file for whatever is
-    wrong."""
+    """Read a recipe or a run's config.toml over `base` (None: the defaults). A ConfigError names the file."""
     try:
         tables = tomllib.loads(read_bytes(path, MOST_TOML).decode())
     except FileNotFoundError:

@@ -137,6 +137,10 @@ ERRORS: list[tuple[str, int, str]] = [
      'log.sinks = "mlflow" must be tensorboard or wandb, or both with a comma between; the default is "".'),
     ("report", 2, "Missing argument 'RUNS...'; see daybreak report --help."),
     ("report empty", 2, "empty is not a run; give a folder that daybreak train made, or llm.c's main.log."),
+    *((f"{verb} runs/old/config.toml", 2,
+       f"runs/old/config.toml is not a run{why}; it is a file of a run: give runs/old.")
+      for verb, why in (("report", ""), ("watch", ""), ("doctor", ": it has no config.toml"))),
+    ("report good.txt", 2, "good.txt is not a run; give a folder that daybreak train made, or llm.c's main.log."),
     ("report runs", 2, "runs is not a run; it holds 2 of them: give one, such as runs/new."),
     ("train runs", 2, "runs is not a run: it has no config.toml; it holds 2 of them: give one, such as runs/new."),
     ("watch nothere", 2, "nothere is not a run; give a folder that daybreak train made, or llm.c's main.log."),

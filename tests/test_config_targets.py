@@ -98,6 +98,8 @@ UNKNOWN_TARGETS = [
     ("old", "unknown target 'old'; to resume the run of that name give its folder: runs/old."),
     ("runs/olf", "runs/olf does not exist; did you mean runs/old?"),
     ("runs/nosuch", "runs/nosuch does not exist; give a run's folder, "),
+    ("runs/old/log", "runs/old/log is not a run: it has no config.toml; it is a file of a run: give runs/old."),
+    ("runs/log", "runs/log is not a run: it has no config.toml; give a folder that daybreak train made."),
 ]
 
 
@@ -106,6 +108,8 @@ def test_an_unknown_target(target: str, sentence: str, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     _saved_run(Path("runs/old"))
+    for file in ("runs/old/log", "runs/log"):
+        Path(file).touch()
     with pytest.raises(ConfigError) as e:
         resolve(target)
     assert str(e.value).startswith(sentence)

@@ -14,8 +14,10 @@ import pytest
 from made_run import EVIL, MadeRun, made_run, read
 from snapshots import FACTS, snapshot
 
+from daybreak.cli.main import main
 from daybreak.config import Config
 from daybreak.data.dataset import Manifest, SplitRecord
+from daybreak.errors import ConfigError
 from daybreak.images.png import write_png
 from daybreak.report import series
 from daybreak.report.page import render
@@ -139,6 +141,28 @@ def test_llmc_logs(tmp_path: Path) -> None:
         assert (p["val"]["step"], p["val"]["loss"]) == ([0, 2], [10.95, 9.4])
         assert p["evals"]["hellaswag"]["accuracy"] == [0.2611]
         assert set(p["train"]["tokens"]) == {None}  # the log does not say
+
+
+def test_other_files_are_no_logs(made: MadeRun, tmp_path: Path) -> None:
+    """A report's own page, given in place of its run, would be overwritten with a page without curves."""
+    assert main(["report", str(made.path)]) == 0
+    page = (made.path / "report.html").read_bytes()
+    for name in ("report.html", "metrics.jsonl", "config.toml"):
+        with pytest.raises(ConfigError, match=rf"/{name} is not a run; it is a file of a run: give {made.path}\.$"):
+            Follower(made.path / name)
+        assert main(["report", str(made.path / name)]) == 2
+    assert (made.path / "report.html").read_bytes() == page
+    other, log = tmp_path / "notes.txt", tmp_path / "main.log"
+    other.write_text("s:0 is the first step\n")
+    with pytest.raises(
+        ConfigError, match=r"notes\.txt is not a run; give a folder that daybreak train made, or llm\.c's"
+    ):
+        Follower(other)
+    log.touch()  # llm.c has only just started
+    follower = Follower(log)
+    log.write_text("s:0 tel:10.9500\n")
+    assert follower.update()
+    assert follower.payload()["val"]["loss"] == [10.95]
 
 
 def test_thinning_keeps_every_stretch_s_extremes() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from daybreak.config import Config, run_config, run_hint
 from daybreak.data.dataset import MANIFEST, Manifest
+from daybreak.data.formats import first_bytes
 from daybreak.errors import ConfigError, DataError, Error
 from daybreak.files import locked, no_follow
 from daybreak.manifest import newest_manifest
@@ -70,6 +71,12 @@ class Curve:
         return {k: [c[i] if math.isfinite(c[i]) else None for i in rows] for k, c in self.columns.items()}
 
 
+def _is_log(path: Path) -> bool:
+    """Whether a file may be llm.c's main.log: it has a line of one near its beginning, or is still empty."""
+    head = first_bytes(path) if path.is_file() else b"nothing"
+    return not head or any(map(LOG_LINE.match, head.splitlines()))
+
+
 class Follower:
     """One run. `update` reads the lines that are new, and `payload` has all that a page shows."""
 
@@ -78,7 +85,7 @@ class Follower:
         self.folder = path if path.is_dir() else path.parent
         ours = path.is_dir() and (path / "config.toml").is_file()
         self.file = path / ("metrics.jsonl" if ours else "main.log") if path.is_dir() else path
-        if not ours and not self.file.is_file():
+        if not ours and not _is_log(self.file):
             fix = run_hint(path) or "; give a folder that daybreak train made, or llm.c's main.log."
             raise ConfigError(f"{path} is not a run{fix}")
         self.config: Config | None = run_config(path) if ours else None

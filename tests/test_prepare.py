@@ -268,7 +268,11 @@ def test_what_cannot_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"name": "../x"}, "dataset name '../x' must start with a letter or digit"),
         ({"tokenizer": "gpt3"}, "unknown tokenizer 'gpt3'"),
         ({"tokenizer": str(tmp_path / "model")}, "model' is a folder; give its file, .*model/tokenizer.json"),
-        ({"val_fraction": 1.0}, "val-fraction = 1.0 must be above 0 and below 1"),
+        (
+            {"val_fraction": 1.0},
+            "val-fraction = 1.0 must be above 0 and below 1; to train on all of it, prepare a folder",
+        ),
+        ({"val_fraction": 0.0}, "val-fraction = 0.0 must be above 0 and below 1; .* named train and .* named val"),
         ({"shard_tokens": 0}, "shard-tokens = 0 must be from 1"),
         ({"workers": -1}, "workers = -1 must be 0"),
     ):

@@ -35,7 +35,7 @@ LEAST, FEW = 8, 100  # tokens of the shortest sample that is advised; examples o
 @click.option("--train-tokenizer", type=click.IntRange(0), default=0, metavar="V",
               help="Make a tokenizer of V ids from the text, in place of --tokenizer.")  # fmt: skip
 @click.option("--data-dir", default="data", metavar="DIR", help="Folder of the datasets.")
-@click.option("--val-fraction", type=float, metavar="F", help="Fraction for validation (default: the source's split).")
+@click.option("--val-fraction", type=float, metavar="F", help="Validation's share, 0 < F < 1 (default: the source's).")
 @click.option("--shard-tokens", type=int, default=100_000_000, metavar="N", help="Tokens per shard.")
 @click.option("--workers", type=int, default=0, metavar="N", help="Threads; 0 = all cores.")
 @click.option("--text-field", default="text", metavar="KEY",

@@ -83,7 +83,8 @@ def resolve_source(
     of them; ConfigError for a val_fraction outside (0, 1).
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
-        raise ConfigError(f"val-fraction = {val_fraction} must be above 0 and below 1.")
+        fix = "to train on all of it, prepare a folder with all in a file named train and a part in one named val"
+        raise ConfigError(f"val-fraction = {val_fraction} must be above 0 and below 1; {fix}.")
     known = ", ".join([*CATALOGUE, *ALIASES])
     if not names:
         raise ConfigError(f"nothing to prepare; give files, folders, URLs, hf:owner/name or a name ({known}).")

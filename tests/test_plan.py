@@ -478,4 +478,4 @@ def test_the_table_of_buffers_lists_frozen_weights(capsys: pytest.CaptureFixture
     adapters = 2 * 4 * (4 * 128 + 2 * 128 + 5 * 128 + 5 * 128)
     out = capsys.readouterr().out
     assert re.search(rf"^│ frozen +│ weights that do not learn, .* │ +{frozen * 4 / MIB:.1f} │$", out, re.M)
-    assert f"model              {frozen + adapters:,} parameters" in out
+    assert f"model              {frozen + adapters:,} parameters, {adapters:,} of them trained: gpt2 L=2" in out

@@ -58,6 +58,24 @@ def test_every_call_of_a_step_is_metered() -> None:
     assert torch.isfinite(engine.state["stats"][:2]).all()  # the engine works on
 
 
+def test_packed_rows_are_benched_as_one_document_each(capsys: pytest.CaptureFixture[str]) -> None:
+    """`finetune` on chats has such rows. They compute the same as plain rows, so the losses are equal."""
+    losses = []
+    for documents in (False, True):
+        engine = Engine(EngineSpec(SHAPE, B=2, T=16, documents=documents), seed=1)
+        engine.begin_step(lr=0.0, step=0, valid=32)
+        part = report.inputs(engine, 3)[2]
+        assert [tuple(x.shape) for x in part] == [(2, 16)] * (3 if documents else 2)
+        assert torch.equal(part[0][:, 1:], part[1][:, :-1])
+        engine.micro_step(*part, first=True)
+        losses.append(engine.update().values()[0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    flags = "--model.L 1 --model.C 16 --model.NH 2 --model.max_T 16 --model.V 200 --batch.B 2 --batch.total_tokens 64"
+    packed = "--data.packed true --lora.rank 2 --run.device cpu --seconds 0.01"
+    assert main(["bench", "d12", *flags.split(), *packed.split()]) == 0
+    assert "lora_forward" in capsys.readouterr().out
+
+
 def test_step_times_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that only advances with the updates, 10 ms each, then 20: the first five steps do not count."""
     engine, now, step = Engine(EngineSpec(SHAPE, B=2, T=16)), [0.0], [0]

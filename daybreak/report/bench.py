@@ -127,30 +127,34 @@ def batches(engine: Engine, steps: int) -> Tensor:
     return ((engine.cfg.V + 1) ** u - 1).long().clamp_(max=engine.cfg.V - 1)
 
 
+def inputs(engine: Engine, steps: int) -> list[tuple[Tensor, ...]]:
+    """The arguments of `micro_step` for random tokens: tokens and targets (B, T), int64. If the engine takes packed
+    rows, also positions (B, T): one document fills each row."""
+    places = [torch.arange(engine.T).expand(engine.B, -1)] if engine.spec.documents else []
+    return [(part[:, :-1], part[:, 1:], *places) for part in batches(engine, steps)]
+
+
 def time_steps(engine: Engine, micro_steps: int, seconds: float) -> list[float]:
     """The seconds of each step, for at least `seconds` in all. They include input copies and the late reading of
     results."""
-    tokens, step = batches(engine, 8), 0
-    times: list[float] = []
+    parts, times = inputs(engine, 8), list[float]()
     pending: Pending | None = None
     while len(times) < WARM_STEPS + 3 or sum(times[WARM_STEPS:]) < seconds:
-        began = time.perf_counter()
+        began, step = time.perf_counter(), len(times)
         engine.begin_step(lr=1e-5, step=step, valid=micro_steps * engine.B * engine.T)
         for i in range(micro_steps):
-            part = tokens[(step * micro_steps + i) % len(tokens)]
-            engine.micro_step(part[:, :-1], part[:, 1:], first=i == 0)
+            engine.micro_step(*parts[(step * micro_steps + i) % len(parts)], first=i == 0)
         previous, pending = pending, engine.update()
         if previous is not None:
             previous.values()
         times.append(time.perf_counter() - began)
-        step += 1
     return times[WARM_STEPS:]
 
 
 def meter(engine: Engine) -> dict[str, Cost]:
     """The costs of one micro-step and one update, each kernel call timed by itself. The engine has no graphs
     afterwards."""
-    kernels, tokens, cuda = engine.training.k, batches(engine, 1)[0], engine.device.type == "cuda"
+    kernels, part, cuda = engine.training.k, inputs(engine, 1)[0], engine.device.type == "cuda"
     costs, marks = defaultdict[str, Cost](Cost), list[tuple[str, Any, Any]]()
 
     def mark() -> Any:
@@ -164,10 +168,9 @@ def meter(engine: Engine) -> dict[str, Cost]:
         if name not in OPS:
             return kernel
         operation = OPS[name]
-        parameters = operation.parameters
 
         def call(*args: Any, **kwargs: Any) -> None:
-            given, cost = {**dict(zip(parameters, args, strict=False)), **kwargs}, costs[name]
+            given, cost = {**dict(zip(operation.parameters, args, strict=False)), **kwargs}, costs[name]
             format = next((x.format.backend for x in args if isinstance(x, Operand)), "")
             cost.backend, cost.calls = format or kernels.choices[name], cost.calls + 1
             cost.nbytes += nbytes_of(operation, given)
@@ -187,7 +190,7 @@ def meter(engine: Engine) -> dict[str, Cost]:
             if cuda:
                 torch.cuda._sleep(1_500_000_000)  # type: ignore[no-untyped-call]  # lets the host run ahead, so that no mark waits for a launch
             engine.begin_step(lr=1e-5, step=0, valid=engine.B * engine.T)
-            engine.micro_step(tokens[:, :-1], tokens[:, 1:], first=True)
+            engine.micro_step(*part, first=True)
             engine.update()
             if cuda:
                 torch.cuda.synchronize()

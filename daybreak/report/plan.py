@@ -19,7 +19,7 @@ from daybreak.config import RECIPES, Config, recipe_names
 from daybreak.data.mixing import open_loaders, open_sets, packed_rows
 from daybreak.engine import DTYPES
 from daybreak.engine.arena import Arena
-from daybreak.engine.device import available_bytes, check_fp8, engine_spec, missing_on, pick_compute, pick_device
+from daybreak.engine.device import available_bytes, check_fp8, missing_on, pick_compute, pick_device
 from daybreak.engine.fit import Fit, plan_memory
 from daybreak.errors import DataError
 from daybreak.formatting import counted, disk, format_duration, several
@@ -146,8 +146,7 @@ def plan(config: Config, *, gpu: str | None = None, gpus: int = 1) -> Plan:
     fit = Fit(device, missing, (budget or 1 << 62) - process, gpus)
     arena, outside = plan_memory(config, device, missing, fit.group(config))
     model = build_model(config.model, config.batch.recompute, device.type)
-    rows = engine_spec(config, device, missing).parameters(model)[0]
-    parameters, frozen = sum(row.numel for row in rows), sum(row.numel for row in rows if not row.trainable)
+    parameters, frozen = arena.sharding.table.num_parameters, sum(row.numel for row in arena.sharding.table.frozen)
     flops = model.flops_per_token(config.T, parameters) - 2 * frozen  # as Engine counts them
     compute = pick_compute(config.precision.compute, device)
     return Plan(config, device.type, name, gpus, compute, parameters, flops, arena, outside + process, budget, fit)
@@ -236,7 +235,9 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     if p.gpus > 1:
         sent = p.arena.sharding.volume(DTYPES[p.compute], p.micro_steps)
         rows.append(("exchange", f"{disk(sent)} sent a step by each", f"counted, ZeRO stage {c.parallel.zero}"))
-    model = f"{p.parameters:,} parameters: {c.model.text()}"
+    frozen = sum(row.numel for row in p.arena.sharding.table.frozen)
+    trained = f", {p.parameters - frozen:,} of them trained" if frozen else ""
+    model = f"{p.parameters:,} parameters{trained}: {c.model.text()}"
     rows.append(("model", f"{model}, padded to {c.model.Vp}; {p.flops_per_token:,} FLOPs a token", "counted"))
     return [*rows, ("computes", f"in {p.compute} on {p.gpu or p.device}, recompute {c.batch.recompute}", "")]
 

@@ -198,11 +198,11 @@ class Config:
         if total % micro == 0:
             return
         low, high = total // micro * micro, -(-total // micro) * micro
-        fix = f"use {low} or {high}" if low else f"use {high}"
+        fix = f"{low} or {high}" if low else f"{high}"
         smaller = next((B for B in range(self.batch.B - 1, 0, -1) if total % (B * self.T * ranks) == 0), 0)
         fewer = next((n for n in range(ranks - 1, 0, -1) if total % (self.batch.B * self.T * n) == 0), 0)
-        if smaller or fewer:
-            fix += f", or keep it with batch.B = {smaller}" if smaller else f", or keep it with {fewer} ranks"
+        kept = f"batch.B = {smaller}" if smaller else f"{fewer} ranks"
+        fix = f"keep it with {kept}, or make it {fix}" if smaller or fewer else f"use {fix}"
         product = f"batch.B * T = {self.batch.B} * {self.T}"
         if ranks > 1:
             product = f"batch.B * T * ranks = {self.batch.B} * {self.T} * {ranks}"

@@ -130,8 +130,8 @@ ERRORS: list[tuple[str, int, str]] = [
     ("plan d12 --model.C 100", 2, "model.C = 100 must be a multiple of model.NH = 12."),
     ("plan d12 --gpu v100", 2, "--gpu v100 is not known; did you mean "),
     ("plan d12 --gpu h100 --gpus 3 --batch.total_tokens 8192", 2,
-     "batch.total_tokens = 8192 must be a multiple of batch.B * T * ranks = 4 * 1024 * 3 = 12288; use 12288, or "
-     "keep it with 2 ranks."),
+     "batch.total_tokens = 8192 must be a multiple of batch.B * T * ranks = 4 * 1024 * 3 = 12288; keep it with "
+     "2 ranks, or make it 12288."),
     ("plan d12 --price free", 2, "cost.price = 'free' must be a number; the default is 0.0."),
     ("train d12 --log.sinks mlflow", 2,
      'log.sinks = "mlflow" must be tensorboard or wandb, or both with a comma between; the default is "".'),

@@ -183,14 +183,14 @@ CONFLICTS: list[tuple[dict[str, Any], int, str]] = [
     ({"batch.total_tokens": 100}, 1,
      "batch.total_tokens = 100 must be a multiple of batch.B * T = 4 * 1024 = 4096; use 4096."),
     ({"batch.total_tokens": 12288}, 2,
-     "batch.total_tokens = 12288 must be a multiple of batch.B * T * ranks = 4 * 1024 * 2 = 8192; use 8192 or 16384, "
-     "or keep it with batch.B = 3."),
+     "batch.total_tokens = 12288 must be a multiple of batch.B * T * ranks = 4 * 1024 * 2 = 8192; keep it with "
+     "batch.B = 3, or make it 8192 or 16384."),
     ({"batch.total_tokens": 4096, "batch.T": 512}, 4,
-     "batch.total_tokens = 4096 must be a multiple of batch.B * T * ranks = 4 * 512 * 4 = 8192; use 8192, "
-     "or keep it with batch.B = 2."),
+     "batch.total_tokens = 4096 must be a multiple of batch.B * T * ranks = 4 * 512 * 4 = 8192; keep it with "
+     "batch.B = 2, or make it 8192."),
     ({"batch.total_tokens": 32768}, 7,  # no batch.B helps: one of eight GPUs is lost
-     "batch.total_tokens = 32768 must be a multiple of batch.B * T * ranks = 4 * 1024 * 7 = 28672; use 28672 or "
-     "57344, or keep it with 4 ranks."),
+     "batch.total_tokens = 32768 must be a multiple of batch.B * T * ranks = 4 * 1024 * 7 = 28672; keep it with "
+     "4 ranks, or make it 28672 or 57344."),
     ({"batch.ramp": [[5, 5000]]}, 1,
      "batch.ramp at step 5: total_tokens = 5000 must be a multiple of batch.B * T = 4 * 1024 = 4096; "
      "use 4096 or 8192."),

@@ -318,7 +318,9 @@ class Group:
             return r, 1, f"rank {r} on {now[r][0]} died; start the run again, it goes on from its newest checkpoint."
         r = behind if behind in silent or not silent else silent[0]
         waited = f"the others have waited {self.timeout:g} s for it (parallel.timeout)"
-        fix = "see why its process is stopped or gone" if r in silent else "look for its stacks in the run's crash.txt"
+        fix = "see why its process is stopped or gone"
+        if r not in silent:
+            fix = "look for its stacks in the run's crash.txt (crash.before.txt after a restart)"
         return r, Hung.exit_code, f"rank {r} on {now[r][0]} hangs: {waited}; {fix}, then start the run again."
 
     def _keep_beating(self) -> None:

@@ -146,3 +146,10 @@ def test_what_nobody_foresaw_leaves_crash_txt(tmp_path: Path, monkeypatch: pytes
     assert "Traceback" in crash
     assert "in broken" in crash
     assert len(daybreak.load(run).checkpoints) == 1  # what was saved before stays
+    said = (run / "exit.json").read_text()
+    for steps in (6, 9):  # the second start has no crash to keep, and does not lose the first one's
+        daybreak.train(daybreak.load(run).config.override({"run.steps": steps, "optim.horizon": steps}), resume=run)
+        assert (run / "crash.before.txt").read_text() == crash
+        assert not (run / "crash.txt").exists()
+        assert (run / "exit.before.json").read_text() == said
+        said = (run / "exit.json").read_text()

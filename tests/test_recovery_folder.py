@@ -187,7 +187,7 @@ def test_a_reader_beside_a_run_that_prunes_never_fails(tmp_path):
 OURS = ("config.toml", "env.json", "metrics.jsonl", "main.log", "samples.txt", "exit.json", "crash.txt",
         "report.html", "run-id", "tokenizer.json", "profile-1-2.json", "checkpoints", "checkpoints/step-00000099",
         "checkpoints/step-00000005/manifest.json", "checkpoints/.old-step-00000007-1", "tensorboard",
-        "wandb")  # fmt: skip
+        "wandb", "exit.before.json")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -4,7 +4,8 @@
     env.json         versions, GPUs, commit                   exit.json      how the last attempt ended: code and reason
     metrics.jsonl    one record a line                        crash.txt      a traceback, or where every thread was
     main.log         llm.c's lines                            samples.txt    generated text
-    run-id           tells it from a run of the same name     .torchrun      which torchruns may restart it
+    run-id           tells it from a run of the same name     *.before.*     the same two, of an attempt before
+                                                              .torchrun      which torchruns may restart it
                                                               .holder        process and host that train it
 
 Rank 0 creates the folder, and writes the files that a run has once. These calls follow each other:
@@ -167,9 +168,12 @@ class RunFolder:
         return {key: value for key, value in env.items() if f"{key}?" in ENV}
 
     def forget_exit(self) -> None:
-        """Remove what an earlier attempt said at its end: from here on a missing exit.json means killed or running."""
-        self.exit.unlink(missing_ok=True)
-        self.crash.unlink(missing_ok=True)
+        """Rename what an earlier attempt said at its end: from here on a missing exit.json means killed or running.
+
+        Launchers start a failed run again within seconds, so exit.before.json and crash.before.txt tell people why."""
+        for path in (self.exit, self.crash):
+            with suppress(FileNotFoundError):
+                path.replace(path.with_suffix(f".before{path.suffix}"))
 
     def exit_mark(self) -> int:
         """When exit.json was written, in ns; 0 where there is none."""

@@ -21,7 +21,7 @@ from test_training import losses
 
 import daybreak
 from daybreak.config import Config
-from daybreak.parallel import GONE
+from daybreak.parallel import GONE, launched, meeting_advice
 
 AGENTS: list[subprocess.Popen[bytes]] = []
 
@@ -259,3 +259,38 @@ def test_rank_0_dies(shards: Path, tmp_path: Path, how: str) -> None:  # noqa: F
     assert told["code"] == 1
     assert re.match("rank 0 (on .* died|does not answer any more)", told["reason"]), told
     assert said.count(f"daybreak: {told['reason']}") == 1, said
+
+
+def test_launchers_variables() -> None:
+    assert launched({})["WORLD_SIZE"] == "1"
+    ompi = {
+        "OMPI_COMM_WORLD_RANK": "5",
+        "OMPI_COMM_WORLD_SIZE": "8",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "MASTER_ADDR": "a",
+    }
+    assert launched(ompi) | {"MASTER_PORT": ""} == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "",
+    }
+    slurm = {
+        "SLURM_PROCID": "3",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "gpu[07-08],x1",
+    }
+    assert launched(slurm)["MASTER_ADDR"] == "gpu07"
+    assert launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})["WORLD_SIZE"] == "1"  # a batch script without srun
+    assert launched({**slurm, "RANK": "0", "WORLD_SIZE": "2"})["WORLD_SIZE"] == "2"  # srun of torchrun
+    with pytest.raises(daybreak.Error, match="a rank must be a whole number below the number of processes"):
+        launched({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_only_torchruns_of_several_machines_are_told_of_their_flag() -> None:
+    """The others have MASTER_ADDR from their user or their scheduler."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "2"}
+    assert "--local-addr" in meeting_advice(torchrun)
+    assert [meeting_advice({"MASTER_ADDR": "a"}), meeting_advice(torchrun | {"GROUP_WORLD_SIZE": "1"})] == ["", ""]

@@ -26,7 +26,6 @@ from daybreak.data.loader import Loader
 from daybreak.data.shards import read_header
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.engine import Engine, EngineSpec
-from daybreak.parallel import launched, meeting_advice
 
 WAIT = 10  # parallel.timeout, in seconds, of the runs in which a rank does not come
 SOON = ("--parallel.timeout", WAIT)
@@ -264,7 +263,8 @@ def test_a_batch_that_does_not_divide(shards: Path, tmp_path: Path) -> None:
         tmp_path,
         processes,
         2,
-        "batch.total_tokens = 192 must be a multiple of batch.B * T * ranks = 4 * 16 * 2 = 128; use 128 or 256",
+        "batch.total_tokens = 192 must be a multiple of batch.B * T * ranks = 4 * 16 * 2 = 128; keep it with "
+        "batch.B = 3, or make it 128 or 256.",
     )
     assert not (tmp_path / "a").exists()
 
@@ -460,41 +460,6 @@ def test_when_a_rank_hangs_every_rank_leaves_its_stacks(shards: Path, tmp_path: 
     assert "in happen" in said
     assert "in _loop" in said
     assert "in _keep_beating" in said
-
-
-def test_launchers_variables() -> None:
-    assert launched({})["WORLD_SIZE"] == "1"
-    ompi = {
-        "OMPI_COMM_WORLD_RANK": "5",
-        "OMPI_COMM_WORLD_SIZE": "8",
-        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-        "MASTER_ADDR": "a",
-    }
-    assert launched(ompi) | {"MASTER_PORT": ""} == {
-        "RANK": "5",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "a",
-        "MASTER_PORT": "",
-    }
-    slurm = {
-        "SLURM_PROCID": "3",
-        "SLURM_STEP_NUM_TASKS": "4",
-        "SLURM_LOCALID": "1",
-        "SLURM_STEP_NODELIST": "gpu[07-08],x1",
-    }
-    assert launched(slurm)["MASTER_ADDR"] == "gpu07"
-    assert launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})["WORLD_SIZE"] == "1"  # a batch script without srun
-    assert launched({**slurm, "RANK": "0", "WORLD_SIZE": "2"})["WORLD_SIZE"] == "2"  # srun of torchrun
-    with pytest.raises(daybreak.Error, match="a rank must be a whole number below the number of processes"):
-        launched({"RANK": "2", "WORLD_SIZE": "2"})
-
-
-def test_only_torchruns_of_several_machines_are_told_of_their_flag() -> None:
-    """The others have MASTER_ADDR from their user or their scheduler."""
-    torchrun = {"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "2"}
-    assert "--local-addr" in meeting_advice(torchrun)
-    assert [meeting_advice({"MASTER_ADDR": "a"}), meeting_advice(torchrun | {"GROUP_WORLD_SIZE": "1"})] == ["", ""]
 
 
 def test_under_mpirun(shards: Path, tmp_path: Path) -> None:

@@ -56,7 +56,6 @@ class Llama(Head):
     """A decoder of one shape (Touvron et al. 2023, and those that followed)."""
 
     cfg: LlamaConfig
-    turns_inside = True  # whether attention turns queries and keys where a token is written
     matmuls = MATMULS
 
     def __init__(self, cfg: LlamaConfig, recompute: int = 0, device_type: str = "cpu") -> None:
@@ -115,7 +114,7 @@ class Llama(Head):
         if c.qk_norm:
             for name, out, heads in zip(("qnorm", "knorm"), (q, k), self._heads(qkv, B, T), strict=False):
                 blocks.rmsnorm(b, name, _rows(heads), _rows(out), **self.norm)
-        turns = self.turns_inside and b.mode.positions is not None and c.kind(b.index) != "n"
+        turns = b.mode.positions is not None and c.kind(b.index) != "n"  # attention does, where a token is written
         if not turns:
             self._rope(b, *((q, k) if c.qk_norm else (self._turned(qkv, B, T),)))
         att = b.a("att", n, c.NH * c.HS)

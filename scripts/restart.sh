@@ -58,7 +58,8 @@ while true; do
     [ -d "$run" ] || exit "$status"
     [ "$what" = again ] || exit "$code"
     case "$code $status" in "137 "[2-6]) exit "$status" ;; esac # refused before it could write exit.json
-    echo "restart.sh: $run ended with $code, and is started again" >&2
+    said="ended with $code" && [ "$code" = 137 ] && said="left no exit.json, as after a kill"
+    echo "restart.sh: $run $said, and is started again" >&2
     [ -n "$stopping" ] || { sleep "${RESTART_WAIT:-10}" & wait $!; } # a signal ends `wait` at once
     [ -z "$stopping" ] || { echo "restart.sh: stopped by a signal; the same command resumes $run" >&2; exit 75; }
 done

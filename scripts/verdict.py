@@ -75,8 +75,9 @@ def verdict(run: Path) -> "tuple[str, int]":
         return "stopped" if code == STOPPED else "again", code
     with suppress(FileNotFoundError):
         (run / ".restarts").unlink()
-    print(f"restart.sh: {MOST_STARTS} starts of {run} in a row brought no new checkpoint, and the last one ended with "
-          f"{code}: it is not started again. Look for the cause in the messages above and in {run}, mend it, and give "
+    said = "left no exit.json, as after a kill" if code == KILLED else f"ended with {code}"
+    print(f"restart.sh: {MOST_STARTS} starts of {run} in a row brought no new checkpoint, and the last one {said}: "
+          "it is not started again. Look for the cause in the messages above and in {run}, mend it, and give "
           "the same command.", file=sys.stderr)  # fmt: skip
     return "failed", code
 

@@ -305,6 +305,9 @@ def test_the_restart_loop_follows_the_rule(tmp_path, code, starts, ends):
                           env=tools(tmp_path, daybreak=shim), capture_output=True, text=True)  # fmt: skip
     assert done.returncode == ends, done.stderr
     assert (tmp_path / "count").read_text() == f"{starts}\n"
+    how = "left no exit.json, as after a kill" if code is None else f"ended with {code}"  # a refused start is no kill
+    assert done.stderr.count(f"restart.sh: r {how}, and is started again\n") == starts - 1
+    assert (f"brought no new checkpoint, and the last one {how}: it is not" in done.stderr) == (starts == 3)
 
 
 def test_a_signal_between_two_starts_ends_the_restart_loop(tmp_path):
@@ -314,7 +317,7 @@ def test_a_signal_between_two_starts_ends_the_restart_loop(tmp_path):
     loop = subprocess.Popen(["bash", RESTART, "r", "daybreak", "train", "tiny", "--name", "r"], cwd=tmp_path, env=env,
                             stderr=subprocess.PIPE, text=True)  # fmt: skip
     said = iter(loop.stderr.readline, "")
-    assert any(line == "restart.sh: r ended with 137, and is started again\n" for line in said)
+    assert any(line == "restart.sh: r left no exit.json, as after a kill, and is started again\n" for line in said)
     loop.terminate()
     assert (loop.wait(), loop.stderr.read()) == (75, "restart.sh: stopped by a signal; the same command resumes r\n")
     assert (tmp_path / "count").read_text() == "1\n"

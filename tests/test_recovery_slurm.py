@@ -123,7 +123,8 @@ def test_a_job_without_its_words_says_how_it_is_called(tmp_path, script):
     job = subprocess.run(["bash", script, "runs/x"], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert job.returncode == 2
     assert job.stderr.startswith(f"{script} needs RUN and ")
-    assert "    sbatch " in job.stderr
+    shown = [line[2:] for line in Path(script).read_text().splitlines() if line.startswith("#     sbatch ")]
+    assert shown == [line for line in job.stderr.splitlines() if line.startswith("    sbatch ")] != []
     assert not list(tmp_path.iterdir())
 
 

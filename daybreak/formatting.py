@@ -36,14 +36,16 @@ def quoted(word: object) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """Seconds for people, in the two largest units: 42s, 3m05s, 2h07m, 1d03h; n/a for None."""
+    """Seconds for people, rounded to the two largest units: 42s, 3m05s, 2h07m, 1d03h; n/a for None."""
     if seconds is None:
         return "n/a"
     s = round(seconds)
-    for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+    text = f"{s}s"
+    for unit, size, below, part in (("m", 60, "s", 1), ("h", 3600, "m", 60), ("d", 86400, "h", 3600)):
         if s >= size:
-            return f"{s // size}{unit}{s % size // part:02d}{below}"
-    return f"{s}s"
+            s = round(seconds / part) * part  # the nearest, which may fill the next larger unit
+            text = f"{s // size}{unit}{s % size // part:02d}{below}"
+    return text
 
 
 def counted(x: float, unit: str) -> str:

@@ -225,7 +225,8 @@ def test_step_line():
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0s"), (0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (185, "3m05s"), (3599.9, "1h00m"), (7620, "2h07m"),
-     (86399, "23h59m"), (97200, "1d03h"), (8640000, "100d00h"), (None, "n/a")],
+     (7649, "2h07m"), (7651, "2h08m"), (86369, "23h59m"), (86399, "1d00h"), (96050, "1d03h"), (97200, "1d03h"),
+     (170999, "1d23h"), (171001, "2d00h"), (8640000, "100d00h"), (None, "n/a")],
 )  # fmt: skip
 def test_durations(seconds, text):
     assert format_duration(seconds) == text

@@ -93,11 +93,39 @@ def test_the_report_in_a_browser(made: MadeRun, tmp_path: Path) -> None:
     assert "MFU" not in head  # no run has it
     row = dict(zip(head, first, strict=True))
     assert (row["run"], row["state"], row["step"], row["of"]) == ("● made", "running", "5", "10")
-    assert (row["tokens"], row["loss"], row["validation"], row["bits per byte"]) == ("5,000", "3", "5.5", "2")
+    assert (row["tokens"], row["loss"], row["validation"], row["bits per byte"]) == ("5,000", "3", "5.500", "2")
     assert (row["time"], row["cost"], row["HellaSwag"], row["tok/s"]) == ("12 min", "$7.10", "0.25", "500")
     assert dict(zip(head, second, strict=True))["validation"] == "10.95"
+    assert re.search(r"validation</span> <b>5.500</b>", page)  # the legend has the digits of the table
     assert "&lt;img src=x" in page  # the sample, as text
     assert "<img" not in page
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize(
+    ("tokens", "ended", "said"),
+    [
+        (64, None, "None yet."),
+        (64, 0, "None."),
+        (64, 75, "None."),
+        (0, None, "None, because eval.sample_tokens is 0."),
+        (0, 0, "None, because eval.sample_tokens is 0."),
+    ],
+)
+def test_a_run_without_samples_says_whether_some_will_come(
+    tmp_path: Path, tokens: int, ended: int | None, said: str
+) -> None:
+    run = MadeRun(tmp_path / "bare", **{"eval.sample_tokens": tokens})
+    for step, loss in enumerate((3.7834, 3.4003, 1.61), 1):
+        run.step(step, 100.0 * step, loss)
+    if ended is not None:
+        record = {"code": ended, "reason": "its end", "step": 3, "time": 300.0}
+        (run.path / "exit.json").write_text(json.dumps(record))
+    assert main(["report", str(run.path)]) == 0
+    page = dom(f"file://{run.path / 'report.html'}")
+    assert re.search(r'id="sample"[^>]*>([^<]*)<', page)[1] == said
+    # a last digit that is 0 is shown, so that runs can be compared
+    assert re.search(r"<dt>training loss</dt><dd>([^<]*)<", page)[1] == "1.610"
 
 
 def drawn(page: str) -> dict[str, dict[str, str]]:
@@ -145,7 +173,7 @@ def test_gpt2s_loss_stands_beside_gpt2s_vocabulary_only(made: MadeRun, tmp_path:
     assert '<h1 id="title">made</h1>' in page
     assert re.search(r'class="pill running"[^>]*>running<', page)
     facts = dict(re.findall(r"<dt>(.*?)</dt><dd>([^<]*)", page))
-    assert facts == {"step": "5", "validation loss": "5.5", "bits per byte": "2", "training loss": "3",
+    assert facts == {"step": "5", "validation loss": "5.500", "bits per byte": "2", "training loss": "3",
                      "HellaSwag": "0.25", "tokens": "5,000", "time": "12 min"}  # fmt: skip
     rows = re.findall(r"<tr>(.*?)</tr>", re.search(r'id="config">(.*?)</table>', page)[1])
     cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows[1:]]

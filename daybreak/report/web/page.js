@@ -42,6 +42,8 @@ function short(v) {
   if (size >= 1e13 || (size && size < 1e-3)) return (+v.toPrecision(4)).toExponential();
   return Number.isInteger(v) || size >= 1e3 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(4));
 }
+const four = (v) => typeof v !== "number" || Number.isInteger(v) || Math.abs(v) < 1e-3 ? short(v) : Math.abs(v) < 1e3 ? v.toPrecision(4) : short(v); // 3.400, to stand beside 3.783
+const FOUR = ["loss", "validation", "bits per byte"]; // columns of the table of runs
 const tick = (v) => v == null ? "" : Math.abs(v) < 1e-3 && v ? (+v.toPrecision(3)).toExponential() : compact(v);
 const WHOLE = Array.from({ length: 36 }, (_, i) => [1, 2, 5][i % 3] * 10 ** Math.floor(i / 3)); // steps between ticks
 const compact = (v) => v >= 1e5 && v < 1e15 ? v.toLocaleString("en", { notation: "compact", maximumFractionDigits: 1 }) : short(v);
@@ -72,7 +74,7 @@ function table(id, head, rows) { // columns without any value are left out
     const line = make("tr");
     values.forEach((value, j) => {
       if (!used[j]) return;
-      const cell = value instanceof Node ? make(tag) : make(tag, short(value), typeof value === "number" && "number");
+      const cell = value instanceof Node ? make(tag) : make(tag, FOUR.includes(head[j]) && tag === "td" ? four(value) : short(value), typeof value === "number" && "number");
       if (value instanceof Node) cell.append(value);
       if (tag === "th") cell.scope = "col", cell.classList.toggle("number", rows.some((r) => typeof r[j] === "number"));
       else cell.dataset.label = head[j];
@@ -163,7 +165,7 @@ function at(ys, i) { // a line's value at or before a place, nothing beyond its 
 }
 
 function chart(spec) {
-  const [tables, series] = collect(spec), [title, , lossLike] = spec;
+  const [tables, series] = collect(spec), [title, , lossLike] = spec, digits = lossLike || title.startsWith("Validation") ? four : short;
   if (!tables.length) return;
   const figure = make("figure", "", charts.length ? "" : "main"), legend = make("ul", "", "legend"), tip = make("div", "", "tip");
   figure.append(make("figcaption", title)), $("charts").append(figure);
@@ -181,7 +183,7 @@ function chart(spec) {
     const rows = u.series.flatMap((s, k) => k && !s.raw && s.show ? [[s, at(u.data[k], i)]] : []).filter(([, v]) => v != null);
     tip.replaceChildren(make("b", `${AXES[view.x][0]} ${short(u.data[0][i])}`), ...rows.map(([s, v]) => {
       const row = make("div"), dot = make("i");
-      dot.style.background = s.colour, row.append(dot, `${s.label}: ${short(v)}`);
+      dot.style.background = s.colour, row.append(dot, `${s.label}: ${digits(v)}`);
       return row;
     }));
     const left = u.bbox.left / devicePixelRatio + u.cursor.left, wide = tip.offsetWidth;
@@ -198,7 +200,7 @@ function chart(spec) {
     if (!k || s.raw) return;
     const item = make("li"), line = make("i");
     line.style.borderColor = s.colour, line.style.borderTopStyle = s.dash ? "dashed" : "solid";
-    item.append(line, make("span", s.label, "u-label"), " ", make("b", short(last(u.data[k])))), legend.append(item);
+    item.append(line, make("span", s.label, "u-label"), " ", make("b", digits(last(u.data[k])))), legend.append(item);
   });
   if (shown.marks && shown.marks !== "0 0" || data.runs.some((r) => r.restarts.length || r.skipped.length || r.outliers.length))
     if (charts.length === 1) figure.append(make("p", "Dashed vertical line: a restart. Red dot: a skipped update, or a loss more than 5 standard deviations off.", "note"));
@@ -208,11 +210,12 @@ function chart(spec) {
     [`${s.label}: from ${short(u.data[k].find((v) => v != null))} to ${short(last(u.data[k]))}.`] : []).join(" "));
 }
 
+const none = (run) => run && run.config["eval.sample_tokens"] === 0 ? "None, because eval.sample_tokens is 0." : run && run.state === "running" ? "None yet." : "None.";
 function samples() {
   const run = data.runs[+$("who").value || 0], list = run ? run.samples : [];
   $("when").max = Math.max(list.length - 1, 0);
   if (pinned) $("when").value = $("when").max;
-  const sample = list[+$("when").value], said = sample ? sample.text : "None yet.", drawn = sample && sample.pictures || [], prompt = run && run.prompt;
+  const sample = list[+$("when").value], said = sample ? sample.text : none(run), drawn = sample && sample.pictures || [], prompt = run && run.prompt;
   $("whens").hidden = list.length < 2;
   $("whenis").textContent = sample ? short(sample.step) : "";
   const begun = sample && prompt && said.startsWith(prompt);
@@ -230,9 +233,9 @@ function facts(r) { // [name, value, smaller line]
   const found = [];
   const add = (name, value, more) => { if (value != null && value !== "") found.push([name, value, more || ""]); };
   add("step", step == null ? null : short(step), r.steps ? `of ${short(r.steps)}` : "");
-  add("validation loss", short(val), val != null && low < val ? `lowest ${short(low)}` : last(r.val.step) != null ? `at step ${short(last(r.val.step))}` : "");
-  add("bits per byte", short(last(r.val.bpb)));
-  add("training loss", short(last(r.train.loss)), val == null || step == null ? "" : `at step ${short(step)}`);
+  add("validation loss", four(val), val != null && low < val ? `lowest ${four(low)}` : last(r.val.step) != null ? `at step ${short(last(r.val.step))}` : "");
+  add("bits per byte", four(last(r.val.bpb)));
+  add("training loss", four(last(r.train.loss)), val == null || step == null ? "" : `at step ${short(step)}`);
   add("HellaSwag", r.evals.hellaswag ? short(last(r.evals.hellaswag.accuracy)) : null);
   add("tokens", tokens == null ? null : compact(tokens), last(r.train.tok_s) == null ? "" : `${compact(last(r.train.tok_s))} a second`);
   add("time", hours == null ? null : span(hours * 3600), r.state === "running" && r.eta != null ? `${span(r.eta)} left` : "");

@@ -188,8 +188,10 @@ def test_falls_back_to_the_newest_good_one(tmp_path, caplog):
     (paths[3] / "manifest.json").unlink()
     damage(paths[2])
     assert list_checkpoints(tmp_path) == [paths[2], paths[1], paths[0]]
-    assert newest_good(tmp_path).step == 2
+    found = newest_good(tmp_path)
+    assert found.step == 2
     first, second = (r.getMessage() for r in caplog.records)
+    assert [f"Falling back to an older checkpoint: {reason}" for reason in found.passed_over] == [first, second]
     assert "step-00000004/manifest.json cannot be read (No such file" in first
     assert "step-00000003/model.safetensors is damaged" in second
     for path in paths[:2]:

@@ -187,6 +187,11 @@ def two(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> daybreak.Run:
     return daybreak.train(config(shards, tmp_path_factory.mktemp("two"), "two", run__steps=20, checkpoint__every=10))
 
 
+def fallbacks(run: daybreak.Run) -> list[tuple[int, int, str]]:
+    """Step, tokens and reason of each event that tells of a checkpoint that a resume passed over."""
+    return [(e["step"], e["tokens"], e["detail"]) for e in run.metrics("event") if e["what"] == "fallback"]
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", FILES)
 def test_a_damaged_checkpoint_is_passed_over_and_two_are_exit_5(two, tmp_path, caplog, file, damage):
@@ -202,6 +207,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_are_exit_5(two, tmp_path, c
     again = daybreak.train(run.config, resume=run.path)
     assert str(newest / file) in caplog.text
     assert_same(two, again)
+    assert fallbacks(two) == []
+    at = next(r for r in two.metrics("step") if r["step"] == 10)
+    assert fallbacks(again) == [(10, at["tokens"], lines[0].removeprefix("BAD: "))]
 
     for checkpoint in (newest, older):
         if (checkpoint / file).exists():

@@ -308,6 +308,7 @@ class Checkpoint:
         self.path = path
         self.manifest = manifest
         self.step: int = manifest["step"]
+        self.passed_over: list[str] = []  # why `newest_good` did not take newer ones: a sentence each
         self.flat_numel: int = manifest["flat_numel"]
         self.layout = [(name, start, tuple(shape)) for name, start, shape in manifest["layout"]]
         self._model = SafetensorsFile(path / MODEL)
@@ -449,15 +450,17 @@ def _verify_files(path: Path, files: Mapping[str, Any], verify: Verify) -> None:
 def newest_good(root: Path, run: str = "") -> Checkpoint | None:
     """The newest intact checkpoint below `root` that may be of this run; None when there is no checkpoint at all.
 
-    Each one that is passed over is named in a warning. Raises CheckpointError when all are, or when a newer daybreak
-    wrote one that would have to be passed over.
+    Each one that is passed over is named in a warning, and in the result's `passed_over`. Raises CheckpointError when
+    all are, or when a newer daybreak wrote one that would have to be passed over.
     """
     while candidates := manifests.published(root):
+        passed_over: list[str] = []
         for path in candidates:
             try:
                 found = load_checkpoint(path)
                 if manifests.foreign(path, run):
                     raise CheckpointError(f"{path} belongs to another run; move it there, or remove it.")
+                found.passed_over = passed_over
                 return found
             except manifests.NewerFormat:
                 raise
@@ -465,6 +468,7 @@ def newest_good(root: Path, run: str = "") -> Checkpoint | None:
                 if not path.exists():  # a run in progress has just removed it: look again
                     break
                 log.warning("Falling back to an older checkpoint: %s", str(error))  # it would hold on to `found`
+                passed_over.append(str(error))
         else:
             said = f"none of the {len(candidates)} checkpoints below {root} is intact and of this run"
             raise CheckpointError(f"{said} (each is named above); restore one, or start anew under another --name.")

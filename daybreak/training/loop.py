@@ -188,7 +188,7 @@ class Trainer:
         stop.check()
         self.step = self.samples = self.skips_in_a_row = 0
         self.saved_step = -1
-        self.given_weights = False
+        self.passed_over: list[str] = []  # why it did not continue from newer checkpoints: a sentence each
         self._unread: deque[Update] = deque()  # updates whose results the host has not read yet
         self._late = 1 if setup.device.type == "cuda" else 0  # so many stay unread, so that the GPU stays busy
         self.sensors = Sensors(setup.device)
@@ -200,7 +200,7 @@ class Trainer:
         """Continue from this run's newest checkpoint, or start from another run's checkpoint or from given weights."""
         self.given_weights = fork is not None or init is not None
         if self.setup.continues:
-            path = self.group.first(lambda: self.setup.run.checkpoint().path)
+            path, self.passed_over = self.group.first(lambda: ((c := self.setup.run.checkpoint()).path, c.passed_over))
             self._continue(load_checkpoint(path, "off"), same_data=True)
             self.saved_step = self.step
         elif fork is not None:
@@ -477,6 +477,8 @@ class Trainer:
             "run", self.step, self.tokens, name=c.run.name, config_hash=config_hash, device=self.setup.device_name,
             parameters=self.engine.num_parameters, flops_per_token=float(self.engine.flops_per_token),
         )  # fmt: skip
+        for reason in self.passed_over:
+            self.metrics.write("event", self.step, self.tokens, what="fallback", detail=reason)
         if self.setup.new_code:
             self.metrics.write("event", self.step, self.tokens, what="code", detail=self.setup.new_code)
         self.display.note(f"{self.run_folder.path}: {self.setup.length(self.step)}")

@@ -23,6 +23,7 @@ from torch import Tensor
 from daybreak.kernels.cuda import mix, smear, value
 
 BF16 = torch.bfloat16
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def gradients(out: Tensor, d: Tensor, *inputs: Tensor) -> list[Tensor]:
@@ -51,6 +52,29 @@ def test_squared_relu(backend, dtype, n, F):
     alone = d.clone()
     run("relu2_backward", alone, None, x, backend=backend)
     assert torch.equal(alone, dx)
+
+
+@pytest.mark.parametrize(
+    "backend", ["torch", *(pytest.param(x, marks=[pytest.mark.gpu, NO_GPU]) for x in ("cublaslt", "quack"))]
+)
+@each_dtype
+@pytest.mark.parametrize(("n", "C", "F"), [(1, 3, 5), (40, 96, 72), (2048, 256, 1024)])
+def test_matmuls_with_the_squared_relu(backend, dtype, n, C, F):
+    """Forward has the bits of two passes. Backward may round once less; what it writes again has forward's bits."""
+    skip_unless_served("matmul_relu2_backward", backend, dtype)
+    x, w = draw(n, C, dtype=dtype), draw(F, C, dtype=dtype, scale=C**-0.5)
+    dout, v = draw(n, C, dtype=dtype, seed=2), draw(C, F, dtype=dtype, seed=3, scale=C**-0.5)
+    out, alone, pre, dpre, again, plain = (poison(n, F, dtype=dtype) for _ in range(6))
+    run("matmul_relu2_forward", out, pre, x, w, backend=backend)
+    close(pre, f64(x) @ f64(w).T)
+    run("relu2_forward", alone, pre)
+    assert torch.equal(out, alone)
+    run("matmul_relu2_backward", dpre, again, dout, v, pre, backend=backend)
+    exact = (f64(dout) @ f64(v)) * 2 * f64(pre).clamp(min=0)
+    close(dpre, exact, also_rounded=exact)
+    assert torch.equal(again, out)
+    run("matmul_relu2_backward", plain, None, dout, v, pre, backend=backend)
+    assert torch.equal(plain, dpre)
 
 
 SCALARS = [(True, True, 1.0), (False, True, -1.0), (True, False, 2.0), (False, False, 1.0)]

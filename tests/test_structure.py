@@ -66,7 +66,8 @@ LONGEST_FUNCTION = 100
 # A refused start that says so in exit.json, and a start with nothing to do, take 10.
 # Generation that begins the next token early takes 25, attention that turns queries and keys 32, rows in two tiles
 # 24.
-MOST_CODE = 21_900
+# The squared ReLU in the matmuls' epilogues, 3.9 % of a step of nanochat's family, takes 60.
+MOST_CODE = 21_970
 
 
 def room(path: Path) -> str:

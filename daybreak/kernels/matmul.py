@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.kernels import Flops, Scratch, Temps, acc_dtype, glu, op
+from daybreak.kernels import Flops, Scratch, Temps, acc_dtype, glu, op, relu
 from daybreak.kernels.norm import forward_temps, layernorm_forward, rms_temps, rmsnorm_forward
 
 FEW = range(2, 17)
@@ -220,6 +220,23 @@ def matmul_swiglu_backward(
     a backend needs it."""
     matmul_backward_input(d_act, dout, w)
     glu.swiglu_backward(d_gateup, rewrite, d_act, gateup, gelu=gelu, scratch=scratch)
+
+
+@op("out", "pre", temps=relu.relu2_temps, flops=product("x", "w"))
+def matmul_relu2_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, *, scratch: Scratch) -> None:
+    """pre (n, O) = x (n, I) @ w (O, I)^T, kept for backward; out (n, O) = the squared ReLU of pre as it is stored."""
+    matmul_forward(pre, x, w)
+    relu.relu2_forward(out, pre, scratch=scratch)
+
+
+@op("dpre", "rewrite", temps=relu.relu2_backward_temps, flops=product("dout", "w"))
+def matmul_relu2_backward(
+    dpre: Tensor, rewrite: Tensor | None, dout: Tensor, w: Tensor, pre: Tensor, *, scratch: Scratch
+) -> None:
+    """Back through a linear layer and the squared ReLU before it: dpre (n, I) = (dout (n, O) @ w (O, I)) 2 max(pre, 0).
+    rewrite (n, I) = the squared ReLU of pre once more, if wanted."""
+    matmul_backward_input(dpre, dout, w)
+    relu.relu2_backward(dpre, rewrite, pre, scratch=scratch)
 
 
 def decode_temps(out: Tensor, x: Tensor, w: Tensor, *_: object, **__: object) -> Temps:

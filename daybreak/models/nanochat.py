@@ -123,8 +123,12 @@ class Nanochat(Head):
         residual2 = b.a("residual2", n, c.C)
         blocks.linear(b, "attproj", b.matmul_copy("att", att), residual2, add=x, bias=False)
         ln2 = self._norm(b, "ln2", residual2, b.matmul_a("ln2", n, c.C))
-        fc, relu2 = blocks.linear(b, "fc", ln2, b.a("fc", n, 4 * c.C), bias=False), b.matmul_a("relu2", n, 4 * c.C)
-        b.k.relu2_forward(relu2, fc)
+        fc, relu2 = b.a("fc", n, 4 * c.C), b.matmul_a("relu2", n, 4 * c.C)
+        w = None if b.mode.few or b.adapter("fc") is not None else b.matmul_w("fcw")
+        if all(isinstance(y, Tensor) for y in (ln2, w, relu2)):
+            b.k.matmul_relu2_forward(relu2, fc, ln2, w)
+        else:
+            b.k.relu2_forward(relu2, blocks.linear(b, "fc", ln2, fc, bias=False))
         return residual2, relu2
 
     def block_backward(self, b: Frame, d: Tensor, x: Tensor, tokens: Tensor, B: int, T: int) -> None:
@@ -135,7 +139,11 @@ class Nanochat(Head):
         d_out = b.matmul_copy("d_residual3", d, plain=True)
         blocks.adapter_grad(b, "fcproj", d_out)
         d_fc, (relu2, rewrite) = b.d("relu2", n, 4 * c.C), b.output("relu2", n, 4 * c.C)
-        b.k.relu2_backward(blocks.input_grad(b, "fcproj", d_fc, d_out), rewrite, fc)
+        w = None if b.adapter("fcproj") is not None else b.matmul_w("fcprojw")
+        if all(isinstance(y, Tensor) for y in (d_out, w, relu2)):
+            b.k.matmul_relu2_backward(d_fc, rewrite, d_out, w, fc)
+        else:
+            b.k.relu2_backward(blocks.input_grad(b, "fcproj", d_fc, d_out), rewrite, fc)
         blocks.weight_grad(b, "fcproj", d_out, relu2)
         d_made = b.matmul_copy("d_fc", d_fc, plain=True)
         blocks.adapter_grad(b, "fc", d_made)

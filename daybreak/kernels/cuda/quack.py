@@ -241,6 +241,30 @@ def matmul_swiglu_backward(
         gated.matmul_swiglu_backward(d_gateup, rewrite, d_act, dout, w, gateup, gelu=gelu, scratch=scratch)
 
 
+@backend("quack", temps=gated.relu2_temps, dtypes=BF16)
+def matmul_relu2_forward(out: Tensor, pre: Tensor, x: Tensor, w: Tensor, *, scratch: Scratch) -> None:
+    """pre (n, O) = x (n, I) @ w (O, I)^T; out (n, O) from it as it is stored."""
+    tile = _tiling(*pre.shape, pre.get_device(), (1, 2))
+    if tile and served(out, pre, x, w):
+        launch("and_relu2", tile, pre, x, w, relu2=out)
+    else:
+        gated.matmul_relu2_forward(out, pre, x, w, scratch=scratch)
+
+
+@backend("quack", temps=gated.relu2_temps, dtypes=BF16)
+def matmul_relu2_backward(
+    dpre: Tensor, rewrite: Tensor | None, dout: Tensor, w: Tensor, pre: Tensor, *, scratch: Scratch
+) -> None:
+    """dpre (n, I) = (dout (n, O) @ w (O, I)) 2 max(pre (n, I), 0), rounded once. If rewrite (n, I) is given, it becomes
+    the squared ReLU of pre in the same pass."""
+    extra = {} if rewrite is None else {"relu2": rewrite}
+    tile = _tiling(*dpre.shape, dpre.get_device(), (2, 1))
+    if tile and served(dpre, dout, w, pre, *extra.values()):
+        launch("times_relu2" if rewrite is None else "times_relu2_again", tile, dpre, dout, w.t(), pre, **extra)
+    else:
+        gated.matmul_relu2_backward(dpre, rewrite, dout, w, pre, scratch=scratch)
+
+
 @backend("quack", temps=cublaslt.workspace, dtypes=BF16)
 def matmul_backward_input(dx: Tensor, dout: Tensor, w: Tensor, *, scratch: Scratch) -> None:
     """dx (n, I) = dout (n, O) @ w (O, I)."""

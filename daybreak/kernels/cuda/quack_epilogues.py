@@ -7,6 +7,7 @@ package finds compiled kernels by the source of these functions.
 from __future__ import annotations
 
 from cutlass import BFloat16, Float32, cute
+from quack.activation import relu
 from quack.epilogue.frontend import gemm_epilogue, unpack
 from quack.epilogue.ops import RowVecLoad, RowVecReduce
 
@@ -69,6 +70,26 @@ def times_slope_gelu(acc, c):
     s = half_and_half_tanh(c)
     d = acc * slope(c, s)
     return {"D": d, "db": d, "gelu": c * s}
+
+
+@gemm_epilogue(outputs=("relu2",))
+def and_relu2(acc):
+    """D = the matmul; relu2 = max(D, 0)^2, from D as it is stored."""
+    y = relu(acc.to(BFloat16).to(Float32))
+    return {"D": acc, "relu2": y * y}
+
+
+@gemm_epilogue()
+def times_relu2(acc, c):
+    """D = the matmul times the slope of the squared ReLU of C."""
+    return {"D": acc * (2.0 * relu(c))}
+
+
+@gemm_epilogue(outputs=("relu2",))
+def times_relu2_again(acc, c):
+    """The same, and relu2 = max(C, 0)^2."""
+    y = relu(c)
+    return {"D": acc * (2.0 * y), "relu2": y * y}
 
 
 def sigmoid(x):

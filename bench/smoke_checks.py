@@ -103,7 +103,7 @@ def same(first: str, second: str) -> None:
 
 
 def near(first: str, second: str) -> None:
-    """Two runs on other numbers of ranks have close losses; the bound is docs/distributed.md's for d12."""
+    """Two runs on other numbers of ranks have close losses; the bound is docs/plan.md's for d12."""
     a, b = ([r["loss"] for r in records(run, "step")] for run in (first, second))
     gap = max(abs(x - y) for x, y in zip(a, b, strict=True))
     print("largest gap", gap)

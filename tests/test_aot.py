@@ -46,7 +46,7 @@ def test_shared_memory_fits(rows):
     assert not [r for r in rows if "shared" in r and r["shared"] > SHARED[r["arch"]]]
 
 
-@pytest.mark.skipif(version("triton") != TUNED, reason="with Triton 3.7.1 two kernels spill (docs/distributed.md)")
+@pytest.mark.skipif(version("triton") != TUNED, reason="with Triton 3.7.1 two kernels spill (docs/cluster.md)")
 def test_nothing_spills(rows):
     assert not [r for r in rows if r.get("arch") == 90 and (r.get("stack") or r.get("local"))]
 

@@ -320,7 +320,7 @@ def small(words: list[str]) -> str:
         old = target.startswith("runs/")
         if "--data" in words:
             words[words.index("--data") + 1] = "text"
-        elif not old:
+        elif not old and target != "tiny":  # which reads the standard library, with a small vocabulary
             words += ["--data", "text"]
         if target.startswith("nanochat"):
             words += ["--model.V", "50257"]  # of the examples' tokenizer

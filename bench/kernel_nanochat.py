@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from timing import DECODE, DEVICE, Case, launch, rand
+
+EXEMPT = "a matrix product: bound by arithmetic, not by memory"
 
 
 def _relu(n: int, F: int) -> list[Case]:
@@ -19,6 +22,27 @@ def _relu(n: int, F: int) -> list[Case]:
         Case("relu2_forward", "triton", 2 * n * F * 2, 0, forward),
         Case("relu2_backward", "triton", 4 * n * F * 2, 0, backward, note="again"),
     ]
+
+
+def _products(n: int, C: int, F: int) -> list[Case]:
+    """The matmuls that have the squared ReLU inside, in turns with those that have it behind them."""
+    found = []
+    for backend in ("quack", "cublaslt"):
+
+        def forward(backend: str = backend) -> Callable[[], None]:
+            w = rand(F, C, scale=C**-0.5)
+            return launch("matmul_relu2_forward", backend, rand(n, F), rand(n, F), rand(n, C), w)
+
+        def backward(again: bool, backend: str = backend) -> Callable[[], None]:
+            rewrite, w = rand(n, F) if again else None, rand(C, F, scale=C**-0.5)
+            return launch("matmul_relu2_backward", backend, rand(n, F), rewrite, rand(n, C), w, rand(n, F))
+
+        nbytes, flops = 2 * (n * (2 * F + C) + F * C), 2 * n * F * C
+        found.append(Case("matmul_relu2_forward", backend, nbytes, flops, forward, EXEMPT))
+        for again in (False, True):
+            nbytes, make = 2 * (n * ((2 + again) * F + C) + F * C), partial(backward, again)
+            found.append(Case("matmul_relu2_backward", backend, nbytes, flops, make, EXEMPT, "again" if again else ""))
+    return found
 
 
 def _mix(n: int, C: int) -> list[Case]:
@@ -90,6 +114,7 @@ def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
     n = B * T
     return [
         *_relu(n, 4 * C),
+        *_products(n, C, 4 * C),
         *_mix(n, C),
         *_smear(B, T, C, NH),
         *_value(n, C, NH, Vp),

@@ -168,6 +168,7 @@ def test_a_script_s_own_arguments_do_not_reach_the_kernels_libraries(tmp_path: P
         "standin": counting,
         "flash_attn__cute__interface": "from standin import compile\ncompile()\n_flash_attn_bwd = compile",
         "cutlass": "cute = BFloat16 = Float32 = None",
+        "quack__activation": "relu = None",
         "quack__epilogue__frontend": """
             from standin import compile
             compile()

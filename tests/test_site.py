@@ -95,7 +95,7 @@ def navigation() -> tuple[dict[str, list[str]], list[str]]:
 
 
 def test_the_structure() -> None:
-    """The sections, at most 26 pages of 30 to 200 lines besides the reference and the course, whose
+    """The sections, at most 27 pages of 30 to 200 lines besides the reference and the course, whose
     chapters have 150 to 350, and short titles."""
     sections, titles = navigation()
     assert list(sections) == ["Start", "Guides", "Learn", "Troubleshooting", "Reference", "Project"]
@@ -104,7 +104,7 @@ def test_the_structure() -> None:
     assert sorted(named) == sorted({str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md")} | OUTSIDE)
     counted = [page for page in named if page not in REFERENCE | OUTSIDE]
     chapters = [page for page in counted if page.startswith("learn/") and page != "learn/index.md"]
-    assert len(counted) - len(chapters) <= 26
+    assert len(counted) - len(chapters) <= 27
     lines = {page: len((DOCS / page).read_text().splitlines()) for page in counted}
     assert {page: n for page, n in lines.items() if page not in chapters and not 30 <= n <= 200} == {}
     assert {page: lines[page] for page in chapters if not 150 <= lines[page] <= 350} == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -143,7 +144,11 @@ def test_a_base_model_says_that_it_does_not_chat(tmp_path: Path) -> None:
 
 @contextmanager
 def terminal(folder: Path, *argv: str) -> Iterator[tuple[Any, Any, Any]]:
-    """The program in a pseudo-terminal: type a text, wait for one on the screen ("": for anything), its process."""
+    """The program in a pseudo-terminal: type a text, wait for one on the screen ("": for anything), its process.
+
+    A text is typed when the program sleeps, as it does where it reads. Python shows the prompt a moment before, and a
+    Ctrl-C of that moment waits for the next key.
+    """
     process, screen = pty.fork()
     if process == 0:
         os.chdir(folder)
@@ -151,9 +156,16 @@ def terminal(folder: Path, *argv: str) -> Iterator[tuple[Any, Any, Any]]:
         os.execv(sys.executable, [sys.executable, "-c", MAIN, "chat", *argv])
     seen = bytearray()
 
+    def asleep() -> bool:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] == "S"
+
+    def type_(text: str) -> None:
+        until(asleep)
+        os.write(screen, text.encode())
+
     def wait(text: str) -> None:
         def there() -> bool:
-            if not seen or text.encode() not in seen:
+            if (not seen or text.encode() not in seen) and select.select([screen], [], [], 1)[0]:
                 seen.extend(os.read(screen, 4096))
             return bool(seen) and text.encode() in seen
 
@@ -161,7 +173,7 @@ def terminal(folder: Path, *argv: str) -> Iterator[tuple[Any, Any, Any]]:
         del seen[: seen.index(text.encode()) + len(text.encode())]
 
     try:
-        yield lambda text: os.write(screen, text.encode()), wait, process
+        yield type_, wait, process
     finally:
         os.close(screen)
 

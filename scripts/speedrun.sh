@@ -3,8 +3,8 @@
 #
 #   scripts/speedrun.sh [FOLDER]     FOLDER (speedrun) is made; run it again there to go on after a stop
 #
-# It takes 1, 2, 4 or 8 GPUs of 80 GB. It is tested on a CPU at small sizes, and has not run on GPUs yet;
-# `bench/gpu_smoke.sh speedrun` tries it there.
+# It takes 1, 2, 4 or 8 GPUs of 80 GB. At small sizes it has run on one GPU and on CPUs, never at full size.
+# `bench/gpu_smoke.sh speedrun` tries it on your machine.
 # With eight H100 GPUs, pretraining on 10 billion tokens should take about 40 minutes. It needs 60 GB of disk and
 # pip install -e '.[gpu,data,serve]'.
 #

@@ -77,7 +77,7 @@ def verdict(run: Path) -> "tuple[str, int]":
         (run / ".restarts").unlink()
     said = "left no exit.json, as after a kill" if code == KILLED else f"ended with {code}"
     print(f"restart.sh: {MOST_STARTS} starts of {run} in a row brought no new checkpoint, and the last one {said}: "
-          "it is not started again. Look for the cause in the messages above and in {run}, mend it, and give "
+          f"it is not started again. Look for the cause in the messages above and in {run}, mend it, and give "
           "the same command.", file=sys.stderr)  # fmt: skip
     return "failed", code
 

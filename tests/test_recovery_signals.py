@@ -308,6 +308,7 @@ def test_the_restart_loop_follows_the_rule(tmp_path, code, starts, ends):
     how = "left no exit.json, as after a kill" if code is None else f"ended with {code}"  # a refused start is no kill
     assert done.stderr.count(f"restart.sh: r {how}, and is started again\n") == starts - 1
     assert (f"brought no new checkpoint, and the last one {how}: it is not" in done.stderr) == (starts == 3)
+    assert ("messages above and in r, mend it, and give the same command." in done.stderr) == (starts == 3)
 
 
 def test_a_signal_between_two_starts_ends_the_restart_loop(tmp_path):

@@ -161,7 +161,7 @@ def test_nanochat_s_curve_and_speed_are_those_of_the_results() -> None:
     for value in (fused_s, theirs_s, speeds["nanochat", "SDPA"]):
         assert f"{round(value / 1000)},000" in page
     assert f"That is {fused_s / theirs_s:.3f} times as fast" in page
-    assert f"in the matmuls' kernels makes {fused_s / ours_s:.3f} of it" in page.replace("\n", " ")
+    assert f"the matmuls' kernels and a table of tuned matmuls make {fused_s / ours_s:.3f}." in page
     memory = {
         r["program"]: f"{int(r['memory_mib']):,}"
         for r in rows

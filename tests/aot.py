@@ -84,7 +84,7 @@ def compile_case(name: str, index: int, arch: int) -> dict[str, Any]:
     if constants.get("OVERLAP"):  # what comes before the wait for the launch ahead
         early = compiled.asm["ptx"].partition("griddepcontrol.wait")[0]
         row |= {"early_loads": early.count("ld.global"), "early_stores": early.count("st.global")}
-        row |= {"waits": compiled.asm["ptx"].count("griddepcontrol.wait")}
+        row |= {"rows": constants.get("ROWS"), "waits": compiled.asm["ptx"].count("griddepcontrol.wait")}
     return row
 
 

@@ -36,14 +36,8 @@ Find = Callable[[Tensor], tuple[str, int]]  # a tensor -> the name of the buffer
 LATER = {"rmsnorm_forward", "rmsnorm_backward", "rope", "swiglu_forward", "swiglu_backward", "lora_forward",
          "lora_backward", "lora_backward_input", "lora_backward_weight", "gelu_forward", "gelu_backward",
          "matmul_batched", "muon_momentum", "muon_sums", "muon_update"}  # fmt: skip
-LATER |= {
-    "matmul_swiglu_forward",
-    "matmul_swiglu_backward",
-    "matmul_rms_decode",
-    "nf4_unpack",
-    "matmul_relu2_forward",
-    "matmul_relu2_backward",
-}
+LATER |= {"matmul_swiglu_forward", "matmul_swiglu_backward", "matmul_rms_decode", "nf4_unpack"}
+LATER |= {"matmul_relu2_forward", "matmul_relu2_backward"}
 LATER |= {"relu2_forward", "relu2_backward", "mix_forward", "mix_backward", "smear_forward", "smear_backward",
           "smear_decode", "value_forward", "value_backward", "cap_logits"}  # fmt: skip
 FLAT = ("weights", "grads")  # buffers in the parameter table's layout

@@ -61,4 +61,5 @@ def test_overlapping_launches_read_ahead_and_write_after_the_wait(rows):
     for r in overlapping:
         assert (r["waits"], r["early_stores"]) == (1, 0), r
         if r["kernel"] != "_rope_kernel":  # it reads only what the kernel before it wrote
-            assert r["early_loads"] >= 5, r  # a tile of weights, at least a row of 8,960; keys and values
+            least = 5 if r["rows"] == 1 else 8  # a tile of weights, one row of which is wider; keys and values
+            assert r["early_loads"] >= least, r

@@ -156,20 +156,23 @@ def gelu_input_grad(b: Frame, name: str, before: str, d_pre: Matrix, dy: Matrix,
     return out
 
 
+def fused_w(b: Frame, name: str, *others: Any) -> Tensor | None:
+    """The weight of linear layer `name` where one kernel takes the layer and a function beside it: the layer has no
+    adapter, and none of the matrices has a number format of its own. Else None."""
+    w = b.matmul_w(name + "w") if b.adapter(name) is None else None
+    return w if isinstance(w, Tensor) and all(isinstance(x, Tensor) for x in others) else None
+
+
 def gated(
     b: Frame, name: str, x: Any, gateup: Tensor, out: Out, act: str,
     *, norm: str, rms: Mapping[str, float], bias: bool,
 ) -> Out:  # fmt: skip
     """out (n, F) = act(gate) * up, where gateup (n, 2F) = [gate, up] is linear layer `name` of the RMSNorm of
-    x, and act is silu or gelu. Returns out.
-
-    One kernel for linear layer and gate, unless a matrix has a number format of its own, or the layer an adapter."""
-    alone = b.adapter(name) is None
-    if b.mode.few and alone:
+    x, and act is silu or gelu. Returns out. One kernel has both where `fused_w` says so."""
+    if b.mode.few and b.adapter(name) is None:
         return linear(b, name, x, out, norm=norm, rms=rms, bias=bias, gate=act)
     x = _normed(b, norm, rms, x)
-    w = b.matmul_w(name + "w") if alone else None
-    if all(isinstance(y, Tensor) for y in (x, w, out)):
+    if (w := fused_w(b, name, x, out)) is not None:
         shift = b.w(name + "b") if bias else None
         b.k.matmul_swiglu_forward(out, gateup, x, w, shift, **ACTS[act])
     else:
@@ -182,8 +185,7 @@ def gated_backward(b: Frame, name: str, gateup: Tensor, dy: Matrix, act: str) ->
     gate's output."""
     n, F = gateup.shape[0], gateup.shape[1] // 2
     d_act, (out, rewrite) = b.d("swiglu", n, F), b.output("swiglu", n, F)
-    w = b.matmul_w(name + "w") if b.adapter(name) is None else None
-    if all(isinstance(y, Tensor) for y in (dy, w, out)):
+    if (w := fused_w(b, name, dy, out)) is not None:
         b.k.matmul_swiglu_backward(gateup, rewrite, d_act, dy, w, gateup, **ACTS[act])
     else:
         b.k.swiglu_backward(gateup, rewrite, input_grad(b, name, d_act, dy), gateup, **ACTS[act])

@@ -124,8 +124,7 @@ class Nanochat(Head):
         blocks.linear(b, "attproj", b.matmul_copy("att", att), residual2, add=x, bias=False)
         ln2 = self._norm(b, "ln2", residual2, b.matmul_a("ln2", n, c.C))
         fc, relu2 = b.a("fc", n, 4 * c.C), b.matmul_a("relu2", n, 4 * c.C)
-        w = None if b.mode.few or b.adapter("fc") is not None else b.matmul_w("fcw")
-        if all(isinstance(y, Tensor) for y in (ln2, w, relu2)):
+        if not b.mode.few and (w := blocks.fused_w(b, "fc", ln2, relu2)) is not None:
             b.k.matmul_relu2_forward(relu2, fc, ln2, w)
         else:
             b.k.relu2_forward(relu2, blocks.linear(b, "fc", ln2, fc, bias=False))
@@ -139,8 +138,7 @@ class Nanochat(Head):
         d_out = b.matmul_copy("d_residual3", d, plain=True)
         blocks.adapter_grad(b, "fcproj", d_out)
         d_fc, (relu2, rewrite) = b.d("relu2", n, 4 * c.C), b.output("relu2", n, 4 * c.C)
-        w = None if b.adapter("fcproj") is not None else b.matmul_w("fcprojw")
-        if all(isinstance(y, Tensor) for y in (d_out, w, relu2)):
+        if (w := blocks.fused_w(b, "fcproj", d_out, relu2)) is not None:
             b.k.matmul_relu2_backward(d_fc, rewrite, d_out, w, fc)
         else:
             b.k.relu2_backward(blocks.input_grad(b, "fcproj", d_fc, d_out), rewrite, fc)

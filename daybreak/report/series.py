@@ -73,7 +73,9 @@ class Curve:
 
 def _is_log(path: Path) -> bool:
     """Whether a file may be llm.c's main.log: it has a line of one near its beginning, or is still empty."""
-    head = first_bytes(path) if path.is_file() else b"nothing"
+    if not path.is_file():
+        return False
+    head = first_bytes(path)
     return not head or any(map(LOG_LINE.match, head.splitlines()))
 
 

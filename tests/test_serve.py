@@ -284,15 +284,16 @@ def test_half_a_surrogate_pair_is_a_character_that_is_unknown() -> None:
 
 def test_a_short_request_does_not_wait_for_a_long_one(client: Any) -> None:
     """40 texts in 3 rows are under way; a single one takes its turn, and many at once all get their own answer."""
-    ended: dict[str, float] = {}
+    ended, begun = dict[str, float](), threading.Event()
 
     def ask(name: str, n: int) -> None:
-        client.completions.create(model="run", prompt="x", max_tokens=40, n=n)
+        for _ in client.completions.create(model="run", prompt="x", max_tokens=40, n=n, stream=True):
+            begun.set()
         ended[name] = time.monotonic()
 
     long = threading.Thread(target=ask, args=("long", 40))
     long.start()
-    time.sleep(0.2)
+    assert begun.wait(PATIENCE)
     ask("short", 1)
     long.join()
     assert ended["short"] < ended["long"]

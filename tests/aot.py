@@ -4,7 +4,7 @@
 
 Every case of tests/aot_cases.py is compiled for sm_90, for the other architectures the first case of each kernel, for
 sm_100 also those whose launches overlap, and for sm_89, which has the least shared memory, those that keep STAGES
-there.
+there. Cases that write fp8 are compiled for both.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def work(names: list[str]) -> list[tuple[str, int, int]]:
         for index, case in enumerate(CASES.get(name, ())):
             first = case[0] not in seen
             seen.add(case[0])
+            eight = any(t.startswith("*fp8") for t in case[1].values())
             others = OTHERS if first else (100,) if case[2].get("OVERLAP") else (89,) if "STAGES" in case[2] else ()
+            others = sorted({*others, 89, 100} if eight else others)
             todo += [(name, index, arch) for arch in (MAIN, *others) if arch >= SINCE.get(name, 0)]
     return todo
 

@@ -38,6 +38,13 @@ def test_every_kernel_is_listed(rows):
     assert lacking == {arch: later if arch < 89 else set() for arch in SHARED}
 
 
+def test_rounding_to_fp8_compiles_wherever_it_runs(rows):
+    """All its cases, since the two formats are other instructions."""
+    cases = {arch: {r["case"] for r in rows if r["file"] == "rounding" and r.get("arch") == arch} for arch in SHARED}
+    assert len(cases[90]) > 5
+    assert cases == {80: set()} | dict.fromkeys((89, 90, 100), cases[90])
+
+
 def test_every_case_compiles(rows):
     assert not [r for r in rows if "error" in r]
 

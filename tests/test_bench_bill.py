@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,42 @@ def test_how_far_fp8_may_be(
     assert rows[20]["control validation"] == "5.015000"
     assert rows[19]["control training"] == "3.980000"
     assert rows[19]["fp8 validation"] == ""
+
+
+def test_the_verdict_on_the_committed_losses(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is that of the runs that the CSV is of, and its means are those of the pages and of the log beside it."""
+    fp8_loss = importlib.import_module("fp8_loss")
+    results, said = ROOT / "bench/results", {}
+    for name in ("fp8_loss_h200", "lora_fp8_loss_h200"):
+        monkeypatch.setattr("sys.argv", ["fp8_loss.py", str(results / f"{name}.csv")])
+        with pytest.raises(SystemExit):
+            fp8_loss.main()
+        training, validation = capsys.readouterr().out.splitlines()
+        said[name] = [re.findall(r"(?:bf16|control|fp8) ([\d.]+)", line) for line in (training, validation)]
+    (bf16, control, fp8), ends = said["fp8_loss_h200"]
+    log, page = (results / "fp8_h200.txt").read_text(), (ROOT / "docs/benchmarks.md").read_text()
+    assert f"last 76 steps {control} (bf16 with B = 16 {bf16}); validation at the end {ends[1]} ({ends[0]})" in log
+    assert f"validation loss of {ends[2]} beside {ends[0]} (7057a97), and bf16 with another B with {ends[1]}" in page
+    assert f"are {fp8}, {bf16} and {control}." in page
+    log = (results / "finetune_h200.txt").read_text()
+    for name, loss, end in zip(("bf16", "control", "fp8"), *said["lora_fp8_loss_h200"], strict=True):
+        assert re.search(rf"^{name}: +training {loss}, validation .* {end}$", log, re.MULTILINE), name
+
+
+def test_one_csv_has_the_verdict_of_its_three_runs(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fp8_loss = importlib.import_module("fp8_loss")
+    runs = [str(run_of(tmp_path / str(i), [4.0 + x, 5.0 - x], 3.0 + x)) for i, x in enumerate((0, 1 / 7, 0.2))]
+    out = str(tmp_path / "out.csv")
+    for given in ([*runs, "--out", out], [out]):
+        monkeypatch.setattr("sys.argv", ["fp8_loss.py", *given])
+        with pytest.raises(SystemExit):
+            fp8_loss.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == lines[2:]
+    monkeypatch.setattr("sys.argv", ["fp8_loss.py", *runs[:2]])
+    with pytest.raises(SystemExit, match="2"):
+        fp8_loss.main()

@@ -264,14 +264,51 @@ def test_a_magnitude_that_is_not_finite_is_refused(value):
     engine.forward_backward(*chain(1), lr=1e-3, step=1)
     i = slot(engine, "h.2.d_fc")
     engine.state[AMAX][i] = value
+    engine.state[AMAX][slot(engine, "h.1.gelu")] = 1e20  # what follows from it may be finite
     engine.update()
     assert engine.stats()["skip"] == 1
     after = bits(engine)
     assert torch.equal(after["weights"], before["weights"])
-    assert after[HISTORY][2, i] == before[HISTORY][2, i]
-    assert torch.isfinite(after[HISTORY]).all()
+    assert torch.equal(after[HISTORY], before[HISTORY])
     engine.train_step(*chain(2), lr=1e-3, step=2)
     assert engine.stats()["skip"] == 0
+    assert torch.isfinite(engine.state[HISTORY]).all()
+
+
+def test_nothing_of_a_refused_step_enters_the_history():
+    """Here the loss is not finite, in the first step of all. The next one finds its scales anew."""
+    engine, other = engine_of(), engine_of()
+    engine.forward_backward(*chain(0), lr=1e-3, step=0)
+    engine.state["loss"].fill_(torch.nan)
+    measured = engine.state[HISTORY].clone()
+    engine.update()
+    assert engine.stats()["skip"] == 1
+    assert torch.equal(engine.state[HISTORY], measured)
+    other._measuring.state[AMAX].fill_(torch.inf)  # a first step whose measuring found nothing that it can use
+    other._measuring.keep_amax()
+    assert not other.state[HISTORY].any()
+    other.train_step(*chain(1), lr=1e-3, step=1)
+    assert other.stats()["skip"] == 0
+    assert other.state[HISTORY][2].all()
+
+
+def test_the_largest_of_16_steps_counts():
+    engine, found = engine_of(), []
+    engine.train_step(*chain(0), lr=1e-4, step=0)
+    i = slot(engine, "h.1.gelu")
+    engine.state[HISTORY][1, i] *= 64
+    for step in range(1, 18):
+        engine.train_step(*chain(step), lr=1e-4, step=step)
+        found.append(engine.state[SCALE][i, 0].item())
+    assert found[:16] == found[:1] * 16
+    assert found[0] >= 16 * found[16] > 0
+
+
+def test_the_bound_of_a_norm_counts_its_bias():
+    engine = engine_of()
+    engine.set_exact("h.1.ln1b", torch.full((64,), 9.0))
+    engine.train_step(*chain(0), lr=1e-4, step=0)
+    assert engine.state[SCALE][slot(engine, "h.1.ln1"), 0] == 2.0**-4  # 17 / 448 and above; 8 / 448 without it
 
 
 def test_a_run_resumes_with_equal_bits(tmp_path: Path):
@@ -350,6 +387,9 @@ def test_ranks_and_stages_agree(tmp_path: Path, family: str, full: bool):
     for zero in (1, 2):
         assert found[zero][0][0] == pytest.approx(found[0][0][0], abs=1e-3)
         assert torch.equal(found[zero][0][1][HISTORY][1], found[0][0][1][HISTORY][1])
+        # Later rows may differ, since each stage adds the ranks' gradients in its own way. Powers of two do not.
+        for name in (SCALE, SATURATED):
+            assert torch.equal(found[zero][0][1][name], found[0][0][1][name]), (zero, name)
 
 
 # --- choosing, planning, refusing
@@ -404,6 +444,21 @@ def test_the_configuration():
     assert spec.fp8_steps is None
     part = config.override({"run.steps": 50, "precision.fp8_until": 0.9})
     assert engine_spec(part, torch.device("cpu")).fp8_steps == 45
+
+
+def test_a_pattern_that_fits_nothing_is_refused_in_new_runs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("train", "val"):
+        write_shard(tmp_path / f"x_{name}_000000.bin", markov(3000, 1))
+    keys = {"precision.compute": "fp8", "precision.fp8": "h.0.*, h.1.*", "eval.sample_tokens": 0, "run.steps": 1}
+    settings = config(tmp_path, tmp_path / "runs", "old", **keys)
+    with pytest.raises(ConfigError, match=r"' h\.1\.\*' fits no weight of a block .*; remove the blank"):
+        daybreak.train(settings)
+    assert not (tmp_path / "runs/old").exists()
+    with monkeypatch.context() as before:
+        before.setattr("daybreak.training.setup.check_patterns", lambda *_: None)
+        run = daybreak.train(settings)
+    run = daybreak.train(run.config.override({"run.steps": 2}), resume=run.path)
+    assert run.metrics("step")[-1]["step"] == 2
 
 
 # --- saturation on the page

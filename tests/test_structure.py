@@ -67,7 +67,8 @@ LONGEST_FUNCTION = 100
 # Generation that begins the next token early takes 25, attention that turns queries and keys 32, rows in two tiles
 # 24.
 # The squared ReLU in the matmuls' epilogues, 3.8 % of a step of nanochat's family, takes 60.
-MOST_CODE = 21_970
+# Faults that an audit of fp8, of the decoder family and of the modern recipe found take 90.
+MOST_CODE = 22_060
 
 
 def room(path: Path) -> str:

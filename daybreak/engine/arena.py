@@ -110,7 +110,11 @@ class StepFrame(Frame, Protocol):
         return
 
     def note_amax(self) -> None:
-        """Take the largest magnitudes of a step into the history that later scales come from (engine/scales.py)."""
+        """Make a step's largest magnitudes those of all ranks, before the guard decides (engine/scales.py)."""
+        return
+
+    def keep_amax(self) -> None:
+        """Take them into the history that later scales come from, unless the guard refused the step."""
         return
 
 

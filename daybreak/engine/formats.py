@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
@@ -31,8 +32,9 @@ from daybreak.errors import ConfigError
 from daybreak.kernels.fp8 import E4M3, E5M2
 from daybreak.kernels.held import Eight
 from daybreak.kernels.operand import Format, Matrix, Operand, chosen
-from daybreak.models.registry import Model
+from daybreak.models.registry import Model, build_model
 from daybreak.models.rows import Row
+from daybreak.shapes import Shape
 
 F = TypeVar("F", bound=StepFrame)
 X, D_Y = ".x", ".d_y"  # of a linear layer: copies that models/blocks.py asks for
@@ -59,6 +61,10 @@ class FormatFrame(StepFrame):
     def note_amax(self) -> None:
         if self.slots.at:
             scales.end(self, self.slots, count=not self.current)
+
+    def keep_amax(self) -> None:
+        if self.slots.at:
+            scales.keep(self, self.slots, guarded=not self.current)
 
     def matmul_w(self, name: str) -> Matrix:
         whole = self.prefix + name
@@ -171,6 +177,17 @@ def formats_of(spec: EngineSpec, model: Model) -> Mapping[str, Format]:
         raise ConfigError(f"{key} fits no weight of a block (such as {known or 'none: this family has none'}).")
     _check_sizes(spec, [row for row in model.rows() if row.name in found], "bf16")
     return found
+
+
+def check_patterns(patterns: str, shape: Shape) -> None:
+    """Raise ConfigError if a pattern of precision.fp8 fits no weight of a block. Old runs may have such ones."""
+    matmuls = build_model(shape).matmuls
+    names = [f"h.{l}.{w}" for l in range(shape.L) for w in matmuls]
+    for pattern in patterns.split(","):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            blank = "; remove the blank" if pattern != pattern.strip() else ""
+            known = f"{names[0]} to {names[-1]}" if names else "none, since this family has none"
+            raise ConfigError(f"precision.fp8: {pattern!r} fits no weight of a block ({known}){blank}.")
 
 
 def _check_sizes(spec: EngineSpec, matrices: Sequence[Row], fix: str) -> None:

@@ -76,6 +76,7 @@ def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
         s["stats"], s["windows"], s["counts"], s["loss"], s["norm"],
         clip=spec.optim.clip, max_loss_z=spec.guard.loss_z, max_norm_z=spec.guard.norm_z,
     )  # fmt: skip
+    f.keep_amax()
     for group, launches in groupby(c.sharding.launches(), lambda launch: launch.span.group):
         group.optimizer.update(f, [_part(f, s, launch, seed) for launch in launches])
 

@@ -12,15 +12,18 @@ last steps, with room above it.
 
     step begins   `begin`    late scales from `history`, and those of norms; amax = 0
     micro-steps              kernels round with these scales, and take the largest magnitude into `amax`
-    update        `end`      amax = the largest of all ranks'; it becomes the step's row of `history`
+    update        `end`      amax = the largest of all ranks'
+    guard                    decides
+                  `keep`     amax becomes the step's row of `history`, unless the guard refused the step
 
 The gradient of a mean over fewer tokens is larger. So gradients are in `history` times the number of the step's
-targets. A magnitude that is not finite does not enter it, and makes the gradient norm NaN, so that the guard refuses
-the step. `saturated` counts, for each slot, the steps in which a value was larger than its format could hold. The
-last of the step's stats is the number of slots in which it happened now.
+targets. A magnitude that is not finite makes the gradient norm NaN, so that the guard refuses the step. Nothing of a
+refused step enters the history: one large magnitude would make scales too coarse for 16 steps. `saturated` counts, for
+each slot, the steps in which a value was larger than its format could hold. The last of the step's stats is the number
+of slots in which it happened now.
 
 The first step of a run has no history. The engine then makes its first micro-step twice: the first time, kernels choose
-scales from the values themselves, and nothing but `amax` is used of it.
+scales from the values themselves, and nothing but `amax` is used of it. If one is not finite, the next step does so.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from torch import Tensor
 
 from daybreak.engine.arena import Entry, StepFrame
 from daybreak.kernels.fp8 import power_of_two
+from daybreak.kernels.guard import STATS
 from daybreak.kernels.operand import Format
 
 WINDOW = 16  # steps
@@ -121,25 +125,34 @@ def _bound(scale: Tensor, largest: float, offset: float, w: Tensor, b: Tensor | 
 
 
 def end(f: StepFrame, slots: Slots, count: bool) -> None:
-    """Take a step's amax into the history. Collective. Before the guard decides. count: whether it may saturate."""
+    """Make a step's amax that of all ranks. Collective. Before the guard decides. count: whether it may saturate."""
     s, c = f.state, f.comm
     if c.active:
         f.k.do("largest", partial(c.largest, s[AMAX]), [s[AMAX]], [s[AMAX]])
-    tensors: dict[str, Any] = {k: s[k] for k in (*NAMES, "norm", "hyper", "stats")}
-    writes = [s[HISTORY], s[SATURATED], s["norm"], s["stats"]]
+    tensors: dict[str, Any] = {k: s[k] for k in (SCALE, AMAX, SATURATED, "norm", "stats")}
+    writes = [s[SATURATED], s["norm"], s["stats"]]
     f.k.do("note_amax", partial(_end, slots, tensors, count), writes, list(tensors.values()))
 
 
 def _end(slots: Slots, s: Mapping[str, Tensor], count: bool) -> None:
-    amax, history, t = s[AMAX], s[HISTORY], s["hyper"][1]
-    found, now = amax.clone(), s["stats"][-1].zero_()
-    for part, largest, _, gradient in _late(slots):
-        if count:
-            above = amax[part] > largest * s[SCALE][part, 0]
-            s[SATURATED][part].add_(above)
-            now.add_(above.sum())
-        if gradient:
-            found[part].div_(s["hyper"][2])
-    row = torch.arange(WINDOW, device=amax.device)[:, None] == torch.remainder(t, WINDOW)
-    history.copy_(torch.where(row & torch.isfinite(amax), found, history))
+    amax, now = s[AMAX], s["stats"][-1].zero_()
+    for part, largest, *_ in _late(slots) if count else []:
+        above = amax[part] > largest * s[SCALE][part, 0]
+        s[SATURATED][part].add_(above)
+        now.add_(above.sum())
     s["norm"].add_((amax * 0.0).sum())  # NaN, if one is not finite
+
+
+def keep(f: StepFrame, slots: Slots, guarded: bool) -> None:
+    """Take a step's amax into the history, after the guard decided. guarded: whether there was a guard."""
+    tensors = [f.state[name] for name in (AMAX, HISTORY, "hyper", "stats")]
+    f.k.do("keep_amax", partial(_keep, slots, *tensors, guarded), [tensors[1]], tensors)
+
+
+def _keep(slots: Slots, amax: Tensor, history: Tensor, hyper: Tensor, stats: Tensor, guarded: bool) -> None:
+    found, well = amax.clone(), stats[STATS.index("skip")] == 0 if guarded else torch.isfinite(amax).all()
+    for part, _, _, gradient in _late(slots):
+        if gradient:
+            found[part].div_(hyper[2])
+    row = torch.arange(WINDOW, device=amax.device)[:, None] == torch.remainder(hyper[1], WINDOW)
+    history.copy_(torch.where(row & well, found, history))

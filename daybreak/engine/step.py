@@ -196,7 +196,8 @@ class Engine:
         if not self.state[HISTORY].any():
             micro_step(self.model, self._measuring, self.state, first=True, last=False)
             self._measuring.note_amax()
-        self._measured = True
+            self._measuring.keep_amax()
+        self._measured = bool(self.state[HISTORY].any())  # else there is no history yet, and the next step measures
 
     def names(self) -> list[str]:
         """Parameter names in forward order."""

@@ -48,6 +48,7 @@ from daybreak.data.prepare import prepare
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.engine.device import cpu_has_bf16, missing_on, pick_compute, pick_device, set_precision
 from daybreak.engine.fit import check_fits, plan_memory
+from daybreak.engine.formats import check_patterns
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.files import write_atomic
@@ -140,6 +141,8 @@ def open_run(
         # The search imports libraries, which takes seconds. Meanwhile the data is opened.
         Thread(target=missing_on, args=(device,), daemon=True).start()
     compute = pick_compute(config.precision.compute, device)
+    if resume is None and compute == "fp8":
+        check_patterns(config.precision.fp8, config.model)
     _set_precision(config, device, compute)
     check_sinks(config)
     beside = resume if fork is None else fork.path.parents[1]

@@ -145,14 +145,15 @@ def _end(slots: Slots, s: Mapping[str, Tensor], count: bool) -> None:
 
 def keep(f: StepFrame, slots: Slots, guarded: bool) -> None:
     """Take a step's amax into the history, after the guard decided. guarded: whether there was a guard."""
-    tensors = [f.state[name] for name in (AMAX, HISTORY, "hyper", "stats")]
-    f.k.do("keep_amax", partial(_keep, slots, *tensors, guarded), [tensors[1]], tensors)
+    s = {name: f.state[name] for name in (AMAX, HISTORY, "hyper", "stats")}
+    f.k.do("keep_amax", partial(_keep, slots, s, guarded), [s[HISTORY]], list(s.values()))
 
 
-def _keep(slots: Slots, amax: Tensor, history: Tensor, hyper: Tensor, stats: Tensor, guarded: bool) -> None:
-    found, well = amax.clone(), stats[STATS.index("skip")] == 0 if guarded else torch.isfinite(amax).all()
+def _keep(slots: Slots, s: Mapping[str, Tensor], guarded: bool) -> None:
+    amax, hyper = s[AMAX], s["hyper"]
+    found, well = amax.clone(), s["stats"][STATS.index("skip")] == 0 if guarded else torch.isfinite(amax).all()
     for part, _, _, gradient in _late(slots):
         if gradient:
             found[part].div_(hyper[2])
     row = torch.arange(WINDOW, device=amax.device)[:, None] == torch.remainder(hyper[1], WINDOW)
-    history.copy_(torch.where(row & well, found, history))
+    s[HISTORY].copy_(torch.where(row & well, found, s[HISTORY]))

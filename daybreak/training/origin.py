@@ -8,7 +8,7 @@ from pathlib import Path
 from daybreak.config import Config, run_of, saved_config
 from daybreak.config_keys import toml_value
 from daybreak.errors import CheckpointError, ConfigError
-from daybreak.formatting import quoted
+from daybreak.formatting import quoted, several
 from daybreak.interop import open_source
 from daybreak.manifest import checkpoint_step
 from daybreak.shapes import Shape
@@ -99,8 +99,8 @@ def check_rate(path: Path | str, saved: Config, config: Config, *, fork: bool, w
         return
     same, name = (f" --fork {quoted(config.run.name)}", config.run.name) if fork else ("", f"{config.run.name}-longer")
     raise ConfigError(
-        f"--steps {steps} adds {steps - was} steps to {run_of(path)}, each with learning rate 0: its schedule "
-        f"ends at step {config.optim.horizon} (optim.horizon, schedule.final_frac). Stretch the schedule:\n"
+        f"--steps {steps} adds {several(steps - was, 'step')} to {run_of(path)}, each with learning rate 0: its "
+        f"schedule ends at step {config.optim.horizon} (optim.horizon, schedule.final_frac). Stretch the schedule:\n"
         f"  daybreak train {quoted(path)}{same} --steps {steps} --optim.horizon {steps}\n"
         f"or train a copy at a tenth of its highest rate:\n"
         f"  daybreak train {quoted(path)} --fork {quoted(name)} --steps {steps} --schedule.final_frac 0.1"

@@ -14,6 +14,7 @@ from daybreak.errors import ConfigError
 from daybreak.formatting import quoted, several
 
 if TYPE_CHECKING:
+    from daybreak.engine import Engine
     from daybreak.evaluate.harness import Score
 
 # What --data prints; the last two of a model of pictures.
@@ -95,7 +96,10 @@ def evaluate(
     if has_core:
         from daybreak.evaluate.core import core
 
-        scores += core(engine, tokenizer, folder, limit or 0)
+        def longer(T: int) -> Engine:
+            return run.load_engine(step, B=max(1, batch * engine.T // T), device=device, T=T)[0]
+
+        scores += core(engine, tokenizer, folder, limit or 0, longer)
     if leaderboard or names != [""] * len(names):
         names = [t for name in names for t in harness.TASKS.get(name, [name])]
         greedy = not leaderboard and any(not t.startswith(harness.CHOICE) for t in names)

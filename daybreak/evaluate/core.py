@@ -5,8 +5,8 @@
     eval_data/...        their examples, a JSON object a line
 
 Rules, as nanochat has them: the examples of a task are shuffled by seed 1337. Those in the prompt of example i are
-drawn by seed 1234 + i from all others. A text begins with the tokenizer's id for that. Of more than T tokens the last
-T are read. There are three kinds of tasks:
+drawn by seed 1234 + i from all others. A text begins with the tokenizer's id for that, and is read to its end. Only
+where positions are parameters, as in GPT-2, the last T tokens are read. There are three kinds of tasks:
 
     multiple_choice     the choices end the text: the least mean loss per token wins, of the tokens where choices differ
     schema              the choices begin it: the same of the tokens that all choices have in common at their end
@@ -17,9 +17,11 @@ A centred score is (accuracy - guessing) / (1 - guessing). CORE is their mean.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +33,10 @@ from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
 from daybreak.errors import ConfigError, DataError, explained
 from daybreak.evaluate.harness import Score
-from daybreak.evaluate.multiple_choice import losses_of
+from daybreak.evaluate.multiple_choice import Row, losses_of
+from daybreak.models.registry import build_model
+
+log = logging.getLogger("daybreak")
 
 # Kind -> the fields of an example, each text or a list of texts.
 FIELDS: dict[str, dict[str, type]] = {
@@ -121,7 +126,7 @@ def _alike(texts: Sequence[Sequence[int]]) -> int:
     return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*texts, strict=False)))
 
 
-def _rows(task: Task, texts: Sequence[list[int]]) -> list[tuple[list[int], list[int]]]:
+def _rows(task: Task, texts: Sequence[list[int]]) -> list[Row]:
     """(what comes before, what is scored) of each text of an example."""
     if task.kind == "schema":
         same = _alike([ids[::-1] for ids in texts])
@@ -136,18 +141,25 @@ def _rows(task: Task, texts: Sequence[list[int]]) -> list[tuple[list[int], list[
     return [(ids[:same], ids[same:]) for ids in texts]
 
 
-def correct(engine: Engine, tokenizer: Tokenizer, task: Task, items: Sequence[dict[str, Any]]) -> int:
-    """How many examples of a task the model gets right. DataError for a continuation that is longer than T - 1."""
-    examples = []
-    for i, item in enumerate(items):
-        texts = [
-            [tokenizer.eot, *map(int, tokenizer.encode(text))]
-            for text in prompts_of(task, item, _drawn(task, items, i))
-        ]
-        rows = _rows(task, texts)
-        if (longest := max(len(scored) for _, scored in rows)) >= engine.T:
-            raise DataError(f"{task.path}: a continuation has {longest} tokens, and the model reads T = {engine.T}.")
-        examples.append([(before[max(0, len(before) + len(x) - engine.T) :], x) for before, x in rows])
+def rows_of(tokenizer: Tokenizer, task: Task, items: Sequence[dict[str, Any]]) -> list[list[Row]]:
+    """(what comes before, what is scored) of each text of each example. DataError where the texts cannot be told so."""
+
+    def ids(text: str) -> list[int]:
+        return [tokenizer.eot, *map(int, tokenizer.encode(text))]
+
+    texts = (prompts_of(task, item, _drawn(task, items, i)) for i, item in enumerate(items))
+    return [_rows(task, [ids(text) for text in each]) for each in texts]
+
+
+def correct(engine: Engine, task: Task, items: Sequence[dict[str, Any]], examples: Sequence[list[Row]]) -> int:
+    """How many examples of a task, with rows as of `rows_of`, the model gets right. Of more than T tokens it reads the
+    last T, and a warning counts these examples. DataError for a continuation that is longer than T - 1."""
+    if (longest := max(len(scored) for rows in examples for _, scored in rows)) >= engine.T:
+        raise DataError(f"{task.path}: a continuation has {longest} tokens, and the model reads T = {engine.T}.")
+    if cut := sum(_tokens([rows]) > engine.T for rows in examples):
+        said = "%s: %d of %d examples have more than T = %d tokens and lose their beginning"
+        log.warning(said, task.label, cut, len(examples), engine.T)
+    examples = [[(before[max(0, len(before) + len(x) - engine.T) :], x) for before, x in rows] for rows in examples]
     if task.kind == "language_modeling":
         return sum(_greedy(engine, *rows[0]) for rows in examples)
     each = iter(losses_of(engine, [row for rows in examples for row in rows]))
@@ -158,14 +170,23 @@ def correct(engine: Engine, tokenizer: Tokenizer, task: Task, items: Sequence[di
     return right
 
 
-def _greedy(engine: Engine, before: list[int], scored: list[int]) -> bool:
+def _tokens(examples: Sequence[list[Row]]) -> int:
+    """Of the longest text."""
+    return max(len(before) + len(scored) for rows in examples for before, scored in rows)
+
+
+def _greedy(engine: Engine, before: Sequence[int], scored: Sequence[int]) -> bool:
     """Whether every token is the likeliest one."""
     best = engine.logits(torch.tensor([[*before, *scored][:-1]]))[0, -len(scored) :].argmax(-1)
-    return bool(best.tolist() == scored)
+    return bool(best.tolist() == list(scored))
 
 
-def core(engine: Engine, tokenizer: Tokenizer, folder: Path | None, limit: int) -> list[Score]:
+def core(
+    engine: Engine, tokenizer: Tokenizer, folder: Path | None, limit: int, longer: Callable[[int], Engine] | None = None
+) -> list[Score]:
     """Accuracy and centred score of each task, and their mean. limit: the first examples of each, shuffled (0: all).
+    longer: the same model with another T, for texts that are longer; models with positions as parameters have no use
+    for it.
 
     ConfigError without a folder, DataError for what does not fit the format."""
     if folder is None:
@@ -174,7 +195,11 @@ def core(engine: Engine, tokenizer: Tokenizer, folder: Path | None, limit: int) 
     found, centred, count = list[Score](), list[float](), 0
     for task in read_bundle(folder):
         items = read_examples(task, limit)
-        accuracy = correct(engine, tokenizer, task, items) / len(items)
+        examples = rows_of(tokenizer, task, items)
+        T = -(-_tokens(examples) // 128) * 128
+        if longer and T > engine.T and build_model(replace(engine.cfg, max_T=T)).rows() == engine.model.rows():
+            engine = longer(T)
+        accuracy = correct(engine, task, items, examples) / len(items)
         centred.append((accuracy - task.guess) / (1 - task.guess))
         count += len(items)
         for metric, value in (("accuracy", accuracy), ("centred", centred[-1])):

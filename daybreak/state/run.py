@@ -79,9 +79,11 @@ class Run:
         device: str | None = None,
         data: str = "",
         lora: LoraConfig | None = None,
+        T: int = 0,
     ) -> tuple[Engine, Tokenizer]:
         """A checkpoint's weights in an engine that evaluates B rows, also of the data set `data`, and writes `rows`
         texts at a time (no optimizer state), and its tokenizer. lora: adapters to leave room for, its own merged.
+        T: tokens of a row, 0: the run's; more than model.max_T only where positions are no parameters.
 
         Raises CheckpointError, DataError (this daybreak's tokenizer differs), OutOfMemory.
         """
@@ -94,19 +96,19 @@ class Run:
             raise DataError(f"{said}, {has}; use the version that trained it.")
         packed = packed_rows(named(config.data, data), tokenizer.name) if data else 0
         config = config.override({"data.packed": packed > 0})
-        return engine_with(config, checkpoint, B=B, rows=rows, device=device, lora=lora), tokenizer
+        return engine_with(config, checkpoint, B=B, rows=rows, device=device, lora=lora, T=T), tokenizer
 
 
 def engine_with(
     config: Config, weights: Weights, *, B: int = 1, rows: int = 1, device: str | None = None,
-    lora: LoraConfig | None = None,
+    lora: LoraConfig | None = None, T: int = 0,
 ) -> Engine:  # fmt: skip
-    """An engine that evaluates B rows and writes `rows` texts at a time, with these weights. lora: adapters of these
-    sizes, which the caller fills; the weights' own are merged. Raises CheckpointError, OutOfMemory."""
+    """An engine that evaluates B rows of T tokens (0: the run's) and writes `rows` texts at a time, with these weights.
+    lora: adapters of these sizes, which the caller fills; the weights' own are merged. CheckpointError, OutOfMemory."""
     if lora is not None:
         config, weights = replace(config, lora=lora), Merged(weights)
     where = pick_device(device or config.run.device)
-    spec = engine_spec(config, where, train=False, B=B, rows=min(rows, config.T))
+    spec = engine_spec(config, where, train=False, B=B, rows=min(rows, config.T), T=T or config.T)
     check_fits(plan_engine(spec)[2], where)
     engine = Engine(spec, device=where, init=False)
     restore_weights(engine, weights, adapters=lora is None)

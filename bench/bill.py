@@ -1,9 +1,9 @@
 """Minutes and dollars to the capability of GPT-2 1.6B on 8 GPUs: measured step times, times published steps.
 
-    python bench/bill.py bench/results/bill.csv [--price 28]
+    python bench/bill.py ROWS.csv [--price 28]
 
-The file is bill_step.py's. Nothing is run here, and nothing was run on 8 GPUs. A step on N GPUs, each with as many
-tokens as on 8, has three parts:
+The file is bill_step.py's; none is in the repository yet. Nothing is run here, and nothing was run on 8 GPUs. A step on
+N GPUs, each with as many tokens as on 8, has three parts:
 
     compute   the micro-steps of one GPU alone, which is the slowest of those measured; it does not change with N
     update    a + b x the part of Muon's arithmetic that the busiest of N ranks has; a and b from 1 GPU and `many`
@@ -125,13 +125,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def bill(rows: dict[tuple[str, str], dict[int, Row]], price: float) -> str:
     """The tables, and what they rest on."""
-    bills, checks, steps = [], [], []
+    bills, checks, steps, lacking = [], [], [], []
     for (name, precision), by in rows.items():
         recipe, one, many = RECIPES[name], by.get(1), by[max(by)]
         for ranks, r in sorted(by.items()):
             steps.append([recipe.name, precision, f"{ranks}", f"{r.ms:,.1f}", f"{r.update_ms:.1f}",
                           f"{r.tok_s / ranks:,.0f}", f"{r.mib:,}"])  # fmt: skip
         if one is None or many.ranks == 1:
+            lacking.append(f"No bill of {recipe.name} in {precision}: it needs rows of 1 and of 2 or {MOST} GPUs.")
             continue
         eight = modelled(one, many, GPUS, many.share8)
         time = minutes(recipe, eight.ms)
@@ -148,14 +149,17 @@ def bill(rows: dict[tuple[str, str], dict[int, Row]], price: float) -> str:
     head = ["recipe", "precision", "steps, published rule", "ms on 1 GPU, measured", "ms, measured",
             f"ms on {GPUS}, modelled", "of these update, exposed", "minutes, modelled", "dollars, modelled",
             "minutes in fp8 on 8 H100, published"]  # fmt: skip
+    other = ("Nothing was run on an H100. An H200 has an H100's arithmetic and 1.4 times its memory bandwidth, so an "
+             "H100 takes longer for what memory limits; no figure here is corrected for that. ")  # fmt: skip
+    check = ["recipe", "precision", f"ms on {MOST}, modelled from 1 and 2", "measured", "model / measured"]
     found = [
-        table(head, bills),
-        table(["recipe", "precision", f"ms on {MOST}, modelled from 1 and 2", "measured", "model / measured"], checks),
+        *([table(head, bills)] if bills else []),
+        *([table(check, checks)] if checks else []),
         table(["recipe", "precision", "GPUs", "ms a step, measured", "of it update", "tokens a second and GPU",
                "MiB, the driver's"], steps),
+        *lacking,
         f"Measured on {cards}, {days}, commit {commits}. {price:g} dollars an hour for {GPUS} GPUs.",
-        f"Nothing was run on {GPUS} GPUs, and nothing on an H100. An H200 has an H100's arithmetic and 1.4 times its "
-        "memory bandwidth, so an H100 takes longer for what memory limits; no figure here is corrected for that. The "
+        f"Nothing was run on {GPUS} GPUs. {other if 'H100' not in cards else ''}The "
         "steps are those after which nanochat's own runs reached the score, as published. That ours reaches it after "
         "as many is assumed. daybreak has fp8 in the blocks alone, and lacks #830's learned gains of norms.",
     ]  # fmt: skip
@@ -167,6 +171,8 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--price", type=float, default=PRICE, help="dollars an hour for 8 GPUs")
     a = parser.parse_args()
+    if not a.rows.is_file():
+        parser.error(f"{a.rows} is no file; bench/bill_step.py writes one")
     print(bill(read(a.rows), a.price))
 
 

@@ -68,7 +68,7 @@ def test_the_tables(
     monkeypatch.setattr("sys.argv", ["bill.py", str(rows), "--price", "24"])
     bench.main()
     out = capsys.readouterr().out
-    first, second, third, machine, said = out.strip().split("\n\n")
+    first, second, third, lacking, machine, said = out.strip().split("\n\n")
     # 1,000 of compute, 100 - 80 x .875 = 30 of update, and 45 x (7/8) / (3/4) = 52.5 exposed; x 5,568 / 60,000
     name = "nanochat's merged recipe (a825e63), d24 | fp8"
     bill = f"| {name} | 5,568 | 1,100.0 | 1,085.0 on 4 | 1,082.5 | 30.0, 52.5 | 100.5 | 40.18 | 99.0 |"
@@ -78,7 +78,24 @@ def test_the_tables(
     assert len(third.splitlines()) == 2 + 4
     assert f"| {name} | 2 | 1,090.0 | 60.0 | 120,250 | 57,000 |" in third
     assert machine == "Measured on NVIDIA H200, 2026-11-30, commit aaaaaaa. 24 dollars an hour for 8 GPUs."
-    assert said.startswith("Nothing was run on 8 GPUs, and nothing on an H100.")
+    unmerged = "nanochat's unmerged change #830, d22"
+    assert lacking == f"No bill of {unmerged} in bf16: it needs rows of 1 and of 2 or 4 GPUs."
+    assert said.startswith("Nothing was run on 8 GPUs. Nothing was run on an H100. An H200 has")
+
+    # rows of an H100, and of one number of GPUs alone: no bill, and no sentence that is not true
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([lines[0], lines[2].replace("H200", "H100 80GB HBM3")]) + "\n")
+    bench.main()
+    third, lacking, machine, said = capsys.readouterr().out.strip().split("\n\n")
+    assert third.splitlines()[2:] == [f"| {name} | 1 | 1,100.0 | 100.0 | 119,156 | 59,000 |"]
+    assert lacking.startswith("No bill of nanochat's merged recipe (a825e63), d24 in fp8: it needs rows")
+    assert machine.startswith("Measured on NVIDIA H100 80GB HBM3, 2026-11-30")
+    assert said.startswith("Nothing was run on 8 GPUs. The steps are those after which")
+
+    monkeypatch.setattr("sys.argv", ["bill.py", str(tmp_path / "none.csv")])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert "none.csv is no file; bench/bill_step.py writes one" in capsys.readouterr().err
 
 
 def test_ranks_of_a_toy_agree(bench: ModuleType, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_the_figures_of_the_large_recipe_by_hand() -> None:
     assert got["speed"][1].startswith("modelled, from d48 B 16, recompute 1 on one NVIDIA H100")
     assert got["time"][0] == "21h05m"
     assert got["cost"] == (f"${tokens / rate / 3600 * 28:,.2f}", "as the time; $28.00 an hour for all GPUs together")
-    assert got["disk: data"][0] == "67.1 GB"  # two bytes a token
+    assert got["disk: data"] == ("67.1 GB", "counted: 2 bytes a token, if each is seen once")
     assert got["disk: checkpoints"][0] == "74.8 GB"  # four of 12 bytes a parameter
     assert got["use"][0] == "as it is"
     assert got["fits"][0] == "yes: 62,221 MiB of 79,927 MiB"
@@ -303,6 +303,13 @@ def test_checkpoints_on_the_disk_are_as_large_as_planned(tmp_path: Path, monkeyp
     assert checkpoints_kept(config) == 3
     held = sum(path.stat().st_size for path in Path("data/my-bytes").glob("*.bin"))
     assert said(p)["disk: data"] == (f"{held / 1e6:.3g} MB", "counted: the shards that are here")
+
+
+def test_rows_of_whole_documents_need_more_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no shards are
+    for fitted, more in ((False, ""), (True, "; best_fit drops some more")):
+        p = plan(Config().override({**SMALL, "run.steps": 4, "data.best_fit": fitted}))
+        assert said(p)["disk: data"][1] == f"counted: 2 bytes a token, if each is seen once{more}"
 
 
 def test_what_saving_takes_beside_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -248,7 +248,8 @@ def _data_on_disk(p: Plan) -> tuple[str, str] | None:
         held = (shard.size for d in open_sets(p.config.data) for shard in (*d.train, *d.val))
         return disk(sum(held)), "counted: the shards that are here"
     size = 2 if p.config.model.V <= 1 << 16 else 4
-    return (disk(p.tokens * size), f"counted: {size} bytes a token, if each is seen once") if p.tokens else None
+    more = "; best_fit drops some more" if p.config.data.best_fit else ""
+    return (disk(p.tokens * size), f"counted: {size} bytes a token, if each is seen once{more}") if p.tokens else None
 
 
 def recipe_notes(target: str) -> list[str]:

@@ -4,7 +4,7 @@
         [--ranks 1,4,2] [--B 16] [--recompute 0] [--until SECONDS]
 
 Each GPU has the tokens that it has on 8: 131,072 a step, 4 micro-steps of B = 16. One process a GPU goes through all
-settings, so that imports and compiling take their time once. Smaller groups share the GPUs: 1 means that each card
+settings, so that imports and compiling take their time once. Smaller groups share the GPUs: 1 means that each GPU
 trains alone, and all do at once. A row is of the slowest card, or group. Tokens are random, the same on every rank and
 in every setting of a recipe, so the losses of 1, 2 and 4 ranks must agree. `first`, `middle` and `last` are the
 micro-steps of a step: between ranks the first waits for gathered weights, and the last reduces gradients under its

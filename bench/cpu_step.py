@@ -1,4 +1,4 @@
-"""One training step of GPT-2 124M on the CPU: daybreak against eager PyTorch, and against its matrix products alone.
+"""One training step of GPT-2 124M on the CPU: daybreak against eager PyTorch, and against its matmuls alone.
 
     python bench/cpu_step.py
 
@@ -63,7 +63,7 @@ def engine_step(model: str, module: GPT2, tokens: Tensor, targets: Tensor, compu
 
 
 def gemm_step(module: GPT2, tokens: Tensor, dtype: torch.dtype) -> Callable[[], float]:
-    """Every matrix product of the step's linear layers, forward and backward, on random data; nothing else."""
+    """Every matmul of the step's linear layers, forward and backward, on random data; nothing else."""
     n = tokens.numel()
     products = []
     for p in module.parameters():

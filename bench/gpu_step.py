@@ -1,10 +1,10 @@
-"""The whole training step on one GPU, beside its yardstick: the same products and attention calls through torch.
+"""The whole training step on one GPU, beside its yardstick: the same matmuls and attention calls through torch.
 
     python bench/gpu_step.py d48 --B 16 --tokens 131072 --recompute 2 --out results.csv
     python bench/gpu_step.py d48 --B 16 --tokens 131072 --recompute 2 --precision fp8
 
-Blocks of steady steps alternate with blocks of the yardstick in one process (same card, same temperature, same power
-limit): every matrix product of one micro-step through torch.mm and every attention call through torch's cuDNN
+Blocks of steady steps alternate with blocks of the yardstick in one process (same GPU, same temperature, same power
+limit): every matmul of one micro-step through torch.mm and every attention call through torch's cuDNN
 attention, in schedule order, on non-zero data. In fp8 there is no yardstick. Medians, clock and watts are printed; a
 row is appended to --out.
 """
@@ -63,7 +63,7 @@ class Smi:
 
 
 class Shapes:
-    """Records the products and attention calls of a micro-step in order, running nothing."""
+    """Records the matmuls and attention calls of a micro-step in order, running nothing."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[int, ...]]] = []

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The table of the GPU engine: every row of README's, with its yardstick, on one card.
+# The table of the GPU engine: every row of README's, with its yardstick, on one GPU.
 # Usage: bench/gpu_table.sh [OUT_DIR [ROW ...]]   rows 1 to 6, all by default: about 6 minutes.
 # The first row's first step starts with cold kernel caches on a fresh machine, the others with warm ones.
 set -u -o pipefail

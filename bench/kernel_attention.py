@@ -40,7 +40,7 @@ def _forward(backend: str, B: int, T: int, C: int, NH: int, NKV: int, window: in
 
 
 def _backward(backend: str, B: int, T: int, C: int, NH: int, NKV: int, window: int = 0) -> Case:
-    """Operations are those of the five products that a backward needs, whatever a kernel computes twice."""
+    """Operations are those of the five matmuls that a backward needs, whatever a kernel computes twice."""
     HS, how = C // NH, {"window": window} if window else {}
 
     def make() -> Callable[[], None]:
@@ -80,7 +80,7 @@ def _shared(NH: int) -> int:
 
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
     """Both operations in each backend that this machine has, also with shared keys and a window, the heads of Gemma 3,
-    and the one row of a text under way."""
+    and one sequence that decodes a token."""
     missing = missing_backends(torch.cuda.get_device_capability()) if torch.cuda.is_available() else {}
     found = []
     for backend in ("triton", "cudnn", "fa4"):

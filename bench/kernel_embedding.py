@@ -75,6 +75,6 @@ def _decode(T: int, C: int, Vp: int) -> Case:
 
 
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
-    """Forward, backward with the two kinds of tokens, both scaled, and the one row of a text under way."""
+    """Forward, backward with the two kinds of tokens, both scaled, and one sequence that decodes a token."""
     backward = [_backward(B, T, C, Vp, tenth) for tenth in (False, True)]
     return [_forward(B, T, C, Vp), *backward, *_scaled(B, T, C, Vp), _decode(T, C, Vp)]

@@ -50,7 +50,7 @@ def _products(n: int, C: int, F: int) -> list[Case]:
 
 
 def _decode(backend: str, name: str, I: int, O: int) -> Case:
-    """A product of the one row of a text under way, after RMSNorm, and with its gate if it is gateup."""
+    """A matmul for one sequence that decodes a token, after RMSNorm, and with its gate if it is gateup."""
 
     def make() -> Callable[[], None]:
         out, w, gate = (

@@ -1,4 +1,4 @@
-"""Cases of the matrix products, quack, cuBLASLt and torch side by side."""
+"""Cases of the matmuls, quack, cuBLASLt and torch side by side."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _cases(
 
 
 def _decode(backend: str, name: str, I: int, O: int) -> Case:
-    """A product of the one row of a text under way: reading w is all there is to it."""
+    """A matmul for one sequence that decodes a token: reading w is all there is to it."""
 
     def make() -> Callable[[], None]:
         norm = [rand(I), rand(I)] if name in ("qkv", "fc", "head") else [None, None]
@@ -43,7 +43,7 @@ def _decode(backend: str, name: str, I: int, O: int) -> Case:
 
 
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
-    """Every product that a step of this shape makes."""
+    """Every matmul that a step of this shape makes."""
     n, out = B * T, []
     for name, I, O in (("qkv", C, 3 * C), ("attproj", C, C), ("fc", C, 4 * C), ("fcproj", 4 * C, C)):
         size, x, w, y = (n, I, O), (n, I), (O, I), (n, O)

@@ -1,4 +1,4 @@
-"""Cases of rotary positions: the heads of queries in a packed qkv, and one row of a text under way."""
+"""Cases of rotary positions: the heads of queries in a packed qkv, and one sequence that decodes a token."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Every kernel of bench/kernel_GROUP.py against this card's own limits: bytes over its copy rate, FLOPs over its rate
-of a large matrix product.
+"""Every kernel of bench/kernel_GROUP.py against this GPU's own limits: bytes over its copy rate, FLOPs over its rate
+of a large matmul.
 
     python bench/kernels.py [--groups norm,attention] [--shapes d48,d12] [--ops NAME,NAME] [--out FILE.csv]
 
@@ -31,7 +31,7 @@ COLUMNS = ("op", "backend", "shape", "note", "microseconds", "TB/s", "TFLOP/s", 
 
 
 def output_of(*command: str) -> str:
-    """What a command prints, or "unknown"."""
+    """The output of a command, or "unknown"."""
     try:
         return (
             subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE).stdout.split("\n")[0].strip()
@@ -41,7 +41,7 @@ def output_of(*command: str) -> str:
 
 
 def machine() -> dict[str, str]:
-    """Card, driver, library versions, date and commit: columns of every row."""
+    """GPU, driver, library versions, date and commit: columns of every row."""
     import triton
 
     return {
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     copy, product = copy_rate(), product_rate()
     limits, here = {"copy TB/s": f"{copy / 1e12:.3f}", "product TFLOP/s": f"{product / 1e12:.0f}"}, machine()
     print(", ".join(here.values()))
-    print(f"copy {copy / 1e12:.3f} TB/s, 8192^3 bf16 product {product / 1e12:.0f} TFLOP/s", flush=True)
+    print(f"copy {copy / 1e12:.3f} TB/s, 8192^3 bf16 matmul {product / 1e12:.0f} TFLOP/s", flush=True)
     good = True
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *limits, *here])

@@ -4,7 +4,7 @@
 
 FOLDER holds train.bin and val.bin (token shards of real text). Whole runs of `daybreak train`, alone or under torchrun;
 figures come from their metrics.jsonl. `same`: one rank with three sizes of micro-batch, all ranks twice. `kill`: the
-second of these loses a worker, restarts, and must keep the same bits; then half of the ranks, and one, go on from its
+second of these loses a worker, restarts, and must keep the same bits; then half of the ranks, and one, resume from its
 checkpoints. `speed`: 8 micro-steps of B = 16 a rank and step on both sides, and memory beside `daybreak plan`. `long`:
 1,048,576 tokens a step. Runs of one rank that --runs already holds are taken from there; with --ranks 1 nothing else is
 run. Ends at the first part that fails.
@@ -54,7 +54,7 @@ class Run:
     def __init__(
         self, a: argparse.Namespace, name: str, model: str = "", ranks: int = 0, gpu: int = 0, **flags: object
     ) -> None:
-        """Starts it; of 0 ranks: one that was made before. Without a model it goes on."""
+        """Starts it; of 0 ranks: one that was made before. Without a model it resumes."""
         self.folder, self.name = a.runs / name, name
         if not ranks:
             return
@@ -137,7 +137,7 @@ def gap(a: list[float], b: list[float]) -> float:
 
 
 def alone(a: argparse.Namespace, runs: dict[str, tuple[str, dict[str, object]]]) -> list[Run]:
-    """Runs of one rank, side by side, a card each: name -> model and flags, until their model's number of steps. Those
+    """Runs of one rank, side by side, a GPU each: name -> model and flags, until their model's number of steps. Those
     that were made before are not made again."""
     todo = [name for name in runs if not (a.runs / name / "metrics.jsonl").exists()]
     while todo:
@@ -237,14 +237,14 @@ def speed(a: argparse.Namespace, say: Say, part: str, models: list[str], micro: 
 
 
 def elsewhere(expression: str) -> str:
-    """What a process of its own says: this one makes no context on a card whose memory is measured."""
+    """The output of a process of its own: this one makes no context on a GPU whose memory is measured."""
     code = f"import multi_gpu, torch; print({expression})"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
     return done.stdout.strip() or sys.exit(done.stderr)  # type: ignore[func-returns-value]
 
 
 def planned_mib(model: str, ranks: int) -> int:
-    """What `daybreak plan` counts for a rank."""
+    """The memory that `daybreak plan` counts for a rank."""
     words = SHAPES[model]
     flags = {key.removeprefix("--"): int(value) for key, value in zip(words[1::2], words[2::2], strict=True)}
     config = Config.from_target(words[0]).override({**flags, "parallel.zero": 1})

@@ -1,4 +1,4 @@
-"""What the exchange costs a step where nobody is: NCCL with one rank, captured in the graphs, beside none at all.
+"""The cost of the exchange for a step of one rank: NCCL, captured in the graphs, beside none at all.
 
     python bench/nccl_cost.py [d12 --B 16 --micro 8 --rounds 5]
 

@@ -31,7 +31,7 @@ LIMIT = 1 << 63
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must satisfy, and the words for it ('must be at least 1')."""
+    """A condition for a value, and the words for it ('must be at least 1')."""
 
     text: str
     holds: Callable[[Any], bool]

@@ -238,7 +238,7 @@ def _family(values: Mapping[str, Any], default: str) -> type[Shape]:
 
 
 def every_key() -> dict[str, Field[Any]]:
-    """The keys of all families together. What several have, the first of them describes."""
+    """The keys of all families together. The first of them describes a key that several have."""
     found: dict[str, Field[Any]] = {}
     for arch in ARCHS:
         found = keys_of(arch) | found

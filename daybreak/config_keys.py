@@ -125,7 +125,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What adapters are multiplied by (Hu et al. 2021; with the root Kalajdzievski 2023)."""
+        """The factor of adapters (Hu et al. 2021; with the root Kalajdzievski 2023)."""
         return (self.alpha or 2.0 * self.rank) / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 

@@ -67,7 +67,7 @@ def by_exit_code(code: int) -> type[Error]:
     return next((kind for kind in Error.__subclasses__() if kind.exit_code == code), Error)
 
 
-# What another name or other permissions mend; the rest is the disk's.
+# Faults that another name or other permissions mend; the rest is the disk's.
 _NAMES = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
           errno.ELOOP, errno.EEXIST, errno.EINVAL, errno.EILSEQ)  # fmt: skip
 

@@ -22,7 +22,7 @@ from daybreak.errors import Error
 log = logging.getLogger("daybreak")
 HOLDER = ".holder"
 
-# What file systems say that cannot lock or flush: some network and FUSE mounts, 9p, overlays of old kernels.
+# Errors of file systems that cannot lock or flush: some network and FUSE mounts, 9p, overlays of old kernels.
 _UNABLE = (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)
 
 

@@ -247,7 +247,7 @@ class Text:
         self, prompt: Sequence[int], how: Sampling, tokenizer: Tokenizer | None = None, adapter: str = "",
         codes: range | None = None,
     ) -> None:  # fmt: skip
-        assert prompt, "a text has at least one token to go on from"
+        assert prompt, "a prompt has at least one token"
         self.codes = codes
         self.ids, self.how, self.tokenizer, self.adapter = list(prompt), how, tokenizer, adapter
         self.made: list[Token] = []

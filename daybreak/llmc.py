@@ -252,7 +252,7 @@ class _Stdout(logging.Handler):
 
 
 def bin_writer(values: Values, config: Config, world: int) -> Callable[[Path], None]:
-    """What to do with each checkpoint that training saved: write llm.c's files of it, and delete old ones.
+    """The action after each checkpoint that training saved: write llm.c's files of it, and delete old ones.
 
     They are those of `world` processes, at ZeRO 1 (llm.c's only stage) if we have one and it divides every tensor.
     """

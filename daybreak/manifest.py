@@ -20,7 +20,7 @@ BASE = "base.safetensors"  # the tensors that do not learn
 # Of an imported model, and of chats prepared for it: at which ids generation stops, how a tokenizer is used, how chats
 # are written.
 KEPT = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
-# Format 1. What `checkpoint.save_checkpoint` adds, then what a run says of itself.
+# Format 1. Keys that `checkpoint.save_checkpoint` adds, then those of the run.
 SPEC: dict[str, Any] = {
     "step": WHOLE, "world": WHOLE, "flat_numel": WHOLE, "layout": [(TEXT, WHOLE, [WHOLE])],
     "files": {str: {"size": WHOLE, "sha256": TEXT}},
@@ -87,7 +87,7 @@ def newest_manifest(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def read_id(run: Path) -> str:
-    """What tells a run from another one of the same name; its checkpoints carry it. "": daybreak 0.1 made it."""
+    """The mark that tells a run from others of the same name; its checkpoints carry it. "": daybreak 0.1 made it."""
     try:
         return read_bytes(run / "run-id").decode().strip()
     except (OSError, ValueError):

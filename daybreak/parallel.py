@@ -315,7 +315,7 @@ class Group:
         silent = [r for r in range(self.world) if before[r][1] == now[r][1]]
         if silent and not late:
             r = min(silent, key=lambda r: now[r][2])
-            return r, 1, f"rank {r} on {now[r][0]} died; start the run again, it goes on from its newest checkpoint."
+            return r, 1, f"rank {r} on {now[r][0]} died; start the run again to resume from its newest checkpoint."
         r = behind if behind in silent or not silent else silent[0]
         waited = f"the others have waited {self.timeout:g} s for it (parallel.timeout)"
         fix = "see why its process is stopped or gone"

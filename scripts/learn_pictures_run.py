@@ -281,7 +281,7 @@ def interval() -> str:
 
 
 def save() -> str:
-    """What is on the disk while a run saves step 20 and then step 40, and where a crash would resume."""
+    """The files on the disk while a run saves step 20 and then step 40, and where a crash would resume."""
     left, unit = 128, 69
     rows = [
         ("step 20", [(0, 6, "b", "complete")]),

@@ -1,4 +1,4 @@
-"""What mkdocs does besides rendering docs/: pages and parts made from the code, files outside docs/, and formulas."""
+"""Additions to mkdocs: pages and parts that are made from the code, files outside docs/, and formulas."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From text to a chat on a machine with NVIDIA GPUs: scripts/chat.sh with GPT-2 124M, FineWeb-Edu and SmolTalk.
 #
-#   scripts/speedrun.sh [FOLDER]     FOLDER (speedrun) is made; run it again there to go on after a stop
+#   scripts/speedrun.sh [FOLDER]     FOLDER (speedrun) is made; run it again there to resume after a stop
 #
 # It takes 1, 2, 4 or 8 GPUs of 80 GB. At small sizes it has run on one GPU and on CPUs, never at full size.
 # `bench/gpu_smoke.sh speedrun` tries it on your machine.
@@ -22,7 +22,7 @@ gpus=${GPUS:-$(python3 -c 'import torch; print(torch.cuda.device_count())')}
 [ "$gpus" -gt 0 ] || { echo "torch finds no GPU here; scripts/chat.sh is for a CPU." >&2; exit 2; }
 mkdir -p "${1:-speedrun}" && cd "${1:-speedrun}"
 
-# learn NAME COMMAND...: on all GPUs, the command that begins the run NAME; a run that is there goes on instead
+# learn NAME COMMAND...: on all GPUs, the command that begins the run NAME; a run that is there resumes instead
 learn() {
   local name=$1
   shift

@@ -2,7 +2,7 @@
 
 The word is again, stopped (by a signal, saved), failed or done; the code is that of the last attempt, 137 where it was
 killed. Starts without progress are counted in RUN/.restarts, so that the count survives the machine. A start that left
-no folder RUN is failed: there is nothing to continue. What the folder's files say is read as data, because a folder may
+no folder RUN is failed: there is nothing to continue. The folder's files are read as data, because a folder may
 come from somebody else. Needs nothing but Python, 3.6 or newer: beside a container, that is the host's own one.
 """
 
@@ -36,7 +36,7 @@ def said_by(run: Path) -> "dict[str, object]":
 
 
 def code_of(run: Path) -> int:
-    """What the last attempt ended with."""
+    """The end of the last attempt."""
     code = said_by(run).get("code")
     return code if type(code) is int and 0 <= code <= 255 else KILLED
 

@@ -102,10 +102,10 @@ def test_the_table_says_what_was_measured(capsys: pytest.CaptureFixture[str]) ->
     assert "│ gelu_forward │ torch │ 3 │ 4.00 │ 2.00 │ 2.00x │ 0.50 │ │" in out
     assert "│ matmul_forward │ torch │ 2 │ 10.00 │ 5.00 │ 2.00x │ 0.00 │ 1 │" in out
     assert "│ all │ │ │ 14.00 │ 7.00 │ 2.00x │" in out
-    assert "copy 1.000 TB/s, product 2.0 TFLOP/s" in out
+    assert "copy 1.000 TB/s, matmul 2.0 TFLOP/s" in out
     print_bench(Bench("cpu", 1000, 2, [0.4, 0.5, 0.9], 77, 2e9, 3e10, None, costs))  # in TB/s all would be 0.00
     out = " ".join(capsys.readouterr().out.split())
-    assert "copy 2.000 GB/s, product 30.0 GFLOP/s" in out
+    assert "copy 2.000 GB/s, matmul 30.0 GFLOP/s" in out
     assert "┃ GB/s ┃ GFLOP/s ┃" in out
     assert "│ matmul_forward │ torch │ 2 │ 10.00 │ 333.33 │ 0.03x │ 0.00 │ 1000 │" in out
 

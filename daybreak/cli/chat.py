@@ -72,8 +72,8 @@ def chat(target: str, system: str, step: int | None, **options: Any) -> None:
 
 
 class _Interrupts:
-    """What Ctrl-C does on a terminal: at the prompt it empties the line. From Enter on it stops the answer, also one
-    that has not begun; pressed twice, it ends the program. Through a pipe it ends the program at once."""
+    """Ctrl-C on a terminal: at the prompt it empties the line. From Enter on it stops the answer, also one that
+    has not begun; pressed twice, it ends the program. Through a pipe it ends the program at once."""
 
     def __init__(self, terminal: bool) -> None:
         self.at_prompt, self.pressed, self._terminal = False, False, terminal

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from daybreak.engine import Engine
     from daybreak.evaluate.harness import Score
 
-# What --data prints; the last two of a model of pictures.
+# The metrics that --data prints; the last two of a model of pictures.
 VALIDATION = ("validation loss (nats per token)", "bits per byte", "nats per text token", "nats per image token")
 
 

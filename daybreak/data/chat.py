@@ -11,7 +11,7 @@
     two texts                   no template: the tokens of both, and an end of text
 
 A template says by `{% generation %}` what an assistant wrote. Of others, the text of a conversation up to an answer and
-the template's beginning of an answer must be the start of the text that includes it. What is between the two is
+the template's beginning of an answer must be the start of the text that includes it. The tokens between the two are
 learned, without spaces behind it. Some templates write earlier answers otherwise than the last, as Qwen 3 does without
 their thoughts. There the answers are marked in the messages, and learned with the special token behind them.
 
@@ -74,7 +74,7 @@ def chat_of(record: Any) -> Chat:
 
 
 def _chat(record: dict[str, Any], found: str) -> Chat:
-    """The conversation of a record in the format `found`. What is not of that form may raise anything."""
+    """The conversation of a record in the format `found`. Another form may raise anything."""
     if found == "messages":
         messages = record["messages"]
     elif found == "conversations":

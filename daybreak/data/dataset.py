@@ -41,7 +41,7 @@ _COUNT_BLOCK = 1 << 22  # tokens
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest knows of one shard: file name, tokens, size in bytes, sha256 (hex) of the whole file, and that
+    """The manifest's entry of one shard: file name, tokens, size in bytes, sha256 (hex) of the whole file, and that
     of its marks, if it holds packed rows."""
 
     file: str
@@ -88,7 +88,7 @@ class Manifest:
         return {s.file: s.sha256 for s in shards} | marks
 
     def to_json(self) -> str:
-        """The file's text. What only packed rows have is left out of others."""
+        """The file's text. Keys that only packed rows have are left out of others."""
 
         def given(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             return {key: value for key, value in pairs if value or key not in ("rows", "marks")}

@@ -50,7 +50,7 @@ _GZIP, _ZSTD_FRAME = re.compile(rb"\x1f\x8b"), re.compile(rb"\x28\xb5\x2f\xfd|[\
 
 
 class Faults:
-    """What becomes of a bad file, line or row: a DataError, or with `skip` a count by reason.
+    """The treatment of a bad file, line or row: a DataError, or with `skip` a count by reason.
 
     `harmless`: reasons that are only counted, `skip` or not.
     """
@@ -275,7 +275,7 @@ def without_surrogates(text: str) -> str:
 
 
 def _way(record: Any) -> str:
-    """What to do about a record without the field that was asked for."""
+    """The advice about a record without the field that was asked for."""
     named = "name the right one with --text-field (docs/data.md lists the keys of chats)."
     chats = "these are chats: add --as chat to learn from them alone, or --skip-bad to leave them out."
     return chats if format_of(record) else named

@@ -50,7 +50,7 @@ def pack(lengths: Sequence[int], T: int, crop: bool = False) -> list[list[int]]:
     """Which examples are in each row of T tokens. Every one has 1 to T tokens and is in one row, whole.
 
     crop: rows are full instead, and examples may be longer. A row takes the longest that fits, again and again. Where
-    none fits it takes the shortest, which the row's end cuts. What is left at last and fills no row is in none.
+    none fits it takes the shortest, which the row's end cuts. Tokens that are left at last and fill no row are in none.
 
     `free` has a bit for every room that a row still has, so the best fit is the lowest bit from a length on.
     """

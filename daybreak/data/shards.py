@@ -163,7 +163,7 @@ class ShardWriter:
         return ShardInfo(self.path, self.tokens, self.width)
 
     def flush(self) -> None:
-        """What was written so far is on the disk."""
+        """All that was written so far is on the disk."""
         self._file.flush()
         fsync(self._file.fileno())
 

@@ -308,7 +308,7 @@ class HFTokenizer(Tokenizer):
         return found.ids, found.char_to_token
 
     def _between_letters(self, vocabulary: dict[str, int]) -> list[bytes]:
-        """What each id adds to a text in its middle, asked of the library: between two letters."""
+        """The characters that each id adds to a text in its middle, asked of the library: between two letters."""
         a = min((i for token, i in vocabulary.items() if len(token) == 1 and token.isalpha()), default=self.eot)
         first, both = (self._hf.decode([a] * n, skip_special_tokens=False) for n in (1, 2))
         texts = self._hf.decode_batch([[a, i, a] for i in range(self.V)], skip_special_tokens=False)
@@ -426,7 +426,7 @@ def _own_of_json(source: str) -> Tokenizer | None:
 
 
 def _deciding(spec: Any) -> dict[str, Any]:
-    """What decides on the ids that a byte-level tokenizer.json gives, in one spelling."""
+    """The parts of a byte-level tokenizer.json that decide on its ids, in one spelling."""
     model, split, added = spec["model"], spec["pre_tokenizer"], {t["content"]: t["id"] for t in spec["added_tokens"]}
     changing = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     return {

@@ -69,7 +69,7 @@ class Entry:
 
 
 class StepFrame(Frame, Protocol):
-    """What a step sees beside a model's frame: the tensors that stay, and the collectives between ranks."""
+    """The part of a frame that only a step sees: the tensors that stay, and the collectives between ranks."""
 
     comm: Collectives
     state: dict[str, Tensor]

@@ -76,7 +76,7 @@ class Launch:
 
 
 class Sharding:
-    """Who owns what, computed from the table alone; no process group is needed.
+    """The owner of each part, computed from the table alone; no process group is needed.
 
     moments: row name -> when its gradient is final (moments.final_moments). bucket_bytes: neighbours that are final one
     after the other are joined up to this size. `numel` is the padded length of the flat buffers, `shard` a rank's.
@@ -128,7 +128,7 @@ class Sharding:
         yield from self.shards() if self.zero else [(0, self.table.numel, 0)]
 
     def launches(self) -> list[Launch]:
-        """What one optimizer launch each updates: the ranges held, cut where the group changes, or whole parameters."""
+        """A part for each launch of an optimizer: the ranges held, cut where the group changes, or whole parameters."""
         found = []
         for span in self.table.spans:
             for name, start, stop in span.parts:

@@ -17,9 +17,9 @@ from daybreak.engine.passes import plan_engine
 from daybreak.errors import Error, OutOfMemory
 from daybreak.parallel import ALONE, Group
 
-# What a process has on a GPU beside its arena: CUDA context, modules, library handles, graphs; and with several ranks
-# NCCL. Runs of `daybreak train` on 1, 2 and 4 H200, torch 2.11.0+cu130, 26 Nov 2026 (bench/results/multi_gpu.csv): 676
-# and 684 MiB, and 1,442 to 1,465 with NCCL.
+# The memory of a process on a GPU beside its arena: CUDA context, modules, library handles, graphs; and with several
+# ranks NCCL. Runs of `daybreak train` on 1, 2 and 4 H200, torch 2.11.0+cu130, 26 Nov 2026
+# (bench/results/multi_gpu.csv): 676 and 684 MiB, and 1,442 to 1,465 with NCCL.
 OUTSIDE, NCCL = 680 << 20, 773 << 20
 # How torch, Triton, the CUDA driver and runtime, cuBLAS, cuDNN and the system say that an allocation failed.
 NO_MEMORY = re.compile(r"out.of.memory|alloc(ation)?_failed|memoryallocation|allocate memory", re.IGNORECASE)

@@ -37,7 +37,7 @@ State = dict[str, Tensor]
 
 
 def documents_of(s: State) -> dict[str, Any]:
-    """What models are told of packed rows; nothing of others."""
+    """The arguments that describe packed rows to a model; none for other rows."""
     return {"documents": Documents(s["positions"].view(-1), s["lo"])} if "lo" in s else {}
 
 
@@ -82,7 +82,7 @@ def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
 
 
 def _part(f: StepFrame, s: State, launch: Launch, seed: int) -> Part:
-    """What an optimizer is given of the elements of a launch."""
+    """The tensors and numbers that an optimizer needs for the elements of a launch."""
     sharding = f.comm.sharding
     group, n = launch.span.group, launch.stop - launch.start
     held, at = slice(launch.at, launch.at + n), launch.at - sharding.whole

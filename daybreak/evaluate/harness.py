@@ -30,7 +30,7 @@ from daybreak.generate import Sampling, Text, write_all
 
 log = logging.getLogger("daybreak")
 
-# What `--tasks` knows beside the harness's own names.
+# Names that `--tasks` knows beside the harness's own.
 TASKS = {"lambada": ["lambada_openai"], "arc": ["arc_easy", "arc_challenge"], "truthfulqa": ["truthfulqa_mc2"]}
 CHOICE = ("hellaswag", "arc", "piqa", "winogrande", "mmlu", "truthfulqa_mc")  # compare likelihoods only
 # The first Open LLM Leaderboard: task -> (shots, metric).

@@ -117,7 +117,7 @@ def _check_apart(texts: list[str]) -> None:
 
 
 def _around(own: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is put before and after a text."""
+    """The tokens before and after a text."""
     names = [name for name in ("bos", "eos") if own.get(f"add_{name}_token")]
     if odd := [name for name in names if not 0 <= own.get(f"{name}_token_id", -1) < len(own["tokens"])]:
         raise ValueError(f"tokenizer.ggml.add_{odd[0]}_token is true, and {odd[0]}_token_id names no token")

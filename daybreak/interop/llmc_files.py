@@ -379,8 +379,8 @@ def loader_samples(config: Config, ranks: int) -> list[int]:
 
 
 def _export_debug_state(source: Export, config: Config, path: Path) -> None:
-    """What llm.c's unit test compares with: x, y (B, T); logits (B, T, V); the loss; every gradient; all computed in
-    fp32, on the first 4 rows of up to 64 tokens of the validation split."""
+    """The values for llm.c's unit test: x, y (B, T); logits (B, T, V); the loss; every gradient; all computed in fp32,
+    on the first 4 rows of up to 64 tokens of the validation split."""
     c, d = source.model, config.data
     T = min(64, c.max_T)
     shards = open_dataset(d.name, d.dir, d.train, d.val, d.tokenizer).val

@@ -150,7 +150,7 @@ def base_of(path: Path) -> str:
 
 
 def unreadable(model: str) -> str:
-    """What to do if an adapter's model is a checkpoint of a run, which PEFT and `import` cannot open; else ""."""
+    """The advice if an adapter's model is a checkpoint of a run, which PEFT and `import` cannot open; else ""."""
     if not (at := re.fullmatch(r"(.+)/checkpoints/step-0*([0-9]+)", model)):
         return ""
     command = f"daybreak export {quoted(at[1])} --step {at[2]} --to hf OUT"

@@ -81,7 +81,7 @@ class Source:
 
     @property
     def manifest(self) -> Mapping[str, Any]:
-        """What a checkpoint's manifest says of the tokenizer."""
+        """The entries of a checkpoint's manifest about the tokenizer."""
         return {"tokenizer": {"name": self.tokenizer.name, "fingerprint": self.tokenizer.fingerprint}}
 
     def names(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""What an update may do: clip it, or skip it because a value is not finite or far outside its recent history.
+"""The decision about an update: clip it, or skip it because a value is not finite or far outside its recent history.
 
 z-scores are llm.c's, over the last 128 accepted values with the new one included (so |z| <= sqrt(127)), mended: a
 skipped or non-finite value does not enter the window, and the sums are taken afresh, so one NaN cannot poison them.

@@ -11,7 +11,7 @@ below the other, and so do their b. `columns` says where each part's outputs are
                         |         |                    between them k has no adapter
     y        += | b of q     | k | b of v  |
 
-The products with w are the layer's own (matmul.py). All sums are in fp32 or wider, and rounded once into y, u or du.
+The matmuls with w are the layer's own (matmul.py). All sums are in fp32 or wider, and rounded once into y, u or du.
 """
 
 from __future__ import annotations

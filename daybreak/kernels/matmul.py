@@ -1,8 +1,8 @@
-"""Linear layers: out = x w^T + b with w stored (out, in), and the three products of its backward.
+"""Linear layers: out = x w^T + b with w stored (out, in), and the three matmuls of its backward.
 
 With y = x w^T + b and gradient dy:  dx = dy w,  dw = dy^T x,  db = sum over rows of dy.
 
-The products with something attached (an addend, GELU, GELU's derivative) are operations of their own because a GEMM
+The matmuls with something attached (an addend, GELU, GELU's derivative) are operations of their own because a GEMM
 library computes them in the epilogue, before its result goes to memory.
 
 GELU is the tanh form, which GPT-2 uses (Hendrycks & Gimpel 2016, section 2), with u = sqrt(2/pi) (x + 0.044715 x^3):
@@ -33,7 +33,7 @@ BLOCKS = 16  # of a matrix for one row: as many threads can read it; fixed, so t
 
 @cache
 def onednn() -> Any:
-    """oneDNN's fp32 product on CPUs where it beats torch.mm's, MKL's, else None: MKL uses no AVX-512 on AMD's."""
+    """oneDNN's fp32 matmul on CPUs where it beats torch.mm's, MKL's, else None: MKL uses no AVX-512 on AMD's."""
     info = Path("/proc/cpuinfo")
     amd = info.exists() and "AuthenticAMD" in info.read_text()
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -50,7 +50,7 @@ def _by_onednn(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, ac
     """out (p, q) = a (p, k) b (q, k)^T + bias (q), or added to out.
 
     oneDNN returns a tensor of its own, so a side goes in pieces: small enough for the cache, and for the allocator to
-    hand the same bytes out again. Not the side of a transposed b, for which oneDNN has no fast product.
+    hand the same bytes out again. Not the side of a transposed b, for which oneDNN has no fast matmul.
     """
     p, q = out.shape
     rows = p >= q or b.stride(1) != 1
@@ -251,9 +251,9 @@ def matmul_decode(
     out: Tensor, x: Tensor, w: Tensor, b: Tensor | None = None, add: Tensor | None = None,
     lnw: Tensor | None = None, lnb: Tensor | None = None, *, gelu: bool = False, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """out (n, O) = act(norm(x (n, I)) @ w (O, I)^T + b (O)) + add (n, O): one product of writing a text or two, with
-    all that is around it. norm: layernorm with weight lnw (I) and bias lnb (I), where they are given; act: GELU, if
-    asked for."""
+    """out (n, O) = act(norm(x (n, I)) @ w (O, I)^T + b (O)) + add (n, O): a matmul while one or two
+    sequences are decoded, with all that is around it. norm: layernorm with weight lnw (I) and bias lnb (I), where they
+    are given; act: GELU, if asked for."""
     if lnw is not None and lnb is not None:
         ln, mean, rstd, *rest = scratch(decode_temps(out, x, w))
         layernorm_forward(ln, mean, rstd, x, lnw, lnb, scratch=lambda _: rest)

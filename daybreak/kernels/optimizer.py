@@ -80,7 +80,7 @@ def adamw_temps(weights: Tensor, masters: Tensor | None, m: Tensor, *_: object, 
 
 
 def read_too(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """What an update reads before it writes it: the weights only where they are a part of the exact parameter."""
+    """The tensors that an update reads before it writes: weights only where they are part of the exact parameter."""
     masters = given.get("masters")
     return ("weights", "masters") if masters is None or masters.dtype == torch.int16 else ("masters",)
 

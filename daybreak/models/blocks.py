@@ -90,7 +90,7 @@ def linear(
 
 
 def _normed(b: Frame, norm: str, rms: Mapping[str, float] | None, x: Tensor) -> Matrix:
-    """What `linear` multiplies: the layernorm of x, or its RMSNorm with these options."""
+    """The matrix that `linear` multiplies: the layernorm of x, or its RMSNorm with these options."""
     out = b.matmul_a(norm, *x.shape)
     return layernorm(b, norm, x, out) if rms is None else rmsnorm(b, norm, x, out, **rms)
 
@@ -131,7 +131,7 @@ def adapter_grad(b: Frame, name: str, dy: Any) -> None:
 
 
 def _d_u(b: Frame, name: str, n: int) -> tuple[Tensor, Tensor]:
-    """What `adapter_grad` computed, and the adapter's A."""
+    """The gradient that `adapter_grad` computed, and the adapter's A."""
     down = b.w(name + "_A")
     return b.d(name + ".u", n, down.shape[0]), down
 

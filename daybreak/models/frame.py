@@ -1,4 +1,4 @@
-"""What a model sees while it runs: kernels, and tensors by name.
+"""The surroundings of a model while it runs: kernels, and tensors by name.
 
 A model owns no memory. It asks a frame for tensors by name, and gives them to kernels. The same model code runs in
 three ways, depending on the frame behind it:
@@ -93,7 +93,7 @@ class Frame(Protocol):
         """Whether one of these parameters is trainable, or, of a name such as "h.3.", one of that layer."""
 
     def constant(self, name: str) -> Tensor:
-        """What the model's `constants` has of this name."""
+        """The tensor of this name in the model's `constants`."""
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         """An activation of this shape (compute dtype by default). Declared by being used.
@@ -121,7 +121,7 @@ class Frame(Protocol):
         return self.a("d_" + name, *shape, plain=True)
 
     def output(self, name: str, *shape: int) -> tuple[Matrix, Matrix | None]:
-        """What matmuls of backward read, and the same again if the calling kernel has to write it once more."""
+        """The matrix that matmuls of backward read, and the same if the calling kernel must write it once more."""
         rewrite = name in self.mode.rewritten
         out = self.matmul_a(name + ".again" if rewrite else name, *shape)
         return out, out if rewrite else None

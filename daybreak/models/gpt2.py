@@ -33,7 +33,7 @@ from daybreak.shapes import GPT2Config
 FEW_ROWS = 2  # decoded at once by the kernel for few rows: it takes 0.8 ms for each more of 1558M's (NOTES.md)
 REWRITTEN = {1: ("gelu",), 2: ("gelu", "ln1", "ln2")}  # by recompute level: outputs that backward kernels write again
 RECOMPUTE_BLOCK = 3
-MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> what it is multiplied with, and the gradient of the product
+MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> what it is multiplied with, and the gradient of the result
     "qkvw": ("ln1", "d_qkv"),
     "attprojw": ("att", "d_residual2"),
     "fcw": ("ln2", "d_fc"),

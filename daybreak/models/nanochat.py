@@ -39,7 +39,7 @@ from daybreak.shapes.nanochat import GATE_CHANNELS, SMEAR_CHANNELS, NanochatConf
 REWRITTEN = {1: ("relu2",), 2: ("relu2", "ln1", "ln2")}  # by recompute level: outputs that backward writes again
 RECOMPUTE_BLOCK = 3
 SHARPER = 1.2  # what queries and keys are multiplied by after their norms
-MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> what it is multiplied with, and the gradient of the product
+MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> what it is multiplied with, and the gradient of the result
     "qkvw": ("ln1", "d_qkv"),
     "attprojw": ("att", "d_residual2"),
     "fcw": ("ln2", "d_fc"),

@@ -17,15 +17,15 @@ from daybreak.shapes import Shape
 
 
 class Model(Protocol):
-    """What a model file provides: its parameters, forward, backward, decode, and its cost."""
+    """The parts that a model file provides: its parameters, forward, backward, decode, and its cost."""
 
     # Operation -> arguments that not every backend has, as attention's lo. Attention whose heads share keys and values
     # asks for `window`: backends that have it take fewer heads of keys than of queries.
     asks: Mapping[str, Collection[str]]
-    # Of a block: weight -> the matrix that it is multiplied with, and the gradient of the product. Pairs of weights
+    # Of a block: weight -> the matrix that it is multiplied with, and the gradient of the result. Pairs of weights
     # whose layers share a kernel, so that both or none are in fp8. The matrices that backward makes again: only then do
-    # they need transposed copies. What norms add to their weights. Outputs of norms without weights -> the constant
-    # that is in their place.
+    # they need transposed copies. The number that norms add to their weights. Outputs of norms without weights -> the
+    # constant that is in their place.
     matmuls: Mapping[str, tuple[str, str]]
     together: Collection[tuple[str, str]]
     remade: Collection[str]

@@ -1,4 +1,4 @@
-"""What a model says about a parameter: its name, its shape, and how it starts. Where it lies is engine/params.py's."""
+"""A model's description of a parameter: its name, its shape, and how it starts. Where it lies is engine/params.py's."""
 
 from __future__ import annotations
 

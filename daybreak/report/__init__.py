@@ -1,1 +1,1 @@
-"""What people read before and after a run."""
+"""Pages and tables that people read before and after a run."""

@@ -266,7 +266,7 @@ def print_bench(b: Bench) -> None:
         f"{b.memory_mib:,} MiB in use (median of {len(b.seconds)})"
     )
     one, moved, computed = (1e9, "GB/s", "GFLOP/s") if b.device == "cpu" else (1e12, "TB/s", "TFLOP/s")
-    console.print(f"measured limits: copy {b.bandwidth / one:.3f} {moved}, product {b.flop_rate / one:.1f} {computed}")
+    console.print(f"measured limits: copy {b.bandwidth / one:.3f} {moved}, matmul {b.flop_rate / one:.1f} {computed}")
     table = Table("operation", "backend", "calls", "ms", "floor ms", "of floor", moved, computed,
                   title="One micro-step and one update", title_justify="left")  # fmt: skip
     for column in table.columns[2:]:

@@ -23,10 +23,10 @@ from daybreak.state.run_folder import cpu_model
 from daybreak.state.throughput import peak_flops
 
 GAINS = {  # of optional packages, measured on one H100 (bench/results)
-    "quack": "faster products, and more fused into them: pip install quack-kernels",
+    "quack": "faster matmuls, and more fused into them: pip install quack-kernels",
     "fa4": "a faster deterministic attention backward: pip install flash-attn-4 nvidia-cudnn-frontend",
     "cudnn": "a faster attention: pip install nvidia-cudnn-frontend",
-    "triton": "the fused kernels; without it everything but products is several times slower: pip install triton",
+    "triton": "the fused kernels; without it everything but matmuls is several times slower: pip install triton",
 }
 
 
@@ -71,10 +71,10 @@ def _table_line() -> str:
 
     blas = cublaslt.blas_of(torch.cuda.current_device())
     if blas is None:
-        return "products: through torch, there is no cuBLASLt"
+        return "matmuls: through torch, there is no cuBLASLt"
     if blas.table:
-        return f"products: {len(blas.table)} algorithms measured for this GPU and cuBLASLt {blas.version}"
-    return f"products: {untuned(blas.gpu, blas.version)}"
+        return f"matmuls: {len(blas.table)} algorithms measured for this GPU and cuBLASLt {blas.version}"
+    return f"matmuls: {untuned(blas.gpu, blas.version)}"
 
 
 def _driver() -> str:

@@ -1,4 +1,4 @@
-"""What the shapes of all families have in common: the keys that the generic code reads, and how they are checked.
+"""The common part of all families' shapes: the keys that the generic code reads, and how they are checked.
 
 Letters as everywhere in daybreak: L layers, C channels, NH heads, HS head size, max_T longest sequence, V vocabulary,
 Vp vocabulary padded to a multiple of 128. Matmuls like such sizes; the rows of the padding are zero and stay zero.

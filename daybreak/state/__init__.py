@@ -1,1 +1,1 @@
-"""What survives the process: checkpoints, metrics, the run folder."""
+"""The state that survives the process: checkpoints, metrics, the run folder."""

@@ -57,7 +57,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds. The tensors are not copied: they must not change until the save returns.
+    """The content of a checkpoint. The tensors are not copied: they must not change until the save returns.
 
     optimizer: key ("m", "v") -> this rank's ranges of that flat buffer as (first element, contiguous 1-D tensor). What
     belongs to a whole parameter is a buffer of its own, "KEY.PARAMETER".
@@ -79,7 +79,7 @@ class Snapshot:
 
     @property
     def base(self) -> dict[str, torch.Tensor]:
-        """What does not learn."""
+        """The weights that do not learn."""
         return {name: self.model[name] for name in self.frozen}
 
     def nbytes(self, group: Group = ALONE) -> int:
@@ -177,7 +177,7 @@ def _holds(path: Path, snap: Snapshot) -> bool:
 
 
 def _check_space(root: Path, need: int, final: Path) -> None:
-    """Better no attempt than one that fills the disk for everybody. What a quota allows only writing tells."""
+    """Better no attempt than one that fills the disk for everybody. Only writing tells how much a quota allows."""
     system = os.statvfs(root)
     if system.f_blocks and (free := system.f_bavail * system.f_frsize) < need:  # no blocks at all: it does not tell
         said = f"checkpoint {final} needs {disk(need)}, which is {disk(need - free)} more than its disk has free"
@@ -242,8 +242,8 @@ def prune_checkpoints(root: Path, keep: int, major: int, verify: Verify = "full"
 
     Whatever `keep` says, more stay: the newest that proves good when read back (when none does, nothing is removed),
     the one written last, which after a fall-back is not the newest, those that another process is reading now, and
-    those of other runs than `run`. What dead saves left behind is cleaned up. Not to be called while this process is
-    saving. Returns what was removed, oldest first.
+    those of other runs than `run`. Files that dead saves left behind are deleted. Not to be called while this process
+    is saving. Returns what was removed, oldest first.
     """
     assert keep >= 0
     assert major >= 0
@@ -341,7 +341,7 @@ class Checkpoint:
 
     @property
     def kept(self) -> dict[str, str]:
-        """What the run keeps of an imported model (see manifest.KEPT)."""
+        """The files that the run keeps of an imported model (see manifest.KEPT)."""
         return kept_files(self.path.parents[1])
 
     def names(self) -> list[str]:

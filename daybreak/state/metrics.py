@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl for programs, main.log in llm.c's format, the console's line for people."""
+"""The records of a run: metrics.jsonl for programs, main.log in llm.c's format, the console's line for people."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _RULES = {int: WHOLE, str: TEXT, bool: FLAG, float: _FLOAT, float | None: or_nul
 
 
 class Lines:
-    """Appends to a text file. What a full disk refuses waits in memory, with one warning, until it is taken.
+    """Appends to a text file. Lines that a full disk refuses wait in memory, with one warning, until it is taken.
 
     Raises Error when MOST_WAITING bytes wait.
     """
@@ -93,7 +93,7 @@ class Lines:
         return os.strerror(errno.ENOSPC)
 
     def sync(self) -> None:
-        """What is written so far is on the disk."""
+        """All that was written so far is on the disk."""
         fsync(self._fd)
 
     def close(self) -> None:

@@ -188,7 +188,7 @@ def restore_weights(engine: Engine, checkpoint: Weights, adapters: bool = True, 
     """Load the model's weights; without `adapters` those of the engine stay as they were drawn.
 
     If the vocabulary `grows`, a new id begins at the mean of the known rows, added to what was drawn for it. So its
-    logit is near the mean of theirs, and takes little of their probability (Hewitt 2021). What is drawn has logits near
+    logit is near the mean of theirs, and takes little of their probability (Hewitt 2021). Drawn rows have logits near
     0, and most ids of a trained model are below: of the demo's probability 81 new ids took 5 %. Raises CheckpointError
     if the checkpoint is of another model."""
     check_model(checkpoint, engine.cfg, grows)

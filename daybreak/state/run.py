@@ -1,4 +1,4 @@
-"""An existing run: its folder as an object. What `daybreak.load` returns and what verbs after training start from."""
+"""An existing run: its folder as an object. `daybreak.load` returns it, and verbs after training start from it."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ class RunFolder:
         return dict(read_json(self.exit, spec, Error, "remove it")) if self.exit.is_file() else {}
 
     def read_env(self) -> dict[str, Any]:
-        """What env.json says; {} where it is not there. Raises Error if it is damaged."""
+        """The content of env.json; {} where it is not there. Raises Error if it is damaged."""
         env = read_json(self.env, ENV, Error, "remove it") if self.env.is_file() else {}
         return {key: value for key, value in env.items() if f"{key}?" in ENV}
 

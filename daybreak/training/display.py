@@ -1,4 +1,4 @@
-"""What a person sees during a run: one plain line a step, or a live panel on a terminal. Both go to stderr, and
+"""The display of a run for a person: one plain line a step, or a live panel on a terminal. Both go to stderr, and
 neither ends a run when stderr breaks."""
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ class LiveDisplay(Display):
         self.stopping = text
 
     def panel(self) -> Group:
-        """What is shown now, at most as wide as the terminal. What is unknown has no place in it. The empty line below
-        is where the terminal shows ^C, and where the shell continues after a second one."""
+        """The panel now, at most as wide as the terminal. An unknown value has no place in it. The empty line below is
+        where the terminal shows ^C, and where the shell continues after a second one."""
         width = min(84, self.console.width)
         grid, task = Table.grid(padding=(0, 2), expand=True), self.task
         for ratio in (None, None, 1):

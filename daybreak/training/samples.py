@@ -1,4 +1,4 @@
-"""What a run generates when it samples: the same prompts each time, so that samples show what it has learned."""
+"""The samples that a run generates: the same prompts each time, so that samples show what it has learned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IMAGES = "images"  # of a run's folder
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a run samples: texts after prompts, or pictures of captions. tokens: how many at most. tokenizer: the run's,
+    """Samples of a run: texts after prompts, or pictures of captions. tokens: how many at most. tokenizer: the run's,
     whose texts end at the end of a turn too if a chat template has one."""
 
     setup: Setup
@@ -60,7 +60,7 @@ class Sampled:
 
 
 def sampled(setup: Setup) -> Sampled:
-    """What a run samples, by its data and eval.*. Raises DataError if a chat template refuses the prompt."""
+    """The samples of a run, by its data and eval.*. Raises DataError if a chat template refuses the prompt."""
     e, tokenizer, pictures = setup.config.eval, setup.tokenizer, setup.tokenizer.pictures
     how = Sampling(e.sample_tokens, e.temperature, e.top_k, seed=SAMPLE_SEED)
     if pictures:

@@ -110,7 +110,7 @@ class Decoder(Family):
         return made
 
     def unlike(self, c: LlamaConfig) -> str:
-        """What of a shape llama.cpp does not compute for this architecture."""
+        """The parts of a shape that llama.cpp does not compute for this architecture."""
         yarn = (c.rope_attention, c.rope_low, c.rope_high or HIGH["yarn"]) == (0, 1, HIGH["yarn"])
         own = self.gguf == "llama"  # the one with divisors of angles, and with all biases
         rope = {"yarn": yarn, "llama3": own, "longrope": own and c.rope_attention == 1}

@@ -1,4 +1,4 @@
-"""What a table of names says of a family, and how it is used in both directions."""
+"""A family's table of names, and how it is used in both directions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Family:
         return {ours: whole(path, known, key) for ours, (key, _) in self.sizes.items()}
 
     def config(self, shape: Shape) -> dict[str, Any]:
-        """What config.json says of a shape."""
+        """The keys of config.json for a shape."""
         kept = {key: values[0] for key, values in self.arithmetic.items()}
         sizes = {key: getattr(shape, ours) for ours, (key, _) in self.sizes.items()}
         names = {"architectures": [self.architecture], "model_type": self.model_type}
@@ -91,11 +91,11 @@ class Family:
         return [replace(part, transposed=False) for part in self.parts(shape, name, rows)]
 
     def gguf_plus(self, name: str) -> float:
-        """What GGUF adds to the values of one of our parameters."""
+        """The number that GGUF adds to the values of one of our parameters."""
         return 0.0
 
     def gguf_config(self, shape: Shape) -> dict[str, Any]:
-        """What GGUF says of a shape, by names without the architecture. ConfigError if llama.cpp computes another."""
+        """GGUF's metadata of a shape, by names without the architecture. ConfigError if llama.cpp computes another."""
         config = self.config(shape)
         return {key: config[name] for key, name in self.gguf_keys.items()}
 

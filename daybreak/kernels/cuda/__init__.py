@@ -1,4 +1,4 @@
-"""What runs on CUDA: Triton kernels and the vendors' GEMM and attention, registered behind the operations' signatures.
+"""Kernels for CUDA: Triton's, and the vendors' GEMM and attention, registered behind the operations' signatures.
 
 The files here import without a GPU and without Triton, so that a plan for a GPU can be made on any machine; what a
 backend lacks is told by `missing_backends`.
@@ -113,7 +113,7 @@ def cache_folder(name: str) -> str:
 
 @cache
 def missing_backends(capability: tuple[int, int] | None = None) -> dict[str, str]:
-    """Backends that cannot be used, each with the reason; on a card of this compute capability, if given."""
+    """Backends that cannot be used, each with the reason; on a GPU of this compute capability, if given."""
     missing = {
         name: f"the package {absent[0]} is not installed"
         for name, modules in NEEDS.items()

@@ -1,7 +1,7 @@
 """Bias gradients: column sums in two stages, the same for every launch, so without atomics.
 
 Stage one: each program adds up its own tiles of rows in fp32 and writes one row of partial sums. Stage two adds those
-rows. Which rows meet in which partial sum depends on the shape and on PROGRAMS alone, never on the card.
+rows. Which rows meet in which partial sum depends on the shape and on PROGRAMS alone, never on the GPU.
 """
 
 from __future__ import annotations

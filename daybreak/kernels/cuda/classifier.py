@@ -61,7 +61,7 @@ def _classifier_kernel(
     cols = tl.arange(0, TILE // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     factor = tl.load(scale).to(tl.float32)
     for i in range(tl.program_id(0), n, tl.num_programs(0)):
-        row = n - 1 - i  # the last first: the end of what the product wrote is still in the L2 cache
+        row = n - 1 - i  # the last first: the end of the matmul's output is still in the L2 cache
         target = tl.load(targets + row).to(tl.int32)
         z = logits + row.to(tl.int64) * Vp
         # A row without a target is one of no columns: the first pass reads nothing, the second writes zeros.
@@ -85,7 +85,7 @@ def _classifier_kernel(
         loss = tl.log(total) - tl.fma(picked, LOG2E, -largest) * LN2
         tl.store(losses + row, tl.where(target < 0, 0.0, loss))
 
-        # Backwards through the columns: those read last are the nearest. What is written leaves the cache first.
+        # Backwards through the columns: those read last are the nearest. Written lines leave the cache first.
         if BACKWARD:
             inverse = factor / total
             for start in range(full, Vp, TILE):

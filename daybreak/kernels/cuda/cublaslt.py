@@ -183,7 +183,7 @@ class Blas:
         name = str(key)
         found, entry = nearest(self.table, key)
         if entry.get("separate"):
-            self.used[name] = f"{found}: a product, then gelu"
+            self.used[name] = f"{found}: a matmul, then gelu"
             return None
         prepared, source = PreparedMatmul(self, key), "first heuristic"
         if "algo" in entry:

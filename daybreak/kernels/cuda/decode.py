@@ -1,4 +1,4 @@
-"""What writes one token of a text or two: products bound by reading the weights once, and attention over the cache.
+"""Decoding one token of one or two sequences: matmuls bound by reading the weights once, and attention over the cache.
 
 A program asks for its whole tile of w before anything else, so that all of w is on its way at once. The layernorm of
 the input, which every program computes for itself, costs no launch.
@@ -31,7 +31,7 @@ GATES = {"": 0, "silu": 1, "gelu": 2}
 KEYS, WIDE_KEYS, WARPS = 1 << 14, 1 << 15, 8
 
 
-# ------------------------------------------------------------------------------------------------------------ products
+# ------------------------------------------------------------------------------------------------------------ matmuls
 
 
 @triton.jit

@@ -23,7 +23,7 @@ HEAD = 32  # it rounds heads up to this size, and then gives wrong gradients of 
 
 
 def usable(capability: tuple[int, int]) -> str | None:
-    """Why these operations cannot run on a card of this compute capability, or None."""
+    """Why these operations cannot run on a GPU of this compute capability, or None."""
     if reason := cudnn.usable(capability):
         return reason
     return broken("flash_attn.cute", _interface)

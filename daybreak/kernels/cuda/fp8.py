@@ -27,7 +27,7 @@ NAME = "fp8 cuda"
 
 
 def usable(capability: tuple[int, int], missing: Collection[str]) -> str | None:
-    """What training in fp8 lacks on a GPU of this compute capability without the `missing` backends, or None."""
+    """Why training in fp8 cannot run on a GPU of this compute capability without the `missing` backends, or None."""
     if capability < (8, 9):
         return f"a GPU of compute capability 8.9 or higher, not {capability[0]}.{capability[1]}"
     return "Triton, which is missing or lacks a C compiler" if "triton" in missing else None
@@ -122,7 +122,8 @@ def matmul_backward_weight(dw: Tensor, dout: Operand, x: Operand, *, accumulate:
 
 
 # ------------------------------------------------------------------------------------------------ other kernels
-# What forward writes, and what backward writes once more (`again`, `rewrite`): only transposed copies, as in READS.
+# The parts that forward writes, and those that backward writes once more (`again`, `rewrite`): only transposed copies,
+# as in READS.
 
 
 @backend(NAME)

@@ -1,4 +1,4 @@
-"""GELU and its derivative, element-wise, behind a matrix product that has no epilogue for them.
+"""GELU and its derivative, element-wise, behind a matmul that has no epilogue for them.
 
 Both go from the last element to the first: the end of what the producer wrote is still in the L2 cache.
 

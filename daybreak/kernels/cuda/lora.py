@@ -1,6 +1,6 @@
 """LoRA's narrow matmuls on GPUs; formulas in kernels/lora.py. All are bound by the memory of x, y and dy.
 
-Three kernels serve all products with a matrix of few columns, R of them with padding:
+Three kernels serve all matmuls with a matrix of few columns, R of them with padding:
 
     narrow    u (n, r) = scale x (n, K) m (K, r)      a program reads its rows of x once, and m from the L2 cache
     widen     y (n, N) += scale u (n, r) m (r, N)     a program updates a tile of y
@@ -95,7 +95,7 @@ def _padded(r: int) -> int:
 
 
 def _shape(r: int) -> dict[str, Any]:
-    """What all kernels that multiply are told."""
+    """The arguments of all kernels that multiply."""
     return {"R": _padded(r), "PRECISION": "ieee", "UPCAST": INTERPRET, "num_warps": WARPS}
 
 

@@ -4,7 +4,7 @@ A program of forward takes two rows and is done: the next ones keep memory busy.
 (dw, db, dbias) in fp32 registers and writes them out once, so it takes two rows at a time, in strides, and those that
 come next travel to shared memory meanwhile (tl.range with stages, where C is a multiple of 16, as all of GPT-2's widths
 are: else Triton makes plain loads of them). A second, small kernel adds up what the programs wrote. How many programs
-there are depends on the shape alone, so the sums have the same bits on every card. The last rows come first: the end of
+there are depends on the shape alone, so the sums have the same bits on every GPU. The last rows come first: the end of
 what the producer wrote is still in the L2 cache.
 
 RMSNorm is the same kernel without mean and bias. Its rows may be heads, HEADS of each token, whose tokens lie apart.

@@ -81,7 +81,7 @@ def tiling(
 ) -> Tile | None:
     """The tile for an output of this size, with this cluster if it is as good; None if no tiles would fill the GPU.
 
-    The best of 30 measured products of d12 and d48 were 0.7 % faster on an H200 (bench/NOTES.md).
+    The best of 30 measured matmuls of d12 and d48 were 0.7 % faster on an H200 (bench/NOTES.md).
     """
     options = []
     for width in widths:

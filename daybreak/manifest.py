@@ -19,7 +19,7 @@ MODEL = "model.safetensors"
 BASE = "base.safetensors"  # the tensors that do not learn
 # Of an imported model, and of chats prepared for it: at which ids generation stops, how a tokenizer is used, how chats
 # are written.
-KEPT = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+KEPT = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Format 1. Keys that `checkpoint.save_checkpoint` adds, then those of the run.
 SPEC: dict[str, Any] = {
     "step": WHOLE, "world": WHOLE, "flat_numel": WHOLE, "layout": [(TEXT, WHOLE, [WHOLE])],

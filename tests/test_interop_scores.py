@@ -76,7 +76,7 @@ def test_a_file_is_imported_and_exported_as_it_was(tmp_path: Path) -> None:
     run = ran(tmp_path, "m.gguf")
     ours = Run(run).load_engine()[1]
     assert Run(run).config.model.V == 403
-    assert (ours.name, ours.eot, ours.ends, ours.around) == (first.name, 1, (2, 1), ([1], []))
+    assert (ours.name, ours.eot, ours.ends, ours.around) == (first.name, 1, (2, 401, 1), ([1], []))  # and <|im_end|>
     for text, ids in zip(THEIRS["texts"], THEIRS["models"][0]["ids"], strict=True):
         assert ours.encode(text).tolist() == ids, text
     inside(tmp_path, "export", "runs/run", "--to", "gguf", "back.gguf")

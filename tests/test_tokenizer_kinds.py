@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from daybreak.evaluate import harness
 from daybreak.generate import Sampling, Text
 from daybreak.interop import open_source
 from daybreak.interop.gguf_vocabulary import write_vocabulary
+from daybreak.interop.source import Export
 from daybreak.state.run import Run
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -174,8 +176,9 @@ def test_what_gguf_cannot_hold(tmp_path: Path) -> None:
         (plain, "its added tokens change spaces beside them"),
     ]:  # fmt: skip
         made.save(str(tmp_path / "t.json"))
+        made_of = SimpleNamespace(tokenizer=get_tokenizer(str(tmp_path / "t.json")), model=SimpleNamespace(V=500))
         with pytest.raises(ConfigError, match=rf"GGUF cannot hold tokenizer hf-\w+: {why}; use --to hf\."):
-            write_vocabulary(None, get_tokenizer(str(tmp_path / "t.json")), 500, gguf.TokenType)
+            write_vocabulary(None, cast(Export, made_of), gguf.TokenType)
 
 
 def test_gpt2_with_added_tokens_as_a_user_goes_on_with_it(tmp_path: Path) -> None:

@@ -132,6 +132,13 @@ def template_text(kept: Mapping[str, str]) -> str:
     return kept.get(TEMPLATE_FILE) or (said if isinstance(said, str) else "")
 
 
+def special_names(kept: Mapping[str, str]) -> dict[str, str]:
+    """The texts of special tokens, by keys such as bos_token, as the files that a model keeps name them."""
+    files = [json.loads(kept.get(name, "{}")) for name in ("special_tokens_map.json", CONFIG_FILE)]  # the old one, too
+    said = [(k, v.get("content") if isinstance(v, dict) else v) for file in files for k, v in file.items()]
+    return {key: value for key, value in said if key.endswith("_token") and isinstance(value, str)}
+
+
 class Template:
     """A chat template. special: texts such as bos_token, by name. where: its file, for messages."""
 
@@ -150,11 +157,9 @@ class Template:
         there is none. Where nothing says what the special tokens are called, they are the tokenizer's."""
         if not (source := template_text(kept)):
             return None
-        config = json.loads(kept.get(CONFIG_FILE, "{}"))
+        special = special_names(kept)
         where = folder / (TEMPLATE_FILE if kept.get(TEMPLATE_FILE) else CONFIG_FILE)
-        named = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
-        special = {key: value for key, value in named.items() if isinstance(value, str)}
-        if not config and tokenizer is not None:
+        if not (special or json.loads(kept.get(CONFIG_FILE, "{}"))) and tokenizer is not None:
             ids = {"bos_token": tokenizer.eot, "eos_token": tokenizer.ends[0]}
             special = {key: tokenizer.token_bytes(i).decode() for key, i in ids.items()}
         return cls(source, special, str(where))

@@ -17,14 +17,13 @@ from daybreak.data.chat import template_text
 from daybreak.data.formats import extra
 from daybreak.data.tokenizer import tokenizer_of
 from daybreak.errors import CheckpointError, ConfigError
-from daybreak.interop.families import FAMILIES, Family, family_of
-from daybreak.interop.gguf_vocabulary import read_vocabulary, write_vocabulary
+from daybreak.interop.families import FAMILIES, Family, family_of, why_not
+from daybreak.interop.gguf_vocabulary import read_ends, read_special, read_vocabulary, write_vocabulary
 from daybreak.interop.part import Part, reader
 from daybreak.interop.source import Export, Source, appearing, checked_shape, default_tokenizer, finite, layout
 from daybreak.shapes import Shape
 
 Q8_BLOCK = 32  # values that share a scale
-ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # at each of which llama.cpp stops
 
 
 def export(source: Export, out: Path, dtype: str = "f32") -> None:
@@ -47,9 +46,7 @@ def export(source: Export, out: Path, dtype: str = "f32") -> None:
         for key, value in config.items():
             add[type(value)](f"{family.gguf}.{key}", value)
         writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == 'f32' else 'MOSTLY'}_{dtype.upper()}"])
-        write_vocabulary(writer, source.tokenizer, c.V, gguf.TokenType)
-        if source.end_of_turn not in (None, source.tokenizer.ends[0]):
-            writer.add_eot_token_id(source.end_of_turn)
+        write_vocabulary(writer, source, gguf.TokenType)
         if template := template_text(source.kept):
             writer.add_chat_template(template)
         parts = _parts(gguf, family, c)
@@ -91,7 +88,7 @@ def open_file(path: Path, tokenizer: str = "") -> Source:
     kind, tensors = keys.get("general.architecture"), {tensor.name: tensor for tensor in file.tensors}
     known = {family.gguf: family for family in reversed(FAMILIES.values()) if family.gguf}
     if kind not in known:
-        able = ", ".join(sorted(known))
+        able = ", ".join(sorted(known)) + why_not(kind, keys)
         raise CheckpointError(f"{path}: general.architecture = {kind!r} is not supported; daybreak computes {able}.")
     if keys.get("split.count", 1) > 1:
         raise CheckpointError(f"{path} is one of {keys['split.count']} files; merge them by llama-gguf-split --merge.")
@@ -113,9 +110,8 @@ def open_file(path: Path, tokenizer: str = "") -> Source:
     values = lambda name: read(name) - plus if (plus := family.gguf_plus(name)) else read(name)  # noqa: E731
     if tokenizer:
         return Source(path, cfg, default_tokenizer(cfg, tokenizer, path), values)
-    ids = [keys[f"tokenizer.ggml.{end}"] for end in ENDS if f"tokenizer.ggml.{end}" in keys]
-    vocabulary = tokenizer_of(read_vocabulary(path, keys, gguf.TokenType), str(path)).ending(ids)
-    kept = {"generation_config.json": json.dumps({"eos_token_id": list(vocabulary.ends)})}
+    vocabulary = tokenizer_of(read_vocabulary(path, keys, gguf.TokenType), str(path)).ending(read_ends(keys))
+    kept = {name: json.dumps(value) for name, value in read_special(keys, vocabulary).items()}
     if template := keys.get("tokenizer.chat_template"):
         kept["chat_template.jinja"] = template
     return Source(path, cfg, vocabulary, values, kept=kept)

@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from daybreak.data.chat import special_names
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.errors import CheckpointError, ConfigError
 from daybreak.formatting import quoted
+from daybreak.interop.huggingface import TOKENIZER_CONFIG
 from daybreak.interop.sentencepiece import SPACE, read_model, scores_of
+from daybreak.interop.source import Export
 
 Steps = list[dict[str, Any]]  # of a normalizer, or of a splitter
 Kind = tuple[str, str, dict[str, int], dict[str, float], bool]  # model, splitting, tokens, scores, space before a text
@@ -50,13 +53,16 @@ _USUAL: dict[Any, dict[str, Any]] = {
               "add_space_prefix": True},
     "llama-bpe": {"add_bos_token": True},
 }  # fmt: skip
-# Tokens that llama.cpp never finds in a text, although a file may say that they are added tokens.
-_CONTROL = {
-    "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>",
-    "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<end_of_utterance>", "<PRE>",
-    "<SUF>", "<MID>", "<PAD>", "[PAD]", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>",
-    "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>",
+# Tokens at which llama.cpp ends a text because of their names, whatever a file says of them.
+_ENDS = {
+    "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~[", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>",
+    "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<turn|>", "<|tool_response>", "<end_of_turn>", "<|endoftext|>",
+    "<|end_of_text|>", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<PAD>", "[PAD]", "<|fim_pad|>",
+    "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
 }  # fmt: skip
+# Tokens that llama.cpp never finds in a text, although a file may say that they are added tokens.
+_CONTROL = _ENDS | {"<PRE>", "<SUF>", "<MID>", *(f"<{b}fim{c}{part}{b}>" for b, c in (("|", "_"), ("", "_"), ("", "-"))
+                                                 for part in ("prefix", "suffix", "middle"))}  # fmt: skip
 
 
 def read_vocabulary(path: Path, keys: Mapping[str, Any], types: Any) -> str:
@@ -90,6 +96,26 @@ def read_vocabulary(path: Path, keys: Mapping[str, Any], types: Any) -> str:
     except ValueError as why:
         fix = f"name it: daybreak import {quoted(path)} --data.tokenizer FILE"
         raise CheckpointError(f"{path}: {why}; {fix}.") from None
+
+
+def read_ends(keys: Mapping[str, Any]) -> list[int]:
+    """The ids at which llama.cpp ends a text: those that the keys of a GGUF file name, and those of _ENDS."""
+    tokens = keys["tokenizer.ggml.tokens"]
+    names, said = _ENDS & set(tokens), [keys.get(f"tokenizer.ggml.{end}_token_id", -1) for end in ("eos", "eot", "eom")]
+    channels = names & {"<|call|>", "<|calls|>"} and names & {"<|return|>", "<|flush|>"}
+    names -= {"<|end|>" if channels else "", "</s>" if "<|tool_response>" in names else ""}
+    return [i for i in said if i >= 0] + [i for i, token in enumerate(tokens) if token in names]
+
+
+def read_special(keys: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """A model's files that say which tokens begin, end and fill texts and stand for what is unknown, by name."""
+    begin, *pad, unk = (keys.get(f"tokenizer.ggml.{name}_token_id", -1) for name in ("bos", "padding", "unknown"))
+    wanted = {"bos": (tokenizer.eot, begin), "eos": tokenizer.ends[::-1], "pad": pad, "unk": (unk,)}  # the last goes
+    able = {*tokenizer.special, tokenizer.eot}
+    found = {key: i for key, ids in wanted.items() for i in ids if i in able}
+    names = {f"{key}_token": keys["tokenizer.ggml.tokens"][i] for key, i in found.items()}
+    said = {f"{key}_token_id": i for key, i in found.items() if key != "unk"} | {"eos_token_id": list(tokenizer.ends)}
+    return {"generation_config.json": said, "tokenizer_config.json": {**TOKENIZER_CONFIG, **names}}
 
 
 def _byte_level(own: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,8 +155,9 @@ def _around(own: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"type": "TemplateProcessing", "single": row, "pair": pair, "special_tokens": special} if ids else None
 
 
-def write_vocabulary(writer: Any, tokenizer: Tokenizer, V: int, types: Any) -> None:
-    """Add the keys `tokenizer.ggml.*` for a model of V ids. types: gguf.TokenType. ConfigError for another kind."""
+def write_vocabulary(writer: Any, source: Export, types: Any) -> None:
+    """Add the keys `tokenizer.ggml.*` for a model. types: gguf.TokenType. ConfigError for another kind of tokenizer."""
+    tokenizer, V = source.tokenizer, source.model.V
     spec = json.loads(tokenizer.to_json())
     model, added = spec["model"], spec["added_tokens"]
     found = _kind(model, _steps(spec["normalizer"]), _steps(spec["pre_tokenizer"]))
@@ -149,7 +176,6 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, V: int, types: Any) -> N
     unknown = model["unk_id"] if kind == "t5" else model["vocab"].get(model.get("unk_token"))
     if unknown is not None:
         table[unknown] = table[unknown][0], types.UNKNOWN
-        writer.add_unk_token_id(unknown)
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([token for token, _ in table.values()])
@@ -160,13 +186,23 @@ def write_vocabulary(writer: Any, tokenizer: Tokenizer, V: int, types: Any) -> N
         writer.add_token_scores([scores.get(token, 0.0) for token, _ in table.values()])
         writer.add_add_space_prefix(prefix)
         writer.add_remove_extra_whitespaces(False)
-    writer.add_bos_token_id(tokenizer.eot)
-    writer.add_eos_token_id(tokenizer.ends[0])
+    ids, (before, after), ends = {text: i for i, (text, _) in table.items()}, tokenizer.around, tokenizer.ends
+    own = {key: ids[name] for key, name in special_names(source.kept).items() if name in ids}
+    bos = before[0] if len(before) == 1 else own.get("bos_token", tokenizer.eot)
+    eos = next((i for i in (*after, own.get("eos_token")) if i in ends), ends[0])
+    pad = own.get("pad_token", json.loads(source.kept.get("generation_config.json", "{}")).get("pad_token_id"))
+    # Of further ends two have a place: first the end of a turn, then those that llama.cpp does not know by name.
+    rank = lambda i: (i != source.end_of_turn, table[i][0] in _ENDS, table[i][0] == "<|eom_id|>")  # noqa: E731
+    more = sorted((i for i in ends if i not in (eos, tokenizer.eot)), key=rank)
+    named = {"bos": bos, "eos": eos, "pad": pad, "unk": own.get("unk_token") if unknown is None else unknown}
+    for name, i in (*named.items(), *zip(("eot", "eom"), more, strict=False)):
+        if type(i) is int and 0 <= i < V:
+            getattr(writer, f"add_{name}_token_id")(i)
     if kind == "bert":  # llama.cpp puts both around a text, whatever add_bos_token says
-        writer.add_sep_token_id(tokenizer.ends[0])
+        writer.add_sep_token_id(eos)
     if tokenizer.source:
-        writer.add_add_bos_token(tokenizer.around[0] == [tokenizer.eot])
-        writer.add_add_eos_token(tokenizer.around[1] == [tokenizer.ends[0]])
+        writer.add_add_bos_token(before == [bos])
+        writer.add_add_eos_token(after == [eos])
 
 
 def _kind(model: dict[str, Any], normal: Steps, split: Steps) -> Kind | None:
@@ -176,9 +212,8 @@ def _kind(model: dict[str, Any], normal: Steps, split: Steps) -> Kind | None:
         case "BPE" if not falls:
             known, plain = (split, bool(model.get("ignore_merges"))), normal in ([], [{"type": "NFC"}])
             plain = plain and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
-            return next(
-                (("gpt2", pre, vocab, {}, False) for pre, way in BYTE_LEVEL.items() if plain and way == known), None
-            )
+            names = (pre for pre, way in BYTE_LEVEL.items() if plain and way == known)
+            return next((("gpt2", pre, vocab, {}, False) for pre in names), None)
         case "WordPiece" if [*normal, *split] == BERT:
             return "bert", "default", {t[2:] if t[:2] == "##" else SPACE + t: i for t, i in vocab.items()}, {}, False
         case "BPE":

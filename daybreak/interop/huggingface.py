@@ -31,6 +31,8 @@ from daybreak.state.safetensors_io import SafetensorsFile, StoredTensor, write_s
 
 MAX_SHARD = 5_000_000_000  # bytes
 FINGERPRINT = "daybreak_tokenizer_fingerprint"  # a key of config.json that others ignore
+TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+SPECIAL = ("bos_token_id", "pad_token_id", "eos_token_id")  # in config.json and in generation_config.json
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", TOKENIZER_FILE, "vocab.json", *KEPT]
 
 
@@ -89,11 +91,14 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
 
 
 def _kept(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """What a run keeps of a folder. The ends that only config.json lists go with the others."""
-    kept = kept_files(path)
+    """What a run keeps of a folder. Special tokens that only config.json names go with the others."""
+    kept, config = kept_files(path), _json(path / "config.json", {})
+    said = {key: config[key] for key in SPECIAL[:2] if type(config.get(key)) is int}
+    said |= json.loads(kept.get("generation_config.json", "{}"))
     if tokenizer.ends != (tokenizer.eot,):
-        said = json.loads(kept.get("generation_config.json", "{}"))
-        kept["generation_config.json"] = _text({**said, "eos_token_id": list(tokenizer.ends)})
+        said["eos_token_id"] = list(tokenizer.ends)
+    if said not in ({}, {"bos_token_id": tokenizer.eot}):
+        kept["generation_config.json"] = _text(said)
     return kept
 
 
@@ -160,8 +165,10 @@ def export(source: Export, out: Path, dtype: str = "fp32", max_shard: int = MAX_
     family = family_of(source.model, "Hugging Face's format")
     with appearing(out) as folder:
         folder.mkdir()
-        write_json(folder / "config.json", _config(source, family, dtype))
         write_tokenizer(source.tokenizer, source.model.max_T, folder, source.kept)
+        said = _json(folder / "generation_config.json", {}).items()
+        special = {key: i for key, i in said if key in SPECIAL and (type(i) is not int or i < source.model.V)}
+        write_json(folder / "config.json", _config(source, family, dtype) | special)
         if source.tokenizer.pictures:
             shutil.copyfile(source.run / CODEC_FILE, folder / CODEC_FILE)
         _write_shards(source, family, folder, DTYPES[dtype], max_shard)
@@ -180,8 +187,7 @@ def _config(source: Export, family: Family, dtype: str) -> dict[str, Any]:
     name = str(DTYPES[dtype]).removeprefix("torch.")
     return {
         **family.config(source.model),
-        "initializer_range": 0.02, "bos_token_id": source.tokenizer.eot, "eos_token_id": source.tokenizer.ends[0],
-        "use_cache": True,
+        "initializer_range": 0.02, "use_cache": True, "bos_token_id": source.tokenizer.eot,
         "dtype": name, "torch_dtype": name,  # the new name of the key and the old one
         FINGERPRINT: source.tokenizer.fingerprint,
     }  # fmt: skip
@@ -209,9 +215,8 @@ def _write_shards(source: Export, family: Family, folder: Path, dtype: torch.dty
         write_safetensors(folder / file, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_tokenizer(tokenizer: Tokenizer, max_T: int, folder: Path, kept: Mapping[str, str] | None = None) -> None:
@@ -222,8 +227,7 @@ def write_tokenizer(tokenizer: Tokenizer, max_T: int, folder: Path, kept: Mappin
     start, *named = (tokenizer.token_bytes(i).decode(errors="ignore").strip() for i in (eot, *ends))
     end = next(filter(None, named))  # a part of a character has no name
     made: dict[str, dict[str, Any]] = {
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": start, "eos_token": end,
-                                  "clean_up_tokenization_spaces": False},
+        "tokenizer_config.json": {**TOKENIZER_CONFIG, "bos_token": start, "eos_token": end},
         "generation_config.json": {"bos_token_id": eot},
     }  # fmt: skip
     for name, text in (kept or {}).items():

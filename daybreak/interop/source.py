@@ -140,26 +140,16 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
     zeros = [(0, torch.zeros(numel))]
     manifest = {
         **source.manifest,
-        "config": dict(config.items()),
-        "run": folder.id,
-        "samples": config.tokens_between(0, source.step) // config.T,
-        "skips_in_a_row": 0,
-        "data": {"fingerprint": ""},
-        "seed": config.run.seed,
-        "compute": "",
-        "kernels": {},
-    }
+        "config": dict(config.items()), "run": folder.id, "seed": config.run.seed, "compute": "", "kernels": {},
+        "samples": config.tokens_between(0, source.step) // config.T, "skips_in_a_row": 0, "data": {"fingerprint": ""},
+    }  # fmt: skip
     model = {name: source.read(name).contiguous() for name in source.names()}
     snapshot = Snapshot(
-        step=source.step,
-        model=model,
+        step=source.step, model=model, flat_numel=numel, layout=table, manifest=manifest,
         optimizer={key: source.optimizer.get(key, zeros) for key in ("m", "v")},
-        flat_numel=numel,
-        layout=table,
         extra={"windows": torch.zeros(2, WINDOW, dtype=torch.float64), "counts": torch.zeros(2, dtype=torch.int64)},
-        manifest=manifest,
         parts=lambda name: [(0, model[name].view(-1))],
-    )
+    )  # fmt: skip
     write_atomic(folder.config, config.to_toml())
     if source.tokenizer.source:
         write_atomic(folder.path / TOKENIZER_FILE, source.tokenizer.source)

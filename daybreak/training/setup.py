@@ -199,7 +199,10 @@ def open_run(
         origin = fork or init
         kept = dict(origin.kept) if origin else {}
         if config.data.packed and dataset.folder is not None:  # the chat template that is trained
-            kept |= kept_files(dataset.folder)
+            theirs, ends = kept_files(dataset.folder), "generation_config.json"
+            if ends in theirs and ends in kept:  # a special token that only one of them names stays
+                theirs[ends] = json.dumps(json.loads(kept[ends]) | json.loads(theirs[ends]))
+            kept |= theirs
         for name, text in kept.items():
             write_atomic(folder.path / name, text)
         return bool(old), new_code

@@ -6,6 +6,7 @@ Everything else in interop/ is the same for all families.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
@@ -16,9 +17,25 @@ from daybreak.interop.families import gpt2, llama
 from daybreak.interop.families.table import Family
 from daybreak.shapes import Shape
 
-__all__ = ["FAMILIES", "Family", "family_named", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_named", "family_of", "why_not"]
 
 FAMILIES: dict[str, Family] = {table.model_type: table for table in (gpt2.GPT2, *llama.TABLES)}
+
+# What a model type, or keys that have a value, say of a model, by a pattern. The first that fits is told.
+REASONS = {
+    "text_config|vision_config|audio_config": "also has parts that read images or sound",
+    "expert|moe|dbrx|dots1": "mixes experts", "gemma3n|per_layer_input": "embeds its tokens anew in each layer",
+    "mamba|ssm|conv|lru_|rwkv|xlstm": "has layers that are no attention", "softcap": "caps its scores or logits",
+    "multiplier|logit_scale|^granite": "scales its embeddings, scores or logits", "^gemma ": "lacks Gemma 3's norms",
+    "istral3": "scales its queries by their positions", "olmo|exaone4": "has other norms than these",
+    "^phi3": "joins its matrices, as qkv_proj and gate_up_proj",
+}  # fmt: skip
+
+
+def why_not(kind: object, config: Mapping[str, Any]) -> str:
+    """What no family here has, by a model's type and keys, as the end of a sentence; "" if they do not say."""
+    said = " ".join([str(kind), *(key for key, value in config.items() if value not in (None, False, 0)), ""])
+    return next((f", and this one {why}" for fits, why in REASONS.items() if re.search(fits, said)), "")
 
 
 def family_named(path: Path, config: Mapping[str, Any]) -> Family:
@@ -28,13 +45,7 @@ def family_named(path: Path, config: Mapping[str, Any]) -> Family:
     odd = [layer for layer in layers if layer not in usual] if isinstance(layers, list) else []
     if isinstance(kind, str) and kind in FAMILIES and not odd:
         return FAMILIES[kind]
-    why = ""
-    if any(key in config for key in ("text_config", "vision_config", "audio_config")):
-        why = ", and this one also has parts that read images or sound"
-    elif any("expert" in key for key in config):
-        why = ", and this one mixes experts"
-    elif odd:
-        why = f", and this one has layers of kind {short(odd[0])}"
+    why = why_not(kind, config) or (f", and this one has layers of kind {short(odd[0])}" if odd else "")
     known = ", ".join(map(repr, FAMILIES))
     raise CheckpointError(f"{path}: model_type = {kind!r} is not supported; daybreak computes {known}{why}.")
 

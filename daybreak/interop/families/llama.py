@@ -332,12 +332,8 @@ class _Gemma3(_Qwen):
         c, window = super().from_gguf(path, keys, tensors), keys.get("attention.sliding_window")
         C, NH, HS = (whole(path, c, key) for key in ("hidden_size", "num_attention_heads", "head_dim"))
         every = keys.get("attention.sliding_window_pattern", 6) if window else 1
-        c |= {
-            "rope_parameters": {FULL: c["rope_parameters"]},
-            "sliding_window": window,
-            "sliding_window_pattern": every,
-        }
-        c["rope_local_base_freq"] = plain(keys.get("rope.freq_base_swa", 1e4))
+        c |= {"rope_parameters": {FULL: c["rope_parameters"]}, "sliding_window": window}
+        c |= {"sliding_window_pattern": every, "rope_local_base_freq": plain(keys.get("rope.freq_base_swa", 1e4))}
         return {**c, "query_pre_attn_scalar": C // NH if c["num_hidden_layers"] == LAYERS_27B else HS}
 
 

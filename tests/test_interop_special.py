@@ -195,6 +195,22 @@ def test_ends_without_a_name_that_llama_cpp_knows_take_the_keys(tmp_path: Path) 
     assert sorted(back.ends) == sorted(ends_of(tmp_path / "runs/m"))
 
 
+def test_tokens_of_code_take_no_place_of_an_end(tmp_path: Path) -> None:
+    """llama.cpp knows them by name. SmolLM2 has such a token."""
+    ids = made(tmp_path / "m", ["<reponame>", "<|im_end|>"], bos_token="<|begin_of_text|>", eos_token="<|im_end|>")
+    edit(tmp_path / "m/config.json", eos_token_id=ids["<|im_end|>"])
+    inside(tmp_path, "import", "m", "--run.device", "cpu")
+    inside(tmp_path, "export", "runs/m", "--to", "gguf", "m.gguf")
+    inside(tmp_path, "import", "m.gguf", "--name", "g", "--run.device", "cpu")
+    end, repo, text = (ids[name] for name in ("<|im_end|>", "<reponame>", "<|end_of_text|>"))
+    assert ends_of(tmp_path / "runs/g") == (end, text, repo, ids["<|begin_of_text|>"])
+    inside(tmp_path, "export", "runs/g", "--to", "gguf", "g.gguf")
+    keys = contents(tmp_path / "g.gguf")[0]
+    got = [keys.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    assert got == [end, text, None]
+    assert open_source(tmp_path / "g.gguf").tokenizer.ends == ends_of(tmp_path / "runs/g")
+
+
 # Tokens of a file, keys that name one, and at which of them llama.cpp ends a text.
 NAMED: list[tuple[list[str], dict[str, int], list[int]]] = [
     (["a", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"], {"eos": 3}, [3, 1, 2, 3]),

@@ -53,12 +53,14 @@ _USUAL: dict[Any, dict[str, Any]] = {
               "add_space_prefix": True},
     "llama-bpe": {"add_bos_token": True},
 }  # fmt: skip
-# Tokens at which llama.cpp ends a text because of their names, whatever a file says of them.
-_ENDS = {
+# Tokens of code at which llama.cpp ends a text because of their names.
+_FIM = {"<PAD>", "[PAD]", "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>",
+        "<REPO>", "<reponame>", "<|file_sep|>"}  # fmt: skip
+# These and all other tokens at which it does so, whatever a file says of them.
+_ENDS = _FIM | {
     "</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~[", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>",
     "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<turn|>", "<|tool_response>", "<end_of_turn>", "<|endoftext|>",
-    "<|end_of_text|>", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<PAD>", "[PAD]", "<|fim_pad|>",
-    "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
+    "<|end_of_text|>", "<end_of_utterance>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
 }  # fmt: skip
 # Tokens that llama.cpp never finds in a text, although a file may say that they are added tokens.
 _CONTROL = _ENDS | {"<PRE>", "<SUF>", "<MID>", *(f"<{b}fim{c}{part}{b}>" for b, c in (("|", "_"), ("", "_"), ("", "-"))
@@ -193,7 +195,7 @@ def write_vocabulary(writer: Any, source: Export, types: Any) -> None:
     pad = own.get("pad_token", json.loads(source.kept.get("generation_config.json", "{}")).get("pad_token_id"))
     # Of further ends two have a place: first the end of a turn, then those that llama.cpp does not know by name.
     rank = lambda i: (i != source.end_of_turn, table[i][0] in _ENDS, table[i][0] == "<|eom_id|>")  # noqa: E731
-    more = sorted((i for i in ends if i not in (eos, tokenizer.eot)), key=rank)
+    more = sorted((i for i in ends if i not in (eos, tokenizer.eot) and table[i][0] not in _FIM), key=rank)
     named = {"bos": bos, "eos": eos, "pad": pad, "unk": own.get("unk_token") if unknown is None else unknown}
     for name, i in (*named.items(), *zip(("eot", "eom"), more, strict=False)):
         if type(i) is int and 0 <= i < V:

@@ -248,6 +248,14 @@ section_nanochat() { # nanochat's family: Muon, and its own groups of parameters
   step "sample" "daybreak sample runs/n --prompt 'def main' --tokens 32 -n 2"
   step "eval" "daybreak eval runs/n --hellaswag dev/data/hellaswag/hellaswag_val.bin --data text"
   step "in fp8" "daybreak train $run --name n8 --steps 4 --precision.compute fp8"
+  step "a vocabulary of the text" "daybreak prepare stdlib --name own --train-tokenizer 2048"
+  local fitted="${run/--data text/--data own} --model.V 2048 --data.best_fit true"
+  step "rows of whole documents" "daybreak train $fitted --name nb --steps 8"
+  step "killed" "daybreak train $fitted --name nbk --steps 8 & $checks kill nbk 4 \$!"
+  step "resume" "daybreak train runs/nbk"
+  step "equal losses and weights after the kill" "$checks same nb nbk"
+  step "CORE of a made bundle" "$checks bundle && daybreak eval runs/nb --tasks core --data-files core --json >core.json && \
+    $checks scored core.json"
 }
 
 section_images() { # captions and pictures, trained on and drawn

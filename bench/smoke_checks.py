@@ -52,6 +52,37 @@ def hellaswag() -> None:
     write_eval_bin(folder / "hellaswag_val.bin", examples)
 
 
+def bundle() -> None:
+    """Write a bundle for CORE with a task of each kind: the folder core. One has prompts of thousands of tokens."""
+    rng, folder = random.Random(0), Path("core")
+    words = ["def", "class", "return", "self", "import", "for", "in", "the", "name", "value"]
+
+    def text(n: int) -> str:
+        return " ".join(rng.choice(words) for _ in range(n))
+
+    examples = {
+        "multiple_choice": lambda: {"query": text(9), "choices": [text(2) for _ in range(4)], "gold": rng.randrange(4)},
+        "schema": lambda: {"context_options": [text(5), text(6)], "continuation": text(3), "gold": rng.randrange(2)},
+        "language_modeling": lambda: {"context": text(300), "continuation": text(1)},
+    }
+    tasks, guesses = ["icl_tasks:"], ["Eval Task,Task Category,Random baseline"]
+    (folder / "eval_data").mkdir(parents=True, exist_ok=True)
+    for (kind, make), guess in zip(examples.items(), (25, 50, 0), strict=True):
+        tasks += [f"- label: {kind}", f"  dataset_uri: {kind}.jsonl", "  num_fewshot: [5]", f"  icl_task_type: {kind}"]
+        guesses.append(f"{kind},made,{guess}")
+        (folder / f"eval_data/{kind}.jsonl").write_text("".join(json.dumps(make()) + "\n" for _ in range(12)))
+    (folder / "core.yaml").write_text("\n".join(tasks) + "\n")
+    (folder / "eval_meta_data.csv").write_text("\n".join(guesses) + "\n")
+
+
+def scored(file: str) -> None:
+    """What `eval --tasks core --json` printed for that bundle: two scores of each task, and CORE within its bounds."""
+    scores = json.loads(Path(file).read_text())
+    assert [s["examples"] for s in scores] == [12] * 6 + [36], scores
+    assert -1 <= scores[-1]["value"] <= 1, scores
+    print(scores[-1])
+
+
 def llmc(folder: str, steps: str) -> None:
     """llm.c's main.log has a loss for every step, a validation at both ends and a HellaSwag score."""
     text = (Path(folder) / "main.log").read_text()

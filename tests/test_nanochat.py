@@ -118,6 +118,19 @@ def test_fp32_and_evaluation(name: str) -> None:
     assert apart(engine.logits(tokens[0]), oracle.logits(tokens[0]).detach()) <= 1e-5
 
 
+@pytest.mark.parametrize("V", [61, 300, 5000])
+def test_logits_of_one_long_row_in_bf16(V: int) -> None:
+    """The soft-cap of a whole chunk of logits has its scratch in the plan, also where no other call needs as much."""
+    s = Nano(L=1, C=32, NH=2, max_T=64, V=V)
+    values, tokens = random_values(s), torch.randint(V, (1, 512), generator=torch.Generator().manual_seed(2))
+    for T in (64, 512):
+        spec = EngineSpec(NanochatConfig(**s._asdict()), B=1, T=T, compute="bf16", train=False)
+        engine = Engine(spec, init=False)
+        engine.load_params(dict(values))
+        got = engine.logits(tokens[:, :T])
+        assert apart(got, oracle_of(s, values).logits(tokens[:, :T]).detach()) <= 3e-2
+
+
 def test_bf16_errs_no_more_than_autograd_in_bf16() -> None:
     """Both against fp64, with weights that bf16 holds exactly."""
     s = SHAPES["all kinds of layers"]

@@ -65,11 +65,20 @@ def classifier(
         logits[rows, V:].zero_()
 
 
-@op("logits", temps=lambda logits, **_: [(tuple(logits.shape), acc_dtype(logits.dtype))], adds=("logits",))
+def cap_temps(logits: Tensor, **_: object) -> Temps:
+    """Less than the classifier needs for as many rows, so that every plan has room for it."""
+    acc, few = acc_dtype(logits.dtype), chunk_rows(*logits.shape) * logits.shape[1] // 4
+    return [] if logits.dtype == acc else [((few,), acc)]
+
+
+@op("logits", temps=cap_temps, adds=("logits",))
 def cap_logits(logits: Tensor, *, cap: float, scratch: Scratch) -> None:
     """logits (r, Vp) become cap tanh(logits / cap), as `classifier` takes them: for generating."""
-    (wide,) = scratch([(tuple(logits.shape), acc_dtype(logits.dtype))])
-    logits.copy_(wide.copy_(logits).div_(cap).tanh_().mul_(cap))
+    wide, flat = scratch(cap_temps(logits)), logits.view(-1)
+    step = len(wide[0]) if wide else len(flat)
+    for start in range(0, len(flat), step):
+        z = flat[start : start + step]
+        z.copy_((wide[0][: len(z)].copy_(z) if wide else z).div_(cap).tanh_().mul_(cap))
 
 
 def sum_temps(total: Tensor, losses: Tensor, *_: object, **__: object) -> Temps:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import gelu
 
+from daybreak.errors import ConfigError
 from daybreak.kernels.cuda import products, quack, tune
 from daybreak.kernels.cuda.cublaslt import Algo
 from daybreak.kernels.cuda.products import dense
@@ -26,6 +30,7 @@ KEYS = [
     dense("bf16", "nt", 24, 16, 40, mode="beta1"),
     dense("tf32", "tn", 24, 16, 40),
 ]
+TWIN = "bf16 tn m32 n16 k40 bias beta0"  # tuned beside the product with GELU, which may use it
 SPEEDS = [4e-6, 1.9e-6, 2e-6, 3.99e-6]  # of algorithms 0, the first heuristic, to 3; 1 is wrong
 sets: dict[int, tune.Operands] = {}  # by the address of A
 
@@ -115,11 +120,15 @@ def search(monkeypatch: pytest.MonkeyPatch):
     sets.clear()
 
 
+def entries(path: Path) -> dict[str, Any]:
+    return products.read_table(path, "A GPU", 130100)
+
+
 def test_the_fastest_sound_algorithm_is_taken(search, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    table = search(KEYS)
-    twin = "bf16 tn m32 n16 k40 bias beta0"  # tuned beside the product with GELU, which may use it
-    assert {*table["plans"]} == {*map(str, KEYS), twin}
-    for text, entry in table["plans"].items():
+    path = search(KEYS, tmp_path / "new" / "tables")
+    plans = entries(path)
+    assert {*plans} == {*map(str, KEYS), TWIN}
+    for text, entry in plans.items():
         assert entry["tflops"] >= entry["first_tflops"]
         if "gelu" in text and "dgelu" not in text:
             assert entry["separate"] is True
@@ -127,27 +136,104 @@ def test_the_fastest_sound_algorithm_is_taken(search, capsys: pytest.CaptureFixt
             assert entry["algo"] == bytes(number(0 if "beta1" in text else 2)).hex()
     said = capsys.readouterr().out
     assert said.count("refused: algo1: off by") == len(KEYS) - 1  # beta1 has none, before GELU it is too slow
-    assert f"{len(KEYS) + 1} of {len(KEYS) + 1} products" in said
-    path = tune.write(table, tmp_path / "tables")
+    assert re.search(rf"^{len(KEYS) + 1} of {len(KEYS) + 1} products, 0 from before, in \d+ s$", said, re.M)
     assert path.name == products.table_path("A GPU", 130100).name
-    older = {"plans": {"fp32 nn m1 n1 k1 plain beta0": {"algo": "00" * 64}}}
-    path.write_text(json.dumps(table | older))
+    table = json.loads(path.read_text())
+    older = {"fp32 nn m1 n1 k1 plain beta0": {"algo": "00" * 64}}
+    path.write_text(json.dumps(table | {"plans": older}))
     tune.write(table, path.parent)
-    assert products.read_table(path, "A GPU", 130100) == table["plans"] | older["plans"]
+    assert entries(path) == plans | older
 
 
-def test_what_is_left_out_is_said(search, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def measured(monkeypatch: pytest.MonkeyPatch, stop: int = 0) -> list[str]:
+    """The keys that searches measure from now on, in their order. A person interrupts the one after `stop` keys."""
+    done: list[str] = []
+    plain = tune.Search.tune
+
+    def one(self: tune.Search, key: products.Key, bias_entry: dict[str, Any] | None) -> dict[str, Any] | None:
+        if stop and len(done) == stop:
+            raise KeyboardInterrupt
+        done.append(str(key))
+        return plain(self, key, bias_entry)
+
+    monkeypatch.setattr(tune.Search, "tune", one)
+    return done
+
+
+@pytest.mark.parametrize("stop", range(1, len(KEYS) + 1))
+def test_a_stopped_search_goes_on(
+    search, stop: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each key is measured once, in the order of a search that nobody stops, and the table is that search's."""
+    with monkeypatch.context() as m:
+        order = measured(m)
+        whole = entries(search(KEYS, tmp_path / "whole"))
+    assert len(order) == len(KEYS) + 1
+    with monkeypatch.context() as m:
+        first = measured(m, stop)
+        with pytest.raises(KeyboardInterrupt):
+            search(KEYS, tmp_path)
+    kept = tmp_path / products.table_path("A GPU", 130100).name
+    assert {*entries(kept)} == {*first}
+    said = rf"{stop} of {len(order)} products, 0 from before, in \d+ s; the same command tries the others"
+    assert re.fullmatch(said, capsys.readouterr().out.splitlines()[-1])
+    with monkeypatch.context() as m:
+        second = measured(m)
+        assert search(KEYS, tmp_path) == kept
+        assert first + second == order
+        assert entries(kept) == whole
+        before = kept.read_bytes()
+        search(KEYS, tmp_path)  # nothing is left
+        assert first + second == order
+    assert kept.read_bytes() == before
+    said = f"{len(order)} of {len(order)} products, {len(order)} from before"
+    assert capsys.readouterr().out.splitlines()[-1].startswith(said)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [kept.name]
+
+
+def test_a_spent_budget_leaves_the_rest_to_the_next_search(
+    search, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A clock that moves 100 s when it is read: a search measures two keys, and the next one the two after them."""
+    clock = itertools.count(0, 100)
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(tune, "BUDGET_S", 250.0)
+    done, sizes = measured(monkeypatch), []
+    for _ in range(5):
+        sizes.append(len(entries(search(KEYS, tmp_path))))
+    assert sizes == [2, 4, 6, 8, 9]
+    assert sorted(done) == sorted({*map(str, KEYS), TWIN})
+
+
+def test_tables_of_several_searches_are_merged(search, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another shape's products come beside the first one's. A table for another GPU is replaced, not mixed in."""
+    done = measured(monkeypatch)
+    search(KEYS[4:6], tmp_path)
+    path = search(KEYS[3:5], tmp_path)
+    assert sorted(done) == sorted(entries(path)) == sorted(map(str, KEYS[3:6]))
+    table = json.loads(path.read_text())
+    path.write_text(json.dumps(table | {"card": "Another GPU"}))
+    assert {*entries(search(KEYS[:1], tmp_path))} == {str(KEYS[0])}
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="remove it, and write it again with daybreak bench --tune"):
+        search(KEYS, tmp_path)
+    assert path.read_text() == "{"
+
+
+def test_what_is_left_out_is_said(
+    search, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(tune, "PRUNE", 1.0)
     monkeypatch.setattr(Library, "offered", lambda self, count: [SimpleNamespace(algo=number(1))])
-    assert search(KEYS[:1])["plans"] == {}
+    assert entries(search(KEYS[:1], tmp_path)) == {}
     assert "m24 n16 k40 bias beta0: no sound algorithm\n0 of 1 products" in capsys.readouterr().out
     monkeypatch.setattr(tune, "BUDGET_S", -1.0)
-    assert search(KEYS[:1])["plans"] == {}
+    assert entries(search(KEYS[:1], tmp_path)) == {}
     assert "left out, the budget" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("speed", "taken"), [(1e-6, "256x160 shared 2x1"), (9e-6, "")])
-def test_quacks_tile_is_named_where_it_is_faster(search, monkeypatch, speed: float, taken: str) -> None:
+def test_quacks_tile_is_named_where_it_is_faster(search, monkeypatch, tmp_path, speed: float, taken: str) -> None:
     """Beside the library's best algorithm, which stays in the table for machines without quack."""
     monkeypatch.setattr(tune, "PRUNE", 100.0)
     monkeypatch.setattr(f"{__name__}.SPEEDS", [*SPEEDS, speed])
@@ -161,7 +247,7 @@ def test_quacks_tile_is_named_where_it_is_faster(search, monkeypatch, speed: flo
         return [tune.Candidate(launch, None, "256x160 shared 2x1")] if key.epilogue in ("plain", "bias") else []
 
     monkeypatch.setattr(tune.Search, "tiles", tiles)
-    plans = search(KEYS)["plans"]
+    plans = entries(search(KEYS, tmp_path))
     for text, entry in plans.items():
         assert entry.get("quack") == (None if "gelu" in text else taken)
         assert entry.get("algo") or entry["separate"]

@@ -150,13 +150,12 @@ def test_the_tuner_is_called_for_the_products_of_the_configuration(monkeypatch: 
     monkeypatch.setattr(report, "missing_on", lambda device: {})
     monkeypatch.setattr(report, "set_precision", lambda config, device: None)
     monkeypatch.setattr(torch.cuda, "set_device", given.append)
-    monkeypatch.setattr(tune, "search", lambda keys: given.append(keys) or {"plans": {}})
-    monkeypatch.setattr(tune, "write", lambda table, folder: given.append((table, folder)))
+    monkeypatch.setattr(tune, "search", lambda *asked: given.extend(asked))
     flags = {"batch.B": 64, "precision.compute": "bf16", "run.device": "cuda"}
     report.tune_products(daybreak.Config.from_target("d12").override(flags), "tables")
     assert given[0] == torch.device("cuda")
     assert {str(key) for key in given[1]} == products_of_gpt2(64, 768)
-    assert given[2] == ({"plans": {}}, Path("tables"))
+    assert given[2] == Path("tables")
 
 
 def test_doctor_names_the_backends() -> None:

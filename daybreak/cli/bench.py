@@ -21,6 +21,9 @@ def bench(target: str, seconds: float, tune: str | None, **flags: Any) -> None:
     Uses random tokens, so it needs no data, and writes nothing. Takes the targets and --section.key flags of
     `daybreak train`.
 
+    --tune writes its table after each matmul, and skips those that the table has. So you may stop it at any time, and
+    the same command goes on. To measure all of them anew, delete the table.
+
     \b
     Examples:
       daybreak bench tiny

@@ -241,7 +241,8 @@ def step_products(config: Config, device: torch.device) -> list[Key]:
 
 
 def tune_products(config: Config, folder: str) -> None:
-    """Search the fastest algorithm for every matmul of a configuration's step, and write a table to `folder`."""
+    """Search the fastest algorithm for each matmul of a configuration's step that the table in `folder` does not have,
+    and write it there. Raises ConfigError without a GPU or cuBLASLt, and for a damaged table."""
     from daybreak.kernels.cuda import tune
 
     config.check()
@@ -250,7 +251,7 @@ def tune_products(config: Config, folder: str) -> None:
         raise ConfigError("run.device must be a CUDA device with cuBLASLt to tune its matmuls.")
     set_precision(config, device)
     torch.cuda.set_device(device)
-    print(tune.write(tune.search(step_products(config, device)), Path(folder)))
+    print(tune.search(step_products(config, device), Path(folder)))
 
 
 def print_bench(b: Bench) -> None:

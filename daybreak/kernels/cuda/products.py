@@ -85,7 +85,7 @@ def read_table(path: Path, gpu: str, version: int) -> dict[str, dict[str, Any]]:
     Raises ConfigError for a damaged one."""
     if not path.exists():
         return {}
-    table = read_json(path, TABLE, ConfigError, "remove it, or write it again with daybreak bench --tune")
+    table = read_json(path, TABLE, ConfigError, "remove it, and write it again with daybreak bench --tune")
     plans: dict[str, dict[str, Any]] = table["plans"]
     if bad := [text for text in plans if not KEY.fullmatch(text)]:
         raise ConfigError(f"{path}: plans has the key {bad[0][:100]!r}, which names no product; remove it.")

@@ -1,9 +1,10 @@
 """Finds the fastest way to compute each matmul of a step and writes the table that cublaslt.py and quack.py read.
 
-    table = search(keys)      # report.bench.step_products gives the keys of all matmuls of a step
-    write(table, folder)
+    search(keys, folder)      # report.bench.step_products gives the keys of all matmuls of a step
 
-`search` takes one key after the other, those with GELU last. For each key, `Search.tune` narrows many candidates down:
+`search` takes one key after the other, those with GELU last, and writes the table after each. It skips keys that the
+folder's table has, so that a search may be stopped at any time. For each key, `Search.tune` narrows many candidates
+down:
 
     1 collect   the library's OFFERS, and their variations (other tiles, clusters, block orders): CANDIDATES at most;
                 with GELU also two passes, the matmul that the table has and then GELU; where it can, quack's tiles
@@ -40,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from daybreak.files import write_atomic
 from daybreak.kernels.cuda import cublaslt, missing_backends, products, quack
 from daybreak.kernels.cuda.cublaslt import CAP_TILES, CONFIG, WORKSPACE, Algo, Blas, PreparedMatmul
 from daybreak.kernels.cuda.products import Key
@@ -51,7 +53,7 @@ TANH = 2.0**-10.98  # relative error of tanh.approx.f32 (PTX ISA), which an epil
 ROTATE = 256 << 20  # bytes of operands that take turns, at least
 TILES = (20, 23, 24, 31, 32)  # 128x128, 128x256, 256x128, 192x128, 128x192: tried beside the offered ones
 CLUSTERS = (2, 3, 4, 5, 6)  # 1x1, 2x1, 4x1, 1x2, 2x2
-BUDGET_S = 300.0  # seconds of a whole search
+BUDGET_S = 300.0  # seconds of one search
 PAIRED = ((128, 128), (128, 160), (128, 192), (128, 208), (192, 128))
 SHARED = ((256, 128), (256, 160), (256, 192), (256, 208), (128, 256))
 QUACK = [
@@ -290,7 +292,7 @@ class Search:
 
     def two_passes(self, key: Key, entry: dict[str, Any] | None) -> Candidate | None:
         """The table's matmul with bias, then GELU in a separate pass."""
-        if not entry:
+        if not entry or "algo" not in entry:
             return None
         prepared = PreparedMatmul(self.blas, with_bias(key))
         algo = Algo.from_buffer_copy(bytes.fromhex(entry["algo"]))
@@ -405,35 +407,46 @@ def with_bias(key: Key) -> Key:
     return key._replace(epilogue="bias", ldd=key.ldaux, ldc=key.ldaux, ldaux=0)
 
 
-def search(keys: Collection[Key]) -> dict[str, Any]:
-    """A table with the fastest sound algorithm for each key on the current device. After BUDGET_S seconds the remaining
-    keys are left out and printed."""
+def search(keys: Collection[Key], folder: Path) -> Path:
+    """Write the fastest sound algorithm for each key to the current device's table in `folder`, key by key.
+
+    Keys that the table has stay as they are, so the next search goes on where one was stopped. After BUDGET_S seconds
+    the remaining keys are left out and printed. Raises ConfigError for a damaged table.
+    """
     tools, start = Search(), time.perf_counter()
-    plans: dict[str, dict[str, Any]] = {}
+    path = folder / products.table_path(tools.blas.gpu, tools.blas.version).name
+    plans = products.read_table(path, tools.blas.gpu, tools.blas.version)
+    folder.mkdir(parents=True, exist_ok=True)
     tools.heat(HEAT_S)
-    # A matmul with bias comes before the same matmul with GELU: its algorithm is the first of the two passes.
-    todo = {*keys, *(with_bias(key) for key in keys if key.epilogue == "gelu")}
-    for key in sorted(todo, key=lambda key: (key.epilogue == "gelu", key)):
-        if time.perf_counter() - start > BUDGET_S:
-            print(f"{key}: left out, the budget of {BUDGET_S:.0f} s is spent")
-            continue
-        entry = tools.tune(key, plans.get(str(with_bias(key))) if key.epilogue == "gelu" else None)
-        if entry is None:
-            print(f"{key}: no sound algorithm")
-            continue
-        plans[str(key)] = entry
-        figures = " ".join(f"{n} {entry[n]}" for n in ("tflops", "first_tflops", "quack_tflops") if n in entry)
-        print(f"{key}: {figures} of {entry['candidates']}: {entry.get('quack') or entry['config']}")
-    print(f"{len(plans)} of {len(todo)} products in {time.perf_counter() - start:.0f} s")
-    return {
+    about = {
         "schema": 1,
         "card": tools.blas.gpu,
         "cublaslt": tools.blas.version,
         "torch": str(torch.__version__),
         "machine": machine(),
         "measured": datetime.date.today().isoformat(),
-        "plans": dict(sorted(plans.items())),
     }
+    # A matmul with bias comes before the same matmul with GELU: its algorithm is the first of the two passes.
+    todo = {*keys, *(with_bias(key) for key in keys if key.epilogue == "gelu")}
+    waiting = [key for key in todo if str(key) not in plans]
+    try:
+        for key in sorted(waiting, key=lambda key: (key.epilogue == "gelu", key)):
+            if time.perf_counter() - start > BUDGET_S:
+                print(f"{key}: left out, the budget of {BUDGET_S:.0f} s is spent")
+                continue
+            entry = tools.tune(key, plans.get(str(with_bias(key))) if key.epilogue == "gelu" else None)
+            if entry is None:
+                print(f"{key}: no sound algorithm")
+                continue
+            plans[str(key)] = entry
+            write({**about, "plans": {str(key): entry}}, folder)
+            figures = " ".join(f"{n} {entry[n]}" for n in ("tflops", "first_tflops", "quack_tflops") if n in entry)
+            print(f"{key}: {figures} of {entry['candidates']}: {entry.get('quack') or entry['config']}")
+    finally:
+        had, has = len(todo) - len(waiting), sum(str(key) in plans for key in todo)
+        rest = "" if has == len(todo) else "; the same command tries the others"
+        print(f"{has} of {len(todo)} products, {had} from before, in {time.perf_counter() - start:.0f} s{rest}")
+    return path
 
 
 def machine() -> str:
@@ -446,11 +459,10 @@ def machine() -> str:
     return run.stdout.strip().splitlines()[0] if run.returncode == 0 and run.stdout.strip() else "n/a"
 
 
-def write(table: dict[str, Any], folder: Path) -> Path:
-    """Write a table to its file. Entries of an earlier search stay unless this table has their key."""
+def write(table: dict[str, Any], folder: Path) -> None:
+    """Write a table to its file in an existing folder. Entries of an earlier search stay unless this table has the
+    key."""
     path = folder / products.table_path(table["card"], table["cublaslt"]).name
     before = products.read_table(path, table["card"], table["cublaslt"])
-    folder.mkdir(parents=True, exist_ok=True)
     merged = {**table, "plans": dict(sorted({**before, **table["plans"]}.items()))}
-    path.write_text(json.dumps(merged, indent=1) + "\n")
-    return path
+    write_atomic(path, json.dumps(merged, indent=1) + "\n")

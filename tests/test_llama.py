@@ -30,6 +30,7 @@ LLAMA3 = {"rope": "llama3", "rope_factor": 8.0, "rope_original": 32}
 GEMMA = ["sliding_attention", "sliding_attention", "full_attention"]
 GEMMA3: dict[str, Any] = {"eps": 1e-6, "qk_norm": True, "act": "gelu", "post_norms": True, "norm_plus_one": True,
                           "embed_scale": True}  # fmt: skip
+LONG = [1.0 + j / 3 for j in range(8)]  # transformers' divisors for texts longer than the original length, as all here
 YARN = {"rope": "yarn", "rope_factor": 4.0, "rope_original": 32}
 # What transformers calls a type of model, the keys of its configuration beside those of `sizes`, and our shape. The
 # heads of most have another size than C / NH.
@@ -38,6 +39,10 @@ CASES: dict[str, tuple[str, dict[str, Any], Decoder]] = {
     "llama linear": ("llama", {"rope_type": "linear", "factor": 4.0}, Decoder(rope="linear", rope_factor=4.0)),
     "llama3": ("llama", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                          "original_max_position_embeddings": 32}, Decoder(NKV=1, theta=5e5, **LLAMA3)),
+    "llama with longrope": (
+        "llama", {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 32,
+                  "short_factor": [9.0] * 8, "long_factor": LONG},
+        Decoder(rope="longrope", rope_factor=4.0, rope_original=32, rope_factors=",".join(map(str, LONG)))),
     "llama untied with biases": ("llama", {"attention_bias": True, "mlp_bias": True}, Decoder(
         NKV=4, HS=8, eps=1e-6, tied=False, qkv_bias=True, attproj_bias=True, mlp_bias=True)),
     "mistral": ("mistral", {"sliding_window": 5}, Decoder(HS=24, tied=False, layers="w", window=5)),
@@ -101,7 +106,8 @@ def made_by_transformers(kind: str, more: Mapping[str, Any], s: Decoder) -> Any:
         "rms_norm_eps": s.eps, "tie_word_embeddings": s.tied, "pad_token_id": None, "bos_token_id": None,
         "eos_token_id": None,
     }  # fmt: skip
-    scaling = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    scaling = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+               "short_factor", "long_factor")  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": s.theta} | {k: v for k, v in more.items() if k in scaling}
     keys = {k: v for k, v in more.items() if k not in scaling}
     if s.window_theta:

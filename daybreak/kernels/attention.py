@@ -13,7 +13,7 @@ FlashAttention, Dao et al. 2022, section 3.1). Backward recomputes P = exp(S - l
 dv += P^T do,   dP = do v^T,   dS = P (dP - sum(do * o)) * scale,   dq = dS k,   dk += dS^T q
 
 A softcap c > 0 limits scores, as in Gemma 2 (2024, section 2): c tanh(S / c) takes the place of S, and dS is multiplied
-by the slope 1 - tanh^2(S / c). Only this file has it, so it is for a CPU, and no family of models uses it yet.
+by the slope 1 - tanh^2(S / c). No kernel for GPUs has it, and no family of models uses it yet.
 
 `attention_decode` is the case of one query per row, whose keys and values are kept in a cache from token to token.
 

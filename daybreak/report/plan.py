@@ -210,7 +210,9 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
     if not c.batch.T and c.T > LONGEST:
         said = f"T is {c.T:,}, the longest that the model allows: a shorter --batch.T, such as 2048, needs less memory"
         rows.insert(2, ("sequences", said, "counted"))
-    no_rate = "no figure for this family, GPU, precision, kernels or adapters; daybreak bench measures it there"
+    no_rate = (
+        "no figure for this family, head size, GPU, precision, kernels or adapters; daybreak bench measures it there"
+    )
     no_rate = "CPU speed is not predicted; daybreak bench measures it" if cpu else no_rate
     rows.append(("speed", f"{p.tok_s[0]:,.0f} tok/s", p.tok_s[1]) if p.tok_s else ("speed", na, no_rate))
     no_time = "no speed" if steps else "one epoch of its data, which is not here; give --steps"

@@ -241,8 +241,8 @@ def test_every_basis_of_a_speed() -> None:
     measured = "as d12 B 64, recompute 0 on one NVIDIA H100 80GB HBM3 (bench/results/gpu_step.csv, 26 Nov 2026)"
     for few in ("d6", "tiny"):  # narrower than all that were measured
         assert on(few).tok_s[1] == f"modelled: 50.1% of its peak, {measured}, but so small a model reaches less"
-    why = ("no figure for this family, head size, GPU, precision, kernels or adapters; daybreak bench measures it there",
-           "CPU speed is not predicted; daybreak bench measures it")  # fmt: skip
+    why = ("no figure for this family, head size, GPU, precision, kernels or adapters; daybreak bench measures it "
+           "there", "CPU speed is not predicted; daybreak bench measures it")  # fmt: skip
     for unknown, basis in zip(
         (on("d6", precision__compute="fp32"), on("tiny", None, run__device="cpu"),
          on("nanochat:d4")), (*why, why[0]), strict=True

@@ -92,6 +92,6 @@ def test_wide_heads_have_no_figure() -> None:
         p = on(shape, batch__T=1024, run__steps=10)
         assert (p.tok_s, p.hours) == (None, None)
         said = {what: (value, basis) for what, value, basis in figures(p)}
-        assert said["speed"] == ("n/a", "no figure for this family, head size, GPU, precision, kernels or adapters; daybreak "
-                                        "bench measures it there")  # fmt: skip
+        assert said["speed"] == ("n/a", "no figure for this family, head size, GPU, precision, kernels or "
+                                        "adapters; daybreak bench measures it there")  # fmt: skip
     assert on("qwen3-0.6b", batch__T=1024).tok_s is not None  # heads of 128

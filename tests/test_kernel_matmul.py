@@ -263,7 +263,7 @@ def test_a_key_is_written_and_read(text):
 def test_a_dense_key_has_the_usual_leading_dimensions():
     key = products.dense("bf16", "nt", 1600, 4800, 16384, mode="beta1")
     assert (key.lda, key.ldb, key.ldc, key.ldd, key.ldaux, key.align) == (1600, 4800, 1600, 1600, 0, 16)
-    with pytest.raises(ValueError, match="not a product"):
+    with pytest.raises(ValueError, match="not a matmul"):
         products.parse("bf16 tn m1 n2 k3 relu beta0")
 
 

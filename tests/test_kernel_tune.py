@@ -93,7 +93,7 @@ class Tools(tune.Search):
         for c in candidates:
             c.launch(sets[0])
             algo = (c.launch.__defaults__ or (None,))[0]
-            c.seconds = SPEEDS[algo.data[0]] if algo is not None else 1.5e-6  # a product, then gelu
+            c.seconds = SPEEDS[algo.data[0]] if algo is not None else 1.5e-6  # a matmul, then gelu
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_the_fastest_sound_algorithm_is_taken(search, capsys: pytest.CaptureFixt
             assert entry["algo"] == bytes(number(0 if "beta1" in text else 2)).hex()
     said = capsys.readouterr().out
     assert said.count("refused: algo1: off by") == len(KEYS) - 1  # beta1 has none, before GELU it is too slow
-    assert re.search(rf"^{len(KEYS) + 1} of {len(KEYS) + 1} products, 0 from before, in \d+ s$", said, re.M)
+    assert re.search(rf"^{len(KEYS) + 1} of {len(KEYS) + 1} matmuls, 0 from before, in \d+ s$", said, re.M)
     assert path.name == products.table_path("A GPU", 130100).name
     table = json.loads(path.read_text())
     older = {"fp32 nn m1 n1 k1 plain beta0": {"algo": "00" * 64}}
@@ -175,7 +175,7 @@ def test_a_stopped_search_goes_on(
             search(KEYS, tmp_path)
     kept = tmp_path / products.table_path("A GPU", 130100).name
     assert {*entries(kept)} == {*first}
-    said = rf"{stop} of {len(order)} products, 0 from before, in \d+ s; the same command tries the others"
+    said = rf"{stop} of {len(order)} matmuls, 0 from before, in \d+ s; the same command tries the others"
     assert re.fullmatch(said, capsys.readouterr().out.splitlines()[-1])
     with monkeypatch.context() as m:
         second = measured(m)
@@ -186,7 +186,7 @@ def test_a_stopped_search_goes_on(
         search(KEYS, tmp_path)  # nothing is left
         assert first + second == order
     assert kept.read_bytes() == before
-    said = f"{len(order)} of {len(order)} products, {len(order)} from before"
+    said = f"{len(order)} of {len(order)} matmuls, {len(order)} from before"
     assert capsys.readouterr().out.splitlines()[-1].startswith(said)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [kept.name]
 
@@ -226,7 +226,7 @@ def test_what_is_left_out_is_said(
     monkeypatch.setattr(tune, "PRUNE", 1.0)
     monkeypatch.setattr(Library, "offered", lambda self, count: [SimpleNamespace(algo=number(1))])
     assert entries(search(KEYS[:1], tmp_path)) == {}
-    assert "m24 n16 k40 bias beta0: no sound algorithm\n0 of 1 products" in capsys.readouterr().out
+    assert "m24 n16 k40 bias beta0: no sound algorithm\n0 of 1 matmuls" in capsys.readouterr().out
     monkeypatch.setattr(tune, "BUDGET_S", -1.0)
     assert entries(search(KEYS[:1], tmp_path)) == {}
     assert "left out, the budget" in capsys.readouterr().out

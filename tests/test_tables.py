@@ -1,4 +1,4 @@
-"""What is said where no table of measured products is for a GPU and its library, on the CPU."""
+"""What is said where no table of measured matmuls is for a GPU and its library, on the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_sentence() -> None:
         assert products.untuned(gpu, version) == ""
         for other in ((gpu, version + 1), ("NVIDIA H100 PCIe", version)):
             assert products.untuned(*other).startswith(
-                "no table of measured products is for {} and cuBLASLt {}: the library's first".format(*other)
+                "no table of measured matmuls is for {} and cuBLASLt {}: the library's first".format(*other)
             )
 
 
@@ -30,4 +30,4 @@ def test_train_says_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
     for version, lines in ((table["cublaslt"], 0), (table["cublaslt"] + 1, 1)):
         monkeypatch.setitem(cublaslt._devices, 0, SimpleNamespace(gpu=table["card"], version=version))
         _say_untuned(torch.device("cuda", 0))
-        assert [r.getMessage()[:29] for r in caplog.records] == lines * ["no table of measured products"]
+        assert [r.getMessage()[:28] for r in caplog.records] == lines * ["no table of measured matmuls"]

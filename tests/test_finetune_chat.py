@@ -15,8 +15,9 @@ from interop_runs import inside
 
 import daybreak.training.samples as samples_file
 from daybreak.cli.main import main
-from daybreak.data.tokenizer import Tokenizer
+from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.interop import open_source
+from daybreak.interop.huggingface import write_tokenizer
 from daybreak.state.run import Run
 from daybreak.training.samples import HELD_OUT
 
@@ -113,6 +114,55 @@ def test_samples_answer_held_out_questions(home: Path) -> None:
     inside(home, "finetune", "model", "--data", "talk", *SHORT, "--name", "asked", "--eval.prompt", "What of λ?")
     (text,) = {s["text"].partition("assistant\n")[0] for s in Run(home / "runs/asked").metrics("sample")}
     assert "<|im_start|>user\nWhat of λ?<|im_end|>\n<|im_start|>" in text
+
+
+def test_samples_answer_different_questions(home: Path) -> None:
+    """Where the first held-out chats share a question, the second sample is of the next other one."""
+    (home / "same").mkdir()
+    write_lines(home / "same/train.jsonl", [{"messages": conversation(i, turns=1)} for i in range(9)])
+    held_out = [conversation(i, turns=1) for i in (20, 20, 20, 21, 22)]
+    held_out[1] = [held_out[1][0], {**held_out[1][1], "content": "Another answer."}]
+    write_lines(home / "same/val.jsonl", [{"messages": messages} for messages in held_out])
+    inside(home, "prepare", "same", "--tokenizer", "model/tokenizer.json", "--row-tokens", "128")
+    inside(home, "finetune", "model", "--data", "same", *SHORT, "--steps", "1", "--name", "same")
+    said = Run(home / "runs/same").metrics("sample")[-1]["text"]
+    times = [said.count(f"<|im_start|>user\n{conversation(i, turns=1)[0]['content']}<|im_end|>") for i in (20, 21, 22)]
+    assert times == [1, 1, 0]
+
+
+def test_data_of_another_tokenizer_is_prepared_with_the_model_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For chats that file is the only way, since the template lies beside it. The advice is followed."""
+    monkeypatch.chdir(home)
+    Path("its").mkdir()
+    write_tokenizer(get_tokenizer("gpt2-600"), 256, Path("its"))
+    for name in ("config.json", "model.safetensors"):
+        (Path("its") / name).write_bytes((Path("model") / name).read_bytes())
+    each = "{{ m.role }}\n{{ m.content }}{{ eos_token }}\n"
+    Path("its/chat_template.jinja").write_text(
+        "{% for m in messages %}" + each + "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    write_lines(Path("pairs.jsonl"), [{"prompt": f"{i}?", "completion": f" {i}"} for i in range(9)])
+    assert main(["prepare", "pairs.jsonl", "--tokenizer", "bytes", "--name", "pairs", "--row-tokens", "64"]) == 0
+    capsys.readouterr()
+    assert main(["finetune", "its", "--data", "pairs", *SHORT]) == 4
+    assert capsys.readouterr().err.endswith(
+        "data/pairs was made with tokenizer 'bytes', not 'gpt2-600'; prepare the text again under another --name with "
+        "--tokenizer its/tokenizer.json.\n"
+    )
+    assert main(["finetune", "its", "--data", "nothere", *SHORT]) == 4
+    assert capsys.readouterr().err.endswith(
+        "make it with: daybreak prepare FILE --name nothere --tokenizer its/tokenizer.json\n"
+    )
+    line = ["--name", "nothere", "--tokenizer", "its/tokenizer.json", "--row-tokens", "128"]
+    assert main(["prepare", "talk.jsonl", *line]) == 0
+    assert main(["finetune", "its", "--data", "nothere", *SHORT, "--steps", "1", "--name", "its"]) == 0
+    Path("text.txt").write_text("some text and more of it. " * 90)
+    assert main(["prepare", "text.txt", "--tokenizer", "gpt2-600", "--name", "words"]) == 0
+    capsys.readouterr()
+    assert main(["finetune", "runs/a", "--data", "words", *SHORT]) == 4  # of a run with a file of its own
+    assert capsys.readouterr().err.endswith(" under another --name with --tokenizer runs/a/tokenizer.json.\n")
 
 
 def test_samples_stop_at_the_end_of_a_turn(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,10 +192,59 @@ def test_what_is_left_out_and_cut_is_counted_and_named(model: str, caplog: pytes
         manifest = prepare("c.jsonl", tokenizer=model, name="c", row_tokens=ROWS)
     assert manifest.train.documents + manifest.val.documents == 28
     assert caplog.messages == [
-        "2 of 30 examples have nothing to learn, and are left out (first: c.jsonl line 5)",
-        f"1 of 30 examples have more than {ROWS} tokens, and are cut (first: c.jsonl line 21); --row-tokens N makes "
+        "2 of 30 examples have nothing to learn, and are left out (first: c.jsonl line 5); the answers of 1 lie beyond "
+        f"the {ROWS} tokens of a row",
+        f"2 of 30 examples have more than {ROWS} tokens, and are cut (first: c.jsonl line 10); --row-tokens N makes "
         "longer rows",
     ]
+
+
+def test_answers_beyond_the_row_are_told_from_none(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    asked = {"role": "user", "content": "word " * 400}
+    chats.write_lines(Path("c.jsonl"), [{"messages": [asked, {"role": "assistant", "content": a}]} for a in ("Y", "N")])
+    said = (
+        "c.jsonl: none of 2 examples has anything to learn (first: c.jsonl line 1); the answers of 2 lie beyond the 128"
+    )
+    with pytest.raises(DataError) as error:
+        prepare("c.jsonl", tokenizer=model, name="c", row_tokens=128)
+    assert str(error.value) == f"{said} tokens of a row; --row-tokens N makes longer rows."
+    assert prepare("c.jsonl", tokenizer=model, name="c", row_tokens=4096).train.documents == 1  # the message's advice
+    (Path(model).parent / "config.json").write_text('{"n_positions": 128}')
+    with pytest.raises(DataError) as error:
+        prepare("c.jsonl", tokenizer=model, name="d")
+    assert str(error.value) == f"{said} tokens of a row; the model reads no more, so shorten the questions."
+
+
+def test_empty_answers_are_warned_of(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The masks stay as transformers': the end of such a turn is learned."""
+    given = [{"instruction": f"a{i}", "input": "", "output": "" if i in (2, 5) else "b"} for i in range(9)]
+    chats.write_lines(Path("c.jsonl"), given)
+    with caplog.at_level(logging.WARNING):
+        manifest = prepare("c.jsonl", tokenizer=model, name="c", row_tokens=ROWS)
+    assert caplog.messages == [
+        "2 of 9 examples have an empty answer, from which a model learns to say nothing (first: c.jsonl line 3); mend "
+        "or delete them"
+    ]
+    assert manifest.train.documents + manifest.val.documents == 9
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_split_that_lost_its_examples_says_so(model: str, skip: bool) -> None:
+    """Three good chats, and the fourth, which is for validation, has no answer or is no chat."""
+    bad = {"messages": 1} if skip else {"messages": chats.conversation(0, 1)[:1]}
+    chats.write_lines(Path("c.jsonl"), [*({"messages": chats.conversation(i, 1)} for i in range(3)), bad])
+    with pytest.raises(DataError) as error:
+        prepare("c.jsonl", tokenizer=model, name="c", row_tokens=ROWS, skip_bad=skip)
+    assert str(error.value) == (
+        "c.jsonl has too few examples to split into train and val, since nothing is learned from the 1 for validation "
+        "(first: c.jsonl line 4); mend or delete such ones, or add more."
+    )
+    chats.write_lines(Path("c.jsonl"), [{"messages": chats.conversation(i, 1)} for i in range(3)])  # it is deleted
+    manifest = prepare("c.jsonl", tokenizer=model, name="c", row_tokens=ROWS)
+    assert (manifest.train.documents, manifest.val.documents) == (2, 1)
+    chats.write_lines(Path("c.jsonl"), [{"messages": chats.conversation(0, 1)}])
+    with pytest.raises(DataError, match=r"^c\.jsonl has too few examples to split into train and val; add more\.$"):
+        prepare("c.jsonl", tokenizer=model, name="one", row_tokens=ROWS)
 
 
 def test_a_set_with_nothing_to_learn_is_an_error(model: str) -> None:
@@ -326,6 +375,10 @@ def test_the_command_shows_what_is_learned(
     Path("model/config.json").write_text("{}")  # now the tokenizer lies beside a model
     assert main(line) == 0
     assert capsys.readouterr().out.endswith(f"\nNext: daybreak finetune {Path(model).parent} --data c\n{more}")
+    there = manifest["train"]["documents"]
+    assert main([*line[:-1], "30"]) == 0  # more than there are
+    heads = re.findall("--- example .*", capsys.readouterr().out)
+    assert heads == [f"--- example {i} of {there}: context, learned" for i in range(1, there + 1)]
     chats.write_lines(Path("many.jsonl"), records(120))
     assert main(["prepare", "many.jsonl", "--tokenizer", model, "--name", "many", "--row-tokens", str(ROWS)]) == 0
     assert capsys.readouterr().out.endswith(" --data many\n")

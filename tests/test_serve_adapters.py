@@ -107,8 +107,16 @@ def test_each_text_is_that_of_its_adapter(home: Path, want: dict[tuple[str, str]
         assert chat.usage.prompt_tokens == len("[Hi]")
         with pytest.raises(openai.BadRequestError, match="'one' does not chat, since it has no chat template"):
             client.chat.completions.create(model="one", messages=[{"role": "user", "content": "Hi"}])
-        with pytest.raises(openai.NotFoundError, match="use 'model'"):
-            client.completions.create(model="three", prompt="x")
+        said = "model = 'three' is not served here; use 'model' or 'one' or 'two'."
+        hello = [{"role": "user", "content": "Hi"}]
+        for wrong in (
+            lambda: client.completions.create(model="three", prompt="x"),
+            lambda: client.chat.completions.create(model="three", messages=hello),
+            lambda: client.models.retrieve("three"),
+        ):
+            with pytest.raises(openai.NotFoundError) as error:
+                wrong()
+            assert error.value.body["message"] == said
 
 
 def test_a_run_with_adapters_of_its_own(home: Path, want: dict[tuple[str, str], list[int]], tmp_path: Path) -> None:

@@ -178,6 +178,31 @@ def test_refusals(client: Any) -> None:
     assert client.chat.completions.create(**ASK, messages=user("Do you sleep?")).choices[0].message.content == "Never."
 
 
+def test_fields_that_leave_the_text_as_it_is(client: Any) -> None:
+    """OpenAI's own that only store, bill or hasten a request, and those that ask for text, as without them."""
+    ask = {**ASK, "messages": user("Do you sleep?")}
+    want = client.chat.completions.create(**ask)
+    text = {"type": "text"}
+    harmless: list[dict[str, Any]] = [
+        {"store": False}, {"metadata": {"a": "b"}}, {"service_tier": "auto"}, {"parallel_tool_calls": False},
+        {"response_format": text}, {"tool_choice": "none"}, {"tool_choice": "auto"}, {"function_call": "none"},
+        {"modalities": ["text"]}, {"safety_identifier": "x"}, {"prompt_cache_key": "k"}, {"tools": []},
+        {"prediction": {"type": "content", "content": "No."}},
+    ]  # fmt: skip
+    for more in [*harmless, {k: v for fields in harmless for k, v in fields.items()}]:
+        got = client.chat.completions.create(**ask, **more)
+        assert (got.choices, got.usage) == (want.choices, want.usage), more
+    tool = {"type": "function", "function": {"name": "f"}}
+    for field, value in (
+        ("response_format", {"type": "json_object"}), ("tool_choice", "required"), ("tool_choice", tool),
+        ("modalities", ["text", "audio"]), ("tools", [tool]), ("function_call", {"name": "f"}),
+        ("audio", {"voice": "x"}),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match=f"{field} is not supported; leave it out") as error:
+            client.chat.completions.create(**ask, **{field: value})
+        assert error.value.param == field
+
+
 def test_what_the_template_refuses(home: Path) -> None:
     """A sentence with the template's own words, and without a path of the server's."""
     run = home / "runs/talk"

@@ -184,8 +184,9 @@ def _say_rows(manifest: Manifest, data_dir: str, place: str, show: int, model: s
 
     folder = Path(data_dir) / manifest.name
     tokenizer, out = get_tokenizer(manifest.tokenizer, folder), Console(highlight=False, soft_wrap=True)
-    for i, example in enumerate(read_examples(open_dataset(str(folder)).train, show), 1):
-        text = Text(f"--- example {i} of {show}: context, ").append("learned\n", "bold green")
+    found = read_examples(open_dataset(str(folder)).train, show)
+    for i, example in enumerate(found, 1):
+        text = Text(f"--- example {i} of {len(found)}: context, ").append("learned\n", "bold green")
         for ids, learned in example:
             said = tokenizer.decode(ids)
             text.append(f"[[{said}]]" if learned and not out.color_system else said, "bold green" if learned else "dim")

@@ -47,6 +47,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assist
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what programs call it; templates read the first
 OPEN, CLOSE = "\x02", "\x03"  # around what an assistant wrote, while a text is rendered
 ROW_TOKENS = 1024  # of a row, if nothing else is asked for
+FEW = 4  # tokens of an answer that may be blanks alone
 LONGEST = 1 << 26  # characters of a template's text
 DATE = datetime(2024, 7, 26)  # Llama 3's own, where nobody gives one
 
@@ -251,7 +252,8 @@ class Template:
         """The text of a conversation, and the characters of it that are learned. special: the special tokens.
         ValueError with the reason."""
         messages, tools = chat.messages, chat.tools
-        if any(mark in json.dumps(messages, ensure_ascii=False) for mark in ("\\u0002", "\\u0003")):
+        said = json.dumps([messages, tools], ensure_ascii=False).replace(r"\\", "")  # in JSON, one backslash is two
+        if r"\u0002" in said or r"\u0003" in said:
             raise ValueError("has one of the characters U+0002 and U+0003, which mark what is learned")
         text, spans = _unmarked(self._rendered(messages, tools, False))
         own = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -336,15 +338,16 @@ class ChatEncoder:
         self._lengths = tokenizer.lengths(tokenizer.V)
         self._special = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.special]
 
-    def __call__(self, record: Any) -> tuple[Example, bool]:
-        """The example, and whether it was longer than T and is cut. ValueError with the reason, as a verb."""
+    def __call__(self, record: Any) -> tuple[Example, str]:
+        """The example, and what became of it if it was longer than T: "cut", or "lost" if all that is learned lay
+        behind T; else "". ValueError with the reason, as a verb."""
         chat = chat_of(record)
         self.joined |= chat.pair is not None
         ids, learned = self._pair(*chat.pair) if chat.pair is not None else self._chat(chat)
         learned[:1] = False  # nothing comes before it
-        cut = len(ids) > self.T
+        lost, cut = learned.any() and not learned[: self.T].any(), len(ids) > self.T
         ids, learned = ids[: self.T], learned[: self.T]
-        return Example(ids, learned, int(self._lengths[ids].sum())), cut
+        return Example(ids, learned, int(self._lengths[ids].sum())), "lost" if lost else "cut" * cut
 
     def _pair(self, asked: str, answer: str) -> tuple[Any, Any]:
         t = self.tokenizer
@@ -367,6 +370,13 @@ class ChatEncoder:
                 last = token_at(stop - 1)
                 learned[first : last + 1 if last else len(ids)] = True
         return np.array(ids, np.int64), learned
+
+    def empty_answer(self, example: Example) -> bool:
+        """Whether one of the answers has special tokens and blanks alone."""
+        ids, learned = example.ids, example.learned
+        answers = (ids[a:b] for a, b in np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2))
+        plain = ([i for i in answer if i not in self.tokenizer.special] for answer in answers)
+        return any(not self.tokenizer.decode(said).strip() for said in plain if len(said) <= FEW)
 
     def ends_turns(self, example: Example) -> bool:
         """Whether the last learned token is one of those that stand for no text, as an end of turn does."""

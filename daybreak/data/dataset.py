@@ -141,14 +141,15 @@ def check_name(name: str) -> None:
 
 def open_dataset(
     name: str, data_dir: str | Path = "data", train_glob: str = "", val_glob: str = "", tokenizer: str = "",
-    prefer: str = "",
+    prefer: str = "", give: str = "",
 ) -> Dataset:  # fmt: skip
     """Open prepared data, every shard's header and size checked.
 
     In this order: the two globs (files, folders or patterns), if given; `name` as a glob or a folder of shards, split
     by *train*.bin and *val*.bin in the file names (llm.c, modded-nanogpt) unless it has a manifest; `data_dir/NAME`,
     or `data_dir/NAME-TOKENIZER` (see `dataset_name`). `tokenizer`: "" = the manifest's, or gpt2 where there is none.
-    `prefer`: the tokenizer to look for, without a `tokenizer` that the data must have.
+    `prefer`: the tokenizer to look for, without a `tokenizer` that the data must have. `give`: how `prepare` is given
+    `tokenizer`, if a trained model has it, which cannot have another.
     Raises DataError: nothing of that name (nearest match, prepare command), a split missing, a damaged shard, or data
     that was made with another tokenizer.
     """
@@ -165,8 +166,8 @@ def open_dataset(
             _warn_once(path.resolve(), both)
         if not (path / MANIFEST).is_file():
             return _by_file_name(name, resolve_shards(path), tokenizer)
-        return _with_manifest(path, tokenizer)
-    return _with_manifest(_find(name, Path(data_dir), tokenizer or prefer), tokenizer)
+        return _with_manifest(path, tokenizer, give)
+    return _with_manifest(_find(name, Path(data_dir), tokenizer or prefer, give), tokenizer, give)
 
 
 @cache
@@ -175,7 +176,7 @@ def _warn_once(folder: Path, text: str) -> None:
     log.warning("%s", text)
 
 
-def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
+def _find(name: str, data_dir: Path, tokenizer: str, give: str = "") -> Path:
     folders = [data_dir / dataset_name(name, tokenizer), data_dir / name]
     if found := [folder for folder in folders if (folder / MANIFEST).is_file()]:
         if found[0].name != found[-1].name:
@@ -198,11 +199,11 @@ def _find(name: str, data_dir: Path, tokenizer: str) -> Path:
     elif own := re.fullmatch(r"bpe(\d+)", tokenizer):  # a recipe's name of a set with its own tokenizer
         made += f" --train-tokenizer {own[1]}" + f" --name {name}" * (not part)
     else:
-        made += f" --tokenizer {_given(tokenizer)}" if tokenizer else ""
+        made += f" --tokenizer {give or given_as(tokenizer)}" if tokenizer else ""
     raise DataError(f"no dataset {name!r} in {data_dir.resolve()}{hint} make it with: daybreak prepare {made}{part}")
 
 
-def _given(tokenizer: str) -> str:
+def given_as(tokenizer: str) -> str:
     """How `prepare` is given a tokenizer."""
     return f"MODEL/{TOKENIZER_FILE}" if tokenizer.startswith("hf-") else tokenizer
 
@@ -212,14 +213,14 @@ def check_tokenizer(dataset: Dataset, has: Tokenizer, trained: str, name: str) -
     the text's part of it will do."""
     if has.name not in (name, text_name(name)):
         said = f"{trained} was trained with tokenizer {name!r}, and data set {dataset.name!r} is made with {has.name!r}"
-        raise DataError(f"{said}; choose --data that was prepared with --tokenizer {_given(name)}.")
+        raise DataError(f"{said}; choose --data that was prepared with --tokenizer {given_as(name)}.")
 
 
-def _with_manifest(folder: Path, tokenizer: str) -> Dataset:
+def _with_manifest(folder: Path, tokenizer: str, give: str = "") -> Dataset:
     manifest = Manifest.load(folder / MANIFEST)
     if tokenizer and tokenizer not in (manifest.tokenizer, text_name(manifest.tokenizer)):
-        fix = f"prepare the text again under another --name with --tokenizer {_given(tokenizer)}"
-        if not tokenizer.startswith("hf-"):  # that is the tokenizer of a model, which cannot have another
+        fix = f"prepare the text again under another --name with --tokenizer {give or given_as(tokenizer)}"
+        if not (give or tokenizer.startswith("hf-")):  # a trained model cannot have another
             flags = f"--data.tokenizer {manifest.tokenizer} --model.V {get_tokenizer(manifest.tokenizer, folder).V}"
             fix = f"give {flags} to train a new model with that one, or {fix}"
         raise DataError(f"{folder} was made with tokenizer {manifest.tokenizer!r}, not {tokenizer!r}; {fix}.")

@@ -114,15 +114,15 @@ def named(data: DataConfig, name: str) -> DataConfig:
     return replace(data, name=name, train="", val="", tokenizer="")
 
 
-def open_sets(data: Any, prefer: str = "") -> list[Dataset]:
-    """The data set(s) of a `DataConfig`. prefer: see `open_dataset`. ConfigError, DataError."""
+def open_sets(data: Any, prefer: str = "", give: str = "") -> list[Dataset]:
+    """The data set(s) of a `DataConfig`. prefer, give: see `open_dataset`. ConfigError, DataError."""
     names = [name for name, _ in ([] if data.train else parse_mix(data.name))] or [data.name]
-    return [open_dataset(name, data.dir, data.train, data.val, data.tokenizer, prefer) for name in names]
+    return [open_dataset(name, data.dir, data.train, data.val, data.tokenizer, prefer, give) for name in names]
 
 
-def packed_rows(data: Any, prefer: str = "") -> int:
+def packed_rows(data: Any, prefer: str = "", give: str = "") -> int:
     """T of the packed rows of a `DataConfig`'s sets, 0 if none has any. ConfigError, DataError."""
-    return max(rows_of(d.train + d.val) for d in open_sets(data, prefer))
+    return max(rows_of(d.train + d.val) for d in open_sets(data, prefer, give))
 
 
 def open_loaders(

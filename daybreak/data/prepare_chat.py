@@ -32,13 +32,14 @@ UNIT = 64  # records that a worker encodes at a time
 
 
 class Encoded(NamedTuple):
-    """A record's split, its place in the files, and its example, or what is wrong with it. cut: it was too long."""
+    """A record's split, its place in the files, and its example, or what is wrong with it. cut: see `ChatEncoder`."""
 
     split: str
     place: str
     example: Example | None
     wrong: str = ""
-    cut: bool = False
+    cut: str = ""
+    bare: bool = False  # an answer is empty
 
 
 def kind_of(words: Sequence[str | Path], text_field: str) -> str:
@@ -58,7 +59,7 @@ def _encoded(encoder: ChatEncoder, unit: Sequence[Piece]) -> tuple[int, list[Enc
         place, record = json.loads(piece.text)
         try:
             example, cut = encoder(record)
-            found.append(Encoded(piece.split, place, example, cut=cut))
+            found.append(Encoded(piece.split, place, example, "", cut, not cut and encoder.empty_answer(example)))
         except ValueError as error:
             found.append(Encoded(piece.split, place, None, str(error)))
     return sum(len(piece.text.encode()) for piece in unit), found
@@ -83,17 +84,23 @@ class _Notes:
     def say(self, origin: str, encoder: ChatEncoder) -> None:
         """Log them. DataError if no example has anything to learn."""
         n, empty, first, T = self.counts["all"], self.counts["empty"], self.first, encoder.T
+        full = 0 < encoder.longest <= T
+        longer = "the model reads no more" if full else "--row-tokens N makes longer rows"
+        lost = f"; the answers of {self.counts['lost']} lie beyond the {T} tokens of a row" * (self.counts["lost"] > 0)
         if n == empty:
             why = f"none of {n} examples has anything to learn (first: {first['empty']})" if n else "it has no examples"
-            raise DataError(f"{origin}: {why}; an answer is a message of the role assistant that is not empty.")
+            fix = longer + ", so shorten the questions" * full
+            fix = fix if lost else "an answer is a message of the role assistant that is not empty"
+            raise DataError(f"{origin}: {why}{lost}; {fix}.")
         if empty:
-            log.warning(
-                "%d of %d examples have nothing to learn, and are left out (first: %s)", empty, n, first["empty"]
-            )
+            log.warning("%d of %d examples have nothing to learn, and are left out (first: %s)%s", empty, n,
+                        first["empty"], lost)  # fmt: skip
         if cut := self.counts["cut"]:
-            longer = "the model reads no more" if 0 < encoder.longest <= T else "--row-tokens N makes longer rows"
             log.warning("%d of %d examples have more than %d tokens, and are cut (first: %s); %s", cut, n, T,
                         first["cut"], longer)  # fmt: skip
+        if bare := self.counts["bare"]:
+            log.warning("%d of %d examples have an empty answer, from which a model learns to say nothing (first: %s); "
+                        "mend or delete them", bare, n, first["bare"])  # fmt: skip
         if self.counts["open"]:
             log.warning("the answer of %s does not end with a special token: the model may not learn to stop. Mend the "
                         "chat template.", first["open"])  # fmt: skip
@@ -113,17 +120,21 @@ def write_rows(
     try:
         units = _units(source.pieces(0, 0, folder))
         for nbytes, found in ahead(partial(_encoded, encoder), units, workers, 2 * workers):
-            for split, place, example, wrong, cut in found:
+            for split, place, example, wrong, cut, bare in found:
                 if example is None:
                     source.faults("that are no chats", f"{place} {wrong}{fix}.")
+                    note(split, place)
                     continue
                 note("all", place)
-                if not example.learned.any():
-                    note("empty", place)
-                    continue
                 if cut:
                     note("cut", place)
-                elif not encoder.ends_turns(example):
+                if not example.learned.any():
+                    for what in ("empty", split, *["lost"] * (cut == "lost")):
+                        note(what, place)
+                    continue
+                if bare:
+                    note("bare", place)
+                if not (cut or encoder.ends_turns(example)):
                     note("open", place)
                 writers[split].add(example)
             done += nbytes
@@ -134,7 +145,12 @@ def write_rows(
                         "model that talks, call the fields instruction and output.", source.origin)  # fmt: skip
         train, val = (writers[split].finish() for split in SPLITS)
         if not (train.tokens and val.tokens):
-            raise DataError(f"{source.origin} has too few examples to split into train and val; add more.")
+            split, use = ("train", "training") if not train.tokens else ("val", "validation")
+            said = "has too few examples to split into train and val"
+            if n := note.counts[split]:
+                said += f", since nothing is learned from the {n} for {use} (first: {note.first[split]}); mend or "
+                said += "delete such ones, or"
+            raise DataError(f"{source.origin} {said}{';' * (not n)} add more.")
     finally:
         for writer in writers.values():
             writer.close()

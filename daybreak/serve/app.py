@@ -30,7 +30,7 @@ from daybreak.report.page import NO_FRAME, policy_of
 from daybreak.report.watch import LOOPBACK, address, network_key
 from daybreak.serve.adapters import Adapters, with_adapters
 from daybreak.serve.chat import ChatAnswer, parse_chat
-from daybreak.serve.completions import Answer, Completion, Refused, parse, short
+from daybreak.serve.completions import Answer, Completion, Refused, check_model, parse
 from daybreak.serve.network import MOST_OPEN, PATIENCE, Connection, Guard, listen, refusal
 from daybreak.serve.pictures import DrawingAnswer, parse_drawing
 from daybreak.serve.writer import MAX_REQUESTS, Job, News, Writer
@@ -103,9 +103,8 @@ class Service:
                         "max_model_len": engine.T, "chat": template is not None, "draws": self.codec is not None}
                  for name, (engine, _, template) in self.served.items()}  # fmt: skip
         asked = request.path_params.get("name")
-        if asked not in (None, *cards):
-            said = f"model {short(asked)} is not served here; use {self.name!r}."
-            raise Refused(404, said, "model", "model_not_found")
+        if asked is not None:
+            check_model({"model": asked}, *cards)
         return JSONResponse(cards[asked] if asked else {"object": "list", "data": list(cards.values())})
 
     async def completions(self, request: Request) -> Response:
@@ -134,8 +133,9 @@ class Service:
 
         def read() -> tuple[str, Completion]:
             given = _json(body)
-            name = given.get("model") if isinstance(given, dict) else None
-            name = name if isinstance(name, str) and name in self.served else self.name
+            if isinstance(given, dict):
+                check_model(given, *self.served)
+            name = given["model"] if isinstance(given, dict) else self.name
             return name, parse(given, name, self.served[name])
 
         name, asked = await asyncio.to_thread(read)  # in a thread, so that others are answered meanwhile

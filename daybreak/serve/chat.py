@@ -16,10 +16,14 @@ from daybreak.serve.completions import Answer, Completion, Refused, check_fields
 from daybreak.serve.writer import News
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-# Fields that ask for another answer than text; given and not empty, they are refused.
-OTHERS = ("tools", "tool_choice", "functions", "function_call", "response_format", "modalities", "audio", "prediction")
+# Fields that ask for another answer than text. They are refused, unless they are empty or ask for text.
+OTHERS = {"tools": (), "tool_choice": ("none", "auto"), "functions": (), "function_call": ("none", "auto"),
+          "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": ()}  # fmt: skip
+# Fields that leave the answer as it is: how requests are kept, billed or hastened.
+IGNORED = ("metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
+           "safety_identifier", "service_tier", "store")  # fmt: skip
 SHARED = [field for field in completions.FIELDS if field not in ("prompt", "best_of", "echo", "suffix", "logprobs")]
-FIELDS = ("messages", "max_completion_tokens", "logprobs", "top_logprobs", *SHARED, *OTHERS)
+FIELDS = ("messages", "max_completion_tokens", "logprobs", "top_logprobs", *SHARED, *OTHERS, *IGNORED)
 
 
 def parse_chat(body: Any, model: str, tokenizer: Tokenizer, template: Template | None, T: int, V: int) -> Completion:
@@ -30,7 +34,7 @@ def parse_chat(body: Any, model: str, tokenizer: Tokenizer, template: Template |
     if template is None:
         said = f"{model!r} does not chat, since it has no chat template; use /v1/completions."
         raise Refused(400, said, "model")
-    if odd := next((field for field in OTHERS if body.get(field)), None):
+    if odd := next((field for field, plain in OTHERS.items() if body.get(field) and body[field] not in plain), None):
         raise Refused(400, f"{odd} is not supported; leave it out.", odd)
     messages, tokenizer = _messages(body.get("messages")), template.ending(tokenizer)
     try:

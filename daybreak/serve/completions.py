@@ -91,10 +91,10 @@ def check_fields(body: Any, fields: Sequence[str]) -> None:
             raise Refused(400, f"unknown field {short(field)}; {hint}", field[:80])
 
 
-def check_model(body: dict[str, Any], model: str) -> None:
-    """Refuse a request for another model."""
-    if body.get("model") != model:
-        said = f"model = {short(body.get('model'))} is not served here; use {model!r}."
+def check_model(body: dict[str, Any], *models: str) -> None:
+    """Refuse a request for another model than these."""
+    if body.get("model") not in models:
+        said = f"model = {short(body.get('model'))} is not served here; use {' or '.join(map(repr, models))}."
         raise Refused(404, said, "model", "model_not_found")
 
 

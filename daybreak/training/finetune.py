@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from daybreak.config import LENGTH, Config, run_of
+from daybreak.data.dataset import given_as
 from daybreak.data.mixing import open_loaders, packed_rows
+from daybreak.data.tokenizer import TOKENIZER_FILE
 from daybreak.errors import ConfigError
+from daybreak.formatting import quoted
 from daybreak.interop import open_source
 from daybreak.parallel import launched
 from daybreak.training.origin import checkpoint_of
@@ -48,7 +51,10 @@ def finetune_config(model: str, method: str, given: Mapping[str, Any]) -> Config
     if not given.keys().isdisjoint(LENGTH):
         made |= dict.fromkeys(LENGTH, 0)
     config = Config(model=shape).override({**made, **given, "data.tokenizer": tokenizer})
-    batch, world, rows = config.batch, int(launched(os.environ)["WORLD_SIZE"]), packed_rows(config.data)
+    file = run_of(model) / TOKENIZER_FILE  # perhaps with a chat template beside it
+    own = file.is_file() and not given.get("data.tokenizer")
+    rows = packed_rows(config.data, give=quoted(file) if own else given_as(tokenizer))
+    batch, world = config.batch, int(launched(os.environ)["WORLD_SIZE"])
     if rows > (longest := config.model.max_T):
         said = f"the packed rows of {config.data.train or config.data.name} have {rows} tokens"
         raise ConfigError(f"{said}, and the model reads at most {longest}; prepare them with --row-tokens {longest}.")

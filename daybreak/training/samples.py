@@ -22,7 +22,7 @@ from daybreak.images.png import write_png
 from daybreak.training.setup import Setup
 
 SAMPLE_SEED = 1337
-HELD_OUT = 2  # examples that a run on packed rows answers
+HELD_OUT, SEARCHED = 2, 100  # examples that a run on packed rows answers, and among which they are found
 DRAWN = 8  # pictures that a run on pictures draws
 IMAGES = "images"  # of a run's folder
 
@@ -89,14 +89,15 @@ def sample_prompts(setup: Setup) -> list[tuple[str, Sequence[int]]]:
     """(what is shown before the text, ids of the prompt) of each.
 
     A run on text continues eval.prompt. One on packed rows answers it as a message of a user; without one it answers
-    the first held-out examples, from where their first answers begin. Raises DataError if the template refuses it.
+    the first held-out examples, each with another question, from where their first answers begin. Raises DataError if
+    the template refuses it.
     """
     prompt, tokenizer = setup.config.eval.prompt, setup.tokenizer
     if not setup.config.data.packed:
         return [(prompt, open_document(tokenizer, prompt))]
     if not prompt:
-        asked = [example[0][0].tolist() for example in read_examples(setup.dataset.val, HELD_OUT)]
-        return [(tokenizer.decode(ids), ids) for ids in asked]
+        asked = dict.fromkeys(tuple(one[0][0].tolist()) for one in read_examples(setup.dataset.val, SEARCHED))
+        return [(tokenizer.decode(ids), ids) for ids in [*asked][:HELD_OUT]]
     template = Template.load(setup.run.path, tokenizer)
     if template is None:  # prompts and answers without one
         before = tokenizer.around[0] if tokenizer.source else [tokenizer.eot]

@@ -158,6 +158,13 @@ def test_data_of_another_tokenizer_is_prepared_with_the_model_file(
     line = ["--name", "nothere", "--tokenizer", "its/tokenizer.json", "--row-tokens", "128"]
     assert main(["prepare", "talk.jsonl", *line]) == 0
     assert main(["finetune", "its", "--data", "nothere", *SHORT, "--steps", "1", "--name", "its"]) == 0
+    capsys.readouterr()
+    assert main(["finetune", "runs/its", "--data", "pairs", *SHORT]) == 4  # a run that has the template alone
+    said = " with --tokenizer MODEL/tokenizer.json (daybreak export runs/its --to hf MODEL makes it).\n"
+    assert capsys.readouterr().err.endswith(said)
+    inside(home, "export", "runs/its", "--to", "hf", "MODEL")
+    assert main(["prepare", "talk.jsonl", "--name", "more", *line[2:3], "MODEL/tokenizer.json", *line[4:]]) == 0
+    assert main(["finetune", "runs/its", "--data", "more", *SHORT, "--steps", "1", "--name", "further"]) == 0
     Path("text.txt").write_text("some text and more of it. " * 90)
     assert main(["prepare", "text.txt", "--tokenizer", "gpt2-600", "--name", "words"]) == 0
     capsys.readouterr()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from daybreak.config import LENGTH, Config, run_of
+from daybreak.data.chat import TEMPLATE_FILE
 from daybreak.data.dataset import given_as
 from daybreak.data.mixing import open_loaders, packed_rows
 from daybreak.data.tokenizer import TOKENIZER_FILE
@@ -51,9 +52,12 @@ def finetune_config(model: str, method: str, given: Mapping[str, Any]) -> Config
     if not given.keys().isdisjoint(LENGTH):
         made |= dict.fromkeys(LENGTH, 0)
     config = Config(model=shape).override({**made, **given, "data.tokenizer": tokenizer})
-    file = run_of(model) / TOKENIZER_FILE  # perhaps with a chat template beside it
-    own = file.is_file() and not given.get("data.tokenizer")
-    rows = packed_rows(config.data, give=quoted(file) if own else given_as(tokenizer))
+    run, give = run_of(model), given_as(tokenizer)
+    if (run / TOKENIZER_FILE).is_file() and not given.get("data.tokenizer"):
+        give = quoted(run / TOKENIZER_FILE)  # perhaps with a chat template beside it
+    elif (run / TEMPLATE_FILE).is_file():  # which `prepare` finds only beside a file
+        give = f"MODEL/{TOKENIZER_FILE} (daybreak export {quoted(model)} --to hf MODEL makes it)"
+    rows = packed_rows(config.data, give=give)
     batch, world = config.batch, int(launched(os.environ)["WORLD_SIZE"])
     if rows > (longest := config.model.max_T):
         said = f"the packed rows of {config.data.train or config.data.name} have {rows} tokens"

@@ -47,7 +47,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assist
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what programs call it; templates read the first
 OPEN, CLOSE = "\x02", "\x03"  # around what an assistant wrote, while a text is rendered
 ROW_TOKENS = 1024  # of a row, if nothing else is asked for
-FEW = 4  # tokens of an answer that may be blanks alone
+FEW = 8  # tokens, at most, of an answer that may be empty
 LONGEST = 1 << 26  # characters of a template's text
 DATE = datetime(2024, 7, 26)  # Llama 3's own, where nobody gives one
 
@@ -374,9 +374,9 @@ class ChatEncoder:
     def empty_answer(self, example: Example) -> bool:
         """Whether one of the answers has special tokens and blanks alone."""
         ids, learned = example.ids, example.learned
-        answers = (ids[a:b] for a, b in np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2))
-        plain = ([i for i in answer if i not in self.tokenizer.special] for answer in answers)
-        return any(not self.tokenizer.decode(said).strip() for said in plain if len(said) <= FEW)
+        answers = np.flatnonzero(np.diff(learned, prepend=False, append=False)).reshape(-1, 2)
+        plain = ([i for i in ids[a:b] if i not in self.tokenizer.special] for a, b in answers if b - a <= FEW)
+        return any(not self.tokenizer.decode(said).strip() for said in plain)
 
     def ends_turns(self, example: Example) -> bool:
         """Whether the last learned token is one of those that stand for no text, as an end of turn does."""

@@ -145,6 +145,17 @@ def test_a_torn_line_costs_only_itself(tmp_path, caplog, torn):
     assert ("m.jsonl line 2 is not a metrics record" in caplog.text) == (not counted)
 
 
+def test_many_lines_that_are_no_records_are_counted(tmp_path, caplog):
+    path = tmp_path / "m.jsonl"
+    with closing(MetricsWriter(path)) as writer:
+        writer.write("val", 1, 1, **EXAMPLES["val"])
+    path.write_bytes(b"{}\n" * 50 + path.read_bytes())
+    assert [r["step"] for r in read_metrics(path)] == [1]
+    said = [record.getMessage() for record in caplog.records]
+    assert [f"m.jsonl line {i} is not a metrics record" in said[i - 1] for i in (1, 2, 3)] == [True] * 3
+    assert said[3:] == [f"{path}: lines that are no metrics records either: 47 more; they are left out."]
+
+
 def test_every_cut_leaves_the_lines_before_it(tmp_path):
     path = tmp_path / "m.jsonl"
     with closing(MetricsWriter(path)) as writer:

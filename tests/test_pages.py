@@ -218,7 +218,7 @@ def test_a_million_steps_in_a_browser(tmp_path: Path, full: bool, figures: dict[
     with open(run.path / "metrics.jsonl", "a") as file:
         for i in range(1, 1_000_001):
             file.write(f'{{"v":1,"kind":"step","step":{i},"tokens":{i}000,"t":{i}.0,"loss":{2 + i % 7}.5,"norm":0.5,'
-                       '"lr":0.001,"ms":2.0,"tok_s":500.0,"mfu":null,"mem_mib":10,"skipped":false}\n')  # fmt: skip
+                       '"lr":0.001,"ms":2.0,"tok_s":500.0,"mem_mib":10,"skipped":false,"epoch":0}\n')  # fmt: skip
     out = tmp_path / "long.html"
     assert main(["report", str(run.path), "-o", str(out)]) == 0
     began = time.perf_counter()

@@ -69,7 +69,8 @@ LONGEST_FUNCTION = 100
 # The squared ReLU in the matmuls' epilogues, 3.8 % of a step of nanochat's family, takes 60.
 # Faults that an audit of fp8, of the decoder family and of the modern recipe found take 90.
 # Faults that an audit of chats and of finetuning found take 30.
-MOST_CODE = 22_090
+# A file of many lines that are no records, which are counted, takes 5.
+MOST_CODE = 22_095
 
 
 def room(path: Path) -> str:

@@ -20,6 +20,7 @@ from daybreak.formatting import format_duration
 log = logging.getLogger("daybreak")
 
 VERSION = 1
+NAMED = 3  # lines of a file that are no records, each with a warning of its own; the others are counted
 COMMON: dict[str, Any] = {"v": int, "kind": str, "step": int, "tokens": int, "t": float}
 # kind -> its own fields, a contract with other programs. step: updates done; tokens: trained on; t: unix seconds.
 FIELDS: dict[str, dict[str, Any]] = {
@@ -129,10 +130,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     A resumed run repeats steps: of each (kind, step, task) the last record counts, and nothing beyond the step at
     which a later attempt started; events are also told apart by `what`. Lines that are no records (cut short by a
-    crash) are left out, with a warning unless it is the last. Pictures are told apart by `path`.
+    crash) are left out, with a warning unless it is the last; of many the first few are named. Pictures are told apart
+    by `path`.
     """
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
-    lines = path.read_bytes().split(b"\n")
+    lines, bad = path.read_bytes().split(b"\n"), 0
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -144,8 +146,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             latest.pop(key, None)  # so that the order within a step is the order of the last records
             latest[key] = record
         except ValueError as error:
-            if number < len(lines):
+            bad += number < len(lines)
+            if number < len(lines) and bad <= NAMED:
                 log.warning("%s line %d is not a metrics record (%s); it is left out.", path, number, error)
+    if bad > NAMED:
+        log.warning("%s: lines that are no metrics records either: %d more; they are left out.", path, bad - NAMED)
     return sorted(latest.values(), key=lambda record: record["step"])
 
 

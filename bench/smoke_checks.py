@@ -76,7 +76,7 @@ def bundle() -> None:
 
 
 def scored(file: str) -> None:
-    """What `eval --tasks core --json` printed for that bundle: two scores of each task, and CORE within its bounds."""
+    """The output of `eval --tasks core --json` for that bundle: two scores of each task, and CORE within its bounds."""
     scores = json.loads(Path(file).read_text())
     assert [s["examples"] for s in scores] == [12] * 6 + [36], scores
     assert -1 <= scores[-1]["value"] <= 1, scores

@@ -89,7 +89,7 @@ def compile_case(name: str, index: int, arch: int) -> dict[str, Any]:
 
 
 def work(names: list[str]) -> list[tuple[str, int, int]]:
-    """What to compile: (file, case, architecture)."""
+    """The work: (file, case, architecture)."""
     todo = []
     for name in names:
         seen = set()

@@ -33,7 +33,7 @@ with socket.socket(socket.AF_UNIX) as server:
 
 
 def python(args: list[str]) -> int:
-    """What `python ARGS` does with the program `-c TEXT`."""
+    """The result of `python ARGS` with the program `-c TEXT`."""
     option, text = args
     assert option == "-c"
     exec(compile(text, "<example>", "exec"), {"__name__": "__main__"})

@@ -1,4 +1,4 @@
-"""What the tests of several ranks let each of them do."""
+"""The program that the tests of several ranks run in each of them."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def masked(args: list[str]) -> int:
 
 
 def together(act: Callable[[Group], None], timeout: float = 60) -> int:
-    """What a rank that does `act` ends with; the sentence is printed."""
+    """The end of a rank that does `act`; the sentence is printed."""
     group = connect(os.environ, timeout)
     try:
         with group.failing_together():
@@ -175,7 +175,7 @@ def blame(args: list[str]) -> int:
 
 
 def waits_for_a_device(args: list[str]) -> int:
-    """What a GPU does to the host when rank 1 dies, says why it goes, or does nothing: its work is never over. The
+    """A GPU as the host sees it when rank 1 dies, says why it goes, or does nothing: its work is never over. The
     silence of a dead rank, the reason and the timeout each end the waiting alone: the other two would take hours."""
     (how,) = args
     parallel.BEAT = 0.2

@@ -1,4 +1,4 @@
-"""What the kernel tests share: poisoned calls, seeded draws, and the comparison with fp64.
+"""The common part of the kernel tests: poisoned calls, seeded draws, and the comparison with fp64.
 
 Every operation is tested in each of its backends: the plain-torch reference everywhere, the Triton kernels on a GPU
 if there is one and else under Triton's interpreter (see conftest), the vendors' libraries on a GPU only.

@@ -1,4 +1,4 @@
-"""What the recovery tests share: a tiny run on shards made by hand, real `daybreak train` processes, comparisons."""
+"""For the recovery tests: a tiny run on shards made by hand, real `daybreak train` processes, comparisons."""
 
 from __future__ import annotations
 

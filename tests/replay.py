@@ -45,7 +45,7 @@ FLAT = ("weights", "grads")  # buffers in the parameter table's layout
 
 @dataclass
 class Recording:
-    """What one engine does and where it does it. `lines` is all of it, as text."""
+    """The calls of one engine, and where it makes them. `lines` is all of it, as text."""
 
     calls: list[str]
     memory: list[str]
@@ -210,7 +210,7 @@ def memory(plan: arena.Arena, table: ParamTable) -> list[str]:
 
 
 def buckets(plan: Sharding) -> list[str]:
-    """What is exchanged when, and what this rank owns."""
+    """The exchanges in their order, and the parts that this rank owns."""
     return [
         f"stage {plan.zero}, rank {plan.rank} of {plan.world}: {plan.shard} of {plan.numel} elements",
         *(f"segment {start} to {stop}, final at {moment}" for start, stop, moment in plan.segments),

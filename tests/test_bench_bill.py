@@ -1,4 +1,4 @@
-"""What bench/bill.py makes of measured steps, rows of bench/bill_step.py, and the verdict of bench/fp8_loss.py."""
+"""The bill of bench/bill.py for measured steps, rows of bench/bill_step.py, and the verdict of bench/fp8_loss.py."""
 
 from __future__ import annotations
 

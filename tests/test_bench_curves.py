@@ -1,4 +1,4 @@
-"""What bench/plot_curves.py draws: round ticks, means of neighbours, and points of our metrics and of an llm.c log."""
+"""Drawings of bench/plot_curves.py: round ticks, means of neighbours, and points of our metrics and an llm.c log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bench/timeline.py says of a trace: of the exchange's time, how much lies under computation."""
+"""The figures that bench/timeline.py reads from a trace: of the exchange's time, how much lies under computation."""
 
 from __future__ import annotations
 

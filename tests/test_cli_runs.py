@@ -29,7 +29,7 @@ class Said(NamedTuple):
 
 
 def run_process(folder: Path, *argv: str) -> Said:
-    """What `daybreak ARGV` prints, in a process that is forked."""
+    """The output of `daybreak ARGV`, in a process that is forked."""
     out, err = folder / "out.txt", folder / "err.txt"
     code = ranks.Forked(ranks.daybreak, list(argv), folder, out, os.environ, err).wait(PATIENCE)
     assert code == 0, err.read_text()

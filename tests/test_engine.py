@@ -401,7 +401,7 @@ def test_oracle_agrees_with_llmc():
 
 
 def test_evaluation_of_any_smaller_batch_fits_the_plan():
-    """What is planned for (B, T) is enough for every b <= B, t <= T, without the reserves that training brings."""
+    """The plan for (B, T) is enough for every b <= B, t <= T, without the reserves that training brings."""
     engine = Engine(EngineSpec(GPT2Config(L=1, C=48, NH=12, max_T=200, V=200), B=3, T=200, train=False))
     for b in (1, 2, 3):
         for t in (1, 2, 67, 100, 101, 128, 129, 199, 200):

@@ -69,7 +69,7 @@ def both(runs: Path) -> tuple[Any, Any]:
 
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the harness returned to each `daybreak eval`, as it comes."""
+    """The results that the harness returned to each `daybreak eval`, as it comes."""
     kept, run = [], harness.run_harness
 
     def keep(*args: Any) -> Any:

@@ -108,7 +108,7 @@ def bounded() -> Iterator[None]:
 
 
 class Said(logging.Handler):
-    """What was logged."""
+    """The lines of the log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def kind_of(value: Any) -> Any:
 
 
 def attempt(read: Callable[[], Any], codes: set[int], value: Any = HUGE) -> str:
-    """What reading says: its error, else its warnings. Fails for an undocumented exit code, and for two lines. Calls
+    """The messages of `read`: its error, else its warnings. Fails for undocumented exit codes and for two lines. Calls
     are counted, which is slow, where `value` is a huge number."""
     log, said = logging.getLogger("daybreak"), Said()
     log.addHandler(said)

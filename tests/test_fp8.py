@@ -446,21 +446,6 @@ def test_the_configuration():
     assert engine_spec(part, torch.device("cpu")).fp8_steps == 45
 
 
-def test_a_pattern_that_fits_nothing_is_refused_in_new_runs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("train", "val"):
-        write_shard(tmp_path / f"x_{name}_000000.bin", markov(3000, 1))
-    keys = {"precision.compute": "fp8", "precision.fp8": "h.0.*, h.1.*", "run.steps": 1, "optim.horizon": 4}
-    settings = config(tmp_path, tmp_path / "runs", "old", **keys)
-    with pytest.raises(ConfigError, match=r"' h\.1\.\*' fits no weight of a block .*; remove the blank"):
-        daybreak.train(settings)
-    assert not (tmp_path / "runs/old").exists()
-    with monkeypatch.context() as before:
-        before.setattr("daybreak.training.setup.check_patterns", lambda *_: None)
-        run = daybreak.train(settings)
-    run = daybreak.train(run.config.override({"run.steps": 2}), resume=run.path)
-    assert run.metrics("step")[-1]["step"] == 2
-
-
 # --- saturation on the page
 
 

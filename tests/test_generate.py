@@ -274,7 +274,7 @@ def test_log_probabilities() -> None:
 
 
 def spell(tokens: list[int], stop: tuple[str, ...] = (), tokenizer: str = "bytes") -> tuple[list[str], Text]:
-    """What is known of a text after each of these tokens, which a greedy text is made to take."""
+    """The state of a text after each of these tokens, which a greedy text is made to take."""
     tok = get_tokenizer(tokenizer)
     text, known = Text([tok.eot], Sampling(len(tokens), 0.0, stop=stop), tok), []
     for token in tokens:

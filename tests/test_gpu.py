@@ -145,7 +145,7 @@ def test_fp32_gradients_equal_the_oracles(shape: Shape) -> None:
 
 
 def flash_attention(qkv: Tensor, NH: int) -> Tensor:
-    """What oracle.attention computes, by torch's flash attention."""
+    """The result of oracle.attention, by torch's flash attention."""
     b, t, c3 = qkv.shape
     q, k, v = (x.view(b, t, NH, -1).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
@@ -193,7 +193,7 @@ def accumulated(engine: Engine) -> dict[str, Tensor]:
 
 @cache
 def plain_gradients(t: int, compute: str) -> dict[str, Tensor]:
-    """What the plain-torch kernels make of them: held against the oracle on the CPU, and here to bf16's noise."""
+    """The results of the plain-torch kernels: held against the oracle on the CPU, and here to bf16's noise."""
     torch.set_float32_matmul_precision("highest")
     return accumulated(build(SMALL, t, compute=compute, kernels=dict.fromkeys(CUDA_ORDER, "torch")))
 

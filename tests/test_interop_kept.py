@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights goes with it: chat template, ends of texts, the tokenizer's settings."""
+"""The files beside a model's weights go with it: chat template, ends of texts, the tokenizer's settings."""
 
 from __future__ import annotations
 

@@ -454,7 +454,7 @@ def test_flash_attention_4_leaves_heads_that_it_gets_wrong_to_cudnn(HS, taken):
 
 
 def test_workspaces_are_stated_without_a_gpu():
-    """What cuDNN's deterministic backward was measured to take, 801 and 1539 MiB, fits the formulas, closely."""
+    """The measured memory of cuDNN's deterministic backward, 801 and 1539 MiB, fits the formulas closely."""
     for B, T, NH, measured in ((16, 1024, 25, 801), (64, 1024, 12, 1539)):
         stated = cudnn.backward_workspace(B, T, NH) / 2**20
         assert measured <= stated <= measured + 3

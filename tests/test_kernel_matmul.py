@@ -342,7 +342,7 @@ def test_the_tuner_takes_a_long_sum_of_a_tensor_core_and_no_wrong_one(k):
 
 @pytest.mark.parametrize(("n", "I", "O"), [(72, 200, 136), (40, 136, 520)])
 def test_products_by_onednn_in_pieces(monkeypatch: pytest.MonkeyPatch, n: int, I: int, O: int) -> None:
-    """What AMD's CPUs with AVX-512 do with large fp32 products, here with small ones and pieces of all sides."""
+    """The way of AMD's CPUs with AVX-512 for large fp32 matmuls, here with small ones and pieces of all sides."""
     if DEVICE != "cpu":
         pytest.skip("is for CPUs")
     monkeypatch.setattr(matmul, "onednn", lambda: torch.ops.mkldnn._linear_pointwise)

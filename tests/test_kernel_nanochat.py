@@ -1,4 +1,4 @@
-"""What only nanochat's family needs, against autograd in fp64: squared ReLU, mixed streams, smear, value embeddings."""
+"""Kernels of nanochat's family alone, against fp64 autograd: squared ReLU, mixed streams, smear, value embeddings."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def shape(of: Decoder) -> LlamaConfig:
 
 
 def names(s: Decoder, name: str) -> list[str]:
-    """What transformers calls the tensors of one of our parameters."""
+    """The names of the tensors of one of our parameters in transformers."""
     layer, _, leaf = name.removeprefix("h.").partition(".")
     each = (NAMES | POST if s.post_norms else NAMES)[leaf] if leaf else ()
     return [WHOLE[name]] if name in WHOLE else [f"model.layers.{layer}.{x}" for x in each]

@@ -54,7 +54,7 @@ def wait_until(done: Callable[[], bool], folder: Path) -> None:
 
 
 def test_ranks_that_meet_in_a_file_start_again_after_a_kill(made: Path) -> None:
-    """What killed ranks left in the file is nobody's."""
+    """The bytes that killed ranks left in the file are nobody's."""
     fs = ["-o", "fs", "-y", "1", "-s", "0", "-pi", "fs", "-pf", "meet"]
     (made / "meet").mkdir()
     both = start(made, *fs, "-x", "1000000", "-v", "1000000")

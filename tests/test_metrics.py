@@ -1,4 +1,4 @@
-"""What a run tells about itself: JSONL, main.log, the console's line, speed, the run folder."""
+"""The records of a run: JSONL, main.log, the console's line, speed, the run folder."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def printed(book: Any) -> list[str]:
-    """What each cell prints; a kernel may send it in pieces."""
+    """The output of each cell; a kernel may send it in pieces."""
     return ["".join(out.get("text", "no text") for out in cell.get("outputs", [])) for cell in book.cells]
 
 

@@ -1,4 +1,4 @@
-"""What `plan` says before a run: memory against what GPUs reported, time and money by hand, advice that holds."""
+"""The answers of `plan` before a run: memory against what GPUs reported, time and money by hand, advice that holds."""
 
 from __future__ import annotations
 

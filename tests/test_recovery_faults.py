@@ -1,4 +1,4 @@
-"""What else goes wrong: disks, damaged checkpoints, changed data, numbers that are no numbers; and the soak."""
+"""Other faults: disks, damaged checkpoints, changed data, numbers that are no numbers; and the soak."""
 
 from __future__ import annotations
 

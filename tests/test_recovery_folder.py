@@ -1,4 +1,4 @@
-"""What people and strangers do to a run's folder: rename, remove, replace and copy it, and plant links in it."""
+"""Changes by people and strangers to a run's folder: rename, remove, replace and copy it, and plant links in it."""
 
 from __future__ import annotations
 

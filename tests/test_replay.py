@@ -215,7 +215,7 @@ def test_a_bucket_of_another_size_is_seen() -> None:
 
 
 def platform() -> str:
-    """What bits depend on: processor, torch's instruction set and torch's version."""
+    """The causes of other bits: processor, torch's instruction set and torch's version."""
     info = dict.fromkeys(("model name", "cpu family", "model"), "?")
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:

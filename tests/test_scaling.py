@@ -1,4 +1,4 @@
-"""What `plan` says of a step on many GPUs: the exchange by hand, and the table by number of GPUs."""
+"""The answers of `plan` for a step on many GPUs: the exchange by hand, and the table by number of GPUs."""
 
 from __future__ import annotations
 

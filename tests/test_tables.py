@@ -1,4 +1,4 @@
-"""What is said where no table of measured matmuls is for a GPU and its library, on the CPU."""
+"""The warning where no table of measured matmuls is for a GPU and its library, on the CPU."""
 
 from __future__ import annotations
 

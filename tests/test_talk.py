@@ -50,7 +50,7 @@ def talk(home: Path) -> Conversation:
 
 @pytest.fixture(scope="module")
 def piped(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Piped]:
-    """What `daybreak chat runs/talk ARGS` makes of a text that comes through a pipe."""
+    """The answer of `daybreak chat runs/talk ARGS` to a text that comes through a pipe."""
     with commands(tmp_path_factory.mktemp("commands")) as functions:
 
         def chat(said: str, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -69,7 +69,7 @@ def test_a_line_is_a_question(piped: Piped) -> None:
 
 
 def test_the_history_is_read_and_reset(talk: Conversation) -> None:
-    """What is asked is the template's text of all turns, under the instruction."""
+    """The prompt is the template's text of all turns, under the instruction."""
     asked: list[list[int]] = []
     prefill = talk.engine.prefill
     talk.engine.prefill = lambda row, ids: asked.append(list(ids[0])) or prefill(row, ids)  # type: ignore[method-assign,func-returns-value]

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 
 import daybreak
 from daybreak.config import Config
+from daybreak.errors import ConfigError
 from daybreak.files import HOLDER
+from daybreak.manifest import checksum
 from daybreak.state.checkpoint import load_checkpoint
 from daybreak.state.run_folder import RunFolder
 from daybreak.state.throughput import Throughput
@@ -396,3 +398,20 @@ def test_a_refused_start_leaves_no_folder(shards: Path, tmp_path: Path) -> None:
         daybreak.train(huge)
     assert error.value.exit_code == 6
     assert not (tmp_path / "a").exists()
+
+
+def test_a_pattern_of_fp8_that_fits_nothing_is_refused_in_new_runs_only(shards: Path, tmp_path: Path) -> None:
+    """An older version left such a pattern out, so its runs have the checkpoints of the list without it."""
+    keys = {"precision.compute": "fp8", "precision.fp8": "h.0.*", "run.steps": 1, "optim.horizon": 4}
+    settings, both = config(shards, tmp_path, "old", **keys), {"precision.fp8": "h.0.*, h.1.*"}
+    with pytest.raises(ConfigError, match=r"' h\.1\.\*' fits no weight of a block .*; remove the blank"):
+        daybreak.train(settings.override(both))
+    assert not (tmp_path / "old").exists()
+    saved = daybreak.train(settings).checkpoints[0] / "manifest.json"
+    manifest = json.loads(saved.read_text())
+    manifest["config"] |= both
+    saved.write_text(json.dumps(manifest | {"checksum": checksum(manifest)}))
+    file = (path := tmp_path / "old") / "config.toml"
+    file.write_text(file.read_text().replace('"h.0.*"', '"h.0.*, h.1.*"'))
+    run = daybreak.train(daybreak.Run(path).config.override({"run.steps": 2}), resume=path)
+    assert (run.metrics("step")[-1]["step"], run.config.precision.fp8) == (2, both["precision.fp8"])

@@ -42,7 +42,7 @@ def wait_for_steps(folder: Path, process: ranks.Forked, steps: int) -> None:
 
 
 def refused(folder: Path, *args: object) -> str:
-    """What `daybreak train ARGS` says that is refused."""
+    """The message of a `daybreak train ARGS` that is refused."""
     line, said = ["train", *args, "--quiet", "--json"], folder / "said.txt"
     assert ranks.finish([ranks.alone(line, folder, err=said)]) == [2]
     return said.read_text()

@@ -22,7 +22,7 @@ def bench(target: str, seconds: float, tune: str | None, **flags: Any) -> None:
     `daybreak train`.
 
     --tune writes its table after each matmul, and skips those that the table has. So you may stop it at any time, and
-    the same command goes on. To measure all of them anew, delete the table.
+    the same command resumes. To measure all of them anew, delete the table.
 
     \b
     Examples:

@@ -173,8 +173,8 @@ def _say_pictures(manifest: Manifest, data_dir: str, place: str) -> None:
 
 
 def _say_rows(manifest: Manifest, data_dir: str, place: str, show: int, model: str) -> None:
-    """The first `show` examples of a packed set, then how many there are and how `model` learns from them. What is
-    learned is green on a terminal; elsewhere it is between double brackets."""
+    """The first `show` examples of a packed set, then how many there are and how `model` learns from them. Learned
+    text is green on a terminal; elsewhere it is between double brackets."""
     from rich.console import Console
     from rich.text import Text
 

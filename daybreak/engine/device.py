@@ -161,7 +161,7 @@ class Sensors:
             try:
                 watts = torch.cuda.power_draw(self.device) / 1000
                 self._values = {"temp_c": float(torch.cuda.temperature(self.device)), "power_w": watts}
-            except Exception:  # no package, no permission, another driver: whatever it is, training goes on
+            except Exception:  # no package, no permission, another driver: whatever it is, training continues
                 self._next = math.inf
         return self._values
 

@@ -91,7 +91,7 @@ def open_folder(path: Path, tokenizer: str = "") -> Source:
 
 
 def _kept(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """What a run keeps of a folder. Special tokens that only config.json names go with the others."""
+    """The files that a run keeps of a folder. Special tokens that only config.json names go with the others."""
     kept, config = kept_files(path), _json(path / "config.json", {})
     said = {key: config[key] for key in SPECIAL[:2] if type(config.get(key)) is int}
     said |= json.loads(kept.get("generation_config.json", "{}"))

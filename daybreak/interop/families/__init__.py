@@ -21,7 +21,7 @@ __all__ = ["FAMILIES", "Family", "family_named", "family_of", "why_not"]
 
 FAMILIES: dict[str, Family] = {table.model_type: table for table in (gpt2.GPT2, *llama.TABLES)}
 
-# What a model type, or keys that have a value, say of a model, by a pattern. The first that fits is told.
+# Pattern of a model type, or of keys that have a value -> the reason to refuse the model. The first that fits is told.
 REASONS = {
     "text_config|vision_config|audio_config": "also has parts that read images or sound",
     "expert|moe|dbrx|dots1": "mixes experts", "gemma3n|per_layer_input": "embeds its tokens anew in each layer",
@@ -33,7 +33,7 @@ REASONS = {
 
 
 def why_not(kind: object, config: Mapping[str, Any]) -> str:
-    """What no family here has, by a model's type and keys, as the end of a sentence; "" if they do not say."""
+    """The reason to refuse a model, by its type and keys, as the end of a sentence; "" if they do not say."""
     said = " ".join([str(kind), *(key for key, value in config.items() if value not in (None, False, 0)), ""])
     return next((f", and this one {why}" for fits, why in REASONS.items() if re.search(fits, said)), "")
 

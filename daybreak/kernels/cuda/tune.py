@@ -410,7 +410,7 @@ def with_bias(key: Key) -> Key:
 def search(keys: Collection[Key], folder: Path) -> Path:
     """Write the fastest sound algorithm for each key to the current device's table in `folder`, key by key.
 
-    Keys that the table has stay as they are, so the next search goes on where one was stopped. After BUDGET_S seconds
+    Keys that the table has stay as they are, so the next search resumes where one was stopped. After BUDGET_S seconds
     the remaining keys are left out and printed. Raises ConfigError for a damaged table.
     """
     tools, start = Search(), time.perf_counter()

@@ -46,7 +46,7 @@ WINDOW = 16  # steps
 APART = 4  # numbers from one scale to the next: cuBLASLt refuses addresses that are no multiples of 16 bytes
 # Room above the largest magnitude of these steps, before a step saturates. e5m2 has exponents to spare.
 ROOM, GRADIENT_ROOM = 2.0, 8.0
-NAMES = SCALE, AMAX, HISTORY, SATURATED = "fp8.scale", "fp8.amax", "fp8.history", "fp8.saturated"
+SCALE, AMAX, HISTORY, SATURATED = "fp8.scale", "fp8.amax", "fp8.history", "fp8.saturated"
 
 
 @dataclass(frozen=True)

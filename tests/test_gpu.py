@@ -223,10 +223,10 @@ def test_the_tuner_lists_what_a_step_asks_of_cublaslt() -> None:
     assert blas is not None
     blas.matmuls.clear()
     blas.used.clear()
-    for shape, t in ((SMALL, T), (ODD, 63)):
-        build(shape, t, compute="bf16")
+    for shape, t, compute in ((SMALL, T, "bf16"), (ODD, 63, "bf16"), (SMALL, T, "fp8")):
+        build(shape, t, compute=compute)
         flags = {f"model.{key}": value for key, value in shape._asdict().items()}
-        flags |= {"batch.B": B, "batch.T": t, "precision.compute": "bf16"}
+        flags |= {"batch.B": B, "batch.T": t, "precision.compute": compute}
         keys = step_products(Config.from_target("d12").override(flags), device)
         assert {str(key) for key in keys} <= set(cublaslt.choices())
 

@@ -302,6 +302,7 @@ def test_the_nearest_number_of_rows_serves():
         for text in (
             "bf16 tn m1600 n16384 k1600 bias add", "bf16 tn m1600 n65536 k1600 bias add",
             "bf16 nt m1600 n4800 k16384 plain beta1", "bf16 tn m1600 n16384 k6400 bias add",
+            "e5m2slow tn m1600 n4800 k16384 plain beta1",
         )
     }  # fmt: skip
 
@@ -314,6 +315,9 @@ def test_the_nearest_number_of_rows_serves():
     assert found("bf16 nt m1600 n4800 k28672 plain beta1") == "bf16 nt m1600 n4800 k16384 plain beta1"
     assert found("bf16 nt m1600 n4800 k28672 plain beta0") == ""
     assert found("bf16 tn m1600 n16384 k1600 bias beta0") == ""
+    # In fp8 the rows of a weight's gradient are k, and n is the weight's: that of another weight does not serve.
+    assert found("e5m2slow tn m1600 n4800 k28672 plain beta1") == "e5m2slow tn m1600 n4800 k16384 plain beta1"
+    assert found("e5m2slow tn m1600 n6400 k16384 plain beta1") == ""
 
 
 def towards_zero(x: Tensor) -> Tensor:

@@ -141,6 +141,20 @@ def test_the_tuner_gets_every_product_of_a_step(shape: str, B: int, C: int, reco
     assert {str(key) for key in keys} == products_of_gpt2(B, C)
 
 
+@pytest.mark.parametrize("recompute", [0, 2, 3])
+def test_the_tuner_gets_every_product_of_a_step_in_fp8(recompute: int) -> None:
+    """The matmuls of blocks read fp8, sum over neighbours, and take the slow sum for weights. The head's are bf16's."""
+    n, C = 16384, 1600
+    flags = {"batch.B": 16, "batch.recompute": recompute, "precision.compute": "fp8"}
+    keys = report.step_products(daybreak.Config.from_target("d48").override(flags), torch.device("cuda"))
+    sides = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
+    forward = {f"e4m3 tn m{o} n{n} k{i} bias {'add' if o == C else 'beta0'}" for i, o in sides}
+    inputs = {f"e5m2 tn m{i} n{n} k{o} plain beta0" for i, o in sides}
+    weights = {f"e5m2slow tn m{i} n{o} k{n} plain {mode}" for i, o in sides for mode in ("beta0", "beta1")}
+    head = {key for key in products_of_gpt2(16, C) if "50304" in key}
+    assert {str(key) for key in keys} == forward | inputs | weights | head
+
+
 def test_the_tuner_is_called_for_the_products_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """`bench --tune` from the configuration to the table; of the card only its answers are missing."""
     from daybreak.kernels.cuda import tune

@@ -39,10 +39,11 @@ from daybreak.engine.capture import Pending
 from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import engine_spec, missing_on, pick_device, set_precision, used_mib
 from daybreak.engine.fit import check_fits, plan_memory
+from daybreak.engine.formats import formats_of, in_formats
 from daybreak.engine.passes import micro_step
 from daybreak.errors import ConfigError
 from daybreak.formatting import several
-from daybreak.kernels import OPS, Op, all_ops
+from daybreak.kernels import OPS, Impl, Op, all_ops
 from daybreak.kernels.cuda.products import Key
 from daybreak.kernels.operand import Operand, tensors_of
 from daybreak.parallel import ALONE
@@ -221,6 +222,14 @@ def bench(config: Config, seconds: float = 10.0) -> Bench:
     return result
 
 
+def _list_product(impls: Mapping[str, Impl], *args: Any, **more: Any) -> None:
+    """Call a matmul on tensors without storage, in fp8 if an argument is, so that cuBLASLt's keys are noted."""
+    eight = any(isinstance(x, Operand) for x in (*args, *more.values()))
+    impl = impls.get("fp8 cuda" if eight else "cublaslt")
+    if impl and "cublaslt" in impls:  # the operation is a matmul
+        impl.fn(*args, **more, scratch=lambda temps: [torch.empty(s, dtype=t, device="meta") for s, t in temps])
+
+
 def step_products(config: Config, device: torch.device) -> list[Key]:
     """Every matmul of a step, of its first and its later micro-steps, found by running them on tensors without
     storage."""
@@ -230,8 +239,8 @@ def step_products(config: Config, device: torch.device) -> list[Key]:
     model, table, arena = plan_engine(spec)
     state = [e for e in arena.entries if e.buffer not in ("activations", "scratch")]
     frame = PlanFrame(table, spec.dtype, state, Collectives(arena.sharding, ALONE))
-    listed = {n: partial(op.impls["cublaslt"].fn, scratch=None) for n, op in ops.items() if "cublaslt" in op.impls}
-    frame.k = frame.k.each(lambda name, _: listed.get(name, lambda *_, **__: None))
+    frame = in_formats(frame, formats_of(spec, model), model)
+    frame.k = frame.k.each(lambda name, _: partial(_list_product, ops[name].impls if name in ops else {}))
 
     def run() -> None:
         for first in (True, False):

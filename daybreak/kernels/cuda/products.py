@@ -113,15 +113,18 @@ def tables_digest() -> str:
 def nearest(table: Mapping[str, dict[str, Any]], key: Key) -> tuple[str, dict[str, Any]]:
     """The source and entry of a key, or of the same key with the nearest number of rows in the batch; else empty.
 
-    The rows of a batch are n, or k in a weight's gradient, where they are summed. The weight's shape must be equal.
+    The rows of a batch are n, or k in a weight's gradient, where they are summed. In fp8 such gradients are those with
+    slow sums. The weight's shape must be equal.
     """
     if entry := table.get(str(key)):
         return "table", entry
-    rows = "k" if key.trans == "nt" else "n"
+    slow = key.dtype.endswith("slow")
+    rows = "k" if key.trans == "nt" or slow else "n"
+    own = {name: getattr(key, name) for name in ((rows, "lda", "ldb") if slow else (rows,))}  # rows of such are k long
     others = [
         (apart, text)
         for text in table
-        if (other := parse(text))._replace(**{rows: getattr(key, rows)}) == key
+        if (other := parse(text))._replace(**own) == key
         and (apart := abs(log(getattr(other, rows) / getattr(key, rows)))) <= FAR
     ]
     return (f"table ({min(others)[1]})", table[min(others)[1]]) if others else ("", {})

@@ -54,6 +54,11 @@ ROTATE = 256 << 20  # bytes of operands that take turns, at least
 TILES = (20, 23, 24, 31, 32)  # 128x128, 128x256, 256x128, 192x128, 128x192: tried beside the offered ones
 CLUSTERS = (2, 3, 4, 5, 6)  # 1x1, 2x1, 4x1, 1x2, 2x2
 BUDGET_S = 300.0  # seconds of one search
+DTYPES = {  # of A, of B, of the rest
+    "bf16": (torch.bfloat16,) * 3, "fp32": (torch.float32,) * 3, "tf32": (torch.float32,) * 3,
+    **dict.fromkeys(("e4m3", "e4m3slow"), (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16)),
+    **dict.fromkeys(("e5m2", "e5m2slow"), (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16)),
+}  # fmt: skip
 PAIRED = ((128, 128), (128, 160), (128, 192), (128, 208), (192, 128))
 SHARED = ((256, 128), (256, 160), (256, 192), (256, 208), (128, 256))
 QUACK = [
@@ -73,11 +78,21 @@ class Operands:
     d: Tensor
     bias: Tensor | None
     aux: Tensor | None
+    scales: Tensor | None = None  # of a and b in fp8, fp32 (2)
 
     def addresses(self) -> tuple[int, ...]:
         """In the order of `PreparedMatmul.launch`."""
         optional = (0 if x is None else x.data_ptr() for x in (self.bias, self.aux))
         return (self.a.data_ptr(), self.b.data_ptr(), self.c.data_ptr(), self.d.data_ptr(), *optional)
+
+    def scale_addresses(self) -> tuple[int, ...]:
+        """The last two of `PreparedMatmul.launch`; empty but for fp8."""
+        return () if self.scales is None else tuple(scale.data_ptr() for scale in self.scales)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """a and b in fp32."""
+        a, b = self.a.float(), self.b.float()
+        return (a, b) if self.scales is None else (a.mul_(self.scales[0]), b.mul_(self.scales[1]))
 
     def nbytes(self) -> int:
         """Bytes of all buffers, each counted once."""
@@ -87,29 +102,34 @@ class Operands:
 
 def operands(key: Key, device: torch.device) -> Operands:
     """Random buffers with the key's row strides; the entries of the result have a variance of about 1."""
-    dtype = torch.bfloat16 if key.dtype == "bf16" else torch.float32
+    of_a, of_b, dtype = DTYPES[key.dtype]
+    scales = None
+    if of_a != dtype:  # fp8: numbers of about 1, and the factor of b in its scale
+        scales = torch.tensor([1.0, 2.0 ** round(math.log2(key.k**-0.5))], device=device)
 
-    def matrix(rows: int, columns: int, ld: int, scale: float = 1.0) -> Tensor:
-        whole = torch.empty(rows, ld, dtype=dtype, device=device).normal_(0, scale)
+    def matrix(rows: int, columns: int, ld: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
+        whole = torch.empty(rows, ld, dtype=dtype, device=device).normal_(0, scale).to(kind)
         return whole[:, :columns]
 
-    a = matrix(*((key.m, key.k) if key.trans[0] == "t" else (key.k, key.m)), key.lda)
-    b = matrix(*((key.n, key.k) if key.trans[1] == "n" else (key.k, key.n)), key.ldb, key.k**-0.5)
+    a = matrix(*((key.m, key.k) if key.trans[0] == "t" else (key.k, key.m)), key.lda, kind=of_a)
+    small = key.k**-0.5 if scales is None else 1.0
+    b = matrix(*((key.n, key.k) if key.trans[1] == "n" else (key.k, key.n)), key.ldb, small, of_b)
     d = matrix(key.n, key.m, key.ldd)
     c = matrix(key.n, key.m, key.ldc) if key.mode == "add" else d
     bias = matrix(1, key.m, key.m)[0] if key.epilogue in ("bias", "gelu") else None
     aux = matrix(key.n, key.m, key.ldaux) if key.ldaux else None
-    return Operands(a, b, c, d, bias, aux)
+    return Operands(a, b, c, d, bias, aux, scales)
 
 
 def product(key: Key, x: Operands) -> Tensor:
     """The matmul with the addend and the bias but without GELU, by torch in fp32."""
-    left = x.b if key.trans[1] == "n" else x.b.t()
-    right = x.a.t() if key.trans[0] == "t" else x.a
+    a, b = x.factors()
+    left = b if key.trans[1] == "n" else b.t()
+    right = a.t() if key.trans[0] == "t" else a
     addend = x.bias if x.bias is not None else None if key.mode == "beta0" else x.c
     if addend is None:
-        return left.float() @ right.float()
-    out = torch.addmm(addend.float(), left.float(), right.float())
+        return left @ right
+    out = torch.addmm(addend.float(), left, right)
     return out.add_(x.c) if x.bias is not None and key.mode != "beta0" else out
 
 
@@ -117,11 +137,12 @@ def target(key: Key, x: Operands) -> tuple[Tensor, Tensor]:
     """The result in fp32, and how far a sound result may be from it.
 
     The limit adds up several errors: the rounding of the result, and that of the sum. It adds the effect of rounded
-    operands (TF32), of GELU's rounded input, and of the GPU's tanh, as far as the key has them.
+    operands (TF32), of sums with 14 bits (fp8), of GELU's rounded input, and of the GPU's tanh, as far as the key has
+    them.
     """
     with full_precision():
         first = product(key, x)
-        want, half_ulp = first, 2.0**-8 if key.dtype == "bf16" else 0.0
+        want, half_ulp = first, 2.0**-8 if x.d.dtype == torch.bfloat16 else 0.0
         carried = torch.zeros((), device=x.d.device)
         if key.mode != "beta0":  # Hopper's kernels round the matmul before they add C
             carried = half_ulp * (first - x.c.float()).abs()
@@ -132,9 +153,15 @@ def target(key: Key, x: Operands) -> tuple[Tensor, Tensor]:
             pre = x.aux.float()
             want = torch.ops.aten.gelu_backward(first, pre, approximate="tanh")
             carried = first.abs() * TANH * (0.5 + 0.8 * pre.abs() * (1 + 0.1342 * pre * pre))
+        inexact = 0.0
         if key.dtype == "tf32":  # each operand keeps 10 bits of its fraction, rounded or cut
-            sizes = Operands(x.a.abs(), x.b.abs(), x.c.abs(), x.d, None if x.bias is None else x.bias.abs(), x.aux)
-            carried = carried + 2.0**-9 * 1.13 * product(key, sizes)
+            inexact = 2.0**-9 * 1.13
+        elif x.scales is not None:  # a sum of 14 bits is cut for every 32 numbers; the slow one is, within 128
+            inexact = 2.0**-12 if key.dtype.endswith("slow") else key.k / 32 * 2.0**-13
+        if inexact:
+            a, b = (side.float().abs().to(side.dtype) for side in (x.a, x.b))
+            sizes = Operands(a, b, x.c.abs(), x.d, None if x.bias is None else x.bias.abs(), x.aux, x.scales)
+            carried = carried + inexact * product(key, sizes)
         return want, half_ulp * want.abs() + 1e-5 * max(1.0, key.k / 8192) * want.abs().amax() + carried
 
 
@@ -260,7 +287,9 @@ class Search:
         for algo in algos:
 
             def launch(x: Operands, algo: Algo = algo) -> int:
-                return prepared.launch(algo, *x.addresses(), self.workspace.data_ptr(), self.stream())  # type: ignore[call-arg]
+                return prepared.launch(
+                    algo, *x.addresses(), self.workspace.data_ptr(), self.stream(), *x.scale_addresses()
+                )  # type: ignore[call-arg]
 
             if launch(x) == 0:
                 found.append(Candidate(launch, algo, prepared.config(algo)))

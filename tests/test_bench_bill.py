@@ -164,7 +164,7 @@ def test_the_verdict_on_the_committed_losses(
     """It is that of the runs that the CSV is of, and its means are those of the pages and of the log beside it."""
     fp8_loss = importlib.import_module("fp8_loss")
     results, said = ROOT / "bench/results", {}
-    for name in ("fp8_loss_h200", "lora_fp8_loss_h200"):
+    for name in ("fp8_loss_h200", "fp8_loss_qwen_h200", "lora_fp8_loss_h200"):
         monkeypatch.setattr("sys.argv", ["fp8_loss.py", str(results / f"{name}.csv")])
         with pytest.raises(SystemExit):
             fp8_loss.main()
@@ -175,6 +175,11 @@ def test_the_verdict_on_the_committed_losses(
     assert f"last 76 steps {control} (bf16 with B = 16 {bf16}); validation at the end {ends[1]} ({ends[0]})" in log
     assert f"validation loss of {ends[2]} beside {ends[0]} (7057a97), and bf16 with another B with {ends[1]}" in page
     assert f"are {fp8}, {bf16} and {control}." in page
+    tuning = (ROOT / "docs/tuning.md").read_text()
+    assert f"| {float(ends[0]):.3f} | {float(ends[1]):.3f} | {float(ends[2]):.3f} |" in tuning
+    (bf16, control, fp8), ends = said["fp8_loss_qwen_h200"]
+    assert f"{ends[2]} beside {ends[0]} and {ends[1]}, last 30 training losses {fp8}, {bf16} and {control}." in page
+    assert f"| {float(ends[0]):.3f} | {float(ends[1]):.3f} | {float(ends[2]):.3f} |" in tuning
     log = (results / "finetune_h200.txt").read_text()
     for name, loss, end in zip(("bf16", "control", "fp8"), *said["lora_fp8_loss_h200"], strict=True):
         assert re.search(rf"^{name}: +training {loss}, validation .* {end}$", log, re.MULTILINE), name

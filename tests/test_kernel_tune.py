@@ -58,6 +58,7 @@ class Library:
         x, key = sets[a], self.key
         assert list(scales) == ([] if x.scales is None else [scale.data_ptr() for scale in x.scales])
         assert bool(scales) == key.dtype.startswith("e")
+        assert not any(scale % 16 for scale in scales)  # cuBLASLt refuses other addresses
         if algo.data[0] == 1:
             cut = (x.a.float() * (torch.arange(x.a.shape[1]) > 0)).to(x.a.dtype)
             x = tune.Operands(cut, x.b, x.c, x.d, x.bias, x.aux, x.scales)

@@ -70,8 +70,8 @@ LONGEST_FUNCTION = 100
 # Faults that an audit of fp8, of the decoder family and of the modern recipe found take 90.
 # Faults that an audit of chats and of finetuning found take 30.
 # A file of many lines that are no records, which are counted, takes 5.
-# Matmuls in fp8 that `bench --tune` searches take 35.
-MOST_CODE = 22_130
+# Matmuls in fp8 that `bench --tune` searches take 40.
+MOST_CODE = 22_135
 
 
 def room(path: Path) -> str:

@@ -64,9 +64,9 @@ def peak_flops(device_name: str) -> float | None:
 
 
 # Tokens a second of fp8 over bf16: one NVIDIA H200, B = 16, T = 1024, 131,072 tokens a step, recompute 1 (d48: 2),
-# alternating processes (30 Nov 2026, commit 834d3ee, torch 2.11). d12: B = 64, 524,288 tokens a step, recompute 0, with
-# slower kernels (commit 7057a97).
-FP8_GAIN = {"d12": 827.5 / 798.2, "d24": 618.1 / 457.1, "d36": 1243.8 / 891.3, "d48": 2325 / 1654}
+# alternating processes (30 Nov 2026, commit 834d3ee, torch 2.11). d12: B = 64, 524,288 tokens a step, recompute 0, one
+# process after the other (1 Dec 2026, commit 0c0fa74).
+FP8_GAIN = {"d12": 824.17 / 697.77, "d24": 618.1 / 457.1, "d36": 1243.8 / 891.3, "d48": 2325 / 1654}
 
 
 def size_of(model: Shape) -> float:
@@ -75,9 +75,12 @@ def size_of(model: Shape) -> float:
 
 
 def fp8_gain(model: Shape) -> float:
-    """How many times as fast fp8 is as bf16: interpolated by the logarithm of L C^2, constant beyond the ends."""
-    sizes = [size_of(SHAPES[name]) for name in FP8_GAIN]
-    return float(np.interp(size_of(model), sizes, list(FP8_GAIN.values())))
+    """How many times as fast fp8 is as bf16: interpolated by the logarithm of L C^2, and constant for larger models. For
+    smaller ones it falls on the line through the two smallest, which is an assumption."""
+    (small, low), (other, high), *_ = measured = [(size_of(SHAPES[name]), gain) for name, gain in FP8_GAIN.items()]
+    if (size := size_of(model)) < small:
+        return max(low - (high - low) / (other - small) * (small - size), 0.5)
+    return float(np.interp(size, *zip(*measured, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Operands:
     d: Tensor
     bias: Tensor | None
     aux: Tensor | None
-    scales: Tensor | None = None  # of a and b in fp8, fp32 (2)
+    scales: Tensor | None = None  # of a and b in fp8, fp32 (2): each at a multiple of 16 bytes, as cuBLASLt asks
 
     def addresses(self) -> tuple[int, ...]:
         """In the order of `PreparedMatmul.launch`."""
@@ -105,7 +105,8 @@ def operands(key: Key, device: torch.device) -> Operands:
     of_a, of_b, dtype = DTYPES[key.dtype]
     scales = None
     if of_a != dtype:  # fp8: numbers of about 1, and the factor of b in its scale
-        scales = torch.tensor([1.0, 2.0 ** round(math.log2(key.k**-0.5))], device=device)
+        scales = torch.zeros(2, 4, device=device)[:, 0]
+        scales.copy_(torch.tensor([1.0, 2.0 ** round(math.log2(key.k**-0.5))]))
 
     def matrix(rows: int, columns: int, ld: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
         whole = torch.empty(rows, ld, dtype=dtype, device=device).normal_(0, scale).to(kind)
@@ -291,8 +292,10 @@ class Search:
                     algo, *x.addresses(), self.workspace.data_ptr(), self.stream(), *x.scale_addresses()
                 )  # type: ignore[call-arg]
 
-            if launch(x) == 0:
+            if not (status := launch(x)):
                 found.append(Candidate(launch, algo, prepared.config(algo)))
+        if algos and not found:
+            print(f"  refused: all {len(algos)}: {cublaslt.STATUS.get(status, status)}")
         torch.cuda.synchronize()
         return found
 

@@ -75,7 +75,7 @@ def size_of(model: Shape) -> float:
 
 
 def fp8_gain(model: Shape) -> float:
-    """How many times as fast fp8 is as bf16: interpolated by the logarithm of L C^2, and constant for larger models. For
+    """How many times as fast fp8 is as bf16: interpolated by the logarithm of L C^2, constant for larger models. For
     smaller ones it falls on the line through the two smallest, which is an assumption."""
     (small, low), (other, high), *_ = measured = [(size_of(SHAPES[name]), gain) for name, gain in FP8_GAIN.items()]
     if (size := size_of(model)) < small:

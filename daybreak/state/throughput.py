@@ -77,10 +77,10 @@ def size_of(model: Shape) -> float:
 def fp8_gain(model: Shape) -> float:
     """How many times as fast fp8 is as bf16: interpolated by the logarithm of L C^2, constant for larger models. For
     smaller ones it falls on the line through the two smallest, which is an assumption."""
-    (small, low), (other, high), *_ = measured = [(size_of(SHAPES[name]), gain) for name, gain in FP8_GAIN.items()]
-    if (size := size_of(model)) < small:
-        return max(low - (high - low) / (other - small) * (small - size), 0.5)
-    return float(np.interp(size, *zip(*measured, strict=True)))
+    sizes, gains, size = [size_of(SHAPES[name]) for name in FP8_GAIN], list(FP8_GAIN.values()), size_of(model)
+    if size < sizes[0]:
+        return max(gains[0] - (gains[1] - gains[0]) * (sizes[0] - size) / (sizes[1] - sizes[0]), 0.5)
+    return float(np.interp(size, sizes, gains))
 
 
 @dataclass(frozen=True)

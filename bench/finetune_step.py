@@ -3,10 +3,12 @@
     python bench/finetune_step.py llama3-8b --B 4 --recompute 1 --costs --out results.csv
     python bench/finetune_step.py llama3-8b --method qlora --B 2 --recompute 2
     python bench/finetune_step.py llama3-8b --B 4 --recompute 1 --packed
+    python bench/finetune_step.py smollm2-135m --method full --B 4 --packed --learned 0.5
     python bench/finetune_step.py llama3-8b --method full --masters none --moments bf16 --recompute 3
 
-Every row is one document of T tokens, or with --packed documents of 300 tokens on average. Three first steps give
-losses to the last digit and a checksum of what was trained. Then blocks of steady steps are timed. It prints the
+Every row is one document of T tokens, or with --packed documents of 300 tokens on average. With --learned the other
+targets are masked, in spans as chats have them: a question, then an answer of 60 tokens on average. Three first steps
+give losses to the last digit and a checksum of what was trained. Then blocks of steady steps are timed. It prints the
 memory that the driver says is in use, beside the plan's, and how often the first steps made torch allocate.
 """
 
@@ -34,6 +36,7 @@ from daybreak.shapes import parse_shape
 from daybreak.state.throughput import peak_flops
 
 AVERAGE = 300  # tokens of a document in packed rows
+ANSWER = 60  # tokens of an answer, all of which are learned
 SETS = 8  # batches that steps take in turn
 
 
@@ -62,11 +65,25 @@ def places(B: int, T: int, seed: int) -> Tensor:
     return found
 
 
+def answers(n: int, learned: float, seed: int) -> Tensor:
+    """Which of n targets are learned (bool): questions and answers in turn, whose lengths make the share `learned`."""
+    rng, found, at, owed = random.Random(seed), torch.zeros(n, dtype=torch.bool), 0, 0.0
+    if learned in (0.0, 1.0):
+        return found.fill_(learned)
+    while at < n:
+        answer = rng.randint(ANSWER // 2, ANSWER + ANSWER // 2)
+        owed += answer * (1 - learned) / learned  # of questions; what is less than a token waits for the next one
+        at, owed = at + int(owed), owed - int(owed)
+        found[at : at + answer] = True
+        at += answer
+    return found
+
+
 def inputs(engine: Engine, learned: float) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Tokens, targets and positions of one micro-step after the other. learned: the share of targets that is."""
-    tokens, made = batches(engine, SETS), torch.Generator().manual_seed(3)
+    tokens = batches(engine, SETS)
     targets = tokens[:, :, 1:].clone()
-    targets[torch.rand(targets.shape, generator=made) >= learned] = -1
+    targets[~answers(targets.numel(), learned, 3).view(targets.shape)] = -1
     positions = [places(engine.B, engine.T, i) if engine.spec.documents else None for i in range(SETS)]
     while True:
         yield from zip(tokens[:, :, :-1], targets, positions, strict=True)
@@ -94,7 +111,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=1, help="micro-steps of a step")
     parser.add_argument("--recompute", type=int, default=0)
     parser.add_argument("--packed", action="store_true")
-    parser.add_argument("--learned", type=float, default=1.0, help="share of targets that is learned")
+    parser.add_argument("--learned", type=float, default=1.0, help="share of targets that is learned, from 0 to 1")
     parser.add_argument("--layers", type=int, help="instead of the shape's, to try this script")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--masters", default="auto")

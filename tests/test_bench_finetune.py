@@ -59,6 +59,19 @@ def test_packed_rows_hold_documents_of_the_average_that_the_page_says(monkeypatc
     assert not torch.equal(rows, script.places(64, 2048, 1))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.8, 1.0])
+def test_answers_are_the_share_that_was_asked_for(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In spans: of one answer each, where questions lie between them."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    script = importlib.import_module("finetune_step")
+    found = script.answers(1 << 16, share, 0)
+    assert found.double().mean().item() == pytest.approx(share, abs=0.02)
+    assert found.all() if share == 1 else not found[0]
+    spans = (found[1:] & ~found[:-1]).sum().item()
+    assert share in (0, 1) or found.sum().item() / spans == pytest.approx(script.ANSWER, rel=0.1)
+    assert share in (0, 1) or not torch.equal(found, script.answers(1 << 16, share, 1))
+
+
 @pytest.mark.parametrize("rank", [0, 16])
 def test_the_other_program_trains_the_same_shape(
     rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -28,6 +28,7 @@ from daybreak.kernels.cuda import (
     nf4,
     norm,
     optimizer,
+    pick,
     relu,
     rope,
     rounding,
@@ -347,6 +348,15 @@ def mix_cases(dtype: str) -> list[Case]:
     return found
 
 
+def pick_cases(dtype: str) -> list[Case]:
+    sizes, constants = {"at": "*i32", "n": "i32", "C": "i32"}, {"ROWS": pick.ROWS, "COLS": pick.COLS}
+    forward = {"out": dtype, "x": dtype, "picked": "*i64", "targets": "*i64", **sizes}
+    return [
+        (pick._pick_forward_kernel, forward, constants, pick.WARPS),
+        (pick._pick_backward_kernel, {"dx": dtype, "d_out": dtype, **sizes}, constants, pick.WARPS),
+    ]
+
+
 def relu_cases(dtype: str) -> list[Case]:
     types, constants = {"x": dtype, "size": "i32"}, {"BLOCK": relu.BLOCK}
     backward = {**types, "dx": dtype, "rewrite": dtype}
@@ -404,6 +414,7 @@ CASES: dict[str, list[Case]] = {
         *norm_cases(256, "*bf16", rms=True, heads=4, offset=1.0),
     ],
     "optimizer": optimizer_cases(),
+    "pick": [*pick_cases("*bf16"), *pick_cases("*fp32")],
     "relu": [*relu_cases("*bf16"), *relu_cases("*fp32")],
     "rope": [*rope_cases("*bf16"), *rope_cases("*fp32")],
     "rounding": rounding_cases(),

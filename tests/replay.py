@@ -40,6 +40,7 @@ LATER |= {"matmul_swiglu_forward", "matmul_swiglu_backward", "matmul_rms_decode"
 LATER |= {"matmul_relu2_forward", "matmul_relu2_backward"}
 LATER |= {"relu2_forward", "relu2_backward", "mix_forward", "mix_backward", "smear_forward", "smear_backward",
           "smear_decode", "value_forward", "value_backward", "cap_logits"}  # fmt: skip
+LATER |= {"pick_forward", "pick_backward"}
 FLAT = ("weights", "grads")  # buffers in the parameter table's layout
 
 

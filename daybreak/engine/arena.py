@@ -128,11 +128,13 @@ def frozen_weight(state: Mapping[str, Tensor], row: Row) -> Tensor | Held:
 
 
 def name_inputs(state: dict[str, Tensor]) -> None:
-    """Name the parts of state["batch"]: tokens and targets, and of packed rows `positions` and `lo` (models.frame)."""
+    """Name the parts of state["batch"]: tokens and targets, and of packed rows `positions`, `lo` (models.frame) and
+    `learned` (passes.learned_part)."""
     state["tokens"], state["targets"], *places = state["batch"]
     if places:
         state["positions"], lo = places
-        state["lo"] = lo.view(-1).view(torch.int32)[: lo.numel()].view(lo.shape)
+        state["lo"], learned = lo.view(-1).view(torch.int32).view(2, *lo.shape)
+        state["learned"] = learned.view(-1)
 
 
 def constant_entries(constants: Mapping[str, Tensor]) -> list[Entry]:

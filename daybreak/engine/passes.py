@@ -10,7 +10,9 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from daybreak.engine.arena import FROZEN, Arena, Entry, StepFrame, constant_entries, plan_arena
@@ -34,6 +36,7 @@ from daybreak.optimizers.nanochat import family_groups
 from daybreak.parallel import ALONE, Group
 
 State = dict[str, Tensor]
+PARTS = 8  # the head of packed rows computes this many eighths of the rows, or fewer: each number is a CUDA graph
 
 
 def documents_of(s: State) -> dict[str, Any]:
@@ -41,25 +44,65 @@ def documents_of(s: State) -> dict[str, Any]:
     return {"documents": Documents(s["positions"].view(-1), s["lo"])} if "lo" in s else {}
 
 
-def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool = True) -> None:
+def rows_of(part: int, n: int) -> int:
+    """The rows that the head computes of n, if it computes this many eighths of them."""
+    return -(-part * n // PARTS)
+
+
+def learned_part(targets: NDArray[np.int64], at: NDArray[np.int32]) -> int:
+    """How many eighths of the rows the head has to compute for these targets (n), at least one. Sets at (n).
+
+    at: the learned rows, in order, are the first that the head computes. Rows that are not learned fill up the last
+    eighth, and all others are -1. In kernels/pick.py."""
+    n, learned, others = len(targets), np.flatnonzero(targets >= 0), np.flatnonzero(targets < 0)
+    k, part = len(learned), max(1, -(-PARTS * len(learned) // n))
+    at.fill(-1)
+    at[learned] = np.arange(k)
+    at[others[: rows_of(part, n) - k]] = np.arange(k, rows_of(part, n))
+    return part
+
+
+def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool = True, part: int = PARTS) -> None:
     """Forward and backward of the batch in s["tokens"], s["targets"]: gradients, and the step's loss so far.
 
     f is the frame that training uses (engine/formats.py). With several ranks the first micro-step gathers the weights
-    that others updated, and the last one reduces gradients during its backward.
+    that others updated, and the last one reduces gradients during its backward. part: what `learned_part` said.
     """
-    c, scale = f.comm, s["hyper"][2]
-    c.first, c.last, c.moment = first, last, 0
-    if first and c.stale:
-        c.gather(s["weights"])
+    forward_pass(model, f, s, first=first)
+    head_pass(model, f, s, first=first, part=part)
+    backward_pass(model, f, s, first=first, last=last)
+
+
+def forward_pass(model: Model, f: StepFrame, s: State, *, first: bool) -> None:
+    """The first part of `micro_step`, which makes `lnf`."""
+    if first and f.comm.stale:
+        f.comm.gather(s["weights"])
     if first:
         f.convert_weights()
-    packed = documents_of(s)
-    hidden = model.forward(f, s["tokens"], **packed)
-    c.finish()
-    fresh = first or c.sharding.zero == 2  # at stage 2 the shard adds up the micro-steps
-    model.head_loss(f, hidden, s["targets"].view(-1), s["losses"], scale, backward=True, first=fresh)
-    f.k.loss_sum(s["loss"], s["losses"], scale, accumulate=not first)
-    model.backward(f, s["tokens"], first=fresh, **packed)
+    model.forward(f, s["tokens"], **documents_of(s))
+    f.comm.finish()
+
+
+def _fresh(f: StepFrame, first: bool) -> bool:
+    """Whether gradients start anew. At stage 2 the shard adds up the micro-steps."""
+    return first or f.comm.sharding.zero == 2
+
+
+def head_pass(model: Model, f: StepFrame, s: State, *, first: bool, part: int) -> None:
+    """The middle of `micro_step`: the loss, and `d_lnf`. It makes no exchange, so ranks may differ in `part`."""
+    n, targets, scale, fresh = s["targets"].numel(), s["targets"].view(-1), s["hyper"][2], _fresh(f, first)
+    hidden, losses = f.a("lnf", n, model.cfg.C), s["losses"][: rows_of(part, n)]
+    if part == PARTS:
+        model.head_loss(f, hidden, targets, losses, scale, backward=True, first=fresh)
+    else:
+        model.head_learned(f, hidden, targets, s["learned"], losses, scale, first=fresh)
+    f.k.loss_sum(s["loss"], losses, scale, accumulate=not first)
+
+
+def backward_pass(model: Model, f: StepFrame, s: State, *, first: bool, last: bool) -> None:
+    """The last part of `micro_step`."""
+    f.comm.first, f.comm.last, f.comm.moment = first, last, 0
+    model.backward(f, s["tokens"], first=_fresh(f, first), **documents_of(s))
 
 
 def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
@@ -187,8 +230,8 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     sharding = Sharding(table, final_moments(model, table), group, spec.zero, limit)
     formats = formats_of(spec, model)
 
-    def more(of: Mapping[str, Format], f: Any, first: bool = False) -> None:
-        micro_step(model, in_formats(f, of, model), f.state, first=first)
+    def more(of: Mapping[str, Format], f: Any, first: bool = False, part: int = PARTS) -> None:
+        micro_step(model, in_formats(f, of, model), f.state, first=first, part=part)
 
     def training(of: Mapping[str, Format], f: Any) -> None:
         more(of, f, first=True)
@@ -204,7 +247,9 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     passes: list[Callable[[Any], None]] = [lambda f: evaluate(model, f, f.state, B, T)]
     if spec.train:
         kinds = (formats,) if spec.fp8_steps is None else (formats, {})
-        passes = [*(partial(run, of) for of in kinds for run in (training, more)), *passes]
+        parts = range(PARTS - 1, 0, -1) if spec.documents else ()  # the largest first, which declares its tensors
+        some = [partial(more, of, first=first, part=p) for of in kinds for p in parts for first in (True, False)]
+        passes = [*(partial(run, of) for of in kinds for run in (training, more)), *some, *passes]
     assert spec.rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
     # A model may decode few rows by other calls. Many short sequences may need more scratch than one long one.
     passes += [partial(decoding, b) for b in sorted({1, min(2, spec.rows), spec.rows})]

@@ -26,7 +26,19 @@ from daybreak.engine.collectives import Collectives
 from daybreak.engine.device import check_fp8, missing_on
 from daybreak.engine.formats import formats_of, in_formats
 from daybreak.engine.params import draw_parameters
-from daybreak.engine.passes import State, evaluate, micro_step, next_token, plan_engine, update
+from daybreak.engine.passes import (
+    PARTS,
+    State,
+    backward_pass,
+    evaluate,
+    forward_pass,
+    head_pass,
+    learned_part,
+    micro_step,
+    next_token,
+    plan_engine,
+    update,
+)
 from daybreak.engine.scales import HISTORY
 from daybreak.engine.spec import EngineSpec
 from daybreak.errors import ConfigError
@@ -168,14 +180,16 @@ class Engine:
 
     def _prepare(self) -> None:
         kinds = [(first, last) for last in ((True, False) if self.comm.active else (True,)) for first in (False, True)]
-        for kind in kinds:
+        parts = range(1, PARTS + 1) if self.spec.documents else (PARTS,)
+        calls = {key: call for kind in kinds for part in parts for key, call in self._micro(*kind, part)}
+        for call in calls.values():
             self.comm.stale = bool(self.comm.sharding.zero)  # so that the first's graph fetches weights
-            self._micro(*kind)()
+            call()
         self.state["loss"].fill_(math.nan)  # a step that the guard refuses: nothing is learned from it
         self._update()
-        for kind in kinds:
+        for key, call in calls.items():
             self.comm.stale = bool(self.comm.sharding.zero)
-            self.graphs.capture((*kind, self._plain), self._micro(*kind))
+            self.graphs.capture(key, call)
         self.graphs.capture(("update", self._plain), self._update)
 
     @property
@@ -183,8 +197,17 @@ class Engine:
         """The frame of the step under way."""
         return self.frame if self._plain else self.training
 
-    def _micro(self, first: bool, last: bool) -> Callable[[], None]:
-        return lambda: micro_step(self.model, self._frame, self.state, first=first, last=last)
+    def _micro(self, first: bool, last: bool, part: int) -> list[tuple[Hashable, Callable[[], None]]]:
+        """The keys of a micro-step's graphs, and what each runs. Packed rows have three: a graph has fixed shapes, and
+        of the head, a few calls, there is one for each number of rows."""
+        given, plain = (self.model, self._frame, self.state), self._plain
+        if not self.spec.documents:
+            return [((first, last, plain), partial(micro_step, *given, first=first, last=last))]
+        return [
+            (("forward", first, plain), partial(forward_pass, *given, first=first)),
+            (("head", first, part, plain), partial(head_pass, *given, first=first, part=part)),
+            (("backward", first, last, plain), partial(backward_pass, *given, first=first, last=last)),
+        ]
 
     def _update(self) -> None:
         update(self._frame, self.state, self.spec, self.seed)
@@ -283,11 +306,14 @@ class Engine:
         parts = {"batch": self._batch.slots[slot]}
         name_inputs(parts)
         self._fill(parts, tokens, targets, positions)
+        part = PARTS
+        if self.spec.documents:
+            part = learned_part(parts["targets"].view(-1).numpy(), parts["learned"].numpy())
         self._batch.upload(slot, self.state["batch"])
         if first:
             self._measure()
-        kind = first, last or not self.comm.active
-        self.graphs.run((*kind, self._plain), self._micro(*kind))
+        for key, call in self._micro(first, last or not self.comm.active, part):
+            self.graphs.run(key, call)
         self.comm.stale = self.comm.stale and not first
 
     @staticmethod

@@ -33,7 +33,7 @@ MAX_VIEWS = 64
 CHUNK = 1 << 17  # elements per chunk of a row-wise torch kernel: a few chunks stay in a core's L2 cache
 FILES = (
     "attention", "classifier", "embedding", "glu", "guard", "lora", "matmul", "mix", "muon", "nf4", "norm", "optimizer",
-    "relu", "rope", "smear", "value",
+    "pick", "relu", "rope", "smear", "value",
 )  # fmt: skip
 # Backends on CUDA, best first; every group ends with the plain-torch reference. The CPU has only that.
 CUDA_ORDER = {

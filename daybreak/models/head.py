@@ -2,6 +2,8 @@
 
 Logits are by far the widest activation: V is 65 times C in GPT-2 124M. A chunk of rows goes through matmul, loss and
 both matmuls of backward before the next one starts, in the same bytes. So full-size logits never exist.
+
+In chats a row is often context, which is not learned. `head_learned` leaves such rows out.
 """
 
 from __future__ import annotations
@@ -43,13 +45,15 @@ class Head:
         return min(n, 1 << max(0, (self.head_bytes // (self.cfg.Vp * dtype.itemsize)).bit_length() - 1))
 
     def head_loss(
-        self, f: Frame, hidden: Tensor, targets: Tensor, losses: Tensor, scale: Tensor, *, backward: bool, first: bool
-    ) -> None:
-        """Per-token losses (n) of hidden (n, C) for targets (n); with `backward` also d_lnf and the head's gradient."""
+        self, f: Frame, hidden: Tensor, targets: Tensor, losses: Tensor, scale: Tensor, *, backward: bool, first: bool,
+        d: str = "d_lnf",
+    ) -> None:  # fmt: skip
+        """Per-token losses (n) of hidden (n, C) for targets (n). With `backward` also the head's gradient, and that of
+        hidden, which is called `d`."""
         k, n = f.k, hidden.shape[0]
         weight, step = f.matmul_w(self.head_weight), self.head_rows(n, hidden.dtype)
         how = {"softcap": self.softcap} if self.softcap else {}
-        d_hidden = f.a("d_lnf", n, self.cfg.C) if backward else None
+        d_hidden = f.a(d, n, self.cfg.C) if backward else None
         for start in f.chunks(n, step):
             rows = slice(start, min(start + step, n))
             logits = self._product(f, hidden[rows])
@@ -59,6 +63,17 @@ class Head:
                 k.matmul_backward_input(d_hidden[rows], logits, weight)
                 if (dw := f.g(self.head_weight)) is not None:
                     k.matmul_backward_weight(dw, logits, hidden[rows], accumulate=adds)
+
+    def head_learned(
+        self, f: Frame, hidden: Tensor, targets: Tensor, at: Tensor, losses: Tensor, scale: Tensor, *, first: bool
+    ) -> None:
+        """The same with backward for r of the n rows, and their losses (r). Row i is row at[i] of the r, for at (n)
+        int32. Where that is negative, the row is not learned, and its gradient is zero."""
+        (n, C), r = hidden.shape, losses.shape[0]
+        rows, learned = f.a("picked", r, C), f.a("picked_targets", r, dtype=torch.int64)
+        f.k.pick_forward(rows, learned, hidden, targets, at)
+        self.head_loss(f, rows, learned, losses, scale, backward=True, first=first, d="d_picked")
+        f.k.pick_backward(f.a("d_lnf", n, C), f.a("d_picked", r, C), at)
 
     def head_logits(self, f: Frame, hidden: Tensor) -> Tensor:
         """Logits (r, Vp) of r rows of hidden, r at most one chunk."""

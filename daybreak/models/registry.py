@@ -34,6 +34,10 @@ class Model(Protocol):
     # Packed linear layer -> its parts, in order. Each part may have an adapter of its own (adapters.py).
     parts: Mapping[str, tuple[str, ...]]
 
+    @property
+    def cfg(self) -> Shape:
+        """Its shape."""
+
     def rows(self) -> list[Row]:
         """Parameters in forward order."""
 
@@ -44,7 +48,7 @@ class Model(Protocol):
         """Training FLOPs per token."""
 
     def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None, documents: Documents | None = None) -> Tensor:
-        """tokens (B, T) -> hidden (n, C); their keys and values into kv, if given. documents: of packed rows."""
+        """tokens (B, T) -> hidden (n, C), `lnf`; their keys and values into kv, if given. documents: of packed rows."""
 
     def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
         """Logits (n, Vp) that follow one more token of each of n sequences, whose keys and values are in kv. `last`
@@ -60,6 +64,11 @@ class Model(Protocol):
         self, f: Frame, hidden: Tensor, targets: Tensor, losses: Tensor, scale: Tensor, *, backward: bool, first: bool
     ) -> None:
         """Per-token losses, and the head's backward."""
+
+    def head_learned(
+        self, f: Frame, hidden: Tensor, targets: Tensor, at: Tensor, losses: Tensor, scale: Tensor, *, first: bool
+    ) -> None:
+        """Both for the learned rows alone."""
 
     def head_logits(self, f: Frame, hidden: Tensor) -> Tensor:
         """Logits (r, Vp) of r rows."""

@@ -1,0 +1,61 @@
+"""Picked rows, forward and backward; the meaning of `at` is in kernels/pick.py.
+
+A program takes ROWS of the n rows and COLS of their columns. Rows that are left out are not read. Both kernels go from
+the last row to the first: the end of what the producer wrote is still in the L2 cache.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from daybreak.kernels import backend
+from daybreak.kernels.cuda import tl, triton
+
+ROWS, COLS, WARPS = 4, 512, 4  # two loads of 16 bytes a thread in bf16
+
+
+@triton.jit
+def _tile(at, n, C, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """This program's rows, its first column, its columns, where the rows are in the smaller matrix, and which of its
+    elements exist."""
+    blocks = tl.cdiv(C, COLS)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    row, start = pid // blocks * ROWS + tl.arange(0, ROWS), pid % blocks * COLS
+    col = start + tl.arange(0, COLS)
+    place = tl.load(at + row, mask=row < n, other=-1)
+    return row.to(tl.int64), start, col, place.to(tl.int64), (row < n)[:, None] & (col < C)[None, :]
+
+
+@triton.jit
+def _pick_forward_kernel(out, picked, x, targets, at, n, C, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row, start, col, place, mask = _tile(at, n, C, ROWS, COLS)
+    mask &= (place >= 0)[:, None]
+    value = tl.load(x + row[:, None] * C + col[None, :], mask=mask)
+    tl.store(out + place[:, None] * C + col[None, :], value, mask=mask)
+    once = (place >= 0) & (start == 0)
+    tl.store(picked + place, tl.load(targets + row, mask=once), mask=once)
+
+
+@triton.jit
+def _pick_backward_kernel(dx, d_out, at, n, C, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row, _, col, place, mask = _tile(at, n, C, ROWS, COLS)
+    value = tl.load(d_out + place[:, None] * C + col[None, :], mask=mask & (place >= 0)[:, None], other=0.0)
+    tl.store(dx + row[:, None] * C + col[None, :], value, mask=mask)
+
+
+def _programs(n: int, C: int) -> tuple[int]:
+    return (triton.cdiv(n, ROWS) * triton.cdiv(C, COLS),)
+
+
+@backend("triton")
+def pick_forward(out: Tensor, picked: Tensor, x: Tensor, targets: Tensor, at: Tensor) -> None:
+    """out (r, C) and picked (r) are rows of x (n, C) and targets (n) int64: row i is row at[i]. All contiguous."""
+    n, C = x.shape
+    _pick_forward_kernel[_programs(n, C)](out, picked, x, targets, at, n, C, ROWS=ROWS, COLS=COLS, num_warps=WARPS)
+
+
+@backend("triton")
+def pick_backward(dx: Tensor, d_out: Tensor, at: Tensor) -> None:
+    """dx (n, C) from d_out (r, C): the row that at (n) int32 names, or zeros where it is negative. All contiguous."""
+    n, C = dx.shape
+    _pick_backward_kernel[_programs(n, C)](dx, d_out, at, n, C, ROWS=ROWS, COLS=COLS, num_warps=WARPS)

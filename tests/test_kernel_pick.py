@@ -1,0 +1,84 @@
+"""Rows picked into a smaller matrix, and their gradients carried back: copies, so all is compared bit for bit."""
+
+from __future__ import annotations
+
+import interpreter  # noqa: F401
+import numpy as np
+import pytest
+import torch
+from kernel_harness import DEVICE, draw, each_backend, each_dtype, poison, run, skip_unless_served
+
+from daybreak.engine.passes import PARTS, learned_part, rows_of
+from daybreak.kernels.cuda import pick as cuda_pick
+
+# n and C; below and beyond a program's rows and columns, one row, and one column
+SHAPES = [(1, 1), (3, 5), (8, 512), (13, 700), (67, 33), (40, 1025)]
+
+
+def some_targets(n: int, learned: float) -> torch.Tensor:
+    """n targets, of which about this share is learned."""
+    g = torch.Generator().manual_seed(n)
+    targets = torch.randint(1000, (n,), generator=g)
+    targets[torch.rand(n, generator=g) >= learned] = -1
+    return targets
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize(("n", "C"), SHAPES)
+@pytest.mark.parametrize("learned", [0.0, 0.4, 1.0])
+def test_pick(backend, dtype, n, C, learned):
+    skip_unless_served("pick_forward", backend, dtype)
+    targets, at = some_targets(n, learned), torch.full((n,), 77, dtype=torch.int32)
+    r = rows_of(learned_part(targets.numpy(), at.numpy()), n)
+    targets, at = targets.to(DEVICE), at.to(DEVICE)
+    x, out = draw(n, C, dtype=dtype), poison(r, C, dtype=dtype)
+    x[targets < 0] += torch.inf  # copied or left out, and never computed with
+    picked = torch.full((r,), -77, device=DEVICE)
+    run("pick_forward", out, picked, x, targets, at, backend=backend)
+    rows = [at.tolist().index(i) for i in range(r)]
+    assert torch.equal(out, x[rows])
+    assert torch.equal(picked, targets[rows])
+    d_out, dx = draw(r, C, dtype=dtype, seed=1), poison(n, C, dtype=dtype)
+    want = torch.zeros_like(dx)
+    want[rows] = d_out
+    run("pick_backward", dx, d_out, at, backend=backend)
+    assert torch.equal(dx, want)
+    assert not torch.signbit(dx[at < 0]).any()
+
+
+@each_backend
+def test_a_gradient_that_is_not_finite_stays_in_its_row(backend):
+    """The reference reads row 0 for every row that is left out."""
+    at = torch.tensor([-1, 1, -1, 0], dtype=torch.int32, device=DEVICE)
+    d_out, dx = draw(2, 9, dtype=torch.float32), poison(4, 9, dtype=torch.float32)
+    d_out[0] = torch.nan
+    run("pick_backward", dx, d_out, at, backend=backend)
+    assert dx.isnan().all(1).tolist() == [False, False, False, True]
+    assert torch.equal(dx[1], d_out[1])
+    assert not dx[[0, 2]].any()
+
+
+def test_tiles_cover_odd_shapes():
+    """Otherwise no shape above would have more than one program in either direction."""
+    assert any(n > cuda_pick.ROWS and n % cuda_pick.ROWS for n, _ in SHAPES)
+    assert any(C > cuda_pick.COLS and C % cuda_pick.COLS for _, C in SHAPES)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 64, 67])
+def test_the_rows_of_the_head(n):
+    """The fewest eighths that hold the learned rows: those first and in order, then as many others as there is room."""
+    for k in range(n + 1):
+        targets = np.full(n, -1)
+        learned = np.sort(np.random.default_rng(k).permutation(n)[:k])
+        targets[learned] = 5
+        at = np.full(n, 99, np.int32)
+        part = learned_part(targets, at)
+        r = rows_of(part, n)
+        assert 1 <= part <= PARTS
+        assert k <= r <= n
+        assert part == 1 or rows_of(part - 1, n) < k or k * PARTS > (part - 1) * n
+        assert at[learned].tolist() == list(range(k))
+        assert sorted(at[at >= 0]) == list(range(r))
+        assert r - k <= -(-n // PARTS)
+    assert part == PARTS

@@ -193,3 +193,50 @@ def waits_for_a_device(args: list[str]) -> int:
         group.wait_for(lambda: False)
 
     return together(act)
+
+
+def learned_batches(step: int, rank: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Two micro-steps (1, T) of packed rows. Of rank 0 few targets are learned, of rank 1 all or half of them."""
+    found = []
+    for i in range(2):
+        rows = torch.randint(0, V, (1, T + 1), generator=torch.Generator().manual_seed(100 * step + 10 * rank + i))
+        targets = rows[:, 1:].clone()
+        targets[:, (1 + step % 2, 8 - 4 * i)[rank] :] = -1
+        found.append((rows[:, :-1], targets, torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])))
+    return found
+
+
+def learned_engine(zero: int, B: int, group: Group = parallel.ALONE) -> Engine:
+    return Engine(EngineSpec(SHAPE, B=B, T=T, compute="fp64", documents=True, zero=zero), seed=3, group=group)
+
+
+def learned(args: list[str]) -> int:
+    """Three steps in fp64 on packed rows. What this rank computed and exchanged goes to OUT/RANK.pt: args are OUT and
+    ZERO. Then one step more, in which all targets are learned."""
+    from daybreak.engine import step as engine_step
+
+    group = connect(os.environ, 60)
+    engine, parts, losses = learned_engine(int(args[1]), 1, group), list[int](), list[float]()
+    exchanges, original = noted(engine.comm), engine_step.learned_part
+
+    def noting(*given: Any) -> int:
+        parts.append(original(*given))
+        return parts[-1]
+
+    with patch.object(engine_step, "learned_part", noting):
+        for i in range(3):
+            exchanges.clear()
+            tensors = (torch.stack(x) for x in zip(*learned_batches(i, group.rank), strict=True))
+            engine.train_step(*tensors, lr=1e-3, step=i)
+            losses.append(engine.stats()["loss"])
+        mine = list(exchanges)
+    engine.finish()
+    found = {"parts": parts, "losses": losses, "exchanges": mine}
+    found["weights"] = {name: engine.param(name).clone() for name in engine.names()}
+    engine.update()  # weights are stale again, as before a step
+    exchanges.clear()
+    tokens, _, positions = (torch.stack(x) for x in zip(*learned_batches(0, group.rank), strict=True))
+    engine.train_step(tokens, tokens, positions, lr=1e-3, step=3)
+    torch.save(found | {"of all rows": list(exchanges)}, Path(args[0]) / f"{group.rank}.pt")
+    group.close()
+    return 0

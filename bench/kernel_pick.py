@@ -12,9 +12,10 @@ SPAN = 64  # rows of a question, and of an answer
 
 
 def _places(n: int) -> Tensor:
-    """at (n) int32: rows of questions are left out, and those of answers follow each other."""
+    """at (n) int32: rows of answers come first."""
     learned = torch.arange(n) // SPAN % 2 == 1
-    return torch.where(learned, learned.cumsum(0) - 1, -1).to(DEVICE, torch.int32)
+    others = learned.sum() + (~learned).cumsum(0) - 1
+    return torch.where(learned, learned.cumsum(0) - 1, others).to(DEVICE, torch.int32)
 
 
 def _forward(n: int, r: int, C: int) -> Case:
@@ -34,5 +35,5 @@ def _backward(n: int, r: int, C: int) -> Case:
 
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
     """Forward, and backward, which also writes the zeros of the rows that are left out."""
-    n, r = B * T, int((_places(B * T) >= 0).sum())
+    n, r = B * T, B * T // 2
     return [_forward(n, r, C), _backward(n, r, C)]

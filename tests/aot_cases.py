@@ -349,7 +349,7 @@ def mix_cases(dtype: str) -> list[Case]:
 
 
 def pick_cases(dtype: str) -> list[Case]:
-    sizes, constants = {"at": "*i32", "n": "i32", "C": "i32"}, {"ROWS": pick.ROWS, "COLS": pick.COLS}
+    sizes, constants = {"at": "*i32", "n": "i32", "r": "i32", "C": "i32"}, {"ROWS": pick.ROWS, "COLS": pick.COLS}
     forward = {"out": dtype, "x": dtype, "picked": "*i64", "targets": "*i64", **sizes}
     return [
         (pick._pick_forward_kernel, forward, constants, pick.WARPS),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import oracle
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor
 import daybreak
 from daybreak.config_keys import LoraConfig, OptimConfig
 from daybreak.engine import Engine, EngineSpec
+from daybreak.engine.passes import PARTS, learned_part
 from daybreak.kernels import CUDA_ORDER
 from daybreak.models.adapters import is_adapter
 from daybreak.shapes import GPT2Config, LlamaConfig, Shape, model_config
@@ -181,6 +183,80 @@ def test_packed_rows_train_with_the_same_bits_twice(name: str) -> None:
     for key in engines[0].names():
         assert torch.equal(engines[0].param(key), engines[1].param(key)), key
         assert torch.equal(engines[0].param(key), engines[2].param(key)), key
+
+
+def masked(V: int, part: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with spans of targets that are learned, for which the head computes this many eighths of the rows."""
+    tokens, _, positions = packed(V, seed=seed)
+    n, targets = tokens.numel(), tokens.roll(-1, 2).view(-1)
+    learned = torch.arange(n) % 80 < 10 * part
+    learned[n - 5 :] = False
+    targets[~learned] = -1
+    return tokens, targets.view(tokens.shape), positions
+
+
+def all_rows(targets: Any, at: Any) -> int:
+    """In place of `learned_part`: the head computes all rows, and is given no places."""
+    at.fill(1 << 30)
+    return PARTS
+
+
+HEADS = {"gpt2": {}, "llama": {}, "adapters": {"lora": LoraConfig(8)}, "recompute": {"recompute": 3}}
+
+
+@pytest.mark.parametrize("how", HEADS)
+@pytest.mark.parametrize(("compute", "limit"), [("fp32", 4e-5), ("bf16", 2e-2)])
+def test_a_head_of_learned_rows_equals_that_of_all(how: str, compute: str, limit: float) -> None:
+    """For each number of eighths: loss and gradients of two micro-steps, from graphs. What one leaves is NaN."""
+    name = how if how in MODELS else "llama"
+    made = packed_engine(name, "cuda", compute=compute, **HEADS[how])
+    assert {key[2] for key in made.graphs._graphs if key[0] == "head"} == {*range(1, PARTS + 1)}  # type: ignore[index]
+    if how == "adapters":
+        for i, key in enumerate(made.table.offsets):
+            value = torch.randn(made.param(key).shape, generator=torch.Generator().manual_seed(i))
+            made.set_exact(key, 0.05 * value)
+    for part in range(1, PARTS + 1):
+        batches = [masked(vocabulary(name), part, seed=1), masked(vocabulary(name), PARTS + 1 - part, seed=2)]
+        found = []
+        for choice in (learned_part, all_rows):
+            with patch("daybreak.engine.step.learned_part", side_effect=choice) as chosen:
+                made.begin_step(lr=0.0, step=0, valid=sum(int((y >= 0).sum()) for _, y, _ in batches))
+                for i, (tokens, targets, positions) in enumerate(batches):
+                    made.frame.buffers["activations"].fill_(0xFF)
+                    made.micro_step(tokens[0], targets[0], positions[0], first=not i)
+            assert chosen.call_count == 2
+            grads = {key: made.grad(key).double() for key in made.table.offsets}
+            found.append(grads | {"loss": made.state["loss"].clone()})
+        for i, (_, targets, _) in enumerate(batches):
+            n, k = targets.numel(), int((targets >= 0).sum())
+            assert -(-PARTS * k // n) == (part, PARTS + 1 - part)[i]
+        assert found[0]["loss"].item() == pytest.approx(found[1]["loss"].item(), rel=1e-5)
+        for key, want in found[1].items():
+            assert (found[0][key] - want).norm() <= limit * want.norm(), (part, key)
+
+
+@pytest.mark.parametrize("how", HEADS)
+def test_no_number_of_rows_allocates(how: str) -> None:
+    """After the first step, and the same bits from plain calls."""
+    name = how if how in MODELS else "llama"
+    engines = [packed_engine(name, "cuda", compute="bf16", **HEADS[how]) for _ in range(2)]
+    engines[1].graphs.clear()
+    made = engines[0]
+    allocated = {key: buffer.untyped_storage().nbytes() for key, buffer in made.frame.buffers.items()}
+    assert allocated == made.arena.sizes()
+    made.train_step(*masked(vocabulary(name), 3), lr=1e-3, step=0)
+    made.stats()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for i in range(1, 2 * PARTS + 1):
+        made.train_step(*masked(vocabulary(name), (3 * i) % PARTS + 1, seed=i), lr=1e-3, step=i)
+        made.stats()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    engines[1].train_step(*masked(vocabulary(name), 3), lr=1e-3, step=0)
+    for i in range(1, 2 * PARTS + 1):
+        engines[1].train_step(*masked(vocabulary(name), (3 * i) % PARTS + 1, seed=i), lr=1e-3, step=i)
+    assert all(torch.equal(made.param(key), engines[1].param(key)) for key in made.table.offsets)
 
 
 def test_a_killed_run_on_packed_rows_goes_on_with_the_same_bits(tmp_path: Path) -> None:

@@ -50,16 +50,13 @@ def rows_of(part: int, n: int) -> int:
 
 
 def learned_part(targets: NDArray[np.int64], at: NDArray[np.int32]) -> int:
-    """How many eighths of the rows the head has to compute for these targets (n), at least one. Sets at (n).
+    """How many eighths of the rows the head has to compute for these targets (n), at least one.
 
-    at: the learned rows, in order, are the first that the head computes. Rows that are not learned fill up the last
-    eighth, and all others are -1. In kernels/pick.py."""
+    Sets at (n), the places of the rows (kernels/pick.py): the learned ones come first, then the others, each in order.
+    Of the others some may fill up the last eighth. Their losses and gradients are 0."""
     n, learned, others = len(targets), np.flatnonzero(targets >= 0), np.flatnonzero(targets < 0)
-    k, part = len(learned), max(1, -(-PARTS * len(learned) // n))
-    at.fill(-1)
-    at[learned] = np.arange(k)
-    at[others[: rows_of(part, n) - k]] = np.arange(k, rows_of(part, n))
-    return part
+    at[learned], at[others] = np.arange(len(learned)), np.arange(len(learned), n)
+    return max(1, -(-PARTS * len(learned) // n))
 
 
 def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool = True, part: int = PARTS) -> None:

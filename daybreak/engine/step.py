@@ -173,6 +173,8 @@ class Engine:
             return
         self.state["tokens"].zero_()
         self.state["targets"].fill_(-1)
+        if self.spec.documents:
+            torch.arange(self.B * self.T, out=self.state["learned"])
         for plain in (False, True) if self.spec.fp8_steps is not None else (False,):
             self._plain = plain
             self._prepare()

@@ -67,8 +67,8 @@ class Head:
     def head_learned(
         self, f: Frame, hidden: Tensor, targets: Tensor, at: Tensor, losses: Tensor, scale: Tensor, *, first: bool
     ) -> None:
-        """The same with backward for r of the n rows, and their losses (r). Row i is row at[i] of the r, for at (n)
-        int32. Where that is negative, the row is not learned, and its gradient is zero."""
+        """The same with backward for r of the n rows, and their losses (r). Row i is row at[i] of them, for at (n)
+        int32. Where that is r or more, the row is not learned, and its gradient is zero."""
         (n, C), r = hidden.shape, losses.shape[0]
         rows, learned = f.a("picked", r, C), f.a("picked_targets", r, dtype=torch.int64)
         f.k.pick_forward(rows, learned, hidden, targets, at)

@@ -15,31 +15,32 @@ ROWS, COLS, WARPS = 4, 512, 4  # two loads of 16 bytes a thread in bf16
 
 
 @triton.jit
-def _tile(at, n, C, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """This program's rows, its first column, its columns, where the rows are in the smaller matrix, and which of its
-    elements exist."""
+def _tile(at, n, r, C, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """This program's rows, its first column, its columns, which of its elements exist, the places of its rows, and
+    whether they are picked."""
     blocks = tl.cdiv(C, COLS)
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     row, start = pid // blocks * ROWS + tl.arange(0, ROWS), pid % blocks * COLS
     col = start + tl.arange(0, COLS)
-    place = tl.load(at + row, mask=row < n, other=-1)
-    return row.to(tl.int64), start, col, place.to(tl.int64), (row < n)[:, None] & (col < C)[None, :]
+    place = tl.load(at + row, mask=row < n, other=r)
+    mask = (row < n)[:, None] & (col < C)[None, :]
+    return row.to(tl.int64), start, col, mask, place.to(tl.int64), place < r
 
 
 @triton.jit
-def _pick_forward_kernel(out, picked, x, targets, at, n, C, ROWS: tl.constexpr, COLS: tl.constexpr):
-    row, start, col, place, mask = _tile(at, n, C, ROWS, COLS)
-    mask &= (place >= 0)[:, None]
+def _pick_forward_kernel(out, picked, x, targets, at, n, r, C, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row, start, col, mask, place, given = _tile(at, n, r, C, ROWS, COLS)
+    mask &= given[:, None]
     value = tl.load(x + row[:, None] * C + col[None, :], mask=mask)
     tl.store(out + place[:, None] * C + col[None, :], value, mask=mask)
-    once = (place >= 0) & (start == 0)
+    once = given & (start == 0)
     tl.store(picked + place, tl.load(targets + row, mask=once), mask=once)
 
 
 @triton.jit
-def _pick_backward_kernel(dx, d_out, at, n, C, ROWS: tl.constexpr, COLS: tl.constexpr):
-    row, _, col, place, mask = _tile(at, n, C, ROWS, COLS)
-    value = tl.load(d_out + place[:, None] * C + col[None, :], mask=mask & (place >= 0)[:, None], other=0.0)
+def _pick_backward_kernel(dx, d_out, at, n, r, C, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row, _, col, mask, place, given = _tile(at, n, r, C, ROWS, COLS)
+    value = tl.load(d_out + place[:, None] * C + col[None, :], mask=mask & given[:, None], other=0.0)
     tl.store(dx + row[:, None] * C + col[None, :], value, mask=mask)
 
 
@@ -49,13 +50,14 @@ def _programs(n: int, C: int) -> tuple[int]:
 
 @backend("triton")
 def pick_forward(out: Tensor, picked: Tensor, x: Tensor, targets: Tensor, at: Tensor) -> None:
-    """out (r, C) and picked (r) are rows of x (n, C) and targets (n) int64: row i is row at[i]. All contiguous."""
-    n, C = x.shape
-    _pick_forward_kernel[_programs(n, C)](out, picked, x, targets, at, n, C, ROWS=ROWS, COLS=COLS, num_warps=WARPS)
+    """out (r, C) and picked (r) are rows of x (n, C) and targets (n) int64: row i becomes row at[i], unless that is r
+    or more. All contiguous."""
+    (n, C), r, how = x.shape, len(out), {"ROWS": ROWS, "COLS": COLS, "num_warps": WARPS}
+    _pick_forward_kernel[_programs(n, C)](out, picked, x, targets, at, n, r, C, **how)
 
 
 @backend("triton")
 def pick_backward(dx: Tensor, d_out: Tensor, at: Tensor) -> None:
-    """dx (n, C) from d_out (r, C): the row that at (n) int32 names, or zeros where it is negative. All contiguous."""
-    n, C = dx.shape
-    _pick_backward_kernel[_programs(n, C)](dx, d_out, at, n, C, ROWS=ROWS, COLS=COLS, num_warps=WARPS)
+    """dx (n, C): row i is row at[i] of d_out (r, C), or zeros where at (n) int32 is r or more. All contiguous."""
+    (n, C), r, how = dx.shape, len(d_out), {"ROWS": ROWS, "COLS": COLS, "num_warps": WARPS}
+    _pick_backward_kernel[_programs(n, C)](dx, d_out, at, n, r, C, **how)

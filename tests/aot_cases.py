@@ -348,12 +348,13 @@ def mix_cases(dtype: str) -> list[Case]:
     return found
 
 
-def pick_cases(dtype: str) -> list[Case]:
-    sizes, constants = {"at": "*i32", "n": "i32", "r": "i32", "C": "i32"}, {"ROWS": pick.ROWS, "COLS": pick.COLS}
+def pick_cases(C: int, dtype: str) -> list[Case]:
+    sizes, (_, constants) = {"at": "*i32", "n": "i32", "r": "i32", "C": "i32"}, pick.launch(1, C)
+    warps = constants.pop("num_warps")
     forward = {"out": dtype, "x": dtype, "picked": "*i64", "targets": "*i64", **sizes}
     return [
-        (pick._pick_forward_kernel, forward, constants, pick.WARPS),
-        (pick._pick_backward_kernel, {"dx": dtype, "d_out": dtype, **sizes}, constants, pick.WARPS),
+        (pick._pick_forward_kernel, forward, constants, warps),
+        (pick._pick_backward_kernel, {"dx": dtype, "d_out": dtype, **sizes}, constants, warps),
     ]
 
 
@@ -414,7 +415,7 @@ CASES: dict[str, list[Case]] = {
         *norm_cases(256, "*bf16", rms=True, heads=4, offset=1.0),
     ],
     "optimizer": optimizer_cases(),
-    "pick": [*pick_cases("*bf16"), *pick_cases("*fp32")],
+    "pick": [case for C in (768, 576, 2048) for dtype in ("*bf16", "*fp32") for case in pick_cases(C, dtype)],
     "relu": [*relu_cases("*bf16"), *relu_cases("*fp32")],
     "rope": [*rope_cases("*bf16"), *rope_cases("*fp32")],
     "rounding": rounding_cases(),

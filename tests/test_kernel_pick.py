@@ -11,8 +11,8 @@ from kernel_harness import DEVICE, draw, each_backend, each_dtype, poison, run, 
 from daybreak.engine.passes import PARTS, learned_part, rows_of
 from daybreak.kernels.cuda import pick as cuda_pick
 
-# n and C; below and beyond a program's rows and columns, one row, and one column
-SHAPES = [(1, 1), (3, 5), (8, 512), (13, 700), (67, 33), (40, 1025)]
+# n and C; below and beyond a program's rows and columns, one row, one column, and every width of a program
+SHAPES = [(1, 1), (3, 5), (8, 512), (13, 700), (67, 33), (40, 1025), (21, 768), (35, 640), (67, 576), (13, 1024)]
 
 
 def some_targets(n: int, learned: float) -> torch.Tensor:
@@ -59,10 +59,27 @@ def test_a_gradient_that_is_not_finite_stays_in_its_row(backend):
     assert not dx[[0, 2]].any()
 
 
-def test_tiles_cover_odd_shapes():
-    """Otherwise no shape above would have more than one program in either direction."""
-    assert any(n > cuda_pick.ROWS and n % cuda_pick.ROWS for n, _ in SHAPES)
-    assert any(C > cuda_pick.COLS and C % cuda_pick.COLS for _, C in SHAPES)
+def test_shapes_cover_every_tile():
+    """Every width of a program, with several programs and a last one of fewer rows; one also with fewer columns."""
+    seen, partly = set(), False
+    for n, C in SHAPES:
+        (programs,), how = cuda_pick.launch(n, C)
+        rows, cols = how["ROWS"], how["COLS"]
+        assert rows * cols == cuda_pick.TILE
+        assert programs == -(-n // rows) * -(-C // cols)
+        if n > rows and n % rows and cols < C:
+            seen.add(cols)
+            partly |= C % cols > 0
+    assert seen == {64, 128, 256, 512}
+    assert partly
+
+
+@pytest.mark.parametrize(
+    ("C", "cols"), [(576, 64), (768, 256), (896, 128), (960, 64), (1536, 512), (1600, 64), (2048, 512), (4096, 512)]
+)
+def test_no_lane_is_idle_with_sizes_of_models(C, cols):
+    assert cuda_pick.launch(8, C)[1]["COLS"] == cols
+    assert C % cols == 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 64, 67])

@@ -1,7 +1,8 @@
 """Picked rows, forward and backward; the meaning of `at` is in kernels/pick.py.
 
-A program takes ROWS of the n rows and COLS of their columns. Rows that are left out are not read. Both kernels go from
-the last row to the first: the end of what the producer wrote is still in the L2 cache.
+A program takes ROWS of the n rows and COLS of their columns. COLS divides C where it can, so no lane is idle. Rows that
+are left out are not read. Both kernels go from the last row to the first: the end of what the producer wrote is still
+in the L2 cache.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from torch import Tensor
 from daybreak.kernels import backend
 from daybreak.kernels.cuda import tl, triton
 
-ROWS, COLS, WARPS = 4, 512, 4  # two loads of 16 bytes a thread in bf16
+TILE, WARPS = 2048, 4  # elements of a program: two loads of 16 bytes a thread in bf16
+LEAST_COLS, MOST_COLS = 64, 512  # 64 in bf16 are a line of the cache
 
 
 @triton.jit
@@ -44,20 +46,23 @@ def _pick_backward_kernel(dx, d_out, at, n, r, C, ROWS: tl.constexpr, COLS: tl.c
     tl.store(dx + row[:, None] * C + col[None, :], value, mask=mask)
 
 
-def _programs(n: int, C: int) -> tuple[int]:
-    return (triton.cdiv(n, ROWS) * triton.cdiv(C, COLS),)
+def launch(n: int, C: int) -> tuple[tuple[int], dict[str, int]]:
+    """Programs, and the rows, columns and warps of each. Its columns are a power of two that divides C, if one can."""
+    cols = min(max(C & -C, LEAST_COLS), MOST_COLS)
+    rows = TILE // cols
+    return (triton.cdiv(n, rows) * triton.cdiv(C, cols),), {"ROWS": rows, "COLS": cols, "num_warps": WARPS}
 
 
 @backend("triton")
 def pick_forward(out: Tensor, picked: Tensor, x: Tensor, targets: Tensor, at: Tensor) -> None:
     """out (r, C) and picked (r) are rows of x (n, C) and targets (n) int64: row i becomes row at[i], unless that is r
     or more. All contiguous."""
-    (n, C), r, how = x.shape, len(out), {"ROWS": ROWS, "COLS": COLS, "num_warps": WARPS}
-    _pick_forward_kernel[_programs(n, C)](out, picked, x, targets, at, n, r, C, **how)
+    (n, C), r, (grid, how) = x.shape, len(out), launch(*x.shape)
+    _pick_forward_kernel[grid](out, picked, x, targets, at, n, r, C, **how)
 
 
 @backend("triton")
 def pick_backward(dx: Tensor, d_out: Tensor, at: Tensor) -> None:
     """dx (n, C): row i is row at[i] of d_out (r, C), or zeros where at (n) int32 is r or more. All contiguous."""
-    (n, C), r, how = dx.shape, len(d_out), {"ROWS": ROWS, "COLS": COLS, "num_warps": WARPS}
-    _pick_backward_kernel[_programs(n, C)](dx, d_out, at, n, r, C, **how)
+    (n, C), r, (grid, how) = dx.shape, len(d_out), launch(*dx.shape)
+    _pick_backward_kernel[grid](dx, d_out, at, n, r, C, **how)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from daybreak.kernels import OPS, Scratch, Temps, backend, glu, matmul, norm, relu
+from daybreak.kernels import OPS, Scratch, Temps, backend, glu, matmul, mix, norm, relu
 from daybreak.kernels.operand import Format, Operand
 
 F32 = torch.float32
@@ -34,11 +34,13 @@ V, T = ("value", "scale"), ("transposed", "scale")
 READS: dict[str, dict[str, tuple[str, ...]]] = {
     "layernorm_forward": {}, "layernorm_backward": {}, "rmsnorm_forward": {}, "rmsnorm_backward": {},
     "swiglu_forward": {}, "swiglu_backward": {}, "relu2_forward": {}, "relu2_backward": {},
+    "mix_norm_forward": {}, "mix_norm_backward": {},
     "matmul_forward": {"x": V, "w": V},
     "matmul_backward_input": {"dout": V, "w": T}, "matmul_gelu_backward": {"dout": V, "w": T},
     "matmul_backward_weight": {"dout": T, "x": T},
 }  # fmt: skip
-assert all((norm, glu, matmul, relu)), "the operations are registered before their kernels in fp8"
+STORED = ("res",)  # outputs that their operation reads once more: it does so as they are stored
+assert all((norm, glu, matmul, mix, relu)), "the operations are registered before their kernels in fp8"
 
 
 def power_of_two(x: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ def _made(name: str, reads: Mapping[str, tuple[str, ...]]) -> tuple[Callable[...
     def narrow(args: Any, kwargs: Any) -> dict[str, Any]:
         """The arguments by name that are not in fp32 but Operands, or in bf16."""
         given = dict(zip(names, args, strict=False)) | kwargs
-        return {k: x for k, x in given.items() if isinstance(x, Operand) or _is_bf16(x)}
+        return {k: x for k, x in given.items() if isinstance(x, Operand) or (_is_bf16(x) and k not in STORED)}
 
     def swapped(wide: Mapping[str, Tensor], args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
         """The arguments, some of them replaced."""

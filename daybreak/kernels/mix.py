@@ -1,9 +1,12 @@
-"""Sums of two streams with learned scalars: out = a x + factor b y, where a and b are one number each.
+"""The residual stream of nanochat: sums of streams with learned scalars, and the norms of such sums.
 
-Before every block nanochat mixes the first embedding into the residual stream so, and before the last norm it takes
-away some of the stream of half the depth.
+A block begins with m = a x + b y, where x is the stream, y is what it started as, and a and b are one number each. Only
+the norm of m and, after attention, m + attention's output are wanted. So m itself is never rounded and never stored:
+each kernel that needs it computes it from x and y in fp32 (fp64 for fp64). A stream on bf16's grid would otherwise lose
+most of an attention output that is 0.0003 of it. torch.compile rounds nanochat's stream at the same places.
 
-Backward:  dx = a dout,  dy = factor b dout,  da = sum dout x,  db = factor sum dout y.
+Backward of out = m r, r = 1 / sqrt(mean(m^2) + eps), and d the gradient of m from elsewhere:
+xhat = m r,  d_m = d + r (dout - xhat mean(dout xhat)),  dx = a d_m,  dy += b d_m,  da = sum d_m x,  db = sum d_m y.
 """
 
 from __future__ import annotations
@@ -19,53 +22,113 @@ def _one(a: Tensor | None, buffer: Tensor) -> Tensor:
     return buffer.fill_(1) if a is None else buffer.copy_(a)
 
 
-def mix_temps(out: Tensor, *_: object, **__: object) -> Temps:
-    (n, C), acc = out.shape, acc_dtype(out.dtype)
+def mix_norm_temps(res: Tensor | None, out: Tensor, rstd: Tensor, x: Tensor, *_: object, **__: object) -> Temps:
+    (n, C), acc = x.shape, acc_dtype(x.dtype)
     return [*[((chunk_rows(n, C), C), acc)] * 2, *[((1,), acc)] * 2]
 
 
-@op("out", temps=mix_temps)
-def mix_forward(
-    out: Tensor, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, *, factor: float = 1.0, scratch: Scratch
-) -> None:
-    """out (n, C) = a x (n, C) + factor b y (n, C), rounded once. out may be x or y. a, b (1): None is 1."""
-    x_, y_, a_, b_ = scratch(mix_temps(out))
-    a_, b_ = _one(a, a_), _one(b, b_).mul_(factor)
-    for rows in row_chunks(*out.shape):
-        xf, yf = (t[: len(out[rows])] for t in (x_, y_))
-        out[rows].copy_(xf.copy_(x[rows]).mul_(a_).add_(yf.copy_(y[rows]).mul_(b_)))
-
-
-def mix_backward_temps(
-    dx: Tensor | None, dy: Tensor, da: Tensor | None, db: Tensor | None, dout: Tensor, *_: object, **__: object
-) -> Temps:
-    (n, C), acc = dout.shape, acc_dtype(dout.dtype)
-    return [*[((chunk_rows(n, C), C), acc)] * 2, *[((1,), acc)] * 5, ((), acc)]
-
-
-@op("dx", "dy", "da", "db", temps=mix_backward_temps, adds=("dx", "dy", "da", "db"))
-def mix_backward(
-    dx: Tensor | None, dy: Tensor, da: Tensor | None, db: Tensor | None, dout: Tensor, x: Tensor | None, y: Tensor,
-    a: Tensor | None, b: Tensor | None, *, factor: float = 1.0, accumulate_dy: bool, accumulate: bool, scratch: Scratch,
+@op("res", "out", "rstd", temps=mix_norm_temps, adds=("res",))
+def mix_norm_forward(
+    res: Tensor | None, out: Tensor, rstd: Tensor, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor,
+    *, eps: float, factor: float = 1.0, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """Gradients of mix_forward from dout (n, C). dx may be dout, or None: nobody wants it. da, db (1) too.
+    """out (n, C) = the RMSNorm, without a weight, of a x (n, C) + factor b y (n, C). a, b (1): an a of None is 1. rstd
+    (n), in fp32 or wider, is kept for backward.
 
-    `accumulate_dy` adds to dy, `accumulate` to da and db. x may be None where da is."""
-    d_, t_, a_, b_, sum_a, sum_b, wide, part = scratch(mix_backward_temps(dx, dy, da, db, dout))
+    res (n, C), if given, is added, and becomes the sum, rounded once. out is then the norm of res as it is stored,
+    because backward reads that too."""
+    x_, y_, a_, b_ = scratch(mix_norm_temps(res, out, rstd, x))
     a_, b_ = _one(a, a_), _one(b, b_).mul_(factor)
+    for rows in row_chunks(*x.shape):
+        r = rstd[rows, None]
+        m, t = (z[: len(r)] for z in (x_, y_))
+        m.copy_(x[rows]).mul_(a_).add_(t.copy_(y[rows]).mul_(b_))
+        if res is not None:
+            res[rows].copy_(m.add_(widen(res[rows], t)))
+            m.copy_(res[rows])
+        torch.mean(torch.mul(m, m, out=t), 1, keepdim=True, out=r)
+        torch.rsqrt(r.add_(eps), out=r)
+        out[rows].copy_(m.mul_(r))
+
+
+def mix_norm_backward_temps(
+    dx: Tensor, dy: Tensor, da: Tensor | None, db: Tensor | None, rewrite: Tensor | None, d: Tensor,
+    *_: object, **__: object,
+) -> Temps:  # fmt: skip
+    (n, C), acc = d.shape, acc_dtype(d.dtype)
+    rows = chunk_rows(n, C)
+    return [*[((rows, C), acc)] * 4, ((rows, 1), acc), *[((1,), acc)] * 5, ((), acc)]
+
+
+@op("dx", "dy", "da", "db", "rewrite", temps=mix_norm_backward_temps, adds=("dy", "da", "db"))
+def mix_norm_backward(
+    dx: Tensor, dy: Tensor, da: Tensor | None, db: Tensor | None, rewrite: Tensor | None,
+    d: Tensor, dout: Tensor, x: Tensor, y: Tensor, rstd: Tensor, a: Tensor, b: Tensor,
+    *, accumulate_dy: bool, accumulate: bool, scratch: Scratch,
+) -> None:  # fmt: skip
+    """Gradients of m = a x + b y: dx, dy (n, C), and da, db (1) if they are wanted. dout (n, C) is the gradient of m's
+    norm, and d (n, C) that of m from elsewhere. dx may be d.
+
+    `accumulate_dy` adds to dy, `accumulate` to da and db. rewrite (n, C) = the norm once more, if it is wanted."""
+    m_, g_, t_, z_, c_, a_, b_, sum_a, sum_b, wide, part = scratch(
+        mix_norm_backward_temps(dx, dy, da, db, rewrite, d)
+    )
+    a_, b_ = _one(a, a_), _one(b, b_)
     sum_a.zero_()
     sum_b.zero_()
     for rows in row_chunks(*dout.shape):
-        d, t = (z[: len(dout[rows])] for z in (d_, t_))
-        d.copy_(dout[rows])
-        if da is not None and x is not None:
-            sum_a.add_(torch.sum(t.copy_(x[rows]).mul_(d), (0, 1), out=part))
-        if db is not None:
-            sum_b.add_(torch.sum(t.copy_(y[rows]).mul_(d), (0, 1), out=part))
-        torch.mul(d, b_, out=t)
-        if dx is not None:
-            dx[rows].copy_(d.mul_(a_))
-        dy[rows].copy_(t.add_(widen(dy[rows], d)) if accumulate_dy else t)
-    for grad, total in ((da, sum_a), (db, sum_b.mul_(factor))):
+        r = rstd[rows, None]
+        m, g, t, z, c = (buffer[: len(r)] for buffer in (m_, g_, t_, z_, c_))
+        torch.mul(t.copy_(x[rows]), a_, out=m).add_(z.copy_(y[rows]).mul_(b_)).mul_(r)
+        if rewrite is not None:
+            rewrite[rows].copy_(m)
+        torch.mean(torch.mul(g.copy_(dout[rows]), m, out=z), 1, keepdim=True, out=c)
+        g.sub_(m.mul_(c)).mul_(r).add_(widen(d[rows], m))
+        sum_a.add_(torch.sum(t.mul_(g), (0, 1), out=part))
+        sum_b.add_(torch.sum(t.copy_(y[rows]).mul_(g), (0, 1), out=part))
+        dx[rows].copy_(torch.mul(g, a_, out=t))
+        g.mul_(b_)
+        dy[rows].copy_(g.add_(widen(dy[rows], t)) if accumulate_dy else g)
+    for grad, total in ((da, sum_a), (db, sum_b)):
         if grad is not None:
             grad.copy_(total.add_(widen(grad, wide)) if accumulate else total)
+
+
+def mix_add_temps(out: Tensor, *_: object) -> Temps:
+    (n, C), acc = out.shape, acc_dtype(out.dtype)
+    return [((chunk_rows(n, C), C), acc)] * 2
+
+
+@op("out", temps=mix_add_temps)
+def mix_add(out: Tensor, x: Tensor, y: Tensor, *, scratch: Scratch) -> None:
+    """out (n, C) = x (n, C) + y (n, C), rounded once. out may be x or y."""
+    x_, y_ = scratch(mix_add_temps(out))
+    for rows in row_chunks(*out.shape):
+        xf, yf = (t[: len(out[rows])] for t in (x_, y_))
+        out[rows].copy_(xf.copy_(x[rows]).add_(yf.copy_(y[rows])))
+
+
+def mix_backward_temps(dy: Tensor, db: Tensor | None, dout: Tensor, *_: object, **__: object) -> Temps:
+    (n, C), acc = dout.shape, acc_dtype(dout.dtype)
+    return [*[((chunk_rows(n, C), C), acc)] * 2, *[((1,), acc)] * 3, ((), acc)]
+
+
+@op("dy", "db", temps=mix_backward_temps, adds=("db",))
+def mix_backward(
+    dy: Tensor, db: Tensor | None, dout: Tensor, y: Tensor, b: Tensor,
+    *, factor: float = 1.0, accumulate: bool, scratch: Scratch,
+) -> None:  # fmt: skip
+    """Gradients of the term factor b y in a sum whose gradient is dout (n, C): dy (n, C) = factor b dout, and db (1) =
+    factor sum dout y if it is wanted, added to db if `accumulate`."""
+    d_, t_, b_, total, wide, part = scratch(mix_backward_temps(dy, db, dout))
+    b_.copy_(b).mul_(factor)
+    total.zero_()
+    for rows in row_chunks(*dout.shape):
+        d, t = (z[: len(dout[rows])] for z in (d_, t_))
+        d.copy_(dout[rows])
+        if db is not None:
+            total.add_(torch.sum(t.copy_(y[rows]).mul_(d), (0, 1), out=part))
+        dy[rows].copy_(d.mul_(b_))
+    if db is not None:
+        total.mul_(factor)
+        db.copy_(total.add_(widen(db, wide)) if accumulate else total)

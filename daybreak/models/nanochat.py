@@ -4,22 +4,25 @@ B sequences of T tokens are n = B T rows. There are C channels, NH heads of HS, 
 residual stream x (n, C) runs through L blocks, and x0 is what it starts as:
 
     tokens -> embedded -> norm -> smear = x0 = x                                       embedding
-       resid x + x0 = mixed                                                            before each block
-       mixed -> ln1 -> qkv -> norm of q, k -> rope -> attention -> attproj -> + mixed = residual2         `block`
+       mixed = resid x + x0 x0 -> ln1 -> qkv -> rope and norm of q, k -> attention -> attproj             `block`
                          v += gate(ln1) * ve[tokens], in every other layer
-       residual2 -> ln2 -> fc -> squared ReLU -> fcproj -> + residual2 = residual3     the next block's x
-    residual3 - backout * (residual3 of layer L / 2) = backed -> lnf -> logits -> soft-cap -> loss       head
+       attproj + mixed = residual2 -> ln2 -> fc -> squared ReLU -> fcproj
+       fcproj + residual2 = residual3                                                  the next block's x
+    fcproj + residual2 - backout * (residual3 of layer L / 2) = backed -> lnf -> logits -> soft-cap -> loss       head
+
+The stream is rounded where it is stored, as residual2, residual3 and backed, and nowhere else. So `mixed` and the last
+block's output are never rounded (see kernels/mix.py). nanochat under torch.compile rounds at the same places.
 
 Norms have no weights: the constant `ones` is in their place. nanochat multiplies the norms of q and k by 1.2 each, and
-here that is a part of attention's scale. It turns q and k before their norms, and in the other direction. The first
-changes no number, because a turn keeps the root of the mean square. With the second, its weights are ours but for the
-signs of the rows that make the second half of every head of q and k.
+here that is a part of attention's scale. It turns q and k in the other direction, so that its weights are ours but for
+the signs of the rows that make the second half of every head of q and k. Turn and norm are one kernel, which rounds
+once. Backward makes their outputs again, and all layers use the same bytes for that.
 
 Backward has two gradients that grow on the way down: d, that of the residual stream, and d_x0. `d_middle` waits for
 layer L / 2.
 
-`recompute`: level 1 keeps no output of the squared ReLU and no mixed stream, level 2 none of ln1 and ln2 either. Level
-3 keeps only the blocks' inputs, and runs `block` again.
+`recompute`: level 1 keeps no output of the squared ReLU, level 2 none of ln1 and ln2 either. Level 3 keeps only the
+blocks' inputs, and runs `block` again.
 """
 
 from __future__ import annotations
@@ -97,32 +100,21 @@ class Nanochat(Head):
 
     # ------------------------------------------------------------------------------------------------ one block
 
-    def mixed(self, b: Frame, x: Tensor, x0: Tensor, name: str = "mixed") -> Tensor:
-        """resid x + x0 x0 (n, C): what block b begins with."""
-        out = b.a(name, *x.shape)
-        b.k.mix_forward(out, x, x0, b.w("resid"), b.w("x0"))
-        return out
-
-    def block(self, b: Frame, x: Tensor, tokens: Tensor, B: int, T: int) -> tuple[Tensor, Matrix]:
-        """One block for its mixed stream x (n, C) and tokens (n), up to the squared ReLU: (residual2, relu2). fcproj
+    def block(self, b: Frame, x: Tensor, x0: Tensor, tokens: Tensor, B: int, T: int) -> tuple[Tensor, Matrix]:
+        """One block for its input x (n, C), x0 (n, C) and tokens (n), up to the squared ReLU: (residual2, relu2). fcproj
         then adds the rest.
 
         Training, prefill and decode use it; backward too, where it computes the block once more."""
         c, n = self.cfg, B * T
-        qkv = blocks.linear(
-            b, "qkv", self._norm(b, "ln1", x, b.matmul_a("ln1", n, c.C)), b.a("qkv", n, 3 * c.C), bias=False
-        )
+        qkv = blocks.linear(b, "qkv", self._mixed_norm(b, "ln1", None, x, x0), b.a("qkv", n, 3 * c.C), bias=False)
         if c.valued(b.index):
             values = qkv.view(n, 3 * c.NH, c.HS)[:, 2 * c.NH :]
-            b.k.value_forward(values, tokens, b.w("ve"), x, b.a("ln1.rstd", n, dtype=b.acc), b.w("gatew"))
-        qk = self._norm(b, "qknorm", self._both(qkv), b.a("qk", n, 2 * c.NH, c.HS))
-        blocks.rope(b, (qk.view(B, T, 2 * c.NH, c.HS),), b.constant("freq"), attention=1.0)
-        att = b.a("att", n, c.C)
+            b.k.value_forward(values, tokens, b.w("ve"), b.w("gatew"), *self._mixed(b, x, x0))
+        qk, att = self._turned(b, b.a("qk", n, 2 * c.NH, c.HS), qkv, T), b.a("att", n, c.C)
         q, k, v = self._seen(qk, qkv, B, T)
         blocks.attention(b, att.view(B, T, c.NH, c.HS), q, k, v, self.scale, **self._sees(b))
-        residual2 = b.a("residual2", n, c.C)
-        blocks.linear(b, "attproj", b.matmul_copy("att", att), residual2, add=x, bias=False)
-        ln2 = self._norm(b, "ln2", residual2, b.matmul_a("ln2", n, c.C))
+        residual2 = blocks.linear(b, "attproj", b.matmul_copy("att", att), b.a("residual2", n, c.C), bias=False)
+        ln2 = self._mixed_norm(b, "ln2", residual2, x, x0)
         fc, relu2 = b.a("fc", n, 4 * c.C), b.matmul_a("relu2", n, 4 * c.C)
         if not b.mode.few and (w := blocks.fused_w(b, "fc", ln2, relu2)) is not None:
             b.k.matmul_relu2_forward(relu2, fc, ln2, w)
@@ -130,9 +122,11 @@ class Nanochat(Head):
             b.k.relu2_forward(relu2, blocks.linear(b, "fc", ln2, fc, bias=False))
         return residual2, relu2
 
-    def block_backward(self, b: Frame, d: Tensor, x: Tensor, tokens: Tensor, B: int, T: int) -> None:
-        """d (n, C) is the gradient of the block's output, and becomes that of its mixed stream x. Makes every gradient
-        of the block."""
+    def block_backward(
+        self, b: Frame, d: Tensor, d_x0: Tensor, x: Tensor, x0: Tensor, tokens: Tensor, B: int, T: int
+    ) -> None:
+        """d (n, C) is the gradient of the block's output, and becomes that of its input x. Adds to d_x0 (n, C), but in
+        the last block writes it. Makes every gradient of the block."""
         c, n = self.cfg, B * T
         residual2, fc = b.a("residual2", n, c.C), b.a("fc", n, 4 * c.C)
         d_out = b.matmul_copy("d_residual3", d, plain=True)
@@ -149,12 +143,10 @@ class Nanochat(Head):
         ln2 = self._norm_backward(b, "ln2", d, d_ln2, residual2)
         blocks.weight_grad(b, "fc", d_made, ln2, late=not b.index)
 
-        qkv, qk, att, d_qkv = (
-            b.a("qkv", n, 3 * c.C),
-            b.a("qk", n, 2 * c.NH, c.HS),
-            b.a("att", n, c.C),
-            b.d("qkv", n, 3 * c.C),
-        )
+        qkv, att, d_qkv = b.a("qkv", n, 3 * c.C), b.a("att", n, c.C), b.d("qkv", n, 3 * c.C)
+        qk = b.a("qk.again", n, 2 * c.NH, c.HS, plain=True)
+        if not b.mode.recomputed:  # else `block` has just made it, under this name
+            self._turned(b, qk, qkv, T)
         d_mid = b.matmul_copy("d_residual2", d, plain=True)
         blocks.adapter_grad(b, "attproj", d_mid)
         blocks.weight_grad(b, "attproj", d_mid, b.matmul_copy("att", att, made=True))
@@ -163,26 +155,27 @@ class Nanochat(Head):
         grads = self._seen(d_both, d_qkv, B, T)
         seen = self._seen(qk, qkv, B, T)
         blocks.attention_backward(b, grads, d_att.view(heads), seen, att.view(heads), self.scale, **self._sees(b))
-        turned = d_qkv.view(B, T, 3 * c.NH, c.HS)[:, :, : 2 * c.NH]
-        blocks.rope(b, (turned,), b.constant("freq"), attention=1.0, back=True)
-        self._norm_backward(b, "qknorm", d_both, d_both, self._both(qkv), starts=True, kept=False)
+        b.k.rope_norm_backward(d_both, self._both(qkv), b.constant("freq"), b.mode.places, T=T, eps=c.eps)
         d_sum = b.matmul_copy("d_qkv", d_qkv, plain=True)
         blocks.adapter_grad(b, "qkv", d_sum)
         d_ln1 = blocks.input_grad(b, "qkv", b.d("ln1", n, c.C), d_sum)
         if c.valued(b.index):
             d_values = d_qkv.view(n, 3 * c.NH, c.HS)[:, 2 * c.NH :]
-            self._value_backward(b, d_ln1, d_values, x, tokens, B, T)
-        ln1 = self._norm_backward(b, "ln1", d, d_ln1, x)
+            self._value_backward(b, d_ln1, d_values, x, x0, tokens, B, T)
+        ln1, rewrite = b.output("ln1", n, c.C)
+        grads_of = (d, d_x0, b.g("resid"), b.g("x0"), rewrite, d, d_ln1)
+        how = {"accumulate_dy": b.index < c.L - 1, "accumulate": b.mode.accumulate}
+        b.k.mix_norm_backward(*grads_of, *self._mixed(b, x, x0), **how)
         blocks.weight_grad(b, "qkv", d_sum, ln1, late=not b.index)
 
     def _value_backward(
-        self, b: Frame, d_ln1: Tensor, d_values: Tensor, x: Tensor, tokens: Tensor, B: int, T: int
+        self, b: Frame, d_ln1: Tensor, d_values: Tensor, x: Tensor, x0: Tensor, tokens: Tensor, B: int, T: int
     ) -> None:
         """Gradients of the layer's value embeddings and their gates; adds to that of ln1's output."""
         n, again = B * T, b.mode.accumulate
-        d_ve, rstd = b.d("ve", n, self.cfg.C), b.a("ln1.rstd", n, dtype=b.acc)
+        d_ve, stream = b.d("ve", n, self.cfg.C), self._mixed(b, x, x0)
         b.k.value_backward(
-            d_ve, d_ln1, b.g("gatew"), d_values, tokens, b.w("ve"), x, rstd, b.w("gatew"), accumulate=again
+            d_ve, d_ln1, b.g("gatew"), d_values, tokens, b.w("ve"), b.w("gatew"), *stream, accumulate=again
         )
         if (d_table := b.g("ve")) is not None:
             b.k.embedding_backward(d_table, None, d_ve, tokens.view(B, T), accumulate=again, tied=False)
@@ -191,10 +184,10 @@ class Nanochat(Head):
 
     def _embedded(self, f: Frame, tokens: Tensor, mode: Mode, B: int, T: int) -> Tensor:
         """x0 (n, C) of tokens (B, T), or of one more token of each sequence."""
-        c, n, b = self.cfg, B * T, f.layer("", 0, mode)
+        c, n = self.cfg, B * T
         x, e, out = f.a("embedded", n, c.C), f.a("normed", n, c.C), f.a("smeared", n, c.C)
         f.k.embedding_forward(x, tokens, f.w("wte"), None)
-        self._norm(b, "normed", x, e)
+        f.k.rmsnorm_forward(e, f.a("normed.rstd", n, dtype=f.acc), x, f.constant("ones"), eps=c.eps)
         gate, kept = (f.w("smearw"), f.w("smear")), None if mode.cache is None else mode.cache[c.L, 0]
         if mode.positions is not None:
             f.k.smear_decode(out, kept, e, *gate, mode.positions)
@@ -205,30 +198,33 @@ class Nanochat(Head):
         return out
 
     def _blocks(self, f: Frame, tokens: Tensor, B: int, T: int, mode: Mode, backed: Tensor | None = None) -> Tensor:
-        """From tokens (B, T) to the stream before the last norm, in `backed` if given."""
-        c = self.cfg
+        """From tokens (B, T) to the last norm's output (n, C). `backed`, if given, is for the stream before it."""
+        c, eps = self.cfg, self.cfg.eps
         x = x0 = self._embedded(f, tokens, mode, B, T)
+        backed = f.a("backed", *x.shape) if backed is None else backed
         for l in range(c.L):
             b = f.layer(f"h.{l}.", l, mode)
-            residual2, relu2 = self.block(b, self.mixed(b, x, x0), tokens.view(-1), B, T)
-            x = blocks.linear(b, "fcproj", relu2, b.a("residual3", *x.shape), add=residual2, bias=False)
-        out = f.a("backed", *x.shape) if backed is None else backed
-        f.k.mix_forward(out, x, f.a(f"h.{self.middle}.residual3", *x.shape), None, f.w("backout"), factor=-1.0)
+            residual2, relu2 = self.block(b, x, x0, tokens.view(-1), B, T)
+            last = l == c.L - 1
+            x, add = (backed, None) if last else (b.a("residual3", *x.shape), residual2)
+            blocks.linear(b, "fcproj", relu2, x, add=add, bias=False)
+        middle, out = f.a(f"h.{self.middle}.residual3", *x.shape), f.a("lnf", *x.shape)
+        if self.middle == c.L - 1:
+            f.k.mix_add(middle, residual2, backed)
+        rstd = f.a("lnf.rstd", len(x), dtype=f.acc)
+        f.k.mix_norm_forward(backed, out, rstd, residual2, middle, None, f.w("backout"), eps=eps, factor=-1.0)
         return out
 
     def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None, documents: Documents | None = None) -> Tensor:
         """tokens (B, T) int64 -> the last norm's output (n, C). `kv`, if given, takes all keys, values and embeddings.
         documents: of packed rows."""
-        (B, T), mode = tokens.shape, Mode(cache=kv, documents=documents)
-        x = self._blocks(f, tokens, B, T, mode)
-        return self._norm(f, "lnf", x, f.a("lnf", *x.shape))
+        return self._blocks(f, tokens, *tokens.shape, Mode(cache=kv, documents=documents))
 
     def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
         """Logits (n, Vp) that follow one more token of each of n sequences, at their positions (n). Reads and adds to
         kv. `last` (n, C) is for the stream before the last norm, as the logits may have the bytes of any other."""
         n = tokens.shape[0]
-        x = self._blocks(f, tokens.view(n, 1), n, 1, Mode(cache=kv, positions=positions), last)
-        return self.head_logits(f, self._norm(f, "lnf", x, f.a("lnf", n, self.cfg.C)))
+        return self.head_logits(f, self._blocks(f, tokens.view(n, 1), n, 1, Mode(cache=kv, positions=positions), last))
 
     def backward(self, f: Frame, tokens: Tensor, *, first: bool, documents: Documents | None = None) -> None:
         """From d_lnf (n, C) to every gradient. `first` overwrites gradients, later micro-steps add.
@@ -244,23 +240,19 @@ class Nanochat(Head):
         d, d_x0, d_middle = (f.a(name, n, c.C) for name in ("d_residual", "d_x0", "d_middle"))
         x0, middle = f.a("smeared", n, c.C), f.a(f"h.{self.middle}.residual3", n, c.C)
         self._norm_backward(top, "lnf", d, f.a("d_lnf", n, c.C), f.a("backed", n, c.C), starts=True, kept=False)
-        how = {"factor": -1.0, "accumulate_dy": False, "accumulate": not first}
-        f.k.mix_backward(None, d_middle, None, f.g("backout"), d, None, middle, None, f.w("backout"), **how)
+        f.k.mix_backward(d_middle, f.g("backout"), d, middle, f.w("backout"), factor=-1.0, accumulate=not first)
         for l in reversed(range(lowest, L)):
             b = f.layer(f"h.{l}.", l, mode)
-            below = f.a(f"h.{l - 1}.residual3", n, c.C) if l else x0
+            x = f.a(f"h.{l - 1}.residual3", n, c.C) if l else x0
             if l == self.middle:
-                f.k.mix_forward(d, d, d_middle, None, None)
-            x = b.a("mixed", n, c.C) if not self.recompute else self.mixed(b, below, x0, "remixed")
+                f.k.mix_add(d, d, d_middle)
             if again:
-                self.block(b, x, tokens.view(-1), B, T)
-            self.block_backward(b, d, x, tokens.view(-1), B, T)
-            scalars = (b.g("resid"), b.g("x0"), d, below, x0, b.w("resid"), b.w("x0"))
-            b.k.mix_backward(d, d_x0, *scalars, accumulate_dy=l < L - 1, accumulate=not first)
+                self.block(b, x, x0, tokens.view(-1), B, T)
+            self.block_backward(b, d, d_x0, x, x0, tokens.view(-1), B, T)
             if l:
                 f.final()
         if embeds:
-            f.k.mix_forward(d, d, d_x0, None, None)
+            f.k.mix_add(d, d, d_x0)
             self._embedded_backward(top, d, tokens)
         f.final()
         for gradient in mode.late:
@@ -286,19 +278,28 @@ class Nanochat(Head):
 
     # --------------------------------------------------------------------------------------------------- pieces
 
-    def _norm(self, b: Frame, name: str, x: Tensor, out: blocks.Out) -> blocks.Out:
-        """out = RMSNorm of x (n, C), or of each head of x (n, heads, HS), without a weight. Returns out."""
-        rstd, ones = b.a(name + ".rstd", *x.shape[:-1], dtype=b.acc), b.constant("ones")[: x.shape[-1]]
-        b.k.rmsnorm_forward(out, rstd, x, ones, eps=self.cfg.eps)
+    def _mixed(self, b: Frame, x: Tensor, x0: Tensor) -> tuple[Tensor, ...]:
+        """The parts of the block's mixed stream, and what ln1 kept of it."""
+        return x, x0, b.a("ln1.rstd", len(x), dtype=b.acc), b.w("resid"), b.w("x0")
+
+    def _mixed_norm(self, b: Frame, name: str, res: Tensor | None, x: Tensor, x0: Tensor) -> Matrix:
+        """The RMSNorm (n, C) of the mixed stream, or of res (n, C), to which the stream is added."""
+        out, rstd = b.matmul_a(name, *x.shape), b.a(name + ".rstd", len(x), dtype=b.acc)
+        b.k.mix_norm_forward(res, out, rstd, x, x0, b.w("resid"), b.w("x0"), eps=self.cfg.eps)
         return out
+
+    def _turned(self, b: Frame, qk: Tensor, qkv: Tensor, T: int) -> Tensor:
+        """qk (n, 2 NH, HS) = the heads of queries and keys of qkv (n, 3 C), turned and normed. Returns qk."""
+        b.k.rope_norm_forward(qk, self._both(qkv), b.constant("freq"), b.mode.places, T=T, eps=self.cfg.eps)
+        return qk
 
     def _norm_backward(
         self, b: Frame, name: str, d: Tensor, d_out: Tensor, x: Tensor, *, starts: bool = False, kept: bool = True
     ) -> Matrix:
-        """Add the gradient of the norm's input x to d; `starts` overwrites d instead, which may then be d_out. Returns
-        the norm's output; x if that is not `kept` for a matmul."""
+        """Add the gradient of the norm's input x (n, C) to d; `starts` overwrites d instead, which may then be d_out.
+        Returns the norm's output; x if that is not `kept` for a matmul."""
         out, rewrite = b.output(name, *x.shape) if kept else (x, None)
-        rstd, ones = b.a(name + ".rstd", *x.shape[:-1], dtype=b.acc), b.constant("ones")[: x.shape[-1]]
+        rstd, ones = b.a(name + ".rstd", len(x), dtype=b.acc), b.constant("ones")
         b.k.rmsnorm_backward(d, None, rewrite, d_out, x, rstd, ones, accumulate_dx=not starts, accumulate=False)
         return out
 

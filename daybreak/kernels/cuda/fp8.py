@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from daybreak.kernels import Scratch, Temps, backend
-from daybreak.kernels.cuda import bias, cublaslt, glu, norm, relu
+from daybreak.kernels.cuda import bias, cublaslt, glu, mix, norm, relu
 from daybreak.kernels.cuda.rounding import programs, tile, write
 from daybreak.kernels.fp8 import READS
 from daybreak.kernels.operand import Matrix, Operand
@@ -177,6 +177,36 @@ def rmsnorm_backward(
     """dx (n, C), dweight (C) and rewrite (n, C) from dout (n, C): see the reference. dx may be dout."""
     write(rewrite, x, "rms", norm=(rstd, rstd, weight, weight), offset=offset)
     norm.rmsnorm_backward(dx, dweight, None, dout, x, rstd, weight, offset=offset, scratch=scratch, **how)
+
+
+@backend(NAME)
+def mix_norm_forward(
+    res: Tensor | None, out: Operand, rstd: Tensor, x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, eps: float
+) -> None:
+    """out (n, C) = the norm of a x + b y (n, C), or of res (n, C), to which that is added; rstd (n) in fp32 is kept."""
+    assert out.value is not None, "forward reads it"
+    assert not out.current, "rows are rounded before their largest magnitude is known"
+    mix.mixed_rows(res, out.value, rstd, x, y, a, b, eps=eps, scale=out.scale)
+    if out.transposed is not None and res is not None:
+        write(replace(out, value=None), res, "unit", norm=(rstd, rstd, x, x))
+    elif out.transposed is not None:
+        write(replace(out, value=None), x, "mix", y, norm=(rstd, rstd, a, b))
+
+
+def mix_backward_temps(
+    dx: Tensor, dy: Tensor, da: Tensor | None, db: Tensor | None, rewrite: Operand, *args: Tensor, **how: Any
+) -> Temps:
+    return mix.mix_norm_backward_temps(dx, dy, da, db, None, *args, **how)
+
+
+@backend(NAME, temps=mix_backward_temps)
+def mix_norm_backward(
+    dx: Tensor, dy: Tensor, da: Tensor | None, db: Tensor | None, rewrite: Operand,
+    d: Tensor, dout: Tensor, x: Tensor, y: Tensor, rstd: Tensor, a: Tensor, b: Tensor, *, scratch: Scratch, **how: Any,
+) -> None:  # fmt: skip
+    """dx, dy (n, C), da, db (1) and rewrite (n, C): see the reference. dx may be d."""
+    write(rewrite, x, "mix", y, norm=(rstd, rstd, a, b))
+    mix.mix_norm_backward(dx, dy, da, db, None, d, dout, x, y, rstd, a, b, scratch=scratch, **how)
 
 
 @backend(NAME)

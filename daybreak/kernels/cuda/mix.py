@@ -1,92 +1,192 @@
-"""Sums of two streams with learned scalars, element-wise; formulas in kernels/mix.py.
+"""The residual stream of nanochat, mixed and normed in one pass over memory each way; formulas in kernels/mix.py.
 
-A program of backward takes several blocks, in strides, and writes its two sums out once. How many programs there are
-depends on the shape alone, so the sums have the same bits on every GPU.
+A program of forward takes two rows, as in norm.py. One of backward takes several, in strides, while the next ones
+travel to shared memory, and writes its sums for the two scalars out once. How many programs there are depends on the
+shape alone, so the sums have the same bits on every GPU.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, float32
+from torch import Tensor, finfo, float32
 
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 from daybreak.kernels.cuda.bias import column_sums
+from daybreak.kernels.cuda.norm import AHEAD, Launch, backward_launch, forward_launch
+from daybreak.kernels.cuda.rounding import mixed, rounded
 
 BLOCK, WARPS = 2048, 4
-PROGRAMS = 132 * 8  # of backward: what an H100's 132 multiprocessors hold of 64 registers a thread
+PROGRAMS = 132 * 8  # of mix_backward: what an H100's 132 multiprocessors hold of 64 registers a thread
 
 
 @triton.jit
-def _mix_forward_kernel(out, x, y, a, b, factor, size, A: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr):
+def _mix_norm_forward_kernel(
+    res, out, rstd, x, y, a, b, scale, factor, n, C, eps,
+    RES: tl.constexpr, A: tl.constexpr, LARGEST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """RES: res is added and written, and the norm is that of what was written. LARGEST: out is in fp8, whose largest
+    value this is, with this scale."""
+    cols = tl.arange(0, BLOCK)[None, :]
+    row = n - 1 - (tl.program_id(0) * ROWS + tl.arange(0, ROWS))
+    at = row.to(tl.int64)[:, None] * C + cols
+    here = (cols < C) & (row >= 0)[:, None]
+    xf = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+    yf = tl.load(y + at, mask=here, other=0.0).to(tl.float32)
+    fa = 1.0
+    if A:
+        fa = tl.load(a).to(tl.float32)
+    m = mixed(xf, yf, fa, tl.load(b).to(tl.float32) * factor)
+    if RES:
+        m = (m + tl.load(res + at, mask=here, other=0.0).to(tl.float32)).to(res.dtype.element_ty)
+        tl.store(res + at, m, mask=here)
+        m = m.to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(m * m, 1) / C + eps)
+    normed, to = m * r[:, None], out + at
+    if LARGEST > 0.0:
+        normed = rounded(normed, tl.load(scale), LARGEST, out.dtype.element_ty)
+        to = tl.max_contiguous(to, [1, 8])
+    tl.store(to, normed.to(out.dtype.element_ty), mask=here)
+    tl.store(rstd + row, r, mask=row >= 0)
+
+
+@triton.jit
+def _mix_norm_backward_kernel(
+    dx, dy, again, part, d, dout, x, y, rstd, a, b, n, C,
+    ACCUMULATE_DY: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """part (2, programs) in fp32: this program's sums of the gradient of m times x, and times y.
+
+    Rows travel ahead of the stores to dx, which may be d: no row is another one's."""
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    cols = tl.arange(0, BLOCK)[None, :]
+    fa, fb = tl.load(a).to(tl.float32), tl.load(b).to(tl.float32)
+    sum_a = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_b = tl.zeros((ROWS, BLOCK), tl.float32)
+    row = n - 1 - (pid * ROWS + tl.arange(0, ROWS))
+    r_next = tl.load(rstd + row, mask=row >= 0, other=0.0)  # a turn ahead by hand, as in norm.py
+    for i in tl.range(pid * ROWS, n, programs * ROWS, num_stages=STAGES):
+        row = n - 1 - (i + tl.arange(0, ROWS))
+        at = row.to(tl.int64)[:, None] * C + cols
+        here = (cols < C) & (row >= 0)[:, None]  # where a row is none, all that is read is 0 and adds nothing
+        g = tl.load(dout + at, mask=here, other=0.0).to(tl.float32)
+        xf = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+        yf = tl.load(y + at, mask=here, other=0.0).to(tl.float32)
+        grad = tl.load(d + at, mask=here, other=0.0).to(tl.float32)
+        if ACCUMULATE_DY:
+            old = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)
+        r = r_next[:, None]
+        row -= programs * ROWS
+        r_next = tl.load(rstd + row, mask=row >= 0, other=0.0)
+        xhat = mixed(xf, yf, fa, fb) * r
+        if AGAIN:
+            tl.store(again + at, xhat.to(again.dtype.element_ty), mask=here)
+        grad += (g - xhat * (tl.sum(g * xhat, 1)[:, None] / C)) * r
+        sum_a += grad * xf
+        sum_b += grad * yf
+        tl.store(dx + at, (grad * fa).to(dx.dtype.element_ty), mask=here)
+        grad *= fb
+        if ACCUMULATE_DY:
+            grad += old
+        tl.store(dy + at, grad.to(dy.dtype.element_ty), mask=here)
+    tl.store(part + pid, tl.sum(tl.sum(sum_a, 1), 0))
+    tl.store(part + programs + pid, tl.sum(tl.sum(sum_b, 1), 0))
+
+
+@triton.jit
+def _mix_add_kernel(out, x, y, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     xf = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
     yf = tl.load(y + at, mask=at < size, other=0.0).to(tl.float32)
-    if A:
-        xf *= tl.load(a).to(tl.float32)
-    if B:
-        factor *= tl.load(b).to(tl.float32)
-    tl.store(out + at, (xf + yf * factor).to(out.dtype.element_ty), mask=at < size)
+    tl.store(out + at, (xf + yf).to(out.dtype.element_ty), mask=at < size)
 
 
 @triton.jit
-def _mix_backward_kernel(
-    dx, dy, part, dout, x, y, a, b, factor, size, DX: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    ACCUMULATE_DY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """part (2, programs) in fp32: this program's sums of dout x and of factor dout y."""
+def _mix_backward_kernel(dy, part, dout, y, b, factor, size, BLOCK: tl.constexpr):
+    """part (programs) in fp32: this program's sums of factor dout y."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
-    lanes = tl.arange(0, BLOCK)
-    fa = 1.0
-    fb = factor
-    if A:
-        fa = tl.load(a).to(tl.float32)
-    if B:
-        fb *= tl.load(b).to(tl.float32)
-    sum_a = tl.zeros((BLOCK,), tl.float32)
-    sum_b = tl.zeros((BLOCK,), tl.float32)
+    fb = tl.load(b).to(tl.float32) * factor
+    total = tl.zeros((BLOCK,), tl.float32)
     for i in range(0, tl.cdiv(size, BLOCK) - pid, programs):
-        at = (pid + i).to(tl.int64) * BLOCK + lanes
+        at = (pid + i).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         d = tl.load(dout + at, mask=at < size, other=0.0).to(tl.float32)
-        if A:
-            sum_a += d * tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-        if B:
-            sum_b += d * tl.load(y + at, mask=at < size, other=0.0).to(tl.float32)
-        grad = d * fb
-        if ACCUMULATE_DY:
-            grad += tl.load(dy + at, mask=at < size, other=0.0).to(tl.float32)
-        tl.store(dy + at, grad.to(dy.dtype.element_ty), mask=at < size)
-        if DX:
-            tl.store(dx + at, (d * fa).to(dx.dtype.element_ty), mask=at < size)
-    tl.store(part + pid, tl.sum(sum_a, 0))
-    tl.store(part + programs + pid, tl.sum(sum_b, 0) * factor)
+        total += d * tl.load(y + at, mask=at < size, other=0.0).to(tl.float32)
+        tl.store(dy + at, (d * fb).to(dy.dtype.element_ty), mask=at < size)
+    tl.store(part + pid, tl.sum(total, 0) * factor)
 
 
 @backend("triton")
-def mix_forward(out: Tensor, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, *, factor: float = 1.0) -> None:
-    """out (n, C) = a x + factor b y, all contiguous; out may be x or y. a, b (1): None is 1."""
-    _mix_forward_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-        out, x, y, x if a is None else a, x if b is None else b, factor, x.numel(),
-        A=a is not None, B=b is not None, BLOCK=BLOCK, num_warps=WARPS,
+def mix_norm_forward(
+    res: Tensor | None, out: Tensor, rstd: Tensor, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor,
+    *, eps: float, factor: float = 1.0,
+) -> None:  # fmt: skip
+    """out (n, C) = the norm of a x + factor b y, or of res (n, C), to which that is added: see the reference."""
+    mixed_rows(res, out, rstd, x, y, a, b, eps=eps, factor=factor)
+
+
+def mixed_rows(
+    res: Tensor | None, out: Tensor, rstd: Tensor, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor,
+    *, eps: float, factor: float = 1.0, scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The same; scale: of an output in fp8, which is divided by it."""
+    assert all(z.is_contiguous() for z in (out, x, y, x if res is None else res)), "rows follow each other"
+    programs, rows, block, warps, _ = forward_launch(x)
+    _mix_norm_forward_kernel[(programs,)](
+        x if res is None else res, out, rstd, x, y, b if a is None else a, b, x if scale is None else scale, factor,
+        *x.shape, eps, RES=res is not None, A=a is not None, LARGEST=0.0 if scale is None else finfo(out.dtype).max,
+        ROWS=rows, BLOCK=block, num_warps=warps, enable_fp_fusion=block > 32,  # as in norm.py
     )  # fmt: skip
 
 
-def backward_temps(
-    dx: Tensor | None, dy: Tensor, da: Tensor | None, db: Tensor | None, dout: Tensor, *_: object, **__: object
-) -> Temps:
+def mix_norm_launch(d: Tensor) -> Launch:
+    """The launch of backward for d (n, C). Rows of five tensors are on their way."""
+    launch = backward_launch(d, True)
+    tile = 5 * launch.rows * launch.block * d.element_size()
+    return launch._replace(stages=min(launch.stages, 1 + AHEAD // tile))
+
+
+def mix_norm_backward_temps(
+    dx: Tensor, dy: Tensor, da: Tensor | None, db: Tensor | None, rewrite: Tensor | None, d: Tensor,
+    *_: object, **__: object,
+) -> Temps:  # fmt: skip
     """The programs' two sums."""
-    return [((2, min(PROGRAMS, triton.cdiv(dout.numel(), BLOCK)), 1), float32)]
+    return [((2, mix_norm_launch(d).programs, 1), float32)]
 
 
-@backend("triton", temps=backward_temps)
-def mix_backward(
-    dx: Tensor | None, dy: Tensor, da: Tensor | None, db: Tensor | None, dout: Tensor, x: Tensor | None, y: Tensor,
-    a: Tensor | None, b: Tensor | None, *, factor: float = 1.0, accumulate_dy: bool, accumulate: bool, scratch: Scratch,
+@backend("triton", temps=mix_norm_backward_temps)
+def mix_norm_backward(
+    dx: Tensor, dy: Tensor, da: Tensor | None, db: Tensor | None, rewrite: Tensor | None,
+    d: Tensor, dout: Tensor, x: Tensor, y: Tensor, rstd: Tensor, a: Tensor, b: Tensor,
+    *, accumulate_dy: bool, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """Gradients of mix_forward, all contiguous: see the reference. dx may be dout."""
-    (part,) = scratch(backward_temps(dx, dy, da, db, dout))
-    _mix_backward_kernel[(part.shape[1],)](
-        dy if dx is None else dx, dy, part, dout, y if x is None else x, y, y if a is None else a,
-        y if b is None else b, factor, dout.numel(), DX=dx is not None, A=a is not None, B=b is not None,
-        ACCUMULATE_DY=accumulate_dy, BLOCK=BLOCK, num_warps=WARPS,
+    """Gradients of a x + b y and its norm, all contiguous: see the reference. dx may be d."""
+    (part,) = scratch(mix_norm_backward_temps(dx, dy, da, db, rewrite, d))
+    programs, rows, block, warps, stages = mix_norm_launch(d)
+    _mix_norm_backward_kernel[(programs,)](
+        dx, dy, dx if rewrite is None else rewrite, part, d, dout, x, y, rstd, a, b, *d.shape,
+        ACCUMULATE_DY=accumulate_dy, AGAIN=rewrite is not None, ROWS=rows, BLOCK=block, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     column_sums([da, db], part, accumulate)
+
+
+@backend("triton")
+def mix_add(out: Tensor, x: Tensor, y: Tensor) -> None:
+    """out (n, C) = x + y, all contiguous; out may be x or y."""
+    _mix_add_kernel[(triton.cdiv(x.numel(), BLOCK),)](out, x, y, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+
+
+def mix_backward_temps(dy: Tensor, db: Tensor | None, dout: Tensor, *_: object, **__: object) -> Temps:
+    """The programs' sums."""
+    return [((1, min(PROGRAMS, triton.cdiv(dout.numel(), BLOCK)), 1), float32)]
+
+
+@backend("triton", temps=mix_backward_temps)
+def mix_backward(
+    dy: Tensor, db: Tensor | None, dout: Tensor, y: Tensor, b: Tensor,
+    *, factor: float = 1.0, accumulate: bool, scratch: Scratch,
+) -> None:  # fmt: skip
+    """Gradients of the term factor b y, all contiguous: see the reference."""
+    (part,) = scratch(mix_backward_temps(dy, db, dout))
+    _mix_backward_kernel[(part.shape[1],)](
+        dy, part, dout, y, b, factor, dout.numel(), BLOCK=BLOCK, num_warps=WARPS
+    )
+    column_sums([db], part, accumulate)

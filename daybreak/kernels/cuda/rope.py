@@ -1,4 +1,5 @@
-"""Rotary positions in one pass, in place: a program turns the heads of one token; formulas in kernels/rope.py.
+"""Rotary positions in one pass, in place or with QK-norm: a program turns the heads of one token; formulas in
+kernels/rope.py.
 
 Triton's own sine has a path for huge angles that keeps numbers in local memory. Angles here are places in a text, at
 most: they are first reduced to an eighth of a turn on either side, where short polynomials have the accuracy of fp32.
@@ -80,6 +81,40 @@ def _rope_kernel(
     tl.store(at + half, (x2 * cos + x1 * sin).to(x.dtype.element_ty), mask=here)
 
 
+@triton.jit
+def _rope_norm_kernel(
+    to, x, freq, positions, to_t, x_t, T, heads, half, eps,
+    GIVEN: tl.constexpr, BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Some heads of one token, turned and normed. BACK: `to` holds the gradient, and takes that of x."""
+    token = tl.program_id(0)
+    place = token % T
+    if GIVEN:
+        place = tl.load(positions + token)
+    head, j = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
+    cos, sin = _cos_sin(place.to(tl.float32) * tl.load(freq + j, mask=j < half, other=0.0))
+    cos, sin = cos[None, :], sin[None, :]
+    inner = head[:, None] * (2 * half) + j[None, :]
+    here = (head < heads)[:, None] & (j < half)[None, :]
+    at = x + token.to(tl.int64) * x_t + inner
+    to += token.to(tl.int64) * to_t + inner
+    x1 = tl.load(at, mask=here, other=0.0).to(tl.float32)
+    x2 = tl.load(at + half, mask=here, other=0.0).to(tl.float32)
+    if BACK:
+        d1 = tl.load(to, mask=here, other=0.0).to(tl.float32)
+        d2 = tl.load(to + half, mask=here, other=0.0).to(tl.float32)
+    r = (1.0 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, 1) / (2 * half) + eps))[:, None]
+    if BACK:
+        g1, g2 = d1 * cos + d2 * sin, d2 * cos - d1 * sin
+        x1, x2 = x1 * r, x2 * r
+        mean = (tl.sum(g1 * x1 + g2 * x2, 1) / (2 * half))[:, None]
+        y1, y2 = (g1 - x1 * mean) * r, (g2 - x2 * mean) * r
+    else:
+        y1, y2 = (x1 * cos - x2 * sin) * r, (x2 * cos + x1 * sin) * r
+    tl.store(to, y1.to(to.dtype.element_ty), mask=here)
+    tl.store(to + half, y2.to(to.dtype.element_ty), mask=here)
+
+
 def launch(heads: int, half: int) -> tuple[int, int, int]:
     """Heads of one program, padded pairs of a head, and warps: 8 pairs to a thread."""
     pairs = triton.next_power_of_2(half)
@@ -100,3 +135,40 @@ def rope(
         GIVEN=positions is not None, BACK=back, HEADS=tile, HALF=pairs, num_warps=warps,
         **({} if positions is None else overlapping(x.device)),
     )  # fmt: skip
+
+
+def norm_launch(heads: int, half: int) -> tuple[int, int, int]:
+    """The same for heads that are normed: 16 pairs to a thread, whose angles then serve more than one head."""
+    tile, pairs, _ = launch(heads, half)
+    return tile, pairs, min(max(tile * pairs // 512, 1), 8)
+
+
+def _rope_norm(
+    to: Tensor, x: Tensor, freq: Tensor, positions: Tensor | None, T: int, eps: float, back: bool = False
+) -> None:
+    """Both of the following."""
+    n, heads, HS = x.shape
+    assert HS == 2 * freq.numel(), "whole heads turn"
+    assert x[0].is_contiguous(), "a token's heads follow each other"
+    assert to[0].is_contiguous(), "a token's heads follow each other"
+    tile, pairs, warps = norm_launch(heads, freq.numel())
+    _rope_norm_kernel[(n, triton.cdiv(heads, tile))](
+        to, x, freq, freq if positions is None else positions, to.stride(0), x.stride(0), T, heads, freq.numel(), eps,
+        GIVEN=positions is not None, BACK=back, HEADS=tile, HALF=pairs, num_warps=warps,
+    )  # fmt: skip
+
+
+@backend("triton")
+def rope_norm_forward(
+    out: Tensor, x: Tensor, freq: Tensor, positions: Tensor | None = None, *, T: int, eps: float
+) -> None:
+    """out (n, heads, HS) = the heads x, turned and normed: see the reference."""
+    _rope_norm(out, x, freq, positions, T, eps)
+
+
+@backend("triton")
+def rope_norm_backward(
+    d: Tensor, x: Tensor, freq: Tensor, positions: Tensor | None = None, *, T: int, eps: float
+) -> None:
+    """d (n, heads, HS), the gradient of the output, becomes that of x: see the reference."""
+    _rope_norm(d, x, freq, positions, T, eps, back=True)

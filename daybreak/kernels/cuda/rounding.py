@@ -144,6 +144,12 @@ def _normed(x, mean, rstd, w, b, row, n):
 
 
 @triton.jit
+def mixed(x, y, a, b):
+    """a x + b y in fp32. The fused multiply-add is written out: who computes it once more has the same bits."""
+    return tl.fma(x, a, y * b)
+
+
+@triton.jit
 def _of_row(x, row, n):
     """A number of each row, as a column."""
     return tl.load(x + row, mask=row < n, other=0.0)[:, None]
@@ -159,7 +165,7 @@ def _quantise_kernel(
     """value (n, C) and transposed (C, n) = act(x (n, C)) / scale, rounded; amax, as an integer, takes |act(x)|.
 
     ACT: none, gelu, relu2, norm, rms, or slope, which multiplies by gelu'(pre); silu and gated gelu make (n, C) of
-    x (n, 2 C). SUMS: column sums of act(x) go to `part`, a row for each program_id(1). MEASURE: only amax. CURRENT: the
+    x (n, 2 C). unit: rms without a weight, of x; mix: of w x + b pre, where w and b are one number each. SUMS: column sums of act(x) go to `part`, a row for each program_id(1). MEASURE: only amax. CURRENT: the
     scale is made of amax. AGAIN: again (C, n) = gelu(pre), rounded.
     """
     down, across = tl.arange(0, ROWS // 4), tl.arange(0, COLS)
@@ -203,6 +209,14 @@ def _quantise_kernel(
         first = row + 4 * down
         y0, y1 = y0 * _of_row(rstd, first, n) * wf, y1 * _of_row(rstd, first + 1, n) * wf
         y2, y3 = y2 * _of_row(rstd, first + 2, n) * wf, y3 * _of_row(rstd, first + 3, n) * wf
+    if ACT == "mix":
+        fa, fb = tl.load(w).to(tl.float32), tl.load(b).to(tl.float32)
+        p0, p1, p2, p3 = _four(pre + at, C, here)
+        y0, y1, y2, y3 = mixed(y0, p0, fa, fb), mixed(y1, p1, fa, fb), mixed(y2, p2, fa, fb), mixed(y3, p3, fa, fb)
+    if ACT == "mix" or ACT == "unit":
+        first = row + 4 * down
+        y0, y1 = y0 * _of_row(rstd, first, n), y1 * _of_row(rstd, first + 1, n)
+        y2, y3 = y2 * _of_row(rstd, first + 2, n), y3 * _of_row(rstd, first + 3, n)
     if ACT == "slope":
         p0, p1, p2, p3 = _four(pre + at, C, here)
         g0, g1, g2, g3 = _sigmoid(p0), _sigmoid(p1), _sigmoid(p2), _sigmoid(p3)
@@ -233,7 +247,7 @@ def _quantise_kernel(
 
 def tile(act: str, transposed: bool) -> tuple[int, int, int]:
     """Rows and columns of a program's tile, and its warps."""
-    if act in ("norm", "rms"):
+    if act in ("norm", "rms", "unit", "mix"):
         return ROWS, COLS, 2 * WARPS  # its threads hold more
     return (ROWS, COLS, WARPS) if transposed or act == "slope" else WIDE
 
@@ -249,8 +263,9 @@ def write(
 ) -> None:  # fmt: skip
     """out = act(x (n, C)), or x itself. act: "gelu", "relu2", "norm", or "slope", x * gelu'(pre (n, C)); then
     again.transposed = gelu(pre) too. part (programs, C) takes the column sums in fp32. norm: mean, rstd (n) in fp32,
-    weight and bias (C) of a layernorm. "rms" reads of these rstd and the weight, to which offset is added. "silu" and
-    "gated gelu" make (n, C) of x (n, 2 C): the left half's act times the right half. n and C are multiples of 16."""
+    weight and bias (C) of a layernorm. "rms" reads of these rstd and the weight, to which offset is added; "unit" reads
+    rstd alone; and "mix" reads rstd, and numbers a and b in place of weight and bias, for the norm of a x + b pre. "silu"
+    and "gated gelu" make (n, C) of x (n, 2 C): the left half's act times the right half. n and C are multiples of 16."""
     assert x.is_contiguous(), "rows follow each other"
     assert out.amax is not None, "fp8 has slots"
     n, C = out.shape

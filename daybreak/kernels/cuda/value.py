@@ -12,16 +12,23 @@ from torch import Tensor, float32
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 from daybreak.kernels.cuda.bias import column_sums
+from daybreak.kernels.cuda.rounding import mixed
 from daybreak.kernels.value import GATE
 
 PROGRAMS = 132 * 8  # of backward
 
 
 @triton.jit
-def _gates(x, rstd, w, t, C, NH, CHANNELS: tl.constexpr, HEADS: tl.constexpr, GATE: tl.constexpr, LANES: tl.constexpr):
+def _gates(
+    w, x, x0, rstd, a, b, t, C, NH,
+    CHANNELS: tl.constexpr, HEADS: tl.constexpr, GATE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """g (HEADS) of token t, the norm's first channels (LANES), and the weight (HEADS, LANES)."""
     h, k = tl.arange(0, HEADS), tl.arange(0, LANES)
-    y = tl.load(x + t.to(tl.int64) * C + k, mask=k < CHANNELS, other=0.0).to(tl.float32) * tl.load(rstd + t)
+    at = t.to(tl.int64) * C + k
+    xf = tl.load(x + at, mask=k < CHANNELS, other=0.0).to(tl.float32)
+    x0f = tl.load(x0 + at, mask=k < CHANNELS, other=0.0).to(tl.float32)
+    y = mixed(xf, x0f, tl.load(a).to(tl.float32), tl.load(b).to(tl.float32)) * tl.load(rstd + t)
     here = (h < NH)[:, None] & (k < CHANNELS)[None, :]
     wf = tl.load(w + h[:, None] * CHANNELS + k[None, :], mask=here, other=0.0).to(tl.float32)
     return GATE / (1.0 + tl.exp(-tl.sum(wf * y[None, :], 1))), y, wf
@@ -29,11 +36,11 @@ def _gates(x, rstd, w, t, C, NH, CHANNELS: tl.constexpr, HEADS: tl.constexpr, GA
 
 @triton.jit
 def _value_forward_kernel(
-    v, tokens, table, x, rstd, w, v_t, C, NH, HS, CHANNELS: tl.constexpr, GATE: tl.constexpr, LANES: tl.constexpr,
-    HEADS: tl.constexpr, SIZE: tl.constexpr,
+    v, tokens, table, w, x, x0, rstd, a, b, v_t, C, NH, HS, CHANNELS: tl.constexpr, GATE: tl.constexpr,
+    LANES: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
-    g, _, _ = _gates(x, rstd, w, t, C, NH, CHANNELS, HEADS, GATE, LANES)
+    g, _, _ = _gates(w, x, x0, rstd, a, b, t, C, NH, CHANNELS, HEADS, GATE, LANES)
     h, j = tl.arange(0, HEADS)[:, None], tl.arange(0, SIZE)[None, :]
     mask, inner = (h < NH) & (j < HS), h * HS + j
     u = tl.load(table + tl.load(tokens + t) * (NH * HS) + inner, mask=mask, other=0.0).to(tl.float32)
@@ -44,8 +51,8 @@ def _value_forward_kernel(
 
 @triton.jit
 def _value_backward_kernel(
-    du, dy, part, dv, tokens, table, x, rstd, w, dv_t, n, C, NH, HS, CHANNELS: tl.constexpr, GATE: tl.constexpr,
-    LANES: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
+    du, dy, part, dv, tokens, table, w, x, x0, rstd, a, b, dv_t, n, C, NH, HS, CHANNELS: tl.constexpr,
+    GATE: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """part (programs, NH CHANNELS): this program's sums for w, in fp32."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
@@ -54,7 +61,7 @@ def _value_backward_kernel(
     dw = tl.zeros((HEADS, LANES), tl.float32)
     for i in range(0, n - pid, programs):
         t = pid + i
-        g, y, wf = _gates(x, rstd, w, t, C, NH, CHANNELS, HEADS, GATE, LANES)
+        g, y, wf = _gates(w, x, x0, rstd, a, b, t, C, NH, CHANNELS, HEADS, GATE, LANES)
         u = tl.load(table + tl.load(tokens + t) * (NH * HS) + inner, mask=mask, other=0.0).to(tl.float32)
         d = tl.load(dv + t.to(tl.int64) * dv_t + inner, mask=mask, other=0.0).to(tl.float32)
         tl.store(du + t.to(tl.int64) * (NH * HS) + inner, (d * g[:, None]).to(du.dtype.element_ty), mask=mask)
@@ -75,19 +82,21 @@ def launch(heads: Tensor, w: Tensor) -> tuple[dict[str, int], int]:
 
 
 @backend("triton")
-def value_forward(v: Tensor, tokens: Tensor, table: Tensor, x: Tensor, rstd: Tensor, w: Tensor) -> None:
+def value_forward(
+    v: Tensor, tokens: Tensor, table: Tensor, w: Tensor, x: Tensor, x0: Tensor, rstd: Tensor, a: Tensor, b: Tensor
+) -> None:
     """v (n, NH, HS), whose tokens may lie apart, += gates * table[tokens]: see the reference."""
     (n, NH, HS), (sizes, warps) = v.shape, launch(v, w)
     assert v[0].is_contiguous(), "a token's heads follow each other"
     _value_forward_kernel[(n,)](
-        v, tokens, table, x, rstd, w, v.stride(0), x.shape[1], NH, HS,
+        v, tokens, table, w, x, x0, rstd, a, b, v.stride(0), x.shape[1], NH, HS,
         CHANNELS=w.shape[1], GATE=GATE, **sizes, num_warps=warps,
     )  # fmt: skip
 
 
 def backward_temps(
-    du: Tensor, dy: Tensor, dw: Tensor | None, dv: Tensor, tokens: Tensor, table: Tensor, x: Tensor, rstd: Tensor,
-    w: Tensor, **_: object,
+    du: Tensor, dy: Tensor, dw: Tensor | None, dv: Tensor, tokens: Tensor, table: Tensor, w: Tensor,
+    *_: object, **__: object,
 ) -> Temps:  # fmt: skip
     """The programs' sums for w."""
     return [((1, min(PROGRAMS, len(dv)), w.numel()), float32)]
@@ -95,15 +104,15 @@ def backward_temps(
 
 @backend("triton", temps=backward_temps)
 def value_backward(
-    du: Tensor, dy: Tensor, dw: Tensor | None, dv: Tensor, tokens: Tensor, table: Tensor, x: Tensor, rstd: Tensor,
-    w: Tensor, *, accumulate: bool, scratch: Scratch,
+    du: Tensor, dy: Tensor, dw: Tensor | None, dv: Tensor, tokens: Tensor, table: Tensor, w: Tensor,
+    x: Tensor, x0: Tensor, rstd: Tensor, a: Tensor, b: Tensor, *, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
     """du (n, NH HS) and dw (NH, 12) from dv (n, NH, HS); adds to dy (n, C): see the reference."""
-    (part,) = scratch(backward_temps(du, dy, dw, dv, tokens, table, x, rstd, w))
+    (part,) = scratch(backward_temps(du, dy, dw, dv, tokens, table, w))
     (n, NH, HS), (sizes, warps) = dv.shape, launch(dv, w)
     assert dv[0].is_contiguous(), "a token's heads follow each other"
     _value_backward_kernel[(part.shape[1],)](
-        du, dy, part, dv, tokens, table, x, rstd, w, dv.stride(0), n, x.shape[1], NH, HS,
+        du, dy, part, dv, tokens, table, w, x, x0, rstd, a, b, dv.stride(0), n, x.shape[1], NH, HS,
         CHANNELS=w.shape[1], GATE=GATE, **sizes, num_warps=warps,
     )  # fmt: skip
     column_sums([None if dw is None else dw.view(-1)], part, accumulate)

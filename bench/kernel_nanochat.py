@@ -1,4 +1,5 @@
-"""Cases of what only nanochat's family has: squared ReLU, mixed streams, smear, value embeddings, the soft-cap."""
+"""Cases of what only nanochat's family has: squared ReLU, the mixed stream and its norms, queries
+and keys that are turned and normed, smear, value embeddings, the soft-cap."""
 
 from __future__ import annotations
 
@@ -44,19 +45,60 @@ def _products(n: int, C: int, F: int) -> list[Case]:
 
 
 def _mix(n: int, C: int) -> list[Case]:
-    """Before a block, and back: in place, added to the gradient of the first embedding."""
+    """The norms before a block's two halves, and the last one; back, added to the gradient of the first embedding; the
+    sums beside them."""
+    size = n * C * 2
 
-    def forward() -> Callable[[], None]:
-        return launch("mix_forward", "triton", rand(n, C), rand(n, C), rand(n, C), rand(1), rand(1))
+    def forward(stored: bool = False, scaled: bool = True) -> Callable[[], None]:
+        res, a = rand(n, C) if stored else None, rand(1) if scaled else None
+        rest = (rand(n, C), rand(n, dtype=torch.float32), rand(n, C), rand(n, C), a, rand(1))
+        return launch("mix_norm_forward", "triton", res, *rest, eps=1e-6)
 
-    def backward() -> Callable[[], None]:
-        d, rest = rand(n, C), (rand(n, C), rand(n, C), rand(1), rand(1))
-        how = {"accumulate_dy": True, "accumulate": False}
-        return launch("mix_backward", "triton", d, rand(n, C), rand(1), rand(1), d, *rest, **how)
+    def backward(again: bool = False) -> Callable[[], None]:
+        d, rewrite, rstd = rand(n, C), rand(n, C) if again else None, rand(n, dtype=torch.float32).abs()
+        outs, stream = (d, rand(n, C), rand(1), rand(1), rewrite), (rand(n, C), rand(n, C), rstd, rand(1), rand(1))
+        return launch(
+            "mix_norm_backward", "triton", *outs, d, rand(n, C), *stream, accumulate_dy=True, accumulate=False
+        )
+
+    def backout() -> Callable[[], None]:
+        return launch(
+            "mix_backward", "triton", rand(n, C), rand(1), rand(n, C), rand(n, C), rand(1), factor=-1.0, accumulate=False
+        )
+
+    def add() -> Callable[[], None]:
+        d = rand(n, C)
+        return launch("mix_add", "triton", d, d, rand(n, C))
 
     return [
-        Case("mix_forward", "triton", 3 * n * C * 2, 0, forward),
-        Case("mix_backward", "triton", 6 * n * C * 2, 0, backward),
+        Case("mix_norm_forward", "triton", 3 * size, 0, forward, note="ln1"),
+        Case("mix_norm_forward", "triton", 5 * size, 0, partial(forward, stored=True), note="residual2 and ln2"),
+        Case(
+            "mix_norm_forward", "triton", 5 * size, 0, partial(forward, stored=True, scaled=False), note="backed and lnf"
+        ),
+        Case("mix_norm_backward", "triton", 7 * size, 0, backward),
+        Case("mix_norm_backward", "triton", 8 * size, 0, partial(backward, again=True), note="again"),
+        Case("mix_backward", "triton", 3 * size, 0, backout),
+        Case("mix_add", "triton", 3 * size, 0, add),
+    ]
+
+
+def _heads(B: int, T: int, C: int, NH: int) -> list[Case]:
+    """Queries and keys of a packed qkv, turned and normed; and the gradient, in place."""
+    n, HS = B * T, C // NH
+
+    def given() -> tuple[torch.Tensor, torch.Tensor]:
+        return rand(n, 3 * NH, HS)[:, : 2 * NH], rand(HS // 2, dtype=torch.float32).abs()
+
+    def forward() -> Callable[[], None]:
+        return launch("rope_norm_forward", "triton", rand(n, 2 * NH, HS), *given(), T=T, eps=1e-6)
+
+    def backward() -> Callable[[], None]:
+        return launch("rope_norm_backward", "triton", rand(n, 3 * NH, HS)[:, : 2 * NH], *given(), T=T, eps=1e-6)
+
+    return [
+        Case("rope_norm_forward", "triton", 4 * n * C * 2, 0, forward),
+        Case("rope_norm_backward", "triton", 6 * n * C * 2, 0, backward),
     ]
 
 
@@ -85,8 +127,8 @@ def _value(n: int, C: int, NH: int, Vp: int) -> list[Case]:
 
     def given() -> tuple[torch.Tensor, ...]:
         tokens = torch.randint(Vp, (n,), device=DEVICE)
-        rstd = rand(n, dtype=torch.float32).abs()
-        return tokens, rand(Vp, C), rand(n, C), rstd, rand(NH, 12)
+        stream = (rand(n, C), rand(n, C), rand(n, dtype=torch.float32).abs(), rand(1), rand(1))
+        return tokens, rand(Vp, C), rand(NH, 12), *stream
 
     def forward() -> Callable[[], None]:
         return launch("value_forward", "triton", rand(n, 3 * NH, C // NH)[:, 2 * NH :], *given())
@@ -114,6 +156,7 @@ def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
         *_relu(n, 4 * C),
         *_products(n, C, 4 * C),
         *_mix(n, C),
+        *_heads(B, T, C, NH),
         *_smear(B, T, C, NH),
         *_value(n, C, NH, Vp),
         _softcap(min(n, 64), Vp),

@@ -173,7 +173,8 @@ def rounding_cases() -> list[Case]:
         (e4m3, "norm", False, False, False, True), (e4m3, "rms", False, False, False, True),
         (e4m3, "silu", False, False, False, False), (e4m3, "silu", False, False, False, True),
         (e4m3, "gated gelu", False, False, False, True), (e4m3, "relu2", False, False, False, False),
-        (e5m2, "sums", False, False, False, True),
+        (e5m2, "sums", False, False, False, True), (e4m3, "mix", False, False, False, True),
+        (e4m3, "unit", False, False, False, True),
     ):  # fmt: skip
         rows, cols, warps = rounding.tile(act, both)
         kind = {
@@ -186,7 +187,7 @@ def rounding_cases() -> list[Case]:
         }
         kind |= {
             "OFFSET": 1.0 if act == "rms" else 0.0,
-            "VALUE": act not in ("norm", "rms"),
+            "VALUE": act not in ("norm", "rms", "mix", "unit"),
             "LARGEST": 448.0,
             "AGAIN_LARGEST": 448.0,
             "ROWS": rows,
@@ -334,18 +335,36 @@ def rope_cases(dtype: str) -> list[Case]:
         tile, pairs, warps = rope.launch(heads, half)
         constants = {"GIVEN": given, "BACK": False, "HEADS": tile, "HALF": pairs, "OVERLAP": given}
         found.append((rope._rope_kernel, types, constants, warps))
+    types = {"to": dtype, "x": dtype, "freq": "*fp32", "positions": "*i64", "to_t": "i32", "x_t": "i32", "T": "i32?"}
+    types |= {"heads": "i32?", "half": "i32", "eps": "fp32"}
+    for heads, given, back in ((12, False, False), (12, False, True), (24, True, False), (24, True, True)):
+        tile, pairs, warps = rope.norm_launch(heads, 64)
+        constants = {"GIVEN": given, "BACK": back, "HEADS": tile, "HALF": pairs}
+        found.append((rope._rope_norm_kernel, types, constants, warps))
     return found
 
 
-def mix_cases(dtype: str) -> list[Case]:
-    types = dict.fromkeys(("x", "y", "a", "b"), dtype) | {"factor": "fp32", "size": "i32"}
-    backward = {**types, **dict.fromkeys(("dx", "dy", "dout"), dtype), "part": "*fp32"}
-    found: list[Case] = []
-    for a, b, adds in ((True, True, True), (False, True, False), (False, False, False)):
-        constants = {"A": a, "B": b, "BLOCK": mix.BLOCK}
-        found.append((mix._mix_forward_kernel, {**types, "out": dtype}, constants, mix.WARPS))
-        found.append((mix._mix_backward_kernel, backward, {**constants, "DX": a, "ACCUMULATE_DY": adds}, mix.WARPS))
-    return found
+def mix_cases(C: int, dtype: str) -> list[Case]:
+    rows = torch.empty(1 << 14, C, dtype=torch.bfloat16 if dtype == "*bf16" else torch.float32, device="meta")
+    types = dict.fromkeys(("x", "y", "a", "b", "res", "out"), dtype) | {"scale": "*fp32", "factor": "fp32"}
+    types |= {"rstd": "*fp32", "n": "i32", "C": "i32", "eps": "fp32"}
+    launch, found = norm.forward_launch(rows), list[Case]()
+    for res, a, largest in ((False, True, 0.0), (True, True, 0.0), (True, False, 0.0), (False, True, 448.0)):
+        constants = {"RES": res, "A": a, "LARGEST": largest, "ROWS": launch.rows, "BLOCK": launch.block}
+        if not largest or dtype == "*bf16":
+            eight = {"out": "*fp8e4nv"} if largest else {}
+            found.append((mix._mix_norm_forward_kernel, types | eight, constants, launch.warps))
+    launch = mix.mix_norm_launch(rows)
+    backward = dict.fromkeys(("dx", "dy", "again", "d", "dout", "x", "y", "a", "b"), dtype)
+    backward |= {"part": "*fp32", "rstd": "*fp32", "n": "i32", "C": "i32"}
+    for adds, again in ((True, False), (True, True), (False, False)):
+        constants = {"ROWS": launch.rows, "BLOCK": launch.block, "STAGES": launch.stages}
+        constants |= {"ACCUMULATE_DY": adds, "AGAIN": again}
+        found.append((mix._mix_norm_backward_kernel, backward, constants, launch.warps))
+    types = dict.fromkeys(("x", "y", "out"), dtype) | {"size": "i32"}
+    found.append((mix._mix_add_kernel, types, {"BLOCK": mix.BLOCK}, mix.WARPS))
+    types = dict.fromkeys(("dy", "dout", "y", "b"), dtype) | {"part": "*fp32", "factor": "fp32", "size": "i32"}
+    return [*found, (mix._mix_backward_kernel, types, {"BLOCK": mix.BLOCK}, mix.WARPS)]
 
 
 def pick_cases(C: int, dtype: str) -> list[Case]:
@@ -384,7 +403,7 @@ def smear_cases(C: int, dtype: str) -> list[Case]:
 def value_cases(NH: int, dtype: str) -> list[Case]:
     heads, w = torch.empty(1, NH, 128, device="meta"), torch.empty(NH, 12, device="meta")
     sizes, warps = value.launch(heads, w)
-    types = dict.fromkeys(("table", "x", "w"), dtype) | {"tokens": "*i64", "rstd": "*fp32", "C": "i32", "HS": "i32"}
+    types = dict.fromkeys(("table", "x", "x0", "a", "b", "w"), dtype) | {"tokens": "*i64", "rstd": "*fp32", "C": "i32", "HS": "i32"}
     types["NH"] = "i32?"
     constants = {"CHANNELS": 12, "GATE": value.GATE, **sizes}
     backward = {**types, "du": dtype, "dy": dtype, "part": "*fp32", "dv": dtype, "dv_t": "i32", "n": "i32"}
@@ -404,7 +423,7 @@ CASES: dict[str, list[Case]] = {
     "glu": [*glu_cases("*bf16"), *glu_cases("*fp32")],
     "guard": guard_cases(),
     "lora": [*lora_cases("*bf16"), *lora_cases("*fp32")],
-    "mix": [*mix_cases("*bf16"), *mix_cases("*fp32")],
+    "mix": [*mix_cases(768, "*bf16"), *mix_cases(1536, "*bf16"), *mix_cases(768, "*fp32")],
     "muon": muon_cases(),
     "nf4": nf4_cases(),
     "norm": [

@@ -241,6 +241,40 @@ def test_rmsnorm_in_forward_and_backward(n, C, offset):
     assert all(torch.equal(a, b) for grads in found[1:] for a, b in zip(grads, found[0], strict=True))
 
 
+@pytest.mark.parametrize(("n", "C"), [(16, 96), (144, 80)])
+def test_norm_of_a_mixed_stream_in_forward_and_backward(n, C):
+    """The copy that matmuls of backward read has the same bytes, whoever makes it: forward, or backward of ln1."""
+    x, y, old, d, dout = (draw(n, C, dtype=BF16, seed=i) for i in range(5))
+    a, b, kind = draw(1, dtype=BF16, seed=5), draw(1, dtype=BF16, seed=6), {"scale": 2.0**-4}
+    plain = all_ops("cuda")["mix_norm_forward"].impls["triton"].fn
+    for stored in (None, old):
+        outs, found = [operand(E4M3, n, C, parts=parts, **kind) for parts in ("value", "both")], []
+        for out in (*outs, poison(n, C, dtype=BF16)):
+            rstd, res = poison(n, dtype=F32), None if stored is None else stored.clone()
+            args = (res, out, rstd, x, y, a, b)
+            run("mix_norm_forward", *args, eps=1e-6) if out in outs else plain(*args, eps=1e-6)
+            found.append((rstd, rstd if res is None else res))
+        assert all(torch.equal(p, q) for other in found[1:] for p, q in zip(other, found[0], strict=True))
+        m = f64(a) * f64(x) + f64(b) * f64(y) if res is None else f64(res)
+        within_half_a_step(outs[0], m / (m.square().mean(1, keepdim=True) + 1e-6).sqrt(), 2.0**-14)
+        same(*outs)
+        if stored is None:
+            whole, kept = outs[1], rstd
+    grads = []
+    for again in (operand(E4M3, n, C, parts="transposed", **kind), None):
+        outs = [poison(n, C, dtype=BF16), poison(n, C, dtype=BF16), poison(1, dtype=BF16), poison(1, dtype=BF16)]
+        args, how = (*outs, again, d, dout, x, y, kept, a, b), {"accumulate_dy": False, "accumulate": False}
+        if again is None:
+            impl = all_ops("cuda")["mix_norm_backward"].impls["triton"]
+            temps = [poison(*s, dtype=t) for s, t in impl.temps(*args, **how)]
+            impl.fn(*args, **how, scratch=lambda _, temps=temps: temps)
+        else:
+            run("mix_norm_backward", *args, **how)
+            same(again, whole)
+        grads.append(outs)
+    assert all(torch.equal(p, q) for p, q in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(("n", "F"), [(16, 48), (144, 80)])
 def test_the_gate_in_forward_and_backward(n, F, gelu):

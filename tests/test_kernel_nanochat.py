@@ -77,45 +77,100 @@ def test_matmuls_with_the_squared_relu(backend, dtype, n, C, F):
     assert torch.equal(plain, dpre)
 
 
-SCALARS = [(True, True, 1.0), (False, True, -1.0), (True, False, 2.0), (False, False, 1.0)]
+EPS = 2.0**-23
+STREAMS = [(1, 1), (3, 50), (40, 96), (7, 3001)]
+
+
+def norm_of(m: Tensor) -> Tensor:
+    return m / (m.square().mean(1, keepdim=True) + EPS).sqrt()
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize(("n", "C"), STREAMS)
+@pytest.mark.parametrize(("scaled", "factor"), [(True, 1.0), (False, -1.0)], ids=["block", "end"])
+def test_norm_of_a_mixed_stream(backend, dtype, n, C, scaled, factor):
+    """The sum alone, and with an addition: then the norm has the bits of a norm of what was stored."""
+    skip_unless_served("mix_norm_forward", backend, dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    x, y, old = (draw(n, C, dtype=dtype, seed=i) for i in range(3))
+    a, b = draw(1, dtype=dtype, seed=3) if scaled else None, draw(1, dtype=dtype, seed=4)
+    how = {"eps": EPS, "factor": factor, "backend": backend}
+    m = (1.0 if a is None else f64(a)) * f64(x) + factor * f64(b) * f64(y)
+    out, rstd = poison(n, C, dtype=dtype), poison(n, dtype=acc)
+    run("mix_norm_forward", None, out, rstd, x, y, a, b, **how)
+    close(out, norm_of(m))
+    close(rstd, 1 / (m.square().mean(1) + EPS).sqrt())
+    res, out, rstd = old.clone(), poison(n, C, dtype=dtype), poison(n, dtype=acc)
+    run("mix_norm_forward", res, out, rstd, x, y, a, b, **how)
+    close(res, m + f64(old), terms=m.abs() + f64(old).abs())
+    close(out, norm_of(f64(res)))
+    close(rstd, 1 / (f64(res).square().mean(1) + EPS).sqrt())
 
 
 @each_backend
 @each_dtype
 @either
-@pytest.mark.parametrize(("n", "C"), [(1, 1), (3, 50), (40, 96), (7, 3001)])
-@pytest.mark.parametrize(("first", "second", "factor"), SCALARS)
-def test_mix(backend, dtype, accumulate, n, C, first, second, factor, monkeypatch):
-    skip_unless_served("mix_backward", backend, dtype)
-    monkeypatch.setattr(mix, "PROGRAMS", 3)
-    x, y, d = draw(n, C, dtype=dtype), draw(n, C, dtype=dtype, seed=1), draw(n, C, dtype=dtype, seed=2)
-    a = draw(1, dtype=dtype, seed=3) if first else None
-    b = draw(1, dtype=dtype, seed=4) if second else None
-    out = poison(n, C, dtype=dtype)
-    run("mix_forward", out, x, y, a, b, factor=factor, backend=backend)
-    X, Y = leaf(x), leaf(y)
-    A, B = (leaf(torch.ones(1, device=DEVICE) if s is None else s) for s in (a, b))
-    want = A * X + factor * B * Y
-    close(out, want.detach())
-    gx, gy, ga, gb = gradients(want, d, X, Y, A, B)
+@pytest.mark.parametrize(("n", "C"), STREAMS)
+def test_gradients_of_a_mixed_stream_and_its_norm(backend, dtype, accumulate, n, C, monkeypatch):
+    skip_unless_served("mix_norm_backward", backend, dtype)
+    monkeypatch.setattr(mix, "MIN_PROGRAMS", 3)
+    monkeypatch.setattr(mix, "BACKWARD_WARPS", 3)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    x, y, d, dout = (draw(n, C, dtype=dtype, seed=i) for i in range(4))
+    a, b = draw(1, dtype=dtype, seed=4), draw(1, dtype=dtype, seed=5)
+    X, Y, A, B = (leaf(z) for z in (x, y, a, b))
+    m = A * X + B * Y
+    want = (m * f64(d)).sum() + (norm_of(m) * f64(dout)).sum()
+    gx, gy, ga, gb = torch.autograd.grad(want, (X, Y, A, B))
+    exact = m.detach()
+    rstd = (1 / (exact.square().mean(1) + EPS).sqrt()).to(acc)
+    dm = (f64(d).abs() + f64(dout).abs() * rstd[:, None].double()) * (1 + norm_of(exact).abs())  # its terms
+    if C == 1:
+        dm = dm * 4 * rstd[:, None].double().amax().clamp(min=1)  # they cancel
     dx, (dy, old_y) = poison(n, C, dtype=dtype), output(n, C, dtype=dtype, accumulate=accumulate)
     (da, old_a), (db, old_b) = (output(1, dtype=dtype, accumulate=accumulate) for _ in range(2))
-    da, db = da if first else None, db if second else None
-    options = {"factor": factor, "accumulate_dy": accumulate, "accumulate": accumulate, "backend": backend}
-    run("mix_backward", dx, dy, da, db, d, x if first else None, y, a, b, **options)
-    close(dx, gx)
-    close(dy, gy + old_y)
-    if da is not None:
-        close(da, ga + old_a, terms=(f64(d) * f64(x)).norm())
-    if db is not None:
-        close(db, gb + old_b, terms=(f64(d) * f64(y)).norm())
-    again = draw(n, C, dtype=dtype, seed=99) if accumulate else poison(n, C, dtype=dtype)
-    in_place = d.clone()
-    run("mix_backward", in_place, again, None, None, in_place, None, y, a, b, **options)
-    assert torch.equal(in_place, dx)
-    close(again, gy + (f64(draw(n, C, dtype=dtype, seed=99)) if accumulate else 0))
-    run("mix_backward", None, poison(n, C, dtype=dtype), None, None, d, None, y, a, b, **options)
-    run("mix_forward", x, x, y, a, b, factor=factor, backend=backend)
+    again = poison(n, C, dtype=dtype)
+    how = {"accumulate_dy": accumulate, "accumulate": accumulate, "backend": backend}
+    stream = (x, y, rstd, a, b)
+    run("mix_norm_backward", dx, dy, da, db, again, d, dout, *stream, **how)
+    close(dx, gx, terms=dm * f64(a).abs())
+    close(dy, gy + old_y, terms=dm * f64(b).abs() + old_y.abs())
+    close(da, ga + old_a, terms=(dm * f64(x)).norm() + old_a.abs())
+    close(db, gb + old_b, terms=(dm * f64(y)).norm() + old_b.abs())
+    close(again, norm_of(exact))
+    made = poison(n, C, dtype=dtype)  # by forward
+    own = poison(n, dtype=acc)
+    run("mix_norm_forward", None, made, own, x, y, a, b, eps=EPS, backend=backend)
+    more = draw(n, C, dtype=dtype, seed=99) if accumulate else poison(n, C, dtype=dtype)
+    in_place, once = d.clone(), poison(n, C, dtype=dtype)
+    run("mix_norm_backward", in_place, more, None, None, once, in_place, dout, x, y, own, a, b, **how)
+    assert torch.equal(once, made)
+    alone, other = poison(n, C, dtype=dtype), draw(n, C, dtype=dtype, seed=99)
+    run("mix_norm_backward", alone, other, None, None, None, d, dout, x, y, own, a, b, **how)
+    assert torch.equal(alone, in_place)
+    assert torch.equal(other, more)
+
+
+@each_backend
+@each_dtype
+@either
+@pytest.mark.parametrize(("n", "C"), STREAMS)
+def test_sums_of_streams_and_the_part_taken_away(backend, dtype, accumulate, n, C, monkeypatch):
+    skip_unless_served("mix_backward", backend, dtype)
+    monkeypatch.setattr(mix, "PROGRAMS", 3)
+    x, y, b, out = draw(n, C, dtype=dtype), draw(n, C, dtype=dtype, seed=1), draw(1, dtype=dtype), poison(n, C, dtype=dtype)
+    run("mix_add", out, x, y, backend=backend)
+    close(out, f64(x) + f64(y), terms=f64(x).abs() + f64(y).abs())
+    dy, (db, old) = poison(n, C, dtype=dtype), output(1, dtype=dtype, accumulate=accumulate)
+    how = {"factor": -1.0, "accumulate": accumulate, "backend": backend}
+    run("mix_backward", dy, db, x, y, b, **how)
+    close(dy, -f64(b) * f64(x))
+    close(db, old - (f64(x) * f64(y)).sum(), terms=(f64(x) * f64(y)).norm() + old.abs())
+    alone = poison(n, C, dtype=dtype)
+    run("mix_backward", alone, None, x, y, b, **how)
+    assert torch.equal(alone, dy)
+    run("mix_add", x, x, y, backend=backend)
     assert torch.equal(x, out)
 
 
@@ -189,27 +244,29 @@ def test_value_embeddings(backend, dtype, accumulate, n, NH, HS, monkeypatch):
     monkeypatch.setattr(value, "PROGRAMS", 6)
     C, V = NH * HS, 11
     table, w, x = draw(V, C, dtype=dtype), draw(NH, 12, dtype=dtype, seed=1), draw(n, C, dtype=dtype, seed=2)
+    x0, a, b = draw(n, C, dtype=dtype, seed=7), draw(1, dtype=dtype, seed=8), draw(1, dtype=dtype, seed=9)
     rstd = draw(n, dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=3).abs()
+    stream, y = (x, x0, rstd, a, b), (f64(a) * f64(x) + f64(b) * f64(x0)) * f64(rstd)[:, None]
     tokens = torch.randint(V, (n,), generator=torch.Generator().manual_seed(4)).to(DEVICE)
     packed, grads = draw(n, 3 * NH, HS, dtype=dtype, seed=5), draw(n, 3 * NH, HS, dtype=dtype, seed=6)
     v, dv = packed[:, 2 * NH :], grads[:, 2 * NH :]
-    Y, W, U, V0 = leaf(f64(x) * f64(rstd)[:, None]), leaf(w), leaf(table[tokens]), leaf(v)
+    Y, W, U, V0 = leaf(y), leaf(w), leaf(table[tokens]), leaf(v)
     others = packed[:, : 2 * NH].clone()
     want = V0 + 3 * torch.sigmoid(Y[:, :12] @ W.T)[..., None] * U.view(n, NH, HS)
-    run("value_forward", v, tokens, table, x, rstd, w, backend=backend)
+    run("value_forward", v, tokens, table, w, *stream, backend=backend)
     close(v, want.detach())
     assert torch.equal(packed[:, : 2 * NH], others)
     gy, gw, gu = gradients(want, dv, Y, W, U)
     du, dy, (dw, old) = poison(n, C, dtype=dtype), draw(n, C, dtype=dtype), output(
         NH, 12, dtype=dtype, accumulate=accumulate)  # fmt: skip
     before = f64(dy)
-    run("value_backward", du, dy, dw, dv, tokens, table, x, rstd, w, accumulate=accumulate, backend=backend)
+    run("value_backward", du, dy, dw, dv, tokens, table, w, *stream, accumulate=accumulate, backend=backend)
     close(du, gu)
     close(dy, before + gy, terms=before.abs() + f64(dv).abs().sum() / n)
     assert torch.equal(f64(dy[:, 12:]), before[:, 12:])
     close(dw, gw + old, terms=torch.stack([f64(dv).abs().sum() * f64(table).abs().max()]))
     again, more = poison(n, C, dtype=dtype), before.to(dtype)
-    run("value_backward", again, more, None, dv, tokens, table, x, rstd, w, accumulate=accumulate, backend=backend)
+    run("value_backward", again, more, None, dv, tokens, table, w, *stream, accumulate=accumulate, backend=backend)
     assert torch.equal(again, du)
     assert torch.equal(more, dy)
 

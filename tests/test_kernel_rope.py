@@ -14,12 +14,13 @@ from daybreak.kernels import acc_dtype
 SHAPES = [(1, 1, 1, 2, 2), (2, 7, 3, 8, 8), (3, 5, 2, 12, 8), (1, 130, 2, 64, 64), (2, 70, 3, 20, 4)]
 
 
-def turned(x, places, freq, attention=1.0, back=False):
+def turned(x, places, freq, attention=1.0, back=False, dtype=None):
     """The pairs (j, j + R/2) of x (B, T, heads, HS) in fp64, as complex numbers, times exp(i p freq).
 
-    places (B or 1, T). An angle is a product in the kernel's precision: far from 0, its rounding is seen in fp32.
+    places (B or 1, T). dtype: the kernel's, if x has another one. An angle is a product in the kernel's precision: far
+    from 0, its rounding is seen in fp32.
     """
-    half, acc = len(freq), acc_dtype(x.dtype)
+    half, acc = len(freq), acc_dtype(dtype or x.dtype)
     angle = f64(places.to(acc)[..., None, None] * freq.to(acc)) * (-1 if back else 1)
     x = x.double()
     points = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(
@@ -98,3 +99,29 @@ def test_poison_outside_is_not_read():
     assert whole[:, :, 1:3].square().sum().item() == pytest.approx(6 * 2 * 8, rel=1e-6)
     assert whole[0, 0, 1, 0] == 1.0
     assert whole[0, 1, 1, 0].item() == pytest.approx(math.cos(1) - math.sin(1), rel=1e-6)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize(("B", "T", "heads", "HS"), [(1, 1, 1, 2), (2, 7, 3, 8), (1, 130, 12, 64), (3, 5, 5, 12), (2, 3, 40, 128)])
+@pytest.mark.parametrize("given", [False, True], ids=["rows", "places"])
+def test_heads_that_are_turned_and_normed(backend, dtype, B, T, heads, HS, given):
+    """One rounding; backward in place, in a view beside which all keeps its bits. Places of packed rows, or of rows."""
+    skip_unless_served("rope_norm_backward", backend, dtype)
+    n, eps, freq = B * T, 1e-3, frequencies(HS)
+    whole, grads = draw(n, heads + 2, HS, dtype=dtype), draw(n, heads + 2, HS, dtype=dtype, seed=1)
+    x, d, out, before = whole[:, 1:-1], grads[:, 1:-1], poison(n, heads, HS, dtype=dtype), grads.clone()
+    places = torch.arange(n, device=DEVICE) % T
+    if given:
+        places = (places * 37 + 5) % 8191
+    X = f64(x).requires_grad_()
+    want = turned(X[:, None], places[:, None], freq, dtype=dtype)[:, 0] / (X.square().mean(-1, keepdim=True) + eps).sqrt()
+    how = {"T": T, "eps": eps, "backend": backend}
+    run("rope_norm_forward", out, x, freq, places if given else None, **how)
+    close(out, want.detach())
+    (want_d,) = torch.autograd.grad((want * f64(d)).sum(), X)
+    run("rope_norm_backward", d, x, freq, places if given else None, **how)
+    scale = 1 / (f64(x).square().mean(-1, keepdim=True) + eps).sqrt()
+    close(d, want_d, terms=f64(before[:, 1:-1]).abs() * scale * 2)
+    grads[:, 1:-1] = before[:, 1:-1]
+    assert torch.equal(grads, before)

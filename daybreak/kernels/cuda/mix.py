@@ -12,7 +12,7 @@ from torch import Tensor, finfo, float32
 from daybreak.kernels import Scratch, Temps, backend
 from daybreak.kernels.cuda import tl, triton
 from daybreak.kernels.cuda.bias import column_sums
-from daybreak.kernels.cuda.norm import AHEAD, Launch, backward_launch, forward_launch
+from daybreak.kernels.cuda.norm import AHEAD, BACKWARD_WARPS, MIN_PROGRAMS, Launch, backward_launch, forward_launch
 from daybreak.kernels.cuda.rounding import mixed, rounded
 
 BLOCK, WARPS = 2048, 4
@@ -138,10 +138,12 @@ def mixed_rows(
 
 
 def mix_norm_launch(d: Tensor) -> Launch:
-    """The launch of backward for d (n, C). Rows of five tensors are on their way."""
-    launch = backward_launch(d, True)
-    tile = 5 * launch.rows * launch.block * d.element_size()
-    return launch._replace(stages=min(launch.stages, 1 + AHEAD // tile))
+    """The launch of backward for d (n, C): half as many columns to a thread as for a norm, since there are twice as many
+    accumulators. Rows of five tensors are on their way."""
+    _, rows, block, warps, stages = backward_launch(d, True)
+    warps, tile = min(2 * warps, 32 if block > 8192 else 16), 5 * rows * block * d.element_size()
+    programs = min(triton.cdiv(len(d), rows), max(MIN_PROGRAMS, BACKWARD_WARPS // warps))
+    return Launch(programs, rows, block, warps, min(stages, 1 + AHEAD // tile))
 
 
 def mix_norm_backward_temps(

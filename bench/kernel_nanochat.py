@@ -63,7 +63,15 @@ def _mix(n: int, C: int) -> list[Case]:
 
     def backout() -> Callable[[], None]:
         return launch(
-            "mix_backward", "triton", rand(n, C), rand(1), rand(n, C), rand(n, C), rand(1), factor=-1.0, accumulate=False
+            "mix_backward",
+            "triton",
+            rand(n, C),
+            rand(1),
+            rand(n, C),
+            rand(n, C),
+            rand(1),
+            factor=-1.0,
+            accumulate=False,
         )
 
     def add() -> Callable[[], None]:
@@ -74,7 +82,12 @@ def _mix(n: int, C: int) -> list[Case]:
         Case("mix_norm_forward", "triton", 3 * size, 0, forward, note="ln1"),
         Case("mix_norm_forward", "triton", 5 * size, 0, partial(forward, stored=True), note="residual2 and ln2"),
         Case(
-            "mix_norm_forward", "triton", 5 * size, 0, partial(forward, stored=True, scaled=False), note="backed and lnf"
+            "mix_norm_forward",
+            "triton",
+            5 * size,
+            0,
+            partial(forward, stored=True, scaled=False),
+            note="backed and lnf",
         ),
         Case("mix_norm_backward", "triton", 7 * size, 0, backward),
         Case("mix_norm_backward", "triton", 8 * size, 0, partial(backward, again=True), note="again"),

@@ -403,7 +403,12 @@ def smear_cases(C: int, dtype: str) -> list[Case]:
 def value_cases(NH: int, dtype: str) -> list[Case]:
     heads, w = torch.empty(1, NH, 128, device="meta"), torch.empty(NH, 12, device="meta")
     sizes, warps = value.launch(heads, w)
-    types = dict.fromkeys(("table", "x", "x0", "a", "b", "w"), dtype) | {"tokens": "*i64", "rstd": "*fp32", "C": "i32", "HS": "i32"}
+    types = dict.fromkeys(("table", "x", "x0", "a", "b", "w"), dtype) | {
+        "tokens": "*i64",
+        "rstd": "*fp32",
+        "C": "i32",
+        "HS": "i32",
+    }
     types["NH"] = "i32?"
     constants = {"CHANNELS": 12, "GATE": value.GATE, **sizes}
     backward = {**types, "du": dtype, "dy": dtype, "part": "*fp32", "dv": dtype, "dv_t": "i32", "n": "i32"}

@@ -38,8 +38,9 @@ LATER = {"rmsnorm_forward", "rmsnorm_backward", "rope", "swiglu_forward", "swigl
          "matmul_batched", "muon_momentum", "muon_sums", "muon_update"}  # fmt: skip
 LATER |= {"matmul_swiglu_forward", "matmul_swiglu_backward", "matmul_rms_decode", "nf4_unpack"}
 LATER |= {"matmul_relu2_forward", "matmul_relu2_backward"}
-LATER |= {"relu2_forward", "relu2_backward", "mix_forward", "mix_backward", "smear_forward", "smear_backward",
-          "smear_decode", "value_forward", "value_backward", "cap_logits"}  # fmt: skip
+LATER |= {"relu2_forward", "relu2_backward", "mix_add", "mix_backward", "mix_norm_forward", "mix_norm_backward",
+          "rope_norm_forward", "rope_norm_backward", "smear_forward", "smear_backward", "smear_decode",
+          "value_forward", "value_backward", "cap_logits"}  # fmt: skip
 LATER |= {"pick_forward", "pick_backward"}
 FLAT = ("weights", "grads")  # buffers in the parameter table's layout
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from nanochat_oracle import Model, Nano, random_values
-from test_nanochat import apart, shape, together, tokens_of
+from test_nanochat import apart, shape, small_gradients, together, tokens_of
 from torch import Tensor
 
 from daybreak.config_keys import OptimConfig
@@ -25,7 +25,8 @@ pytestmark = [
 WIDE = Nano(L=4, C=512, NH=4, max_T=512, V=1000, window=129)
 B, T = 4, 512
 OPTIM = OptimConfig(name="muon", lr=0.004, muon_warmup=2, clip=0)
-OURS = ("mix_forward", "relu2_backward", "smear_backward", "smear_decode", "value_backward", "cap_logits", "classifier")
+OURS = ("mix_norm_forward", "mix_norm_backward", "mix_backward", "mix_add", "rope_norm_forward", "rope_norm_backward",
+        "relu2_backward", "smear_backward", "smear_decode", "value_backward", "cap_logits", "classifier")  # fmt: skip
 
 
 def values_of(s: Nano) -> dict[str, Tensor]:
@@ -84,15 +85,23 @@ def test_the_same_bits_twice_and_at_every_level_of_recompute(compute: str) -> No
     if compute == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no fp8 here")
     runs = []
-    for recompute in (0, 0, 2, 3):
+    for recompute in (0, 0, 1, 2, 3):
         engine = engine_of(WIDE, recompute=recompute, compute=compute)
         for step in range(3):
             engine.train_step(*batch(WIDE, step), lr=0.004, step=step)
         runs.append((engine.stats()["loss"], {name: engine.param(name).clone() for name in engine.names()}))
         del engine
-    for loss, params in runs[1:3] if compute == "fp8" else runs[1:]:
+    for loss, params in runs[1:4] if compute == "fp8" else runs[1:]:
         assert loss == runs[0][0]
         assert [name for name, x in params.items() if not torch.equal(x, runs[0][1][name])] == []
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_small_gradients_of_scalars_keep_their_size(seed: int) -> None:
+    """As on a CPU: see test_nanochat.py."""
+    kept = small_gradients(seed, "cuda")
+    assert 0.5 < kept["x0"] < 1.1
+    assert 0.85 < kept["backout"] < 1.15
 
 
 def test_decoding_is_near_the_whole_text() -> None:

@@ -103,7 +103,9 @@ def test_poison_outside_is_not_read():
 
 @each_backend
 @each_dtype
-@pytest.mark.parametrize(("B", "T", "heads", "HS"), [(1, 1, 1, 2), (2, 7, 3, 8), (1, 130, 12, 64), (3, 5, 5, 12), (2, 3, 40, 128)])
+@pytest.mark.parametrize(
+    ("B", "T", "heads", "HS"), [(1, 1, 1, 2), (2, 7, 3, 8), (1, 130, 12, 64), (3, 5, 5, 12), (2, 3, 40, 128)]
+)
 @pytest.mark.parametrize("given", [False, True], ids=["rows", "places"])
 def test_heads_that_are_turned_and_normed(backend, dtype, B, T, heads, HS, given):
     """One rounding; backward in place, in a view beside which all keeps its bits. Places of packed rows, or of rows."""
@@ -115,7 +117,9 @@ def test_heads_that_are_turned_and_normed(backend, dtype, B, T, heads, HS, given
     if given:
         places = (places * 37 + 5) % 8191
     X = f64(x).requires_grad_()
-    want = turned(X[:, None], places[:, None], freq, dtype=dtype)[:, 0] / (X.square().mean(-1, keepdim=True) + eps).sqrt()
+    want = (
+        turned(X[:, None], places[:, None], freq, dtype=dtype)[:, 0] / (X.square().mean(-1, keepdim=True) + eps).sqrt()
+    )
     how = {"T": T, "eps": eps, "backend": backend}
     run("rope_norm_forward", out, x, freq, places if given else None, **how)
     close(out, want.detach())

@@ -70,9 +70,7 @@ def mix_norm_backward(
     norm, and d (n, C) that of m from elsewhere. dx may be d.
 
     `accumulate_dy` adds to dy, `accumulate` to da and db. rewrite (n, C) = the norm once more, if it is wanted."""
-    m_, g_, t_, z_, c_, a_, b_, sum_a, sum_b, wide, part = scratch(
-        mix_norm_backward_temps(dx, dy, da, db, rewrite, d)
-    )
+    m_, g_, t_, z_, c_, a_, b_, sum_a, sum_b, wide, part = scratch(mix_norm_backward_temps(dx, dy, da, db, rewrite, d))
     a_, b_ = _one(a, a_), _one(b, b_)
     sum_a.zero_()
     sum_b.zero_()

@@ -63,7 +63,9 @@ def rope_norm_temps(y: Tensor, x: Tensor, freq: Tensor, *_: object, **__: object
     return [*angles, *[((rows, heads, half), acc)] * 5, *[((rows, heads, 1), acc)] * 3]
 
 
-def _places(place: Tensor, cos: Tensor, sin: Tensor, freq: Tensor, rows: slice, positions: Tensor | None, T: int) -> None:
+def _places(
+    place: Tensor, cos: Tensor, sin: Tensor, freq: Tensor, rows: slice, positions: Tensor | None, T: int
+) -> None:
     """Cosines and sines (r, 1, half) of some of the tokens; place (r) is for their places."""
     if positions is None:
         torch.arange(rows.start, rows.stop, out=place).remainder_(T)

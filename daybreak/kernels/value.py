@@ -80,9 +80,7 @@ def value_backward(
     w, a, b, G = widen(w, w_), widen(a, a_), widen(b, b_), w.shape[1]
     total.zero_()
     for rows in row_chunks(len(dv), dv[0].numel()):
-        ds, tmp, sums, u, d, looked, g, y, t = (
-            z[: len(dv[rows])] for z in (ds_, tmp_, dy_, u_, dv_, row_, g_, y_, t_)
-        )
+        ds, tmp, sums, u, d, looked, g, y, t = (z[: len(dv[rows])] for z in (ds_, tmp_, dy_, u_, dv_, row_, g_, y_, t_))
         torch.index_select(table, 0, tokens[rows], out=looked)
         _gates(g, y, t, x[rows], x0[rows], rstd[rows], a, b, w)
         d.copy_(dv[rows])

@@ -101,8 +101,8 @@ class Nanochat(Head):
     # ------------------------------------------------------------------------------------------------ one block
 
     def block(self, b: Frame, x: Tensor, x0: Tensor, tokens: Tensor, B: int, T: int) -> tuple[Tensor, Matrix]:
-        """One block for its input x (n, C), x0 (n, C) and tokens (n), up to the squared ReLU: (residual2, relu2). fcproj
-        then adds the rest.
+        """One block for its input x (n, C), x0 (n, C) and tokens (n), up to the squared ReLU: (residual2, relu2). The
+        caller adds fcproj's output.
 
         Training, prefill and decode use it; backward too, where it computes the block once more."""
         c, n = self.cfg, B * T
@@ -218,7 +218,8 @@ class Nanochat(Head):
     def forward(self, f: Frame, tokens: Tensor, kv: Tensor | None = None, documents: Documents | None = None) -> Tensor:
         """tokens (B, T) int64 -> the last norm's output (n, C). `kv`, if given, takes all keys, values and embeddings.
         documents: of packed rows."""
-        return self._blocks(f, tokens, *tokens.shape, Mode(cache=kv, documents=documents))
+        B, T = tokens.shape
+        return self._blocks(f, tokens, B, T, Mode(cache=kv, documents=documents))
 
     def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
         """Logits (n, Vp) that follow one more token of each of n sequences, at their positions (n). Reads and adds to

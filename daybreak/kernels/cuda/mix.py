@@ -138,8 +138,8 @@ def mixed_rows(
 
 
 def mix_norm_launch(d: Tensor) -> Launch:
-    """The launch of backward for d (n, C): half as many columns to a thread as for a norm, since there are twice as many
-    accumulators. Rows of five tensors are on their way."""
+    """The launch of backward for d (n, C): half as many columns to a thread as for a norm, since there are more
+    accumulators and more inputs. Rows of five tensors are on their way."""
     _, rows, block, warps, stages = backward_launch(d, True)
     warps, tile = min(2 * warps, 32 if block > 8192 else 16), 5 * rows * block * d.element_size()
     programs = min(triton.cdiv(len(d), rows), max(MIN_PROGRAMS, BACKWARD_WARPS // warps))
@@ -188,7 +188,5 @@ def mix_backward(
 ) -> None:  # fmt: skip
     """Gradients of the term factor b y, all contiguous: see the reference."""
     (part,) = scratch(mix_backward_temps(dy, db, dout))
-    _mix_backward_kernel[(part.shape[1],)](
-        dy, part, dout, y, b, factor, dout.numel(), BLOCK=BLOCK, num_warps=WARPS
-    )
+    _mix_backward_kernel[(part.shape[1],)](dy, part, dout, y, b, factor, dout.numel(), BLOCK=BLOCK, num_warps=WARPS)
     column_sums([db], part, accumulate)

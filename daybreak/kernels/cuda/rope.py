@@ -148,7 +148,7 @@ def _rope_norm(
 ) -> None:
     """Both of the following."""
     n, heads, HS = x.shape
-    assert HS == 2 * freq.numel(), "whole heads turn"
+    assert 2 * freq.numel() == HS, "whole heads turn"
     assert x[0].is_contiguous(), "a token's heads follow each other"
     assert to[0].is_contiguous(), "a token's heads follow each other"
     tile, pairs, warps = norm_launch(heads, freq.numel())

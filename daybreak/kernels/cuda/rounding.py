@@ -165,7 +165,8 @@ def _quantise_kernel(
     """value (n, C) and transposed (C, n) = act(x (n, C)) / scale, rounded; amax, as an integer, takes |act(x)|.
 
     ACT: none, gelu, relu2, norm, rms, or slope, which multiplies by gelu'(pre); silu and gated gelu make (n, C) of
-    x (n, 2 C). unit: rms without a weight, of x; mix: of w x + b pre, where w and b are one number each. SUMS: column sums of act(x) go to `part`, a row for each program_id(1). MEASURE: only amax. CURRENT: the
+    x (n, 2 C). unit: rms without a weight, of x; mix: of w x + b pre, where w and b are one number each. SUMS: column
+    sums of act(x) go to `part`, a row for each program_id(1). MEASURE: only amax. CURRENT: the
     scale is made of amax. AGAIN: again (C, n) = gelu(pre), rounded.
     """
     down, across = tl.arange(0, ROWS // 4), tl.arange(0, COLS)
@@ -264,8 +265,9 @@ def write(
     """out = act(x (n, C)), or x itself. act: "gelu", "relu2", "norm", or "slope", x * gelu'(pre (n, C)); then
     again.transposed = gelu(pre) too. part (programs, C) takes the column sums in fp32. norm: mean, rstd (n) in fp32,
     weight and bias (C) of a layernorm. "rms" reads of these rstd and the weight, to which offset is added; "unit" reads
-    rstd alone; and "mix" reads rstd, and numbers a and b in place of weight and bias, for the norm of a x + b pre. "silu"
-    and "gated gelu" make (n, C) of x (n, 2 C): the left half's act times the right half. n and C are multiples of 16."""
+    rstd alone; and "mix" reads rstd, and numbers a and b in place of weight and bias, for the norm of a x + b pre.
+    "silu" and "gated gelu" make (n, C) of x (n, 2 C): the left half's act times the right half. n and C are multiples
+    of 16."""
     assert x.is_contiguous(), "rows follow each other"
     assert out.amax is not None, "fp8 has slots"
     n, C = out.shape

@@ -110,7 +110,8 @@ def generate_table() -> str:
     return text
 
 
-CURVES = ("nanochat seed 1", "nanochat seed 2", "daybreak from seed 1's weights")
+OURS = "daybreak, stream rounded once, from seed 1's weights"
+CURVES = ("nanochat seed 1", "nanochat seed 2", OURS, "daybreak from seed 1's weights")  # the last one: before
 
 
 def curve(of: str, what: str) -> dict[int, float]:
@@ -118,37 +119,49 @@ def curve(of: str, what: str) -> dict[int, float]:
     return {int(r["step"]): float(x) for r in read("nanochat_curve_h200.csv") if (x := r[f"{of}, {what}"])}
 
 
+def losses_at(step: int) -> list[float]:
+    """Each run's mean training loss of the 50 steps up to this one."""
+    return [fmean(curve(of, "training loss")[n] for n in range(step - 49, step + 1)) for of in CURVES]
+
+
+def bits_at(step: int) -> list[float]:
+    """Each run's validation bits per byte."""
+    return [curve(of, "validation bpb")[step] for of in CURVES]
+
+
 def curve_table() -> str:
     """nanochat's losses and ours: means of the 50 steps up to a validation, and its bits per byte."""
-    text = "| step | training loss, seed 1 | seed 2 | daybreak | validation bpb, seed 1 | seed 2 | daybreak |\n"
-    text += "|---|---|---|---|---|---|---|\n"
+    text = "| step | training loss, seed 1 | seed 2 | daybreak | before | validation bpb, seed 1 | seed 2 | daybreak | "
+    text += "before |\n|---|---|---|---|---|---|---|---|---|\n"
     for step in (50, 100, 200, 300, 382):
-        losses = [curve(of, "training loss") for of in CURVES]
-        means = [f"{fmean(run[n] for n in range(step - 49, step + 1)):.3f}" for run in losses]
-        bpb = [f"{curve(of, 'validation bpb')[step]:.3f}" for of in CURVES]
-        text += f"| {' | '.join((str(step), *means, *bpb))} |\n"
+        values = [f"{x:.3f}" for x in losses_at(step) + bits_at(step)]
+        text += f"| {' | '.join((str(step), *values))} |\n"
     return text
 
 
-def nanochat_speeds() -> Rows:
-    """The median round of each program: in the sitting that has all with FlashAttention-4, and in the one with SDPA."""
-    rows = [r for r in read("nanochat_speed_h200.csv") if r["pair"] == "3" or r["attention"] == "SDPA"]
+ONCE, FUSED = "daybreak, stream rounded once", "daybreak with ReLU^2 in the epilogues"
+
+
+def nanochat_speeds() -> dict[tuple[str, str], dict[str, str]]:
+    """The median round of each program in each pair of programs, from the newest GPU on."""
     groups: dict[tuple[str, str], Rows] = {}
-    for r in sorted(rows, key=lambda r: int(r["tok_s"])):
-        groups.setdefault((r["program"], r["attention"]), []).append(r)
-    return sorted((g[len(g) // 2] for g in groups.values()), key=lambda r: -int(r["tok_s"]))
+    for r in sorted(read("nanochat_speed_h200.csv"), key=lambda r: int(r["tok_s"])):
+        groups.setdefault((r["pair"], r["program"]), []).append(r)
+    return {key: rows[len(rows) // 2] for key, rows in groups.items()}
 
 
 def nanochat_table() -> str:
-    """Both programs' speeds, with the pair of each row in place of its sitting."""
-    text = "| system | attention | B | tokens per second | ms a step | memory, MiB | sitting | commit |\n"
+    """Both programs' speeds, with a letter for the GPU of each pair in place of its sitting."""
+    text = "| system | attention | B | tokens per second | ms a step | memory, MiB | GPU, day | commit |\n"
     text += "|---|---|---|---|---|---|---|---|\n"
-    for r in nanochat_speeds():
-        sitting = r["date"] if r["pair"] == "3" else f"{r['date']}, another sitting"
-        commit = r["nanochat's commit"] if r["program"] == "nanochat" else r["commit"]
+    speeds = nanochat_speeds()
+    for gpu, pair, program in (("A", "4", ONCE), ("A", "4", "nanochat"), ("B", "5", ONCE), ("B", "5", FUSED),
+                               ("C", "2", "nanochat")):  # fmt: skip
+        r = speeds[pair, program]
+        commit = r["nanochat's commit"] if program == "nanochat" else r["commit"]
         memory = f"{int(r['memory_mib']):,}" if r["memory_mib"] else MISSING
-        text += f"| {r['program']} | {r['attention']} | {r['B']} | {int(r['tok_s']):,} | "
-        text += f"{1000 * float(r['seconds']) / int(r['steps']):,.1f} | {memory} | {sitting} | {commit} |\n"
+        text += f"| {program} | {r['attention']} | {r['B']} | {int(r['tok_s']):,} | "
+        text += f"{1000 * float(r['seconds']) / int(r['steps']):,.1f} | {memory} | {gpu}, {r['date']} | {commit} |\n"
     return text
 
 
@@ -165,13 +178,43 @@ def test_tables_are_those_of_the_results(table: Any) -> None:
     assert table() in PAGES.get(table.__name__, BENCHMARKS), "\n" + table()
 
 
-def test_nanochat_s_curve_and_speed_are_those_of_the_results() -> None:
+def test_nanochat_s_curve_is_that_of_the_results() -> None:
     page = " ".join(MODERN.split())
-    first, _, ours = (curve(of, "training loss") for of in CURVES)
-    assert max(abs(first[n] - ours[n]) for n in (1, 2, 3)) < 0.0002
-    assert "First losses agree to 0.0002 for three steps." in page
-    assert max(first) == max(ours) == 382
+    first, second, ours, before = (curve(of, "training loss") for of in CURVES)
+    assert max(abs(first[n] - ours[n]) for n in (1, 2, 3)) < 0.0001
+    assert "First losses agree to 0.0001 for three steps." in page
+    assert max(first) == max(ours) == max(before) == 382
 
+    apart = {step: [abs(x - losses_at(step)[0]) for x in losses_at(step)] for step in (50, 100, 200, 300, 382)}
+    bits = {step: [abs(x - bits_at(step)[0]) for x in bits_at(step)] for step in apart}
+    inside = [step for step in apart if apart[step][2] < apart[step][1] and bits[step][2] < bits[step][1]]
+    assert inside == [50]
+    assert "within that of two seeds up to step 50, and outside it later" in page
+    far = [n for n in range(1, 17) if abs(ours[n] - first[n]) > 0.05]
+    assert far == [8, 9, 10]
+    assert all(abs(ours[n] - first[n]) > abs(second[n] - first[n]) for n in far)
+    assert f"is {apart[50][2]:.4f} from seed 1, and seed 2 is {apart[50][1]:.4f} from it" in page
+    assert f"At steps {far[0]} to {far[-1]} daybreak is farther from seed 1 than seed 2 is" in page
+    words = f"training loss is {apart[382][2]:.3f} lower than seed 1's, where the seeds differ by {apart[382][1]:.3f}"
+    assert words in page
+    assert losses_at(382)[2] < losses_at(382)[0]
+    words = f"is {bits[382][2]:.3f} bits per byte higher, where the seeds differ by {bits[382][1]:.4f}"
+    assert words in page
+    assert bits_at(382)[2] > bits_at(382)[0]
+    assert f"Before, the differences were {apart[382][3]:.3f} and {bits[382][3]:.3f}" in page
+
+    early, late = range(11, 51), range(333, 383)
+    left = [sum(ours[n] - first[n] for n in some) / sum(before[n] - first[n] for n in some) for some in (early, late)]
+    assert f"{left[0]:.2f} of the old difference is left in steps 11 to 50, and {left[1]:.2f} in the last 50" in page
+
+    beside = curve("daybreak at 0c0fa74, from seed 1's weights", "training loss")
+    assert (min(beside), max(beside)) == (1, 18)
+    same = max(abs(beside[n] - before[n]) for n in beside)
+    assert f"gave the losses of the earlier run to {same:.4f} for 18 steps" in page
+
+
+def test_nanochat_s_losses_on_a_cpu_are_those_of_the_results() -> None:
+    page = " ".join(MODERN.split())
     held = [[float(r[f"scalars held, {of} bf16"]) for r in read("nanochat_rounding_cpu.csv")[:60]] for of in
             ("nanochat, all in", "daybreak,")]  # fmt: skip
     apart = max(abs(a - b) for a, b in zip(*held, strict=True))
@@ -186,20 +229,32 @@ def test_nanochat_s_curve_and_speed_are_those_of_the_results() -> None:
     assert f"nanochat's own losses to {exact:.0e}, and its weights".replace("e-0", "e-") in page
     assert f"drift apart by at most {one:.3f}, {two:.3f} and {three:.3f} in the steps of the file" in page
 
-    speeds = {(r["program"], r["attention"]): int(r["tok_s"]) for r in nanochat_speeds()}
-    programs = "daybreak with ReLU^2 in the epilogues", "daybreak", "nanochat"
-    fused_s, ours_s, theirs_s = (speeds[program, "FlashAttention-4"] for program in programs)
-    for value in (fused_s, theirs_s, speeds["nanochat", "SDPA"]):
-        assert f"{round(value / 1000)},000" in page
-    assert f"That is {fused_s / theirs_s:.3f} times as fast" in page
-    assert f"the matmuls' kernels and a table of tuned matmuls give a factor of {fused_s / ours_s:.3f}." in page
+
+def test_nanochat_s_speed_is_that_of_the_results() -> None:
+    page, speeds = " ".join(MODERN.split()), nanochat_speeds()
+    ours, theirs, sdpa = (int(speeds[key]["tok_s"]) for key in (("4", ONCE), ("4", "nanochat"), ("2", "nanochat")))
+    assert f"daybreak trained {round(ours / 1000)},000 tokens per second" in page
+    assert f"and nanochat {round(theirs / 1000)},000" in page
+    assert f"nanochat reached {round(sdpa / 1000)},000" in page
+    assert f"That is {ours / theirs:.3f} times as fast" in page
+    turns = int(speeds["3", FUSED]["tok_s"]) / int(speeds["3", "nanochat"]["tok_s"])
+    assert f"in turns on one GPU, daybreak of that day was {turns:.3f} times as fast" in page
+    once, before = speeds["5", ONCE], speeds["5", FUSED]
+    gain = int(once["tok_s"]) / int(before["tok_s"])
+    assert f"the new kernels made training {gain:.3f} times as fast as before" in page
+
+    theirs_mib = speeds["1", "nanochat"]["memory_mib"]
+    mib = f"{int(once['memory_mib']):,} MiB for daybreak with 64 rows, and {int(theirs_mib):,} for nanochat with 32"
+    assert mib in page
+    assert once["memory_mib"] == speeds["4", ONCE]["memory_mib"]
+    assert f"Before, daybreak needed {int(before['memory_mib']):,}." in page
+    ms = [f"{1000 * float(r['seconds']):.0f}" for r in (once, before)]
+    changes = " ".join((ROOT / "CHANGELOG.md").read_text().split())
+    assert f"MiB instead of {int(before['memory_mib']):,}, and a step takes {ms[0]} ms instead of {ms[1]}" in changes
+    rates = [float(r["percent"]) for r in read("nanochat_kernels_h200.csv")]
+    operations = (ROOT / "docs/operations.md").read_text()
+    assert f"reach {min(rates):.0f} to {max(rates):.0f} % of the speed of a copy" in operations
     rows = read("nanochat_speed_h200.csv")
-    memory = {
-        r["program"]: f"{int(r['memory_mib']):,}"
-        for r in rows
-        if r["attention"] == "FlashAttention-4" and r["memory_mib"]
-    }
-    assert f"{memory['daybreak']} MiB for daybreak with 64 rows, and {memory['nanochat']} for nanochat with 32" in page
     assert {r["nanochat's commit"] for r in rows} == {"92d63d4"}
     assert "(nanochat 92d63d4, torch 2.11)" in BENCHMARKS
     assert {r["torch"] for r in rows} == {"2.11.0+cu130"}

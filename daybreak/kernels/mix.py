@@ -3,7 +3,7 @@
 A block begins with m = a x + b y, where x is the stream, y is what it started as, and a and b are one number each. Only
 the norm of m and, after attention, m + attention's output are wanted. So m itself is never rounded and never stored:
 each kernel that needs it computes it from x and y in fp32 (fp64 for fp64). A stream on bf16's grid would otherwise lose
-most of an attention output that is 0.0003 of it. torch.compile rounds nanochat's stream at the same places.
+most of an attention output that is 0.0003 of it. On a CPU, torch.compile rounds nanochat's stream so too.
 
 Backward of out = m r, r = 1 / sqrt(mean(m^2) + eps), and d the gradient of m from elsewhere:
 xhat = m r,  d_m = d + r (dout - xhat mean(dout xhat)),  dx = a d_m,  dy += b d_m,  da = sum d_m x,  db = sum d_m y.

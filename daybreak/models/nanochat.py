@@ -10,8 +10,8 @@ residual stream x (n, C) runs through L blocks, and x0 is what it starts as:
        fcproj + residual2 = residual3                                                  the next block's x
     fcproj + residual2 - backout * (residual3 of layer L / 2) = backed -> lnf -> logits -> soft-cap -> loss       head
 
-The stream is rounded where it is stored, as residual2, residual3 and backed, and nowhere else. So `mixed` and the last
-block's output are never rounded (see kernels/mix.py). nanochat under torch.compile rounds at the same places.
+The stream is rounded where it is stored, as x0, residual2, residual3 and backed, and nowhere else. So `mixed` and the
+last block's output are never rounded (see kernels/mix.py). On a CPU, nanochat under torch.compile rounds so too.
 
 Norms have no weights: the constant `ones` is in their place. nanochat multiplies the norms of q and k by 1.2 each, and
 here that is a part of attention's scale. It turns q and k in the other direction, so that its weights are ours but for

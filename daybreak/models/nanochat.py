@@ -12,6 +12,7 @@ residual stream x (n, C) runs through L blocks, and x0 is what it starts as:
 
 The stream is rounded where it is stored, as x0, residual2, residual3 and backed, and nowhere else. So `mixed` and the
 last block's output are never rounded (see kernels/mix.py). On a CPU, nanochat under torch.compile rounds so too.
+In `mixed`, the factor of x0 is a learned number of the layer that has the same name.
 
 Norms have no weights: the constant `ones` is in their place. nanochat multiplies the norms of q and k by 1.2 each, and
 here that is a part of attention's scale. It turns q and k in the other direction, so that its weights are ours but for

@@ -173,7 +173,7 @@ def test_the_verdict_on_the_committed_losses(
     (bf16, control, fp8), ends = said["fp8_loss_h200"]
     log, page = (results / "fp8_h200.txt").read_text(), (ROOT / "docs/benchmarks.md").read_text()
     assert f"last 76 steps {control} (bf16 with B = 16 {bf16}); validation at the end {ends[1]} ({ends[0]})" in log
-    assert f"validation loss of {ends[2]} beside {ends[0]} (7057a97), and bf16 with another B with {ends[1]}" in page
+    assert f"validation loss of {ends[2]} beside {ends[0]} (7057a97), and bf16 with B = 8 with {ends[1]}" in page
     assert f"are {fp8}, {bf16} and {control}." in page
     tuning = (ROOT / "docs/tuning.md").read_text()
     assert f"| {float(ends[0]):.3f} | {float(ends[1]):.3f} | {float(ends[2]):.3f} |" in tuning

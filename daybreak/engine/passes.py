@@ -53,7 +53,7 @@ def learned_part(targets: NDArray[np.int64], at: NDArray[np.int32]) -> int:
     """How many eighths of the rows the head has to compute for these targets (n), at least one.
 
     Sets at (n), the places of the rows (kernels/pick.py): the learned ones come first, then the others, each in order.
-    Of the others some may fill up the last eighth. Their losses and gradients are 0."""
+    Some of the others fill up the last eighth. Their losses and gradients are 0."""
     n, learned, others = len(targets), np.flatnonzero(targets >= 0), np.flatnonzero(targets < 0)
     at[learned], at[others] = np.arange(len(learned)), np.arange(len(learned), n)
     return max(1, -(-PARTS * len(learned) // n))
@@ -86,7 +86,7 @@ def _fresh(f: StepFrame, first: bool) -> bool:
 
 
 def head_pass(model: Model, f: StepFrame, s: State, *, first: bool, part: int) -> None:
-    """The middle of `micro_step`: the loss, and `d_lnf`. It makes no exchange, so ranks may differ in `part`."""
+    """The middle of `micro_step`: the loss, and `d_lnf`. It calls no collective, so ranks may differ in `part`."""
     n, targets, scale, fresh = s["targets"].numel(), s["targets"].view(-1), s["hyper"][2], _fresh(f, first)
     hidden, losses = f.a("lnf", n, model.cfg.C), s["losses"][: rows_of(part, n)]
     if part == PARTS:

@@ -2,10 +2,10 @@
 
 A block begins with m = a x + b y, where x is the stream, y is what it started as, and a and b are one number each. Only
 the norm of m and, after attention, m + attention's output are wanted. So m itself is never rounded and never stored:
-each kernel that needs it computes it from x and y in fp32 (fp64 for fp64). A stream on bf16's grid would otherwise lose
-most of an attention output that is 0.0003 of it. On a CPU, torch.compile rounds nanochat's stream so too.
+each kernel that needs it computes it from x and y in fp32 (fp64 for fp64). Rounding m to bf16
+would lose most of a small attention output. In one small model it was 0.0003 of the stream after step 3.
 
-Backward of out = m r, r = 1 / sqrt(mean(m^2) + eps), and d the gradient of m from elsewhere:
+Backward of out = m r, r = 1 / sqrt(mean(m^2) + eps), and d the gradient of m from its other uses:
 xhat = m r,  d_m = d + r (dout - xhat mean(dout xhat)),  dx = a d_m,  dy += b d_m,  da = sum d_m x,  db = sum d_m y.
 """
 

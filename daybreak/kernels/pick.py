@@ -1,6 +1,6 @@
 """Pick rows of a matrix into a smaller one, and carry gradients back: for a head that computes learned rows alone.
 
-`at` gives each of n rows a place of its own, from 0 to n - 1. The smaller matrix has the rows at its r first places.
+`at` gives each of n rows a place of its own, from 0 to n - 1. The smaller matrix has the r rows with `at < r`.
 """
 
 from __future__ import annotations

@@ -12,15 +12,15 @@ residual stream x (n, C) runs through L blocks, and x0 is what it starts as:
 
 The stream is rounded where it is stored, as x0, residual2, residual3 and backed, and nowhere else. So `mixed` and the
 last block's output are never rounded (see kernels/mix.py). On a CPU, nanochat under torch.compile rounds so too.
-In `mixed`, the factor of x0 is a learned number of the layer that has the same name.
+Each layer has two learned numbers, `resid` and `x0`. The second one has the name of the stream that it multiplies.
 
 Norms have no weights: the constant `ones` is in their place. nanochat multiplies the norms of q and k by 1.2 each, and
-here that is a part of attention's scale. It turns q and k in the other direction, so that its weights are ours but for
-the signs of the rows that make the second half of every head of q and k. Turn and norm are one kernel, which rounds
-once. Backward makes their outputs again, and all layers use the same bytes for that.
+here that is a part of attention's scale. nanochat rotates q and k the other way. So the rows of its weights that make
+the second half of a head of q or k have the opposite sign. One kernel rotates and norms q and k, and rounds once.
+Backward computes its outputs again, in a buffer that all layers share.
 
-Backward has two gradients that grow on the way down: d, that of the residual stream, and d_x0. `d_middle` waits for
-layer L / 2.
+Backward adds up two gradients on the way down: d, that of the residual stream, and d_x0. `d_middle` holds backout's
+gradient until layer L / 2.
 
 `recompute`: level 1 keeps no output of the squared ReLU, level 2 none of ln1 and ln2 either. Level 3 keeps only the
 blocks' inputs, and runs `block` again.

@@ -1,8 +1,8 @@
 """The residual stream of nanochat, mixed and normed in one pass over memory each way; formulas in kernels/mix.py.
 
-A program of forward takes two rows, as in norm.py. One of backward takes several, in strides, while the next ones
-travel to shared memory, and writes its sums for the two scalars out once. How many programs there are depends on the
-shape alone, so the sums have the same bits on every GPU.
+In the forward pass each program takes two rows, as in norm.py. In the backward pass it loops over rows in strides, and
+fetches the next ones to shared memory meanwhile. It writes each scalar's sum once. The number of programs depends on
+the shape alone, so the order of sums is the same on every GPU.
 """
 
 from __future__ import annotations

@@ -229,6 +229,26 @@ def test_nanochat_s_losses_on_a_cpu_are_those_of_the_results() -> None:
     assert f"drift apart by at most {one:.3f}, {two:.3f} and {three:.3f} in the steps of the file" in page
 
 
+def test_what_parts_nanochat_s_losses_on_a_cpu() -> None:
+    """The table of the notes, and the means that the page gives, from the losses of each run at step 9."""
+    row = read("nanochat_scalars_cpu.csv")[8]
+    apart = {
+        name: float(x) - float(row[f"nanochat, {name.rpartition(', ')[2]}"])
+        for name, x in row.items()
+        if name != "step"
+    }
+    notes = (ROOT / "bench/NOTES-nanochat.md").read_text()
+    for run, said in {"nanochat, B = 4": "nanochat, B = 4", "nanochat, stream x 1.003": "nanochat, its stream 0.3 % longer",
+                      "daybreak 0c0fa74": "daybreak 0c0fa74", "daybreak 225107a": "daybreak 225107a",
+                      "daybreak 225107a, scalars in fp32": "the same, scalars read in fp32"}.items():  # fmt: skip
+        cells = [f"{apart[key]:+.4f}" if (key := f"{run}, seed {n}") in apart else "" for n in (1, 2, 3)]
+        assert " ".join(f"| {said} | {' | '.join(cells)} |".split()) in notes
+    means = [sum(abs(apart[f"{run}, seed {n}"]) for n in (1, 2, 3)) / 3 for run in
+             ("daybreak 225107a, scalars in fp32", "daybreak 225107a", "nanochat, stream x 1.003")]  # fmt: skip
+    words = "at step 9 are {:.3f} from nanochat's instead of {:.3f}. nanochat is {:.3f} from itself".format(*means)
+    assert words in " ".join(MODERN.split())
+
+
 def test_nanochat_s_speed_is_that_of_the_results() -> None:
     page, speeds = " ".join(MODERN.split()), nanochat_speeds()
     ours, theirs, sdpa = (int(speeds[key]["tok_s"]) for key in (("4", ONCE), ("4", "nanochat"), ("2", "nanochat")))

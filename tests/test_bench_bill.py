@@ -180,6 +180,10 @@ def test_the_verdict_on_the_committed_losses(
     (bf16, control, fp8), ends = said["fp8_loss_qwen_h200"]
     assert f"{ends[2]} beside {ends[0]} and {ends[1]}, last 30 training losses {fp8}, {bf16} and {control}." in page
     assert f"| {float(ends[0]):.3f} | {float(ends[1]):.3f} | {float(ends[2]):.3f} |" in tuning
+    with (results / "fp8_loss_small_cpu.csv").open(newline="") as file:
+        apart = [float(row["fp8 validation"]) - float(row["bf16 validation"]) for row in csv.DictReader(file)]
+    words = f"is {sum(apart) / 8:.3f} higher on average, and single ones differ by up to {max(map(abs, apart)):.3f}"
+    assert words in " ".join(tuning.split())
     log = (results / "finetune_h200.txt").read_text()
     for name, loss, end in zip(("bf16", "control", "fp8"), *said["lora_fp8_loss_h200"], strict=True):
         assert re.search(rf"^{name}: +training {loss}, validation .* {end}$", log, re.MULTILINE), name

@@ -14,6 +14,8 @@ result is rounded once. Backward, with g = dy turned back and xhat = x r:  dx = 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -63,17 +65,22 @@ def rope_norm_temps(y: Tensor, x: Tensor, freq: Tensor, *_: object, **__: object
     return [*angles, *[((rows, heads, half), acc)] * 5, *[((rows, heads, 1), acc)] * 3]
 
 
-def _places(
-    place: Tensor, cos: Tensor, sin: Tensor, freq: Tensor, rows: slice, positions: Tensor | None, T: int
-) -> None:
-    """Cosines and sines (r, 1, half) of some of the tokens; place (r) is for their places."""
-    if positions is None:
-        torch.arange(rows.start, rows.stop, out=place).remainder_(T)
-    else:
-        place.copy_(positions[rows])
-    torch.mul(place[:, None, None], freq, out=cos)
-    torch.sin(cos, out=sin)
-    cos.cos_()
+def _some(
+    x: Tensor, freq: Tensor, positions: Tensor | None, T: int, buffers: list[Tensor]
+) -> Iterator[tuple[slice, Tensor, Tensor, list[Tensor]]]:
+    """Some of the tokens at a time: which, the cosines and sines (r, 1, half) of their places, and room for halves of
+    their heads."""
+    place, wide, cosines, sines, *room = buffers
+    wide.copy_(freq)
+    for rows in row_chunks(len(x), x[0].numel()):
+        at, cos, sin, *parts = (z[: len(x[rows])] for z in (place, cosines, sines, *room))
+        if positions is None:
+            torch.arange(rows.start, rows.stop, out=at).remainder_(T)
+        else:
+            at.copy_(positions[rows])
+        torch.mul(at[:, None, None], wide, out=cos)
+        torch.sin(cos, out=sin)
+        yield rows, cos.cos_(), sin, parts
 
 
 def _mean(mean: Tensor, part: Tensor, product: Tensor, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Tensor:
@@ -90,14 +97,9 @@ def rope_norm_forward(
     """out (n, heads, HS) = the heads x (n, heads, HS), turned and divided by their root mean squares, rounded once.
 
     Tokens may lie apart. freq (HS/2) fp32. Token i is at place i % T, or positions[i] if positions (n) are given."""
-    place, wide, cos, sin, *chunks = scratch(rope_norm_temps(out, x, freq))
-    wide.copy_(freq)
     half = freq.numel()
-    for rows in row_chunks(len(x), x[0].numel()):
-        k = len(x[rows])
-        x1, x2, y1, y2, t, r, part, _ = (z[:k] for z in chunks)
-        u, v = cos[:k], sin[:k]
-        _places(place[:k], u, v, wide, rows, positions, T)
+    for rows, u, v, parts in _some(x, freq, positions, T, scratch(rope_norm_temps(out, x, freq))):
+        x1, x2, y1, y2, t, r, part, _ = parts
         x1.copy_(x[rows, :, :half])
         x2.copy_(x[rows, :, half:])
         torch.rsqrt(_mean(r, part, t, (x1, x2), (x1, x2)).add_(eps), out=r)
@@ -112,14 +114,9 @@ def rope_norm_backward(
     d: Tensor, x: Tensor, freq: Tensor, positions: Tensor | None = None, *, T: int, eps: float, scratch: Scratch
 ) -> None:
     """d (n, heads, HS), the gradient of the output, becomes that of x in place. Tokens of both may lie apart."""
-    place, wide, cos, sin, *chunks = scratch(rope_norm_temps(d, x, freq))
-    wide.copy_(freq)
     half = freq.numel()
-    for rows in row_chunks(len(x), x[0].numel()):
-        k = len(x[rows])
-        x1, x2, g1, g2, t, r, part, c = (z[:k] for z in chunks)
-        u, v = cos[:k], sin[:k]
-        _places(place[:k], u, v, wide, rows, positions, T)
+    for rows, u, v, parts in _some(x, freq, positions, T, scratch(rope_norm_temps(d, x, freq))):
+        x1, x2, g1, g2, t, r, part, c = parts
         x1.copy_(d[rows, :, :half])  # first they hold the gradient
         x2.copy_(d[rows, :, half:])
         torch.mul(x1, u, out=g1).add_(torch.mul(x2, v, out=t))

@@ -18,7 +18,6 @@ from daybreak.interop import open_source
 from daybreak.parallel import launched
 from daybreak.training.origin import checkpoint_of
 
-METHODS = ("lora", "qlora", "full")
 LONGEST, SAMPLES = 1024, 16  # tokens of a sequence, and sequences of a step, where nothing else is asked for
 # Learning rates, betas and decay as TRL and torchtune have them; two epochs as Tulu 3.
 DEFAULTS: Mapping[str, Any] = {

@@ -64,7 +64,7 @@ _RULES = {int: WHOLE, str: TEXT, bool: FLAG, float: _FLOAT, float | None: or_nul
 class Lines:
     """Appends to a text file. Lines that a full disk refuses wait in memory, with one warning, until it is taken.
 
-    Raises Error when MOST_WAITING bytes wait.
+    fresh: the file is emptied first. Raises Error when MOST_WAITING bytes wait.
     """
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
@@ -176,10 +176,6 @@ def decode_record(line: bytes) -> dict[str, Any]:
 
 class MainLog(Lines):
     """llm.c's main.log, byte for byte: its plotting tools read it."""
-
-    def __init__(self, path: Path, fresh: bool) -> None:
-        """Truncate on a fresh start, append on a resume."""
-        super().__init__(path, fresh)
 
     def val(self, step: int, loss: float) -> None:
         """Validation loss after `step` updates."""

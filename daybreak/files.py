@@ -49,6 +49,12 @@ def fsync(fd: int) -> None:
         os.fsync(fd)
 
 
+def flush(file: IO[bytes]) -> None:
+    """All that was written to a file so far is on the disk: see `fsync`."""
+    file.flush()
+    fsync(file.fileno())
+
+
 def fsync_folder(path: Path) -> None:
     """Make renames and new names in a folder survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
@@ -108,8 +114,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     try:
         with open(temporary, "xb") as file:
             yield file
-            file.flush()
-            fsync(file.fileno())
+            flush(file)
         os.replace(temporary, path)
         fsync_folder(path.parent)
     finally:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from daybreak.data.kinds import guess
 from daybreak.errors import DataError, explained
-from daybreak.files import fsync, fsync_folder
+from daybreak.files import flush, fsync_folder
 
 MAGIC, VERSION = 20240520, 1
 MAGIC32, VERSION32 = 20240801, 7
@@ -164,8 +164,7 @@ class ShardWriter:
 
     def flush(self) -> None:
         """All that was written so far is on the disk."""
-        self._file.flush()
-        fsync(self._file.fileno())
+        flush(self._file)
 
     def abandon(self) -> None:
         """Close the file and leave what was written where `resume` finds it."""

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from daybreak.checked import MOST_BYTES
 from daybreak.data.kinds import HEAD, identify
 from daybreak.errors import CheckpointError, explained
-from daybreak.files import fsync
+from daybreak.files import flush
 
 CHUNK = 16 << 20  # bytes staged at a time, on the way out and in
 
@@ -59,8 +59,7 @@ def write_safetensors(
             hashing = hasher.submit(digest.update, chunk)
             file.write(chunk)
             hashing.result()
-        file.flush()
-        fsync(file.fileno())
+        flush(file)
         return {"size": file.tell(), "sha256": digest.hexdigest()}
 
 
@@ -74,8 +73,7 @@ def create_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     with open(path, "xb") as file:
         file.write(header)
         file.truncate(len(header) + sum(tensor.nbytes for tensor in tensors.values()))
-        file.flush()
-        fsync(file.fileno())
+        flush(file)
 
 
 def fill_safetensors(path: Path, parts: Mapping[str, Iterable[tuple[int, torch.Tensor]]]) -> None:
@@ -88,8 +86,7 @@ def fill_safetensors(path: Path, parts: Mapping[str, Iterable[tuple[int, torch.T
                 file.seek(entries[name].offset + first * tensor.element_size())
                 for chunk in _chunks(tensor):
                     file.write(chunk)
-        file.flush()
-        fsync(file.fileno())
+        flush(file)
 
 
 def _header(tensors: list[tuple[str, torch.Tensor]], metadata: Mapping[str, str]) -> bytes:

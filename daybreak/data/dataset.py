@@ -22,6 +22,7 @@ from daybreak.data.pictures import CODEC_FILE, CODEC_PICTURE, text_name
 from daybreak.data.shards import ShardInfo, open_shard, read_header, resolve_shards
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError
+from daybreak.files import sha256_of
 from daybreak.formatting import quoted
 from daybreak.manifest import KEPT
 
@@ -49,6 +50,11 @@ class ShardRecord:
     size: int
     sha256: str
     marks: str = ""
+
+    @classmethod
+    def of(cls, shard: ShardInfo, marks: str = "") -> ShardRecord:
+        """The entry of a shard, whose file is read once for its sha256. marks: that of its marks."""
+        return cls(shard.path.name, shard.tokens, shard.size, sha256_of(shard.path), marks)
 
 
 @dataclass(frozen=True)

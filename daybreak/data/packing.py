@@ -31,7 +31,7 @@ from daybreak.data.dataset import ShardRecord, SplitRecord
 from daybreak.data.loader import Batch, Loader, Starts, mapped, places_of
 from daybreak.data.shards import HEADER_BYTES, ShardInfo, ShardWriter, fingerprint_shards, open_shard
 from daybreak.errors import DataError, explained
-from daybreak.files import flush, sha256_of
+from daybreak.files import flush
 
 MAGIC, VERSION = 20261129, 1
 START, LEARNED = 1, 2
@@ -271,8 +271,7 @@ class RowWriter:
         with marks_of(info.path).open("wb") as file:
             file.write(data)
             flush(file)
-        marks = hashlib.sha256(data).hexdigest()
-        self.shards.append(ShardRecord(info.path.name, info.tokens, info.size, sha256_of(info.path), marks))
+        self.shards.append(ShardRecord.of(info, hashlib.sha256(data).hexdigest()))
 
     def finish(self) -> SplitRecord:
         """Write what waits, and what the manifest says of it all."""

@@ -57,7 +57,7 @@ from daybreak.data.sources import SPLITS, Piece, TextSource
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.data.train_tokenizer import made_for
 from daybreak.errors import ConfigError, DataError, explained
-from daybreak.files import HOLDER, fsync_folder, holder_of, locked, sha256_of, signed, write_atomic
+from daybreak.files import HOLDER, fsync_folder, holder_of, locked, signed, write_atomic
 from daybreak.manifest import checksum, kept_files
 
 log = logging.getLogger("daybreak")
@@ -102,7 +102,7 @@ class _Split:
     def finish_shard(self) -> None:
         if self.writer is not None:
             info, self.writer = self.writer.close(), None
-            self.shards.append(ShardRecord(info.path.name, info.tokens, info.size, sha256_of(info.path)))
+            self.shards.append(ShardRecord.of(info))
 
     def state(self) -> Journal:
         """The journal's part about this split. All that it counts is on the disk."""
@@ -496,4 +496,4 @@ def _ready_made(folder: Path, wanted: tuple[str, str, Remote]) -> tuple[str, Sha
     ids = token_counts([info], tokenizer.V)
     size = int(ids @ tokenizer.lengths(tokenizer.V))
     counts = Counter(tokens=info.tokens, documents=int(ids[tokenizer.eot]), bytes=size)
-    return split, ShardRecord(file, info.tokens, info.size, sha256_of(path)), counts
+    return split, ShardRecord.of(info), counts

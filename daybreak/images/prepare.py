@@ -231,9 +231,9 @@ class _Writer:
         writer = ShardWriter(path, self.tokenizer.dtype.itemsize)
         writer.write(np.array(self._waiting).ravel())
         writer.write([self.tokenizer.eot])
-        info, self._waiting = writer.close(), []
+        self.shards.append(ShardRecord.of(writer.close()))
+        self._waiting = []
         self.counts["tokens"] += 1
-        self.shards.append(ShardRecord(path.name, info.tokens, info.size, sha256_of(path)))
 
     def finish(self) -> SplitRecord:
         """Write what waits, and what the manifest says of it all."""

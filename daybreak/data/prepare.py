@@ -52,7 +52,7 @@ from daybreak.data.hub import SPEC, Remote, download, hub_files
 from daybreak.data.loader import ahead
 from daybreak.data.pictures import text_name
 from daybreak.data.prepare_chat import kind_of, write_rows
-from daybreak.data.shards import MAX_TOKENS, ShardWriter, read_header
+from daybreak.data.shards import ShardWriter, check_shard_tokens, read_header
 from daybreak.data.sources import SPLITS, Piece, TextSource
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.data.train_tokenizer import made_for
@@ -149,8 +149,7 @@ def prepare(
     Raises DataError for text that cannot be read or is too little for both splits. After an early end of any kind, the
     same source and options continue the preparation, if the text that was written is still the same.
     """
-    if not 1 <= shard_tokens <= MAX_TOKENS:
-        raise ConfigError(f"shard-tokens = {shard_tokens} must be from 1 to {MAX_TOKENS}.")
+    check_shard_tokens(shard_tokens)
     if workers < 0:
         raise ConfigError(f"workers = {workers} must be 0 (all cores) or more.")
     words = [names] if isinstance(names, str | Path) else list(names)
@@ -187,12 +186,10 @@ def _prepare_chats(
         train, val = write_rows(folder, name, source, encoder, shard_tokens, workers, progress)
         if source.faults.counts:
             log.warning("%s: skipped %s", name, source.faults)
-        sums = "".join(s.sha256 + s.marks for split in (train, val) for s in split.shards)
-        revision = source.revision or f"sha256:{hashlib.sha256(sums.encode()).hexdigest()}"
         for file, text in kept.items():
             write_atomic(folder / file, text)
-        rows = encoder.T
-        return finish(folder, name, encoder.tokenizer, source.origin, revision, source.licence, train, val, rows)
+        s = source
+        return finish(folder, name, encoder.tokenizer, s.origin, s.revision, s.licence, train, val, encoder.T)
 
 
 def _announce(source: TextSource, folder: Path, tokenizer: Tokenizer) -> None:
@@ -315,7 +312,10 @@ def finish(
     folder: Path, name: str, tokenizer: Tokenizer, origin: str, revision: str, licence: str, train: SplitRecord,
     val: SplitRecord, rows: int = 0,
 ) -> Manifest:  # fmt: skip
-    """Complete a workspace: write the manifest and a foreign tokenizer, and delete everything else but the shards."""
+    """Complete a workspace: write the manifest and a foreign tokenizer, and delete everything else but the shards.
+    revision: the source's; "" stands for a hash over the sums of all shards."""
+    sums = "".join(shard.sha256 + shard.marks for split in (train, val) for shard in split.shards)
+    revision = revision or f"sha256:{hashlib.sha256(sums.encode()).hexdigest()}"
     manifest = Manifest(name, tokenizer.name, tokenizer.fingerprint, origin, revision, licence, train, val, rows)
     write_atomic(folder / MANIFEST, manifest.to_json())
     if tokenizer.source:
@@ -477,9 +477,8 @@ def pretokenized(
             splits[split].counts.update(counts)
             done += record.size
             progress(done, total, sum(part.counts["tokens"] for part in splits.values()))
-        return finish(
-            folder, name, tokenizer, origin, commit, licence, splits["train"].record(), splits["val"].record()
-        )
+        train_record, val_record = (splits[key].record() for key in SPLITS)
+        return finish(folder, name, tokenizer, origin, commit, licence, train_record, val_record)
 
 
 def _ready_made(folder: Path, wanted: tuple[str, str, Remote]) -> tuple[str, ShardRecord, Counter[str]]:

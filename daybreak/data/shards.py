@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from daybreak.data.kinds import guess
-from daybreak.errors import DataError, explained
+from daybreak.errors import ConfigError, DataError, explained
 from daybreak.files import flush, fsync_folder
 
 MAGIC, VERSION = 20240520, 1
@@ -55,6 +55,12 @@ class ShardInfo:
     def size(self) -> int:
         """File size in bytes."""
         return HEADER_BYTES + self.tokens * self.width
+
+
+def check_shard_tokens(tokens: int) -> None:
+    """Raise ConfigError unless shards may have so many tokens."""
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise ConfigError(f"shard-tokens = {tokens} must be from 1 to {MAX_TOKENS}.")
 
 
 def read_header(path: str | Path) -> ShardInfo:

@@ -32,7 +32,7 @@ from daybreak.data.formats import Faults
 from daybreak.data.loader import ahead
 from daybreak.data.pictures import CODEC_FILE, CODEC_PICTURE
 from daybreak.data.prepare import Progress, finish, place, workspace
-from daybreak.data.shards import MAX_TOKENS, ShardWriter
+from daybreak.data.shards import ShardWriter, check_shard_tokens
 from daybreak.data.sources import SPLITS, is_val
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.errors import ConfigError, DataError, explained
@@ -78,12 +78,11 @@ def prepare_images(
     """
     if not 8 <= px <= 256 or px % 8:
         raise ConfigError(f"px = {px} must be a multiple of 8 from 8 to 256.")
-    if not 1 <= shard_tokens <= MAX_TOKENS:
-        raise ConfigError(f"shard-tokens = {shard_tokens} must be from 1 to {MAX_TOKENS}.")
-    if val_fraction is not None and not 0 < val_fraction < 1:
-        raise ConfigError(f"val-fraction = {val_fraction} must be above 0 and below 1.")
+    check_shard_tokens(shard_tokens)
     if workers < 0:
         raise ConfigError(f"workers = {workers} must be 0 (all cores) or more.")
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise ConfigError(f"val-fraction = {val_fraction} must be above 0 and below 1.")
     text, drawn, faults = get_tokenizer(tokenizer), is_drawn(words), Faults(skip_bad, (OTHER,))
     files = [] if drawn else list_pictures(words, text_field, faults)
     origin = " ".join(map(str, words))
@@ -116,9 +115,7 @@ def prepare_images(
         _say(name, made, pixels[[item.row for item in parts[1][:SHOWN]]], folder)
         if faults.counts:
             log.warning("%s: skipped %s", name, faults)
-        sums = "".join(shard.sha256 for record in (train, val) for shard in record.shards)
-        revision = f"sha256:{hashlib.sha256(sums.encode()).hexdigest()}"
-        return finish(folder, name, joined, origin, revision, "", train, val)
+        return finish(folder, name, joined, origin, "", "", train, val)
 
 
 def codec_device() -> torch.device:

@@ -161,20 +161,21 @@ def prepare(
     final = place(data_dir, name, source.origin, encoder)
     identity = [source.origin, source.revision, source.state, encoder.fingerprint, shard_tokens, val_fraction,
                 text_field, UNIT]  # fmt: skip
+    threads = workers or os.cpu_count() or 1
     if kind == "chat":
         folder = Path(tokenizer).parent if tokenizer.endswith(".json") else None
         chats = ChatEncoder(encoder, folder, row_tokens)
-        return _prepare_chats(final, name, source, chats, shard_tokens, workers or os.cpu_count() or 1, progress)
+        return _prepare_chats(final, name, source, chats, shard_tokens, threads, progress)
     with explained(DataError, f"preparing {name!r} failed"), workspace(final, identity) as (folder, journal):
         _announce(source, folder, encoder)
-        threads = workers or os.cpu_count() or 1
+        job = partial(_Job, folder, name, source, encoder, shard_tokens, identity)
         try:
-            return _Job(folder, name, source, encoder, shard_tokens, identity, journal).run(threads, progress)
+            return job(journal).run(threads, progress)
         except _TextChangedError:
             log.warning("%s: the text written so far has changed since; starting over.", name)
             _empty(folder, {"download", HOLDER})
             source.faults.counts.clear()
-            return _Job(folder, name, source, encoder, shard_tokens, identity, None).run(threads, progress)
+            return job(None).run(threads, progress)
 
 
 def _prepare_chats(

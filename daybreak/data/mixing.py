@@ -14,7 +14,6 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,30 +108,40 @@ class MixLoader(Loader):
         return out
 
 
+def mix_of(data: DataConfig) -> list[tuple[str, float]]:
+    """(data set, weight) of a configuration's mixture; [] if it has one data set, or globs. ConfigError."""
+    return [] if data.train else parse_mix(data.name)
+
+
+def names_of(data: DataConfig) -> list[str]:
+    """The names of a configuration's data sets. ConfigError."""
+    return [name for name, _ in mix_of(data)] or [data.name]
+
+
 def named(data: DataConfig, name: str) -> DataConfig:
     """The same keys for the set of another name, whatever its tokenizer."""
     return replace(data, name=name, train="", val="", tokenizer="")
 
 
-def open_sets(data: Any, prefer: str = "", give: str = "") -> list[Dataset]:
-    """The data set(s) of a `DataConfig`. prefer, give: see `open_dataset`. ConfigError, DataError."""
-    names = [name for name, _ in ([] if data.train else parse_mix(data.name))] or [data.name]
-    return [open_dataset(name, data.dir, data.train, data.val, data.tokenizer, prefer, give) for name in names]
+def open_sets(data: DataConfig, prefer: str = "", give: str = "") -> list[Dataset]:
+    """The data set(s) of a configuration. prefer, give: see `open_dataset`. ConfigError, DataError."""
+    d = data
+    return [open_dataset(name, d.dir, d.train, d.val, d.tokenizer, prefer, give) for name in names_of(d)]
 
 
-def packed_rows(data: Any, prefer: str = "", give: str = "") -> int:
-    """T of the packed rows of a `DataConfig`'s sets, 0 if none has any. ConfigError, DataError."""
+def packed_rows(data: DataConfig, prefer: str = "", give: str = "") -> int:
+    """T of the packed rows of a configuration's sets, 0 if none has any. ConfigError, DataError."""
     return max(rows_of(d.train + d.val) for d in open_sets(data, prefer, give))
 
 
 def open_loaders(
-    data: Any, T: int, seed: int, V: int, shuffle: bool = True, beside: Path | None = None, prefer: str = "",
+    data: DataConfig, T: int, seed: int, V: int, shuffle: bool = True, beside: Path | None = None, prefer: str = "",
     held_out: bool = False,
 ) -> tuple[Dataset, Loader, Loader]:  # fmt: skip
-    """The data set(s) of a `DataConfig` and the loaders of both splits; `shuffle` the training one. beside: a folder
+    """The data set(s) of a configuration and the loaders of both splits; `shuffle` the training one. beside: a folder
     with the tokenizer of shards that have none. prefer: see `open_dataset`. held_out: both loaders are of the
     validation split, and the training one may be too small for a sample. ConfigError, DataError."""
-    mix, sets = [] if data.train else parse_mix(data.name), open_sets(data, prefer)
+    mix, sets = mix_of(data), open_sets(data, prefer)
     first = max(sets, key=lambda d: MARK in d.tokenizer_name)  # text may be in the text's part of its tokenizer
     first = first if first.folder else replace(first, folder=beside)
     known = (first.tokenizer_name, text_name(first.tokenizer_name))

@@ -10,7 +10,7 @@ import torch
 
 import daybreak
 from daybreak.data.dataset import dataset_name, open_dataset
-from daybreak.data.mixing import open_loaders, parse_mix
+from daybreak.data.mixing import names_of, open_loaders
 from daybreak.engine.device import library_versions, missing_on, pick_compute, pick_device
 from daybreak.errors import CheckpointError, Error
 from daybreak.files import alive, sha256_of
@@ -119,7 +119,7 @@ def _check_data(run: Run, saved: str) -> list[str]:
     d, lines = config.data, list[str]()
     places = [d.train, d.val]
     try:
-        for name in [name for name, _ in parse_mix(d.name)] or [d.name]:
+        for name in names_of(d):
             if not d.train:
                 folders = [Path(d.dir) / dataset_name(name, d.tokenizer), Path(d.dir) / name]
                 places = [name if set(name) & set("*?[") else f"{name}/*.bin", *(f"{folder}/*" for folder in folders)]

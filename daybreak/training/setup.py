@@ -42,7 +42,7 @@ from daybreak.config import Config, check_resume, is_untouched_import
 from daybreak.data.catalogue import DRAWN
 from daybreak.data.dataset import Dataset, check_tokenizer, dataset_name
 from daybreak.data.loader import Batch, Loader
-from daybreak.data.mixing import open_loaders, parse_mix
+from daybreak.data.mixing import mix_of, names_of, open_loaders
 from daybreak.data.pictures import CODEC_FILE, text_name
 from daybreak.data.prepare import prepare
 from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
@@ -93,7 +93,7 @@ class Setup:
 
     def tokens_of(self, samples: int) -> dict[str, int]:
         """The number of tokens of each source among the first `samples` samples."""
-        names = [] if self.config.data.train else [name for name, _ in parse_mix(self.config.data.name)]
+        names = [name for name, _ in mix_of(self.config.data)]
         counts = self.train_loader.counts(samples)
         return {name: n * self.config.T for name, n in zip(names or [self.dataset.name], counts, strict=True)}
 
@@ -298,8 +298,7 @@ def _prepare_embedded(config: Config, beside: Path | None, check: Check) -> None
     d = config.data
     for known in EMBEDDED if not d.train else ():
         folder = Path(d.dir) / dataset_name(known, d.tokenizer)
-        named = known in (d.name, *(name for name, _ in parse_mix(d.name)))
-        if not named or Path(known).is_dir() or (folder / "manifest.json").is_file():
+        if known not in names_of(d) or Path(known).is_dir() or (folder / "manifest.json").is_file():
             continue
         if (theirs := d.tokenizer.startswith("hf-")) and beside is None:
             raise ConfigError(f"data.tokenizer = {d.tokenizer!r}: {known} is not made with it; name the right --data.")

@@ -25,7 +25,7 @@ from daybreak.checked import read_bytes
 from daybreak.config_keys import check_rules, toml_value
 from daybreak.errors import CheckpointError, ConfigError
 from daybreak.formatting import meant, quoted
-from daybreak.manifest import MANIFEST, NewerFormat, newest_manifest
+from daybreak.manifest import MANIFEST, NewerFormat, is_run, newest_manifest
 from daybreak.shapes import ARCHS, SHAPES, GPT2Config, Shape, family, is_shape, model_config, parse_shape
 
 SCHEMA = 1
@@ -331,7 +331,7 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
     path, run = Path(target).expanduser(), run_of(target)
     if path.suffix == ".toml":
         return read_toml(path), None
-    if (run / "config.toml").is_file():
+    if is_run(run):
         run = run if run.name not in ("", "..") else run.resolve()
         # The folder may have been moved or renamed since: it is where it is now.
         saved = run_config(run).override({"run.dir": str(run.parent), "run.name": run.name})
@@ -347,8 +347,8 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
     if path.is_dir() or ("/" in target and path.exists()):
         fix = run_hint(target) or "; give a folder that daybreak train made."
         raise ConfigError(f"{target} is not a run: it has no config.toml{fix}")
-    if (named := Path(Config().run.dir) / path / "config.toml").is_file():
-        raise ConfigError(f"unknown target {target!r}; to resume the run of that name give its folder: {named.parent}.")
+    if is_run(named := Path(Config().run.dir) / path):
+        raise ConfigError(f"unknown target {target!r}; to resume the run of that name give its folder: {named}.")
     if "/" in target:
         fix = run_hint(target) or "; give a run's folder, a recipe.toml, a recipe (tiny) or a shape (d12)."
         raise ConfigError(f"{target} does not exist{fix}")
@@ -360,10 +360,10 @@ def _base(target: str | None) -> tuple[Config, Resume | None]:
 def run_hint(path: Path | str) -> str:
     """For a message about what is no run: the run that it is a part of, or that was probably meant, or nothing."""
     run, path = run_of(path), Path(path).expanduser()
-    if run != path and (run / "config.toml").is_file():
+    if run != path and is_run(run):
         step = f"--step {int(path.name.removeprefix('step-'))}"
         return f"; it is a checkpoint: give {run}, and {step} to chat, eval, export, sample and serve."
-    if path.is_file() and (path.parent / "config.toml").is_file():
+    if path.is_file() and is_run(path.parent):
         return f"; it is a file of a run: give {path.parent}."
     runs = {found.parent.name: found.parent for found in Path(Config().run.dir).glob("*/config.toml")}
     near = difflib.get_close_matches(path.name, runs, 1)

@@ -27,7 +27,7 @@ from daybreak.config_keys import FRACTION, at_least, one_of
 from daybreak.console import guard_streams
 from daybreak.errors import ConfigError
 from daybreak.formatting import meant
-from daybreak.manifest import checkpoint_step, list_checkpoints
+from daybreak.manifest import checkpoint_step, is_run, list_checkpoints
 from daybreak.parallel import connect, launched
 from daybreak.shapes import is_shape, parse_shape
 from daybreak.training.stop import Stop
@@ -364,7 +364,7 @@ def _begin(values: Values, world: int) -> tuple[Config, Path | None, Path | None
             make_run(source, translate(values, world, Config(model=source.model), source.tokenizer.name), into=out)
         if max(theirs, ours) >= 0:
             return translate(values, world, run_config(out)), out, None, "intermediate checkpoint"
-    again = out if out is not None and (out / "config.toml").is_file() else None  # it stopped before its first save
+    again = out if out is not None and is_run(out) else None  # it stopped before its first save
     if not values["-e"].endswith(".bin"):
         if not is_shape(values["-e"]) or parse_shape(values["-e"]).arch != "gpt2":
             shapes = "d6 ... d84, gpt3:c384 ... c12288"

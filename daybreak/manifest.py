@@ -86,6 +86,11 @@ def newest_manifest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's: it has the configuration of one."""
+    return (folder / "config.toml").is_file()
+
+
 def read_id(run: Path) -> str:
     """The mark that tells a run from others of the same name; its checkpoints carry it. "": daybreak 0.1 made it."""
     try:

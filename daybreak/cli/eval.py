@@ -12,6 +12,7 @@ import click
 from daybreak.config import run_hint
 from daybreak.errors import ConfigError
 from daybreak.formatting import quoted, several
+from daybreak.manifest import is_run
 
 if TYPE_CHECKING:
     from daybreak.engine import Engine
@@ -56,8 +57,8 @@ def evaluate(
     if (chosen := (tasks is not None) + leaderboard) > 1 or not (chosen or own):
         raise ConfigError("eval needs --tasks A,B or --leaderboard, --hellaswag FILE, --data NAME, or several of them.")
     path, folder = Path(target), Path(data_files) if data_files else None
-    is_run = (path / "config.toml").is_file()
-    if not is_run and not (path / "config.json").is_file():
+    from_run = is_run(path)
+    if not from_run and not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             fix = f"`daybreak import {quoted(target)}` makes a run with their model"
             raise ConfigError(f"{target} holds adapters alone; {fix}.")
@@ -68,9 +69,9 @@ def evaluate(
     names = [name.strip() for name in (tasks or "").split(",")]
     if has_core := "core" in names:
         names.remove("core")
-        if not is_run:
+        if not from_run:
             raise ConfigError(f"--tasks core scores runs only, and {target} is not a run; import it.")
-    if not is_run and own:
+    if not from_run and own:
         flag, way = ("--hellaswag", "use --tasks hellaswag") if data is None else ("--data", "import it")
         raise ConfigError(f"{flag} scores runs only, and {target} is not a run; {way}.")
 
@@ -79,7 +80,7 @@ def evaluate(
     from daybreak.evaluate.validation import validate_on
     from daybreak.state.run import Run
 
-    if is_run:
+    if from_run:
         run = Run(path)
         rows = batch if chosen else 1
         engine, tokenizer = run.load_engine(step, B=batch, rows=rows, device=device, data=data or "")
@@ -103,7 +104,7 @@ def evaluate(
     if leaderboard or names != [""] * len(names):
         names = [t for name in names for t in harness.TASKS.get(name, [name])]
         greedy = not leaderboard and any(not t.startswith(harness.CHOICE) for t in names)
-        lm: Any = harness.engine_lm(engine, tokenizer, greedy) if is_run else harness.hf_lm(path, batch, device)
+        lm: Any = harness.engine_lm(engine, tokenizer, greedy) if from_run else harness.hf_lm(path, batch, device)
         if leaderboard:
             theirs = harness.leaderboard(lm, folder, limit)
         else:

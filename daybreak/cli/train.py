@@ -18,6 +18,7 @@ from daybreak.cli.options import config_options, overrides_of
 from daybreak.config import Config, Resume, check_resume, is_untouched_import, resolve, run_of
 from daybreak.errors import ConfigError, Error
 from daybreak.formatting import quoted
+from daybreak.manifest import is_run
 from daybreak.parallel import agent, launched, restarted
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def carry_out(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if own is None and restarted(os.environ):  # the run has begun: continue it, unless it was refused
         folder = Path(config.run.dir) / config.run.name
-        if (folder / "config.toml").is_file() and RunFolder(folder).is_of(agent(os.environ)):
+        if is_run(folder) and RunFolder(folder).is_of(agent(os.environ)):
             config, own = resolve(str(folder), overrides)[0], folder
     if own is not None and restarted(os.environ):
         RunFolder(own).check_not_final()

@@ -36,7 +36,7 @@ from daybreak.data.formats import extra, format_of
 from daybreak.data.packing import Example
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.errors import ConfigError, DataError, Error
-from daybreak.manifest import kept_files
+from daybreak.manifest import is_run, kept_files
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -315,7 +315,7 @@ def _unmarked(rendered: str) -> tuple[str, list[Span]]:
 def _longest(folder: Path) -> int:
     """The most tokens that the model or run in this folder reads; 0 if nothing there says it."""
     try:
-        if (folder / "config.toml").is_file():
+        if is_run(folder):
             return run_config(folder).model.max_T
         config = json.loads((folder / "config.json").read_text("utf-8"))
         found = next(config[key] for key in ("n_positions", "max_position_embeddings") if key in config)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from daybreak.config import run_hint
 from daybreak.errors import ConfigError
+from daybreak.manifest import is_run
 
 if TYPE_CHECKING:
     from daybreak.config_keys import LoraConfig
@@ -43,12 +44,12 @@ def load_model(
     from daybreak.interop.source import with_model
     from daybreak.state.run import Run, engine_with
 
-    if (Path(target) / "config.toml").is_file():
+    if is_run(Path(target)):
         run = Run(target)
         engine, tokenizer = run.load_engine(step, rows=rows, device=device, lora=lora)
         return Model(engine, tokenizer, Template.load(run.path, tokenizer))
-    if (named := Path("runs") / target / "config.toml").is_file() and not Path(target).exists():
-        raise ConfigError(f"{target} does not exist; did you mean {named.parent}?")
+    if is_run(named := Path("runs") / target) and not Path(target).exists():
+        raise ConfigError(f"{target} does not exist; did you mean {named}?")
     source = open_source(target, "", step, also="a run, ")
     engine = engine_with(with_model(Config(), source), source, rows=rows, device=device, lora=lora)
     return Model(engine, source.tokenizer, Template.of(source.kept, source.path, source.tokenizer))

@@ -22,7 +22,7 @@ from daybreak.data.dataset import MANIFEST, Manifest
 from daybreak.data.formats import first_bytes
 from daybreak.errors import ConfigError, DataError, Error
 from daybreak.files import locked, no_follow
-from daybreak.manifest import newest_manifest
+from daybreak.manifest import is_run, newest_manifest
 from daybreak.state.metrics import decode_record
 from daybreak.state.run_folder import RunFolder
 
@@ -85,7 +85,7 @@ class Follower:
     def __init__(self, path: Path | str) -> None:
         path = Path(path)
         self.folder = path if path.is_dir() else path.parent
-        ours = path.is_dir() and (path / "config.toml").is_file()
+        ours = is_run(path)
         self.file = path / ("metrics.jsonl" if ours else "main.log") if path.is_dir() else path
         if not ours and not _is_log(self.file):
             fix = run_hint(path) or "; give a folder that daybreak train made, or llm.c's main.log."

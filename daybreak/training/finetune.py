@@ -15,6 +15,7 @@ from daybreak.data.tokenizer import TOKENIZER_FILE
 from daybreak.errors import ConfigError
 from daybreak.formatting import quoted
 from daybreak.interop import open_source
+from daybreak.manifest import is_run
 from daybreak.parallel import launched
 from daybreak.training.origin import checkpoint_of
 
@@ -39,7 +40,7 @@ def finetune_config(model: str, method: str, given: Mapping[str, Any]) -> Config
         raise ConfigError(f"--{odd} cannot be given to finetune: the shape comes with the weights; leave it out.")
     if method == "full" and given.get("lora.rank"):
         raise ConfigError("--lora.rank gives adapters, and --method full trains all parameters; give only one of them.")
-    if (run_of(model) / "config.toml").is_file():
+    if is_run(run_of(model)):
         checkpoint = checkpoint_of(model)
         tokenizer = given.get("data.tokenizer") or checkpoint.manifest["tokenizer"]["name"]
         shape, path = checkpoint.model, run_of(model).resolve()

@@ -10,7 +10,7 @@ from daybreak.config_keys import toml_value
 from daybreak.errors import CheckpointError, ConfigError
 from daybreak.formatting import quoted, several
 from daybreak.interop import open_source
-from daybreak.manifest import checkpoint_step
+from daybreak.manifest import checkpoint_step, is_run
 from daybreak.shapes import Shape
 from daybreak.state.checkpoint import Checkpoint
 from daybreak.state.merged import Merged
@@ -46,7 +46,7 @@ def weights_of(source: Path | str, shape: Shape, grows: bool) -> Weights:
     """Weights of a run's newest checkpoint, of one checkpoint, or of another program's files, adapters merged.
     Raises CheckpointError if they are of another shape, before there is a folder, which would be resumed from random
     weights. grows: their vocabulary may be smaller."""
-    weights = Merged(checkpoint_of(source) if (run_of(source) / "config.toml").is_file() else open_source(source))
+    weights = Merged(checkpoint_of(source) if is_run(run_of(source)) else open_source(source))
     check_model(weights, shape, grows)
     return weights
 

@@ -16,7 +16,7 @@ from daybreak.errors import CheckpointError, Error
 from daybreak.files import alive, sha256_of
 from daybreak.kernels import OPS, choose
 from daybreak.kernels.cuda.products import untuned
-from daybreak.manifest import foreign, published
+from daybreak.manifest import published
 from daybreak.state.checkpoint import load_checkpoint
 from daybreak.state.run import Run
 from daybreak.state.run_folder import cpu_model
@@ -93,9 +93,7 @@ def check_run(path: str) -> tuple[list[str], bool]:
     run, lines, saved = Run(path), list[str](), ""
     for checkpoint in published(run.folder.checkpoints):
         try:
-            loaded = load_checkpoint(checkpoint, verify="full")
-            if foreign(checkpoint, run.folder.id):
-                raise CheckpointError(f"{checkpoint} belongs to another run; move it there, or remove it.")
+            loaded = load_checkpoint(checkpoint, run=run.folder.id)
             lines.append(f"good: {checkpoint}, step {loaded.step}")
             saved = saved or loaded.manifest["data"]["fingerprint"]
         except CheckpointError as error:

@@ -410,10 +410,11 @@ def _owned_ranges(file: SafetensorsFile) -> Iterator[tuple[str, int, int]]:
         raise CheckpointError(f"{file.path}: its 'ranges' do not match its tensors; restore or remove it.") from None
 
 
-def load_checkpoint(path: Path, verify: Verify = "full") -> Checkpoint:
+def load_checkpoint(path: Path, verify: Verify = "full", run: str = "") -> Checkpoint:
     """Open a checkpoint after checking it: manifest and headers always, every file's size, every file's sha256.
 
-    Raises CheckpointError naming the file and what is wrong with it.
+    run: the id of the run that it has to be of; "": of any. Raises CheckpointError naming the file and what is wrong
+    with it.
     """
     with ExitStack() as held:
         try:
@@ -430,6 +431,8 @@ def load_checkpoint(path: Path, verify: Verify = "full") -> Checkpoint:
             if name not in manifest["files"] and name != MANIFEST:
                 log.warning("%s is not part of the checkpoint; it is ignored.", path / name)
         found = Checkpoint(path, manifest)
+        if manifests.foreign(path, run):
+            raise CheckpointError(f"{path} belongs to another run; move it there, or remove it.")
         weakref.finalize(found, held.pop_all().close)
         return found
 
@@ -457,9 +460,7 @@ def newest_good(root: Path, run: str = "") -> Checkpoint | None:
         passed_over: list[str] = []
         for path in candidates:
             try:
-                found = load_checkpoint(path)
-                if manifests.foreign(path, run):
-                    raise CheckpointError(f"{path} belongs to another run; move it there, or remove it.")
+                found = load_checkpoint(path, run=run)
                 found.passed_over = passed_over
                 return found
             except manifests.NewerFormat:

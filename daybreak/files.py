@@ -162,6 +162,12 @@ def holder_of(folder: Path) -> str:
     return f"process {said[1]} on {said[2]}" if said else "another process"
 
 
+def free_bytes(folder: Path) -> int | None:
+    """The bytes that the disk of a folder has free, without a look at quotas; None if its file system does not tell."""
+    system = os.statvfs(folder)
+    return system.f_bavail * system.f_frsize if system.f_blocks else None
+
+
 def sha256_of(path: Path) -> str:
     """sha256 (hex) of a file."""
     with path.open("rb") as file:

@@ -36,7 +36,7 @@ from daybreak.checked import WHOLE, misfit
 from daybreak.config import saved_config
 from daybreak.config_keys import LoraConfig
 from daybreak.errors import CheckpointError, Error, explained
-from daybreak.files import alive, fsync_folder, lock, remove, sha256_of, write_atomic
+from daybreak.files import alive, free_bytes, fsync_folder, lock, remove, sha256_of, write_atomic
 from daybreak.formatting import disk
 from daybreak.kernels.held import SUFFIXES, dense, gathered, parts_of, plain_name
 from daybreak.manifest import BASE, MANIFEST, MODEL, kept_files, refuse
@@ -178,8 +178,7 @@ def _holds(path: Path, snap: Snapshot) -> bool:
 
 def _check_space(root: Path, need: int, final: Path) -> None:
     """Better no attempt than one that fills the disk for everybody. Only writing tells how much a quota allows."""
-    system = os.statvfs(root)
-    if system.f_blocks and (free := system.f_bavail * system.f_frsize) < need:  # no blocks at all: it does not tell
+    if (free := free_bytes(root)) is not None and free < need:
         said = f"checkpoint {final} needs {disk(need)}, which is {disk(need - free)} more than its disk has free"
         raise Error(f"{said}: free space, lower checkpoint.keep, or move the run.")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from daybreak.engine import Engine
 from daybreak.engine.arena import FROZEN, Arena, zeros
 from daybreak.engine.device import available_bytes
 from daybreak.errors import CheckpointError, OutOfMemory
+from daybreak.files import free_bytes
 from daybreak.formatting import disk
 from daybreak.kernels import acc_dtype
 from daybreak.kernels.held import SUFFIXES, turn
@@ -91,8 +91,7 @@ def warn_of_disk(folder: Path, config: Config, arena: Arena) -> None:
     """A warning if the disk of the run's `folder` has no room for all its checkpoints. Quotas are not seen."""
     held = {(s := path.stat()).st_ino: s.st_size for path in folder.glob("checkpoints/step-*/*")}
     needed = checkpoint_bytes(arena, arena.sharding.table.num_parameters, checkpoints_kept(config)) - sum(held.values())
-    system = os.statvfs(folder)
-    if system.f_blocks and (free := system.f_bavail * system.f_frsize) < needed:  # no blocks: it does not tell
+    if (free := free_bytes(folder)) is not None and free < needed:
         said = f"the checkpoints of {folder} need {disk(needed)}, which is {disk(needed - free)} more"
         log.warning("%s than its disk has free; free space, lower checkpoint.keep, or give another --run.dir.", said)
 

@@ -84,15 +84,9 @@ class Loader:
     beyond, documents = 1, False  # tokens that a sample needs behind its T inputs; whether rows hold several documents
 
     def __init__(
-        self,
-        shards: Sequence[ShardInfo],
-        T: int,
-        seed: int = 0,
-        shuffle: bool = True,
-        *,
-        V: int,
+        self, shards: Sequence[ShardInfo], T: int, seed: int = 0, shuffle: bool = True, *, V: int,
         eot: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.shards, self.T, self.V, self.seed, self.shuffle = list(shards), T, V, seed, shuffle
         self.dtype = np.dtype(np.uint32 if any(shard.width == 4 for shard in self.shards) else np.uint16)
         self.target_dtype = self.dtype

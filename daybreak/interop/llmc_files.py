@@ -30,15 +30,7 @@ from daybreak.engine import Engine, EngineSpec
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.files import replacing, write_atomic
 from daybreak.formatting import quoted
-from daybreak.interop.source import (
-    Export,
-    Source,
-    appearing,
-    checked_shape,
-    default_tokenizer,
-    finite,
-    layout,
-)
+from daybreak.interop.source import Export, Source, appearing, checked_shape, default_tokenizer, finite, layout
 from daybreak.shapes import GPT2Config, Shape
 
 log = logging.getLogger("daybreak")

@@ -71,16 +71,9 @@ class Run:
         return load_checkpoint(by_step[step])
 
     def load_engine(
-        self,
-        step: int | None = None,
-        *,
-        B: int = 1,
-        rows: int = 1,
-        device: str | None = None,
-        data: str = "",
-        lora: LoraConfig | None = None,
-        T: int = 0,
-    ) -> tuple[Engine, Tokenizer]:
+        self, step: int | None = None, *, B: int = 1, rows: int = 1, device: str | None = None, data: str = "",
+        lora: LoraConfig | None = None, T: int = 0,
+    ) -> tuple[Engine, Tokenizer]:  # fmt: skip
         """A checkpoint's weights in an engine that evaluates B rows, also of the data set `data`, and writes `rows`
         texts at a time (no optimizer state), and its tokenizer. lora: adapters to leave room for, its own merged.
         T: tokens of a row, 0: the run's; more than model.max_T only where positions are no parameters.

@@ -119,6 +119,7 @@ class Group:
     def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0, timeout: float = 300.0) -> None:
         self.rank, self.world, self.local_rank, self.timeout = rank, world, local_rank, timeout
         self.progress = 0  # collectives entered: the others wait for the rank with the fewest
+        self._beaten = 0  # the beats written so far
         self.dist: Any = None  # torch.distributed, once connected
         self.store: Any = None
         self.store_lost = False  # it does not answer any more
@@ -302,8 +303,8 @@ class Group:
         return [json.loads(self.store.get(f"beat/{rank}")) for rank in range(self.world)]
 
     def _beat(self) -> None:
-        self._alive = getattr(self, "_alive", 0) + 1
-        self.store.set(f"beat/{self.rank}", json.dumps([socket.gethostname(), self._alive, self.progress]))
+        self._beaten += 1
+        self.store.set(f"beat/{self.rank}", json.dumps([socket.gethostname(), self._beaten, self.progress]))
 
     def _blame(self, before: list[list[Any]], now: list[list[Any]], late: bool) -> tuple[int, int, str]:
         """The rank that died or hangs, exit code and sentence, from two looks at the beats; `late`: at a timeout.

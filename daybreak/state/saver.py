@@ -133,7 +133,8 @@ class Saver:
         try:
             return self._future.result()
         finally:
-            self._future = self._future if not self._future.done() else None  # Ctrl-C in a notebook: ask again
+            if self._future.done():  # else it was Ctrl-C in a notebook, which asks again
+                self._future = None
 
     def __enter__(self) -> Saver:
         return self

@@ -54,7 +54,7 @@ class Stop:
         self._handled: list[int] = []  # signals whose handlers are ours
         self.checks = 0  # how often `check` was called: as long as it grows, something is being done
         self._clock = clock
-        self._deadline = float("inf")
+        self._deadline, self._max_hours = float("inf"), 0.0
         self._seen: set[int] = set()  # kinds of signals that came
         self._first = 0.0  # when the first of them came
 

@@ -30,7 +30,7 @@ from daybreak.engine import Engine, EngineSpec
 from daybreak.errors import CheckpointError, ConfigError, Error, explained
 from daybreak.files import replacing, write_atomic
 from daybreak.formatting import quoted
-from daybreak.interop.source import Export, Source, appearing, checked_shape, default_tokenizer, finite, layout
+from daybreak.interop.source import Export, Layout, Source, appearing, checked_shape, default_tokenizer, finite, layout
 from daybreak.shapes import GPT2Config, Shape
 
 log = logging.getLogger("daybreak")
@@ -198,10 +198,7 @@ def open_folder(folder: Path, step: int | None = None, tokenizer: str = "") -> S
     return Source(folder, cfg, model.tokenizer, read, step, moments)
 
 
-Rows = list[tuple[str, int, tuple[int, ...]]]
-
-
-def _gathered(rows: Rows, states: list[_State], index: int) -> list[tuple[int, Tensor]]:
+def _gathered(rows: Layout, states: list[_State], index: int) -> list[tuple[int, Tensor]]:
     """ZeRO 1: rank r has the r-th of P equal slices of every tensor of every layer, at the tensor's start / P."""
     P, flats = len(states), [state.part(index) for state in states]
     ranges = []
@@ -211,7 +208,7 @@ def _gathered(rows: Rows, states: list[_State], index: int) -> list[tuple[int, T
     return ranges
 
 
-def _master(rows: Rows, states: list[_State], name: str) -> Tensor:
+def _master(rows: Layout, states: list[_State], name: str) -> Tensor:
     row = next(row for row in rows if row[0] == name)
     return finite(torch.cat([part for _, part in _gathered([row], states, 2)]), states[0].path, name).view(row[2])
 

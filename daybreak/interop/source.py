@@ -42,14 +42,21 @@ LONGEST = 8192  # batch.T of a model that could compute longer sequences, unless
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def layout(cfg: Shape) -> list[tuple[str, int, tuple[int, ...]]]:
+Layout = list[tuple[str, int, tuple[int, ...]]]  # name, first element in a flat buffer, shape
+
+
+def _placed(rows: list[Row]) -> Layout:
+    """The rows one after the other."""
+    starts = accumulate((row.numel for row in rows), initial=0)
+    return [(row.name, start, row.shape) for row, start in zip(rows, starts, strict=False)]
+
+
+def layout(cfg: Shape) -> Layout:
     """(daybreak's name, first element, shape) of every parameter in llm.c's order: all layers of one, then the next."""
     kinds: dict[str, list[Row]] = {}
     for row in build_model(cfg).rows():
         kinds.setdefault(row.name.rpartition(".")[2], []).append(row)
-    rows = [row for kind in kinds.values() for row in kind]
-    starts = accumulate((row.numel for row in rows), initial=0)
-    return [(row.name, start, row.shape) for row, start in zip(rows, starts, strict=False)]
+    return _placed([row for kind in kinds.values() for row in kind])
 
 
 @dataclass(frozen=True)
@@ -88,13 +95,11 @@ class Source:
         """Names of all parameters."""
         return [name for name, _, _ in [*layout(self.model), *self.adapter_layout()]]
 
-    def adapter_layout(self) -> list[tuple[str, int, tuple[int, ...]]]:
+    def adapter_layout(self) -> Layout:
         """As `layout`, of its adapters."""
         model = build_model(self.model)
         rows = adapter_rows(model.rows(), adapters_of(model.rows(), model.parts, self.lora), self.lora.rank)
-        rows = [row for row in rows if is_adapter(row.name)]
-        starts = accumulate((row.numel for row in rows), initial=0)
-        return [(row.name, start, row.shape) for row, start in zip(rows, starts, strict=False)]
+        return _placed([row for row in rows if is_adapter(row.name)])
 
     def read_model(self, name: str, out: Tensor) -> None:
         """Copy a tensor into `out` of the same shape, any float dtype, any device."""

@@ -243,6 +243,16 @@ def _refusals(said: str) -> Iterator[None]:
         raise DataError(f"{said} ({error}).") from None
 
 
+def _library_tokenizer(source: str, where: str) -> Any:
+    """The tokenizer that the text of a tokenizer.json describes, but that it neither cuts nor pads texts. DataError."""
+    library = extra("tokenizers", "data", where)
+    with _refusals(f"{where} is not a Hugging Face tokenizer"):
+        found = library.Tokenizer.from_str(source)
+    found.no_truncation()
+    found.no_padding()
+    return found
+
+
 class HFTokenizer(Tokenizer):
     """Bring your own: a Hugging Face tokenizer.json, through the `tokenizers` library (extra `data`).
 
@@ -250,11 +260,7 @@ class HFTokenizer(Tokenizer):
     """
 
     def __init__(self, source: str, where: str) -> None:
-        library = extra("tokenizers", "data", where)
-        with _refusals(f"{where} is not a Hugging Face tokenizer"):
-            self._hf = library.Tokenizer.from_str(source)
-        self._hf.no_truncation()
-        self._hf.no_padding()
+        self._hf = _library_tokenizer(source, where)
         vocabulary: dict[str, int] = self._hf.get_vocab(with_added_tokens=True)
         eot, end = (next((vocabulary[n] for n in names if n in vocabulary), -1) for names in (EOT_NAMES, END_NAMES))
         if eot < 0:
@@ -296,10 +302,7 @@ class HFTokenizer(Tokenizer):
     @cached_property
     def _chats(self) -> Any:
         """The library's tokenizer, which finds special tokens in a text."""
-        hf = extra("tokenizers", "data", self.name).Tokenizer.from_str(self.source)
-        hf.no_truncation()
-        hf.no_padding()
-        return hf
+        return _library_tokenizer(self.source, self.name)
 
     def encode_special(self, text: str) -> tuple[list[int], Callable[[int], int | None]]:
         """As for ours, by the library."""

@@ -196,14 +196,7 @@ def open_run(
             write_atomic(folder.path / TOKENIZER_FILE, tokenizer.source)
         if tokenizer.pictures and dataset.folder is not None:
             shutil.copyfile(dataset.folder / CODEC_FILE, folder.path / CODEC_FILE)
-        origin = fork or init
-        kept = dict(origin.kept) if origin else {}
-        if config.data.packed and dataset.folder is not None:  # the chat template that is trained
-            theirs, ends = kept_files(dataset.folder), "generation_config.json"
-            if ends in theirs and ends in kept:  # a special token that only one of them names stays
-                theirs[ends] = json.dumps(json.loads(kept[ends]) | json.loads(theirs[ends]))
-            kept |= theirs
-        for name, text in kept.items():
+        for name, text in _kept(fork or init, config, dataset).items():
             write_atomic(folder.path / name, text)
         return bool(old), new_code
 
@@ -230,6 +223,18 @@ def _check_moved(run: Run, config: Config, train: Loader, val: Loader) -> None:
         if saved["fingerprint"] != train.fingerprint or saved.get("val", val.fingerprint) != val.fingerprint:
             log.warning("the data there is not what %s was trained on: its content differs", run.path)
             raise
+
+
+def _kept(origin: Weights | None, config: Config, dataset: Dataset) -> dict[str, str]:
+    """The files (manifest.KEPT) that a run keeps of the weights that it begins with, and of packed data, whose chat
+    template is the one that is trained."""
+    kept = dict(origin.kept) if origin else {}
+    if config.data.packed and dataset.folder is not None:
+        theirs, ends = kept_files(dataset.folder), "generation_config.json"
+        if ends in theirs and ends in kept:  # a special token that only one of them names stays
+            theirs[ends] = json.dumps(json.loads(kept[ends]) | json.loads(theirs[ends]))
+        kept |= theirs
+    return kept
 
 
 def _see(folder: RunFolder) -> None:

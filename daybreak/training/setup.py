@@ -143,7 +143,10 @@ def open_run(
     compute = pick_compute(config.precision.compute, device)
     if resume is None and compute == "fp8":
         check_patterns(config.precision.fp8, config.model)
-    _set_precision(config, device, compute)
+    set_precision(config, device)
+    for backend, reason in missing_on(device).items():
+        log.warning("slower without %s: %s (daybreak doctor says more)", backend, reason)
+    _say_slow(config, device, compute)
     check_sinks(config)
     beside = resume if fork is None else fork.path.parents[1]
     group.first(lambda: _prepare_embedded(config, beside, stop.look if group.world > 1 else stop.check))
@@ -247,14 +250,8 @@ def _see(folder: RunFolder) -> None:
         time.sleep(0.1)
 
 
-def _set_precision(config: Config, device: torch.device, compute: str) -> None:
-    set_precision(config, device)
-    for backend, reason in missing_on(device).items():
-        log.warning("slower without %s: %s (daybreak doctor says more)", backend, reason)
-    _say_slow(config, device, compute)
-
-
 def _say_slow(config: Config, device: torch.device, compute: str) -> None:
+    """Warn of a precision that is slow here."""
     if device.type == "cpu" and compute == "bf16" and not cpu_has_bf16():
         log.warning("this CPU has no bf16 instructions: precision.compute = bf16 will be slower than fp32 here.")
     key = "precision.compute" if compute == "fp8" else "lora.base" if config.lora.base == "fp8" else ""

@@ -33,7 +33,7 @@ import torch
 
 from daybreak import manifest as manifests
 from daybreak.checked import WHOLE, misfit
-from daybreak.config import saved_config
+from daybreak.config import Config, saved_config
 from daybreak.config_keys import LoraConfig
 from daybreak.errors import CheckpointError, Error, explained
 from daybreak.files import alive, free_bytes, fsync_folder, lock, remove, sha256_of, write_atomic
@@ -328,15 +328,20 @@ class Checkpoint:
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r})"
 
+    @cached_property
+    def config(self) -> Config:
+        """The configuration that it was saved with. Raises CheckpointError if it is none."""
+        return saved_config(self.path, self.manifest)
+
     @property
     def model(self) -> Shape:
         """The shape of the model."""
-        return saved_config(self.path, self.manifest).model
+        return self.config.model
 
     @property
     def lora(self) -> LoraConfig:
         """Its adapters; rank 0: it has none."""
-        return saved_config(self.path, self.manifest).lora
+        return self.config.lora
 
     @property
     def kept(self) -> dict[str, str]:

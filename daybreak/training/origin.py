@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from daybreak.config import Config, run_of, saved_config
+from daybreak.config import Config, run_of
 from daybreak.config_keys import toml_value
 from daybreak.errors import CheckpointError, ConfigError
 from daybreak.formatting import quoted, several
@@ -31,7 +31,7 @@ def fork_of(path: Path | str, config: Config) -> Checkpoint:
     """`checkpoint_of`, for a new run of this configuration. Raises ConfigError if the checkpoint has made all of its
     steps, or has the state of another optimizer."""
     checkpoint, steps = checkpoint_of(path), config.run.steps
-    was = saved_config(checkpoint.path, checkpoint.manifest).optim.name
+    was = checkpoint.config.optim.name
     if checkpoint.step and was != config.optim.name:
         raise ConfigError(
             f"optim.name = {config.optim.name} cannot continue {checkpoint.path}, which has the state of {was}; leave "
@@ -75,7 +75,7 @@ def nothing_to_do(run: Run, config: Config, at: int) -> str:
 def say_origin(checkpoint: Checkpoint, now: Config) -> None:
     """Name the checkpoint, and every setting that is another one than then, but for the run's name and folder."""
     log.info("resuming from %s", checkpoint.path)
-    if changed := differing(saved_config(checkpoint.path, checkpoint.manifest), now):
+    if changed := differing(checkpoint.config, now):
         log.info("changed since the checkpoint: %s", ", ".join(changed))
 
 

@@ -65,20 +65,20 @@ def init(grid: Grid, seed: int, dtype: torch.dtype = torch.float32) -> Named:
 # ---- layers. `saved` takes in forward what backward needs; backward puts the parameters' gradients into `g`.
 
 
-def conv_forward(p: Named, name: str, x: Tensor) -> Tensor:
-    """The convolution (b, out, h, w) of x (b, in, h, w), of the same size."""
+def conv_forward(p: Named, name: str, x: Tensor, stride: int = 1) -> Tensor:
+    """The convolution of x (b, in, h, w): of the same size, or at a stride without padding."""
     w = p[f"{name}.w"]
-    y: Tensor = torch.conv2d(x, w, p[f"{name}.b"], padding=w.shape[2] // 2)
+    y: Tensor = torch.conv2d(x, w, p[f"{name}.b"], stride, w.shape[2] // 2 if stride == 1 else 0)
     return y
 
 
-def conv_backward(d: Tensor, p: Named, g: Named, name: str, x: Tensor) -> Tensor:
+def conv_backward(d: Tensor, p: Named, g: Named, name: str, x: Tensor, stride: int = 1) -> Tensor:
     """The gradient of x, from d, that of the convolution."""
     w = p[f"{name}.w"]
-    pad, ones = [w.shape[2] // 2] * 2, [1, 1]
+    pad = w.shape[2] // 2 if stride == 1 else 0
     dx: Tensor
     dx, g[f"{name}.w"], g[f"{name}.b"] = aten.convolution_backward(
-        d, x, w, [len(w)], ones, pad, ones, False, [0, 0], 1, [True, True, True]
+        d, x, w, [len(w)], [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], 1, [True, True, True]
     )
     return dx
 

@@ -31,7 +31,6 @@ from daybreak.images.decoder import (
 )
 from daybreak.images.patches import Grid
 
-aten = torch.ops.aten
 LEVELS, SLACK = (8, 5, 5, 5), 1.001  # a little room, so that the outermost values can be reached
 K = math.prod(LEVELS)  # ids
 WIDTH, BATCH, LR = 24, 16, 4e-3
@@ -100,28 +99,12 @@ def values_of(ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 # ---- the whole codec
 
 
-def down_forward(p: Named, name: str, x: Tensor) -> Tensor:
-    """The convolution of x (b, in, h, w) with a stride of 2, half as high and wide."""
-    y: Tensor = torch.conv2d(x, p[f"{name}.w"], p[f"{name}.b"], stride=2)
-    return y
-
-
-def down_backward(d: Tensor, p: Named, g: Named, name: str, x: Tensor) -> Tensor:
-    """The gradient of x."""
-    w = p[f"{name}.w"]
-    dx: Tensor
-    dx, g[f"{name}.w"], g[f"{name}.b"] = aten.convolution_backward(
-        d, x, w, [len(w)], [2, 2], [0, 0], [1, 1], False, [0, 0], 1, [True, True, True]
-    )
-    return dx
-
-
 def encode(p: Named, grid: Grid, pictures: Tensor, saved: Named) -> Tensor:
     """z (b, 4, g, g) of pictures (b, 3, px, px), from -1 to 1."""
     x = saved["e.in"] = torch.pixel_unshuffle(pictures, grid.patch // 2)
     h = res_forward(p, "e.r0", conv_forward(p, "e.in", x), saved)
     saved["e.down"] = h
-    h = res_forward(p, "e.r1", down_forward(p, "e.down", h), saved)
+    h = res_forward(p, "e.r1", conv_forward(p, "e.down", h, 2), saved)
     h = norm_silu_forward(p, "e.norm", res_forward(p, "e.r2", h, saved), saved)
     saved["e.out"] = h
     return conv_forward(p, "e.out", h)
@@ -147,7 +130,7 @@ def backward(d: Tensor, p: Named, grid: Grid, saved: Named) -> Named:
     d = fsq_backward(conv_backward(d, p, g, "d.in", saved["d.in"]), saved)
     d = norm_silu_backward(conv_backward(d, p, g, "e.out", saved["e.out"]), p, g, "e.norm", saved)
     d = res_backward(res_backward(d, p, g, "e.r2", saved), p, g, "e.r1", saved)
-    d = res_backward(down_backward(d, p, g, "e.down", saved["e.down"]), p, g, "e.r0", saved)
+    d = res_backward(conv_backward(d, p, g, "e.down", saved["e.down"], 2), p, g, "e.r0", saved)
     conv_backward(d, p, g, "e.in", saved["e.in"])
     return g
 

@@ -172,8 +172,8 @@ def meter(engine: Engine) -> dict[str, Cost]:
 
         def call(*args: Any, **kwargs: Any) -> None:
             given, cost = {**dict(zip(operation.parameters, args, strict=False)), **kwargs}, costs[name]
-            format = next((x.format.backend for x in args if isinstance(x, Operand)), "")
-            cost.backend, cost.calls = format or kernels.choices[name], cost.calls + 1
+            backend = next((x.format.backend for x in args if isinstance(x, Operand)), "")
+            cost.backend, cost.calls = backend or kernels.choices[name], cost.calls + 1
             cost.nbytes += nbytes_of(operation, given)
             cost.flops += operation.flops(given)
             start = mark()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,8 +47,8 @@ def snapshot(engine: Engine, step: int, manifest: dict[str, Any], staging: Stagi
     trained = exact_weights(engine.arena)
     kinds = {e.name.removeprefix(FROZEN): (e.shape, e.dtype) for e in engine.arena.entries if e.buffer == "frozen"}
     kinds |= {name: (table.rows[name].shape, trained) for name in table.offsets}
-    parts_ = ("", *(part for suffixes in SUFFIXES.values() for part in suffixes))
-    names = [name + part for name in table.rows for part in parts_ if name + part in kinds]
+    suffixes = ("", *chain(*SUFFIXES.values()))
+    names = [name + suffix for name in table.rows for suffix in suffixes if name + suffix in kinds]
     model = {name: torch.empty(kinds[name][0], dtype=kinds[name][1], device="meta") for name in names}
     once = {name: state[name] for name in saved["once"]}
     frozen = [name for name in names if name not in table.offsets]

@@ -4,7 +4,7 @@ With one process, the loop copies the engine's state to host memory (`Staging.ta
 the copy. The loop asks for the result once an iteration, without waiting:
 
     loop     | step | copy, start() | step | step | result() -> None | step | result() -> Saved | ...
-    thread                 | first() write, publish, prune old ones -------->|
+    thread                 | before() write, publish, prune old ones ------->|
 
 `start` is never called while a save runs: the loop waits for the result first. Among several ranks there is no thread.
 All ranks write their parts at the same time inside `start`, because collectives have one order.
@@ -58,14 +58,14 @@ def _give_way() -> None:
 class Saver:
     """Writes checkpoints of the run in `folder`, and removes old ones (`keep`, `major`: see prune_checkpoints).
 
-    first: called before a checkpoint is written, for what must be on the disk before it. lost: the folder was removed,
+    before: called before a checkpoint is written, for what must be on the disk before it. lost: the folder was removed,
     and the last save is in a new one.
     """
 
     def __init__(
-        self, folder: RunFolder, keep: int, major: int, first: Callable[[], None] = lambda: None, group: Group = ALONE
+        self, folder: RunFolder, keep: int, major: int, before: Callable[[], None] = lambda: None, group: Group = ALONE
     ) -> None:
-        self.folder, self.keep, self.major, self.first, self.group = folder, keep, major, first, group
+        self.folder, self.keep, self.major, self.before, self.group = folder, keep, major, before, group
         self.lost = False
         self._pool = ThreadPoolExecutor(1, "save", initializer=_give_way)
         self._future: Future[Saved] | None = None
@@ -85,7 +85,7 @@ class Saver:
 
     def _write(self, snap: Snapshot, tokens: int, began: float, stall: float) -> Saved:
         if self.group.rank == 0:
-            self.first()
+            self.before()
         path = self._save(snap)
         nbytes = sum(file.stat().st_size for file in path.iterdir())
         try:

@@ -60,7 +60,7 @@ GPUS = {
 
 def peak_flops(device_name: str) -> float | None:
     """Peak bf16 FLOP/s of one GPU, or None (utilisation is then n/a) when no figure for this exact name is known."""
-    return next((GPU.peak for GPU in GPUS.values() if GPU.name == device_name), None)
+    return next((gpu.peak for gpu in GPUS.values() if gpu.name == device_name), None)
 
 
 # Tokens a second of fp8 over bf16: one NVIDIA H200, B = 16, T = 1024, 131,072 tokens a step, recompute 1 (d48: 2),

@@ -82,7 +82,6 @@ def prepare(
     from daybreak.data import prepare as data
     from daybreak.data.catalogue import is_drawn
     from daybreak.data.pictures import MARK
-    from daybreak.data.tokenizer import get_tokenizer
 
     pictures = kind == "images" or (kind is None and is_drawn(sources))
     if px and not pictures:
@@ -105,38 +104,16 @@ def prepare(
         else:
             options |= {"kind": kind or "", "row_tokens": row_tokens or 0, "train_tokenizer": train_tokenizer}
             manifest = data.prepare(sources, name=name, data_dir=data_dir, progress=progress, **options)
-    place = f" --data.dir {quoted(data_dir)}" * (data_dir != "data")
+    place, owner = f" --data.dir {quoted(data_dir)}" * (data_dir != "data"), _model_beside(options["tokenizer"])
     if MARK in manifest.tokenizer:
         _say_pictures(manifest, data_dir, place)
-        return
-    if manifest.rows:
-        _say_rows(manifest, data_dir, place, show or 0, _model_beside(options["tokenizer"]) or "MODEL")
-        return
-    if show:
-        log.warning("--show %d: %s is text, all of which is learned; examples are shown of chats.", show, manifest.name)
-    train, val = manifest.train, manifest.val
-    share = 100 * val.tokens / (train.tokens + val.tokens)
-    V = get_tokenizer(manifest.tokenizer, Path(data_dir) / manifest.name).V
-    model = "tiny" if V == 1025 else f"{'d6' if train.tokens < 10**8 else 'd12'}{f' --model.V {V}' * (V != 50_257)}"
-    T = 128 if V == 1025 else 1024
-    longest = min(max((s.tokens for s in split.shards), default=0) for split in (train, val))
-    model += _shorter(longest, T)
-    owner = _model_beside(options["tokenizer"])
-    small = V != 1025 and 0 < train.bytes < 2 * 10**7 and not owner
-    names = f"--data {manifest.name} --name {manifest.name}{place}"
-    own = f"--data.tokenizer {manifest.tokenizer} --model.V {V}{_shorter(longest, 128)} {names}"
-    tiny = f"train the smallest model on so small a text: daybreak train tiny {own}"
-    short = "prepare so small a text with --tokenizer gpt2-1024, and train tiny (docs/your-text.md)."
-    laptop = f"\nWithout a GPU, {short if V == 50_257 else tiny}"
-    further = f"daybreak finetune {owner} --data {manifest.name}{place}; from scratch: " * bool(owner)
-    then = f"Next: {further}daybreak train {model} {names}{laptop * small}"
-    if 0 < longest <= LEAST:
-        then = f"This is too little to train on: samples have {T:,} tokens each. Add text, and prepare it again."
-    click.echo(
-        f"{data_dir}/{manifest.name}: {train.tokens:,} training and {val.tokens:,} validation tokens "
-        f"({manifest.tokenizer}) of {train.documents + val.documents:,} documents in "
-        f"{len(train.shards) + len(val.shards)} shards\nValidation is {share:.3g} % of the tokens. {then}"
-    )
+    elif manifest.rows:
+        _say_rows(manifest, data_dir, place, show or 0, owner or "MODEL")
+    else:
+        if show:
+            log.warning("--show %d: %s is text, all of which is learned; examples are shown of chats.", show,
+                        manifest.name)  # fmt: skip
+        _say_text(manifest, data_dir, place, owner)
 
 
 def _shorter(longest: int, T: int) -> str:
@@ -154,8 +131,37 @@ def _model_beside(tokenizer: str) -> str:
     return quoted(folder) if tokenizer.endswith(".json") and is_model else ""
 
 
+def _say_text(manifest: Manifest, data_dir: str, place: str, owner: str) -> None:
+    """How much text there is, and what is next. place: the flag that names data_dir, for the next command. owner: the
+    model that the tokenizer is of, "" if there is none."""
+    from daybreak.data.tokenizer import get_tokenizer
+
+    train, val = manifest.train, manifest.val
+    share = 100 * val.tokens / (train.tokens + val.tokens)
+    V = get_tokenizer(manifest.tokenizer, Path(data_dir) / manifest.name).V
+    model = "tiny" if V == 1025 else f"{'d6' if train.tokens < 10**8 else 'd12'}{f' --model.V {V}' * (V != 50_257)}"
+    T = 128 if V == 1025 else 1024
+    longest = min(max((s.tokens for s in split.shards), default=0) for split in (train, val))
+    model += _shorter(longest, T)
+    small = V != 1025 and 0 < train.bytes < 2 * 10**7 and not owner
+    names = f"--data {manifest.name} --name {manifest.name}{place}"
+    own = f"--data.tokenizer {manifest.tokenizer} --model.V {V}{_shorter(longest, 128)} {names}"
+    tiny = f"train the smallest model on so small a text: daybreak train tiny {own}"
+    short = "prepare so small a text with --tokenizer gpt2-1024, and train tiny (docs/your-text.md)."
+    laptop = f"\nWithout a GPU, {short if V == 50_257 else tiny}"
+    further = f"daybreak finetune {owner} --data {manifest.name}{place}; from scratch: " * bool(owner)
+    then = f"Next: {further}daybreak train {model} {names}{laptop * small}"
+    if 0 < longest <= LEAST:
+        then = f"This is too little to train on: samples have {T:,} tokens each. Add text, and prepare it again."
+    click.echo(
+        f"{data_dir}/{manifest.name}: {train.tokens:,} training and {val.tokens:,} validation tokens "
+        f"({manifest.tokenizer}) of {train.documents + val.documents:,} documents in "
+        f"{len(train.shards) + len(val.shards)} shards\nValidation is {share:.3g} % of the tokens. {then}"
+    )
+
+
 def _say_pictures(manifest: Manifest, data_dir: str, place: str) -> None:
-    """How many pictures there are, and what is next. place: the flag that names data_dir, for the next command."""
+    """How many pictures there are, and what is next. place: see `_say_text`."""
     from daybreak.data.catalogue import DRAWN
     from daybreak.data.pictures import text_name
     from daybreak.data.tokenizer import get_tokenizer

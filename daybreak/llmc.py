@@ -340,7 +340,8 @@ def _run(argv: list[str], stop: Stop) -> None:
     newest = run.checkpoints[0]
     if on_save is not None and checkpoint_step(newest) not in llmc_files.done_steps(run.path):
         on_save(newest)  # killed between the two savings, and now there was nothing left to train
-    text = run.metrics("sample")[-1]["text"] + "\n" if config.eval.sample_tokens else ""
+    samples = run.metrics("sample") if config.eval.sample_tokens else []
+    text = samples[-1]["text"] + "\n" if samples else ""  # a run that had nothing left to train may have none
     print(f"generating:\n---\n{text}---")
     times = [record["ms"] for record in run.metrics("step")][1:]
     print(f"total average iteration time: {statistics.fmean(times) if times else 0.0:f} ms")

@@ -184,6 +184,15 @@ def test_a_warmup_longer_than_the_run_and_no_samples(made: Path) -> None:
         assert len(lrs) > 1
 
 
+def test_a_finished_run_without_samples_is_asked_for_one(made: Path) -> None:
+    """There is nothing left to train, so there is no sample either."""
+    argv = [*SMALL, "-x", "2", "-o", "silent"]
+    llmc(made, *argv, "-g", "0", here=True)
+    said = llmc(made, *argv, "-g", "5", "-y", "1", here=True)
+    assert "nothing to do" in said
+    assert said.splitlines()[-3:-1] == ["---", "---"]
+
+
 def test_overfitting_one_batch_equals_the_oracle(made: Path) -> None:
     """-a 1: the first validation batch again and again. Losses of an independent GPT-2 and AdamW, in fp64."""
     llmc(made, *SMALL, "-a", "1", "-x", "5", "-o", "over", "-c", "0.1")

@@ -107,6 +107,18 @@ def test_a_removed_folder_costs_no_step(shards, tmp_path, straight, replaced):
     assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
+def test_doctor_names_what_dead_saves_left_and_nothing_else(straight, tmp_path):
+    """The number at the end is the process's. Other hidden names are not ours."""
+    shutil.copytree(straight.path, tmp_path / "r")
+    folder = tmp_path / "r/checkpoints"
+    left = folder / ".tmp-step-00000010-999999999"  # above any process's id
+    for path in (left, folder / ".tmp-mine", folder / f".tmp-step-00000015-{os.getppid()}"):
+        path.mkdir()
+    lines, good = check_run(str(tmp_path / "r"))
+    assert good
+    assert [line for line in lines if ".tmp-" in line] == [f"left by a save that died, removed by the next: {left}"]
+
+
 def test_a_checkpoint_of_another_run_is_never_resumed_nor_counted(shards, tmp_path, straight, caplog):
     """Planted with a higher step: the run goes on from its own, and its own are what `keep` counts."""
     part = daybreak.train(config(shards, tmp_path, "r", run__steps=10, optim__horizon=STEPS))

@@ -13,11 +13,11 @@ from daybreak.data.dataset import dataset_name, open_dataset
 from daybreak.data.mixing import names_of, open_loaders
 from daybreak.engine.device import library_versions, missing_on, pick_compute, pick_device
 from daybreak.errors import CheckpointError, Error
-from daybreak.files import alive, sha256_of
+from daybreak.files import sha256_of
 from daybreak.kernels import OPS, choose
 from daybreak.kernels.cuda.products import untuned
 from daybreak.manifest import published
-from daybreak.state.checkpoint import load_checkpoint
+from daybreak.state.checkpoint import leftovers, load_checkpoint
 from daybreak.state.run import Run
 from daybreak.state.run_folder import cpu_model
 from daybreak.state.throughput import peak_flops
@@ -100,8 +100,8 @@ def check_run(path: str) -> tuple[list[str], bool]:
             if checkpoint.exists():  # else the run in progress has just removed it
                 lines.append(f"BAD: {error}")
     lines = lines or [f"{path} has no checkpoint yet"]
-    left = [p for p in run.folder.checkpoints.glob(".tmp-*") if not alive(int(p.name.rpartition("-")[2]))]
-    lines += [f"left by a save that died, removed by the next: {p}" for p in left]
+    left = [path for path, kind, _ in leftovers(run.folder.checkpoints) if kind == "tmp"]
+    lines += [f"left by a save that died, removed by the next: {path}" for path in left]
     try:
         lines += _check_data(run, saved)
     except Error as error:  # its configuration differs from the newest checkpoint's

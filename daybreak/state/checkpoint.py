@@ -275,13 +275,17 @@ def _retire(path: Path) -> bool:
         os.close(fd)
 
 
-def _clean(root: Path) -> None:
+def leftovers(root: Path) -> Iterator[tuple[Path, str, Path]]:
+    """What saves that died left below `root`: the path, "tmp" or "old", and the path of the checkpoint itself."""
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         match = re.fullmatch(r"\.(tmp|old)-(step-\d{8,})-(\d{1,9})", path.name)
-        if not match or alive(int(match[3])):
-            continue
-        final = root / match[2]
-        if match[1] == "old" and not final.exists():
+        if match and not alive(int(match[3])):
+            yield path, match[1], root / match[2]
+
+
+def _clean(root: Path) -> None:
+    for path, kind, final in leftovers(root):
+        if kind == "old" and not final.exists():
             path.rename(final)  # its replacement never arrived
         else:
             remove(path)

@@ -74,6 +74,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert "--train-tokenizer is for text" in capsys.readouterr().err
 
 
+def test_standard_input_cannot_be_read_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is refused before it is read. Without the rule, the second reading found no file."""
+    assert main(["prepare", "-", "--name", "p", "--train-tokenizer", "288", "--data-dir", str(tmp_path)]) == 2
+    said = "--train-tokenizer 288 reads the text twice, and standard input can be read once; write the text to a file"
+    assert capsys.readouterr().err == f"daybreak: {said}, and prepare that.\n"
+
+
 def _documents(ids: list[int], eot: int) -> list[list[int]]:
     found: list[list[int]] = []
     for i in ids:

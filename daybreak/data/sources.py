@@ -59,6 +59,7 @@ from daybreak.errors import DataError
 log = logging.getLogger("daybreak")
 
 SPLITS = ("train", "val")
+STDIN = "standard input"  # origin of a source that can be read once
 PIECE = 1 << 20  # characters
 VAL_BY_DOCUMENT, VAL_BY_POSITION = 0.01, 0.05
 LEAST_SLACK, LEAST_CUT = 16, 4096  # characters that a cut may move back; bytes of a document that is cut among many
@@ -339,7 +340,7 @@ def stdin_source(column: str, val_fraction: float | None, faults: Faults) -> Tex
                     shutil.copyfileobj(stdin, file)
         return file_source(kept, column, val_fraction, faults).pieces()
 
-    return TextSource("stdin", "standard input", "", "unknown", 0, pieces, faults=faults)
+    return TextSource("stdin", STDIN, "", "unknown", 0, pieces, faults=faults)
 
 
 def text_size(name: str, size: int) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from daybreak.data.formats import extra, without_surrogates
-from daybreak.data.sources import SPLITS, TextSource
+from daybreak.data.sources import SPLITS, STDIN, TextSource
 from daybreak.data.tokenizer import EOT_TEXT, Tokenizer, tokenizer_of
 from daybreak.errors import ConfigError
 
@@ -65,6 +65,9 @@ def made_for(source: TextSource, V: int, alone: bool) -> Tokenizer:
         raise ConfigError(
             "--train-tokenizer is for text, and takes the place of --tokenizer; leave one of the two out."
         )
+    if source.origin == STDIN:
+        said = f"--train-tokenizer {V} reads the text twice, and {STDIN} can be read once"
+        raise ConfigError(f"{said}; write the text to a file, and prepare that.")
     log.info("%s: making a tokenizer of %d ids; then the text is read again", source.name, V)
     with tempfile.TemporaryDirectory() as folder:
         pieces = source.pieces(0, 0, Path(folder))

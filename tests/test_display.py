@@ -97,6 +97,13 @@ def test_the_speeds_are_one_average(display: LiveDisplay) -> None:
     assert "speed 52,767 tok/s 310 ms a step, 52.4% MFU" in screen(display)
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), float("-inf")])
+def test_a_skipped_loss_has_no_place_on_the_curve(display: LiveDisplay, loss: float) -> None:
+    for x in (5.0, loss, 3.0, VALUES["loss"]):
+        display.step(512, 2400, {**VALUES, "loss": x})
+    assert screen(display)[2] == "loss 3.2199 █▁▂ 3.00 to 5.00"
+
+
 def test_what_is_unknown_is_left_out() -> None:
     shown = LiveDisplay("x")
     shown.close()

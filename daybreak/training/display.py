@@ -4,6 +4,7 @@ neither ends a run when stderr breaks."""
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -162,7 +163,7 @@ class LiveDisplay(Display):
         self.skipped += bool(record.get("skipped"))
 
     def step(self, step: int, steps: int, values: dict[str, Any]) -> None:
-        if values["loss"] == values["loss"]:  # a skipped NaN has no place on the curve
+        if math.isfinite(values["loss"]):  # of a skipped update it may not be, and has no place on the curve
             self.losses.append(values["loss"])
         self.now = step, steps, values
 

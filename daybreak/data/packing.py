@@ -191,7 +191,7 @@ class FittedLoader(Loader):
         rows = self._fitted[shard] = fit_documents(open_shard(shard), eot, self.T + 1)
         return range(len(rows.ends)), len(rows.ends) * (self.T + 1)
 
-    @cached_property
+    @cached_property  # the constructor of Loader divides the shards, before one of ours could set it
     def _fitted(self) -> dict[ShardInfo, Fitted]:
         return {}
 

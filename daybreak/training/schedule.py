@@ -23,15 +23,10 @@ def learning_rate(step: int, optim: OptimConfig, schedule: ScheduleConfig) -> fl
     start = schedule.decays_from(N)
     if step < start:
         return peak
-    done = _progress(step, start, N)
+    done = 1.0 if start >= N else min(1.0, (step - start) / (N - start))  # of the way down
     if schedule.name == "wsd":
         return low + (1.0 - math.sqrt(done)) * (peak - low)
     if schedule.name in ("linear", "wsd-linear"):
         return peak - done * (peak - low)
     assert schedule.name == "cosine", schedule.name
     return low + 0.5 * (1.0 + math.cos(math.pi * done)) * (peak - low)
-
-
-def _progress(step: int, start: int, stop: int) -> float:
-    """How far `step` is from `start` to `stop`, in [0, 1]."""
-    return min(1.0, (step - start) / (stop - start)) if stop > start else 1.0

@@ -14,10 +14,12 @@ import torch
 from test_loader import Masked, write_shard
 
 import daybreak
+from daybreak.cli.eval import _print
 from daybreak.cli.main import main
 from daybreak.data.loader import Loader
 from daybreak.data.mixing import MixLoader
 from daybreak.data.tokenizer import get_tokenizer
+from daybreak.evaluate.harness import Score
 from daybreak.evaluate.validation import validate
 
 
@@ -125,6 +127,17 @@ def test_text_and_pictures_apart_by_hand(tmp_path: Path) -> None:
     assert plain.loss == found.loss
     assert math.isnan(plain.text)
     assert math.isnan(plain.image)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_is_null_in_json(capsys, value: float) -> None:
+    """As in train's result. Of two scores the second is one that JSON has."""
+    _print([Score("b", "loss", value, 3, 0), Score("b", "bits", 0.5, 3, 0)], True, 64)
+    odd = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert odd == [
+        {"task": "b", "metric": "loss", "value": None, "examples": 3, "shots": 0},
+        {"task": "b", "metric": "bits", "value": 0.5, "examples": 3, "shots": 0},
+    ]
 
 
 def test_a_run_scores_on_another_data_set_as_training_would(tmp_path: Path, monkeypatch, capsys) -> None:

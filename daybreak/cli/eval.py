@@ -116,7 +116,8 @@ def evaluate(
 def _print(scores: list[Score], as_json: bool, T: int) -> None:
     """One line a score; T: tokens of the sequences that a validation loss is of."""
     if as_json:
-        click.echo(json.dumps([score._asdict() for score in scores]))
+        values = [s.value if math.isfinite(s.value) else None for s in scores]  # JSON has no NaN
+        click.echo(json.dumps([s._asdict() | {"value": value} for s, value in zip(scores, values, strict=True)]))
         return
     for s in scores:
         rows = f"{several(s.examples, 'sequence')} of {T} tokens"

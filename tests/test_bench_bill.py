@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,16 @@ def test_the_verdict_on_the_committed_losses(
     (bf16, control, fp8), ends = said["fp8_loss_qwen_h200"]
     assert f"{ends[2]} beside {ends[0]} and {ends[1]}, last 30 training losses {fp8}, {bf16} and {control}." in page
     assert f"| {float(ends[0]):.3f} | {float(ends[1]):.3f} | {float(ends[2]):.3f} |" in tuning
+    with (results / "fp8_loss_qwen_seed_2_h200.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    bf16, fp8 = (statistics.mean(float(row[f"{name} training"]) for row in rows[-30:]) for name in ("bf16", "fp8"))
+    end = [float(rows[-1][f"{name} validation"]) for name in ("bf16", "fp8")]
+    assert f"{end[1]:.4f} beside {end[0]:.4f}, and {fp8:.4f} beside {bf16:.4f}." in page
+    assert f"| {end[0]:.3f} | not run | {end[1]:.3f} | {end[1] - end[0]:.3f} |" in tuning
+    first, said_first = said["fp8_loss_qwen_h200"]
+    both = [(y - x + float(of[2]) - float(of[0])) / 2 for (x, y), of in ((end, said_first), ((bf16, fp8), first))]
+    words = f"mean is {both[0]:.3f} for validation and {both[1]:.3f} for the last training losses"
+    assert words in " ".join(tuning.split())
     with (results / "fp8_loss_small_cpu.csv").open(newline="") as file:
         apart = [float(row["fp8 validation"]) - float(row["bf16 validation"]) for row in csv.DictReader(file)]
     words = f"is {sum(apart) / 8:.3f} higher on average, and single ones differ by up to {max(map(abs, apart)):.3f}"

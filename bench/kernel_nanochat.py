@@ -44,19 +44,24 @@ def _products(n: int, C: int, F: int) -> list[Case]:
     return found
 
 
+def _scalar() -> torch.Tensor:
+    """A learned scalar, as kernels read it."""
+    return rand(1, dtype=torch.float32)
+
+
 def _mix(n: int, C: int) -> list[Case]:
     """The norms before a block's two halves, and the last one; back, added to the gradient of the first embedding; the
     sums beside them."""
     size = n * C * 2
 
     def forward(stored: bool = False, scaled: bool = True) -> Callable[[], None]:
-        res, a = rand(n, C) if stored else None, rand(1) if scaled else None
-        rest = (rand(n, C), rand(n, dtype=torch.float32), rand(n, C), rand(n, C), a, rand(1))
+        res, a = rand(n, C) if stored else None, _scalar() if scaled else None
+        rest = (rand(n, C), rand(n, dtype=torch.float32), rand(n, C), rand(n, C), a, _scalar())
         return launch("mix_norm_forward", "triton", res, *rest, eps=1e-6)
 
     def backward(again: bool = False) -> Callable[[], None]:
         d, rewrite, rstd = rand(n, C), rand(n, C) if again else None, rand(n, dtype=torch.float32).abs()
-        outs, stream = (d, rand(n, C), rand(1), rand(1), rewrite), (rand(n, C), rand(n, C), rstd, rand(1), rand(1))
+        outs, stream = (d, rand(n, C), rand(1), rand(1), rewrite), (rand(n, C), rand(n, C), rstd, _scalar(), _scalar())
         return launch(
             "mix_norm_backward", "triton", *outs, d, rand(n, C), *stream, accumulate_dy=True, accumulate=False
         )
@@ -69,7 +74,7 @@ def _mix(n: int, C: int) -> list[Case]:
             rand(1),
             rand(n, C),
             rand(n, C),
-            rand(1),
+            _scalar(),
             factor=-1.0,
             accumulate=False,
         )
@@ -117,15 +122,15 @@ def _heads(B: int, T: int, C: int, NH: int) -> list[Case]:
 
 def _smear(B: int, T: int, C: int, NH: int) -> list[Case]:
     def forward() -> Callable[[], None]:
-        return launch("smear_forward", "triton", rand(B, T, C), rand(B, T, C), rand(24), rand(1))
+        return launch("smear_forward", "triton", rand(B, T, C), rand(B, T, C), rand(24), _scalar())
 
     def backward() -> Callable[[], None]:
-        tensors = (rand(B, T, C), rand(24), rand(1), rand(B, T, C), rand(B, T, C), rand(24), rand(1))
+        tensors = (rand(B, T, C), rand(24), rand(1), rand(B, T, C), rand(B, T, C), rand(24), _scalar())
         return launch("smear_backward", "triton", *tensors, accumulate=False)
 
     def decode() -> Callable[[], None]:
         cache, place = rand(1, NH, T, C // NH), torch.tensor([T - 1], device=DEVICE)
-        return launch("smear_decode", "triton", rand(1, C), cache, rand(1, C), rand(24), rand(1), place)
+        return launch("smear_decode", "triton", rand(1, C), cache, rand(1, C), rand(24), _scalar(), place)
 
     size = B * T * C * 2
     return [
@@ -140,7 +145,7 @@ def _value(n: int, C: int, NH: int, Vp: int) -> list[Case]:
 
     def given() -> tuple[torch.Tensor, ...]:
         tokens = torch.randint(Vp, (n,), device=DEVICE)
-        stream = (rand(n, C), rand(n, C), rand(n, dtype=torch.float32).abs(), rand(1), rand(1))
+        stream = (rand(n, C), rand(n, C), rand(n, dtype=torch.float32).abs(), _scalar(), _scalar())
         return tokens, rand(Vp, C), rand(NH, 12), *stream
 
     def forward() -> Callable[[], None]:

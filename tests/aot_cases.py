@@ -346,8 +346,8 @@ def rope_cases(dtype: str) -> list[Case]:
 
 def mix_cases(C: int, dtype: str) -> list[Case]:
     rows = torch.empty(1 << 14, C, dtype=torch.bfloat16 if dtype == "*bf16" else torch.float32, device="meta")
-    types = dict.fromkeys(("x", "y", "a", "b", "res", "out"), dtype) | {"scale": "*fp32", "factor": "fp32"}
-    types |= {"rstd": "*fp32", "n": "i32", "C": "i32", "eps": "fp32"}
+    types = dict.fromkeys(("x", "y", "res", "out"), dtype) | dict.fromkeys(("a", "b", "scale"), "*fp32")
+    types |= {"rstd": "*fp32", "n": "i32", "C": "i32", "eps": "fp32", "factor": "fp32"}
     launch, found = norm.forward_launch(rows), list[Case]()
     for res, a, largest in ((False, True, 0.0), (True, True, 0.0), (True, False, 0.0), (False, True, 448.0)):
         constants = {"RES": res, "A": a, "LARGEST": largest, "ROWS": launch.rows, "BLOCK": launch.block}
@@ -355,15 +355,15 @@ def mix_cases(C: int, dtype: str) -> list[Case]:
             eight = {"out": "*fp8e4nv"} if largest else {}
             found.append((mix._mix_norm_forward_kernel, types | eight, constants, launch.warps))
     launch = mix.mix_norm_launch(rows)
-    backward = dict.fromkeys(("dx", "dy", "again", "d", "dout", "x", "y", "a", "b"), dtype)
-    backward |= {"part": "*fp32", "rstd": "*fp32", "n": "i32", "C": "i32"}
+    backward = dict.fromkeys(("dx", "dy", "again", "d", "dout", "x", "y"), dtype)
+    backward |= {**dict.fromkeys(("part", "rstd", "a", "b"), "*fp32"), "n": "i32", "C": "i32"}
     for adds, again in ((True, False), (True, True), (False, False)):
         constants = {"ROWS": launch.rows, "BLOCK": launch.block, "STAGES": launch.stages}
         constants |= {"ACCUMULATE_DY": adds, "AGAIN": again}
         found.append((mix._mix_norm_backward_kernel, backward, constants, launch.warps))
     types = dict.fromkeys(("x", "y", "out"), dtype) | {"size": "i32"}
     found.append((mix._mix_add_kernel, types, {"BLOCK": mix.BLOCK}, mix.WARPS))
-    types = dict.fromkeys(("dy", "dout", "y", "b"), dtype) | {"part": "*fp32", "factor": "fp32", "size": "i32"}
+    types = dict.fromkeys(("dy", "dout", "y"), dtype) | {"part": "*fp32", "b": "*fp32", "factor": "fp32", "size": "i32"}
     return [*found, (mix._mix_backward_kernel, types, {"BLOCK": mix.BLOCK}, mix.WARPS)]
 
 
@@ -388,7 +388,7 @@ def relu_cases(dtype: str) -> list[Case]:
 
 def smear_cases(C: int, dtype: str) -> list[Case]:
     block, warps = smear.launch(C)
-    types = dict.fromkeys(("e", "w", "factor"), dtype) | {"positions": "*i64", "C": "i32"}
+    types = {"e": dtype, "w": dtype, "factor": "*fp32", "positions": "*i64", "C": "i32"}
     constants = {"GATE": smear.GATE, "BLOCK": block}
     forward = {**types, "out": dtype, "T": "i32"}
     backward = {**types, "de": dtype, "part_w": "*fp32", "part_l": "*fp32", "dout": dtype, "n": "i32", "T": "i32"}
@@ -403,9 +403,9 @@ def smear_cases(C: int, dtype: str) -> list[Case]:
 def value_cases(NH: int, dtype: str) -> list[Case]:
     heads, w = torch.empty(1, NH, 128, device="meta"), torch.empty(NH, 12, device="meta")
     sizes, warps = value.launch(heads, w)
-    types = dict.fromkeys(("table", "x", "x0", "a", "b", "w"), dtype) | {
+    types = dict.fromkeys(("table", "x", "x0", "w"), dtype) | {
         "tokens": "*i64",
-        "rstd": "*fp32",
+        **dict.fromkeys(("rstd", "a", "b"), "*fp32"),
         "C": "i32",
         "HS": "i32",
     }

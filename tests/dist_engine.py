@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +23,7 @@ from daybreak.engine.collectives import Collectives
 from daybreak.errors import DataError, Error
 from daybreak.kernels.guard import WINDOW
 from daybreak.parallel import Group, connect
-from daybreak.shapes import GPT2Config
+from daybreak.shapes import GPT2Config, NanochatConfig
 
 SAMPLES, T, V = 12, 8, 61
 SHAPE = GPT2Config(L=2, C=24, NH=2, max_T=12, V=V)  # rows that are no multiples of 128
@@ -107,6 +108,28 @@ def run(args: list[str]) -> int:
     for zero, compute, steps, B, masters in jobs:
         result = train(group, int(zero), compute, int(steps), int(B), masters)
         torch.save(result, out / f"{group.world}-{zero}-{compute}-{masters}-{group.rank}.pt")
+    group.close()
+    return 0
+
+
+def scalars(args: list[str]) -> int:
+    """Three updates of nanochat's family in bf16. What this rank's model then reads of scalars, what it has of their
+    exact values, and its losses go to OUT/WORLD-ZERO-MASTERS-RANK.pt: args is OUT."""
+    group = connect(os.environ, 60)
+    shape = NanochatConfig(L=4, C=48, NH=2, max_T=12, V=V)
+    optim = OptimConfig(name="muon", lr=0.004, muon_lr=0.02, clip=0.0)
+    for zero, masters in product(range(3 if group.world > 1 else 1), ("split", "fp32", "none")):
+        spec = EngineSpec(shape, B=12 // group.world, T=T, compute="bf16", optim=optim, masters=masters, zero=zero)
+        engine, losses = Engine(spec, seed=3, group=group), []
+        mine = slice(group.rank * spec.B, (group.rank + 1) * spec.B)
+        for step in range(3):
+            rows = batch(step)[mine]
+            engine.train_step(rows[None, :, :-1], rows[None, :, 1:], lr=4e-3, step=step)
+            losses.append(engine.stats()["loss"])
+        engine.finish()
+        read = {name: engine.frame.w(name).clone() for name in engine.frame.wide}
+        exact = {name: [part.float().clone() for _, part in engine.exact_parts(name)] for name in read}
+        torch.save((read, exact, losses), Path(args[0]) / f"{group.world}-{zero}-{masters}-{group.rank}.pt")
     group.close()
     return 0
 

@@ -121,3 +121,16 @@ def test_decoding_is_near_the_whole_text() -> None:
 
 def replace_length(s: Nano, longest: int) -> NanochatConfig:
     return replace(shape(s), max_T=longest)
+
+
+@pytest.mark.parametrize("masters", ["split", "fp32"])
+def test_scalars_are_read_exactly_after_captured_steps(masters: str) -> None:
+    """As weights and master weights have them, in fp32, and at the places that the graphs know."""
+    engine = engine_of(WIDE, masters=masters)
+    places = {name: x.data_ptr() for name, x in engine.frame.wide.items()}
+    for step in range(3):
+        engine.train_step(*batch(WIDE, step), lr=0.004, step=step)
+        for name in places:
+            assert torch.equal(engine.frame.w(name), next(iter(engine.exact_parts(name)))[1]), name
+    assert sum(not torch.equal(x, x.bfloat16().float()) for x in engine.frame.wide.values()) > 4
+    assert {name: engine.frame.w(name).data_ptr() for name in places} == places

@@ -34,6 +34,11 @@ def leaf(x: Tensor) -> Tensor:
     return f64(x).requires_grad_()
 
 
+def scalar(dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """A learned scalar, which comes in fp32 beside streams in bf16."""
+    return draw(1, dtype=torch.float32 if dtype == BF16 else dtype, seed=seed)
+
+
 @each_backend
 @each_dtype
 @pytest.mark.parametrize(("n", "F"), [(1, 1), (3, 5), (2, 1000), (70, 96), (1, 3000)])
@@ -95,7 +100,7 @@ def test_norm_of_a_mixed_stream(backend, dtype, n, C, scaled, factor):
     skip_unless_served("mix_norm_forward", backend, dtype)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     x, y, old = (draw(n, C, dtype=dtype, seed=i) for i in range(3))
-    a, b = draw(1, dtype=dtype, seed=3) if scaled else None, draw(1, dtype=dtype, seed=4)
+    a, b = scalar(dtype, 3) if scaled else None, scalar(dtype, 4)
     how = {"eps": EPS, "factor": factor, "backend": backend}
     m = (1.0 if a is None else f64(a)) * f64(x) + factor * f64(b) * f64(y)
     out, rstd = poison(n, C, dtype=dtype), poison(n, dtype=acc)
@@ -114,7 +119,7 @@ def test_a_small_addition_to_a_mixed_stream_is_kept(backend):
     """In bf16 one of 0.0003 of the stream: on average all of it arrives, as the sum is rounded once."""
     n, C, small = 64, 512, 3e-4
     x, y, z = draw(n, C, dtype=BF16), draw(n, C, dtype=BF16, seed=1), draw(n, C, dtype=BF16, seed=2, scale=small)
-    a, b, rstd = torch.full((1,), 1.1, dtype=BF16, device=DEVICE), draw(1, dtype=BF16), poison(n, dtype=torch.float32)
+    a, b, rstd = torch.full((1,), 1.1, device=DEVICE), scalar(BF16), poison(n, dtype=torch.float32)
     sums, kept = [], f64(z)
     for res in (z.clone(), torch.zeros_like(z)):
         run("mix_norm_forward", res, poison(n, C, dtype=BF16), rstd, x, y, a, b, eps=EPS, backend=backend)
@@ -127,6 +132,52 @@ def test_a_small_addition_to_a_mixed_stream_is_kept(backend):
 
 
 @each_backend
+def test_scalars_in_fp32_are_not_rounded(backend):
+    """Beside streams in bf16, where 1.003 would be 1: all that is left of the sums is what rounding would take away."""
+    one, a, b = torch.ones(5, 32, dtype=BF16, device=DEVICE), *torch.tensor([[1.003], [-1.0]], device=DEVICE)
+    left, zero = f64(a) - 1, torch.zeros_like(one)
+    res, out, rstd = zero.clone(), poison(5, 32, dtype=BF16), poison(5, dtype=torch.float32)
+    run("mix_norm_forward", res, out, rstd, one, one, a, b, eps=0.0, backend=backend)
+    close(res, left.expand(5, 32))
+    run("mix_norm_forward", None, out, rstd, one, one, a, b, eps=0.0, backend=backend)
+    assert (out == 1).all()
+    res = -one
+    run("mix_norm_forward", res, out, rstd.clone(), zero, one, None, a, eps=0.0, backend=backend)
+    close(res, left.expand(5, 32))
+    largest = torch.full_like(one, 1.9921875)  # below 2; times 1.003 it is nearer to 2
+    dx, dy, again, (da, db) = zero.clone(), zero.clone(), poison(5, 32, dtype=BF16), poison(2, 1, dtype=BF16)
+    how = {"accumulate_dy": False, "accumulate": False, "backend": backend}
+    run("mix_norm_backward", dx, dy, da, db, again, largest, zero, one, one, rstd, a, b, **how)
+    assert (dx == 2).all()
+    assert (again == 1).all()
+    run("mix_norm_backward", dx, dy, da, db, None, largest, zero, one, one, rstd, b, a, **how)
+    assert (dy == 2).all()
+    run("mix_backward", dy, db, largest, one, a, factor=-1.0, accumulate=False, backend=backend)
+    assert (dy == -2).all()
+    e, w, positions = torch.stack([one[:2], -one[:2]], 1), torch.zeros(24, dtype=BF16, device=DEVICE), None
+    out, cache = poison(2, 2, 32, dtype=BF16), torch.ones(2, 4, 2, 8, dtype=BF16, device=DEVICE)
+    run("smear_forward", out, e, w, 2 * a, positions, backend=backend)  # half of it, as the gate is
+    close(out[:, 1], left.expand(2, 32))
+    positions, now = torch.tensor([1, 1], device=DEVICE), poison(2, 32, dtype=BF16)
+    run("smear_decode", now, cache, e[:, 1].contiguous(), w, 2 * a, positions, backend=backend)
+    assert torch.equal(now, out[:, 1])
+    de, d, (dw, dl) = poison(2, 2, 32, dtype=BF16), -e, (poison(24, dtype=BF16), poison(1, dtype=BF16))
+    run("smear_backward", de, dw, dl, d, e, 0 * w, 2 * a, None, accumulate=False, backend=backend)
+    close(de[:, 0, 24:], left.expand(2, 8))
+    v, tokens, w = (
+        torch.zeros(5, 4, 8, dtype=BF16, device=DEVICE),
+        torch.zeros(5, dtype=torch.int64, device=DEVICE),
+        one,
+    )
+    run("value_forward", v, tokens, one, w[:4, :12].contiguous(), one, one, rstd, a, b, backend=backend)
+    close(v, 3 / (1 + torch.exp(torch.full((5, 4, 8), -12.0, dtype=torch.float64, device=DEVICE))))
+    du = poison(5, 32, dtype=BF16)
+    given = (torch.ones_like(v), tokens, one, w[:4, :12].contiguous(), one, one, rstd, a, b)
+    run("value_backward", du, zero.clone(), None, *given, accumulate=False, backend=backend)
+    assert torch.equal(du.view(v.shape), v)
+
+
+@each_backend
 @each_dtype
 @either
 @pytest.mark.parametrize(("n", "C"), STREAMS)
@@ -136,7 +187,7 @@ def test_gradients_of_a_mixed_stream_and_its_norm(backend, dtype, accumulate, n,
     monkeypatch.setattr(mix, "BACKWARD_WARPS", 3)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     x, y, d, dout = (draw(n, C, dtype=dtype, seed=i) for i in range(4))
-    a, b = draw(1, dtype=dtype, seed=4), draw(1, dtype=dtype, seed=5)
+    a, b = scalar(dtype, 4), scalar(dtype, 5)
     X, Y, A, B = (leaf(z) for z in (x, y, a, b))
     m = A * X + B * Y
     want = (m * f64(d)).sum() + (norm_of(m) * f64(dout)).sum()
@@ -180,7 +231,7 @@ def test_sums_of_streams_and_the_part_taken_away(backend, dtype, accumulate, n, 
     x, y, b, out = (
         draw(n, C, dtype=dtype),
         draw(n, C, dtype=dtype, seed=1),
-        draw(1, dtype=dtype),
+        scalar(dtype),
         poison(n, C, dtype=dtype),
     )
     run("mix_add", out, x, y, backend=backend)
@@ -217,7 +268,7 @@ def smeared(e: Tensor, w: Tensor, factor: Tensor, first: Tensor) -> Tensor:
 def test_smear(backend, dtype, accumulate, B, T, C, packed, monkeypatch):
     skip_unless_served("smear_backward", backend, dtype)
     monkeypatch.setattr(smear, "PROGRAMS", 4)
-    e, w, factor = draw(B, T, C, dtype=dtype), draw(24, dtype=dtype, seed=1), draw(1, dtype=dtype, seed=2)
+    e, w, factor = draw(B, T, C, dtype=dtype), draw(24, dtype=dtype, seed=1), scalar(dtype, 2)
     places = torch.arange(T, device=DEVICE).repeat(B, 1)
     if packed:
         places = torch.where(places >= 3, places - 3, places)
@@ -245,7 +296,7 @@ def test_smear_of_texts_under_way(backend, dtype):
     """A token at a time it has the bits of the whole text, and the cache keeps every embedding."""
     skip_unless_served("smear_decode", backend, dtype)
     b, T, NH, HS = 3, 6, 2, 20
-    e, w, factor = draw(b, T, NH * HS, dtype=dtype), draw(24, dtype=dtype, seed=1), draw(1, dtype=dtype, seed=2)
+    e, w, factor = draw(b, T, NH * HS, dtype=dtype), draw(24, dtype=dtype, seed=1), scalar(dtype, 2)
     whole = poison(b, T, NH * HS, dtype=dtype)
     run("smear_forward", whole, e, w, factor, backend=backend)
     cache = poison(2, 4, NH, T, HS, dtype=dtype)[0, :b]  # strided, as the engine's
@@ -267,7 +318,7 @@ def test_value_embeddings(backend, dtype, accumulate, n, NH, HS, monkeypatch):
     monkeypatch.setattr(value, "PROGRAMS", 6)
     C, V = NH * HS, 11
     table, w, x = draw(V, C, dtype=dtype), draw(NH, 12, dtype=dtype, seed=1), draw(n, C, dtype=dtype, seed=2)
-    x0, a, b = draw(n, C, dtype=dtype, seed=7), draw(1, dtype=dtype, seed=8), draw(1, dtype=dtype, seed=9)
+    x0, a, b = draw(n, C, dtype=dtype, seed=7), scalar(dtype, 8), scalar(dtype, 9)
     rstd = draw(n, dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=3).abs()
     stream, y = (x, x0, rstd, a, b), (f64(a) * f64(x) + f64(b) * f64(x0)) * f64(rstd)[:, None]
     tokens = torch.randint(V, (n,), generator=torch.Generator().manual_seed(4)).to(DEVICE)

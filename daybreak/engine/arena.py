@@ -29,6 +29,7 @@ from torch import Tensor
 
 from daybreak.engine.collectives import Collectives, Sharding, gradient_of, reduce_gradients
 from daybreak.engine.params import ParamTable
+from daybreak.engine.wide import wide_views
 from daybreak.kernels import Call, Kernels, Recorder, acc_dtype, storage_key
 from daybreak.kernels.held import SUFFIXES, TURNED, Eight, Held, gathered, widened
 from daybreak.kernels.nf4 import Packed
@@ -74,6 +75,7 @@ class StepFrame(Frame, Protocol):
     comm: Collectives
     state: dict[str, Tensor]
     table: ParamTable
+    wide: dict[str, Tensor]  # scalars that are read in fp32 (engine/wide.py)
 
     def adapter(self, name: str) -> Adapter | None:
         return self.table.adapters.get(self.prefix + name)
@@ -84,9 +86,9 @@ class StepFrame(Frame, Protocol):
     def constant(self, name: str) -> Tensor:
         return self.state[CONSTANT + name]
 
-    def plain(self, stored: Tensor | Held) -> TypeGuard[Tensor]:
-        """Whether a weight is held in compute dtype."""
-        return stored.dtype == self.dtype
+    def plain(self, stored: Tensor | Held, name: str) -> TypeGuard[Tensor]:
+        """Whether kernels read a weight as it is held: in compute dtype, or if it is wide."""
+        return stored.dtype == self.dtype or self.table.rows[self.prefix + name].wide
 
     def converted(self, name: str, stored: Tensor | Held) -> Tensor:
         """A frozen weight that is held otherwise: a copy in compute dtype, made for every call that reads it.
@@ -155,12 +157,15 @@ class PlanFrame(StepFrame):
         self.activations: dict[str, Tensor] = {}
         self.state = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in state}
         name_inputs(self.state)
+        self.wide = wide_views(self.state, table)
 
     def w(self, name: str) -> Tensor:
+        if (wide := self.wide.get(self.prefix + name)) is not None:
+            return wide
         if self.prefix + name in self.table.offsets:
             return self.table.view(self.state["weights"], self.prefix + name)
         stored = frozen_weight(self.state, self.table.rows[self.prefix + name])
-        return stored if self.plain(stored) else self.converted(name, stored)
+        return stored if self.plain(stored, name) else self.converted(name, stored)
 
     def g(self, name: str) -> Tensor | None:
         if self.prefix + name not in self.table.offsets:
@@ -201,6 +206,7 @@ class LiveFrame(StepFrame):
         self.weights: dict[str, Tensor | Held] = {
             **views, **{row.name: frozen_weight(self.state, row) for row in table.frozen}
         }  # fmt: skip
+        self.wide = wide_views(self.state, table)
         self.grads: dict[str, Tensor | None] = dict.fromkeys(table.rows)
         if "grads" in self.state:
             self.grads |= {name: table.view(self.state["grads"], name) for name in table.offsets}
@@ -211,10 +217,12 @@ class LiveFrame(StepFrame):
         return self.buffers[e.buffer][e.offset : e.offset + e.nbytes].view(e.dtype).view(e.shape)
 
     def w(self, name: str) -> Tensor:
+        if (wide := self.wide.get(self.prefix + name)) is not None:
+            return wide
         if self.comm.gathering:
             self.comm.need(self.prefix + name)
         stored = self.weights[self.prefix + name]
-        return stored if self.plain(stored) else self.converted(name, stored)
+        return stored if self.plain(stored, name) else self.converted(name, stored)
 
     def g(self, name: str) -> Tensor | None:
         return self.grads[self.prefix + name]

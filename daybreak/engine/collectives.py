@@ -249,6 +249,11 @@ class Collectives:
 
     # ---- weights
 
+    def unite(self, bits: Tensor) -> None:
+        """bits (int32), of which one rank at most has each one's and the others 0, = those of all ranks."""
+        self.group.progress += 1
+        self.group.dist.all_reduce(bits)
+
     def gather(self, weights: Tensor) -> None:
         """Start to gather all updated weights, in the order in which forward wants them; where they are `stale`."""
         for k in reversed(self.sharding.order):

@@ -21,6 +21,7 @@ from daybreak.engine.formats import formats_of, in_formats, weight_entries
 from daybreak.engine.moments import final_moments
 from daybreak.engine.params import ParamTable
 from daybreak.engine.spec import DTYPES, EngineSpec
+from daybreak.engine.wide import update_wide, wide_tensors
 from daybreak.errors import ConfigError
 from daybreak.kernels import acc_dtype, choose
 from daybreak.kernels.guard import STATS, WINDOW
@@ -119,6 +120,7 @@ def update(f: StepFrame, s: State, spec: EngineSpec, seed: int) -> None:
     f.keep_amax()
     for group, launches in groupby(c.sharding.launches(), lambda launch: launch.span.group):
         group.optimizer.update(f, [_part(f, s, launch, seed) for launch in launches])
+    update_wide(f)
 
 
 def _part(f: StepFrame, s: State, launch: Launch, seed: int) -> Part:
@@ -188,6 +190,7 @@ def state_entries(spec: EngineSpec, sharding: Sharding, kv: tuple[int, ...]) -> 
     entries += [Entry("kv", "kv", kv, dtype)]
     if sharding.world > 1:
         small += [("sums", (2,), f64)]
+    small += [(n, *kind) for n, kind in wide_tensors(sharding.table, dtype, spec.train).items()]
     once = ("windows", "counts")
     return entries + [Entry(n, "state", shape, kind, saved="once" if n in once else "") for n, shape, kind in small]
 

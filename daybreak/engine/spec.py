@@ -91,7 +91,8 @@ class EngineSpec:
         def frozen(row: Row) -> Row:
             base, leaf = self.lora.base, row.name.rpartition(".")[2]
             narrow = "." in row.name and len(row.shape) == 2 and (base == "nf4" or leaf in model.matmuls)
-            held = chosen(self.frozen, row.name) or (base if narrow and base != "compute" else self.compute)
+            compute = "fp32" if row.wide and self.dtype == torch.bfloat16 else self.compute
+            held = chosen(self.frozen, row.name) or (base if narrow and base != "compute" else compute)
             return replace(row, trainable=False, held=held)
 
         if self.lora.base != "compute" and not self.lora.rank:

@@ -41,6 +41,7 @@ from daybreak.engine.passes import (
 )
 from daybreak.engine.scales import HISTORY
 from daybreak.engine.spec import EngineSpec
+from daybreak.engine.wide import PLACES, set_places
 from daybreak.errors import ConfigError
 from daybreak.kernels import ON_HOST, acc_dtype
 from daybreak.kernels.guard import STATS
@@ -123,6 +124,8 @@ class Engine:
         name_inputs(self.state)
         for name, value in self.model.constants().items():
             self.state[CONSTANT + name].copy_(value)
+        if PLACES in self.state:
+            set_places(self.state[PLACES], self.comm.sharding)
         on_host = any(self.arena.choices[name] == "torch" for name in ON_HOST)
         self.graphs = Graphs(self.device.type == "cuda" and not on_host and group.capturable)
         if group.world > 1:
@@ -258,6 +261,9 @@ class Engine:
         value = value.reshape(-1)
         if masters is None:
             weight.copy_(value)
+        if (wide := self.frame.wide.get(name)) is not None:  # bf16 weights without masters are the exact ones
+            wide.copy_(weight if masters is None and self.spec.train else value)
+        if masters is None:
             return
         if sharding.zero or name not in self.table.offsets:  # the others' parts too
             for where, _ in _chunks([(slice(0, weight.numel()), slice(0, weight.numel()))]):

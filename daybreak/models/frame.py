@@ -81,7 +81,7 @@ class Frame(Protocol):
     mode: Mode = Mode()
 
     def w(self, name: str) -> Tensor:
-        """A weight, in compute dtype."""
+        """A weight, in compute dtype; a wide scalar (Row.wide) in fp32 at least."""
 
     def g(self, name: str) -> Tensor | None:
         """Its gradient; a frozen parameter has none."""

@@ -78,18 +78,20 @@ class Nanochat(Head):
         c, C, L = self.cfg, self.cfg.C, self.cfg.L
         bound = math.sqrt(3 / C)  # a standard deviation of 1 / sqrt(C)
         rows = [Row("wte", (c.Vp, C), True, 0.8, drawn_rows=c.V)]
-        rows += [Row("smearw", (SMEAR_CHANNELS,), False, bound=0.02, positive=True), Row("smear", (1,), False)]
+        rows += [Row("smearw", (SMEAR_CHANNELS,), False, bound=0.02, positive=True)]
+        rows += [Row("smear", (1,), False, wide=True)]
         for l in range(L):
             h, depth = f"h.{l}.", l / max(L - 1, 1)
-            rows += [Row(h + "resid", (1,), True, fill=1.15 - 0.1 * depth)]
-            rows += [Row(h + "x0", (1,), False, fill=0.2 - 0.15 * depth)]
+            rows += [Row(h + "resid", (1,), True, fill=1.15 - 0.1 * depth, wide=True)]
+            rows += [Row(h + "x0", (1,), False, fill=0.2 - 0.15 * depth, wide=True)]
             if c.valued(l):
                 rows += [Row(h + "ve", (c.Vp, C), True, bound=bound, drawn_rows=c.V)]
                 rows += [Row(h + "gatew", (c.NH, GATE_CHANNELS), True, bound=0.02, positive=True)]
             rows += [Row(h + "qkvw", (3 * C, C), True, bound=bound, stacked=(C, C, C))]
             rows += [Row(h + "attprojw", (C, C), True), Row(h + "fcw", (4 * C, C), True, bound=0.4 * bound)]
             rows += [Row(h + "fcprojw", (C, 4 * C), True)]
-        return [*rows, Row("backout", (1,), False, fill=0.2), Row("headw", (c.Vp, C), True, 0.001, drawn_rows=c.V)]
+        rows += [Row("backout", (1,), False, fill=0.2, wide=True)]
+        return [*rows, Row("headw", (c.Vp, C), True, 0.001, drawn_rows=c.V)]
 
     def flops_per_token(self, T: int, num_parameters: int) -> int:
         """Training FLOPs per token: 6 for each parameter that a matmul reads, and 12 C in each layer for each key that

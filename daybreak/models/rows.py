@@ -13,7 +13,7 @@ class Row:
     decay: whether weight decay is for it, as for matrices. stacked: the rows of each matrix, if it is several in one.
     trainable: whether it has a gradient, and all that optimizers keep. held: the dtype of a frozen one, such as bf16.
     bound: draws from -bound to bound instead, by a generator of its own, as adapters do (adapters.py); from 0 to bound
-    if `positive`.
+    if `positive`. wide: a scalar that kernels read in fp32 where weights are in bf16 (engine/wide.py).
     """
 
     name: str
@@ -27,6 +27,7 @@ class Row:
     held: str = ""
     bound: float = 0.0
     positive: bool = False
+    wide: bool = False
 
     @property
     def numel(self) -> int:

@@ -66,18 +66,16 @@ def _mix(n: int, C: int) -> list[Case]:
             "mix_norm_backward", "triton", *outs, d, rand(n, C), *stream, accumulate_dy=True, accumulate=False
         )
 
+    def added() -> Callable[[], None]:
+        d, more, stream = rand(n, C), rand(n, C, dtype=torch.float32), (rand(n, C), rand(n, C))
+        outs, rstd = (d, rand(n, C), rand(1), rand(1), None), rand(n, dtype=torch.float32).abs()
+        given = (*outs, d, rand(n, C), *stream, rstd, _scalar(), _scalar(), more)
+        return launch("mix_norm_backward", "triton", *given, accumulate_dy=True, accumulate=False)
+
     def backout() -> Callable[[], None]:
-        return launch(
-            "mix_backward",
-            "triton",
-            rand(n, C),
-            rand(1),
-            rand(n, C),
-            rand(n, C),
-            _scalar(),
-            factor=-1.0,
-            accumulate=False,
-        )
+        outs, rstd = (rand(n, C), rand(n, C, dtype=torch.float32), rand(1)), rand(n, dtype=torch.float32).abs()
+        given = (*outs, rand(n, C), rand(n, C), rand(n, C), rstd, _scalar())
+        return launch("mix_backward", "triton", *given, factor=-1.0, accumulate=False)
 
     def add() -> Callable[[], None]:
         d = rand(n, C)
@@ -96,7 +94,8 @@ def _mix(n: int, C: int) -> list[Case]:
         ),
         Case("mix_norm_backward", "triton", 7 * size, 0, backward),
         Case("mix_norm_backward", "triton", 8 * size, 0, partial(backward, again=True), note="again"),
-        Case("mix_backward", "triton", 3 * size, 0, backout),
+        Case("mix_norm_backward", "triton", 9 * size, 0, added, note="and backout's part"),
+        Case("mix_backward", "triton", 6 * size, 0, backout),
         Case("mix_add", "triton", 3 * size, 0, add),
     ]
 

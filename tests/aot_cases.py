@@ -194,6 +194,7 @@ def rounding_cases() -> list[Case]:
             "COLS": cols,
         }
         tensors = {"value": out, "transposed": out, "again": e4m3, **types}
+        tensors |= {"w": "*fp32", "b": "*fp32"} if act == "mix" else {}
         found.append((rounding._quantise_kernel, tensors, kind, warps))
     return found
 
@@ -354,17 +355,23 @@ def mix_cases(C: int, dtype: str) -> list[Case]:
         if not largest or dtype == "*bf16":
             eight = {"out": "*fp8e4nv"} if largest else {}
             found.append((mix._mix_norm_forward_kernel, types | eight, constants, launch.warps))
-    launch = mix.mix_norm_launch(rows)
     backward = dict.fromkeys(("dx", "dy", "again", "d", "dout", "x", "y"), dtype)
-    backward |= {**dict.fromkeys(("part", "rstd", "a", "b"), "*fp32"), "n": "i32", "C": "i32"}
-    for adds, again in ((True, False), (True, True), (False, False)):
+    backward |= {**dict.fromkeys(("part", "rstd", "a", "b", "add"), "*fp32"), "factor": "fp32", "n": "i32", "C": "i32"}
+    for adds, again, stored, more in (
+        (1, 0, 0, 0),
+        (1, 1, 0, 0),
+        (0, 0, 0, 0),
+        (1, 0, 0, 1),
+        (0, 1, 0, 1),
+        (0, 0, 1, 0),
+    ):
+        launch = mix.mix_norm_launch(rows, 4 * more)
         constants = {"ROWS": launch.rows, "BLOCK": launch.block, "STAGES": launch.stages}
-        constants |= {"ACCUMULATE_DY": adds, "AGAIN": again}
-        found.append((mix._mix_norm_backward_kernel, backward, constants, launch.warps))
+        constants |= {"ACCUMULATE_DY": adds, "AGAIN": again, "STORED": stored, "ADD": more}
+        wide = {"dy": "*fp32"} if stored else {}
+        found.append((mix._mix_norm_backward_kernel, backward | wide, constants, launch.warps))
     types = dict.fromkeys(("x", "y", "out"), dtype) | {"size": "i32"}
-    found.append((mix._mix_add_kernel, types, {"BLOCK": mix.BLOCK}, mix.WARPS))
-    types = dict.fromkeys(("dy", "dout", "y"), dtype) | {"part": "*fp32", "b": "*fp32", "factor": "fp32", "size": "i32"}
-    return [*found, (mix._mix_backward_kernel, types, {"BLOCK": mix.BLOCK}, mix.WARPS)]
+    return [*found, (mix._mix_add_kernel, types, {"BLOCK": mix.BLOCK}, mix.WARPS)]
 
 
 def pick_cases(C: int, dtype: str) -> list[Case]:

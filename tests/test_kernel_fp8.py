@@ -245,7 +245,7 @@ def test_rmsnorm_in_forward_and_backward(n, C, offset):
 def test_norm_of_a_mixed_stream_in_forward_and_backward(n, C):
     """The copy that matmuls of backward read has the same bytes, whoever makes it: forward, or backward of ln1."""
     x, y, old, d, dout = (draw(n, C, dtype=BF16, seed=i) for i in range(5))
-    a, b, kind = draw(1, dtype=BF16, seed=5), draw(1, dtype=BF16, seed=6), {"scale": 2.0**-4}
+    a, b, kind = draw(1, dtype=F32, seed=5), draw(1, dtype=F32, seed=6), {"scale": 2.0**-4}
     plain = all_ops("cuda")["mix_norm_forward"].impls["triton"].fn
     for stored in (None, old):
         outs, found = [operand(E4M3, n, C, parts=parts, **kind) for parts in ("value", "both")], []

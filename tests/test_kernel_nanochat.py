@@ -152,8 +152,23 @@ def test_scalars_in_fp32_are_not_rounded(backend):
     assert (again == 1).all()
     run("mix_norm_backward", dx, dy, da, db, None, largest, zero, one, one, rstd, b, a, **how)
     assert (dy == 2).all()
-    run("mix_backward", dy, db, largest, one, a, factor=-1.0, accumulate=False, backend=backend)
-    assert (dy == -2).all()
+    steep = largest * torch.tensor([1.0, -1.0], dtype=BF16, device=DEVICE).repeat(16)  # at a right angle to the norm
+    run(
+        "mix_backward",
+        dx,
+        dy,
+        db,
+        steep,
+        one,
+        one,
+        torch.ones_like(rstd),
+        a,
+        factor=-1.0,
+        accumulate=False,
+        backend=backend,
+    )
+    assert torch.equal(dx, steep)
+    assert torch.equal(dy, -2 * steep.sign())
     e, w, positions = torch.stack([one[:2], -one[:2]], 1), torch.zeros(24, dtype=BF16, device=DEVICE), None
     out, cache = poison(2, 2, 32, dtype=BF16), torch.ones(2, 4, 2, 8, dtype=BF16, device=DEVICE)
     run("smear_forward", out, e, w, 2 * a, positions, backend=backend)  # half of it, as the gate is
@@ -219,6 +234,12 @@ def test_gradients_of_a_mixed_stream_and_its_norm(backend, dtype, accumulate, n,
     run("mix_norm_backward", alone, other, None, None, None, d, dout, x, y, own, a, b, **how)
     assert torch.equal(alone, in_place)
     assert torch.equal(other, more)
+    part, summed, other = draw(n, C, dtype=acc, seed=7), d.clone(), draw(n, C, dtype=dtype, seed=99)
+    run("mix_norm_backward", summed, other, None, None, None, summed, dout, x, y, rstd, a, b, part, **how)
+    close(summed, gx + f64(part), terms=dm * f64(a).abs() + f64(part).abs())
+    left, other = d.clone(), draw(n, C, dtype=dtype, seed=99)
+    run("mix_norm_backward", left, other, None, None, None, left, dout, x, y, own, a, b, -alone.to(acc), **how)
+    assert left.any() or dtype != BF16  # what rounding took from `alone`: dx is rounded once
 
 
 @each_backend
@@ -226,24 +247,35 @@ def test_gradients_of_a_mixed_stream_and_its_norm(backend, dtype, accumulate, n,
 @either
 @pytest.mark.parametrize(("n", "C"), STREAMS)
 def test_sums_of_streams_and_the_part_taken_away(backend, dtype, accumulate, n, C, monkeypatch):
+    """Backout's gradients are those of the norm's input before it is rounded, and dy may be wider than dx."""
     skip_unless_served("mix_backward", backend, dtype)
-    monkeypatch.setattr(mix, "PROGRAMS", 3)
-    x, y, b, out = (
-        draw(n, C, dtype=dtype),
-        draw(n, C, dtype=dtype, seed=1),
-        scalar(dtype),
-        poison(n, C, dtype=dtype),
-    )
+    monkeypatch.setattr(mix, "MIN_PROGRAMS", 3)
+    monkeypatch.setattr(mix, "BACKWARD_WARPS", 3)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    x, y, dout = (draw(n, C, dtype=dtype, seed=i) for i in range(3))
+    b, out = scalar(dtype, 3), poison(n, C, dtype=dtype)
     run("mix_add", out, x, y, backend=backend)
     close(out, f64(x) + f64(y), terms=f64(x).abs() + f64(y).abs())
-    dy, (db, old) = poison(n, C, dtype=dtype), output(1, dtype=dtype, accumulate=accumulate)
+    X = leaf(x)
+    want = gradients(norm_of(X), dout, X)[0]
+    rstd = (1 / (f64(x).square().mean(1) + EPS).sqrt()).to(acc)
+    terms = f64(dout).abs() * rstd[:, None].double() * (1 + norm_of(f64(x)).abs())
+    if C == 1:
+        terms = terms * 4 * rstd[:, None].double().amax().clamp(min=1)  # they cancel
+    dx, dy, (db, old) = (
+        poison(n, C, dtype=dtype),
+        poison(n, C, dtype=acc),
+        output(1, dtype=dtype, accumulate=accumulate),
+    )
     how = {"factor": -1.0, "accumulate": accumulate, "backend": backend}
-    run("mix_backward", dy, db, x, y, b, **how)
-    close(dy, -f64(b) * f64(x))
-    close(db, old - (f64(x) * f64(y)).sum(), terms=(f64(x) * f64(y)).norm() + old.abs())
-    alone = poison(n, C, dtype=dtype)
-    run("mix_backward", alone, None, x, y, b, **how)
-    assert torch.equal(alone, dy)
+    run("mix_backward", dx, dy, db, dout, x, y, rstd, b, **how)
+    close(dx, want, terms=terms)
+    close(dy, -f64(b) * want, terms=terms * f64(b).abs())
+    close(db, old - (want * f64(y)).sum(), terms=(terms * f64(y)).norm() + old.abs())
+    alone, narrow = poison(n, C, dtype=dtype), poison(n, C, dtype=dtype)
+    run("mix_backward", alone, narrow, None, dout, x, y, rstd, b, **how)
+    assert torch.equal(alone, dx)
+    assert torch.equal(narrow, dy.to(dtype))
     run("mix_add", x, x, y, backend=backend)
     assert torch.equal(x, out)
 

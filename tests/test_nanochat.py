@@ -204,7 +204,7 @@ def test_memory_between_forward_and_backward_is_counted_by_hand(recompute: int) 
     s, B = Nano(L=4, C=64, NH=2), 2
     n = B * T
     arena = plan_engine(EngineSpec(shape(s), B=B, T=T, compute="bf16", recompute=recompute))[2]
-    turn = next(i for i, call in enumerate(arena.calls) if call.name == "rmsnorm_backward")
+    turn = next(i for i, call in enumerate(arena.calls) if call.name == "mix_backward")
     kept = {
         e.name: e.nbytes for e in arena.entries if e.buffer == "activations" and e.first < turn <= e.last
     }  # fmt: skip
@@ -215,6 +215,7 @@ def test_memory_between_forward_and_backward_is_counted_by_hand(recompute: int) 
         want |= {f"h.{l}.{name}": n * 64 * c * 2 for name, c in columns.items()}
         want |= {f"h.{l}.ln1.rstd": n * 4, f"h.{l}.ln2.rstd": n * 4, f"h.{l}.lse": n * 2 * 4}
     assert kept == want
+    assert next(e.dtype for e in arena.entries if e.name == "d_middle") == torch.float32  # not rounded
     made = [e for e in arena.entries if e.name.endswith(".qk.again")]
     assert len({(e.first, e.last) for e in made}) == 4  # each for a few calls of its layer's backward
     assert all(e.first > turn for e in made)

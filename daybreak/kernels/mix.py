@@ -7,6 +7,9 @@ would lose most of a small attention output. In one small model it was 0.0003 of
 
 Backward of out = m r, r = 1 / sqrt(mean(m^2) + eps), and d the gradient of m from its other uses:
 xhat = m r,  d_m = d + r (dout - xhat mean(dout xhat)),  dx = a d_m,  dy += b d_m,  da = sum d_m x,  db = sum d_m y.
+
+Backout's part of the stream's gradient comes from the last norm, and is added to dx many layers below. Both are rounded
+once, there. Rounded before, it decided the signs of step 1's gradients of the scalars, which are 0 but for rounding.
 """
 
 from __future__ import annotations
@@ -63,11 +66,11 @@ def mix_norm_backward_temps(
 @op("dx", "dy", "da", "db", "rewrite", temps=mix_norm_backward_temps, adds=("dy", "da", "db"))
 def mix_norm_backward(
     dx: Tensor, dy: Tensor, da: Tensor | None, db: Tensor | None, rewrite: Tensor | None,
-    d: Tensor, dout: Tensor, x: Tensor, y: Tensor, rstd: Tensor, a: Tensor, b: Tensor,
+    d: Tensor, dout: Tensor, x: Tensor, y: Tensor, rstd: Tensor, a: Tensor, b: Tensor, add: Tensor | None = None,
     *, accumulate_dy: bool, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
     """Gradients of m = a x + b y: dx, dy (n, C), and da, db (1) if they are wanted. dout (n, C) is the gradient of m's
-    norm, and d (n, C) that of m from elsewhere. dx may be d.
+    norm, and d (n, C) that of m from elsewhere. dx may be d. add (n, C), if given, is added to dx before it is rounded.
 
     `accumulate_dy` adds to dy, `accumulate` to da and db. rewrite (n, C) = the norm once more, if it is wanted."""
     m_, g_, t_, z_, c_, a_, b_, sum_a, sum_b, wide, part = scratch(mix_norm_backward_temps(dx, dy, da, db, rewrite, d))
@@ -84,7 +87,8 @@ def mix_norm_backward(
         g.sub_(m.mul_(c)).mul_(r).add_(widen(d[rows], m))
         sum_a.add_(torch.sum(t.mul_(g), (0, 1), out=part))
         sum_b.add_(torch.sum(t.copy_(y[rows]).mul_(g), (0, 1), out=part))
-        dx[rows].copy_(torch.mul(g, a_, out=t))
+        torch.mul(g, a_, out=t)
+        dx[rows].copy_(t if add is None else t.add_(widen(add[rows], z)))
         g.mul_(b_)
         dy[rows].copy_(g.add_(widen(dy[rows], t)) if accumulate_dy else g)
     for grad, total in ((da, sum_a), (db, sum_b)):
@@ -106,27 +110,33 @@ def mix_add(out: Tensor, x: Tensor, y: Tensor, *, scratch: Scratch) -> None:
         out[rows].copy_(xf.copy_(x[rows]).add_(yf.copy_(y[rows])))
 
 
-def mix_backward_temps(dy: Tensor, db: Tensor | None, dout: Tensor, *_: object, **__: object) -> Temps:
-    (n, C), acc = dout.shape, acc_dtype(dout.dtype)
-    return [*[((chunk_rows(n, C), C), acc)] * 2, *[((1,), acc)] * 3, ((), acc)]
+def mix_backward_temps(dx: Tensor, *_: object, **__: object) -> Temps:
+    (n, C), acc = dx.shape, acc_dtype(dx.dtype)
+    rows = chunk_rows(n, C)
+    return [*[((rows, C), acc)] * 3, ((rows, 1), acc), *[((1,), acc)] * 3, ((), acc)]
 
 
-@op("dy", "db", temps=mix_backward_temps, adds=("db",))
+@op("dx", "dy", "db", temps=mix_backward_temps, adds=("db",))
 def mix_backward(
-    dy: Tensor, db: Tensor | None, dout: Tensor, y: Tensor, b: Tensor,
+    dx: Tensor, dy: Tensor, db: Tensor | None, dout: Tensor, x: Tensor, y: Tensor, rstd: Tensor, b: Tensor,
     *, factor: float = 1.0, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """Gradients of the term factor b y in a sum whose gradient is dout (n, C): dy (n, C) = factor b dout, and db (1) =
-    factor sum dout y if it is wanted, added to db if `accumulate`."""
-    d_, t_, b_, total, wide, part = scratch(mix_backward_temps(dy, db, dout))
+    """Gradients of the norm of x (n, C), a stored sum with the term factor b y (n, C): dx, dy = factor b dx and, if it
+    is wanted, db (1) = factor sum dx y, where dx is not rounded before. dout (n, C) is the gradient of the norm.
+
+    `accumulate` adds to db."""
+    m_, g_, t_, c_, b_, total, wide, part = scratch(mix_backward_temps(dx))
     b_.copy_(b).mul_(factor)
     total.zero_()
     for rows in row_chunks(*dout.shape):
-        d, t = (z[: len(dout[rows])] for z in (d_, t_))
-        d.copy_(dout[rows])
-        if db is not None:
-            total.add_(torch.sum(t.copy_(y[rows]).mul_(d), (0, 1), out=part))
-        dy[rows].copy_(d.mul_(b_))
+        r = rstd[rows, None]
+        m, g, t, c = (buffer[: len(r)] for buffer in (m_, g_, t_, c_))
+        m.copy_(x[rows]).mul_(r)
+        torch.mean(torch.mul(g.copy_(dout[rows]), m, out=t), 1, keepdim=True, out=c)
+        g.sub_(m.mul_(c)).mul_(r)
+        dx[rows].copy_(g)
+        total.add_(torch.sum(t.copy_(y[rows]).mul_(g), (0, 1), out=part))
+        dy[rows].copy_(g.mul_(b_))
     if db is not None:
         total.mul_(factor)
         db.copy_(total.add_(widen(db, wide)) if accumulate else total)

@@ -20,7 +20,7 @@ the second half of a head of q or k have the opposite sign. One kernel rotates a
 Backward computes its outputs again, in a buffer that all layers share.
 
 Backward adds up two gradients on the way down: d, that of the residual stream, and d_x0. `d_middle` holds backout's
-gradient until layer L / 2.
+part of it, in fp32, down to the input of layer L / 2 + 1. There both are added and rounded once.
 
 `recompute`: level 1 keeps no output of the squared ReLU, level 2 none of ln1 and ln2 either. Level 3 keeps only the
 blocks' inputs, and runs `block` again.
@@ -126,10 +126,11 @@ class Nanochat(Head):
         return residual2, relu2
 
     def block_backward(
-        self, b: Frame, d: Tensor, d_x0: Tensor, x: Tensor, x0: Tensor, tokens: Tensor, B: int, T: int
+        self, b: Frame, d: Tensor, d_x0: Tensor, x: Tensor, x0: Tensor, tokens: Tensor, B: int, T: int, more: Tensor
     ) -> None:
-        """d (n, C) is the gradient of the block's output, and becomes that of its input x. Adds to d_x0 (n, C), but in
-        the last block writes it. Makes every gradient of the block."""
+        """d (n, C) is the gradient of the block's output, and becomes that of its input x. `more` (n, C) is added to it
+        where that input is the middle of the stream. Adds to d_x0 (n, C), but in the last block writes it. Makes every
+        gradient of the block."""
         c, n = self.cfg, B * T
         residual2, fc = b.a("residual2", n, c.C), b.a("fc", n, 4 * c.C)
         d_out = b.matmul_copy("d_residual3", d, plain=True)
@@ -168,7 +169,7 @@ class Nanochat(Head):
         ln1, rewrite = b.output("ln1", n, c.C)
         grads_of = (d, d_x0, b.g("resid"), b.g("x0"), rewrite, d, d_ln1)
         how = {"accumulate_dy": b.index < c.L - 1, "accumulate": b.mode.accumulate}
-        b.k.mix_norm_backward(*grads_of, *self._mixed(b, x, x0), **how)
+        b.k.mix_norm_backward(*grads_of, *self._mixed(b, x, x0), more if b.index == self.middle + 1 else None, **how)
         blocks.weight_grad(b, "qkv", d_sum, ln1, late=not b.index)
 
     def _value_backward(
@@ -241,18 +242,19 @@ class Nanochat(Head):
         rewritten = REWRITTEN.get(self.recompute, ())
         mode = Mode(True, not first, recomputed=again, rewritten=rewritten, documents=documents)
         top = f.layer("", 0, Mode(True, not first, documents=documents))
-        d, d_x0, d_middle = (f.a(name, n, c.C) for name in ("d_residual", "d_x0", "d_middle"))
+        d, d_x0 = f.a("d_residual", n, c.C), f.a("d_x0", n, c.C)
+        d_middle = f.a("d_middle", n, c.C, dtype=f.acc)  # its rounding would show in step 1's gradients of the scalars
         x0, middle = f.a("smeared", n, c.C), f.a(f"h.{self.middle}.residual3", n, c.C)
-        self._norm_backward(top, "lnf", d, f.a("d_lnf", n, c.C), f.a("backed", n, c.C), starts=True, kept=False)
-        f.k.mix_backward(d_middle, f.g("backout"), d, middle, f.w("backout"), factor=-1.0, accumulate=not first)
+        summed = (f.a("d_lnf", n, c.C), f.a("backed", n, c.C), middle, f.a("lnf.rstd", n, dtype=f.acc), f.w("backout"))
+        f.k.mix_backward(d, d_middle, f.g("backout"), *summed, factor=-1.0, accumulate=not first)
+        if self.middle == L - 1:
+            f.k.mix_add(d, d, d_middle)
         for l in reversed(range(lowest, L)):
             b = f.layer(f"h.{l}.", l, mode)
             x = f.a(f"h.{l - 1}.residual3", n, c.C) if l else x0
-            if l == self.middle:
-                f.k.mix_add(d, d, d_middle)
             if again:
                 self.block(b, x, x0, tokens.view(-1), B, T)
-            self.block_backward(b, d, d_x0, x, x0, tokens.view(-1), B, T)
+            self.block_backward(b, d, d_x0, x, x0, tokens.view(-1), B, T, d_middle)
             if l:
                 f.final()
         if embeds:

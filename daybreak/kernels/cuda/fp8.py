@@ -202,11 +202,12 @@ def mix_backward_temps(
 @backend(NAME, temps=mix_backward_temps)
 def mix_norm_backward(
     dx: Tensor, dy: Tensor, da: Tensor | None, db: Tensor | None, rewrite: Operand,
-    d: Tensor, dout: Tensor, x: Tensor, y: Tensor, rstd: Tensor, a: Tensor, b: Tensor, *, scratch: Scratch, **how: Any,
+    d: Tensor, dout: Tensor, x: Tensor, y: Tensor, rstd: Tensor, a: Tensor, b: Tensor, add: Tensor | None = None,
+    *, scratch: Scratch, **how: Any,
 ) -> None:  # fmt: skip
     """dx, dy (n, C), da, db (1) and rewrite (n, C): see the reference. dx may be d."""
     write(rewrite, x, "mix", y, norm=(rstd, rstd, a, b))
-    mix.mix_norm_backward(dx, dy, da, db, None, d, dout, x, y, rstd, a, b, scratch=scratch, **how)
+    mix.mix_norm_backward(dx, dy, da, db, None, d, dout, x, y, rstd, a, b, add, scratch=scratch, **how)
 
 
 @backend(NAME)

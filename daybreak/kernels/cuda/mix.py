@@ -16,7 +16,6 @@ from daybreak.kernels.cuda.norm import AHEAD, BACKWARD_WARPS, MIN_PROGRAMS, Laun
 from daybreak.kernels.cuda.rounding import mixed, rounded
 
 BLOCK, WARPS = 2048, 4
-PROGRAMS = 132 * 8  # of mix_backward: what an H100's 132 multiprocessors hold of 64 registers a thread
 
 
 @triton.jit
@@ -51,15 +50,17 @@ def _mix_norm_forward_kernel(
 
 @triton.jit
 def _mix_norm_backward_kernel(
-    dx, dy, again, part, d, dout, x, y, rstd, a, b, n, C,
-    ACCUMULATE_DY: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    dx, dy, again, part, d, dout, x, y, rstd, a, b, add, factor, n, C,
+    ACCUMULATE_DY: tl.constexpr, AGAIN: tl.constexpr, STORED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """part (2, programs) in fp32: this program's sums of the gradient of m times x, and times y.
+    """part (2, programs) in fp32: this program's sums of the gradient of m times x, and times factor y. ADD: add is
+    added to dx. STORED: m is x, as it was stored with the term b factor y, and has no gradient from elsewhere.
 
     Rows travel ahead of the stores to dx, which may be d: no row is another one's."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK)[None, :]
-    fa, fb = tl.load(a).to(tl.float32), tl.load(b).to(tl.float32)
+    fa, fb = tl.load(a).to(tl.float32), tl.load(b).to(tl.float32) * factor
     sum_a = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_b = tl.zeros((ROWS, BLOCK), tl.float32)
     row = n - 1 - (pid * ROWS + tl.arange(0, ROWS))
@@ -71,25 +72,38 @@ def _mix_norm_backward_kernel(
         g = tl.load(dout + at, mask=here, other=0.0).to(tl.float32)
         xf = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
         yf = tl.load(y + at, mask=here, other=0.0).to(tl.float32)
-        grad = tl.load(d + at, mask=here, other=0.0).to(tl.float32)
+        if not STORED:
+            grad = tl.load(d + at, mask=here, other=0.0).to(tl.float32)
+        if ADD:
+            more = tl.load(add + at, mask=here, other=0.0).to(tl.float32)
         if ACCUMULATE_DY:
             old = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)
         r = r_next[:, None]
         row -= programs * ROWS
         r_next = tl.load(rstd + row, mask=row >= 0, other=0.0)
-        xhat = mixed(xf, yf, fa, fb) * r
+        if STORED:
+            xhat = xf * r
+        else:
+            xhat = mixed(xf, yf, fa, fb) * r
         if AGAIN:
             tl.store(again + at, xhat.to(again.dtype.element_ty), mask=here)
-        grad += (g - xhat * (tl.sum(g * xhat, 1)[:, None] / C)) * r
-        sum_a += grad * xf
+        if STORED:
+            grad = (g - xhat * (tl.sum(g * xhat, 1)[:, None] / C)) * r
+            d_x = grad
+        else:
+            grad += (g - xhat * (tl.sum(g * xhat, 1)[:, None] / C)) * r
+            sum_a += grad * xf
+            d_x = grad * fa
         sum_b += grad * yf
-        tl.store(dx + at, (grad * fa).to(dx.dtype.element_ty), mask=here)
+        if ADD:
+            d_x += more
+        tl.store(dx + at, d_x.to(dx.dtype.element_ty), mask=here)
         grad *= fb
         if ACCUMULATE_DY:
             grad += old
         tl.store(dy + at, grad.to(dy.dtype.element_ty), mask=here)
     tl.store(part + pid, tl.sum(tl.sum(sum_a, 1), 0))
-    tl.store(part + programs + pid, tl.sum(tl.sum(sum_b, 1), 0))
+    tl.store(part + programs + pid, tl.sum(tl.sum(sum_b, 1), 0) * factor)
 
 
 @triton.jit
@@ -98,20 +112,6 @@ def _mix_add_kernel(out, x, y, size, BLOCK: tl.constexpr):
     xf = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
     yf = tl.load(y + at, mask=at < size, other=0.0).to(tl.float32)
     tl.store(out + at, (xf + yf).to(out.dtype.element_ty), mask=at < size)
-
-
-@triton.jit
-def _mix_backward_kernel(dy, part, dout, y, b, factor, size, BLOCK: tl.constexpr):
-    """part (programs) in fp32: this program's sums of factor dout y."""
-    pid, programs = tl.program_id(0), tl.num_programs(0)
-    fb = tl.load(b).to(tl.float32) * factor
-    total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(0, tl.cdiv(size, BLOCK) - pid, programs):
-        at = (pid + i).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        d = tl.load(dout + at, mask=at < size, other=0.0).to(tl.float32)
-        total += d * tl.load(y + at, mask=at < size, other=0.0).to(tl.float32)
-        tl.store(dy + at, (d * fb).to(dy.dtype.element_ty), mask=at < size)
-    tl.store(part + pid, tl.sum(total, 0) * factor)
 
 
 @backend("triton")
@@ -137,11 +137,11 @@ def mixed_rows(
     )  # fmt: skip
 
 
-def mix_norm_launch(d: Tensor) -> Launch:
+def mix_norm_launch(d: Tensor, extra: int = 0) -> Launch:
     """The launch of backward for d (n, C): half as many columns to a thread as for a norm, since there are more
-    accumulators and more inputs. Rows of five tensors are on their way."""
+    accumulators and more inputs. Rows of five tensors are on their way, and `extra` bytes an element more."""
     _, rows, block, warps, stages = backward_launch(d, True)
-    warps, tile = min(2 * warps, 32 if block > 8192 else 16), 5 * rows * block * d.element_size()
+    warps, tile = min(2 * warps, 32 if block > 8192 else 16), rows * block * (5 * d.element_size() + extra)
     programs = min(triton.cdiv(len(d), rows), max(MIN_PROGRAMS, BACKWARD_WARPS // warps))
     return Launch(programs, rows, block, warps, min(stages, 1 + AHEAD // tile))
 
@@ -157,17 +157,27 @@ def mix_norm_backward_temps(
 @backend("triton", temps=mix_norm_backward_temps)
 def mix_norm_backward(
     dx: Tensor, dy: Tensor, da: Tensor | None, db: Tensor | None, rewrite: Tensor | None,
-    d: Tensor, dout: Tensor, x: Tensor, y: Tensor, rstd: Tensor, a: Tensor, b: Tensor,
+    d: Tensor, dout: Tensor, x: Tensor, y: Tensor, rstd: Tensor, a: Tensor, b: Tensor, add: Tensor | None = None,
     *, accumulate_dy: bool, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
     """Gradients of a x + b y and its norm, all contiguous: see the reference. dx may be d."""
     (part,) = scratch(mix_norm_backward_temps(dx, dy, da, db, rewrite, d))
-    programs, rows, block, warps, stages = mix_norm_launch(d)
-    _mix_norm_backward_kernel[(programs,)](
-        dx, dy, dx if rewrite is None else rewrite, part, d, dout, x, y, rstd, a, b, *d.shape,
-        ACCUMULATE_DY=accumulate_dy, AGAIN=rewrite is not None, ROWS=rows, BLOCK=block, STAGES=stages, num_warps=warps,
-    )  # fmt: skip
+    _backward_rows(dx, dy, rewrite, part, d, dout, x, y, rstd, a, b, add, accumulate_dy)
     column_sums([da, db], part, accumulate)
+
+
+def _backward_rows(
+    dx: Tensor, dy: Tensor, rewrite: Tensor | None, part: Tensor, d: Tensor, dout: Tensor, x: Tensor, y: Tensor,
+    rstd: Tensor, a: Tensor, b: Tensor, add: Tensor | None, accumulate_dy: bool, factor: float = 1.0,
+    stored: bool = False,
+) -> None:  # fmt: skip
+    """All but the sums over programs."""
+    programs, rows, block, warps, stages = mix_norm_launch(x, 0 if add is None else add.element_size())
+    _mix_norm_backward_kernel[(programs,)](
+        dx, dy, dx if rewrite is None else rewrite, part, d, dout, x, y, rstd, a, b, x if add is None else add, factor,
+        *x.shape, ACCUMULATE_DY=accumulate_dy, AGAIN=rewrite is not None, STORED=stored, ADD=add is not None,
+        ROWS=rows, BLOCK=block, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
 
 
 @backend("triton")
@@ -176,17 +186,17 @@ def mix_add(out: Tensor, x: Tensor, y: Tensor) -> None:
     _mix_add_kernel[(triton.cdiv(x.numel(), BLOCK),)](out, x, y, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
 
 
-def mix_backward_temps(dy: Tensor, db: Tensor | None, dout: Tensor, *_: object, **__: object) -> Temps:
-    """The programs' sums."""
-    return [((1, min(PROGRAMS, triton.cdiv(dout.numel(), BLOCK)), 1), float32)]
+def mix_backward_temps(dx: Tensor, *_: object, **__: object) -> Temps:
+    """The programs' sums: none, and for b."""
+    return [((2, mix_norm_launch(dx).programs, 1), float32)]
 
 
 @backend("triton", temps=mix_backward_temps)
 def mix_backward(
-    dy: Tensor, db: Tensor | None, dout: Tensor, y: Tensor, b: Tensor,
+    dx: Tensor, dy: Tensor, db: Tensor | None, dout: Tensor, x: Tensor, y: Tensor, rstd: Tensor, b: Tensor,
     *, factor: float = 1.0, accumulate: bool, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """Gradients of the term factor b y, all contiguous: see the reference."""
-    (part,) = scratch(mix_backward_temps(dy, db, dout))
-    _mix_backward_kernel[(part.shape[1],)](dy, part, dout, y, b, factor, dout.numel(), BLOCK=BLOCK, num_warps=WARPS)
-    column_sums([db], part, accumulate)
+    """Gradients of the norm of x (n, C), which has the term factor b y, all contiguous: see the reference."""
+    (part,) = scratch(mix_backward_temps(dx))
+    _backward_rows(dx, dy, None, part, dout, dout, x, y, rstd, b, b, None, False, factor, stored=True)
+    column_sums([None, db], part, accumulate)

@@ -169,6 +169,10 @@ def test_scalars_in_fp32_are_not_rounded(backend):
     )
     assert torch.equal(dx, steep)
     assert torch.equal(dy, -2 * steep.sign())
+    long, total = torch.full_like(rstd, 1.003), poison(1, dtype=torch.float32)
+    run("mix_backward", dx, dy, total, steep.sign(), one, steep.sign(), long, a, accumulate=False, backend=backend)
+    assert (dx.abs() == 1).all()
+    close(total, f64(long).sum().view(1) * 32)  # of what dx was before it was rounded
     e, w, positions = torch.stack([one[:2], -one[:2]], 1), torch.zeros(24, dtype=BF16, device=DEVICE), None
     out, cache = poison(2, 2, 32, dtype=BF16), torch.ones(2, 4, 2, 8, dtype=BF16, device=DEVICE)
     run("smear_forward", out, e, w, 2 * a, positions, backend=backend)  # half of it, as the gate is

@@ -22,13 +22,14 @@ from daybreak.data.tokenizer import TOKENIZER_FILE, Tokenizer, get_tokenizer
 from daybreak.errors import CheckpointError, DataError, Error
 from daybreak.files import sha256_of
 from daybreak.formatting import quoted
-from daybreak.interop.families import Family, family_named, family_of
+from daybreak.interop.families import HF, Family, family_named, family_of
 from daybreak.interop.part import reader
 from daybreak.interop.source import DTYPES, Export, Source, appearing, checked_shape, default_tokenizer, finite, layout
 from daybreak.manifest import KEPT, kept_files
 from daybreak.shapes import Shape
 from daybreak.state.safetensors_io import SafetensorsFile, StoredTensor, write_safetensors
 
+CODE = Path(__file__).with_name("families")  # models' code, without the .py of our own
 MAX_SHARD = 5_000_000_000  # bytes
 FINGERPRINT = "daybreak_tokenizer_fingerprint"  # a key of config.json that others ignore
 TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -162,7 +163,7 @@ def export(source: Export, out: Path, dtype: str = "fp32", max_shard: int = MAX_
 
     Memory: one shard. Raises ConfigError if `out` is not empty, or the family has no form there.
     """
-    family = family_of(source.model, "Hugging Face's format")
+    family = family_of(source.model, HF)
     with appearing(out) as folder:
         folder.mkdir()
         write_tokenizer(source.tokenizer, source.model.max_T, folder, source.kept)
@@ -171,6 +172,8 @@ def export(source: Export, out: Path, dtype: str = "fp32", max_shard: int = MAX_
         write_json(folder / "config.json", _config(source, family, dtype) | special)
         if source.tokenizer.pictures:
             shutil.copyfile(source.run / CODEC_FILE, folder / CODEC_FILE)
+        if family.code:
+            shutil.copyfile(CODE / f"{family.code}.txt", folder / family.code)
         _write_shards(source, family, folder, DTYPES[dtype], max_shard)
 
 
@@ -186,8 +189,8 @@ def write_json(path: Path, value: Any) -> None:
 def _config(source: Export, family: Family, dtype: str) -> dict[str, Any]:
     name = str(DTYPES[dtype]).removeprefix("torch.")
     return {
-        **family.config(source.model),
-        "initializer_range": 0.02, "use_cache": True, "bos_token_id": source.tokenizer.eot,
+        "initializer_range": 0.02, "use_cache": True, **family.config(source.model),
+        "bos_token_id": source.tokenizer.eot,
         "dtype": name, "torch_dtype": name,  # the new name of the key and the old one
         FINGERPRINT: source.tokenizer.fingerprint,
     }  # fmt: skip
@@ -198,7 +201,7 @@ def _write_shards(source: Export, family: Family, folder: Path, dtype: torch.dty
     used = total = 0
     for name, shape in source.shapes.items():
         size = torch.Size(shape).numel() * dtype.itemsize
-        if used + size > max_shard and shards[-1]:
+        if used + size > max_shard and shards[-1] and size > 4:  # the scalars of all layers may be one tensor
             shards.append([])
             used = 0
         shards[-1].append(name)
@@ -206,11 +209,12 @@ def _write_shards(source: Export, family: Family, folder: Path, dtype: torch.dty
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name in names:
-            x = source.read(name, dtype)
+            x = source.read(name, torch.float32 if name.rpartition(".")[2] in family.fp32 else dtype)
             for part in family.parts(source.model, name, len(x)):
-                tensors[family.prefix + part.name] = part.theirs(x)
+                key, value = family.prefix + part.name, part.theirs(x)
+                tensors[key] = tensors[key] + value if key in tensors else value  # zeros but for what x holds
         total += sum(x.nbytes for x in tensors.values())
         write_safetensors(folder / file, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)

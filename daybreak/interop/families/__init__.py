@@ -13,13 +13,14 @@ from reprlib import repr as short
 from typing import Any
 
 from daybreak.errors import CheckpointError, ConfigError
-from daybreak.interop.families import gpt2, llama
+from daybreak.interop.families import gpt2, llama, nanochat
 from daybreak.interop.families.table import Family
 from daybreak.shapes import Shape
 
-__all__ = ["FAMILIES", "Family", "family_named", "family_of", "why_not"]
+__all__ = ["FAMILIES", "HF", "Family", "family_named", "family_of", "why_not"]
 
-FAMILIES: dict[str, Family] = {table.model_type: table for table in (gpt2.GPT2, *llama.TABLES)}
+HF = "Hugging Face's format"
+FAMILIES: dict[str, Family] = {table.model_type: table for table in (gpt2.GPT2, *llama.TABLES, nanochat.NANOCHAT)}
 
 # Pattern of a model type, or of keys that have a value -> the reason to refuse the model. The first that fits is told.
 REASONS = {
@@ -52,7 +53,7 @@ def family_named(path: Path, config: Mapping[str, Any]) -> Family:
 
 def family_of(shape: Shape, to: str) -> Family:
     """The table of a shape's family. ConfigError if there is none, for who exports `to` a format."""
-    able = [family for family in FAMILIES.values() if family.gguf or to != "GGUF"]
+    able = [family for family in FAMILIES.values() if (family.gguf or to != "GGUF") and (not family.code or to == HF)]
     if found := next((family for family in able if family.holds(shape)), None):
         return found
     if like := [family.model_type for family in able if family.arch == shape.arch]:

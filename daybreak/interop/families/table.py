@@ -34,6 +34,8 @@ class Family:
     padded: Collection[str] = ("wte",)  # parameters with a row for every id, which theirs do not pad
     transposed: Collection[str] = ()
     copies: Mapping[str, str] = field(default_factory=dict)  # tensors that some files have -> what they repeat, ours
+    fp32: Collection[str] = ()  # scalars that stay in fp32 in files of any dtype
+    code: str = ""  # the file with the model's code for transformers, if it has no such model itself
     ignored: tuple[str, ...] = ()  # endings of tensors without learned values
     gguf: str = ""  # llama.cpp's architecture, if it has this family
     gguf_keys: Mapping[str, str] = field(default_factory=dict)  # key of GGUF -> config.json's with this value

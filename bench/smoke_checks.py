@@ -152,7 +152,8 @@ def logits(run: str, folder: str) -> None:
     tokens = torch.randint(engine.cfg.V, (1, engine.T), generator=torch.Generator().manual_seed(0))
     ours = engine.logits(tokens).float()
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+        theirs = model(tokens).logits
     error = float((ours - theirs).norm() / theirs.norm())
     print("relative error", error)
     assert error < 1e-5

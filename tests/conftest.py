@@ -29,6 +29,7 @@ INTEROP = (
     "test_interop_refused",
     "test_interop_decoders",
     "test_interop_kept",
+    "test_interop_nanochat",
     "test_tokenizer_kinds",
     "test_interop_llmc",
     "test_interop_gguf",

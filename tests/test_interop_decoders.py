@@ -214,11 +214,11 @@ def test_a_config_with_nothing_but_its_model_type(model_type: str) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen3_moe", "num_experts": 8}, "'qwen3_moe' is not supported; daybreak computes 'gpt2', 'llama', "
-     "'mistral', 'qwen2', 'qwen3', 'smollm3', 'gemma3_text', and this one mixes experts."),
+     "'mistral', 'qwen2', 'qwen3', 'smollm3', 'gemma3_text', 'daybreak_nanochat', and this one mixes experts."),
     ({"model_type": "gemma3", "text_config": {}}, "and this one also has parts that read images or sound."),
     ({"model_type": "gemma4_text", "num_experts": None, "enable_moe_block": False, "hidden_size_per_layer_input": 8},
-     "'gemma3_text', and this one embeds its tokens anew in each layer."),
-    ({"model_type": "helium", "num_experts": 0, "vision_config": None}, "'smollm3', 'gemma3_text'."),
+     "'daybreak_nanochat', and this one embeds its tokens anew in each layer."),
+    ({"model_type": "helium", "num_experts": 0, "vision_config": None}, "'gemma3_text', 'daybreak_nanochat'."),
     ({"model_type": "qwen3_next", "layer_types": ["linear_attention"]}, "layers of kind 'linear_attention'."),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic' is not supported; daybreak"),
     ({"rope_scaling": {"type": "su"}}, "rope_type = 'su' is not supported"),

@@ -136,7 +136,7 @@ def test_every_verb(
     assert main(["plan", str(recipe)]) == main(["doctor", "runs/nano"]) == 0
     assert main(["sample", "runs/nano", "--tokens", "20"]) == 0
     capsys.readouterr()
-    for form in ("hf", "gguf", "llmc"):
+    for form in ("gguf", "llmc"):
         assert main(["export", "runs/nano", "--to", form, "out"]) == 2
         assert "daybreak: model.arch = 'nanochat' has no form in " in capsys.readouterr().err
 

@@ -28,6 +28,7 @@ def test_the_wheel_trains_outside_the_checkout(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "daybreak/data/gpt2.tiktoken" in names
     assert "daybreak/recipes/tiny.toml" in names
+    assert "daybreak/interop/families/modeling_nanochat.py.txt" in names
     assert "daybreak/py.typed" in names
     assert {f"daybreak/report/web/{n}" for n in ("page.html", "page.js", "uPlot.iife.min.js", "uPlot.LICENSE")} <= set(
         names

@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from daybreak.checked import TEXT, read_json
 from daybreak.data.formats import extra
 from daybreak.data.hub import unreachable
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.engine import Engine
-from daybreak.errors import ConfigError, DataError, Error
+from daybreak.errors import CheckpointError, ConfigError, DataError, Error
 from daybreak.evaluate.multiple_choice import losses_of
+from daybreak.formatting import quoted
 from daybreak.generate import Sampling, Text, write_all
 
 log = logging.getLogger("daybreak")
@@ -107,7 +109,13 @@ def engine_lm(engine: Engine, tokenizer: Tokenizer, greedy: bool = True) -> Any:
 
 
 def hf_lm(path: Path, B: int, device: str | None) -> Any:
-    """The harness's own Hugging Face model of an exported folder."""
+    """The harness's own Hugging Face model of an exported folder. ConfigError if it needs code of the folder, which is
+    not run."""
+    config = read_json(path / "config.json", {"model_type?": TEXT}, CheckpointError, "copy the model again")
+    known = extra("transformers", "eval", "daybreak eval").CONFIG_MAPPING
+    if config.get("auto_map") and config.get("model_type") not in known:
+        way = f"`daybreak import {quoted(path)}` makes a run that it scores, if daybreak knows the model"
+        raise ConfigError(f"{path} needs code of its own (auto_map in config.json), which eval does not run; {way}.")
     model = extra("lm_eval.models.huggingface", "eval", "daybreak eval").HFLM
     return model(pretrained=str(path.resolve()), batch_size=B, device=device or "cpu", dtype="auto")
 

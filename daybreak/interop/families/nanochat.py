@@ -6,7 +6,8 @@ the rotation of queries and keys goes the other way: rows that make the second h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from reprlib import repr as short
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 from daybreak.errors import CheckpointError
-from daybreak.interop.families.table import Family, number, whole
+from daybreak.interop.families.table import Family, number
 from daybreak.interop.part import Part
 from daybreak.shapes import Shape
+from daybreak.shapes.nanochat import NanochatConfig
 
-LETTERS = {"w": "S", "f": "L"}  # of kinds of layers: ours, theirs
 SCALARS = {"resid": "resid_lambdas", "x0": "x0_lambdas"}  # one number of each layer
 NUMBERS = {"theta": "rope_theta", "eps": "rms_norm_eps", "softcap": "final_logit_softcapping"}
 
@@ -56,39 +57,25 @@ class _Scalar(Part):
         x.copy_(value[self.layer : self.layer + 1])
 
 
-@dataclass(frozen=True)
-class _Row(Part):
-    """A vector, which is a matrix of one row there."""
-
-    def theirs(self, x: Tensor) -> Tensor:
-        return x[None]
-
-    def put(self, x: Tensor, value: Tensor) -> None:
-        x.copy_(value[0])
-
-
 class _Nanochat(Family):
     def shape(self, path: Path, config: Mapping[str, Any]) -> Shape:
-        said = {"window_pattern": "SSSL", "window": 513, "rope_theta": 1e5, "rms_norm_eps": 2.0**-23}
-        c = said | {"final_logit_softcapping": 15.0} | dict(config)
-        ours = {theirs: letter for letter, theirs in LETTERS.items()}
-        if not isinstance(kinds := c["window_pattern"], str) or not kinds or set(kinds) - set(ours):
+        c = {"window_pattern": "SSSL", **self._numbers(NanochatConfig()), **config}
+        if not isinstance(kinds := c["window_pattern"], str) or not re.fullmatch("[SL]+", kinds):
             raise CheckpointError(f"{path}: window_pattern = {short(kinds)} must be letters S and L.")
-        values: dict[str, Any] = {key: number(path, c, theirs) for key, theirs in NUMBERS.items()}
-        values |= {"window": whole(path, c, "window"), "layers": "".join(ours[kind] for kind in kinds)}
-        return replace(super().shape(path, config), **values)
+        values: Any = {key: number(path, c, theirs) for key, theirs in NUMBERS.items()}
+        return replace(super().shape(path, config), layers=kinds.replace("S", "w").replace("L", "f"), **values)
 
     def config(self, shape: Any) -> dict[str, Any]:
-        said = {theirs: getattr(shape, key) for key, theirs in NUMBERS.items()}
-        pattern = "".join(LETTERS[kind] for kind in shape.layers)
-        return {**super().config(shape), **said, "window_pattern": pattern, "window": shape.window}
+        pattern = shape.layers.replace("w", "S").replace("f", "L")
+        return {**super().config(shape), **self._numbers(shape), "window_pattern": pattern}
+
+    def _numbers(self, shape: Any) -> dict[str, float]:
+        return {theirs: getattr(shape, key) for key, theirs in NUMBERS.items()}
 
     def parts(self, shape: Any, name: str, rows: int) -> list[Part]:
         l, _, leaf = name.removeprefix("h.").rpartition(".")
         if leaf in SCALARS:
             return [_Scalar(SCALARS[leaf], slice(rows), layer=int(l), L=shape.L)]
-        if leaf == "smearw":
-            return [_Row("smear_gate.weight", slice(rows))]
         if leaf == "ve":
             return [Part(f"value_embeds.{l}.weight", slice(shape.V))]
         parts = super().parts(shape, name, rows)
@@ -96,10 +83,10 @@ class _Nanochat(Family):
             parts[:2] = [_Turned(part.name, part.rows, HS=shape.HS) for part in parts[:2]]
         return parts
 
-    def rows_of_each(self, shape: Any, leaf: str, rows: int) -> list[slice]:
+    def rows_of_each(self, shape: Any, leaf: str, rows: int) -> Sequence[slice | Tensor]:
         if leaf == "qkvw":
             return [slice(i * shape.C, (i + 1) * shape.C) for i in range(3)]
-        return [slice(min(rows, shape.V) if leaf in self.padded else rows)]
+        return [torch.arange(rows)[None]] if leaf == "smearw" else super().rows_of_each(shape, leaf, rows)
 
 
 # transformers' own model type `nanochat` is an older model, without smear and value embeddings.
@@ -107,13 +94,13 @@ NANOCHAT = _Nanochat(
     arch="nanochat", model_type="daybreak_nanochat", architecture="NanochatForCausalLM", prefix="",
     layer="transformer.h.{}.",
     names={
-        "wte": ("transformer.wte.weight",), "smear": ("smear_lambda",), "backout": ("backout_lambda",),
-        "headw": ("lm_head.weight",), "gatew": ("attn.ve_gate.weight",),
+        "wte": ("transformer.wte.weight",), "smear": ("smear_lambda",), "smearw": ("smear_gate.weight",),
+        "backout": ("backout_lambda",), "headw": ("lm_head.weight",), "gatew": ("attn.ve_gate.weight",),
         "qkvw": ("attn.c_q.weight", "attn.c_k.weight", "attn.c_v.weight"), "attprojw": ("attn.c_proj.weight",),
         "fcw": ("mlp.c_fc.weight",), "fcprojw": ("mlp.c_proj.weight",),
     },
     sizes={"L": ("num_hidden_layers", 12), "C": ("hidden_size", 768), "NH": ("num_attention_heads", 6),
-           "max_T": ("max_position_embeddings", 2048), "V": ("vocab_size", 32768)},
+           "max_T": ("max_position_embeddings", 2048), "V": ("vocab_size", 32768), "window": ("window", 513)},
     arithmetic={"tie_word_embeddings": (False,)},
     written={"use_cache": False, "auto_map": {"AutoConfig": "modeling_nanochat.NanochatConfig",
                                               "AutoModelForCausalLM": "modeling_nanochat.NanochatForCausalLM"}},

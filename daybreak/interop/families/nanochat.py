@@ -62,8 +62,9 @@ class _Nanochat(Family):
         c = {"window_pattern": "SSSL", **self._numbers(NanochatConfig()), **config}
         if not isinstance(kinds := c["window_pattern"], str) or not re.fullmatch("[SL]+", kinds):
             raise CheckpointError(f"{path}: window_pattern = {short(kinds)} must be letters S and L.")
-        values: Any = {key: number(path, c, theirs) for key, theirs in NUMBERS.items()}
-        return replace(super().shape(path, config), layers=kinds.replace("S", "w").replace("L", "f"), **values)
+        values: dict[str, Any] = {key: number(path, c, theirs) for key, theirs in NUMBERS.items()}
+        values["layers"] = kinds.replace("S", "w").replace("L", "f")
+        return replace(super().shape(path, config), **values)
 
     def config(self, shape: Any) -> dict[str, Any]:
         pattern = shape.layers.replace("w", "S").replace("f", "L")

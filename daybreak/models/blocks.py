@@ -30,8 +30,8 @@ def layernorm_backward(
 ) -> Matrix:
     """Add the gradient of layernorm's input x to d, the residual stream's gradient; `starts` overwrites d instead.
 
-    d is then also the gradient of the linear layer that was added to the stream just before. `below` takes its bias
-    gradient, which is summed in the same pass. Returns the layernorm's output."""
+    d is then also the gradient of the linear layer whose output was added to the stream just before. The same pass
+    sums it into `below`, the gradient of that layer's bias. Returns the layernorm's output."""
     (out, rewrite), n = b.output(name, *x.shape), x.shape[0]
     mean, rstd = b.a(name + ".mean", n, dtype=b.acc), b.a(name + ".rstd", n, dtype=b.acc)
     b.k.layernorm_backward(
@@ -55,7 +55,7 @@ def rmsnorm_backward(
 ) -> Matrix:  # fmt: skip
     """Add the gradient of RMSNorm's input x to d; `starts` overwrites d instead, which may then be d_out.
 
-    Returns the norm's output, or x of one that is not `kept`, because it went into the residual stream."""
+    Returns the norm's output, or x if the output is not `kept`, as of a norm that is added to the residual stream."""
     out, rewrite = b.output(name, *x.shape) if kept else (x, None)
     rstd = b.a(name + ".rstd", *x.shape[:-1], dtype=b.acc)
     b.k.rmsnorm_backward(
@@ -73,8 +73,8 @@ def linear(
     """out (n, O) = gelu(norm(x) @ w^T + bias) + add, where `norm` names a layernorm, and gelu is computed if `pre`, for
     its input, is given. `tied`: another parameter is the weight, and there is no bias. Returns out.
 
-    rms: `norm` is an RMSNorm, with these options. gate: see `gated`, which asks for it where few rows decode.
-    A few rows that decode take one kernel for all of it: reading w is the work, and each launch would cost as much."""
+    rms: `norm` is an RMSNorm, with these options. gate: see `gated`, which asks for it where few rows decode. There
+    one kernel does all of it: most of the time goes into reading w, and another launch would take about as long."""
     adapter = None if tied else b.adapter(name)
     few = b.mode.few and adapter is None
     if norm and not few:
@@ -107,10 +107,10 @@ def _of_few_rows(
     b.k.matmul_decode(out, x, w, shift, add, *ln, gelu=gelu)
 
 
-def _in_steps(b: Frame, name: str, adapter: Any, out: Any, pre: Tensor | None, x: Any, *weights: Any) -> None:
-    """`linear` as a matmul, and then an adapter if there is one, and GELU. A frozen weight may be in fp8 for good."""
+def _in_steps(b: Frame, name: str, adapter: Any, out: Any, pre: Tensor | None, x: Any, *w_bias_add: Any) -> None:
+    """`linear` as a matmul, an adapter if there is one, and GELU. It also serves layers with only the weight in fp8."""
     y = out if pre is None else pre
-    b.k.matmul_forward(y, b.matmul_copy(name + ".x", x), *weights)
+    b.k.matmul_forward(y, b.matmul_copy(name + ".x", x), *w_bias_add)
     if adapter is not None:
         down, up = b.w(name + "_A"), b.w(name + "_B")
         u = b.a(name + ".u", x.shape[0], down.shape[0], plain=True)  # narrow, so it is always kept for backward
@@ -120,8 +120,8 @@ def _in_steps(b: Frame, name: str, adapter: Any, out: Any, pre: Tensor | None, x
 
 
 def adapter_grad(b: Frame, name: str, dy: Any) -> None:
-    """The gradients of B and of u, if a linear layer has an adapter. It comes before `input_grad` and `weight_grad`,
-    which add the terms of the adapter to theirs."""
+    """If a linear layer has an adapter, which adds B u with u = A x to it: the gradients of B and u. Call it before
+    `input_grad` and `weight_grad`, which add the adapter's terms to theirs."""
     if (adapter := b.adapter(name)) is None:
         return
     up, n = b.w(name + "_B"), dy.shape[0]
@@ -145,8 +145,8 @@ def input_grad(b: Frame, name: str, dx: Any, dy: Matrix) -> Any:
 
 
 def gelu_input_grad(b: Frame, name: str, before: str, d_pre: Matrix, dy: Matrix, pre: Tensor) -> Matrix:
-    """Back through linear layer `name` and the GELU before it, into d_pre, with the bias gradient of the linear layer
-    `before` that. Returns GELU's output."""
+    """Back through linear layer `name` and the GELU that feeds it, into d_pre. The linear layer `before` GELU gets the
+    gradient of its bias. Returns GELU's output."""
     out, rewrite = b.output("gelu", *pre.shape)
     w, db = b.matmul_w(name + "w") if b.adapter(name) is None else None, b.g(before + "b")
     if w is None or (isinstance(d_pre, Tensor) and not isinstance(w, Tensor)):  # beside adapters no bias is trained
@@ -157,8 +157,8 @@ def gelu_input_grad(b: Frame, name: str, before: str, d_pre: Matrix, dy: Matrix,
 
 
 def fused_w(b: Frame, name: str, *others: Any) -> Tensor | None:
-    """The weight of linear layer `name` where one kernel takes the layer and a function beside it: the layer has no
-    adapter, and none of the matrices has a number format of its own. Else None."""
+    """The weight of linear layer `name` if one kernel may compute the layer together with a function beside it: where
+    there is no adapter, and all matrices are plain tensors. Else None."""
     w = b.matmul_w(name + "w") if b.adapter(name) is None else None
     return w if isinstance(w, Tensor) and all(isinstance(x, Tensor) for x in others) else None
 
@@ -168,7 +168,7 @@ def gated(
     *, norm: str, rms: Mapping[str, float], bias: bool,
 ) -> Out:  # fmt: skip
     """out (n, F) = act(gate) * up, where gateup (n, 2F) = [gate, up] is linear layer `name` of the RMSNorm of
-    x, and act is silu or gelu. Returns out. One kernel has both where `fused_w` says so."""
+    x, and act is silu or gelu. Returns out. One kernel does both if `fused_w` gives a weight."""
     if b.mode.few and b.adapter(name) is None:
         return linear(b, name, x, out, norm=norm, rms=rms, bias=bias, gate=act)
     x = _normed(b, norm, rms, x)
@@ -193,7 +193,7 @@ def gated_backward(b: Frame, name: str, gateup: Tensor, dy: Matrix, act: str) ->
 
 
 def rope(b: Frame, heads: Sequence[Tensor], freq: Tensor, *, attention: float, back: bool = False) -> None:
-    """Turn (B, T, heads, HS) by their places' angles, in place; `back`: the gradients. `attention` scales both."""
+    """Turn (B, T, heads, HS) by their places' angles, in place, and gradients `back`. `attention` scales both."""
     places = b.mode.places
     for x in heads:
         rows = x if places is None else x.view(-1, 1, *x.shape[2:])
@@ -201,7 +201,7 @@ def rope(b: Frame, heads: Sequence[Tensor], freq: Tensor, *, attention: float, b
 
 
 def weight_grad(b: Frame, name: str, dy: Matrix, x: Matrix, *, late: bool = False) -> None:
-    """The gradient dy^T @ x of a linear layer's weight. A late one is left to who calls what mode.late collects."""
+    """The gradient dy^T @ x of a linear layer's weight. `late` puts it off: the model calls what mode.late collects."""
     if late:
         b.mode.late.append(lambda: weight_grad(b, name, dy, x))
         return
@@ -240,11 +240,11 @@ def attention_backward(
 
 
 def _documents(b: Frame) -> dict[str, Tensor]:
-    """The first key that each query of packed rows sees."""
+    """Attention's argument for packed rows: the first key that each query sees."""
     return {} if b.mode.documents is None else {"lo": b.mode.documents.lo}
 
 
 def _logsumexp(b: Frame, x: Tensor) -> Tensor:
-    """Of every query's scores: what backward needs of the softmax, for x (B, T, NH, HS)."""
+    """log(sum(exp)) of every query's scores, for x (B, T, NH, HS): all that backward needs of the softmax."""
     B, T, NH, _ = x.shape
     return b.a("lse", B, NH, T, dtype=b.acc)

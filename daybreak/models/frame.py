@@ -7,15 +7,17 @@ three ways, depending on the frame behind it:
     running     views of the memory that was planned; kernels compute
     counting    nothing but the order in which gradients become final (engine/moments.py)
 
-`f.layer("h.3.", 3, mode)` is the same frame as one layer sees it. It puts the prefix before every name, so there
+`b = f.layer("h.3.", 3, mode)` is the same frame as one layer sees it. It puts the prefix before every name, so
 `b.w("qkvw")` is the weight `h.3.qkvw`. Its mode says how the model runs this time: whether gradients start or add up,
 what backward has to compute again, and whether sequences or single tokens are read. The pieces in blocks.py look that
 up, so a model need not say it call by call.
 
-`matmul_w`, `matmul_a` and `matmul_copy` are the same tensors as matmuls read them. In fp32, bf16 and fp64 that is the
-plain tensor. Where training chooses a narrower format for a name, it is an Operand (kernels/operand.py): the weight's,
-which was made when the step began; an activation's, which the kernel that computes it writes; or a copy, which is made
-on the spot of a tensor that other kernels need as it is.
+`matmul_w`, `matmul_a` and `matmul_copy` give tensors to matmuls. In fp32, bf16 and fp64 they are plain tensors. Where
+training chooses a narrower format for a name, such as fp8, each gives an Operand instead (kernels/operand.py):
+
+    matmul_w       a weight         made from the plain weight when the step begins
+    matmul_a       an activation    written in its format by the kernel that computes it
+    matmul_copy    a copy           made on the spot, of a tensor that other kernels read in compute dtype
 """
 
 from __future__ import annotations
@@ -45,12 +47,12 @@ class Documents(NamedTuple):
 class Mode:
     """How all layers run in one pass over the model.
 
-    Backward: `backward` says that it is that. `accumulate` adds gradients to those of earlier micro-steps. `rewritten`
-    are outputs that forward did not keep, and that backward's kernels write once more. `recomputed` means that whole
-    layers are computed once more, so their activations are copies, named `.again`. `late` collects weight gradients
-    that are put off.
+    Backward: `backward` is true. `accumulate` adds gradients to those of earlier micro-steps. `rewritten` names outputs
+    that forward did not keep: kernels of backward write them again, on the way. `recomputed`: backward runs whole
+    layers again, and their activations get names that end in `.again`. `late` collects weight gradients that the model
+    puts off to the end of backward.
     Prefill and decode: `cache` has the keys and values of all layers. `positions` (n) are the places of the tokens that
-    decode reads, one of each row. `few` rows are so few that one kernel does all that belongs to a linear layer.
+    decode reads, one of each row. `few`: so few rows decode that one kernel computes a linear layer with its norm.
     Packed rows: `documents` says where each document begins.
     """
 
@@ -87,7 +89,7 @@ class Frame(Protocol):
         """Its gradient; a frozen parameter has none."""
 
     def adapter(self, name: str) -> Adapter | None:
-        """That of a linear layer, if it has one."""
+        """The adapter of a linear layer, if it has one."""
 
     def trains(self, *names: str) -> bool:
         """Whether one of these parameters is trainable, or, of a name such as "h.3.", one of that layer."""
@@ -96,9 +98,10 @@ class Frame(Protocol):
         """The tensor of this name in the model's `constants`."""
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
-        """An activation of this shape (compute dtype by default). Declared by being used.
+        """An activation of this shape (compute dtype by default). Asking for it declares it.
 
-        Of a layer that backward computes again it is the copy, unless the `plain` name is asked for."""
+        Where backward runs a layer again, the name gets the ending `.again`. So forward's tensor and the new one have
+        lives of their own, and between the two the bytes are free. `plain` asks for the name without the ending."""
 
     def matmul_w(self, name: str) -> Matrix:
         """A weight (O, I), as matmuls read it."""
@@ -109,8 +112,9 @@ class Frame(Protocol):
     def matmul_copy(
         self, name: str, x: Any, *, plain: bool = False, made: bool = False, db: Tensor | None = None
     ) -> Matrix:
-        """x, as matmuls read it: itself, or its copy in the format of `name`. `made`: this was asked for before. db:
-        the gradient of a bias, which is x's column sums; a copy's kernel adds them up on its way."""
+        """x, as matmuls read it: itself, or its copy in the format of `name`. `made`: this copy exists already.
+
+        db: the gradient of a bias, which is x's column sums. A kernel that makes a copy computes them on its way."""
         if db is not None:
             self.k.bias_backward(db, x, accumulate=self.mode.accumulate)
         result: Matrix = x
@@ -121,13 +125,13 @@ class Frame(Protocol):
         return self.a("d_" + name, *shape, plain=True)
 
     def output(self, name: str, *shape: int) -> tuple[Matrix, Matrix | None]:
-        """The matrix that matmuls of backward read, and the same if the calling kernel must write it once more."""
+        """The matrix `name` for weight gradients; and the same matrix if the caller must write it again, else None."""
         rewrite = name in self.mode.rewritten
         out = self.matmul_a(name + ".again" if rewrite else name, *shape)
         return out, out if rewrite else None
 
     def layer(self, prefix: str, index: int, mode: Mode) -> Self:
-        """The same frame as layer `index` sees it in this mode, with `prefix` before every name."""
+        """This frame as layer `index` sees it in this mode: a shallow copy, with `prefix` before every name."""
         b = object.__new__(type(self))
         b.__dict__ |= {**self.__dict__, "prefix": prefix, "index": index, "mode": mode}
         return b
@@ -137,4 +141,4 @@ class Frame(Protocol):
         return range(0, n, step)
 
     def final(self) -> None:
-        """Backward has finished some gradients: they may be reduced. engine/moments.py finds out which."""
+        """Backward has finished some gradients, so they may be reduced. engine/moments.py finds out which."""

@@ -33,7 +33,7 @@ from daybreak.shapes import GPT2Config
 FEW_ROWS = 2  # decoded at once by the kernel for few rows: it takes 0.8 ms for each more of 1558M's (NOTES.md)
 REWRITTEN = {1: ("gelu",), 2: ("gelu", "ln1", "ln2")}  # by recompute level: outputs that backward kernels write again
 RECOMPUTE_BLOCK = 3
-MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> what it is multiplied with, and the gradient of the result
+MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> its input, and its output's gradient: fp8 takes all three
     "qkvw": ("ln1", "d_qkv"),
     "attprojw": ("att", "d_residual2"),
     "fcw": ("ln2", "d_fc"),
@@ -45,7 +45,7 @@ class GPT2(Head):
     """GPT-2 or GPT-3 of one shape (Radford et al. 2019; Brown et al. 2020, dense attention)."""
 
     matmuls = MATMULS
-    together: Collection[tuple[str, str]] = (("fcw", "fcprojw"),)
+    together: Collection[tuple[str, str]] = (("fcw", "fcprojw"),)  # a kernel with GELU spans both
 
     def __init__(self, cfg: GPT2Config, recompute: int = 0, device_type: str = "cpu") -> None:
         super().__init__(device_type)
@@ -72,9 +72,9 @@ class GPT2(Head):
     # ------------------------------------------------------------------------------------------------ one block
 
     def block(self, b: Frame, x: Tensor, B: int, T: int) -> tuple[Tensor, Matrix]:
-        """One block for x (n, C), up to its GELU: (residual2, gelu). fcproj then adds the rest.
+        """One block for x (n, C), up to its GELU: (residual2, gelu). fcproj is left to the caller.
 
-        Training, prefill and decode use it; backward too, where it computes the block once more."""
+        Training, prefill and decode use it. Backward with recompute 3 runs it again, without fcproj."""
         n, C = B * T, self.cfg.C
         qkv = blocks.linear(b, "qkv", x, b.a("qkv", n, 3 * C), norm="ln1")
         att = b.a("att", n, C)
@@ -85,8 +85,8 @@ class GPT2(Head):
         return residual2, gelu
 
     def block_backward(self, b: Frame, d: Tensor, x: Tensor, B: int, T: int, below: Tensor | None) -> None:
-        """d (n, C) is the gradient of the block's output, and becomes that of its input x. Makes every gradient of the
-        block but fcproj's bias, which came with d, and that of the block `below`."""
+        """d (n, C) is the gradient of the block's output, and becomes that of its input x. ln1's backward sums d into
+        `below` (C), the gradient of fcproj's bias one block down. This block's own came with d, from the one above."""
         n, C = B * T, self.cfg.C
         residual2, fc, d_fc = b.a("residual2", n, C), b.a("fc", n, 4 * C), b.matmul_a("d_fc", n, 4 * C, plain=True)
         d_out = b.matmul_copy("d_residual3", d, plain=True)
@@ -136,7 +136,7 @@ class GPT2(Head):
 
     def decode(self, f: Frame, tokens: Tensor, positions: Tensor, kv: Tensor, last: Tensor) -> Tensor:
         """Logits (n, Vp) that follow one more token of each of n sequences, at their positions (n). Reads and adds to
-        kv. `last` (n, C) is for the last block's output, as the logits may have the bytes of any other."""
+        kv. `last` (n, C) takes the last block's output. The logits may use the bytes of any activation, not these."""
         n = tokens.shape[0]
         mode = Mode(cache=kv, positions=positions, few=n <= FEW_ROWS)
         x = f.a("embedded", n, self.cfg.C)
@@ -155,7 +155,7 @@ class GPT2(Head):
         rewritten = REWRITTEN.get(self.recompute, ())
         mode = Mode(True, not first, recomputed=again, rewritten=rewritten, documents=documents)
         d, x, below = f.a("d_residual", n, C), f.a(f"h.{L - 1}.residual3", n, C), f.g(f"h.{L - 1}.fcprojb")
-        top = f.layer("", 0, Mode(True, not first))
+        top = f.layer("", 0, Mode(True, not first))  # for the norm above the layers
         blocks.layernorm_backward(top, "lnf", d, f.a("d_lnf", n, C), x, below=below, starts=True)
         for l in reversed(range(lowest, L)):
             b = f.layer(f"h.{l}.", l, mode)
@@ -170,7 +170,7 @@ class GPT2(Head):
         if embeds:
             dwpe = f.g("wpe")
             f.k.embedding_backward(f.g("wte"), None if documents else dwpe, d, tokens, accumulate=not first)
-            if documents:  # places are the tokens of their own table
+            if documents:  # places restart, so wpe is a table that they look up as tokens do
                 places = documents.positions.view(B, T)
                 f.k.embedding_backward(dwpe, None, d, places, accumulate=not first, tied=False)
         f.final()

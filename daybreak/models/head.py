@@ -29,7 +29,7 @@ class Head:
     weightless: Mapping[str, str] = {}  # outputs of norms without weights -> the constant that is in their place
     matmuls: Mapping[str, tuple[str, str]] = {}  # what could be in fp8 (see registry.Model)
     together: Collection[tuple[str, str]] = ()
-    remade: Collection[str] = ()
+    remade: Collection[str] = ()  # inputs of matmuls that backward makes again
     asks: Mapping[str, Collection[str]] = {}  # nothing that a backend may lack (see registry.Model)
     parts: Mapping[str, tuple[str, ...]] = {}  # and packed layers count as one
 

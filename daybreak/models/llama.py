@@ -43,7 +43,7 @@ REWRITTEN = {
 }  # by recompute level: outputs that backward kernels write again
 RECOMPUTE_BLOCK = 3
 FEW_ROWS = 2  # decoded at once by kernels for few rows, as in GPT-2
-MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> what it is multiplied with, and the gradient of the result
+MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> its input, and its output's gradient: fp8 takes all three
     "qkvw": ("ln1", "d_qkv"),
     "attprojw": ("att", "d_residual2"),
     "gateupw": ("ln2", "d_gateup"),

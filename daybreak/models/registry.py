@@ -22,15 +22,13 @@ class Model(Protocol):
     # Operation -> arguments that not every backend has, as attention's lo. Attention whose heads share keys and values
     # asks for `window`: backends that have it take fewer heads of keys than of queries.
     asks: Mapping[str, Collection[str]]
-    # Of a block: weight -> the matrix that it is multiplied with, and the gradient of the result. Pairs of weights
-    # whose layers share a kernel, so that both or none are in fp8. The matrices that backward makes again: only then do
-    # they need transposed copies. The number that norms add to their weights. Outputs of norms without weights -> the
-    # constant that is in their place.
+    # Of a block, for fp8 (engine/formats.py): weight -> the matrix that it is multiplied with, and the gradient of the
+    # result.
     matmuls: Mapping[str, tuple[str, str]]
-    together: Collection[tuple[str, str]]
-    remade: Collection[str]
-    offset: float
-    weightless: Mapping[str, str]
+    together: Collection[tuple[str, str]]  # pairs of weights whose layers share a kernel: both or none are in fp8
+    remade: Collection[str]  # inputs of matmuls that backward makes again: only there have they transposed copies
+    offset: float  # that norms add to their weights
+    weightless: Mapping[str, str]  # outputs of norms without weights -> the constant that is in their place
     # Packed linear layer -> its parts, in order. Each part may have an adapter of its own (adapters.py).
     parts: Mapping[str, tuple[str, ...]]
 

@@ -1,4 +1,4 @@
-"""A model's description of a parameter: its name, its shape, and how it starts. Where it lies is engine/params.py's."""
+"""A model's description of a parameter: its name, its shape, and how it starts. engine/params.py gives it a place."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 class Row:
     """One parameter. `std` draws N(0, std) for the first `drawn_rows` rows (None: all), else every value is `fill`.
 
-    decay: whether weight decay is for it, as for matrices. stacked: the rows of each matrix, if it is several in one.
-    trainable: whether it has a gradient, and all that optimizers keep. held: the dtype of a frozen one, such as bf16.
-    bound: draws from -bound to bound instead, by a generator of its own, as adapters do (adapters.py); from 0 to bound
-    if `positive`. wide: a scalar that kernels read in fp32 where weights are in bf16 (engine/wide.py).
+    decay: whether it has weight decay, as matrices do. stacked: the rows of each matrix, if several are packed in one.
+    trainable: whether it has a gradient and optimizer state. held: the dtype of a frozen parameter, such as bf16.
+    bound: draws evenly from -bound to bound instead, or from 0 to bound if `positive`. It has a generator of its own,
+    as adapters do (adapters.py). wide: a scalar that kernels read in fp32 where weights are in bf16 (engine/wide.py).
     """
 
     name: str

@@ -10,17 +10,24 @@ residual stream x (n, C) runs through L blocks, and x0 is what it starts as:
        fcproj + residual2 = residual3                                                  the next block's x
     fcproj + residual2 - backout * (residual3 of layer L / 2) = backed -> lnf -> logits -> soft-cap -> loss       head
 
-The stream is rounded where it is stored, as x0, residual2, residual3 and backed, and nowhere else. So `mixed` and the
-last block's output are never rounded (see kernels/mix.py). On a CPU, nanochat under torch.compile rounds so too.
+The stream is rounded where it is stored, as x0, residual2, residual3 and backed, and nowhere else. `mixed` is never
+stored: each kernel that reads it computes it from x and x0 (kernels/mix.py). The last block's output is not stored
+either. So neither is rounded. On a CPU, nanochat under torch.compile rounds so too.
 Each layer has two learned numbers, `resid` and `x0`. The second one has the name of the stream that it multiplies.
 
 Norms have no weights: the constant `ones` is in their place. nanochat multiplies the norms of q and k by 1.2 each, and
-here that is a part of attention's scale. nanochat rotates q and k the other way. So the rows of its weights that make
-the second half of a head of q or k have the opposite sign. One kernel rotates and norms q and k, and rounds once.
-Backward computes its outputs again, in a buffer that all layers share.
+here that is a part of attention's scale. nanochat rotates q and k the other way. In its weights, the rows that make
+the second half of a head of q or k therefore have the opposite sign. One kernel rotates and norms q and k, and rounds
+once. Backward computes its outputs again, in a buffer that all layers share.
 
-Backward adds up two gradients on the way down: d, that of the residual stream, and d_x0. `d_middle` holds backout's
-part of it, in fp32, down to the input of layer L / 2 + 1. There both are added and rounded once.
+Backward adds up two gradients on the way down: d, that of the residual stream, and d_x0. Backout reads the output of
+layer L / 2, so it has a part in that output's gradient: d_middle. This part waits, in fp32, until d has come down to
+there. Then both are added, and the sum is rounded once:
+
+    backward      lnf, backout    blocks L - 1 to L / 2 + 1          blocks L / 2 to 0      embedding
+    d             written         goes down, then += d_middle        goes down              += d_x0
+    d_middle      written         waits
+    d_x0                          written, then added to             added to               is in d
 
 `recompute`: level 1 keeps no output of the squared ReLU, level 2 none of ln1 and ln2 either. Level 3 keeps only the
 blocks' inputs, and runs `block` again.
@@ -43,7 +50,7 @@ from daybreak.shapes.nanochat import GATE_CHANNELS, SMEAR_CHANNELS, NanochatConf
 REWRITTEN = {1: ("relu2",), 2: ("relu2", "ln1", "ln2")}  # by recompute level: outputs that backward writes again
 RECOMPUTE_BLOCK = 3
 SHARPER = 1.2  # what queries and keys are multiplied by after their norms
-MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> what it is multiplied with, and the gradient of the result
+MATMULS: Mapping[str, tuple[str, str]] = {  # weight -> its input, and its output's gradient: fp8 takes all three
     "qkvw": ("ln1", "d_qkv"),
     "attprojw": ("att", "d_residual2"),
     "fcw": ("ln2", "d_fc"),
@@ -104,20 +111,20 @@ class Nanochat(Head):
     # ------------------------------------------------------------------------------------------------ one block
 
     def block(self, b: Frame, x: Tensor, x0: Tensor, tokens: Tensor, B: int, T: int) -> tuple[Tensor, Matrix]:
-        """One block for its input x (n, C), x0 (n, C) and tokens (n), up to the squared ReLU: (residual2, relu2). The
-        caller adds fcproj's output.
+        """One block for its input x (n, C), x0 (n, C) and tokens (n), up to the squared ReLU: (residual2, relu2).
+        fcproj is left to the caller.
 
-        Training, prefill and decode use it; backward too, where it computes the block once more."""
+        Training, prefill and decode use it. Backward with recompute 3 runs it again, without fcproj."""
         c, n = self.cfg, B * T
         qkv = blocks.linear(b, "qkv", self._mixed_norm(b, "ln1", None, x, x0), b.a("qkv", n, 3 * c.C), bias=False)
         if c.valued(b.index):
             values = qkv.view(n, 3 * c.NH, c.HS)[:, 2 * c.NH :]
             b.k.value_forward(values, tokens, b.w("ve"), b.w("gatew"), *self._mixed(b, x, x0))
         qk, att = self._turned(b, b.a("qk", n, 2 * c.NH, c.HS), qkv, T), b.a("att", n, c.C)
-        q, k, v = self._seen(qk, qkv, B, T)
+        q, k, v = self._attended(qk, qkv, B, T)
         blocks.attention(b, att.view(B, T, c.NH, c.HS), q, k, v, self.scale, **self._sees(b))
         residual2 = blocks.linear(b, "attproj", b.matmul_copy("att", att), b.a("residual2", n, c.C), bias=False)
-        ln2 = self._mixed_norm(b, "ln2", residual2, x, x0)
+        ln2 = self._mixed_norm(b, "ln2", residual2, x, x0)  # which first adds the stream to residual2
         fc, relu2 = b.a("fc", n, 4 * c.C), b.matmul_a("relu2", n, 4 * c.C)
         if not b.mode.few and (w := blocks.fused_w(b, "fc", ln2, relu2)) is not None:
             b.k.matmul_relu2_forward(relu2, fc, ln2, w)
@@ -126,26 +133,26 @@ class Nanochat(Head):
         return residual2, relu2
 
     def block_backward(
-        self, b: Frame, d: Tensor, d_x0: Tensor, x: Tensor, x0: Tensor, tokens: Tensor, B: int, T: int, more: Tensor
+        self, b: Frame, d: Tensor, d_x0: Tensor, x: Tensor, x0: Tensor, tokens: Tensor, B: int, T: int, d_middle: Tensor
     ) -> None:
-        """d (n, C) is the gradient of the block's output, and becomes that of its input x. `more` (n, C) is added to it
-        where that input is the middle of the stream. Adds to d_x0 (n, C), but in the last block writes it. Makes every
-        gradient of the block."""
+        """d (n, C) is the gradient of the block's output, and becomes that of its input x. Block L / 2 + 1 adds
+        d_middle (n, C) to it. The last block writes d_x0 (n, C), and the others add to it. Makes every gradient of the
+        block."""
         c, n = self.cfg, B * T
         residual2, fc = b.a("residual2", n, c.C), b.a("fc", n, 4 * c.C)
         d_out = b.matmul_copy("d_residual3", d, plain=True)
         blocks.adapter_grad(b, "fcproj", d_out)
-        d_fc, (relu2, rewrite) = b.d("relu2", n, 4 * c.C), b.output("relu2", n, 4 * c.C)
+        d_fc, (relu2, rewrite) = b.d("relu2", n, 4 * c.C), b.output("relu2", n, 4 * c.C)  # d_relu2 becomes d_fc
         if (w := blocks.fused_w(b, "fcproj", d_out, relu2)) is not None:
             b.k.matmul_relu2_backward(d_fc, rewrite, d_out, w, fc)
         else:
             b.k.relu2_backward(blocks.input_grad(b, "fcproj", d_fc, d_out), rewrite, fc)
         blocks.weight_grad(b, "fcproj", d_out, relu2)
-        d_made = b.matmul_copy("d_fc", d_fc, plain=True)
-        blocks.adapter_grad(b, "fc", d_made)
-        d_ln2 = blocks.input_grad(b, "fc", b.d("ln2", n, c.C), d_made)
+        d_fc_copy = b.matmul_copy("d_fc", d_fc, plain=True)
+        blocks.adapter_grad(b, "fc", d_fc_copy)
+        d_ln2 = blocks.input_grad(b, "fc", b.d("ln2", n, c.C), d_fc_copy)
         ln2 = self._norm_backward(b, "ln2", d, d_ln2, residual2)
-        blocks.weight_grad(b, "fc", d_made, ln2, late=not b.index)
+        blocks.weight_grad(b, "fc", d_fc_copy, ln2, late=not b.index)
 
         qkv, att, d_qkv = b.a("qkv", n, 3 * c.C), b.a("att", n, c.C), b.d("qkv", n, 3 * c.C)
         qk = b.a("qk.again", n, 2 * c.NH, c.HS, plain=True)
@@ -155,11 +162,11 @@ class Nanochat(Head):
         blocks.adapter_grad(b, "attproj", d_mid)
         blocks.weight_grad(b, "attproj", d_mid, b.matmul_copy("att", att, made=True))
         d_att = blocks.input_grad(b, "attproj", b.d("att", n, c.C), d_mid)
-        heads, d_both = (B, T, c.NH, c.HS), self._both(d_qkv)
-        grads = self._seen(d_both, d_qkv, B, T)
-        seen = self._seen(qk, qkv, B, T)
+        heads, d_both = (B, T, c.NH, c.HS), self._qk_heads(d_qkv)
+        grads = self._attended(d_both, d_qkv, B, T)
+        seen = self._attended(qk, qkv, B, T)
         blocks.attention_backward(b, grads, d_att.view(heads), seen, att.view(heads), self.scale, **self._sees(b))
-        b.k.rope_norm_backward(d_both, self._both(qkv), b.constant("freq"), b.mode.places, T=T, eps=c.eps)
+        b.k.rope_norm_backward(d_both, self._qk_heads(qkv), b.constant("freq"), b.mode.places, T=T, eps=c.eps)
         d_sum = b.matmul_copy("d_qkv", d_qkv, plain=True)
         blocks.adapter_grad(b, "qkv", d_sum)
         d_ln1 = blocks.input_grad(b, "qkv", b.d("ln1", n, c.C), d_sum)
@@ -167,22 +174,22 @@ class Nanochat(Head):
             d_values = d_qkv.view(n, 3 * c.NH, c.HS)[:, 2 * c.NH :]
             self._value_backward(b, d_ln1, d_values, x, x0, tokens, B, T)
         ln1, rewrite = b.output("ln1", n, c.C)
-        grads_of = (d, d_x0, b.g("resid"), b.g("x0"), rewrite, d, d_ln1)
+        outputs, add = (d, d_x0, b.g("resid"), b.g("x0"), rewrite), d_middle if b.index == self.middle + 1 else None
         how = {"accumulate_dy": b.index < c.L - 1, "accumulate": b.mode.accumulate}
-        b.k.mix_norm_backward(*grads_of, *self._mixed(b, x, x0), more if b.index == self.middle + 1 else None, **how)
+        b.k.mix_norm_backward(*outputs, d, d_ln1, *self._mixed(b, x, x0), add, **how)
         blocks.weight_grad(b, "qkv", d_sum, ln1, late=not b.index)
 
     def _value_backward(
         self, b: Frame, d_ln1: Tensor, d_values: Tensor, x: Tensor, x0: Tensor, tokens: Tensor, B: int, T: int
     ) -> None:
         """Gradients of the layer's value embeddings and their gates; adds to that of ln1's output."""
-        n, again = B * T, b.mode.accumulate
+        n, adds = B * T, b.mode.accumulate
         d_ve, stream = b.d("ve", n, self.cfg.C), self._mixed(b, x, x0)
         b.k.value_backward(
-            d_ve, d_ln1, b.g("gatew"), d_values, tokens, b.w("ve"), b.w("gatew"), *stream, accumulate=again
+            d_ve, d_ln1, b.g("gatew"), d_values, tokens, b.w("ve"), b.w("gatew"), *stream, accumulate=adds
         )
         if (d_table := b.g("ve")) is not None:
-            b.k.embedding_backward(d_table, None, d_ve, tokens.view(B, T), accumulate=again, tied=False)
+            b.k.embedding_backward(d_table, None, d_ve, tokens.view(B, T), accumulate=adds, tied=False)
 
     # ---------------------------------------------------------------------------------------------- whole model
 
@@ -192,9 +199,9 @@ class Nanochat(Head):
         x, e, out = f.a("embedded", n, c.C), f.a("normed", n, c.C), f.a("smeared", n, c.C)
         f.k.embedding_forward(x, tokens, f.w("wte"), None)
         f.k.rmsnorm_forward(e, f.a("normed.rstd", n, dtype=f.acc), x, f.constant("ones"), eps=c.eps)
-        gate, kept = (f.w("smearw"), f.w("smear")), None if mode.cache is None else mode.cache[c.L, 0]
+        gate, cache = (f.w("smearw"), f.w("smear")), None if mode.cache is None else mode.cache[c.L, 0]
         if mode.positions is not None:
-            f.k.smear_decode(out, kept, e, *gate, mode.positions)
+            f.k.smear_decode(out, cache, e, *gate, mode.positions)
             return out
         f.k.smear_forward(out.view(B, T, c.C), e.view(B, T, c.C), *gate, mode.places)
         if mode.cache is not None:
@@ -213,7 +220,7 @@ class Nanochat(Head):
             x, add = (backed, None) if last else (b.a("residual3", *x.shape), residual2)
             blocks.linear(b, "fcproj", relu2, x, add=add, bias=False)
         middle, out = f.a(f"h.{self.middle}.residual3", *x.shape), f.a("lnf", *x.shape)
-        if self.middle == c.L - 1:
+        if self.middle == c.L - 1:  # in one or two layers this is the last block's output, which backout reads stored
             f.k.mix_add(middle, residual2, backed)
         rstd = f.a("lnf.rstd", len(x), dtype=f.acc)
         f.k.mix_norm_forward(backed, out, rstd, residual2, middle, None, f.w("backout"), eps=eps, factor=-1.0)
@@ -245,9 +252,9 @@ class Nanochat(Head):
         d, d_x0 = f.a("d_residual", n, c.C), f.a("d_x0", n, c.C)
         d_middle = f.a("d_middle", n, c.C, dtype=f.acc)  # its rounding would show in step 1's gradients of the scalars
         x0, middle = f.a("smeared", n, c.C), f.a(f"h.{self.middle}.residual3", n, c.C)
-        summed = (f.a("d_lnf", n, c.C), f.a("backed", n, c.C), middle, f.a("lnf.rstd", n, dtype=f.acc), f.w("backout"))
-        f.k.mix_backward(d, d_middle, f.g("backout"), *summed, factor=-1.0, accumulate=not first)
-        if self.middle == L - 1:
+        inputs = (f.a("d_lnf", n, c.C), f.a("backed", n, c.C), middle, f.a("lnf.rstd", n, dtype=f.acc), f.w("backout"))
+        f.k.mix_backward(d, d_middle, f.g("backout"), *inputs, factor=-1.0, accumulate=not first)
+        if self.middle == L - 1:  # no block L / 2 + 1 is there to add it
             f.k.mix_add(d, d, d_middle)
         for l in reversed(range(lowest, L)):
             b = f.layer(f"h.{l}.", l, mode)
@@ -267,19 +274,19 @@ class Nanochat(Head):
 
     def _embedded_backward(self, f: Frame, d: Tensor, tokens: Tensor) -> None:
         """From d (n, C), the gradient of x0, to those of smear and embedding."""
-        (B, T), C, again = tokens.shape, self.cfg.C, f.mode.accumulate
+        (B, T), C, adds = tokens.shape, self.cfg.C, f.mode.accumulate
         d_e, e, rows = f.d("normed", *d.shape), f.a("normed", *d.shape), (B, T, C)
         f.k.smear_backward(
             d_e.view(rows), f.g("smearw"), f.g("smear"), d.view(rows), e.view(rows), f.w("smearw"), f.w("smear"),
-            f.mode.places, accumulate=again,
+            f.mode.places, accumulate=adds,
         )  # fmt: skip
         self._norm_backward(f, "normed", d_e, d_e, f.a("embedded", *d.shape), starts=True, kept=False)
         if (d_table := f.g("wte")) is not None:
-            f.k.embedding_backward(d_table, None, d_e, tokens, accumulate=again, tied=False)
+            f.k.embedding_backward(d_table, None, d_e, tokens, accumulate=adds, tied=False)
 
     def cache_shape(self, rows: int, T: int) -> tuple[int, ...]:
         """Keys and values of `rows` sequences of up to T tokens, heads in front of time, as decoding reads them. One
-        layer more keeps the embeddings, of which smear reads the token's before."""
+        layer more keeps the normed embeddings: smear reads that of the token before."""
         return self.cfg.L + 1, 2, rows, self.cfg.NH, T, self.cfg.HS
 
     # --------------------------------------------------------------------------------------------------- pieces
@@ -289,31 +296,31 @@ class Nanochat(Head):
         return x, x0, b.a("ln1.rstd", len(x), dtype=b.acc), b.w("resid"), b.w("x0")
 
     def _mixed_norm(self, b: Frame, name: str, res: Tensor | None, x: Tensor, x0: Tensor) -> Matrix:
-        """The RMSNorm (n, C) of the mixed stream, or of res (n, C), to which the stream is added."""
+        """The RMSNorm (n, C) of the mixed stream. With res (n, C), res += the stream, and the norm is that of res."""
         out, rstd = b.matmul_a(name, *x.shape), b.a(name + ".rstd", len(x), dtype=b.acc)
         b.k.mix_norm_forward(res, out, rstd, x, x0, b.w("resid"), b.w("x0"), eps=self.cfg.eps)
         return out
 
     def _turned(self, b: Frame, qk: Tensor, qkv: Tensor, T: int) -> Tensor:
         """qk (n, 2 NH, HS) = the heads of queries and keys of qkv (n, 3 C), turned and normed. Returns qk."""
-        b.k.rope_norm_forward(qk, self._both(qkv), b.constant("freq"), b.mode.places, T=T, eps=self.cfg.eps)
+        b.k.rope_norm_forward(qk, self._qk_heads(qkv), b.constant("freq"), b.mode.places, T=T, eps=self.cfg.eps)
         return qk
 
     def _norm_backward(
         self, b: Frame, name: str, d: Tensor, d_out: Tensor, x: Tensor, *, starts: bool = False, kept: bool = True
     ) -> Matrix:
         """Add the gradient of the norm's input x (n, C) to d; `starts` overwrites d instead, which may then be d_out.
-        Returns the norm's output; x if that is not `kept` for a matmul."""
+        Returns the norm's output, or x if the output is not `kept` for a matmul."""
         out, rewrite = b.output(name, *x.shape) if kept else (x, None)
         rstd, ones = b.a(name + ".rstd", len(x), dtype=b.acc), b.constant("ones")
         b.k.rmsnorm_backward(d, None, rewrite, d_out, x, rstd, ones, accumulate_dx=not starts, accumulate=False)
         return out
 
-    def _both(self, qkv: Tensor) -> Tensor:
+    def _qk_heads(self, qkv: Tensor) -> Tensor:
         """The heads of queries and keys (n, 2 NH, HS) of a packed qkv (n, 3 C)."""
         return qkv.view(len(qkv), -1, self.cfg.HS)[:, : 2 * self.cfg.NH]
 
-    def _seen(self, qk: Tensor, qkv: Tensor, B: int, T: int) -> list[Tensor]:
+    def _attended(self, qk: Tensor, qkv: Tensor, B: int, T: int) -> list[Tensor]:
         """q and k of qk (n, 2 NH, HS), and v of qkv (n, 3 C), as attention reads or writes them: (B, T, NH, HS)."""
         NH = self.cfg.NH
         heads = (qk[:, :NH], qk[:, NH:], qkv.view(len(qkv), -1, self.cfg.HS)[:, 2 * NH :])

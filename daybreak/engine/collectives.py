@@ -78,8 +78,9 @@ class Launch:
 class Sharding:
     """The owner of each part, computed from the table alone; no process group is needed.
 
-    moments: row name -> when its gradient is final (moments.final_moments). bucket_bytes: neighbours that are final one
-    after the other are joined up to this size. `numel` is the padded length of the flat buffers, `shard` a rank's.
+    moments: row name -> when its gradient is final (moments.final_moments). bucket_elements: neighbours that are final
+    one after the other are joined up to this size. `numel` is the padded length of the flat buffers, and `shard` that
+    of a rank's part.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Sharding:
         filled = [k for k, b in enumerate(self.buckets) if b.stop > b.start]
         self.order = sorted(filled, key=lambda k: self.buckets[k].moment)
         self.last_moment = max(moment for _, _, moment in self.segments)
-        self.whole = table.whole // self.world if self.zero else table.whole  # elements held of these
+        self.whole = table.whole // self.world if self.zero else table.whole  # elements held of whole parameters
         self.segment_of = {
             name: k for k, (a, b, _) in enumerate(self.segments) for name, at in table.offsets.items() if a <= at < b
         }
@@ -114,8 +115,8 @@ class Sharding:
         return (self.buckets[k].stop - self.buckets[k].start) // self.world
 
     def shards(self) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, place in this rank's buffers, which stages 1 and 2 make compact) of its shard of every bucket,
-        in flat order: what a checkpoint has from it, at every stage."""
+        """(start, stop, at) of this rank's shard of every bucket, in flat order. `at` is its place in the rank's own
+        buffers, which are compact at stages 1 and 2. At every stage, these are the ranges that the rank saves."""
         if self.world == 1:
             yield 0, self.numel, 0
             return
@@ -124,7 +125,7 @@ class Sharding:
             yield start, min(start + self.size(k), self.table.numel), b.at if self.zero else start
 
     def held(self) -> Iterator[tuple[int, int, int]]:
-        """The same of what this rank has optimizer state for: its shards, or at stage 0 everything."""
+        """The same for all elements whose optimizer state the rank has: its shards, or at stage 0 everything."""
         yield from self.shards() if self.zero else [(0, self.table.numel, 0)]
 
     def launches(self) -> list[Launch]:
@@ -139,7 +140,8 @@ class Sharding:
         return found
 
     def by_element(self, ranges: Iterator[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
-        """The parts of such ranges where optimizers work by element, with their places in the state of these."""
+        """The parts of such ranges whose optimizers work by element. Their `at` is a place in those optimizers' state,
+        which begins behind all whole parameters."""
         for start, stop, at in ranges:
             low = max(start, self.table.whole)
             if low < stop:
@@ -178,18 +180,19 @@ class Sharding:
             yield b, self.buffer(k)[1]
 
     def volume(self, dtype: torch.dtype, micro_steps: int) -> float:
-        """Bytes a rank sends in a step of `micro_steps`, padding counted: scalars apart, exactly 2 P (N-1)/N, at
-        stage 2 (A+1) P (N-1)/N."""
+        """Bytes that a rank sends in a step, but for scalars. For P bytes of padded gradients and N ranks these are
+        exactly 2 P (N-1)/N; at stage 2 with A = `micro_steps`, (A+1) P (N-1)/N."""
         trips = micro_steps + 1 if self.zero == 2 else 2
         return trips * self.numel * dtype.itemsize * (self.world - 1) / self.world
 
 
 def _segments(table: ParamTable, moments: Mapping[str, int], limit: int) -> list[tuple[int, int, int]]:
-    """Consecutive rows that become final together, and runs of them that do so one after the other, up to `limit`. A
-    bucket of whole parameters is a segment, final with the last of them."""
+    """(start, stop, moment) of each segment. Neighbours that are final at one moment share a segment. Those that are
+    final one moment later join it, up to `limit` elements. A bucket of whole parameters is a segment, final with the
+    last of them."""
     rows = sorted(table.offsets.items(), key=lambda item: item[1])
     runs = [(a, b, max(moments[name] for name, at in rows if a <= at < b)) for a, b in table.buckets]
-    end = max(moments.values())  # nothing is made to wait for the very end
+    end = max(moments.values())  # nothing joins the rows of this moment, to wait for them
     for name, start in rows[sum(at < table.whole for _, at in rows) :]:
         stop = start + -(-table.rows[name].numel // ALIGN) * ALIGN
         moment = moments[name]
@@ -231,7 +234,7 @@ class Collectives:
         self._reducing.pop(k).wait()
 
     def sum_scalars(self, state: dict[str, Tensor]) -> None:
-        """loss = the sum of all ranks' losses; norm = of shards' norms, that of the whole gradient."""
+        """loss = the sum of all ranks' losses. norm = that of the whole gradient, from the norms of its shards."""
         sums = state["sums"]
         sums[0].copy_(state["loss"])
         torch.mul(state["norm"], state["norm"], out=sums[1])
@@ -242,20 +245,21 @@ class Collectives:
             torch.sqrt(sums[1], out=state["norm"])
 
     def largest(self, magnitudes: Tensor) -> None:
-        """magnitudes (fp32, not negative) = the largest of all ranks'. As integers, whose order is the same, and NaN is
-        the largest."""
+        """magnitudes (fp32, not negative) = the largest of all ranks. Their bits are compared as integers: these have
+        the same order, and NaN is the largest."""
         self.group.progress += 1
         self.group.dist.all_reduce(magnitudes.view(torch.int32), op=self.group.dist.ReduceOp.MAX)
 
     # ---- weights
 
     def unite(self, bits: Tensor) -> None:
-        """bits (int32), of which one rank at most has each one's and the others 0, = those of all ranks."""
+        """bits (int32) = their sum over all ranks. One rank at most has an element's bits, and the others have 0. So
+        the sum is these bits, on every rank."""
         self.group.progress += 1
         self.group.dist.all_reduce(bits)
 
     def gather(self, weights: Tensor) -> None:
-        """Start to gather all updated weights, in the order in which forward wants them; where they are `stale`."""
+        """Start to gather all updated weights, in the order in which forward wants them. Call it if they are stale."""
         for k in reversed(self.sharding.order):
             b, size = self.sharding.buckets[k], self.sharding.size(k)
             mine = weights[b.start + self.sharding.rank * size :][:size]
@@ -281,8 +285,8 @@ class Collectives:
 
 
 def gradients_in(f: StepFrame, k: int, start: int, stop: int) -> Tensor:
-    """Stage 2: elements [start, stop) of the flat gradients, in segment k's buffer. Others use its memory before it and
-    after."""
+    """Stage 2: elements [start, stop) of the flat gradients, in segment k's buffer. It is an activation, so its bytes
+    serve other tensors before and after."""
     first, last = f.comm.sharding.buffer(k)
     return f.a(f"grads.{k}", last - first)[start - first : stop - first]
 

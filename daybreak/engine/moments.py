@@ -35,7 +35,7 @@ class _CountingFrame(PlanFrame):
         state = [*flat, *constant_entries(constants), Entry("batch", "state", (2, 1, 1), torch.int64)]
         super().__init__(table, torch.float32, state, None)  # type: ignore[arg-type]  # no collectives
         self.k = self.recorder.each(lambda *_: lambda *_, **__: None)
-        self.finals, self.last = list[None](), dict[str, int]()
+        self.finals, self.last = list[None](), dict[str, int]()  # a list: the frames of layers share it
 
     def g(self, name: str) -> Tensor | None:
         self.last[self.prefix + name] = len(self.finals)
@@ -46,7 +46,7 @@ class _CountingFrame(PlanFrame):
 
 
 def final_moments(model: Model, table: ParamTable) -> dict[str, int]:
-    """Of every trainable parameter: how many calls of `f.final` come before the one that its gradient is final at."""
+    """Trainable parameter -> its moment: the number, from 0, of the call of `f.final` that its gradient is final at."""
     f = _CountingFrame(table, model.constants())
     model.backward(f, f.state["tokens"], first=True)
     together = {name: name.rpartition(".")[0] or name for name in table.offsets}

@@ -52,11 +52,12 @@ class Span:
 
 
 class ParamTable:
-    """Rows in forward order, and offsets (in elements) in the flat buffers; frozen rows are in none.
+    """Rows in forward order, and offsets (in elements) in the flat buffers. Frozen rows are in no flat buffer.
 
-    groups: the first one that fits a name takes it. world, limit: ranks, and elements of a bucket, for groups whose
-    parameters stay whole. `buckets` are theirs, and end at `whole`. hyper: the slice of device scalars for an optimizer
-    and a scale of the learning rate. trainable: names of trainable parameters and, as "h.3.", of their layers.
+    groups: a row belongs to the first that fits its name and can take it. world, limit: the number of ranks, and the
+    elements of a bucket, for groups whose optimizers need whole parameters. `buckets` are the (start, stop) of these
+    groups. They come first in the flat buffers, and end at `whole`. hyper: (optimizer, scale of the learning rate) ->
+    its slice of the device scalars. trainable: names of trainable parameters and, as "h.3.", of their layers.
     adapters: of linear layers, by their names.
     """
 
@@ -98,7 +99,7 @@ class ParamTable:
             self.hyper[key], at = slice(at, at + size), at + size
 
     def _place(self, shares: list[list[Row]]) -> None:
-        """Put shares of one size one after the other, and the rows of each too."""
+        """Place the shares of a bucket one after the other, all as long as the fullest, and the rows in each."""
         size = _fullest(shares)
         for share in shares:
             for row, end in zip(share, accumulate(map(_padded, share)), strict=True):
@@ -106,7 +107,8 @@ class ParamTable:
             self.numel += size
 
     def unlike_ranks(self, world: int) -> list[int]:
-        """One rank of each kind. Those of a kind own whole parameters of the same shapes, in the same order."""
+        """One rank of each kind. The ranks of a kind own whole parameters of the same shapes, in the same order. So
+        they need the same memory."""
         owned: list[list[tuple[int, ...]]] = [[] for _ in range(world)]
         whole = {start: name for span in self.spans for name, start, _ in span.parts if name}
         for first, stop in self.buckets:
@@ -129,7 +131,8 @@ def _padded(row: Row) -> int:
 
 
 def _spread(rows: list[Row], world: int, limit: int) -> list[list[list[Row]]]:
-    """Buckets of about `limit` elements, of rows in backward order: the rows of every share of each."""
+    """Cut rows, in backward order, into buckets of about `limit` elements. Returns each bucket's shares, each a list of
+    rows. Buckets grow until the shares are filled evenly (MOST_PADDING)."""
     ends = dict(zip(rows, accumulate(map(_padded, rows)), strict=True))
     total = ends[rows[-1]]
     for count in range(max(1, total // limit), 0, -1):
@@ -141,6 +144,7 @@ def _spread(rows: list[Row], world: int, limit: int) -> list[list[list[Row]]]:
 
 
 def _shares(rows: list[Row], world: int) -> list[list[Row]]:
+    """The rows of each rank's share of a bucket: the largest row first, always into the emptiest share."""
     shares: list[list[Row]] = [[] for _ in range(world)]
     for row in sorted(rows, key=_padded, reverse=True):
         min(shares, key=lambda share: sum(map(_padded, share))).append(row)
@@ -148,6 +152,7 @@ def _shares(rows: list[Row], world: int) -> list[list[Row]]:
 
 
 def _fullest(shares: list[list[Row]]) -> int:
+    """Elements of the fullest share."""
     return max(sum(map(_padded, share)) for share in shares)
 
 
@@ -155,9 +160,9 @@ def _fullest(shares: list[list[Row]]) -> int:
 def draw_parameters(rows: list[Row], seed: int, put: Callable[[str, Tensor], None]) -> None:
     """Draw initial weights, fp32 on the CPU, on all of torch's threads. put(name, value) is called on several of them.
 
-    They equal llm.c's and PyTorch's for any number of threads: torch.nn.init.normal_ with one CPU generator, tensor
-    after tensor in forward order. Making normal numbers of the generator's is the slow part. So the generator advances
-    to the beginning of each tensor first, and several tensors are drawn at once.
+    They equal llm.c's and PyTorch's: torch.nn.init.normal_ with one CPU generator, tensor after tensor in forward
+    order. The slow part turns the generator's numbers into normal ones. So one generator only runs `ahead`, to the
+    start of each tensor, and threads draw the tensors from its states there. The number of threads changes no bit.
     """
 
     def draw(row: Row, state: Tensor | None) -> None:
@@ -183,7 +188,7 @@ def draw_parameters(rows: list[Row], seed: int, put: Callable[[str, Tensor], Non
 
 
 def _skip(generator: torch.Generator, numel: int, buffer: Tensor) -> None:
-    """Advance `generator` as a normal_ of `numel` fp32 elements does: one number each, if they are multiples of 16."""
+    """Advance `generator` as far as normal_ of `numel` fp32 elements does: by one number each, if 16 divides numel."""
     if numel % 16:
         torch.empty(numel).normal_(generator=generator)
         return

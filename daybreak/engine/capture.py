@@ -53,8 +53,8 @@ class Graphs:
             graph.reset()
         self._graphs.clear()
 
-    def warm(self, key: Hashable, before: Action, fn: Action, after: Action) -> None:
-        """Run the three. The first call under a key runs them plainly and then records them."""
+    def run_or_record(self, key: Hashable, before: Action, fn: Action, after: Action) -> None:
+        """Run the three by the graph under `key`. The first call runs them without one, and then records it."""
 
         def all_three() -> None:
             before()
@@ -73,7 +73,7 @@ class Tapes:
     def __init__(self, frame: LiveFrame) -> None:
         self._frame, self._tapes = frame, dict[Hashable, list[Action]]()
 
-    def warm(self, key: Hashable, before: Action, fn: Action, after: Action) -> None:
+    def run_or_record(self, key: Hashable, before: Action, fn: Action, after: Action) -> None:
         """Run before, fn's kernel calls and after. The first call under a key runs fn and notes its calls, so fn may do
         nothing but call kernels."""
         before()
@@ -103,9 +103,10 @@ class Tapes:
 
 
 class Ring:
-    """Pinned copies of a small tensor, so that nobody waits for transfers. A slot is used again when its own is over.
+    """Slots of pinned memory for a small tensor, so that the host need not wait for a transfer. A slot is used again
+    once its own transfer is over.
 
-    wait: is called with a function that says whether the transfer is over, in place of a wait that nothing can end."""
+    wait: is called with a function that says whether the transfer is over. A wait for the event could not be ended."""
 
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,

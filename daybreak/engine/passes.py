@@ -37,7 +37,7 @@ from daybreak.optimizers.nanochat import family_groups
 from daybreak.parallel import ALONE, Group
 
 State = dict[str, Tensor]
-PARTS = 8  # the head of packed rows computes this many eighths of the rows, or fewer: each number is a CUDA graph
+PARTS = 8  # the head of packed rows computes 1/8 to 8/8 of the rows, with a CUDA graph for each number of eighths
 
 
 def documents_of(s: State) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def rows_of(part: int, n: int) -> int:
 def learned_part(targets: NDArray[np.int64], at: NDArray[np.int32]) -> int:
     """How many eighths of the rows the head has to compute for these targets (n), at least one.
 
-    Sets at (n), the places of the rows (kernels/pick.py): the learned ones come first, then the others, each in order.
-    Some of the others fill up the last eighth. Their losses and gradients are 0."""
+    Sets at (n), the new place of every row (kernels/pick.py). Learned rows come first, then the others, each in order.
+    Some of the others may fill up the last eighth. Their losses and gradients are 0."""
     n, learned, others = len(targets), np.flatnonzero(targets >= 0), np.flatnonzero(targets < 0)
     at[learned], at[others] = np.arange(len(learned)), np.arange(len(learned), n)
     return max(1, -(-PARTS * len(learned) // n))
@@ -64,7 +64,7 @@ def micro_step(model: Model, f: StepFrame, s: State, *, first: bool, last: bool 
     """Forward and backward of the batch in s["tokens"], s["targets"]: gradients, and the step's loss so far.
 
     f is the frame that training uses (engine/formats.py). With several ranks the first micro-step gathers the weights
-    that others updated, and the last one reduces gradients during its backward. part: what `learned_part` said.
+    that others updated, and the last one reduces gradients during its backward. part: the result of `learned_part`.
     """
     forward_pass(model, f, s, first=first)
     head_pass(model, f, s, first=first, part=part)
@@ -129,11 +129,11 @@ def _part(f: StepFrame, s: State, launch: Launch, seed: int) -> Part:
     group, n = launch.span.group, launch.stop - launch.start
     held, at = slice(launch.at, launch.at + n), launch.at - sharding.whole
     weights, grads = s["weights"][launch.start : launch.stop], s["shard" if sharding.zero else "grads"]
-    plain = weights if weights.dtype == f.acc else None
+    exact = weights if weights.dtype == f.acc else None  # fp32 and fp64 weights are exact, bf16 alone is not
     whole = group.optimizer.whole
     state = {key: s[f"{key}.{launch.name}"] if whole else s[key][at : at + n] for key in group.optimizer.state}
     return Part(
-        weights, s["masters"][held] if "masters" in s else plain, grads[held], state, s["stats"],
+        weights, s["masters"][held] if "masters" in s else exact, grads[held], state, s["stats"],
         s["hyper"][sharding.table.hyper[group.optimizer, group.lr_scale]],
         group.weight_decay if launch.span.decay else 0.0, seed, launch.start, sharding.table.rows.get(launch.name),
     )  # fmt: skip
@@ -230,11 +230,11 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     sharding = Sharding(table, final_moments(model, table), group, spec.zero, limit)
     formats = formats_of(spec, model)
 
-    def more(of: Mapping[str, Format], f: Any, first: bool = False, part: int = PARTS) -> None:
+    def micro(of: Mapping[str, Format], f: Any, first: bool = False, part: int = PARTS) -> None:
         micro_step(model, in_formats(f, of, model), f.state, first=first, part=part)
 
     def training(of: Mapping[str, Format], f: Any) -> None:
-        more(of, f, first=True)
+        micro(of, f, first=True)
         update(in_formats(f, of, model), f.state, spec, 0)
 
     def prefill(b: int, f: Any) -> None:
@@ -248,9 +248,9 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
     if spec.train:
         kinds = (formats,) if spec.fp8_steps is None else (formats, {})
         parts = range(PARTS - 1, 0, -1) if spec.documents else ()  # the largest first, which declares its tensors
-        some = [partial(more, of, first=first, part=p) for of in kinds for p in parts for first in (True, False)]
-        passes = [*(partial(run, of) for of in kinds for run in (training, more)), *some, *passes]
-    assert spec.rows <= model.head_rows(B * T, dtype), "rows are the logits of one chunk at most"
+        some = [partial(micro, of, first=first, part=p) for of in kinds for p in parts for first in (True, False)]
+        passes = [*(partial(run, of) for of in kinds for run in (training, micro)), *some, *passes]
+    assert spec.rows <= model.head_rows(B * T, dtype), "the logits of all rows must fit in one chunk"
     # A model may decode few rows by other calls. Many short sequences may need more scratch than one long one.
     passes += [partial(decoding, b) for b in sorted({1, min(2, spec.rows), spec.rows})]
     passes += [partial(prefill, b) for b in range(2, spec.rows + 1)]

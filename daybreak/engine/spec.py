@@ -23,8 +23,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, 
 class EngineSpec:
     """B sequences of T tokens are one micro-step of the model `cfg`.
 
-    compute: fp32, bf16, fp64, or fp8, which is bf16 but for training's matmuls whose weights fit a pattern of `fp8`,
-    in the first `fp8_steps` steps (None: in all).
+    compute: fp32, bf16, fp64 or fp8. In fp8 everything is as in bf16, but for matmuls of training. Those whose weights
+    fit a pattern of `fp8` are in fp8, in the first `fp8_steps` steps (None: in all).
     recompute: see models. train: False allocates only memory for evaluation and sampling.
     masters: how master weights of bf16 are kept (precision.masters). moments: those of AdamW (precision.moments).
     rows: sequences that can be generated at a time.
@@ -35,7 +35,7 @@ class EngineSpec:
     trainable: patterns of names. A parameter that fits none is frozen: no gradient, optimizer state or master weights.
     lora: adapters of linear layers. With a rank above 0 they are all that is trainable.
     frozen: patterns of names -> the dtype that frozen parameters are held in, if not as lora.base says.
-    documents: a row of tokens holds several documents, and comes with the place of every token in its own.
+    documents: rows are packed. Each holds several documents, and comes with the place of every token in its document.
     device_type, missing: cpu or cuda, and backends that are absent. An engine fills in both for its own device.
     """
 
@@ -82,7 +82,7 @@ class EngineSpec:
         return "precision.compute" if self.compute == "fp8" else "lora.base"
 
     def in_fp8(self, step: int) -> bool:
-        """Whether the update after `step` others has its matmuls in fp8."""
+        """Whether the update that follows `step` others has its matmuls in fp8."""
         return self.eight and (self.fp8_steps is None or step < self.fp8_steps)
 
     def parameters(self, model: Model) -> tuple[list[Row], dict[str, Adapter]]:
@@ -90,9 +90,9 @@ class EngineSpec:
 
         def frozen(row: Row) -> Row:
             base, leaf = self.lora.base, row.name.rpartition(".")[2]
-            narrow = "." in row.name and len(row.shape) == 2 and (base == "nf4" or leaf in model.matmuls)
+            of_block = "." in row.name and len(row.shape) == 2 and (base == "nf4" or leaf in model.matmuls)
             compute = "fp32" if row.wide and self.dtype == torch.bfloat16 else self.compute
-            held = chosen(self.frozen, row.name) or (base if narrow and base != "compute" else compute)
+            held = chosen(self.frozen, row.name) or (base if of_block and base != "compute" else compute)
             return replace(row, trainable=False, held=held)
 
         if self.lora.base != "compute" and not self.lora.rank:

@@ -79,8 +79,8 @@ def draw(spec: EngineSpec, seed: int) -> dict[str, Tensor]:
 
 
 def _chunks(parts: Iterable[tuple[slice, slice]]) -> Iterator[tuple[slice, slice]]:
-    """The same in chunks of at most FLAT_CHUNK elements. On a GPU, temporaries as large as a parameter would stay
-    reserved, and the run would lack that memory."""
+    """The same pairs of slices, cut into chunks of at most FLAT_CHUNK elements. On a GPU, temporaries as large as a
+    parameter would stay reserved, and the run would lack that memory."""
     for where, at in parts:
         for i in range(0, where.stop - where.start, FLAT_CHUNK):
             n = min(FLAT_CHUNK, where.stop - where.start - i)
@@ -139,11 +139,11 @@ class Engine:
         graphed = self.device.type == "cuda" and self.arena.choices["attention_decode"] != "torch"
         self._decoding: Graphs | Tapes = Graphs(True) if graphed else Tapes(self.frame)
         self._ids = Ring((spec.rows,), torch.int64, self.device)
-        self._asked: tuple[list[int], list[int]] = [], []  # tokens and positions of the last decode,
-        self._ahead = False  # and whether it is one that `decode` has not returned
+        self._asked: tuple[list[int], list[int]] = [], []  # tokens and positions of the last decode
+        self._ahead = False  # whether `read_ahead` began that decode, and `decode` has not returned its logits yet
         self._last: Pending | None = None
         self._measured = False  # whether late scales have a history
-        self._plain = False  # whether the step under way is one of the last, which a run in fp8 makes in bf16
+        self._past_fp8 = False  # whether the step under way comes after `fp8_steps`, so that it is in bf16
         if spec.train:  # before anything else asks for kernels, since the order may decide which are built
             self.prepare()
         if init:
@@ -178,40 +178,40 @@ class Engine:
         self.state["targets"].fill_(-1)
         if self.spec.documents:
             torch.arange(self.B * self.T, out=self.state["learned"])
-        for plain in (False, True) if self.spec.fp8_steps is not None else (False,):
-            self._plain = plain
+        for past_fp8 in (False, True) if self.spec.fp8_steps is not None else (False,):
+            self._past_fp8 = past_fp8
             self._prepare()
-        self.comm.stale = self._plain = False
+        self.comm.stale = self._past_fp8 = False
 
     def _prepare(self) -> None:
         kinds = [(first, last) for last in ((True, False) if self.comm.active else (True,)) for first in (False, True)]
         parts = range(1, PARTS + 1) if self.spec.documents else (PARTS,)
         calls = {key: call for kind in kinds for part in parts for key, call in self._micro(*kind, part)}
         for call in calls.values():
-            self.comm.stale = bool(self.comm.sharding.zero)  # so that the first's graph fetches weights
+            self.comm.stale = bool(self.comm.sharding.zero)  # so the first micro-step gathers weights, in its graph too
             call()
         self.state["loss"].fill_(math.nan)  # a step that the guard refuses: nothing is learned from it
         self._update()
         for key, call in calls.items():
             self.comm.stale = bool(self.comm.sharding.zero)
             self.graphs.capture(key, call)
-        self.graphs.capture(("update", self._plain), self._update)
+        self.graphs.capture(("update", self._past_fp8), self._update)
 
     @property
     def _frame(self) -> LiveFrame:
-        """The frame of the step under way."""
-        return self.frame if self._plain else self.training
+        """The frame of the step under way: that of training has number formats, if there are any."""
+        return self.frame if self._past_fp8 else self.training
 
     def _micro(self, first: bool, last: bool, part: int) -> list[tuple[Hashable, Callable[[], None]]]:
-        """The keys of a micro-step's graphs, and what each runs. Packed rows have three: a graph has fixed shapes, and
-        of the head, a few calls, there is one for each number of rows."""
-        given, plain = (self.model, self._frame, self.state), self._plain
+        """The keys of a micro-step's graphs, and what each runs. Packed rows have three graphs, since the head's number
+        of rows changes. A graph has fixed shapes, so the head, which is a few calls, has one for each number."""
+        given, past = (self.model, self._frame, self.state), self._past_fp8
         if not self.spec.documents:
-            return [((first, last, plain), partial(micro_step, *given, first=first, last=last))]
+            return [((first, last, past), partial(micro_step, *given, first=first, last=last))]
         return [
-            (("forward", first, plain), partial(forward_pass, *given, first=first)),
-            (("head", first, part, plain), partial(head_pass, *given, first=first, part=part)),
-            (("backward", first, last, plain), partial(backward_pass, *given, first=first, last=last)),
+            (("forward", first, past), partial(forward_pass, *given, first=first)),
+            (("head", first, part, past), partial(head_pass, *given, first=first, part=part)),
+            (("backward", first, last, past), partial(backward_pass, *given, first=first, last=last)),
         ]
 
     def _update(self) -> None:
@@ -219,7 +219,7 @@ class Engine:
 
     def _measure(self) -> None:
         """Before the first step of a run in fp8: find scales for it (engine/scales.py)."""
-        if self._measured or self._plain or HISTORY not in self.state:
+        if self._measured or self._past_fp8 or HISTORY not in self.state:
             return
         if not self.state[HISTORY].any():
             micro_step(self.model, self._measuring, self.state, first=True, last=False)
@@ -232,7 +232,7 @@ class Engine:
         return list(self.table.rows)
 
     def param(self, name: str) -> Tensor:
-        """A weight, a view: in compute dtype, unless a frozen one is held in another. Of NF4 and fp8 it is a copy."""
+        """A view of a weight, in the dtype that it is held in. For NF4 and fp8 it is a copy in compute dtype."""
         self.comm.need(name)
         stored = self.frame.weights[name]
         if not isinstance(stored, Tensor):
@@ -241,7 +241,8 @@ class Engine:
 
     def exact_parts(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """(first element, 1-D tensor) of the parts of a weight that this rank saves, as exactly as the engine has them:
-        in fp32, fp64, or bf16 without master weights. They are views. Split ones are copies, made one at a time."""
+        in fp32, fp64, or bf16 without master weights. They are views. Split master weights give copies, one at a
+        time."""
         masters, sharding, frozen = self.state.get("masters"), self.comm.sharding, self.state.get(FROZEN + name)
         if name not in self.table.offsets:  # frozen, so every rank has it; maybe a part of one in NF4
             if not sharding.rank:
@@ -292,8 +293,8 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- training
 
     def begin_step(self, *, lr: float, step: int, valid: int) -> None:
-        """Set a step's device scalars: learning rate, number of the update, and number of valid targets in the step."""
-        self._plain = self.spec.fp8_steps is not None and not self.spec.in_fp8(step)
+        """Set a step's device scalars: learning rate, number of the update, and 1 / number of valid targets in it."""
+        self._past_fp8 = self.spec.fp8_steps is not None and not self.spec.in_fp8(step)
         slot, t = self._hyper.take(), step + 1
         for (optimizer, scale), part in self.table.hyper.items():
             for i, value in enumerate((lr * scale, t, 1.0 / max(valid, 1), *optimizer.scalars(t)), part.start):
@@ -335,7 +336,7 @@ class Engine:
 
     def update(self) -> Pending:
         """Apply the accumulated gradient, unless the guard says no. Returns the step's stats, to be read later."""
-        self.graphs.run(("update", self._plain), self._update)
+        self.graphs.run(("update", self._past_fp8), self._update)
         self.comm.stale, self._ahead = bool(self.comm.sharding.zero), False
         self._last = self._stats.download(self.state["stats"])
         return self._last
@@ -433,7 +434,7 @@ class Engine:
 
     def _decode(self, key: Hashable, b: int, before: Callable[[], object]) -> None:
         write = partial(next_token, self.model, self.frame, self.state, b)
-        self._decoding.warm(key, before, write, partial(self._next_logits, b))
+        self._decoding.run_or_record(key, before, write, partial(self._next_logits, b))
 
     def read_ahead(self, ids: Tensor) -> list[int]:
         """Read the tokens (b) that were chosen on the device from what `decode` gave. Meanwhile the device begins to

@@ -44,10 +44,10 @@ MULTIPLE = 16  # rows and columns of fp8 matrices: the matmuls of GPUs ask for i
 class FormatFrame(StepFrame):
     """Mixed into a plan's or an engine's frame (see `in_formats`)."""
 
-    formats: Mapping[str, Format]
+    formats: Mapping[str, Format]  # pattern of names -> format
     slots: scales.Slots
     model: Model
-    current: bool  # whether kernels choose late scales from the values themselves
+    current: bool  # whether kernels choose late scales from the values themselves, before there is a history
     weight_operands: dict[str, Operand]  # made anew in every step
     base: dict[str, Operand]  # frozen, and in fp8 for good
     operands: dict[tuple[str, bool], Operand | None]  # by name, and whether it is of a layer that is computed again
@@ -67,8 +67,8 @@ class FormatFrame(StepFrame):
             scales.keep(self, self.slots, guarded=not self.current)
 
     def matmul_w(self, name: str) -> Matrix:
-        whole = self.prefix + name
-        return self.weight_operands.get(whole) or self.base.get(whole) or self.w(name)
+        full = self.prefix + name
+        return self.weight_operands.get(full) or self.base.get(full) or self.w(name)
 
     def matmul_a(self, name: str, *shape: int, plain: bool = False) -> Matrix:
         return self._operand(name, shape, plain) or self.a(name, *shape, plain=plain)
@@ -98,8 +98,9 @@ class FormatFrame(StepFrame):
         return self.operands[key]
 
     def _read(self, name: str, parts: dict[str, Any]) -> dict[str, Any]:
-        """Of a matrix that is in slots, the parts that somebody reads. If backward makes it again, that is for weight
-        gradients, which read transposed copies, and forward needs none."""
+        """The parts that somebody reads, of a matrix in slots. Forward reads values; weight gradients, the transposed
+        copy. So forward makes no copy of a matrix that backward makes again. `.again` is one that a backward kernel
+        writes on its way, for the weight gradient alone."""
         if not self.slots.at:
             return parts
         if name.endswith(".again"):
@@ -124,7 +125,7 @@ def in_formats(f: F, formats: Mapping[str, Format], model: Model, *, current: bo
     g.__dict__ |= {**vars(f), "formats": formats, "slots": slots, "model": model, "current": current}
     g.__dict__ |= {"operands": {}, "weight_operands": weights}
     g.k = f.k.in_formats({format.backend for format in formats.values()})
-    for name in weights:
+    for name in weights:  # the matrices of which the plan has parts that stay (see weight_entries)
         format = chosen(formats, name)
         assert format is not None, f"{name} has parts, so a format"
         views: dict[str, Any] = {p: f.state[f"{name}.{p}"] for p in format.parts(0, 0)}
@@ -136,7 +137,7 @@ def in_formats(f: F, formats: Mapping[str, Format], model: Model, *, current: bo
 
 
 def weight_entries(table: ParamTable, formats: Mapping[str, Format]) -> list[Entry]:
-    """The parts of the weights for which formats are chosen, and the slots of all formats that have some."""
+    """The memory of the weights for which formats are chosen, part by part, and of all matrices' slots."""
     rows = [(row, chosen(formats, name)) for name, row in table.rows.items() if len(row.shape) == 2]
     parts = [
         Entry(f"{row.name}.{part}", "operands", shape, dtype)
@@ -198,8 +199,9 @@ def _check_sizes(spec: EngineSpec, matrices: Sequence[Row], fix: str) -> None:
 
 
 def _beside_adapters(spec: EngineSpec, model: Model, backend: str) -> Mapping[str, Format]:
-    """Formats of what the frozen matrices in fp8 are multiplied with: copies of the inputs of linear layers, and of the
-    gradients of their outputs. Adapters read both in compute dtype, so nobody needs a transposed copy."""
+    """Formats of what frozen matrices in fp8 are multiplied with: copies of the inputs of linear layers, and of the
+    gradients of their outputs. They have no weight gradients, and adapters read plain tensors. So no copy is
+    transposed."""
     if spec.compute != "bf16" and (spec.compute != "fp32" or spec.device_type == "cuda"):
         said = f"lora.base = fp8 is for precision.compute = bf16, not {spec.compute}"
         raise ConfigError(f"{said}; set the first to compute, or the second to bf16.")

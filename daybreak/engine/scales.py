@@ -6,24 +6,25 @@
 
 Each scale is a power of two, and constant within a step. So micro-steps add up in any order, and a layer that backward
 computes again has the same bytes. Weights are rounded when a step begins, so their own largest magnitude is known. A
-layernorm's output is never above sqrt(C) max|w| + max|b|, where a norm without weights has ones. All others are late:
-the kernel that makes such a tensor needs its scale before anyone has seen its values. They get the largest amax of the
-last steps, with room above it.
+norm's output is never above sqrt(C) max|w| + max|b|. (Without weights, w is 1 and b is 0.) All other scales are late:
+the kernel that makes such a tensor needs its scale before anyone has seen its values. So the scale comes from `amax`,
+the largest magnitude of a tensor in a step: the largest one of the last steps, with room above it.
 
     step begins   `begin`    late scales from `history`, and those of norms; amax = 0
     micro-steps              kernels round with these scales, and take the largest magnitude into `amax`
-    update        `end`      amax = the largest of all ranks'
+    update        `end`      amax = the largest of all ranks
     guard                    decides
                   `keep`     amax becomes the step's row of `history`, unless the guard refused the step
 
-The gradient of a mean over fewer tokens is larger. So gradients are in `history` times the number of the step's
-targets. A magnitude that is not finite makes the gradient norm NaN, so that the guard refuses the step. Nothing of a
-refused step enters the history: one large magnitude would make scales too coarse for 16 steps. `saturated` counts, for
-each slot, the steps in which a value was larger than its format could hold. The last of the step's stats is the number
-of slots in which it happened now.
+The frame calls these three as `convert_weights`, `note_amax` and `keep_amax` (formats.py). The loss is a mean over the
+step's targets, so fewer targets give larger gradients. `history` therefore holds the amax of gradients times the number
+of targets, and `begin` divides by that of the new step. A magnitude that is not finite makes the gradient norm NaN, so
+that the guard refuses the step. Nothing of a refused step enters the history: one large magnitude would make scales too
+coarse for 16 steps. `saturated` counts, for each slot, the steps in which a value was larger than its format could
+hold. The last of the step's stats is the number of slots in which it happened in this step.
 
-The first step of a run has no history. The engine then makes its first micro-step twice: the first time, kernels choose
-scales from the values themselves, and nothing but `amax` is used of it. If one is not finite, the next step does so.
+The first step of a run has no history. The engine then makes its first micro-step twice. The first time, kernels choose
+scales from the values themselves, and only `amax` is kept. If one of these is not finite, the next step measures again.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ SCALE, AMAX, HISTORY, SATURATED = "fp8.scale", "fp8.amax", "fp8.history", "fp8.s
 
 @dataclass(frozen=True)
 class Slots:
-    """Names of all matrices in slots, in this order; where late activations and where gradients begin.
+    """at: name -> slot of every matrix that has one: weights, outputs of norms, other activations, gradients.
 
-    norms: outputs of norms, whose scales are bounds. Those of norms without weights have late slots."""
+    `late` and `gradients` are the slots where the last two begin. norms: the outputs whose scales are bounds. Those of
+    norms without weights have slots among the other activations."""
 
     at: Mapping[str, int]
     norms: tuple[str, ...]
@@ -90,7 +92,7 @@ def scale_entries(slots: Slots) -> list[Entry]:
 
 
 def _late(slots: Slots) -> list[tuple[slice, float, float, bool]]:
-    """Of late slots: which, the largest value of their format, the room above it, whether they are gradients."""
+    """The late slots, activations and gradients: (slots, largest value of their format, room, whether gradients)."""
     parts = ((slice(slots.late, slots.gradients), ROOM, False), (slice(slots.gradients, None), GRADIENT_ROOM, True))
     return [(p, slots.formats[p][0].largest, room, grad) for p, room, grad in parts if slots.formats[p]]
 
@@ -125,7 +127,7 @@ def _bound(scale: Tensor, largest: float, offset: float, w: Tensor, b: Tensor | 
 
 
 def end(f: StepFrame, slots: Slots, count: bool) -> None:
-    """Make a step's amax that of all ranks. Collective. Before the guard decides. count: whether it may saturate."""
+    """amax = the largest of all ranks. Collective. Before the guard decides. count: whether saturation is counted."""
     s, c = f.state, f.comm
     if c.active:
         f.k.do("largest", partial(c.largest, s[AMAX]), [s[AMAX]], [s[AMAX]])
@@ -151,9 +153,9 @@ def keep(f: StepFrame, slots: Slots, guarded: bool) -> None:
 
 def _keep(slots: Slots, s: Mapping[str, Tensor], guarded: bool) -> None:
     amax, hyper = s[AMAX], s["hyper"]
-    found, well = amax.clone(), s["stats"][STATS.index("skip")] == 0 if guarded else torch.isfinite(amax).all()
+    found, accepted = amax.clone(), s["stats"][STATS.index("skip")] == 0 if guarded else torch.isfinite(amax).all()
     for part, _, _, gradient in _late(slots):
         if gradient:
             found[part].div_(hyper[2])
     row = torch.arange(WINDOW, device=amax.device)[:, None] == torch.remainder(hyper[1], WINDOW)
-    s[HISTORY].copy_(torch.where(row & well, found, s[HISTORY]))
+    s[HISTORY].copy_(torch.where(row & accepted, found, s[HISTORY]))

@@ -1,15 +1,16 @@
 """Weights that kernels read in fp32 where the model computes in bf16: a few learned scalars (Row.wide).
 
 A step of a scalar is often smaller than half the distance of two bf16 numbers, which is 0.004 near 1.15. Read in bf16,
-the scalar stays where it is for many steps. So `wide` has the exact value of each of them. Who sets a weight sets it
-too, and the update writes all of them again:
+the scalar stays where it is for many steps. So the tensor `wide` has the exact value of each of them. Setting a weight
+sets its value there too, and after each update `update_wide` joins all values again from weights and master weights:
 
-    weights   | ... h.1.resid + padding ... | ... h.1.x0 + padding ... |        `places`: GRAIN elements of each
+    weights   | ... h.1.resid + padding ... | ... h.1.x0 + padding ... |   bf16
     masters   | ... what bf16 lacks ...     | ...                      |
-    wide      | h.1.resid + 3 of padding | h.1.x0 + 3 of padding | ...          in fp32, 16 bytes a scalar
+    wide      | h.1.resid + 3 of padding | h.1.x0 + 3 of padding | ...     fp32: GRAIN elements, 16 bytes, a scalar
+    places    | where each of these elements is in weights and in masters |
 
-Of several ranks at ZeRO stages 1 and 2, one alone has a scalar's master weight. There every rank writes its own, and
-zeros for the others. The bits are then added up as integers, so that all ranks have the same ones.
+At ZeRO stages 1 and 2, only one rank has a scalar's master weight. So every rank writes the values that it has, and
+zeros for the others. The bits are then added up as integers, and all ranks have the same values.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from daybreak.engine.collectives import Sharding
     from daybreak.engine.params import ParamTable
 
-GRAIN = 4  # elements of a scalar: so all are aligned alike, and kernels are compiled once
+GRAIN = 4  # elements that a scalar takes: so all are aligned alike, and kernels are compiled once
 WIDE, PLACES, LOW = "wide", "wide.places", "wide.low"
 
 
@@ -38,7 +39,7 @@ def wide_names(table: ParamTable) -> list[str]:
 
 
 def wide_tensors(table: ParamTable, dtype: torch.dtype, train: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what they need; nothing where a model has none, or where all weights are that wide."""
+    """Shapes and dtypes of the tensors for this. None where a model has no such scalar, or all weights are as wide."""
     acc, n = acc_dtype(dtype), len(wide_names(table)) * GRAIN
     if not n or dtype == acc:
         return {}
@@ -54,8 +55,8 @@ def wide_views(state: Mapping[str, Tensor], table: ParamTable) -> dict[str, Tens
 
 
 def set_places(places: Tensor, sharding: Sharding) -> None:
-    """places (3, n): where each element is in the weights and in this rank's master weights, and 1 where it has them,
-    else 0. An optimizer's ranges are cut at multiples of more than GRAIN."""
+    """places (3, n), for each element of `wide`: where it is in the weights, where in this rank's master weights, and 1
+    if this rank has these, else 0. Ranks' ranges are cut at multiples of params.ALIGN, so never in a scalar."""
     found = torch.zeros(places.shape, dtype=torch.int64)
     ranges = list(sharding.held())
     for i, name in enumerate(wide_names(sharding.table)):

@@ -31,7 +31,7 @@ from daybreak.engine.collectives import Collectives, Sharding, gradient_of, redu
 from daybreak.engine.params import ParamTable
 from daybreak.engine.wide import wide_views
 from daybreak.kernels import Call, Kernels, Recorder, acc_dtype, storage_key
-from daybreak.kernels.held import SUFFIXES, TURNED, Eight, Held, gathered, widened
+from daybreak.kernels.held import SUFFIXES, TURNED, Eight, Held, assembled, widened
 from daybreak.kernels.nf4 import Packed
 from daybreak.models.adapters import Adapter
 from daybreak.models.frame import Frame, Mode
@@ -86,14 +86,14 @@ class StepFrame(Frame, Protocol):
     def constant(self, name: str) -> Tensor:
         return self.state[CONSTANT + name]
 
-    def plain(self, stored: Tensor | Held, name: str) -> TypeGuard[Tensor]:
-        """Whether kernels read a weight as it is held: in compute dtype, or if it is wide."""
+    def readable(self, stored: Tensor | Held, name: str) -> TypeGuard[Tensor]:
+        """Whether kernels read a weight as it is held: in compute dtype, or as a wide scalar."""
         return stored.dtype == self.dtype or self.table.rows[self.prefix + name].wide
 
     def converted(self, name: str, stored: Tensor | Held) -> Tensor:
-        """A frozen weight that is held otherwise: a copy in compute dtype, made for every call that reads it.
+        """A copy, in compute dtype, of a frozen weight that is held otherwise. Each call that reads it makes it anew.
 
-        Forward and backward have one each, so that between the two its bytes are free."""
+        Forward and backward have a copy each, so that between the two its bytes are free."""
         copy = self.a(f"{name}.{'backward' if self.mode.backward else 'forward'}", *stored.shape, plain=True)
         if isinstance(stored, Packed):
             self.k.nf4_unpack(copy, *stored.tensors, rows=stored.rows)
@@ -107,16 +107,18 @@ class StepFrame(Frame, Protocol):
     def final(self) -> None:
         reduce_gradients(self)
 
+    # Only frames with number formats have something to do in these three (engine/formats.py).
+
     def convert_weights(self) -> None:
-        """Make the weights that matmuls read in a format of their own, from the plain ones."""
+        """When a step begins: make the weights that matmuls read in a format of their own, from the plain ones."""
         return
 
     def note_amax(self) -> None:
-        """Make a step's largest magnitudes those of all ranks, before the guard decides (engine/scales.py)."""
+        """Before the guard decides: take the largest magnitudes of the step over all ranks (engine/scales.py)."""
         return
 
     def keep_amax(self) -> None:
-        """Take them into the history that later scales come from, unless the guard refused the step."""
+        """After it: take these into the history that later scales come from, unless the guard refused the step."""
         return
 
 
@@ -126,12 +128,15 @@ def frozen_weight(state: Mapping[str, Tensor], row: Row) -> Tensor | Held:
     if (whole := state.get(name)) is not None:
         return whole
     parts = [state[name + part] for part in SUFFIXES[row.held]]
-    return gathered(row.held, row.shape, row.stacked or row.shape[:1], parts, state.get(name + TURNED))
+    return assembled(row.held, row.shape, row.stacked or row.shape[:1], parts, state.get(name + TURNED))
 
 
 def name_inputs(state: dict[str, Tensor]) -> None:
-    """Name the parts of state["batch"]: tokens and targets, and of packed rows `positions`, `lo` (models.frame) and
-    `learned` (passes.learned_part)."""
+    """Name the parts of state["batch"], which holds 2 int64 tensors (B, T), or 4 for packed rows:
+
+        tokens | targets | positions | lo, learned      the last has the bytes of two int32 tensors
+
+    models.frame.Documents explains positions and lo. learned (B T) is `at` of passes.learned_part."""
     state["tokens"], state["targets"], *places = state["batch"]
     if places:
         state["positions"], lo = places
@@ -165,14 +170,14 @@ class PlanFrame(StepFrame):
         if self.prefix + name in self.table.offsets:
             return self.table.view(self.state["weights"], self.prefix + name)
         stored = frozen_weight(self.state, self.table.rows[self.prefix + name])
-        return stored if self.plain(stored, name) else self.converted(name, stored)
+        return stored if self.readable(stored, name) else self.converted(name, stored)
 
     def g(self, name: str) -> Tensor | None:
         if self.prefix + name not in self.table.offsets:
             return None
         if "grads" in self.state:
             return self.table.view(self.state["grads"], self.prefix + name)
-        return gradient_of(self.layer("", 0, Mode()), self.prefix + name)
+        return gradient_of(self.layer("", 0, Mode()), self.prefix + name)  # stage 2: in a buffer of no layer's
 
     def a(self, name: str, *shape: int, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         name, dtype = self.prefix + name + (".again" if self.mode.recomputed and not plain else ""), dtype or self.dtype
@@ -185,7 +190,7 @@ class PlanFrame(StepFrame):
     matmul_w, matmul_a = w, a
 
     def chunks(self, n: int, step: int) -> Sequence[int]:
-        """Of very many the first two and the last: the others make the same calls with the same memory."""
+        """Of very many only the first two and the last: the others make the same calls in the same bytes."""
         starts = range(0, n, step)
         return starts if len(starts) <= MAX_CHUNKS else [*starts[:2], starts[-1]]
 
@@ -222,7 +227,7 @@ class LiveFrame(StepFrame):
         if self.comm.gathering:
             self.comm.need(self.prefix + name)
         stored = self.weights[self.prefix + name]
-        return stored if self.plain(stored, name) else self.converted(name, stored)
+        return stored if self.readable(stored, name) else self.converted(name, stored)
 
     def g(self, name: str) -> Tensor | None:
         return self.grads[self.prefix + name]
@@ -237,7 +242,7 @@ class LiveFrame(StepFrame):
 
 
 def zeros(size: int, device: torch.device) -> Tensor:
-    """`size` zero bytes. On the CPU fresh pages of the system, huge ones where it can: zeroed when first touched."""
+    """`size` zero bytes. On the CPU these are new pages of the system, if possible huge, zeroed when first touched."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=torch.uint8, device=device)
     pages = mmap.mmap(-1, size)
@@ -248,7 +253,7 @@ def zeros(size: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Arena:
-    """The complete list, the calls of one micro-step and update that it was derived from, and who serves them."""
+    """The complete list of tensors, the calls of the first pass (a micro-step and an update), and the backends."""
 
     entries: list[Entry]
     calls: list[Call]
@@ -272,7 +277,7 @@ def plan_arena(
     table: ParamTable, dtype: torch.dtype, state: list[Entry], passes: Sequence[Callable[[PlanFrame], None]],
     choices: Mapping[str, str], comm: Collectives,
 ) -> Arena:  # fmt: skip
-    """Record the passes and place every tensor. Its entry has the lifetime of the first pass that uses it."""
+    """Record the passes and place every tensor. An entry's first and last call are those in the first pass with it."""
     placed, ends = [], dict[str, int]()
     for e in state:
         placed.append(replace(e, offset=ends.get(e.buffer, 0)))

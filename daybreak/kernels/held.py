@@ -29,7 +29,7 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {"nf4": nf4.SUFFIXES, "fp8": (".e4m3",
 
 @dataclass(frozen=True)
 class Eight:
-    """A matrix (O, I) in e4m3. turned: the transposed copy, if somebody reads it."""
+    """A matrix (O, I) in e4m3. turned: the transposed copy, if input gradients read it."""
 
     value: Tensor
     scale: Tensor
@@ -65,15 +65,15 @@ def plain_name(name: str) -> str:
 def parts_of(
     how: str, name: str, shape: tuple[int, ...], rows: tuple[int, ...]
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what is saved of matrix `name`, in the order of SUFFIXES. rows: of each matrix that lies
-    packed in it. Raises ConfigError if it cannot be held so."""
+    """Shapes and dtypes of the saved parts of matrix `name`, in the order of SUFFIXES. rows: how many rows each of the
+    matrices has that are packed in it. Raises ConfigError if it cannot be held so."""
     return nf4.packed_parts(name, shape, rows) if how == "nf4" else [(shape, torch.uint8), ((), F32)]
 
 
-def gathered(
+def assembled(
     how: str, shape: tuple[int, ...], rows: tuple[int, ...], parts: Sequence[Tensor], turned: Tensor | None = None
 ) -> Held:
-    """The matrix of these parts."""
+    """The matrix that these parts make, in the order of SUFFIXES."""
     return Packed(shape, rows, *parts) if how == "nf4" else Eight(parts[0], parts[1], turned)
 
 
@@ -98,7 +98,7 @@ def turn(out: Held) -> None:
 
 
 def dense(held: Held, out: Tensor) -> Tensor:
-    """out (O, I), of any float dtype, on the CPU or where the matrix is, = the matrix. Returns out."""
+    """out (O, I) = the matrix. out has any float dtype, on the CPU or the matrix's device. Returns out."""
     if isinstance(held, Packed):
         return nf4.dense(held, out)
     return widened(held, out)

@@ -38,7 +38,7 @@ from daybreak.config_keys import LoraConfig
 from daybreak.errors import CheckpointError, Error, explained
 from daybreak.files import alive, free_bytes, fsync_folder, lock, remove, sha256_of, write_atomic
 from daybreak.formatting import disk
-from daybreak.kernels.held import SUFFIXES, dense, gathered, parts_of, plain_name
+from daybreak.kernels.held import SUFFIXES, assembled, dense, parts_of, plain_name
 from daybreak.manifest import BASE, MANIFEST, MODEL, kept_files, refuse
 from daybreak.models.registry import build_model
 from daybreak.parallel import ALONE, Group
@@ -370,7 +370,7 @@ class Checkpoint:
         parts = [torch.empty(size, dtype=dtype) for size, dtype in parts_of(how, name, shape, rows)]
         for suffix, part in zip(SUFFIXES[how], parts, strict=True):
             self._read(self._of[name + suffix], name + suffix, part)
-        out.copy_(dense(gathered(how, shape, rows, parts), torch.empty(shape)))
+        out.copy_(dense(assembled(how, shape, rows, parts), torch.empty(shape)))
 
     @cached_property
     def _parts(self) -> dict[str, tuple[int, ...]]:

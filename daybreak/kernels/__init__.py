@@ -45,7 +45,7 @@ CUDA_FILES = (
     *(name for name in FILES if name != "matmul"),
     *("batched", "bias", "cublaslt", "cudnn", "decode", "fa4", "gated", "gelu", "quack", "fp8"),
 )
-ON_HOST = (  # their references read values on the host
+ON_HOST = (  # their references read values on the host, so no CUDA graph can hold them
     "adamw_update", "embedding_backward", "muon_momentum", "muon_update", "smear_decode", "step_guard",
 )  # fmt: skip
 CUDA_DTYPES = (torch.bfloat16, torch.float32)
@@ -53,8 +53,9 @@ CUDA_DTYPES = (torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Impl:
-    """One implementation of an operation: the function, the scratch it needs, the compute dtypes it serves; and of
-    arguments that are Operands, the parts that it touches (all, where it does not say)."""
+    """One implementation of an operation: the function, the scratch it needs, and the compute dtypes it serves.
+
+    parts: argument -> the parts of an Operand that it reads or writes there. An argument that is not named: all."""
 
     fn: Callable[..., None]
     temps: Callable[..., Temps] | None = None
@@ -71,8 +72,8 @@ class Impl:
 class Op:
     """An operation: its group (the file it lives in), which arguments it writes, its implementations by backend.
 
-    adds: outputs that it reads too, or a function of the arguments by name that gives them. In calls with
-    `accumulate_NAME`, `accumulate` or `backward`, only if that is true.
+    adds: outputs that a call also reads, because it adds to them. It may be a function that gives these, from the
+    arguments by name. Where a call has `accumulate_NAME`, `accumulate` or `backward`, that must be true as well.
     flops: floating-point operations of a call, from its arguments by name.
     """
 
@@ -135,7 +136,8 @@ def choose(
     asks: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """The backend of every operation. `forced` (group -> backend) starts a group's order there instead of at its best.
-    Passed over are backends in `missing` (kernels.cuda.missing_backends), and those whose function lacks an argument
+
+    A backend is passed over if it is in `missing` (kernels.cuda.missing_backends), or if its function lacks an argument
     that a model gives (operation -> `asks`, see models.registry)."""
     choices = {}
     for name, operation in all_ops(device_type).items():
@@ -219,11 +221,11 @@ class Kernels:
         return call
 
     def do(self, name: str, fn: Callable[[], object], writes: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
-        """Call fn, which is no kernel but writes and reads tensors as one does."""
+        """Call fn, which is not an operation, but writes and reads tensors as one does, so plans must know of it."""
         fn()
 
     def each(self, make: Callable[[str, Callable[..., None]], Callable[..., None]]) -> Self:
-        """The same, with make(name, operation) in place of every operation: for who notes or measures them."""
+        """The same, with make(name, operation) in place of every operation, which can note or measure its calls."""
         kernels = copy(self)
         for name in (*OPS, "do"):
             if name in vars(self) or name == "do":

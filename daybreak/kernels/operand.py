@@ -32,8 +32,8 @@ PARTS = ("value", "scale", "transposed", "amax")
 @dataclass(frozen=True)
 class Format:
     """How a matrix is held: the dtype of its values, whether a transposed copy belongs to it, and the backend whose
-    kernels read and write it (see kernels.backend). slots: its scale is not the kernels' to choose. It is a slot of
-    a tensor that has the scales of all matrices, and lasts from step to step (engine/scales.py)."""
+    kernels read and write it (see kernels.backend). slots: kernels do not choose its scale. It is a slot of a tensor
+    that has the scales of all matrices, and engine/scales.py chooses it once a step."""
 
     backend: str
     dtype: torch.dtype
@@ -61,8 +61,8 @@ class Format:
 class Operand:
     """The matrix value * scale. `transposed` holds the same values with rows and columns exchanged.
 
-    Of a format with slots: a part that nobody reads is None; `amax` takes the largest magnitude of what is rounded; and
-    `current` says that the kernel that rounds chooses the scale, from the values themselves."""
+    In a format with slots, a part that nobody reads is None. The kernel that rounds takes the largest magnitude into
+    `amax`. If `current`, it also chooses the scale, from the values themselves."""
 
     format: Format
     value: Tensor | None

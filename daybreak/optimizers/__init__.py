@@ -29,10 +29,10 @@ SCALARS = ("lr", "t", "inv_valid")  # device scalars of every optimizer: see `Pa
 class Part:
     """The elements of one launch: n neighbours of one group, or one whole parameter.
 
-    masters: the fp32 master weights, as kernels/optimizer.py keeps them. stats: the guard's decision
-    (kernels.guard.STATS). hyper: the learning rate times the group's scale, the update's number from 1, 1 / the number
-    of targets, and the optimizer's `scalars`. seed, offset: for stochastic rounding. offset is the place of the first
-    element among all.
+    masters: the fp32 master weights, as kernels/optimizer.py keeps them. Weights in fp32 or fp64 are their own, and
+    bf16 may have none. stats: the guard's decision (kernels.guard.STATS). hyper: the learning rate times the group's
+    scale, the update's number from 1, 1 / the number of targets, and the optimizer's `scalars`. seed, offset: for
+    stochastic rounding. offset is the place of the first element among all.
     """
 
     weights: Tensor  # (n), in compute dtype

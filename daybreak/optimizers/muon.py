@@ -2,16 +2,16 @@
 
 A matrix is a sum of singular directions, each with a strength. A gradient has a few strong ones and many weak ones.
 Muon gives all of them about the same strength, so that rare directions are learned too. No singular value is computed:
-a polynomial that is odd in the matrix changes only the strengths, and five in a row bring them near 1. These are Polar
-Express's (Amsel et al. 2025, arXiv 2505.16932), each best for the range that the one before it leaves:
+a polynomial that is odd in the matrix changes only the strengths, and five in a row bring them near 1. The five come
+from Polar Express (Amsel et al. 2025, arXiv 2505.16932). Each is best for the range that the one before it leaves:
 
     strength        0.002   0.01    0.1     0.3     1          a step is three matmuls of X (r, c), if r <= c:
     after step 1    0.02    0.08    0.79    1.88    1.55           G = X X^T
     after step 3    0.26    1.18    1.41    1.84    1.88           H = b G + c G G
     after step 5    1.14    1.03    1.06    0.98    0.87           X = a X + H X
 
-A tall matrix has them on its other side. kernels/muon.py has the rest, before the steps and after them. An update, for
-the units of one shape at a time:
+A tall matrix (r > c) has G and H on its other side: G = X^T X, and X = a X + X H. kernels/muon.py has the rest of an
+update, before the steps and after them. The units of one shape go together:
 
     gradients --muon_momentum--> X (units, r, c) --5 steps, batched--> X --muon_sums, muon_update--> weights
 
@@ -94,7 +94,7 @@ class Muon(Optimizer):
         return mu, decay
 
     def update(self, f: Frame, parts: Sequence[Part]) -> None:
-        """Update all units of one shape after those of another, in batches."""
+        """Update the units shape after shape, in batches."""
         units: dict[tuple[int, int], list[Unit]] = {}
         for part in parts:
             assert part.row is not None
@@ -129,7 +129,7 @@ class Muon(Optimizer):
 
 
 def orthogonal(f: Frame, name: str, x: Tensor) -> Tensor:
-    """The nearest orthogonal matrices, nearly, to x (n, r, c) of norms up to 1. x is overwritten."""
+    """For each matrix of x (n, r, c), of norm up to 1: nearly its nearest orthogonal matrix. x is overwritten."""
     n, r, c = x.shape
     small = min(r, c)
     y, g, h = f.a(f"{name}.y", n, r, c), f.a(f"{name}.g", n, small, small), f.a(f"{name}.h", n, small, small)

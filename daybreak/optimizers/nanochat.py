@@ -12,7 +12,7 @@ from daybreak.optimizers import ParamGroup
 from daybreak.optimizers.adamw import AdamW
 from daybreak.shapes import Shape
 
-HEAD_LR, WIDTH = 0.008, 768  # what factors are relative to
+HEAD_LR, WIDTH = 0.008, 768  # the rates below are those of a run with this optim.lr and this many channels
 EPS = 1e-10
 # pattern -> learning rate, whether it falls with the root of the width, beta1, beta2, weight decay
 GROUPS: dict[str, tuple[float, bool, float, float, float]] = {
@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[float, bool, float, float, float]] = {
     "h.*.resid": (0.005, False, 0.8, 0.95, 0.05),
     "h.*.x0": (0.5, False, 0.96, 0.95, 0.0),
 }
-OWN = ("smear*", "backout")  # and theirs, for any optim.lr
+OWN = ("smear*", "backout")  # their rate is OWN_LR, for any optim.lr
 OWN_LR, OWN_ADAMW = 0.2, AdamW(0.8, 0.95, EPS)
 
 

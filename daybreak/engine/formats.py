@@ -90,6 +90,7 @@ class FormatFrame(StepFrame):
         if key not in self.operands:
             found = chosen(self.formats, key[0].removesuffix(".again"))
             parts = self._read(name, found.parts(*shape)) if found else {}
+            # A part that nobody reads is None.
             views: dict[str, Any] = {"value": None} | {
                 p: self.a(f"{name}.{p}", *dims, dtype=dtype, plain=plain) for p, (dims, dtype) in parts.items()
             }

@@ -266,7 +266,7 @@ class Engine:
             wide.copy_(weight if masters is None and self.spec.train else value)
         if masters is None:
             return
-        if sharding.zero or name not in self.table.offsets:  # the others' parts too
+        if sharding.zero or name not in self.table.offsets:  # also the parts whose masters other ranks have
             for where, _ in _chunks([(slice(0, weight.numel()), slice(0, weight.numel()))]):
                 round_weights(weight[where], value[where].to(self.device, torch.float32))
         for where, at in _chunks(sharding.within(name, sharding.held())):

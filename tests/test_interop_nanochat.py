@@ -292,7 +292,7 @@ import sys
 sys.modules["daybreak"] = None  # an import of it fails
 import torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained("elsewhere", trust_remote_code=True)
-tokenizer = transformers.AutoTokenizer.from_pretrained("elsewhere")
+tokenizer = transformers.AutoTokenizer.from_pretrained("elsewhere", trust_remote_code=True)
 ids = tokenizer("<|endoftext|>some text", return_tensors="pt")["input_ids"]
 with torch.no_grad():
     torch.save((ids, model(ids).logits), "logits.pt")

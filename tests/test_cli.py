@@ -185,6 +185,8 @@ ERRORS: list[tuple[str, int, str]] = [
      "foreign/book_train_000000.bin is not a GPT-2 token shard: magic number 0 instead of 20240520."),
     ("eval", 2, "Missing argument 'RUN|HF-DIR'; see daybreak eval --help."),
     ("eval runs/old", 2, "eval needs --tasks A,B or --leaderboard, --hellaswag FILE, --data NAME, or several of them."),
+    ("eval runs/old --tasks ,", 2,
+     "eval needs --tasks A,B or --leaderboard, --hellaswag FILE, --data NAME, or several of them."),
     ("eval runs/old --limit 0", 2,
      "Invalid value for '--limit': 0 is not in the range x>=1; see daybreak eval --help."),
     *((f"{verb} runs/new/checkpoints/step-00000100{more}", 2,

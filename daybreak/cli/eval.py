@@ -54,7 +54,7 @@ def evaluate(
       daybreak eval runs/mine --tasks core --data-files eval_bundle
     """
     own = hellaswag is not None or data is not None
-    if (chosen := (tasks is not None) + leaderboard) > 1 or not (chosen or own):
+    if (chosen := bool((tasks or "").strip(" ,")) + leaderboard) > 1 or not (chosen or own):
         raise ConfigError("eval needs --tasks A,B or --leaderboard, --hellaswag FILE, --data NAME, or several of them.")
     path, folder = Path(target), Path(data_files) if data_files else None
     from_run = is_run(path)

@@ -125,8 +125,8 @@ def named(data: DataConfig, name: str) -> DataConfig:
 
 def open_sets(data: DataConfig, prefer: str = "", give: str = "") -> list[Dataset]:
     """The data set(s) of a configuration. prefer, give: see `open_dataset`. ConfigError, DataError."""
-    d = data
-    return [open_dataset(name, d.dir, d.train, d.val, d.tokenizer, prefer, give) for name in names_of(d)]
+    globs = data.train, data.val
+    return [open_dataset(name, data.dir, *globs, data.tokenizer, prefer, give) for name in names_of(data)]
 
 
 def packed_rows(data: DataConfig, prefer: str = "", give: str = "") -> int:

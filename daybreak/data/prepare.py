@@ -189,8 +189,8 @@ def _prepare_chats(
             log.warning("%s: skipped %s", name, source.faults)
         for file, text in kept.items():
             write_atomic(folder / file, text)
-        s = source
-        return finish(folder, name, encoder.tokenizer, s.origin, s.revision, s.licence, train, val, encoder.T)
+        origin = source.origin, source.revision, source.licence
+        return finish(folder, name, encoder.tokenizer, *origin, train, val, encoder.T)
 
 
 def _announce(source: TextSource, folder: Path, tokenizer: Tokenizer) -> None:

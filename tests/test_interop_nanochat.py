@@ -80,13 +80,13 @@ def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run runs/nano, which was trained here, and its exports fp32 and bf16."""
+    """A folder with the run runs/nano, which was trained here, and its exports fp32, bf16 and fp16."""
     made = tmp_path_factory.mktemp("nano")
     write_shard(made / "x_train_000000.bin", markov(4800, 1))
     write_shard(made / "x_val_000000.bin", markov(600, 3))
     (made / "nano.toml").write_text(RECIPE)
     inside(made, "train", "nano.toml", "--quiet")
-    for dtype in ("fp32", "bf16"):
+    for dtype in ("fp32", "bf16", "fp16"):
         inside(made, "export", "runs/nano", "--to", "hf", dtype, "--dtype", dtype)
     return made
 
@@ -163,7 +163,7 @@ def test_scalars_of_a_run_in_bf16_are_exact(folder: Path, tmp_path: Path) -> Non
     assert engine.spec.compute == "bf16"
     scalars = [torch.cat([engine.frame.wide[f"h.{l}.{name}"] for l in range(L)]) for name in ("resid", "x0")]
     scalars += [engine.frame.wide[name] for name in ("smear", "backout")]
-    for dtype in ("fp32", "bf16"):
+    for dtype in ("fp32", "bf16", "fp16"):
         inside(tmp_path, "export", "runs/nano", "--to", "hf", dtype, "--dtype", dtype)
         got, model = load_file(tmp_path / dtype / "model.safetensors"), theirs(tmp_path / dtype)
         for key, want in zip(SCALARS, scalars, strict=True):
@@ -188,9 +188,10 @@ def test_the_tensors_are_nanochats(folder: Path) -> None:
     for i, x in enumerate("qkv"):
         rows = ours["h.2.qkvw"][i * C : (i + 1) * C]
         assert torch.equal(got[f"transformer.h.2.attn.c_{x}.weight"], rows if x == "v" else rows * signs)
-    low = load_file(folder / "bf16/model.safetensors")
-    for name, x in got.items():
-        assert torch.equal(low[name], x if name in SCALARS else x.to(torch.bfloat16)), name
+    for file, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        low = load_file(folder / file / "model.safetensors")
+        for name, x in got.items():
+            assert torch.equal(low[name], x if name in SCALARS else x.to(dtype)), (file, name)
     assert (folder / "fp32/modeling_nanochat.py").read_bytes() == CODE.read_bytes()
 
 

@@ -165,36 +165,41 @@ def test_the_verdict_on_the_committed_losses(
     """It is that of the runs that the CSV is of, and its means are those of the pages and of the log beside it."""
     fp8_loss = importlib.import_module("fp8_loss")
     results, said = ROOT / "bench/results", {}
-    for name in ("fp8_loss_h200", "fp8_loss_qwen_h200", "lora_fp8_loss_h200"):
+    for name in ("h200", "d48_h200", "qwen_h200", "qwen_seed_2_h200", "lora"):
+        name = "lora_fp8_loss_h200" if name == "lora" else f"fp8_loss_{name}"
         monkeypatch.setattr("sys.argv", ["fp8_loss.py", str(results / f"{name}.csv")])
         with pytest.raises(SystemExit):
             fp8_loss.main()
-        training, validation = capsys.readouterr().out.splitlines()
-        said[name] = [re.findall(r"(?:bf16|control|fp8) ([\d.]+)", line) for line in (training, validation)]
+        said[name] = [
+            re.findall(r"(?:bf16|control|fp8) ([\d.]+)", line) for line in capsys.readouterr().out.splitlines()
+        ]
     (bf16, control, fp8), ends = said["fp8_loss_h200"]
     log, page = (results / "fp8_h200.txt").read_text(), (ROOT / "docs/benchmarks.md").read_text()
     assert f"last 76 steps {control} (bf16 with B = 16 {bf16}); validation at the end {ends[1]} ({ends[0]})" in log
     assert f"validation loss of {ends[2]} beside {ends[0]} (7057a97), and bf16 with B = 8 with {ends[1]}" in page
     assert f"are {fp8}, {bf16} and {control}." in page
-    tuning = (ROOT / "docs/tuning.md").read_text()
-    assert f"| {float(ends[0]):.3f} | {float(ends[1]):.3f} | {float(ends[2]):.3f} |" in tuning
-    (bf16, control, fp8), ends = said["fp8_loss_qwen_h200"]
-    assert f"{ends[2]} beside {ends[0]} and {ends[1]}, last 30 training losses {fp8}, {bf16} and {control}." in page
-    assert f"| {float(ends[0]):.3f} | {float(ends[1]):.3f} | {float(ends[2]):.3f} |" in tuning
-    with (results / "fp8_loss_qwen_seed_2_h200.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    bf16, fp8 = (statistics.mean(float(row[f"{name} training"]) for row in rows[-30:]) for name in ("bf16", "fp8"))
-    end = [float(rows[-1][f"{name} validation"]) for name in ("bf16", "fp8")]
-    assert f"{end[1]:.4f} beside {end[0]:.4f}, and {fp8:.4f} beside {bf16:.4f}." in page
-    assert f"| {end[0]:.3f} | not run | {end[1]:.3f} | {end[1] - end[0]:.3f} |" in tuning
-    first, said_first = said["fp8_loss_qwen_h200"]
-    both = [(y - x + float(of[2]) - float(of[0])) / 2 for (x, y), of in ((end, said_first), ((bf16, fp8), first))]
-    words = f"mean is {both[0]:.3f} for validation and {both[1]:.3f} for the last training losses"
-    assert words in " ".join(tuning.split())
+    tuning = " ".join((ROOT / "docs/tuning.md").read_text().split())
+    for name, last in (("qwen_h200", 30), ("qwen_seed_2_h200", 30), ("d48_h200", 122)):
+        (bf16, control, fp8), ends = said[f"fp8_loss_{name}"]
+        words = f"{ends[2]} beside {ends[0]} and {ends[1]}, last {last} training losses {fp8}, {bf16} and {control}"
+        assert words in page, name
+    for a, b, c in ([float(x) for x in said[name][1]] for name in said if name.startswith("fp8")):
+        assert f"| {a:.3f} | {b:.3f} | {c:.3f} | {c - a:+.3f} |" in tuning
+    both = [said[f"fp8_loss_{name}"] for name in ("qwen_h200", "qwen_seed_2_h200")]
+    mean = [statistics.mean(float(of[i][2]) - float(of[i][0]) for of in both) for i in (1, 0)]
+    assert f"mean is {mean[0]:.3f} for validation and {mean[1]:.3f} for the last training losses" in tuning
+    train = [of for of, _ in fp8_loss.written(results / "fp8_loss_d48_h200.csv")]
+    means = [[statistics.mean(of[s] for s in range(i - 121, i + 1)) for of in train] for i in range(732, 1221, 122)]
+    apart = [fp8 - bf16 for bf16, _, fp8 in means]
+    assert f"fp8 stays {min(apart):.3f} to {max(apart):.3f} above bf16" in tuning
+    assert f"falls by {means[0][0] - means[-1][0]:.1f}" in tuning
+    both = [fp8_loss.gaps(*map(float, of)) for of in said["fp8_loss_d48_h200"]]
+    words = "{:.3f} in training loss where {:.3f} is allowed, and {:.3f} in validation where {:.3f} is"
+    assert words.format(*both[0][1:], *both[1][1:]) in tuning
     with (results / "fp8_loss_small_cpu.csv").open(newline="") as file:
         apart = [float(row["fp8 validation"]) - float(row["bf16 validation"]) for row in csv.DictReader(file)]
     words = f"is {sum(apart) / 8:.3f} higher on average, and single ones differ by up to {max(map(abs, apart)):.3f}"
-    assert words in " ".join(tuning.split())
+    assert words in tuning
     log = (results / "finetune_h200.txt").read_text()
     for name, loss, end in zip(("bf16", "control", "fp8"), *said["lora_fp8_loss_h200"], strict=True):
         assert re.search(rf"^{name}: +training {loss}, validation .* {end}$", log, re.MULTILINE), name

@@ -4,7 +4,8 @@
 #   bench/gpu_smoke.sh [SECTION ...]     all sections by default, 2 to 8 minutes each:
 #       machine post verbs decoder families fp8 muon nanochat images finetune speedrun ranks fences
 #
-# It needs no network and no data: it trains on the Python standard library. PYTHON names the interpreter (python3).
+# It needs the packages of `pip install -e '.[gpu,dev]'`, but no network and no data: it trains on the Python standard
+# library. PYTHON names the interpreter (python3).
 # Each step prints one line, `ok NAME SECONDS` or `FAILED NAME` with the end of its output; each section ends with
 # `SECTION: N of M ok`. The exit status is 0 when all are ok. SMOKE=cpu runs the same on a CPU with toy shapes, to try
 # this script itself; RANKS=2 then gives the section ranks two processes. The steps and their outputs stay in the folder
@@ -135,9 +136,9 @@ section_decoder() { # Llama's family: from scratch, killed, scored, exported, im
 
 section_families() { # one model of each kind, made by transformers
   data
-  [ -d e-hf ] || step "a tokenizer to share" "daybreak train $decoder $flags --name e --steps 4 && daybreak export runs/e --to hf e-hf"
+  step "a tokenizer to share" "daybreak train $decoder $flags --name ids --steps 4 && daybreak export runs/ids --to hf ids-hf"
   for kind in llama mistral qwen2 qwen3 smollm3 gemma3_text; do
-    step "import $kind made by transformers" "$checks made $kind e-hf $kind-hf && daybreak import $kind-hf --name $kind"
+    step "import $kind made by transformers" "$checks made $kind ids-hf $kind-hf && daybreak import $kind-hf --name $kind"
     step "$kind: equal logits" "$checks logits $kind $kind-hf"
     step "$kind: train" "daybreak train d12 --init-from $kind-hf $flags --steps 2 --name $kind-2 --batch.B 2 \
       \$($checks shape $kind)"
@@ -239,18 +240,18 @@ section_nanochat() { # nanochat's family: Muon, and its own groups of parameters
   data
   local run="$nano $flags --model.V 50257 $muon --checkpoint.every 2 --eval.every 4"
   [ "${SMOKE:-gpu}" = cpu ] && run="$run --eval.tokens 1024"
-  step "train nanochat's family" "daybreak train $run --name n --steps 8"
-  step "killed" "daybreak train $run --name nk --steps 8 & $checks kill nk 4 \$!"
-  step "resume" "daybreak train runs/nk"
-  step "equal losses and weights after the kill" "$checks same n nk"
-  step "recompute 2" "daybreak train $run --name n2 --steps 8 --batch.recompute 2"
-  step "equal bits with recompute 2" "$checks same n n2"
-  step "sample" "daybreak sample runs/n --prompt 'def main' --tokens 32 -n 2"
-  step "eval" "daybreak eval runs/n --hellaswag dev/data/hellaswag/hellaswag_val.bin --data text"
-  step "export to Hugging Face" "daybreak export runs/n --to hf n-hf"
-  step "equal logits in transformers" "$checks logits n n-hf"
-  step "import from Hugging Face" "daybreak import n-hf --name n-from-hf"
-  step "in fp8" "daybreak train $run --name n8 --steps 4 --precision.compute fp8"
+  step "train nanochat's family" "daybreak train $run --name nc --steps 8"
+  step "killed" "daybreak train $run --name nck --steps 8 & $checks kill nck 4 \$!"
+  step "resume" "daybreak train runs/nck"
+  step "equal losses and weights after the kill" "$checks same nc nck"
+  step "recompute 2" "daybreak train $run --name nc2 --steps 8 --batch.recompute 2"
+  step "equal bits with recompute 2" "$checks same nc nc2"
+  step "sample" "daybreak sample runs/nc --prompt 'def main' --tokens 32 -n 2"
+  step "eval" "daybreak eval runs/nc --hellaswag dev/data/hellaswag/hellaswag_val.bin --data text"
+  step "export to Hugging Face" "daybreak export runs/nc --to hf nc-hf"
+  step "equal logits in transformers" "$checks logits nc nc-hf"
+  step "import from Hugging Face" "daybreak import nc-hf --name from-nc"
+  step "in fp8" "daybreak train $run --name nc8 --steps 4 --precision.compute fp8"
   step "a vocabulary of the text" "daybreak prepare stdlib --name own --train-tokenizer 2048"
   local fitted="${run/--data text/--data own} --model.V 2048 --data.best_fit true"
   step "rows of whole documents" "daybreak train $fitted --name nb --steps 8"
@@ -280,11 +281,11 @@ section_ranks() { # every kind of run on all GPUs of this machine
     $shape $flags --name all --steps 12 --batch.total_tokens $total --parallel.zero 1"
   step "close losses" "$checks near one all"
   [ "$ranks" = 1 ] && return
-  [ -d runs/base ] || step "a model to finetune" "daybreak train $decoder $flags --name base --steps 4"
+  step "a model to finetune" "daybreak train $decoder $flags --name start --steps 4"
   for zero in 0 1 2; do
     local all="$flags $few --parallel.zero $zero --batch.total_tokens $total"
     step "fp8, ZeRO $zero" "$run train $shape $all --precision.compute fp8 --batch.recompute 2 --name z$zero"
-    step "LoRA, ZeRO $zero" "$run finetune runs/base $all --name lz$zero"
+    step "LoRA, ZeRO $zero" "$run finetune runs/start $all --name lz$zero"
     step "Muon, ZeRO $zero" "$run train $shape $all --optim.name muon --optim.muon_warmup 4 --name mz$zero"
     step "nanochat, ZeRO $zero" "$run train $nano $flags --model.V 50257 $muon --steps 4 --parallel.zero $zero \
       --batch.total_tokens $half --name nz$zero"

@@ -222,12 +222,19 @@ def answers(log: str, process: str) -> None:
     _end(process)
 
 
+def _openai(url: str, process: str) -> Any:
+    """OpenAI's client of the server with this address. Where the package is missing, the server is ended too."""
+    try:
+        from openai import OpenAI
+    except ModuleNotFoundError:
+        _end(process)
+        sys.exit("this step needs OpenAI's client: pip install openai")
+    return OpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1", api_key="none")
+
+
 def client(log: str, process: str) -> None:
     """OpenAI's client gets a completion, a stream and log-probabilities."""
-    from openai import OpenAI
-
-    url = _address(log, process)
-    api = OpenAI(base_url=url if url.endswith("/v1") else url.rstrip("/") + "/v1", api_key="none")
+    api = _openai(_address(log, process), process)
     model = api.models.list().data[0].id
     asked: dict[str, Any] = {"model": model, "prompt": "def main", "max_tokens": 16, "temperature": 0}
     whole = api.completions.create(**asked, logprobs=2).choices[0]
@@ -260,11 +267,8 @@ def dialogues(model: str) -> None:
 def talk(run: str, log: str, process: str) -> None:
     """Chats by OpenAI's client, whole and streamed, and through a pipe to `daybreak chat` are the same answers. Most of
     them are those that the run has learned."""
-    from openai import OpenAI
-
-    losses = [r["loss"] for r in records(run, "step")]
-    url, right = _address(log, process), 0
-    api = OpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1", api_key="none")
+    losses, right = [r["loss"] for r in records(run, "step")], 0
+    api = _openai(_address(log, process), process)
     piped = subprocess.run(["daybreak", "chat", f"runs/{run}", "--temperature", "0", "--tokens", "32"], text=True,
                            input="\n/reset\n".join(FACTS), stdout=subprocess.PIPE, check=True).stdout  # fmt: skip
     for (question, answer), said in zip(FACTS.items(), piped.splitlines(), strict=True):

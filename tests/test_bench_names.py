@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,20 @@ def test_names_that_do_not_exist_are_found(tmp_path: Path) -> None:
         "def main():\n    from timing import A, B, C, median\n    from numpy import nothing\n"
     )
     assert missing(tmp_path / "program.py") == ["daybreak.report.bench.PRODUCTS", "timing.C"]
+
+
+def test_each_section_of_the_smoke_test_has_runs_of_its_own() -> None:
+    """All sections share one folder, so two that name the same run would fail, or compare the run of the other."""
+    text = (ROOT / "bench/gpu_smoke.sh").read_text()
+    parts = re.split(r"^section_(\w+)\(\) \{", text, flags=re.MULTILINE)
+    made: dict[str, str] = {}
+    for section, body in zip(parts[1::2], parts[2::2], strict=True):
+        body = body.split("\n}\n")[0]
+        own = set(re.findall(r"--name ([\w$-]+)", body))
+        assert not own & set(made), f"{section} and {made[min(own & set(made))]} both make {own & set(made)}"
+        made |= dict.fromkeys(own, section)
+        assert set(re.findall(r"\bruns/([\w$-]+)", body)) <= own, section
+        assert {run for pair in re.findall(r"\$checks (?:same|near) (\S+) ([\w$-]+)", body) for run in pair} <= own, (
+            section
+        )
+    assert len(made) > 40

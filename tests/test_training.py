@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -24,7 +25,9 @@ from daybreak.config import Config
 from daybreak.errors import ConfigError
 from daybreak.files import HOLDER
 from daybreak.manifest import checksum
-from daybreak.state.checkpoint import load_checkpoint
+from daybreak.state import saver
+from daybreak.state.checkpoint import load_checkpoint, save_checkpoint
+from daybreak.state.metrics import MetricsWriter
 from daybreak.state.run_folder import RunFolder
 from daybreak.state.throughput import Throughput
 from daybreak.training import loop
@@ -250,6 +253,39 @@ def test_fork_and_init_from(shards: Path, tmp_path: Path) -> None:
     init = daybreak.train(config(shards, tmp_path, "init", run__steps=3), init_from=first.path)
     assert init.metrics("val")[0]["loss"] == first.metrics("val")[-1]["loss"]
     assert [r["step"] for r in init.metrics("step")] == [1, 2, 3]
+
+
+def test_records_that_cannot_be_flushed_cost_one_save(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush, calls = MetricsWriter.sync, list[int]()
+
+    def sync(self: MetricsWriter) -> None:
+        calls.append(0)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        flush(self)
+
+    monkeypatch.setattr(MetricsWriter, "sync", sync)
+    run = daybreak.train(config(shards, tmp_path, "r", run__steps=6, checkpoint__every=2, checkpoint__keep=0))
+    assert [path.name for path in run.checkpoints] == ["step-00000006", "step-00000002"]
+    (event,) = [r for r in run.metrics("event") if r["what"] == "save_failed"]
+    said = "the save of step 4 could not begin (Input/output error); free space or repair the disk."
+    assert event["detail"] == said
+
+
+def test_a_folder_that_is_renamed_as_a_save_ends(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_and_rename(*given: Any) -> Path:
+        path = save_checkpoint(*given)
+        if path.name == "step-00000002":
+            (tmp_path / "old").rename(tmp_path / "new")
+        return path
+
+    monkeypatch.setattr(saver, "save_checkpoint", save_and_rename)
+    run = daybreak.train(config(shards, tmp_path, "old", run__steps=6, checkpoint__every=2, checkpoint__keep=0))
+    assert run.path == tmp_path / "new"
+    assert [path.name for path in run.checkpoints] == [f"step-{step:08d}" for step in (6, 4, 2)]
+    assert [r["step"] for r in run.metrics("checkpoint")] == [2, 4, 6]
 
 
 def test_norms_and_profile(shards: Path, tmp_path: Path) -> None:

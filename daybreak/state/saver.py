@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daybreak.config import Config
-from daybreak.errors import Error
+from daybreak.errors import Error, explained
 from daybreak.parallel import ALONE, Group
 from daybreak.state.checkpoint import Snapshot, prune_checkpoints, save_checkpoint
 from daybreak.state.run_folder import RunFolder
@@ -84,11 +84,11 @@ class Saver:
             self._future.set_exception(error)
 
     def _write(self, snap: Snapshot, tokens: int, began: float, stall: float) -> Saved:
-        if self.group.rank == 0:
-            self.before()
-        path = self._save(snap)
-        nbytes = sum(file.stat().st_size for file in path.iterdir())
+        with explained(Error, f"the save of step {snap.step} could not begin", "free space or repair the disk"):
+            self.group.first(self.before)
+        path, nbytes = self._save(snap), 0
         try:
+            nbytes = sum(file.stat().st_size for file in path.iterdir())
             if self.group.rank == 0:
                 prune_checkpoints(path.parent, self.keep, self.major, "size", self.folder.id)
         except OSError as error:  # the new one is safe

@@ -144,6 +144,10 @@ def test_a_run_draws_held_out_captions_and_tells_text_and_pictures_apart(
             assert np.array_equal(np.asarray(file), wanted)
     assert [record["step"] for record in vals] == [0, 2, 4]
     assert not run.metrics("sample")
+    records = run.folder.metrics.read_bytes()
+    assert main(["train", "runs/drawn"]) == 0
+    assert "nothing to do: runs/drawn has made its 4 steps" in capsys.readouterr().err
+    assert run.folder.metrics.read_bytes() == records
     assert main(["eval", "runs/drawn", "--data", "set-bytes", "--json"]) == 0
     found = {score["metric"]: score["value"] for score in json.loads(capsys.readouterr().out)}
     assert found["nats per text token"] == pytest.approx(vals[-1]["text_loss"], rel=1e-6)

@@ -59,8 +59,8 @@ def finished_at(run: Run, steps: int) -> int:
         newest = run.checkpoint()
     except CheckpointError:
         return 0  # whoever resumes it is told
-    last = "sample" if run.config.eval.sample_tokens else "val"
-    return newest.step if newest.step >= steps and any(r["step"] == newest.step for r in run.metrics(last)) else 0
+    last = ("sample", "image") if run.config.eval.sample_tokens else ("val",)  # a model of pictures draws some
+    return max((r["step"] for r in run.metrics() if r["kind"] in last and r["step"] == newest.step >= steps), default=0)
 
 
 def nothing_to_do(run: Run, config: Config, at: int) -> str:

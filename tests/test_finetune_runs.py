@@ -23,6 +23,7 @@ from daybreak.engine import Engine, EngineSpec
 from daybreak.engine.passes import plan_engine
 from daybreak.errors import ConfigError
 from daybreak.interop import open_source
+from daybreak.interop.source import came_from
 from daybreak.models.adapters import is_adapter
 from daybreak.parallel import ALONE, Group, connect
 from daybreak.shapes import parse_shape
@@ -119,6 +120,11 @@ def test_killed_before_it_saved_its_weights(home: Path) -> None:
     said = inside(home, "train", "runs/killed", "--quiet", code=2).stderr
     assert "runs/killed has not saved the weights that it was to begin with" in said
     assert "remove runs/killed and start it again" in said
+
+
+def test_a_fork_s_adapters_are_of_the_same_model(home: Path) -> None:
+    inside(home, "train", "runs/a", "--fork", "forked", "--steps", "7", "--optim.horizon", "7", "--quiet")
+    assert came_from(home / "runs/forked") == came_from(home / "runs/a") != ""
 
 
 @pytest.mark.parametrize(

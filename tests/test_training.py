@@ -255,6 +255,36 @@ def test_fork_and_init_from(shards: Path, tmp_path: Path) -> None:
     assert [r["step"] for r in init.metrics("step")] == [1, 2, 3]
 
 
+def test_a_fork_that_was_killed_before_it_saved_its_weights(shards: Path, tmp_path: Path) -> None:
+    """Resumed as an ordinary run, it would go on from random weights."""
+    first = daybreak.train(config(shards, tmp_path, "first", run__steps=2, optim__horizon=4))
+    fork = daybreak.train(first.config.override({"run.name": "fork", "run.steps": 4}), fork_from=first.path)
+    shutil.rmtree(fork.folder.checkpoints)
+    with pytest.raises(ConfigError, match="fork has not saved the weights that it was to begin with"):
+        daybreak.train(fork.config, resume=fork.path)
+
+
+def test_a_stop_before_the_first_update_says_how_to_go_on(shards: Path, tmp_path: Path) -> None:
+    """What resumes a run with random weights is refused for one that was given weights and has not saved them."""
+    first = daybreak.train(config(shards, tmp_path, "first", run__steps=2, optim__horizon=4))
+
+    class Early(Stop):
+        """A signal comes while the model is loaded."""
+
+        def check(self) -> None:
+            self.reason = "stopped by SIGTERM" if (tmp_path / name / "config.toml").is_file() else ""
+            super().check()
+
+    for name, given, way in (
+        ("new", {}, f"resume with: daybreak train {tmp_path}/new"),
+        ("init", {"init_from": first.path}, f"remove {tmp_path}/init and start it again"),
+        ("fork", {"fork_from": first.path}, f"remove {tmp_path}/fork and start it again"),
+    ):
+        with pytest.raises(daybreak.Error) as error:
+            daybreak.train(first.config.override({"run.name": name, "run.steps": 4}), stop=Early(), **given)
+        assert str(error.value) == f"stopped by SIGTERM before the first update; {way}."
+
+
 def test_records_that_cannot_be_flushed_cost_one_save(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

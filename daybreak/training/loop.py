@@ -51,7 +51,7 @@ from daybreak.state.run_folder import RunFolder
 from daybreak.state.saver import Saver
 from daybreak.state.throughput import Throughput
 from daybreak.training.display import Display, make_display, say, working
-from daybreak.training.origin import check_rate, finished_at, fork_of, nothing_to_do, say_origin, weights_of
+from daybreak.training.origin import check_rate, finished_at, fork_of, nothing_to_do, say_origin, way_on, weights_of
 from daybreak.training.profile import Profiler
 from daybreak.training.samples import sampled
 from daybreak.training.schedule import learning_rate
@@ -140,7 +140,7 @@ def _train(
         code, reason = 0, "done"
         return setup.run
     except Interrupted as stopped:  # before the first update, with nothing to save
-        again = f"; resume with: {stop.group.again(folder.path)}" if folder is not None else ""
+        again = "" if folder is None else way_on(folder.path, fork or init, stop.group.again(folder.path))
         ended = Stopped(f"{stopped} before the first update{again}.")
         code, reason, ended.elsewhere = ended.exit_code, str(stopped), not stop.group.speaks
         raise ended from None

@@ -10,7 +10,7 @@ from daybreak.config_keys import toml_value
 from daybreak.errors import CheckpointError, ConfigError
 from daybreak.formatting import quoted, several
 from daybreak.interop import open_source
-from daybreak.manifest import checkpoint_step, is_run
+from daybreak.manifest import checkpoint_step, is_run, published
 from daybreak.shapes import Shape
 from daybreak.state.checkpoint import Checkpoint
 from daybreak.state.merged import Merged
@@ -61,6 +61,13 @@ def finished_at(run: Run, steps: int) -> int:
         return 0  # whoever resumes it is told
     last = ("sample", "image") if run.config.eval.sample_tokens else ("val",)  # a model of pictures draws some
     return max((r["step"] for r in run.metrics() if r["kind"] in last and r["step"] == newest.step >= steps), default=0)
+
+
+def way_on(run: Path, given: Weights | None, again: str) -> str:
+    """What to do about a run that was stopped before its first update, as the end of a sentence. given: the weights
+    that it begins with. again: the command that resumes it."""
+    unsaved = given is not None and not published(run / "checkpoints")
+    return f"; remove {run} and start it again" if unsaved else f"; resume with: {again}"
 
 
 def nothing_to_do(run: Run, config: Config, at: int) -> str:

@@ -54,6 +54,7 @@ from daybreak.evaluate.multiple_choice import Example, load_examples
 from daybreak.files import write_atomic
 from daybreak.formatting import several
 from daybreak.images.prepare import prepare_images
+from daybreak.interop.source import came_from
 from daybreak.manifest import kept_files, published, run_id
 from daybreak.parallel import Check, Group, agent
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint
@@ -186,8 +187,10 @@ def open_run(
             folder.create()
         old, given = published(folder.checkpoints), folder.path / ORIGIN
         folder.keep_agents(agents)  # before config.toml, so that every run has it, as the next one
-        if init is not None:
-            write_atomic(given, json.dumps({"from": str(init.path)}) + "\n")
+        if (start := fork or init) is not None:
+            # The adapters of a fork belong to the same model as those that it begins with.
+            model = came_from(fork.path.parents[1]) if fork and fork.lora.rank else ""
+            write_atomic(given, json.dumps({"from": model or str(start.path)}) + "\n")
         elif given.is_file() and not old:  # it was killed before it saved them
             fix = f"remove {folder.path} and start it again, as it was started before"
             raise ConfigError(f"{folder.path} has not saved the weights that it was to begin with ({given}); {fix}.")

@@ -223,11 +223,10 @@ def figures(p: Plan) -> list[tuple[str, str, str]]:
         rows.append(("cost", f"${p.hours * c.cost.price:,.2f}", f"as the time; {rate}"))
     elif c.cost.price:
         rows.append(("cost", na, "no time"))
-    data = _data_on_disk(p) or (na, no_time)
-    n, (first, two) = checkpoints_kept(c), (checkpoint_bytes(p.arena, p.parameters, i) for i in (1, 2))
+    n, (first, two) = checkpoints_kept(c), (checkpoint_bytes(p.arena, i) for i in (1, 2))
     each = f"{n} x {disk(two - first)}" + (f" and the base, {disk(2 * first - two)}" if two < 2 * first else "")
     saved = (disk(first + (n - 1) * (two - first)), f"counted: {each}, one of them being written")
-    rows += [("disk: data", *data), ("disk: checkpoints", *saved)]
+    rows += [("disk: data", *(_data_on_disk(p) or (na, no_time))), ("disk: checkpoints", *saved)]
     rows += [
         ("step", f"{step:,} tokens: {several(p.micro_steps, 'micro-step')} of B {c.batch.B} x T {c.T} on {p.gpus} x "
          f"{p.gpu or p.device}, {p.flops_per_token * step:.3g} FLOPs", "counted"),

@@ -72,13 +72,16 @@ def staged_bytes(arena: Arena) -> int:
     return weights + sum(e.nbytes for e in arena.entries if e.saved)
 
 
-def checkpoint_bytes(arena: Arena, parameters: int, number: int = 1) -> int:
-    """Bytes of a number of checkpoints: weights in fp32 (bf16 where no masters are kept) and the optimizer's moments.
+def checkpoint_bytes(arena: Arena, number: int = 1) -> int:
+    """Bytes of a number of checkpoints: weights in fp32 (bf16 where no masters are kept) and the optimizers' state.
     They share what is frozen (checkpoint.py)."""
-    moments = sum(e.dtype.itemsize for e in arena.entries if e.saved == "ranges")
-    frozen = [e for e in arena.entries if e.buffer == "frozen"]  # which have no moments
-    trained = parameters - sum(row.numel for row in arena.sharding.table.frozen)
-    return number * trained * (exact_weights(arena).itemsize + moments) + sum(e.nbytes for e in frozen)
+    table, kept = arena.sharding.table, exact_weights(arena)
+    moments = sum(e.dtype.itemsize for e in arena.entries if e.saved == "ranges")  # of an element that is updated alone
+    whole = [(span.group.optimizer, table.rows[name]) for span in table.spans for name, _, _ in span.parts if name]
+    state = sum(math.prod(o.shape(key, row)) for o, row in whole for key in o.state) * acc_dtype(kept).itemsize
+    trained = sum(row.numel for row in table.rows.values() if row.trainable)
+    each = trained * (kept.itemsize + moments) - moments * sum(row.numel for _, row in whole) + state
+    return number * each + sum(e.nbytes for e in arena.entries if e.buffer == "frozen")
 
 
 def checkpoints_kept(config: Config) -> int:
@@ -91,7 +94,7 @@ def checkpoints_kept(config: Config) -> int:
 def warn_of_disk(folder: Path, config: Config, arena: Arena) -> None:
     """A warning if the disk of the run's `folder` has no room for all its checkpoints. Quotas are not seen."""
     held = {(s := path.stat()).st_ino: s.st_size for path in folder.glob("checkpoints/step-*/*")}
-    needed = checkpoint_bytes(arena, arena.sharding.table.num_parameters, checkpoints_kept(config)) - sum(held.values())
+    needed = checkpoint_bytes(arena, checkpoints_kept(config)) - sum(held.values())
     if (free := free_bytes(folder)) is not None and free < needed:
         said = f"the checkpoints of {folder} need {disk(needed)}, which is {disk(needed - free)} more"
         log.warning("%s than its disk has free; free space, lower checkpoint.keep, or give another --run.dir.", said)

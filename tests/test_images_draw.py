@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import ranks
 import torch
 from test_images_codec import blobs
 
+import daybreak
 from daybreak.cli.main import main
 from daybreak.data.tokenizer import Tokenizer, get_tokenizer
 from daybreak.engine import Engine
@@ -23,6 +27,7 @@ from daybreak.images.png import write_png
 from daybreak.images.prepare import prepare_images
 from daybreak.shapes import GPT2Config
 from daybreak.state.run import Run
+from daybreak.training import samples
 
 torch.set_num_threads(1)
 N, K, D = 9, 20, 24
@@ -154,6 +159,33 @@ def test_a_run_draws_held_out_captions_and_tells_text_and_pictures_apart(
     assert found["nats per image token"] == pytest.approx(vals[-1]["image_loss"], rel=1e-6)
     assert vals[0]["image_loss"] == pytest.approx(np.log(tokenizer.V), rel=0.05)
     assert vals[-1]["loss"] < vals[0]["loss"]
+
+
+@pytest.mark.parametrize("fault", ["full", "renamed"])
+def test_pictures_that_cannot_be_written_do_not_end_the_run(
+    fault: str, made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full for the second of eight pictures of step 2, or the folder has another name when they come."""
+    monkeypatch.chdir(made)
+    keys = {"run.name": fault, "checkpoint.background": False}
+    config, tried = Run("runs/drawn").config.override(keys), list[Path]()
+
+    def save(path: Path, pixels: Any) -> None:
+        tried.append(path)
+        if fault == "full" and len(tried) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_png(path, pixels)
+
+    def rename(checkpoint: Path) -> None:
+        if fault == "renamed" and checkpoint.name == "step-00000002":
+            Path("runs/renamed").rename("runs/other")
+
+    monkeypatch.setattr(samples, "write_png", save)
+    run = daybreak.train(config, on_save=rename)
+    assert [record["step"] for record in run.metrics("image")] == ([2] if fault == "full" else [2] * 8) + [4] * 8
+    assert all((run.path / record["path"]).is_file() for record in run.metrics("image"))
+    told = "runs/full/images could not be written (No space left on device)."
+    assert [told in caplog.messages, run.path.name] == [fault == "full", "full" if fault == "full" else "other"]
 
 
 def test_sample_writes_pictures(

@@ -131,7 +131,7 @@ class RunFolder:
         return "" if same else f"{code_in(was)} -> {code_in(now)}"
 
     @contextmanager
-    def _file(self, name: str) -> Iterator[Path]:
+    def writing(self, name: str) -> Iterator[Path]:
         """A file's path, for a block that may fail, with a warning: other things are said or saved nevertheless."""
         try:
             yield self.locate() / name
@@ -143,7 +143,7 @@ class RunFolder:
 
         free: only if no process trains the run, for a rank that writes it in the place of a dead one."""
         held = self.locked() if free else nullcontext()
-        with suppress(ConfigError), held, self._file(self.exit.name) as path:
+        with suppress(ConfigError), held, self.writing(self.exit.name) as path:
             said = {"code": code, "reason": reason, "t": time.time()} | ({"final": True} if final else {})
             write_atomic(path, json.dumps(said) + "\n")
 
@@ -195,7 +195,7 @@ class RunFolder:
 
     def _append(self, name: str, text: str) -> None:
         """Append to a file of the folder, if the disk lets us. Never through a symbolic link."""
-        with self._file(name) as path, open(path, "a", encoding="utf-8", opener=no_follow) as file:
+        with self.writing(name) as path, open(path, "a", encoding="utf-8", opener=no_follow) as file:
             file.write(text)
 
     def write_crash(self, text: str) -> None:

@@ -363,9 +363,9 @@ class Trainer:
         shown = sampled(self.setup)
         with self.display.working("generating a sample", shown.tokens, check) as task:
             if shown.pictures:
-                for caption, path in shown.draw(self.engine, self.step, task):
+                for caption, path in (drawn := shown.draw(self.engine, self.step, task)):
                     self.metrics.write("image", self.step, self.tokens, caption=caption, path=path)
-                self.display.note(f"step {self.step}: drew pictures into {self.run_folder.path / 'images'}")
+                self.display.note(f"step {self.step}: drew {len(drawn)} pictures in {self.run_folder.path / 'images'}")
                 return
             # At a stop of several ranks, of which only rank 0 samples, it keeps the text so far.
             text = shown.text(self.engine, task, lambda: self.group.world > 1 and bool(self.stop.reason))

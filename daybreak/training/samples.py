@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -47,16 +47,17 @@ class Sampled:
             texts.append(shown + "".join(takewhile(lambda _: not stopped(), pieces)))
         return "\n\n".join(texts)
 
-    def draw(self, engine: Engine, step: int, check: Callable[[], None]) -> Iterator[tuple[str, str]]:
-        """Draw the pictures into the run's folder: the caption and the file of each. `check` runs before each token."""
-        folder, tokenizer = self.setup.run.path, self.tokenizer
-        captions = [caption for caption, _ in self.prompts]
-        pixels = Codec.load(folder, tokenizer).decode(draw(engine, tokenizer, captions, self.how, check=check))
-        (folder / IMAGES).mkdir(exist_ok=True)
-        for i, caption in enumerate(captions):
-            path = f"{IMAGES}/step-{step:08d}-{i}.png"
-            write_png(folder / path, pixels[i])
-            yield caption, path
+    def draw(self, engine: Engine, step: int, check: Callable[[], None]) -> list[tuple[str, str]]:
+        """Draw the pictures into the run's folder, if the disk lets us: the caption and the file of each. `check` runs
+        before each token."""
+        drawn, captions = list[tuple[str, str]](), [caption for caption, _ in self.prompts]
+        codes = draw(engine, self.tokenizer, captions, self.how, check=check)
+        with self.setup.run.folder.writing(IMAGES) as folder:
+            folder.mkdir(exist_ok=True)
+            for i, picture in enumerate(Codec.load(folder.parent, self.tokenizer).decode(codes)):
+                write_png(folder / (name := f"step-{step:08d}-{i}.png"), picture)
+                drawn.append((captions[i], f"{IMAGES}/{name}"))
+        return drawn
 
 
 def sampled(setup: Setup) -> Sampled:

@@ -161,6 +161,16 @@ def test_a_run_draws_held_out_captions_and_tells_text_and_pictures_apart(
     assert vals[-1]["loss"] < vals[0]["loss"]
 
 
+def test_a_prompt_without_room_is_refused_at_the_start(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    words = [*json.loads(Path("words.json").read_text()), "long", "--steps", "2", "--eval.prompt", "x" * 99]
+    assert main(words) == 2
+    assert "the prompt has 99 tokens, and before a picture there is room for" in capsys.readouterr().err
+    assert not Run("runs/long").metrics()
+
+
 @pytest.mark.parametrize("fault", ["full", "renamed"])
 def test_pictures_that_cannot_be_written_do_not_end_the_run(
     fault: str, made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

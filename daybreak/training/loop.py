@@ -53,7 +53,7 @@ from daybreak.state.throughput import Throughput
 from daybreak.training.display import Display, make_display, say, working
 from daybreak.training.origin import check_rate, finished_at, fork_of, nothing_to_do, say_origin, way_on, weights_of
 from daybreak.training.profile import Profiler
-from daybreak.training.samples import sampled
+from daybreak.training.samples import Sampled, sampled
 from daybreak.training.schedule import learning_rate
 from daybreak.training.setup import Setup, check_data, open_run
 from daybreak.training.sinks import Sinks
@@ -181,6 +181,7 @@ class Trainer:
         self.on_save, self.group = on_save, setup.group
         self.chief = self.group.rank == 0  # rank 0 writes the files that a run has once
         c = self.config
+        self.shown = sampled(setup) if c.eval.sample_tokens else None  # now: it may refuse the prompt
         spec = engine_spec(c, setup.device)
         self.engine = Engine(spec, device=setup.device, seed=c.run.seed, init=not setup.continues, group=self.group)
         alone = self.group.world == 1  # several ranks save together, while training waits
@@ -289,8 +290,8 @@ class Trainer:
                         self._validate()
                     if score:
                         self._score()
-                    if sample and self.chief:
-                        self._sample()
+                    if sample and self.chief and self.shown is not None:
+                        self._sample(self.shown)
                     if save:
                         self._save(wait=last)
             if last:
@@ -358,14 +359,13 @@ class Trainer:
         right = f"{round(score.acc_norm * score.examples)}/{score.examples} = {score.acc_norm:f}"
         self.display.note(f"step {self.step}: HellaSwag: {right} (llm.c's acc_norm)")
 
-    def _sample(self) -> None:
+    def _sample(self, shown: Sampled) -> None:
         check = self.stop.check if self.group.world == 1 else lambda: None
-        shown = sampled(self.setup)
         with self.display.working("generating a sample", shown.tokens, check) as task:
             if shown.pictures:
                 for caption, path in (drawn := shown.draw(self.engine, self.step, task)):
                     self.metrics.write("image", self.step, self.tokens, caption=caption, path=path)
-                self.display.note(f"step {self.step}: drew {len(drawn)} pictures in {self.run_folder.path / 'images'}")
+                self.display.note(f"step {self.step}: new pictures in {self.run_folder.path / 'images'}: {len(drawn)}")
                 return
             # At a stop of several ranks, of which only rank 0 samples, it keeps the text so far.
             text = shown.text(self.engine, task, lambda: self.group.world > 1 and bool(self.stop.reason))

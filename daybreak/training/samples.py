@@ -17,7 +17,7 @@ from daybreak.engine import Engine
 from daybreak.errors import DataError
 from daybreak.generate import Sampling, open_document, sample_text
 from daybreak.images.codec import Codec
-from daybreak.images.draw import draw
+from daybreak.images.draw import draw, head
 from daybreak.images.png import write_png
 from daybreak.training.setup import Setup
 
@@ -61,12 +61,13 @@ class Sampled:
 
 
 def sampled(setup: Setup) -> Sampled:
-    """The samples of a run, by its data and eval.*. Raises DataError if a chat template refuses the prompt."""
+    """The samples of a run, by its data and eval.*. Raises DataError if a chat template refuses the prompt, and
+    ConfigError if a picture has no room for it."""
     e, tokenizer, pictures = setup.config.eval, setup.tokenizer, setup.tokenizer.pictures
     how = Sampling(e.sample_tokens, e.temperature, e.top_k, seed=SAMPLE_SEED)
     if pictures:
-        captions = [e.prompt] if e.prompt else _held_out(setup, pictures)
-        return Sampled(setup, tokenizer, how, pictures, [(c, ()) for c in captions], len(captions) * pictures.N)
+        shown = [(c, head(tokenizer, pictures, c)) for c in ([e.prompt] if e.prompt else _held_out(setup, pictures))]
+        return Sampled(setup, tokenizer, how, pictures, shown, len(shown) * pictures.N)
     prompts, template = sample_prompts(setup), Template.load(setup.run.path, tokenizer)
     if template is not None and setup.config.data.packed:
         tokenizer = template.ending(tokenizer)

@@ -430,6 +430,12 @@ def test_exit_and_samples(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["exit.json", "samples.txt"]
 
 
+def test_the_end_of_a_dead_rank_in_a_folder_that_is_gone_is_no_error(tmp_path):
+    """Another rank writes it before it raises its own error, which must not be hidden behind this one."""
+    RunFolder(tmp_path / "gone").write_exit(7, "rank 1 was silent", free=True)
+    assert not (tmp_path / "gone").exists()
+
+
 def test_write_atomic_keeps_the_old_text_when_the_new_cannot_be_written(tmp_path, monkeypatch):
     write_atomic(tmp_path / "x", "old")
 

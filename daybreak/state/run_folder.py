@@ -143,7 +143,7 @@ class RunFolder:
 
         free: only if no process trains the run, for a rank that writes it in the place of a dead one."""
         held = self.locked() if free else nullcontext()
-        with suppress(ConfigError), held, self.writing(self.exit.name) as path:
+        with suppress(ConfigError, OSError), held, self.writing(self.exit.name) as path:  # the folder may be gone
             said = {"code": code, "reason": reason, "t": time.time()} | ({"final": True} if final else {})
             write_atomic(path, json.dumps(said) + "\n")
 

@@ -8,7 +8,7 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from daybreak.errors import Hung
 from daybreak.state.run_folder import RunFolder
@@ -16,6 +16,19 @@ from daybreak.training.stop import to_stderr
 
 STEPS = 100  # the median is of this many
 ARMED = 5  # steps to see first: the first ones compile
+PATIENCE = 5.0  # seconds for each thing that is written at the end
+
+
+def _try(what: Callable[[], None]) -> None:
+    """Do what may fail or never return, as on a disk that hangs, in a thread of its own, and wait PATIENCE for it."""
+
+    def attempt() -> None:
+        with suppress(Exception):
+            what()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
 
 
 class Watchdog:
@@ -63,15 +76,10 @@ class Watchdog:
             f"nothing happened for {quiet:.1f} s, {quiet / median:.0f} times the median step (guard.hang_factor, "
             f"guard.hang_seconds); where every thread was is in {self.folder.crash}"
         )
-        try:
-            self.folder.append_stacks(reason)
-        finally:
-            self.folder.write_exit(Hung.exit_code, reason)
-            # In a thread of its own: a console that fails or never takes the line must not keep the process alive.
-            said = threading.Thread(target=to_stderr, args=(reason,), daemon=True)
-            said.start()
-            said.join(1.0)
-            os._exit(Hung.exit_code)  # the thread that hangs cannot be asked to
+        _try(lambda: self.folder.append_stacks(reason))
+        _try(lambda: self.folder.write_exit(Hung.exit_code, reason))
+        _try(lambda: to_stderr(reason))
+        os._exit(Hung.exit_code)  # the thread that hangs cannot be asked to
 
     def __enter__(self) -> Watchdog:
         self._thread.start()

@@ -11,7 +11,8 @@ reference computes in fp32 without TF32.
     fp8        as with precision.compute = fp8
     slow       fp8, and forward and input gradients add up in fp32 too. A CPU always does, so it leaves this one out
     e4m3       fp8 with gradients of activations in e4m3 and not e5m2, and with the room that activations have
-    ends       fp8 but for the first and the last block, which are in bf16 by a pattern of precision.fp8
+    first      fp8 but for the first block, which is in bf16 by a pattern of precision.fp8; so is the last one in `last`
+    ends       fp8 but for both
     weights    fp8 but for weight gradients, whose inputs are in bf16
     all        all rungs together
 
@@ -51,8 +52,8 @@ from daybreak.kernels.operand import Operand
 from daybreak.state.run import Run
 from daybreak.training.schedule import learning_rate
 
-RUNGS = ("slow", "e4m3", "ends", "weights")
-VARIANTS: dict[str, Sequence[str]] = {"bf16": (), "fp8": (), **{rung: (rung,) for rung in RUNGS}, "all": RUNGS}
+RUNGS: dict[str, Sequence[str]] = {rung: (rung,) for rung in ("slow", "e4m3", "first", "last", "weights")}
+VARIANTS = {"bf16": (), "fp8": ()} | RUNGS | {"ends": ("first", "last"), "all": tuple(RUNGS)}
 REPLACED: dict[str, Sequence[tuple[Any, str, Any]]] = {  # parts of the engine, while a rung's gradients are computed
     "slow": [(cublaslt, "gemm", partial(cublaslt.gemm, slow=True))],  # matmuls in bf16 ignore it
     "e4m3": [(formats, "E5M2", E4M3), (scales, "GRADIENT_ROOM", scales.ROOM)],
@@ -95,8 +96,7 @@ def gradients(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter's name and gradient of the mean loss of all micro-batches but the first WARM, which are for
     scales alone. The engine's memory is free at the end."""
-    if "ends" in rungs:
-        spec = replace(spec, fp8=tuple(f"h.{l}.*" for l in range(1, spec.cfg.L - 1)))
+    spec = replace(spec, fp8=tuple(f"h.{l}.*" for l in range("first" in rungs, spec.cfg.L - ("last" in rungs))))
     with ExitStack() as until:
         for change in (change for rung in rungs for change in REPLACED.get(rung, ())):
             until.enter_context(patch.object(*change))
@@ -136,7 +136,7 @@ def compared(found: Iterable[tuple[str, Tensor]], exact: Mapping[str, Tensor]) -
 
 def batches(config: Config, loader: Loader, step: int, B: int, many: int = 0) -> Batches:
     """The micro-batches that follow after this many steps: those of the next step, or `many` of B sequences."""
-    at = sum(config.tokens_at(s) for s in range(step)) // config.T
+    at = config.tokens_between(0, step) // config.T
     pair = loader.batch(at, many * B or config.tokens_at(step) // config.T)
     return tuple(torch.from_numpy(x.astype("int64")).view(-1, B, config.T) for x in pair)
 
@@ -179,7 +179,7 @@ def main() -> None:
     config = config.concrete(loader.samples_per_epoch * config.T)
     set_precision(config.override({"precision.tf32": False}), device)
     engines = (run.load_engine(s)[0] for s in steps) if run else trained(config, loader, device, steps)
-    make = partial(engine_spec, config, device, B=a.B, recompute=0, moments="bf16", fp8=("h.*",), fp8_steps=None)
+    make = partial(engine_spec, config, device, B=a.B, recompute=0, fp8=("h.*",), fp8_steps=None)
     variants = {v: rungs for v, rungs in VARIANTS.items() if v != "slow" or device.type == "cuda"}
     rows: list[Sequence[Any]] = [("step", "variant", "tensor", "relative error", "cosine")]
     for step, engine in zip(steps, engines, strict=True):
@@ -191,8 +191,8 @@ def main() -> None:
             found = compared(gradients(spec, *given, rungs), exact)
             print(f"{step:6} {line(variant, found)}", flush=True)
             rows += [(step, variant, name, f"{error:.6f}", f"{cosine:.8f}") for name, (error, cosine) in found.items()]
-    if a.out:
-        a.out.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+        if a.out:  # after each step: a long run may be cut off
+            a.out.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

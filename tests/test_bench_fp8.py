@@ -94,7 +94,7 @@ def test_the_pattern_leaves_the_ends_in_bf16(script: Any) -> None:
     So all gradients but its own have the bits of bf16, though weights, activations and gradients of it are rounded."""
     bf16, ends, fp8 = (
         gradients(script, compute, *rungs, silent="h.1.")
-        for compute, rungs in (("bf16", ()), ("fp8", ("ends",)), ("fp8", ()))
+        for compute, rungs in (("bf16", ()), ("fp8", script.VARIANTS["ends"]), ("fp8", ()))
     )
     for name in bf16:
         if name not in MATRICES or not name.startswith("h.1."):

@@ -12,7 +12,7 @@ CHUNK = 8192  # rows of logits that the engine keeps
 PADDING = 47  # columns that GPT-2's vocabulary is padded by
 
 
-def _classifier(n: int, Vp: int, *, backward: bool) -> Case:
+def _classifier(n: int, Vp: int, *, backward: bool, z_loss: float = 0.0) -> Case:
     rows, V = min(n, CHUNK), Vp - PADDING
 
     def make() -> Callable[[], None]:
@@ -20,10 +20,12 @@ def _classifier(n: int, Vp: int, *, backward: bool) -> Case:
         targets = torch.randint(V, (rows,), device=DEVICE)
         # 1: the gradients of one launch are the logits of the next, which should not sink to zero
         scale = torch.ones((), dtype=F64, device=DEVICE)
-        return launch("classifier", "triton", losses, logits, targets, scale, V=V, backward=backward)
+        how = {"z_loss": z_loss} if z_loss else {}
+        return launch("classifier", "triton", losses, logits, targets, scale, V=V, backward=backward, **how)
 
     nbytes = (2 if backward else 1) * rows * Vp * 2 + rows * (8 + 4)
-    return Case("classifier", "triton", nbytes, 0, make, note="with gradient" if backward else "losses only")
+    note = "with gradient and z-loss" if z_loss else "with gradient" if backward else "losses only"
+    return Case("classifier", "triton", nbytes, 0, make, note=note)
 
 
 def _loss_sum(n: int) -> Case:
@@ -36,6 +38,7 @@ def _loss_sum(n: int) -> Case:
 
 
 def cases(B: int, T: int, C: int, NH: int, Vp: int) -> list[Case]:
-    """A chunk of logits with and without its gradient, and the losses of a micro-step."""
+    """A chunk of logits with its gradient, also with a z-loss, and without; and the losses of a micro-step."""
     n = B * T
-    return [_classifier(n, Vp, backward=True), _classifier(n, Vp, backward=False), _loss_sum(n)]
+    z_loss = _classifier(n, Vp, backward=True, z_loss=1e-4)
+    return [_classifier(n, Vp, backward=True), z_loss, _classifier(n, Vp, backward=False), _loss_sum(n)]

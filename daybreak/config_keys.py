@@ -180,6 +180,9 @@ class OptimConfig:
         "constant", "Muon's weight decay over time: constant, or cosine (to 0 at the end)", one_of("constant", "cosine")
     )
     clip: float = key(1.0, "largest global gradient norm; 0 = no clipping", at_least(0))
+    z_loss: float = key(
+        0.0, "weight of logsumexp(logits)^2, which is minimised too but in no reported loss; 0 = none", at_least(0)
+    )
     horizon: int = key(0, "steps the learning-rate schedule spans; 0 = run.steps", at_least(0), fixed=False)
 
 

@@ -86,9 +86,17 @@ def classifier_cases() -> list[Case]:
     rest = {"losses": "*fp32", "targets": "*i64", "scale": "*fp64", "n": "i32", "V": "i32?", "Vp": "i32"}
     found: list[Case] = []
     for dtype, vec in (("*bf16", 8), ("*fp32", 4)):
-        for backward, cap in ((True, 0.0), (False, 0.0), (True, 15.0), (False, 15.0)):
+        for backward, cap, z_loss in (
+            (True, 0, 0),
+            (False, 0, 0),
+            (True, 15, 0),
+            (False, 15, 0),
+            (True, 0, 1e-4),
+            (True, 15, 1e-4),
+        ):
             warps, registers = (c.CAPPED_WARPS, c.CAPPED_REGISTERS) if cap else (c.WARPS, c.REGISTERS)
-            constants = {"BACKWARD": backward, "CAP": cap, "TILE": 32 * warps * vec, "VEC": vec}
+            constants = {"BACKWARD": backward, "CAP": float(cap), "Z_LOSS": float(z_loss)}
+            constants |= {"TILE": 32 * warps * vec, "VEC": vec}
             found.append((c._classifier_kernel, {"logits": dtype, **rest}, constants, warps, {"maxnreg": registers}))
         types = {"logits": dtype, "size": "i32"}
         found.append((c._cap_logits_kernel, types, {"CAP": 15.0, "BLOCK": c.CAP_BLOCK}, 4))

@@ -64,12 +64,13 @@ def noted(comm: Collectives) -> list[tuple[str, int, float]]:
 
 
 def train(
-    group: Group, zero: int, compute: str, steps: int, B: int, masters: str = "auto", bucket: int = 16384
-) -> dict[str, Any]:
+    group: Group, zero: int, compute: str, steps: int, B: int, masters: str = "auto", bucket: int = 16384,
+    z_loss: float = 0.0,
+) -> dict[str, Any]:  # fmt: skip
     clip = 0.0 if masters == "none" else 0.5  # the norm's last bit depends on the stage, and with it the clip's scale
     spec = EngineSpec(
-        SHAPE, B=B, T=T, compute=compute, optim=OptimConfig(clip=clip), masters=masters, zero=zero, bucket_bytes=bucket,
-        moments="bf16" if masters == "none" else "fp32",
+        SHAPE, B=B, T=T, compute=compute, optim=OptimConfig(clip=clip, z_loss=z_loss), masters=masters, zero=zero,
+        bucket_bytes=bucket, moments="bf16" if masters == "none" else "fp32",
     )  # fmt: skip
     engine = Engine(spec, seed=3, group=group)
     mine, exchanges = SAMPLES // group.world, noted(engine.comm)
@@ -101,12 +102,12 @@ def train(
 
 
 def run(args: list[str]) -> int:
-    """One training after the other, each on the same 12 samples a step. args: OUT, then ZERO,COMPUTE,STEPS,B,MASTERS of
-    each; the results go to OUT/WORLD-ZERO-COMPUTE-MASTERS-RANK.pt."""
+    """One training after the other, each on the same 12 samples a step. args: OUT, then
+    ZERO,COMPUTE,STEPS,B,MASTERS and maybe z-loss of each; the results go to OUT/WORLD-ZERO-COMPUTE-MASTERS-RANK.pt."""
     out, jobs = Path(args[0]), [job.split(",") for job in args[1:]]
     group = connect(os.environ, 60)
-    for zero, compute, steps, B, masters in jobs:
-        result = train(group, int(zero), compute, int(steps), int(B), masters)
+    for zero, compute, steps, B, masters, *z_loss in jobs:
+        result = train(group, int(zero), compute, int(steps), int(B), masters, z_loss=float(*z_loss))
         torch.save(result, out / f"{group.world}-{zero}-{compute}-{masters}-{group.rank}.pt")
     group.close()
     return 0

@@ -57,6 +57,7 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "optim.muon_weight_decay": (0.1, "0.3", 0.3, (-0.1,)),
     "optim.muon_decay_schedule": ("constant", "cosine", "cosine", ("linear", "")),
     "optim.clip": (1.0, "0.5", 0.5, (-1.0,)),
+    "optim.z_loss": (0.0, "1e-4", 1e-4, (-1e-4,)),
     "optim.horizon": (0, "100", 100, (-1,)),
     "schedule.name": ("cosine", "wsd", "wsd", ("cos", "")),
     "schedule.warmup": (-1, "10", 10, (-2,)),

@@ -155,3 +155,37 @@ def test_classifier_with_a_soft_cap(backend, dtype, n, V, backward):
         close(logits[:, :V], gradient)
         assert (logits[:, V:] == 0).all()
         assert (logits[n // 2] == 0).all()
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize(("n", "V"), [(1, 1), (3, 63), (5, 1000), (150, 1023), (3, 4096), (3, 8150), (3, 9000)])
+@pytest.mark.parametrize("cap", [0.0, 15.0])
+def test_classifier_with_a_z_loss(backend, dtype, n, V, cap, monkeypatch):
+    """The gradient is that of the loss and w logsumexp(z)^2, of either sign; the losses are those without it."""
+    skip_unless_served("classifier", backend, dtype)
+    monkeypatch.setattr(cuda_classifier, "PROGRAMS", 64)
+    Vp, weight = (V + 127) // 128 * 128, 0.01
+    logits = draw(n, Vp, dtype=dtype, scale=4)
+    for row, far in enumerate((300.0, -300.0)):
+        logits[row : row + 1, :V] += far
+    logits[:, V:] = math.nan
+    before, targets = logits.clone(), some_targets(n, V)
+    targets[-1] = V - 1
+    targets[n // 2] = -1
+    scale = torch.tensor(1 / 7, dtype=acc_dtype(dtype), device=DEVICE)
+    X = f64(logits[:, :V]).requires_grad_()
+    capped = cap * torch.tanh(X / cap) if cap else X
+    want = cross_entropy(capped, targets, ignore_index=-1, reduction="none")
+    more = torch.where(targets < 0, 0.0, weight * torch.logsumexp(capped, 1) ** 2)
+    gradient = torch.autograd.grad((want + more).sum() * f64(scale), X)[0]
+    losses, plain = poison(n, dtype=acc_dtype(dtype)), poison(n, dtype=acc_dtype(dtype))
+    how = {"V": V, "softcap": cap, "backend": backend}
+    run("classifier", losses, logits, targets, scale, backward=True, z_loss=weight, **how)
+    close(logits[:, :V], gradient)
+    assert (logits[:, V:] == 0).all()
+    assert (logits[n // 2] == 0).all()
+    run("classifier", plain, before.clone(), targets, scale, backward=True, **how)
+    assert torch.equal(losses, plain)
+    run("classifier", plain.fill_(math.nan), before, targets, scale, backward=False, z_loss=weight, **how)
+    assert torch.equal(losses, plain)

@@ -222,6 +222,7 @@ def plan_engine(spec: EngineSpec, group: Group = ALONE) -> tuple[Model, ParamTab
             f"model.NH = {cfg.NH} makes heads of {cfg.HS}, and CUDA's attention takes 256 at most; use more."
         )
     model = build_model(cfg, spec.recompute, spec.device_type)
+    model.z_loss = spec.optim.z_loss
     limit, own = spec.bucket_bytes // dtype.itemsize, (*spec.groups, *family_groups(cfg, spec.optim))
     groups = (*own, *muon_groups(spec.optim, spec.schedule), adamw_group(spec.optim))
     rows, adapters = spec.parameters(model)

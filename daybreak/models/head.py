@@ -25,6 +25,7 @@ class Head:
     cfg: Shape
     head_weight = "wte"
     softcap = 0.0  # of logits; 0 = none
+    z_loss = 0.0  # weight of logsumexp(logits)^2 in what is minimised, not in the losses
     offset = 0.0  # what norms add to their weights
     weightless: Mapping[str, str] = {}  # outputs of norms without weights -> the constant that is in their place
     matmuls: Mapping[str, tuple[str, str]] = {}  # what could be in fp8 (see registry.Model)
@@ -52,7 +53,8 @@ class Head:
         hidden, which is called `d`."""
         k, n = f.k, hidden.shape[0]
         weight, step = f.matmul_w(self.head_weight), self.head_rows(n, hidden.dtype)
-        how = {"softcap": self.softcap} if self.softcap else {}
+        given = {"softcap": self.softcap, "z_loss": self.z_loss * backward}
+        how = {name: x for name, x in given.items() if x}
         d_hidden = f.a(d, n, self.cfg.C) if backward else None
         for start in f.chunks(n, step):
             rows = slice(start, min(start + step, n))

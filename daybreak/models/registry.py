@@ -28,6 +28,7 @@ class Model(Protocol):
     together: Collection[tuple[str, str]]  # pairs of weights whose layers share a kernel: both or none are in fp8
     remade: Collection[str]  # inputs of matmuls that backward makes again: only there have they transposed copies
     offset: float  # that norms add to their weights
+    z_loss: float  # optim.z_loss
     weightless: Mapping[str, str]  # outputs of norms without weights -> the constant that is in their place
     # Packed linear layer -> its parts, in order. Each part may have an adapter of its own (adapters.py).
     parts: Mapping[str, tuple[str, ...]]

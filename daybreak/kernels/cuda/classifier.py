@@ -52,7 +52,7 @@ def _sloped(d, x, CAP: tl.constexpr):
 @triton.jit
 def _classifier_kernel(
     losses, logits, targets, scale, n, V, Vp,
-    BACKWARD: tl.constexpr, CAP: tl.constexpr, TILE: tl.constexpr, VEC: tl.constexpr,
+    BACKWARD: tl.constexpr, CAP: tl.constexpr, Z_LOSS: tl.constexpr, TILE: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """A tile is (TILE / VEC, VEC): a thread holds whole rows of it, so the running sums need no other thread.
 
@@ -88,6 +88,8 @@ def _classifier_kernel(
         # Backwards through the columns: those read last are the nearest. Written lines leave the cache first.
         if BACKWARD:
             inverse = factor / total
+            if Z_LOSS > 0.0:
+                inverse *= 1.0 + 2.0 * Z_LOSS * (tl.log(total) + tl.where(target < 0, 0.0, largest) * LN2)
             for start in range(full, Vp, TILE):
                 at = start + cols
                 x = capped(tl.load(z + at, mask=at < Vp, other=0.0).to(tl.float32), CAP)
@@ -110,15 +112,17 @@ def _classifier_kernel(
 
 @backend("triton")
 def classifier(
-    losses: Tensor, logits: Tensor, targets: Tensor, scale: Tensor, *, V: int, backward: bool, softcap: float = 0.0
-) -> None:
+    losses: Tensor, logits: Tensor, targets: Tensor, scale: Tensor,
+    *, V: int, backward: bool, softcap: float = 0.0, z_loss: float = 0.0,
+) -> None:  # fmt: skip
     """losses (n) of logits (n, Vp) for targets (n) int64; with `backward`, logits become d_logits. scale is 0-d."""
     n, Vp = logits.shape
     vec = VECTOR // logits.element_size()
     warps, registers = (CAPPED_WARPS, CAPPED_REGISTERS) if softcap else (WARPS, REGISTERS)
     _classifier_kernel[(min(n, PROGRAMS),)](
         losses, logits, targets, scale, n, V, Vp,
-        BACKWARD=backward, CAP=softcap, TILE=32 * warps * vec, VEC=vec, num_warps=warps, maxnreg=registers,
+        BACKWARD=backward, CAP=softcap, Z_LOSS=z_loss if backward else 0.0, TILE=32 * warps * vec, VEC=vec,
+        num_warps=warps, maxnreg=registers,
     )  # fmt: skip
 
 

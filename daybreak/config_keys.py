@@ -52,6 +52,18 @@ def _is_step_range(text: str) -> bool:
     return match is not None and int(match[1]) < int(match[2])
 
 
+def _windows(text: str) -> list[tuple[int, int]]:
+    return [(int(first), int(last)) for first, last in re.findall("([0-9]{1,9})-([0-9]{1,9})", text)]
+
+
+def _are_windows(text: str) -> bool:
+    windows = _windows(text)
+    firsts = [first for first, _ in windows]
+    whole = text == ",".join(f"{first}-{last}" for first, last in windows)
+    return whole and all(0 < first <= last for first, last in windows) and firsts == sorted({*firsts})
+
+
+WINDOWS = Rule("must be windows A-B of steps, with commas between, A from 1 to B and above the A before", _are_windows)
 STEP_RANGE = Rule("must be A:B, two step numbers with A below B", lambda s: s == "" or _is_step_range(s))
 
 
@@ -143,6 +155,17 @@ class DataConfig:
         False, "fill each training row with whole documents that fit best, and cut one only where none fits"
     )
     packed: bool = key(False, "rows hold several examples, as `prepare --as chat` makes them; the data decides")
+    skip: str = key(
+        "",
+        "A-B,C-D = before step A, leave out the batches of steps A to B; then before step C ...",
+        WINDOWS,
+        fixed=False,
+    )
+
+    @property
+    def windows(self) -> list[tuple[int, int]]:
+        """The first and last step of each window of `skip`."""
+        return _windows(self.skip)
 
 
 @dataclass(frozen=True)

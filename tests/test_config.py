@@ -38,6 +38,12 @@ KEYS: dict[str, tuple[Any, str, Any, tuple[Any, ...]]] = {
     "data.bos": (False, "true", True, ()),
     "data.best_fit": (False, "true", True, ()),
     "data.packed": (False, "true", True, ()),
+    "data.skip": (
+        "",
+        "5-6,7-7,9-100",
+        "5-6,7-7,9-100",
+        ("5", "0-3", "7-6", "5-6,5-9", "5-9,4-4", "1-2,", "05-6", "a-b", "1-2 3-4", "1-2,3", "1-1000000000"),
+    ),
     "batch.B": (4, "8", 8, (0, -4)),
     "batch.T": (0, "512", 512, (-1, 1025)),
     "batch.total_tokens": (0, "8192", 8192, (-1, 4097)),
@@ -342,8 +348,8 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path) -> None:
 OPEN = ("eval", "checkpoint", "guard", "log", "cost", "parallel", "kernels")
 MAY_CHANGE = {
     *(name for name in KEYS if name.split(".")[0] in OPEN),
-    "batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon", "precision.masters", "run.name",
-    "run.dir", "run.steps", "run.epochs", "run.tokens", "run.max_hours", "run.device", "run.profile",
+    "batch.B", "batch.total_tokens", "batch.ramp", "batch.recompute", "optim.horizon", "precision.masters", "data.skip",
+    "run.name", "run.dir", "run.steps", "run.epochs", "run.tokens", "run.max_hours", "run.device", "run.profile",
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ from daybreak.training.display import Display, make_display, say, working
 from daybreak.training.origin import check_rate, finished_at, fork_of, nothing_to_do, say_origin, way_on, weights_of
 from daybreak.training.profile import Profiler
 from daybreak.training.samples import Sampled, sampled
-from daybreak.training.schedule import learning_rate
+from daybreak.training.schedule import learning_rate, left_out
 from daybreak.training.setup import Setup, check_data, open_run
 from daybreak.training.sinks import Sinks
 from daybreak.training.stop import Interrupted, Stop
@@ -174,7 +174,7 @@ class Update:
 
 
 class Trainer:
-    """One run in progress. `step` counts completed updates, `samples` the samples consumed by them."""
+    """One run in progress. `step` counts completed updates, `samples` those they took or data.skip left out."""
 
     def __init__(self, setup: Setup, stop: Stop, on_save: Callable[[Path], None] | None = None) -> None:
         self.setup, self.config, self.run_folder, self.stop = setup, setup.config, setup.run.folder, stop
@@ -226,7 +226,7 @@ class Trainer:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on."""
+        """Tokens trained on, and those that data.skip left out."""
         return self.samples * self.config.T
 
     # ------------------------------------------------------------------------------------------------- the loop
@@ -309,7 +309,6 @@ class Trainer:
 
         The loss is the mean over the step's valid targets of all ranks together."""
         B, rows = self.config.batch.B, len(batch[0])
-        samples = rows * self.group.world
         valid = int(self.group.numbers([int((batch[1] >= 0).sum())])[0])
         tensors = [torch.from_numpy(part) for part in batch]
         display = self.display if self.step == self.resumed else Display()  # later steps show no progress
@@ -323,7 +322,7 @@ class Trainer:
             results = self.engine.update()
         self.step += 1
         self.stop.step = self.step
-        self.samples += samples
+        self.samples += rows * self.group.world + left_out(self.config, self.step - 1, self.step)
         self._unread.append(Update(self.step, self.samples, lr, results))
 
     def _read_results(self, leave: int) -> None:
@@ -482,7 +481,8 @@ class Trainer:
         if self.setup.new_code:
             self.metrics.write("event", self.step, self.tokens, what="code", detail=self.setup.new_code)
         self.display.note(f"{self.run_folder.path}: {self.setup.length(self.step)}")
-        sources = self.setup.tokens_of(self.samples + c.tokens_between(self.step, c.run.steps) // c.T)
+        following = c.tokens_between(self.step, c.run.steps) // c.T + left_out(c, self.step, c.run.steps)
+        sources = self.setup.tokens_of(self.samples + following)
         if len(sources) > 1:
             self.display.note("tokens in all: " + ", ".join(f"{name} {n:,}" for name, n in sources.items()))
         if not c.data.packed and sum(shard.tokens for shard in self.setup.dataset.train) <= COUNTED_TOKENS:

@@ -1,9 +1,10 @@
-"""Learning-rate schedules: llm.c's four and one more, as a pure function of the step."""
+"""Pure functions of the step: learning-rate schedules, llm.c's four and one more; and windows of data left out."""
 
 from __future__ import annotations
 
 import math
 
+from daybreak.config import Config
 from daybreak.config_keys import OptimConfig, ScheduleConfig
 
 
@@ -30,3 +31,12 @@ def learning_rate(step: int, optim: OptimConfig, schedule: ScheduleConfig) -> fl
         return peak - done * (peak - low)
     assert schedule.name == "cosine", schedule.name
     return low + 0.5 * (1.0 + math.cos(math.pi * done)) * (peak - low)
+
+
+def left_out(config: Config, start: int, stop: int) -> int:
+    """Samples that data.skip leaves out before the updates after the first `start` up to the first `stop`.
+
+    A window A-B leaves out what updates A to B would have taken. So its steps are those of the run's own log, whatever
+    earlier windows left out."""
+    windows = config.data.windows
+    return sum(config.tokens_between(first - 1, last) // config.T for first, last in windows if start < first <= stop)

@@ -39,6 +39,7 @@ import torch
 
 from daybreak import __version__
 from daybreak.config import Config, check_resume, is_untouched_import
+from daybreak.config_keys import DataConfig, toml_value
 from daybreak.data.catalogue import DRAWN
 from daybreak.data.dataset import Dataset, check_tokenizer, dataset_name
 from daybreak.data.loader import Batch, Loader
@@ -55,13 +56,14 @@ from daybreak.files import write_atomic
 from daybreak.formatting import several
 from daybreak.images.prepare import prepare_images
 from daybreak.interop.source import came_from
-from daybreak.manifest import kept_files, published, run_id
+from daybreak.manifest import kept_files, newest_manifest, published, run_id
 from daybreak.parallel import Check, Group, agent
 from daybreak.state.checkpoint import Checkpoint, load_checkpoint
 from daybreak.state.restore import Weights, check_host_memory, warn_of_disk
 from daybreak.state.run import Run
 from daybreak.state.run_folder import ORIGIN, RunFolder, cpu_model, source_hash
 from daybreak.state.throughput import FP8_GAIN, fp8_gain, peak_flops
+from daybreak.training.schedule import left_out
 from daybreak.training.sinks import check_sinks
 from daybreak.training.stop import Stop
 
@@ -114,7 +116,7 @@ class Setup:
         c = self.config
 
         def batch(at: int) -> Batch:
-            first = 0 if c.run.overfit else samples + c.tokens_between(step, at) // c.T
+            first = 0 if c.run.overfit else samples + c.tokens_between(step, at) // c.T + left_out(c, step, at + 1)
             mine = c.tokens_at(at) // c.T // self.group.world
             return self.train_loader.batch(first + self.group.rank * mine, mine)
 
@@ -163,6 +165,7 @@ def open_run(
                     config.model.V, tokenizer.V, tokenizer.V)  # fmt: skip
     if resume is not None:
         _check_moved(Run(resume), config, train_loader, val_loader)
+    _check_windows(resume, fork, config)
     config = config.concrete(train_loader.samples_per_epoch * config.T, ranks=group.world)
     check(config)
     if group.world > 1:
@@ -229,6 +232,20 @@ def _check_moved(run: Run, config: Config, train: Loader, val: Loader) -> None:
         if saved["fingerprint"] != train.fingerprint or saved.get("val", val.fingerprint) != val.fingerprint:
             log.warning("the data there is not what %s was trained on: its content differs", run.path)
             raise
+
+
+def _check_windows(resume: Path | None, fork: Checkpoint | None, config: Config) -> None:
+    """Raise ConfigError if data.skip has other windows than the checkpoint where that has chosen its data already."""
+    start = (fork.path, fork.manifest) if fork is not None else resume and newest_manifest(resume)
+    if not start:
+        return
+    (path, manifest), now = start, config.data
+    saved = DataConfig(skip=manifest["config"].get("data.skip", ""))
+    past = [[window for window in data.windows if window[0] <= manifest["step"]] for data in (saved, now)]
+    if past[0] != past[1]:
+        said = f"data.skip = {toml_value(now.skip)} must keep the windows of {path}, which has {toml_value(saved.skip)}"
+        fix = f"begin new windows at step {manifest['step'] + 1} or later, or use --fork with an older checkpoint"
+        raise ConfigError(f"{said}, up to its step {manifest['step']}: their batches are behind it; {fix}.")
 
 
 def _kept(origin: Weights | None, config: Config, dataset: Dataset) -> dict[str, str]:

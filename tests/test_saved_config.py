@@ -25,7 +25,7 @@ from daybreak.manifest import checksum
 # The four places of the data may differ: its content is compared when a run is resumed.
 FREE = {name for name in keys_of() if may_change(name)} | {"data.name", "data.dir", "data.train", "data.val"}
 TEXTS = ("x", "", "bytes", "none", "fp32", "auto", "torch", "plain", "live", "cosine", "constant", "stop", "continue",
-         "wandb", "1:2", "never", "always", "gpt2", "muon", "nf4", "bf16")  # fmt: skip
+         "wandb", "1:2", "never", "always", "gpt2", "muon", "nf4", "bf16", "5-6")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

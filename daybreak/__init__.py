@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from daybreak.state.run import Run as Run
     from daybreak.training.loop import train as train
 
-__version__ = "0.11.0"
+__version__ = "0.12.0"
 __all__ = ["Config", "Error", "Run", "__version__", "load", "plan", "train"]
 
 _HOME = {

@@ -76,7 +76,6 @@ LONGEST_FUNCTION = 100
 # Scalars that are read in fp32 beside weights in bf16 take 75, and backout's gradient in one rounding 10.
 # nanochat's family in folders of transformers, both ways, takes 90; the model's code for them is not counted.
 # A watchdog that no disk holds up takes 5.
-# z-loss, windows of data that are left out, and their checks take 45.
 # z-loss takes 15. Windows of data that are left out, and their checks, take 25.
 MOST_CODE = 22_760
 

@@ -134,6 +134,9 @@ def test_original_files_subsets_and_errors(tmp_path: Path, caplog: pytest.LogCap
     path.write_text(json.dumps(records[0] | {"label": 4}) + "\n")
     with pytest.raises(DataError, match="line 1 needs ctx"):
         load_examples(path, tokenizer, 1024)
+    path.write_text("\n")
+    with pytest.raises(DataError, match="has no examples"):
+        load_examples(path, tokenizer, 1024)
     with pytest.raises(DataError, match=r"cannot read .*none"):
         load_examples(tmp_path / "none.jsonl", tokenizer, 1024)
 

@@ -113,6 +113,8 @@ def load_examples(path: Path, tokenizer: Tokenizer, T: int, limit: int = 0) -> l
         examples = read_eval_bin(path) if path.suffix == ".bin" else read_hellaswag(path, tokenizer)
     if path.suffix == ".bin" and tokenizer.name != "gpt2":
         raise ConfigError(f"{path} holds GPT-2 tokens, this data {tokenizer.name!r}'s; give the original .jsonl.")
+    if not examples:
+        raise DataError(f"{path} has no examples; copy it again.")
     n = min(limit or len(examples), len(examples))
     chosen = [examples[i * len(examples) // n] for i in range(n)]
     kept = [e for e in chosen if max(map(len, e.endings)) <= T]

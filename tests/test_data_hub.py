@@ -210,6 +210,8 @@ def test_urls_with_a_range_and_without_sizes(hub: Hub, tmp_path: Path, monkeypat
     assert hub.ranges[0].startswith("bytes=")  # what had come was not asked for again
     with pytest.raises(DataError, match="cannot read files of this kind"):
         prepare(f"{hub.url}/page.html", data_dir=tmp_path)
+    with pytest.raises(DataError, match=r"\{09\.\.03\} counts down"):
+        prepare(f"{hub.url}/part-{{09..03}}.txt", data_dir=tmp_path)
 
 
 def test_a_server_that_is_not_there_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

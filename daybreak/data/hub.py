@@ -202,6 +202,8 @@ def _expand(url: str) -> list[str]:
     """The URLs that one with a range, as in part-{000..099}.parquet, stands for."""
     if match := re.search(r"\{(\d+)\.\.(\d+)\}", url):
         first, last = match.groups()
+        if int(first) > int(last):
+            raise DataError(f"{url}: {match[0]} counts down; write the smaller number first.")
         numbers = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
         return [u for n in numbers for u in _expand(url[: match.start()] + n + url[match.end() :])]
     return [url]

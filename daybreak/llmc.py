@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,7 +26,7 @@ from daybreak.cli.ends import ending
 from daybreak.config import Config, run_config
 from daybreak.config_keys import FRACTION, at_least, one_of
 from daybreak.console import guard_streams
-from daybreak.errors import ConfigError
+from daybreak.errors import ConfigError, Error
 from daybreak.formatting import meant
 from daybreak.manifest import checkpoint_step, is_run, list_checkpoints
 from daybreak.parallel import connect, launched
@@ -251,10 +252,11 @@ class _Stdout(logging.Handler):
 # ---- the .bin checkpoints
 
 
-def bin_writer(values: Values, config: Config, world: int) -> Callable[[Path], None]:
+def bin_writer(values: Values, config: Config, world: int) -> Callable[..., None]:
     """The action after each checkpoint that training saved: write llm.c's files of it, and delete old ones.
 
     They are those of `world` processes, at ZeRO 1 (llm.c's only stage) if we have one and it divides every tensor.
+    Files that the disk refuses are a warning, as checkpoint.on_error says. must: an Error instead.
     """
     from daybreak.interop import llmc_files
     from daybreak.interop.source import Export
@@ -262,7 +264,7 @@ def bin_writer(values: Values, config: Config, world: int) -> Callable[[Path], N
 
     every, keep, major = values["-n"], values["-nk"], values["-nm"]
 
-    def write(path: Path) -> None:
+    def write(path: Path, must: bool = False) -> None:
         checkpoint, folder = load_checkpoint(path, "size"), path.parents[1]  # wherever the run's folder is by now
         step, saved = checkpoint.step, checkpoint.manifest
         if step == 0 or (step % every and step != saved["config"]["run.steps"]):
@@ -270,7 +272,15 @@ def bin_writer(values: Values, config: Config, world: int) -> Callable[[Path], N
         dtype = "bf16" if saved["compute"] == "bf16" else "fp32"
         source, samples = Export(checkpoint, whole=True), llmc_files.loader_samples(config, world)
         zero = int(config.parallel.zero > 0 and all(math.prod(x) % world == 0 for x in source.shapes.values()))
-        llmc_files.write_checkpoint(folder, source, dtype=dtype, world=world, zero=zero, samples=samples)
+        try:
+            llmc_files.write_checkpoint(folder, source, dtype=dtype, world=world, zero=zero, samples=samples)
+        except Error as error:
+            with suppress(OSError):
+                llmc_files.remove_checkpoint(folder, step)
+            if must or isinstance(error, ConfigError) or config.checkpoint.on_error == "stop":
+                raise
+            logging.getLogger("daybreak").warning("not written, training continues: %s", error)
+            return
         for old in llmc_files.done_steps(folder)[keep:] if keep > 0 else []:
             if not major or old % major:
                 llmc_files.remove_checkpoint(folder, old)
@@ -339,7 +349,7 @@ def _run(argv: list[str], stop: Stop) -> None:
         return
     newest = run.checkpoints[0]
     if on_save is not None and checkpoint_step(newest) not in llmc_files.done_steps(run.path):
-        on_save(newest)  # killed between the two savings, and now there was nothing left to train
+        on_save(newest, must=True)  # the disk refused them, or a kill came between, and there is nothing left to train
     samples = run.metrics("sample") if config.eval.sample_tokens else []
     text = samples[-1]["text"] + "\n" if samples else ""  # a run that had nothing left to train may have none
     print(f"generating:\n---\n{text}---")

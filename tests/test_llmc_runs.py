@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ from test_llmc_cli import RUN_124M, RUN_1558M
 
 from daybreak.config import Config
 from daybreak.evaluate.multiple_choice import Example, write_eval_bin
-from daybreak.interop import open_source
+from daybreak.interop import llmc_files, open_source
+from daybreak.interop.source import Export
 from daybreak.llmc import BY_NAME, HELLASWAG, main
 from daybreak.state.run import Run
 
@@ -167,6 +170,31 @@ def test_either_kind_of_checkpoint_goes_on_with_y_1(made: Path) -> None:
     refused = llmc(made, *SMALL, "-o", "log", code=2, here=True)
     assert "-o log is not empty; continue what is in it with -y 1, or remove it" in refused
     assert "cannot become 0.002" in llmc(made, *SMALL, *n2, "-o", "ours", "-y", "1", "-l", "0.002", code=2, here=True)
+
+
+@pytest.mark.parametrize("failing", [2, 4])
+def test_a_full_disk_costs_one_set_of_files_and_not_the_run(
+    made: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """The disk is full when the state of a step is written. The last set is tried twice, and then an error."""
+    usual, tries = llmc_files.write_state, list[int]()
+
+    def full(path: Path, source: Export, **more: Any) -> None:
+        tries.append(source.step)
+        if source.step == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        usual(path, source, **more)
+
+    monkeypatch.setattr(llmc_files, "write_state", full)
+    log = made / f"full-{failing}"
+    said = llmc(made, *SMALL, "-o", log.name, "-x", "4", "-n", "2", here=True, code=int(failing == 4))
+    assert tries == ([2, 4] if failing == 2 else [2, 4, 4])
+    assert sorted(p.name for p in log.iterdir() if re.match(r"DONE|model_|state_", p.name)) == [
+        f"{name}{6 - failing:08d}{end}" for name, end in (("DONE_", ""), ("model_", ".bin"), ("state_", "_00000.bin"))
+    ]
+    assert Run(log).checkpoint().step == 4
+    assert "No space left on device" in said
+    assert (f"not written, training continues: {log.name} could not be written" in said) == (failing == 2)
 
 
 def test_a_warmup_longer_than_the_run_and_no_samples(made: Path) -> None:

@@ -25,7 +25,7 @@ from daybreak.cli.main import main
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.errors import ConfigError, DataError
 from daybreak.evaluate import harness
-from daybreak.evaluate.multiple_choice import accuracy, load_examples
+from daybreak.evaluate.multiple_choice import Accuracy, accuracy, load_examples
 from daybreak.state.run import Run
 
 pytest.importorskip("transformers")
@@ -254,6 +254,25 @@ def test_both_hellaswags_in_one_command(
     ]  # fmt: skip
     apart = evaluate(capsys, run, "--hellaswag", path) + evaluate(capsys, run, *harness_only)
     assert [s["value"] for s in together] == [s["value"] for s in apart]
+
+
+def test_a_wrong_task_ends_the_command_before_anything_is_scored(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `--hellaswag` had scored, maybe for an hour, was lost with the error."""
+    path = tmp_path / "h.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in evaldata.hellaswag(2)))
+    scored = list[int]()
+    monkeypatch.setattr("daybreak.evaluate.multiple_choice.accuracy", lambda *_: scored.append(1) or Accuracy(0, 0, 2))
+    command = ["eval", str(runs / "fp32"), "--hellaswag", str(path), "--tasks"]
+    for tasks, code, said in (
+        (["helaswag"], 2, "has no task 'helaswag'"),
+        (["core"], 2, "--tasks core needs --data-files DIR"),
+        (["core", "--data-files", str(tmp_path)], 4, "core.yaml"),
+    ):
+        assert main([*command, *tasks]) == code
+        assert said in capsys.readouterr().err
+        assert not scored
 
 
 def test_what_cannot_be_evaluated(both: tuple[Any, Any], tmp_path: Path) -> None:

@@ -66,20 +66,25 @@ def evaluate(
         raise ConfigError(f"{target} {neither}{run_hint(target) or '.'}")
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--data-files {data_files} is not a folder.")
-    names = [name.strip() for name in (tasks or "").split(",")]
-    if has_core := "core" in names:
-        names.remove("core")
-        if not from_run:
-            raise ConfigError(f"--tasks core scores runs only, and {target} is not a run; import it.")
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip(" ,")]
+    has_core, names = "core" in names, [name for name in names if name != "core"]
+    if has_core and not from_run:
+        raise ConfigError(f"--tasks core scores runs only, and {target} is not a run; import it.")
     if not from_run and own:
         flag, way = ("--hellaswag", "use --tasks hellaswag") if data is None else ("--data", "import it")
         raise ConfigError(f"{flag} scores runs only, and {target} is not a run; {way}.")
 
     from daybreak.evaluate import harness
+    from daybreak.evaluate.core import core, read_bundle
     from daybreak.evaluate.multiple_choice import accuracy, load_examples
     from daybreak.evaluate.validation import validate_on
     from daybreak.state.run import Run
 
+    names = [*harness.LEADERBOARD] if leaderboard else [t for name in names for t in harness.TASKS.get(name, [name])]
+    if names:  # before anything is scored
+        harness.known_tasks(names, folder)
+    if has_core:
+        read_bundle(folder)
     if from_run:
         run = Run(path)
         rows = batch if chosen else 1
@@ -95,14 +100,12 @@ def evaluate(
         found = [(m, v) for m, v in zip(VALIDATION, numbers, strict=True) if m in VALIDATION[:2] or not math.isnan(v)]
         scores += [harness.Score(data, m, value, loss.sequences, 0) for m, value in found]
     if has_core:
-        from daybreak.evaluate.core import core
 
         def longer(T: int) -> Engine:
             return run.load_engine(step, B=max(1, batch * engine.T // T), device=device, T=T)[0]
 
         scores += core(engine, tokenizer, folder, limit or 0, longer)
-    if leaderboard or names != [""] * len(names):
-        names = [t for name in names for t in harness.TASKS.get(name, [name])]
+    if names:
         greedy = not leaderboard and any(not t.startswith(harness.CHOICE) for t in names)
         lm: Any = harness.engine_lm(engine, tokenizer, greedy) if from_run else harness.hf_lm(path, batch, device)
         if leaderboard:

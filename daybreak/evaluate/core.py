@@ -57,8 +57,12 @@ class Task(NamedTuple):
     guess: float
 
 
-def read_bundle(folder: Path) -> list[Task]:
-    """The tasks of a bundle, in its order. ConfigError without PyYAML, DataError for what does not fit the format."""
+def read_bundle(folder: Path | None) -> list[Task]:
+    """The tasks of a bundle, in its order. ConfigError without a folder or PyYAML, DataError for what does not fit the
+    format."""
+    if folder is None:
+        raise ConfigError("--tasks core needs --data-files DIR, the folder of nanochat's eval_bundle.zip, unpacked.")
+    folder = folder / "eval_bundle" if (folder / "eval_bundle").is_dir() else folder
     yaml = extra("yaml", "eval", "daybreak eval --tasks core")
     config, guesses = folder / "core.yaml", folder / "eval_meta_data.csv"
     with explained(DataError, f"cannot read {config}"):
@@ -189,9 +193,6 @@ def core(
     for it.
 
     ConfigError without a folder, DataError for what does not fit the format."""
-    if folder is None:
-        raise ConfigError("--tasks core needs --data-files DIR, the folder of nanochat's eval_bundle.zip, unpacked.")
-    folder = folder / "eval_bundle" if (folder / "eval_bundle").is_dir() else folder
     found, centred, count = list[Score](), list[float](), 0
     for task in read_bundle(folder):
         items = read_examples(task, limit)

@@ -120,18 +120,24 @@ def hf_lm(path: Path, B: int, device: str | None) -> Any:
     return model(pretrained=str(path.resolve()), batch_size=B, device=device or "cpu", dtype="auto")
 
 
+def known_tasks(tasks: Sequence[str], folder: Path | None) -> Any:
+    """The harness's task manager, which knows all these tasks. ConfigError if it does not, or is not installed. folder:
+    see `run_harness`."""
+    if folder is not None:  # read when the libraries are imported
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    known = _task_manager()
+    if unknown := [task for task in tasks if task not in known.all_tasks]:
+        raise ConfigError(f"lm-evaluation-harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
+    return known
+
+
 def run_harness(lm: Any, tasks: Sequence[str], shots: int | None, folder: Path | None, limit: int | None) -> Any:
     """`lm_eval.simple_evaluate` with per-example records (`samples`), as it returns it.
 
     folder: data sets by their names on the Hub (`folder/Rowan/hellaswag/...`, as downloaded), instead of the network.
     ConfigError for an unknown task, DataError for data that is not there.
     """
-    if folder is not None:  # read when the libraries are imported
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    lm_eval, known = extra("lm_eval", "eval", "daybreak eval"), _task_manager()
-    if unknown := [task for task in tasks if task not in known.all_tasks]:
-        raise ConfigError(f"lm-evaluation-harness has no task {unknown[0]!r}; `lm-eval ls tasks` lists them.")
-    why = ""
+    known, lm_eval, why = known_tasks(tasks, folder), extra("lm_eval", "eval", "daybreak eval"), ""
     try:
         # A data set's name that is a folder here is taken from it.
         with contextlib.chdir(folder or Path()), _own_cache() if folder else _offline() as why:

@@ -185,3 +185,26 @@ def test_a_run_scores_on_another_data_set_as_training_would(tmp_path: Path, monk
     assert capsys.readouterr().out.count("   5 sequences of 64 tokens\n") == 2
     assert main(["eval", "runs/r", "--data", "stdlib"]) == 4
     assert capsys.readouterr().err.endswith("make it with: daybreak prepare stdlib --tokenizer bytes\n")
+
+
+@pytest.mark.parametrize("made", [["--tokenizer", "bytes"], ["--train-tokenizer", "288"]])
+def test_shards_without_a_manifest_are_of_the_runs_tokenizer(tmp_path: Path, monkeypatch, capsys, made) -> None:
+    """A folder of shards does not say its tokenizer. It was taken for GPT-2's, and so refused to other runs."""
+    monkeypatch.chdir(tmp_path)
+    text = "".join(f"{i * i} {'spam and eggs, ham and toast! '[i % 17 :]}\n" for i in range(600))
+    (tmp_path / "a.txt").write_text(text)
+    assert main(["prepare", "a.txt", "--name", "a", *made]) == 0
+    shape = ["--model.L", "1", "--model.C", "32", "--model.NH", "2", "--model.max_T", "64", "--model.V", "288"]
+    quick = ["--run.device", "cpu", "--eval.tokens", "256", "--eval.sample_tokens", "0", "--quiet"]
+    assert main(["train", "d12", "--data", "a", "--name", "r", "--steps", "1", *shape, *quick]) == 0
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for shard in Path("data/a").glob("*.bin"):
+        (plain / shard.name).write_bytes(shard.read_bytes())
+    capsys.readouterr()
+    assert main(["eval", "runs/r", "--data", "a", "--json"]) == 0
+    assert main(["eval", "runs/r", "--data", "plain", "--json"]) == 0
+    assert main(["eval", "runs/r", "--data", "a=1,plain=1", "--json"]) == 0
+    named, bare, both = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert [score["value"] for score in bare] == [score["value"] for score in named]
+    assert [score["value"] for score in both] == [pytest.approx(score["value"], abs=0.2) for score in named]

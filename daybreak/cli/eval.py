@@ -95,7 +95,7 @@ def evaluate(
         values = [("acc_norm (llm.c: mean loss per token)", both.acc_norm), ("acc (sum of losses)", both.acc)]
         scores = [harness.Score("hellaswag, in-loop", m, v, both.examples, 0) for m, v in values]
     if data is not None:
-        loss = validate_on(engine, run.config, tokenizer, data)
+        loss = validate_on(engine, run.config, tokenizer, data, run.path)
         numbers = (loss.loss, loss.bits_per_byte, loss.text, loss.image)
         found = [(m, v) for m, v in zip(VALIDATION, numbers, strict=True) if m in VALIDATION[:2] or not math.isnan(v)]
         scores += [harness.Score(data, m, value, loss.sequences, 0) for m, value in found]

@@ -154,7 +154,8 @@ def open_dataset(
     In this order: the two globs (files, folders or patterns), if given; `name` as a glob or a folder of shards, split
     by *train*.bin and *val*.bin in the file names (llm.c, modded-nanogpt) unless it has a manifest; `data_dir/NAME`,
     or `data_dir/NAME-TOKENIZER` (see `dataset_name`). `tokenizer`: "" = the manifest's, or gpt2 where there is none.
-    `prefer`: the tokenizer to look for, without a `tokenizer` that the data must have. `give`: how `prepare` is given
+    `prefer`: the tokenizer to look for, without a `tokenizer` that the data must have; that of shards without a
+    manifest. `give`: how `prepare` is given
     `tokenizer`, if a trained model has it, which cannot have another.
     Raises DataError: nothing of that name (nearest match, prepare command), a split missing, a damaged shard, or data
     that was made with another tokenizer.
@@ -162,16 +163,16 @@ def open_dataset(
     if train_glob or val_glob:
         if not (train_glob and val_glob):
             raise ConfigError("data.train and data.val must be given together: a glob, folder or file for each split.")
-        return _foreign(train_glob, resolve_shards(train_glob), resolve_shards(val_glob), tokenizer)
+        return _foreign(train_glob, resolve_shards(train_glob), resolve_shards(val_glob), tokenizer or prefer)
     path = Path(name)
     if any(c in name for c in "*?["):
-        return _by_file_name(name, resolve_shards(name), tokenizer)
+        return _by_file_name(name, resolve_shards(name), tokenizer or prefer)
     if path.is_dir() and ((path / MANIFEST).is_file() or any(path.glob("*.bin"))):
         if any((Path(data_dir) / n / MANIFEST).is_file() for n in (name, dataset_name(name, tokenizer))):
             both = f"{name!r} is a folder of shards here and a dataset in {data_dir}; using the one here."
             _warn_once(path.resolve(), both)
         if not (path / MANIFEST).is_file():
-            return _by_file_name(name, resolve_shards(path), tokenizer)
+            return _by_file_name(name, resolve_shards(path), tokenizer or prefer)
         return _with_manifest(path, tokenizer, give)
     return _with_manifest(_find(name, Path(data_dir), tokenizer or prefer, give), tokenizer, give)
 

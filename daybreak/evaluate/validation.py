@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,16 +77,16 @@ def validate(
     return Validation(mean(total, tokens), int(tokens), mean(of_text / math.log(2), size), *apart, *extent)
 
 
-def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str) -> Validation:
+def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str, beside: Path) -> Validation:
     """Loss of a run's model on the validation split of data set `name`, of at most the run's eval.tokens tokens. Raises
     DataError if the data was tokenized otherwise. Where `name` fits several sets, the run's tokenizer decides. Packed
-    rows need an engine with `documents`."""
+    rows need an engine with `documents`. beside: the run's folder, with the tokenizer of shards that have none."""
     data, V = named(config.data, name), engine.cfg.V
     rows = packed_rows(data, tokenizer.name)
     if rows > engine.T:
         fix = f"prepare it again with --row-tokens {engine.T}"
         raise ConfigError(f"{name} has rows of {rows} tokens, and the run's batch.T is {engine.T}; {fix}.")
-    dataset, _, loader = open_loaders(data, rows or engine.T, 0, V, prefer=tokenizer.name, held_out=True)
+    dataset, _, loader = open_loaders(data, rows or engine.T, 0, V, True, beside, tokenizer.name, held_out=True)
     check_tokenizer(dataset, get_tokenizer(dataset.tokenizer_name, dataset.folder), "the run", tokenizer.name)
     lengths = text_bytes(dataset, tokenizer, V)
     return validate(engine, loader, lengths, config.eval.tokens, pictures=tokenizer.pictures)

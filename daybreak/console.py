@@ -59,6 +59,7 @@ def guard_streams(result: bool) -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdin = getattr(sys, "stdin", None) or open(os.devnull)  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
         if getattr(sys, name) is getattr(sys, f"__{name}__"):  # not redirected, as a test or a notebook does

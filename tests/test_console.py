@@ -113,12 +113,13 @@ def test_closed_streams_take_nothing_and_write_nowhere(tmp_path: Path) -> None:
     """With stderr closed its messages must not go to stdout, nor its number to the next file that is opened."""
     done = shell("nosuch 2>&-", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    code = "import os; from daybreak.console import guard_streams; guard_streams(True); print(os.dup(0) > 2)"
+    code = "import os, sys; from daybreak.console import guard_streams; guard_streams(True); "
+    code += "print(os.dup(0) > 2, sys.stdin is not None)"  # chat asks it whether it is a terminal
     for closed in ("2>&-", "<&-", "0<&- 2>&-"):
         done = subprocess.run(
             ["bash", "-c", f'"{sys.executable}" -c "{code}" {closed}'], env=ENV, capture_output=True, text=True
         )
-        assert done.stdout == "True\n", (closed, done.stderr)
+        assert done.stdout == "True True\n", (closed, done.stderr)
 
 
 def test_a_console_that_cannot_show_a_letter(tmp_path: Path) -> None:

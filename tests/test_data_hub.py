@@ -309,7 +309,9 @@ def test_ready_made_shards(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert hub.gets - before == {"edu_train_000002.bin": 1}
 
 
-def test_ready_made_shards_that_are_none(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ready_made_shards_that_are_none(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = np.zeros(2000, np.uint8).tobytes()
     hub.add("o/bad", {"x_train_000001.bin": bad, "x_val_000000.bin": shard([1, 2])})
     with pytest.raises(DataError, match="is not a GPT-2 token shard: magic number 0"):
@@ -319,6 +321,9 @@ def test_ready_made_shards_that_are_none(hub: Hub, tmp_path: Path, monkeypatch: 
         pretokenized("hf:o/none", data_dir=tmp_path)
     with pytest.raises(ConfigError, match="no ready-made shards of 'tinystories'; there are of fineweb-edu-100B"):
         pretokenized("tinystories", data_dir=tmp_path)
+    for other in (["--tokenizer", "bytes"], ["--as", "chat"]):
+        assert main(["prepare", "hf:o/none", "--pretokenized", *other, "--data-dir", str(tmp_path)]) == 2
+        assert "--pretokenized downloads text in GPT-2's tokens; leave out --tokenizer" in capsys.readouterr().err
     hub.add("o/big", {"x_train_000001.bin": shard([1] * 500_000), "x_val_000000.bin": shard([1, 2])})
     with monkeypatch.context() as full:
         full.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1_000_000})())

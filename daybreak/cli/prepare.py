@@ -90,6 +90,8 @@ def prepare(
         raise ConfigError("--pretokenized is for text, and pictures have no ready-made shards; leave it out.")
     if train_tokenizer and (pictures or pretokenized is not None):
         raise ConfigError("--train-tokenizer is for text that is tokenized here; leave it out.")
+    if pretokenized is not None and (options["tokenizer"] != "gpt2" or kind == "chat"):
+        raise ConfigError("--pretokenized downloads text in GPT-2's tokens; leave out --tokenizer and --as.")
     if pretokenized is not None and len(sources) != 1:
         raise ConfigError(f"--pretokenized takes one NAME or hf:owner/name, not {' '.join(sources)!r}.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written stays

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import py_compile
 import random
 import re
@@ -457,3 +459,33 @@ def test_what_it_takes_is_said_before_it_starts(
     said = attempt(10**9, "gpt2")
     tokens = float(said.partition("about ")[2].partition(" tokens")[0])
     assert 0.6 < tokens / (50_000 * 7) < 1.6  # each of these sentences has seven of GPT-2's
+
+
+@pytest.mark.parametrize("ends", ["fsync", "rename"])
+def test_the_old_data_set_stays_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """A disk that fails to flush, and Ctrl-C between the two renames."""
+    book = tmp_path / "book.txt"
+    book.write_text("first line\n" * 200)
+    prepare(book, data_dir=tmp_path, tokenizer="bytes", name="b")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    book.write_text("another line\n" * 200)
+    usual = Path.rename
+
+    def failing(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.name == ".b.tmp":
+            raise KeyboardInterrupt
+        return usual(path, target)
+
+    if ends == "fsync":
+        monkeypatch.setattr("daybreak.data.prepare.fsync_folder", failing)
+    else:
+        monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(DataError if ends == "fsync" else KeyboardInterrupt):
+        prepare(book, data_dir=tmp_path, tokenizer="bytes", name="b")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "book.txt"]

@@ -77,8 +77,8 @@ LONGEST_FUNCTION = 100
 # nanochat's family in folders of transformers, both ways, takes 90; the model's code for them is not counted.
 # A watchdog that no disk holds up takes 5.
 # z-loss takes 15. Windows of data that are left out, and their checks, take 25.
-# Tasks that eval checks before it scores, files of llm.c that a full disk refuses, and smaller faults take 22.
-MOST_CODE = 22_780
+# Tasks that eval checks before it scores, files of llm.c that a full disk refuses, and smaller faults take 24.
+MOST_CODE = 22_785
 
 
 def room(path: Path) -> str:

@@ -397,13 +397,15 @@ def workspace(final: Path, identity: Any) -> Iterator[tuple[Path, Journal | None
         try:
             with signed(lambda: folder):
                 yield folder, _read_journal(folder, identity)
+            fsync_folder(folder)
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():
                 final.rename(old)
-            fsync_folder(folder)
             folder.rename(final)
             fsync_folder(final.parent)
         except BaseException:
+            if old.exists() and not final.exists():
+                old.rename(final)
             if (folder / JOURNAL).exists():
                 log.warning("%s is kept; run the same command again to continue.", folder)
             else:
@@ -444,9 +446,8 @@ def pretokenized(
 ) -> Manifest:  # fmt: skip
     """The validation shards and the first `shards` training shards (0: all) of GPT-2 tokens, into `data_dir/NAME`.
 
-    source: a catalogue name that has them, or hf:owner/name[@revision]. Each file is checked: size, sha256, magic
-    number, header. A download that ended early continues with the missing files. progress(bytes, total bytes,
-    tokens). Raises DataError, ConfigError.
+    source: a catalogue name that has them, or hf:owner/name[@revision]. Each file is checked: size, sha256, header. A
+    download that ended early continues with what is missing. progress(bytes, total, tokens). DataError, ConfigError.
     """
     known = known_name(source)
     spec = SPEC.fullmatch(f"hf:{CATALOGUE[known].shards}" if known else source)

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -128,12 +129,15 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path, busy: Error) -> Iterator[int]:
-    """Hold a folder for this process, until it ends however it ends; its descriptor. Raises `busy` if another does."""
+def locked(folder: Path, busy: Error, tries: int = 3) -> Iterator[int]:
+    """Hold a folder for this process, until it ends however it ends; its descriptor. Raises `busy` if another does. It
+    is tried again, because `watch` takes the lock of a run that was killed for a moment, to see that it was."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        if not lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            raise busy
+        while not lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if (tries := tries - 1) == 0:
+                raise busy
+            time.sleep(0.1)
         yield fd
     finally:
         os.close(fd)

@@ -70,3 +70,18 @@ def test_other_failures_still_count(tmp_path, monkeypatch):
         monkeypatch.undo()
         with pytest.raises(ConfigError, match="busy"), locked(tmp_path, ConfigError("busy")):
             pass
+
+
+def test_a_lock_that_another_has_for_a_moment_is_waited_for(tmp_path, monkeypatch):
+    """`watch` takes a killed run's lock to see that nobody has it, and a restart may come at that instant."""
+    other = os.open(tmp_path, os.O_RDONLY)
+    assert lock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        os.close(other)
+
+    monkeypatch.setattr(files.time, "sleep", wait)
+    with locked(tmp_path, ConfigError("busy")):
+        assert len(waited) == 1

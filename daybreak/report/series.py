@@ -237,7 +237,7 @@ class Follower:
         if self.file.is_file() and time.time() - self.file.stat().st_mtime < QUIET:
             return "running", ""
         try:
-            with locked(self.folder, ConfigError("")):
+            with locked(self.folder, ConfigError(""), tries=1):
                 return "killed", "It ended without a word, or runs on another machine."
         except (ConfigError, OSError):
             return "running", ""

@@ -12,6 +12,9 @@ from decoders import V, edit, their_decoder
 from interop_runs import inside, write_run
 from serving import KEY, serving
 
+from daybreak.interop import load_model
+from daybreak.serve.adapters import with_adapters
+
 openai = pytest.importorskip("openai", reason="the dev extra installs openai")
 peft = pytest.importorskip("peft", reason="the dev extra installs peft")
 torch.set_num_threads(1)
@@ -140,6 +143,27 @@ def test_a_run_with_adapters_of_its_own(home: Path, want: dict[tuple[str, str], 
             ids.append(int(both(torch.tensor([ids])).logits[0, -1, :257].argmax()))
     made = ids[8:]
     assert text["two"] == bytes(made[: made.index(256)] if 256 in made else made).decode("utf-8", "replace")
+
+
+def test_without_serve_an_adapter_has_its_own_template_and_ends_too(home: Path, tmp_path: Path) -> None:
+    """Of the folder itself and of a run that it becomes, as `serve --adapter` has them."""
+    import shutil
+
+    for name in ("model", "two"):
+        shutil.copytree(home / name, tmp_path / name)
+    edit(tmp_path / "two/adapter_config.json", base_model_name_or_path=str(tmp_path / "model"))
+    (tmp_path / "two/generation_config.json").write_text('{"eos_token_id": [97]}')
+    inside(tmp_path, "import", "two", "--name", "two", "--run.device", "cpu")
+    base = load_model(tmp_path / "model", device="cpu")
+    (want,) = (m for n, m in with_adapters(base, "model", {"two": tmp_path / "two"}).items() if n == "two")
+    assert base.template is None
+    for target in ("two", "runs/two"):
+        _, tokenizer, template = load_model(tmp_path / target, device="cpu")
+        assert template is not None
+        assert want.template is not None
+        assert template.source == want.template.source == TEMPLATE
+        assert tokenizer.ends == want.tokenizer.ends
+        assert 97 in tokenizer.ends
 
 
 def test_refusals(home: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ The names of layers are those of families/. PEFT's folder has no weights of the 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,17 +23,21 @@ from torch import Tensor
 
 from daybreak.checked import FLAG, NUMBER, TEXT, WHOLE, read_json
 from daybreak.config_keys import LoraConfig
+from daybreak.data.chat import TEMPLATE_FILE, template_text
+from daybreak.data.tokenizer import listed_ends
 from daybreak.errors import CheckpointError, ConfigError
 from daybreak.formatting import quoted
 from daybreak.interop.families import family_of
 from daybreak.interop.huggingface import write_json, write_tokenizer
 from daybreak.interop.source import DTYPES, Export, Source, appearing, finite
+from daybreak.manifest import kept_files
 from daybreak.models.adapters import Adapter, adapters_of, layer_parts
 from daybreak.models.registry import build_model
 from daybreak.shapes import Shape
 from daybreak.state.safetensors_io import SafetensorsFile, write_safetensors
 
 CONFIG, TENSORS, BEFORE = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+GENERATION = "generation_config.json"
 READ = {"peft_type": TEXT, "base_model_name_or_path": TEXT, "r": WHOLE, "lora_alpha": NUMBER, "use_rslora?": FLAG}
 # Keys that ask for another computation, unless they are absent, null, false or empty.
 OTHERS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "modules_to_save",
@@ -95,10 +100,17 @@ def _short(chosen: set[str], shape: Shape) -> set[str]:
 
 
 def open_folder(path: Path, base: Source) -> Source:
-    """The model `base` with the adapters in a folder of PEFT's. Raises CheckpointError for what we cannot compute."""
+    """The model `base` with the adapters in a folder of PEFT's, and with its chat template and ends, if it has them.
+    Raises CheckpointError for what we cannot compute."""
     lora, adapters, read = read_adapters(path, base.model)
     both = lambda name: read(name) if name[:-2] in adapters else base.read(name)  # noqa: E731
-    return replace(base, path=path, read=both, lora=lora, base=str(base.path))
+    own, ends, kept = kept_files(path), listed_ends(path), dict(base.kept)
+    if template := template_text(own):
+        kept |= own | {TEMPLATE_FILE: template}
+    tokenizer = base.tokenizer.ending([*ends, *base.tokenizer.ends])
+    if ends:  # a run has its own from this file
+        kept[GENERATION] = json.dumps(json.loads(kept.get(GENERATION, "{}")) | {"eos_token_id": list(tokenizer.ends)})
+    return replace(base, path=path, read=both, lora=lora, base=str(base.path), kept=kept, tokenizer=tokenizer)
 
 
 def read_adapters(path: Path, shape: Shape) -> tuple[LoraConfig, dict[str, Adapter], Callable[[str], Tensor]]:

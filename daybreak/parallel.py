@@ -51,7 +51,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from daybreak.errors import ConfigError, Error, Hung, Stopped, by_exit_code
+from daybreak.errors import ConfigError, Error, Hung, Stopped, by_exit_code, os_error
 from daybreak.formatting import quoted
 
 log = logging.getLogger("daybreak")
@@ -162,7 +162,8 @@ class Group:
             value = fn()
         except (Error, OSError) as error:
             failure = error
-        said = (None, "") if failure is None else (getattr(failure, "exit_code", 1), str(failure))
+        told = os_error(failure) if isinstance(failure, OSError) else failure
+        said = (None, "") if told is None else (told.exit_code, str(told))
         outcomes = self.gather((value, *said))
         if failure is not None:
             raise failure
@@ -263,7 +264,7 @@ class Group:
             if isinstance(error, Error):
                 code, text = error.exit_code, str(error)
             elif isinstance(error, OSError):
-                text = f"{error.filename or 'a file'} failed ({error.strerror}); free space or repair the disk."
+                code, text = os_error(error).exit_code, str(os_error(error))
             known = getattr(error, "elsewhere", False) or type(error).__name__ == "Interrupted"  # all agreed to stop
             if not known:
                 self.fail(code, text)

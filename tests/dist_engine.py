@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -196,6 +197,30 @@ def blame(args: list[str]) -> int:
         group.gather(None)
 
     return together(act)
+
+
+def disk_trouble(args: list[str]) -> int:
+    """The system refuses something to rank 1, alone or in `everywhere`. Its error has an error's number and a path, or,
+    as numpy's, neither."""
+    how, number = args
+
+    def refused(rank: int) -> None:
+        if rank == 1:
+            raise PermissionError(errno.EACCES, "Permission denied", "a/b") if number == "13" else OSError("0 written")
+
+    def act(group: Group) -> None:
+        try:
+            group.everywhere(lambda: refused(group.rank)) if how == "everywhere" else refused(group.rank)
+        except OSError:
+            if how == "everywhere":
+                return
+            raise
+        group.gather(None)
+
+    try:
+        return together(act)
+    except OSError:
+        return 0
 
 
 def waits_for_a_device(args: list[str]) -> int:

@@ -26,6 +26,7 @@ from daybreak.data.loader import Loader
 from daybreak.data.shards import read_header
 from daybreak.data.tokenizer import get_tokenizer
 from daybreak.engine import Engine, EngineSpec
+from daybreak.errors import os_error
 
 WAIT = 10  # parallel.timeout, in seconds, of the runs in which a rank does not come
 SOON = ("--parallel.timeout", WAIT)
@@ -407,6 +408,16 @@ def test_everybody_hears_who_is_to_blame(tmp_path: Path) -> None:
     three = ranks.start(3, [], tmp_path, run=dist_engine.blame)
     refused(tmp_path, three, 4)
     assert [ranks.said(tmp_path, r) for r in range(3)] == ["the reason.\n", *["rank 0: the reason.\n"] * 2]
+
+
+@pytest.mark.parametrize("how", ["alone", "everywhere"])
+def test_what_the_system_refuses_is_said_alike_on_every_rank(tmp_path: Path, how: str) -> None:
+    """With the sentence and the code of one process."""
+    for error in (PermissionError(13, "Permission denied", "a/b"), OSError("0 written")):
+        want = os_error(error)
+        two = ranks.start(2, [how, str(error.errno)], tmp_path, run=dist_engine.disk_trouble)
+        assert [process.wait(PATIENCE) for process in two] == [want.exit_code, 0]
+        assert ranks.said(tmp_path, 0) == f"rank 1: {want}\n"
 
 
 @pytest.mark.parametrize(

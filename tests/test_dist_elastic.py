@@ -21,6 +21,7 @@ from test_training import losses
 
 import daybreak
 from daybreak.config import Config
+from daybreak.errors import ConfigError
 from daybreak.parallel import GONE, launched, meeting_advice
 
 AGENTS: list[subprocess.Popen[bytes]] = []
@@ -283,6 +284,9 @@ def test_launchers_variables() -> None:
         "SLURM_STEP_NODELIST": "gpu[07-08],x1",
     }
     assert launched(slurm)["MASTER_ADDR"] == "gpu07"
+    for port in ("", "abc", "0", "65536", "-1"):
+        with pytest.raises(ConfigError, match=f"MASTER_PORT = {port!r} must be a whole number from 1"):
+            launched(slurm | {"MASTER_PORT": port})
     assert launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})["WORLD_SIZE"] == "1"  # a batch script without srun
     assert launched({**slurm, "RANK": "0", "WORLD_SIZE": "2"})["WORLD_SIZE"] == "2"  # srun of torchrun
     with pytest.raises(daybreak.Error, match="a rank must be a whole number below the number of processes"):

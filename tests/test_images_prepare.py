@@ -128,6 +128,10 @@ def test_captions_come_from_folders_names_files_and_lists() -> None:
     prepare_images(["set"], tokenizer="bytes", px=8, text_field="title", skip_bad=True)
     both = [*documents(Path("data/set-bytes"), "train"), *documents(Path("data/set-bytes"), "val")]
     assert {caption for caption, _ in both} - {""} == {"dog 1", "dog 2"}
+    Path("set/metadata.csv").write_text("file_name,text\ndogs/001.png,\ndogs/002.webp,dog 2\n")
+    prepare_images(["set"], tokenizer="bytes", px=8, skip_bad=True)
+    both = [*documents(Path("data/set-bytes"), "train"), *documents(Path("data/set-bytes"), "val")]
+    assert {caption for caption, _ in both} == {"", "dog 2"}  # an empty caption is one: no name takes its place
 
 
 def test_each_folder_may_have_a_list_as_sets_of_the_hub_do_and_other_formats_are_counted(

@@ -83,7 +83,7 @@ def list_pictures(words: Iterable[str | Path], column: str, faults: Faults) -> l
             if listed and name not in listed:
                 faults("pictures without a caption", f"{path} is not in the list of captions; add it.")
                 continue
-            found.append(Picture(path, listed.get(name) or _caption(folder, name, path, faults), split))
+            found.append(Picture(path, listed[name] if listed else _caption(folder, name, path, faults), split))
         if len(found) == before:
             kinds = ", ".join(PICTURES)
             raise DataError(

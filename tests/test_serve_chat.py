@@ -165,6 +165,8 @@ def test_refusals(client: Any) -> None:
         ({"messages": user("x " * T)}, rf"a prompt of \d+ tokens is more than the model's {T} tokens", "messages"),
         ({"messages": hello, "max_tokens": T}, rf"tokens of prompt \+ max_tokens = {T} must be at most", "max_tokens"),
         ({"messages": hello, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supp", "tools"),
+        ({"messages": hello, "max_completion_tokens": -1}, "max_completion_tokens = -1 must", "max_completion_tokens"),
+        ({"messages": hello, "logprobs": True, "top_logprobs": 21}, "top_logprobs = 21 must", "top_logprobs"),
         ({"messages": hello, "logprobs": 3}, "logprobs = 3 must be true or false", "logprobs"),
         ({"messages": hello, "temperature": -1}, "temperature = -1 must be", "temperature"),
         ({"messages": hello, "extra_body": {"prompt": "x"}}, "unknown field 'prompt'", "prompt"),

@@ -12,7 +12,7 @@ from daybreak.data.chat import Message, Template
 from daybreak.data.tokenizer import Tokenizer
 from daybreak.generate import Token
 from daybreak.serve import completions
-from daybreak.serve.completions import Answer, Completion, Refused, check_fields, check_model, short
+from daybreak.serve.completions import Answer, Completion, Refused, check_fields, check_model, number, short
 from daybreak.serve.writer import News
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -43,14 +43,14 @@ def parse_chat(body: Any, model: str, tokenizer: Tokenizer, template: Template |
         said = str(error).replace(f" {template.where}", "")  # a file of the server's
         raise Refused(400, f"the conversation {said}.", "messages") from None
     given = {field: body[field] for field in SHARED if field in body} | {"prompt": ids}
-    if (most := body.get("max_completion_tokens")) is not None:
-        given["max_tokens"] = most
+    if body.get("max_completion_tokens") is not None:
+        given["max_tokens"] = number(body, "max_completion_tokens", 1, 0)
     elif body.get("max_tokens") is None:
         given["max_tokens"] = max(1, T - len(ids))
     if not isinstance(wanted := body.get("logprobs") or False, bool):
         raise Refused(400, f"logprobs = {short(wanted)} must be true or false.", "logprobs")
     if wanted:
-        given["logprobs"] = body.get("top_logprobs") or 0
+        given["logprobs"] = number(body, "top_logprobs", 0, 0, completions.MAX_LOGPROBS)
     try:
         return completions.parse(given, model, tokenizer, T, V)
     except Refused as error:

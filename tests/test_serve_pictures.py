@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from serving import KEY, Browser, serving
 from test_images_codec import blobs
 
@@ -74,6 +76,23 @@ def test_openais_client_gets_the_pictures_that_sample_draws(client: Any, home: P
     assert [each.b64_json for each in one.data] == [answer.data[1].b64_json]
     assert client.models.list().data[0].draws is True
     assert "img" not in client.completions.create(model="art", prompt="x", max_tokens=9, temperature=5).choices[0].text
+
+
+def test_a_run_of_an_adapter_draws_with_the_codec_of_its_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its matrix B is 0, so it draws what the model draws."""
+    monkeypatch.chdir(home)
+    assert main(["export", "runs/art", "--to", "hf", "model"]) == 0
+    Path("adapter").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(home / "model"), "r": 2, "lora_alpha": 2}
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.transformer.h.0.attn.c_proj.lora_{}.weight"
+    tensors = {name.format("A"): torch.ones(2, 32), name.format("B"): torch.zeros(32, 2)}
+    save_file(tensors, "adapter/adapter_model.safetensors")
+    assert main(["import", "adapter", "--name", "adapted", "--run.device", "cpu"]) == 0
+    for target in ("runs/art", "runs/adapted"):
+        assert main(["sample", target, "--prompt", "", "--out", f"{target}-drawn"]) == 0
+    drawn = [Path(f"{target}-drawn/picture-1337.png").read_bytes() for target in ("runs/art", "runs/adapted")]
+    assert drawn[0] == drawn[1]
 
 
 def test_texts_and_pictures_are_made_together(home: Path) -> None:

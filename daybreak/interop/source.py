@@ -159,7 +159,7 @@ def make_run(source: Source, config: Config, *, into: Path | None = None) -> Pat
     if source.tokenizer.source:
         write_atomic(folder.path / TOKENIZER_FILE, source.tokenizer.source)
     if source.tokenizer.pictures:
-        shutil.copyfile(source.path / CODEC_FILE, folder.path / CODEC_FILE)
+        shutil.copyfile(Path(source.base or source.path) / CODEC_FILE, folder.path / CODEC_FILE)
     for name, text in source.kept.items():
         write_atomic(folder.path / name, text)
     if source.base:

@@ -180,6 +180,20 @@ def test_the_loader_is_byte_exact_wherever_its_generator_stands(samples: list[in
         assert llmc_files._fresh_loader(samples, 42 + rank) == loader_bytes(samples, rank)
 
 
+def test_the_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    """In other formats, which hold no state, such a run is written."""
+    write_shards(tmp_path / "data", 1024)
+    keys = {"model.L": 1, "model.C": 32, "model.NH": 1, "model.V": 1025, "model.max_T": 16, "batch.B": 1, "batch.T": 16,
+            "batch.total_tokens": 16, "eval.tokens": 32, "eval.sample_tokens": 0, "run.steps": 1, "optim.name": "muon",
+            "data.train": "data/*train*", "data.val": "data/*val*", "data.tokenizer": "gpt2-1024",
+            "run.device": "cpu"}  # fmt: skip
+    inside(tmp_path, "train", "d12", "--name", "muon", *(x for key, y in keys.items() for x in (f"--{key}", str(y))))
+    said = inside(tmp_path, "export", "runs/muon", "--to", "llmc", "out", code=2).stderr
+    assert "llm.c trains with AdamW, and cannot hold the state of muon; use --to hf or --to gguf." in said
+    assert not (tmp_path / "out").exists()
+    inside(tmp_path, "export", "runs/muon", "--to", "hf", "out")
+
+
 def test_without_its_data_the_loader_does_not_shuffle(tmp_path: Path) -> None:
     write_run(tmp_path / "run", data__name="gone")
     said = inside(tmp_path, "export", "run", "--to", "llmc", "out")

@@ -312,14 +312,17 @@ def write_checkpoint(
 ) -> None:
     """The whole set of a step in `folder`, DONE last, so that an interrupted writing leaves none that counts.
 
-    Raises ConfigError for another family than GPT-2, and if ZeRO 1 cannot divide the tensors over `world` ranks; Error
-    when the disk refuses.
+    Raises ConfigError for another family than GPT-2, another optimizer than AdamW, and if ZeRO 1 cannot divide the
+    tensors over `world` ranks; Error when the disk refuses.
     """
     if not isinstance(source.model, GPT2Config):
         raise ConfigError(f"model.arch = {source.model.arch!r} has no form in llm.c's files, which hold GPT-2 only.")
     m = source.model
     if m != GPT2Config(L=m.L, C=m.C, NH=m.NH, max_T=m.max_T, V=m.V):
         raise ConfigError(f"llm.c cannot hold this shape: its files say only the sizes of a GPT-2 ({m.text()}).")
+    if source.checkpoint.whole & source.shapes.keys():
+        optim = source.checkpoint.manifest["config"].get("optim.name")
+        raise ConfigError(f"llm.c trains with AdamW, and cannot hold the state of {optim}; use --to hf or --to gguf.")
     odd = next((name for name, shape in source.shapes.items() if zero and prod(shape) % world), None)
     if odd:
         raise ConfigError(f"--ranks {world} does not divide the tensor {odd!r}, as ZeRO 1 needs; use --zero 0.")

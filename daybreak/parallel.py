@@ -74,7 +74,7 @@ def launched(environ: Mapping[str, str]) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the launcher's variables; one rank without them.
 
     mpirun gives no address: on several machines pass `-x MASTER_ADDR=HOST`. Under srun it is the step's first host.
-    Raises ConfigError for a rank that is not below the number of processes, and for a port that is none.
+    Raises ConfigError for a rank that is not below the number of processes, and for ranks that have no port.
     """
     made = dict(zip(RANK_VARIABLES[0], ("0", "1", "0"), strict=True))
     for rank, world, local in RANK_VARIABLES:
@@ -88,7 +88,8 @@ def launched(environ: Mapping[str, str]) -> dict[str, str]:
     first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ.get("SLURM_STEP_NODELIST", ""))
     host = (first[1] + (first[2] or "")) if first else "127.0.0.1"
     where = {"MASTER_ADDR": environ.get("MASTER_ADDR", host), "MASTER_PORT": environ.get("MASTER_PORT", PORT)}
-    if not (port := where["MASTER_PORT"]).isdecimal() or not 0 < int(port) < 1 << 16:
+    port, alone = where["MASTER_PORT"], int(made["WORLD_SIZE"]) == 1  # a process alone uses none
+    if not alone and (not port.isdecimal() or not 0 < int(port) < 1 << 16):
         raise ConfigError(f"MASTER_PORT = {port!r} must be a whole number from 1 to {(1 << 16) - 1}; start them again.")
     return made | where
 

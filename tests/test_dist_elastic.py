@@ -287,6 +287,7 @@ def test_launchers_variables() -> None:
     for port in ("", "abc", "0", "65536", "-1"):
         with pytest.raises(ConfigError, match=f"MASTER_PORT = {port!r} must be a whole number from 1"):
             launched(slurm | {"MASTER_PORT": port})
+        assert launched({"MASTER_PORT": port})["WORLD_SIZE"] == "1"  # which needs no port
     assert launched({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})["WORLD_SIZE"] == "1"  # a batch script without srun
     assert launched({**slurm, "RANK": "0", "WORLD_SIZE": "2"})["WORLD_SIZE"] == "2"  # srun of torchrun
     with pytest.raises(daybreak.Error, match="a rank must be a whole number below the number of processes"):

@@ -77,7 +77,9 @@ def validate(
     return Validation(mean(total, tokens), int(tokens), mean(of_text / math.log(2), size), *apart, *extent)
 
 
-def validate_on(engine: Engine, config: Config, tokenizer: Tokenizer, name: str, beside: Path) -> Validation:
+def validate_on(
+    engine: Engine, config: Config, tokenizer: Tokenizer, name: str, beside: Path | None = None
+) -> Validation:
     """Loss of a run's model on the validation split of data set `name`, of at most the run's eval.tokens tokens. Raises
     DataError if the data was tokenized otherwise. Where `name` fits several sets, the run's tokenizer decides. Packed
     rows need an engine with `documents`. beside: the run's folder, with the tokenizer of shards that have none."""

@@ -1,4 +1,4 @@
-"""File systems that cannot lock or flush folders: a warning, and the run goes on.
+"""File systems that cannot lock or flush folders: a warning, and the run goes on. Those that never answer end it.
 
 fsync of a folder in /proc really fails (EINVAL). For flock no such file system can be had here: the call is replaced.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from recovery import config, make_shards
+from recovery import PATIENCE, config, exit_code, make_shards
 
 import daybreak
 from daybreak import files
@@ -85,3 +88,25 @@ def test_a_lock_that_another_has_for_a_moment_is_waited_for(tmp_path, monkeypatc
     monkeypatch.setattr(files.time, "sleep", wait)
     with locked(tmp_path, ConfigError("busy")):
         assert len(waited) == 1
+
+
+def test_a_hung_run_ends_though_its_disk_never_answers(tmp_path):
+    """A pipe that nobody reads is in the place of crash.txt: to open it takes forever, as on a dead file server."""
+    os.mkfifo(tmp_path / "crash.txt")
+    code = """
+import sys, time
+from pathlib import Path
+from daybreak.state.run_folder import RunFolder
+from daybreak.training import watchdog
+
+watchdog.PATIENCE = 0.5
+with watchdog.Watchdog(RunFolder(Path(sys.argv[1])), lambda: 1, 5, 0.2) as dog:
+    for _ in range(watchdog.ARMED):
+        dog.step(0.01)
+    time.sleep(600)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], timeout=PATIENCE, capture_output=True, text=True)
+    assert done.returncode == exit_code(tmp_path) == 7
+    reason = json.loads((tmp_path / "exit.json").read_text())["reason"]
+    assert reason.startswith("nothing happened for ")
+    assert done.stderr.strip() == f"daybreak: {reason}"

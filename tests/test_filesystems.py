@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from recovery import PATIENCE, config, exit_code, make_shards
+from patience import PATIENCE
+from recovery import config, exit_code, make_shards
 
 import daybreak
 from daybreak import files
